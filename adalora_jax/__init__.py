@@ -1,0 +1,46 @@
+"""AdaLoRA for JAX: adapters ``ΔW = P Λ Q`` for any Flax model, with rank where it matters."""
+
+from adalora_jax.adapter import Adapter, delta_weight, forward, init_adapter
+from adalora_jax.allocator import (
+    AdaLoraState,
+    AllocatorState,
+    allocate,
+    apply_masks,
+    init_state,
+)
+from adalora_jax.budget import budget
+from adalora_jax.compaction import rank_pattern, ranks, summary
+from adalora_jax.config import AdaLoraConfig
+from adalora_jax.importance import Evidence, combine
+from adalora_jax.orthogonality import orthogonality
+from adalora_jax.transform import AdaLoraOptState, adalora, allocator_state
+from adalora_jax.tree import adapters, labels
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaLoraConfig",
+    "AdaLoraOptState",
+    "AdaLoraState",
+    "Adapter",
+    "AllocatorState",
+    "Evidence",
+    "adalora",
+    "adapters",
+    "allocate",
+    "allocator_state",
+    "apply_masks",
+    "budget",
+    "combine",
+    "delta_weight",
+    "forward",
+    "init_adapter",
+    "init_state",
+    "labels",
+    "linen",
+    "nnx",
+    "orthogonality",
+    "rank_pattern",
+    "ranks",
+    "summary",
+]

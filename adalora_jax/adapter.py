@@ -1,0 +1,222 @@
+"""The adapter of one weight: its three factors and what is computed from them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adalora_jax.config import AdaLoraConfig
+from adalora_jax.lowrank import low_rank
+
+_STD = 0.02  # of p and q at the start: PEFT's and loralib's
+
+
+class Adapter(NamedTuple):
+    """The increment ``ΔW = P Λ Q`` of one weight, one triplet a row.
+
+    Triplet i is ``(p[i], lam[i], q[i])``, so pruning, slicing and stacking all select rows.
+    Leading axes are stacked layers; each slice is a matrix with r triplets of its own.
+
+    The dense form of the increment is ``s · qᵀ diag(lam) p``, ``[..., in, out]``.
+    """
+
+    p: chex.Array  # [..., r, out]: left singular vectors, the paper's P transposed
+    lam: chex.Array  # [..., r]: singular values, the part that is pruned
+    q: chex.Array  # [..., r, in]: right singular vectors
+
+
+def init_adapter(
+    key: chex.PRNGKey,
+    in_features: int,
+    out_features: int,
+    config: AdaLoraConfig,
+    *,
+    rank: int | None = None,
+    stack: tuple[int, ...] = (),
+) -> Adapter:
+    """A fresh adapter whose increment is zero.
+
+    ``init="gaussian"``: λ = 0, p and q normal with standard deviation 0.02 (PEFT, loralib).
+    ``init="lambda_one"``: λ = 1, p = 0, q as before. ``init_lora_weights=False`` draws all three
+    from the standard normal, so that the increment is not zero (PEFT's switch for tests).
+
+    Args:
+      key: a PRNG key.
+      in_features, out_features: of the weight.
+      config: gives the rank ``init_r``, the init and ``param_dtype``.
+      rank: another rank than ``init_r``; the scale stays ``config.scale``.
+      stack: leading axes, for stacked weights.
+
+    Returns:
+      An :class:`Adapter` with ``p [*stack, r, out]``, ``lam [*stack, r]``, ``q [*stack, r, in]``.
+
+    Raises:
+      ValueError: a size is not positive.
+
+    >>> import jax
+    >>> adapter = init_adapter(jax.random.key(0), 6, 4, AdaLoraConfig(total_step=10, init_r=8))
+    >>> [leaf.shape for leaf in adapter]
+    [(8, 4), (8,), (8, 6)]
+    """
+    rank = config.init_r if rank is None else rank
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1.")
+    if rank < 0:
+        raise ValueError(f"rank={rank} must be at least 0.")
+    dtype = jnp.dtype(config.param_dtype)
+    shapes = ((*stack, rank, out_features), (*stack, rank), (*stack, rank, in_features))
+    p, lam, q = (
+        jax.random.normal(k, shape, dtype) for k, shape in zip(jax.random.split(key, 3), shapes)
+    )
+    if not config.init_lora_weights:
+        return Adapter(p, lam, q)
+    if config.init == "lambda_one":
+        return Adapter(jnp.zeros_like(p), jnp.ones_like(lam), _STD * q)
+    return Adapter(_STD * p, jnp.zeros_like(lam), _STD * q)
+
+
+def increment(
+    adapter: Adapter, x: chex.Array, *, scale: chex.Numeric, precision: Any = None
+) -> chex.Array:
+    """``s · ((x qᵀ) · lam) p``: what the adapter adds to its layer's output.
+
+    Args:
+      adapter: with leading axes, x has the same ones in front.
+      x: ``[*stack, ..., in]``; the dtype of the computation and of the result.
+      scale: s, usually ``config.scale``.
+      precision: as in ``jax.lax.dot_general``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
+    >>> increment(adapter, jnp.ones((5, 3)), scale=0.5).shape
+    (5, 4)
+    """
+    term = functools.partial(_increment, scale=scale, precision=precision)
+    for _ in range(adapter.lam.ndim - 1):
+        term = jax.vmap(term)
+    return term(adapter, x)
+
+
+def _increment(adapter, x, scale, precision):
+    return low_rank(x, adapter.p, _scaled(adapter.lam, scale), adapter.q, precision)
+
+
+def _scaled(lam, scale):
+    dtype = jnp.promote_types(lam.dtype, jnp.float32)
+    return lam.astype(dtype) * jnp.asarray(scale, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("dropout_rate", "precision"))
+def forward(
+    adapter: Adapter,
+    x: chex.Array,
+    kernel: chex.Array | None = None,
+    bias: chex.Array | None = None,
+    *,
+    scale: chex.Numeric,
+    mask: chex.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: chex.PRNGKey | None = None,
+    precision: Any = None,
+) -> chex.Array:
+    """The adapted layer's output, ``y = x W + b + s · ((x qᵀ) · lam) p``. Jitted.
+
+    Args:
+      adapter: of this layer. With leading (stack) axes, x, kernel and bias have them too.
+      x: ``[..., in]``.
+      kernel: W, ``[in, out]``; without it only the increment is computed.
+      bias: b, ``[out]``.
+      scale: s, usually ``config.scale``; may be traced.
+      mask: ``[r]`` booleans; a triplet whose entry is false does not count.
+      dropout_rate: of the adapter's input, in [0, 1); static.
+      dropout_key: needed when ``dropout_rate > 0``; without it there is no dropout.
+      precision: as in ``jax.lax.dot_general``; static.
+
+    Returns:
+      ``[..., out]``, in the dtype that ``x @ kernel`` has (that of x without a kernel).
+
+    Raises:
+      ValueError: shapes do not fit, or ``dropout_rate`` is outside [0, 1).
+
+    >>> import jax, jax.numpy as jnp
+    >>> adapter = init_adapter(jax.random.key(0), 3, 4, AdaLoraConfig(total_step=10))
+    >>> x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))
+    >>> bool((forward(adapter, x, kernel, scale=2.0) == x @ kernel).all())
+    True
+    """
+    check_adapter(adapter)
+    stack = adapter.lam.shape[:-1]
+    in_features, out_features = adapter.q.shape[-1], adapter.p.shape[-1]
+    if x.shape[-1:] != (in_features,) or x.shape[: len(stack)] != stack:
+        raise ValueError(
+            f"x has shape {x.shape}, but the adapter takes {[*stack, '...', in_features]}."
+        )
+    if kernel is not None and kernel.shape != (*stack, in_features, out_features):
+        raise ValueError(
+            f"kernel has shape {kernel.shape}, but the adapter is for a kernel of shape "
+            f"{(*stack, in_features, out_features)}: initialise the adapter for this kernel."
+        )
+    if bias is not None and bias.shape != (*stack, out_features):
+        raise ValueError(f"bias has shape {bias.shape} instead of {(*stack, out_features)}.")
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"dropout_rate={dropout_rate} must be at least 0 and below 1.")
+    dtype = x.dtype if kernel is None else jnp.result_type(x, kernel)
+    if mask is not None:
+        adapter = adapter._replace(lam=jnp.where(mask, adapter.lam, 0))
+    dropped = dropout(x, dropout_rate, dropout_key)
+    y = increment(adapter, dropped.astype(dtype), scale=scale, precision=precision)
+    spread = (*stack, *[1] * (x.ndim - len(stack) - 1), out_features)
+    if kernel is not None:
+        product = functools.partial(jnp.matmul, precision=precision)
+        for _ in stack:
+            product = jax.vmap(product)
+        y = product(x.astype(dtype), kernel.astype(dtype)) + y
+    return y if bias is None else y + bias.astype(dtype).reshape(spread)
+
+
+def dropout(x: chex.Array, rate: float, key: chex.PRNGKey | None) -> chex.Array:
+    """Inverted dropout of an adapter's input; x itself without a key or at rate 0.
+
+    >>> import jax, jax.numpy as jnp
+    >>> dropout(jnp.ones(4), 0.5, None)
+    Array([1., 1., 1., 1.], dtype=float32)
+    """
+    if rate == 0 or key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def delta_weight(adapter: Adapter, *, scale: chex.Numeric) -> chex.Array:
+    """The dense increment ``s · qᵀ diag(lam) p``, ``[..., in, out]``, in at least float32.
+
+    >>> import jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.array([1.0, 2.0]), jnp.ones((2, 3)))
+    >>> delta_weight(adapter, scale=0.5)[0]
+    Array([1.5, 1.5, 1.5, 1.5], dtype=float32)
+    """
+    check_adapter(adapter)
+    c = _scaled(adapter.lam, scale)
+    rows = c[..., None] * adapter.p.astype(c.dtype)
+    return jnp.einsum(
+        "...ri,...ro->...io", adapter.q.astype(c.dtype), rows, precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def check_adapter(adapter: Adapter, name: str = "adapter") -> None:
+    """Refuses an adapter whose three shapes do not belong together.
+
+    Raises:
+      ValueError: naming the adapter and its shapes.
+    """
+    p, lam, q = (tuple(jnp.shape(leaf)) for leaf in adapter)
+    if not lam or p[:-1] != lam or q[:-1] != lam:
+        raise ValueError(
+            f"{name} has p {p}, lam {lam} and q {q}: they must be [..., r, out], [..., r] and "
+            "[..., r, in] with the same r and the same leading axes."
+        )

@@ -1,0 +1,266 @@
+"""The allocator: which triplets live, decided over all adapters together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adalora_jax import tree
+from adalora_jax.adapter import Adapter
+from adalora_jax.budget import budget
+from adalora_jax.config import AdaLoraConfig
+from adalora_jax.importance import Evidence, raw_sensitivity, smooth, triplet_scores
+
+
+class AllocatorState(NamedTuple):
+    """What the allocator carries from step to step; every leaf keeps its shape and dtype.
+
+    The last three fields have the containers of the adapters' tree: at each adapter's place a
+    boolean array ``[..., r]``, or an :class:`Adapter` of float32 moving averages, and None at the
+    place of anything that is not an adapter.
+    """
+
+    step: chex.Array  # int32 scalar: updates so far, so the number of the next step
+    budget: chex.Array  # int32 scalar: triplets allowed at the last step
+    masks: chex.ArrayTree  # the standing decision: True where a triplet lives
+    sensitivity: chex.ArrayTree  # Ī
+    uncertainty: chex.ArrayTree  # Ū
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["adapters", "allocator"],
+    meta_fields=["config"],
+)
+@dataclasses.dataclass(frozen=True)
+class AdaLoraState:
+    """Adapters, allocator state and the (static) config: all that :func:`allocate` needs."""
+
+    adapters: chex.ArrayTree
+    allocator: AllocatorState
+    config: AdaLoraConfig
+
+
+def init_state(adapters: chex.ArrayTree, config: AdaLoraConfig) -> AdaLoraState:
+    """A fresh :class:`AdaLoraState` around a copy of ``adapters``.
+
+    Raises:
+      ValueError: there is no adapter in ``adapters``.
+    """
+    return AdaLoraState(jax.tree.map(jnp.copy, adapters), init_allocator(adapters, config), config)
+
+
+def init_allocator(params: chex.ArrayTree, config: AdaLoraConfig) -> AllocatorState:
+    """The allocator's state before the first step: all triplets live, averages 0.
+
+    Args:
+      params: a tree with adapters in it; other leaves are passed over.
+      config: for the initial budget.
+
+    Raises:
+      ValueError: there is no adapter in ``params``.
+    """
+    adapters = tree.canonical(params)
+    if not jax.tree.leaves(adapters):
+        raise ValueError(
+            f"no adapter was found in the {type(params).__name__} of parameters: pass the adapters "
+            "that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam."
+        )
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters)
+    masks = tree.each(lambda adapter: jnp.ones(adapter.lam.shape, bool), adapters)
+    return AllocatorState(
+        step=jnp.zeros((), jnp.int32),
+        budget=_budget(config, jnp.zeros((), jnp.int32), adapters),
+        masks=masks,
+        sensitivity=zeros(),
+        uncertainty=zeros(),
+    )
+
+
+@jax.jit
+def allocate(
+    state: AdaLoraState, grads: chex.ArrayTree, step: chex.Numeric
+) -> tuple[AdaLoraState, chex.ArrayTree]:
+    """One update of the allocator: importance, budget, masks. Jitted.
+
+    To be called once an optimizer step, after the optimizer moved the adapters (with
+    ``sensitivity_at="current"``: before). The masks are the standing decision, at every step. They
+    are applied to the returned adapters (pruned λ exactly 0) whenever a new mask was due, at all
+    steps from the final mask on, and with ``hold_mask`` at all steps; between two masks of the
+    budgeting phase a pruned λ may otherwise grow back, so that it can be revived.
+
+    If any gradient is not finite the allocator's state stays as it was.
+
+    Args:
+      state: adapters, allocator state and config.
+      grads: the gradients that led to this step, same structure as the adapters.
+      step: the optimizer step, counted from 0; Python int or traced. Steps may be skipped: a
+        missed final step is made up for at the next call.
+
+    Returns:
+      The new state, and its masks.
+
+    Raises:
+      ValueError: structure or shapes of ``grads`` are not those of the adapters.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from adalora_jax.adapter import init_adapter
+    >>> config = AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> state = init_state(adapters, config)
+    >>> grads = jax.tree.map(jnp.ones_like, adapters)
+    >>> for step in range(4):
+    ...     state, masks = allocate(state, grads, step)
+    >>> int(masks["query"].sum())
+    2
+    """
+    config = state.config
+    adapters = tree.canonical(state.adapters)
+    gradients = matching_gradients(grads, state.adapters)
+    step = jnp.asarray(step, jnp.int32)
+    allocator = update_allocator(state.allocator, adapters, gradients, step, config)
+    keep = enforced(allocator.masks, state.allocator, step, config)
+    adapters = tree.insert(state.adapters, apply_masks(adapters, keep))
+    return AdaLoraState(adapters, allocator, config), allocator.masks
+
+
+def update_allocator(
+    state: AllocatorState,
+    weights: chex.ArrayTree,
+    gradients: chex.ArrayTree,
+    step: chex.Array,
+    config: AdaLoraConfig,
+) -> AllocatorState:
+    """The allocator's next state, from adapters and gradients in canonical form.
+
+    Before the final phase the averages take in ``|w · g|``; when a mask is due the best b(t)
+    triplets of all adapters are kept. Nothing changes where a gradient (or weight) is not finite.
+    """
+    raw = jax.tree.map(raw_sensitivity, weights, gradients)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(raw)]))
+    accumulate = finite & (step < config.total_step - config.tfinal)
+
+    def smoothed(raw, sensitivity, uncertainty):
+        new = smooth(raw, sensitivity, uncertainty, config)
+        return [jnp.where(accumulate, n, o) for n, o in zip(new, (sensitivity, uncertainty))]
+
+    pairs = jax.tree.map(smoothed, raw, state.sensitivity, state.uncertainty)
+    sensitivity, uncertainty = (
+        jax.tree.map(lambda _, pair, i=i: pair[i], raw, pairs) for i in range(2)
+    )
+    allowed = _budget(config, step, weights)
+
+    def new_masks():
+        scores = tree.each(
+            lambda *evidence: triplet_scores(Evidence(*evidence), config),
+            *(weights, gradients, sensitivity, uncertainty),
+        )
+        return keep_best(scores, allowed)
+
+    masks = jax.lax.cond(
+        finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
+    )
+    return AllocatorState(
+        step=jnp.where(finite, step + 1, state.step),
+        budget=jnp.where(finite, allowed, state.budget),
+        masks=masks,
+        sensitivity=sensitivity,
+        uncertainty=uncertainty,
+    )
+
+
+def mask_due(config: AdaLoraConfig, step: chex.Array, next_step: chex.Array) -> chex.Array:
+    """Whether a new mask is to be made at ``step``, given the state's ``step`` before it.
+
+    Every ``deltaT`` steps in the budgeting phase, and once at or after ``config.final_step``.
+    """
+    budgeting = (step > config.tinit) & (step < config.final_step) & (step % config.deltaT == 0)
+    return budgeting | ((step >= config.final_step) & (next_step <= config.final_step))
+
+
+def enforced(
+    masks: chex.ArrayTree, before: AllocatorState, step: chex.Array, config: AdaLoraConfig
+) -> chex.ArrayTree:
+    """The masks where they are to be applied at ``step``; all True where λ may grow back."""
+    now = mask_due(config, step, before.step) | (step >= config.final_step) | config.hold_mask
+    return jax.tree.map(lambda mask: mask | ~now, masks)
+
+
+def keep_best(scores: chex.ArrayTree, count: chex.Numeric) -> chex.ArrayTree:
+    """Masks that keep exactly the ``count`` highest scores over all leaves together.
+
+    Ties are broken by position: earlier leaves, then earlier rows. NaN ranks below every number.
+
+    Args:
+      scores: a tree of arrays of any shapes.
+      count: how many to keep; may be traced.
+
+    >>> keep_best({"a": jnp.array([1.0, 3.0]), "b": jnp.array([jnp.nan, 1.0])}, 2)
+    {'a': Array([ True,  True], dtype=bool), 'b': Array([False, False], dtype=bool)}
+    """
+    leaves, treedef = jax.tree.flatten(scores)
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    flat = jnp.concatenate([leaf.ravel() for leaf in leaves])
+    order = jnp.argsort(-flat, stable=True)  # JAX sorts NaN to the end
+    kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < count)
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    return treedef.unflatten(
+        [kept[o : o + n].reshape(leaf.shape) for o, n, leaf in zip(offsets, sizes, leaves)]
+    )
+
+
+def apply_masks(adapters: chex.ArrayTree, masks: chex.ArrayTree) -> chex.ArrayTree:
+    """The adapters with λ exactly 0 wherever a mask is False: what to evaluate and export.
+
+    Args:
+      adapters: any tree with adapters in it.
+      masks: of the same containers, as in :class:`AllocatorState`.
+
+    >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
+    >>> apply_masks({"query": adapter}, {"query": jnp.array([True, False])})["query"].lam
+    Array([1., 0.], dtype=float32)
+    """
+    masked = tree.each(
+        lambda adapter, mask: adapter._replace(
+            lam=jnp.where(mask, adapter.lam, jnp.zeros((), adapter.lam.dtype))
+        ),
+        tree.canonical(adapters),
+        masks,
+    )
+    return tree.insert(adapters, masked)
+
+
+def matching_gradients(grads: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
+    """The gradients of the adapters in canonical form, checked against the adapters.
+
+    Raises:
+      ValueError: naming the adapters that have no gradient, or one of another shape, and
+        gradients without an adapter.
+    """
+    have, want = tree.adapters(grads), tree.adapters(params)
+    problems = [f"{path} has no gradient" for path in want if path not in have]
+    problems += [f"{path} is no adapter" for path in have if path not in want]
+    for path in want:
+        for name in Adapter._fields if path in have else ():
+            shapes = [tuple(getattr(a[path], name).shape) for a in (have, want)]
+            if shapes[0] != shapes[1]:
+                problems.append(f"{path}.{name} has shape {shapes[1]}, its gradient {shapes[0]}")
+    if problems:
+        shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
+        raise ValueError(
+            f"grads do not match the adapters: {shown}. Differentiate with respect to the same "
+            "tree that is trained."
+        )
+    return tree.canonical(grads)
+
+
+def _budget(config: AdaLoraConfig, step: chex.Array, adapters: chex.ArrayTree) -> chex.Array:
+    shapes = [adapter.lam.shape for adapter in tree.adapters(adapters).values()]
+    matrices = sum(math.prod(shape[:-1]) for shape in shapes)
+    return budget(config, step, matrices, initial=sum(math.prod(shape) for shape in shapes))

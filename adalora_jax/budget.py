@@ -1,0 +1,79 @@
+"""The budget b(t): how many triplets may live in all adapters together at step t."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+
+from adalora_jax.config import AdaLoraConfig
+
+
+def budget(
+    config: AdaLoraConfig,
+    step: chex.Numeric,
+    n_adapters: int,
+    *,
+    initial: int | None = None,
+) -> chex.Array:
+    """Triplets allowed in total at ``step``.
+
+    With ``b0 = init_r · n``, ``bT = target_r · n`` and ``c`` falling from 1 at ``tinit`` to 0 at
+    ``total_step − tfinal``::
+
+        cubic    b = ⌊(b0 − bT) c³ + bT⌋        (the code of the paper and of PEFT)
+        linear   b = ⌊b0 − (1 − c)(b0 − bT)⌋
+
+    b0 up to and including ``tinit``, bT from the final step on. The values are those of Python's
+    float64, at any ``step`` type and precision setting, so they are PEFT's to the last triplet.
+
+    A function as ``config.budget_schedule`` is called as ``schedule(config, step, n_adapters)``
+    with a traced step and gives b in between; it is rounded down and kept within 0 and b0.
+
+    Args:
+      config: the schedule and its phases.
+      step: optimizer step counted from 0; a Python int or an integer array, traced or not.
+      n_adapters: matrices that share the budget; every slice of a stack is one.
+      initial: b0 where the adapters do not all start at ``init_r``.
+
+    Returns:
+      int32, in the shape of ``step``.
+
+    >>> config = AdaLoraConfig(total_step=1000, init_r=12, target_r=8, budget_schedule="linear")
+    >>> [int(budget(config, step, 10)) for step in (0, 500, 999)]
+    [120, 100, 80]
+    """
+    initial = config.init_r * n_adapters if initial is None else initial
+    target = min(config.target_r * n_adapters, initial)
+    step = jnp.asarray(step, jnp.int32)
+    if callable(config.budget_schedule):
+        between = jnp.floor(jnp.asarray(config.budget_schedule(config, step, n_adapters)))
+        between = jnp.clip(between, 0, initial).astype(jnp.int32)
+    else:
+        starts, values = _staircase(config, initial, target)
+        between = jnp.asarray(values)[jnp.searchsorted(starts, step, side="right") - 1]
+    between = jnp.where(step <= config.tinit, jnp.int32(initial), between)
+    return jnp.where(step >= config.final_step, jnp.int32(target), between)
+
+
+@functools.lru_cache(maxsize=128)
+def _staircase(config: AdaLoraConfig, initial: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """The steps at which a built-in schedule changes and its values from there on.
+
+    Computed in float64 ahead of time: in float32 the floor falls on the other side at some steps.
+    """
+    span = config.total_step - config.tfinal - config.tinit
+    starts, values = [0], [initial]
+    for step in range(config.tinit + 1, config.final_step):
+        c = 1 - (step - config.tinit) / span
+        if config.budget_schedule == "cubic":
+            value = math.floor((initial - target) * c**3 + target)
+        else:
+            value = math.floor(initial - (1 - c) * (initial - target))
+        if value != values[-1]:
+            starts.append(step)
+            values.append(value)
+    return np.array(starts, np.int32), np.array(values, np.int32)

@@ -1,0 +1,366 @@
+"""The hyper-parameters of AdaLoRA, and every refusal of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import operator
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+_SCHEDULES = ("cubic", "linear")
+_SCORES = (
+    "sensitivity_uncertainty",
+    "smoothed_sensitivity",
+    "sensitivity",
+    "magnitude",
+    "upper_confidence",
+)
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+# Keys of a PEFT `adapter_config.json` that say where a model came from or how PEFT runs it. They
+# do not change what AdaLoRA computes.
+_PEFT_BOOKKEEPING = frozenset(
+    """peft_type task_type base_model_name_or_path revision inference_mode auto_mapping
+    peft_version r lora_bias runtime_config ensure_weight_tying""".split()
+)
+# Keys that would change what is computed, with the values that mean "not used".
+_PEFT_UNSUPPORTED = {
+    "alora_invocation_tokens": (None, []),
+    "alpha_pattern": (None, {}),
+    "arrow_config": (None,),
+    "bias": ("none",),
+    "corda_config": (None,),
+    "eva_config": (None,),
+    "layer_replication": (None, []),
+    "lora_ga_config": (None,),
+    "megatron_config": (None, {}),
+    "megatron_core": (None, "megatron.core"),
+    "monteclora_config": (None,),
+    "qalora_group_size": (None, 16),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "use_qalora": (None, False),
+    "use_rslora": (None, False),
+    "velora_config": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaLoraConfig:
+    """Everything AdaLoRA needs to know; immutable, hashable, static under ``jax.jit``.
+
+    Fields shared with Hugging Face PEFT keep its names and defaults, so that a PEFT user's
+    keyword arguments paste in unchanged. Steps are optimizer steps, counted from 0.
+
+    The run has three phases. Up to and including step ``tinit`` nothing is pruned; then, until
+    step ``total_step - tfinal``, the budget falls from ``init_r`` to ``target_r`` triplets per
+    adapter on average, with a new mask every ``deltaT`` steps; after that the last mask stays.
+
+    Raises:
+      ValueError: for any value that cannot work, naming the argument, its value and a way out.
+
+    >>> config = AdaLoraConfig(total_step=1000, tinit=100, tfinal=300, target_modules=["query"])
+    >>> config.scale
+    0.6666666666666666
+    >>> AdaLoraConfig(total_step=1000, init_r=4, target_r=8)
+    Traceback (most recent call last):
+        ...
+    ValueError: init_r=4 is below target_r=8: training starts at init_r triplets per adapter and \
+prunes to target_r, so init_r must be at least 8.
+    """
+
+    total_step: int = 0  # optimizer steps of the whole run; required
+    target_r: int = 8  # average triplets per adapter after pruning
+    init_r: int = 12  # triplets per adapter at the start
+    tinit: int = 0  # last step of the warm-up, in which nothing is pruned
+    tfinal: int = 0  # steps at the end in which the mask no longer changes
+    deltaT: int = 1  # steps between two masks
+    beta1: float = 0.85  # decay of the smoothed sensitivity
+    beta2: float = 0.85  # decay of the uncertainty
+    orth_reg_weight: float = 0.5  # weight of the orthogonality penalty
+    rank_pattern: Any = None  # {path: rank or booleans}: start from an earlier run's ranks
+    lora_alpha: float = 8  # the increment is scaled by lora_alpha / init_r; <= 0 means init_r
+    lora_dropout: float = 0.0  # dropout on an adapter's input while training
+    target_modules: Any = None  # name suffixes, one regex, or a predicate (path, module) -> bool
+    exclude_modules: Any = None  # suffixes or regex of modules left alone
+    layers_to_transform: Any = None  # only layers with this index, or these indices
+    layers_pattern: Any = None  # names of the layer list that layers_to_transform counts in
+    modules_to_save: Any = None  # suffixes of further base parameters that train along
+    init_lora_weights: bool = True  # False draws p, lam and q from N(0, 1): no identity at step 0
+    fan_in_fan_out: bool = False  # kept for PEFT files; Flax kernels are always [in, out]
+    budget_schedule: Literal["cubic", "linear"] | Callable[..., Any] = "cubic"
+    score: str | Callable[..., Any] = "sensitivity_uncertainty"  # what ranks the triplets
+    score_over: Literal["triplet", "lam"] = "triplet"  # the whole triplet counts, or lam alone
+    init: Literal["gaussian", "lambda_one"] = "gaussian"  # lam = 0, or lam = 1 with p = 0
+    orthogonality: Literal["frobenius", "squared"] = "frobenius"  # PEFT's norm, or paper's Eq. 4
+    param_dtype: Any = "float32"  # dtype of p, lam and q
+    sensitivity_at: Literal["updated", "current"] = "updated"  # |w g| at w after or before update
+    hold_mask: bool = False  # True: a pruned lam stays 0 until a later mask revives it
+    use_dora: bool = False  # PEFT's name, refused: AdaLoRA has no DoRA form
+    loftq_config: Any = None  # PEFT's name, refused: quantise the base instead
+    r: int | None = None  # PEFT's name, refused: AdaLoRA starts at init_r
+
+    def __post_init__(self) -> None:
+        _refuse_foreign(self)
+        for name in ("total_step", "target_r", "init_r", "deltaT"):
+            _set(self, name, _integer(name, getattr(self, name), minimum=1))
+        for name in ("tinit", "tfinal"):
+            _set(self, name, _integer(name, getattr(self, name), minimum=0))
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ValueError(
+                f"tinit={self.tinit}, tfinal={self.tfinal} and total_step={self.total_step} leave "
+                "no step for pruning: choose them so that tinit < total_step - tfinal."
+            )
+        if self.init_r < self.target_r:
+            raise ValueError(
+                f"init_r={self.init_r} is below target_r={self.target_r}: training starts at "
+                "init_r triplets per adapter and prunes to target_r, so init_r must be at least "
+                f"{self.target_r}."
+            )
+        for name in ("beta1", "beta2"):
+            _number(self, name, "strictly between 0 and 1", lambda v: 0 < v < 1)
+        _number(self, "orth_reg_weight", "0 or more", lambda v: 0 <= v < math.inf)
+        _number(self, "lora_dropout", "at least 0 and below 1", lambda v: 0 <= v < 1)
+        _number(self, "lora_alpha", "a finite number", math.isfinite)
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            _set(self, name, _names(name, getattr(self, name)))
+        _set(self, "layers_to_transform", _indices(self.layers_to_transform))
+        _set(self, "rank_pattern", _rank_pattern(self.rank_pattern))
+        _set(self, "param_dtype", _dtype_name(self.param_dtype))
+        _choice(self, "budget_schedule", _SCHEDULES, or_callable=True)
+        _choice(self, "score", _SCORES, or_callable=True)
+        _choice(self, "score_over", ("triplet", "lam"))
+        _choice(self, "init", ("gaussian", "lambda_one"))
+        _choice(self, "orthogonality", ("frobenius", "squared"))
+        _choice(self, "sensitivity_at", ("updated", "current"))
+        for name in ("init_lora_weights", "fan_in_fan_out", "hold_mask"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+
+    @property
+    def scale(self) -> float:
+        """The factor s of every increment, ``lora_alpha / init_r``; 1 where lora_alpha <= 0.
+
+        It belongs to the adapter for life: neither pruning nor compaction changes it.
+        """
+        return self.lora_alpha / self.init_r if self.lora_alpha > 0 else 1.0
+
+    @property
+    def final_step(self) -> int:
+        """The step of the final mask: ``total_step - tfinal``, at the latest the last step."""
+        return min(self.total_step - self.tfinal, self.total_step - 1)
+
+    def replace(self, **changes: Any) -> AdaLoraConfig:
+        """A copy with some fields changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_peft(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> AdaLoraConfig:
+        """Reads a PEFT AdaLoRA config: a mapping, an ``adapter_config.json``, or its folder.
+
+        Keys about where the model came from are dropped; unknown keys are reported by a
+        ``UserWarning`` and left out.
+
+        Args:
+          source: what ``peft.AdaLoraConfig.to_dict()`` gives, or a path to the saved form.
+
+        Raises:
+          ValueError: the config is not AdaLoRA's, or asks for something that changes the
+            computation and that AdaLoRA here does not do.
+
+        >>> AdaLoraConfig.from_peft({"peft_type": "ADALORA", "total_step": 10, "bias": "none"}).bias
+        Traceback (most recent call last):
+            ...
+        AttributeError: 'AdaLoraConfig' object has no attribute 'bias'
+        """
+        if not isinstance(source, Mapping):
+            path = os.fspath(source)
+            if os.path.isdir(path):
+                path = os.path.join(path, "adapter_config.json")
+            with open(path, encoding="utf-8") as file:
+                source = json.load(file)
+            if not isinstance(source, Mapping):
+                raise ValueError(f"{path} holds no JSON object: it is not a PEFT adapter config.")
+        kind = str(getattr(source.get("peft_type"), "value", source.get("peft_type", "ADALORA")))
+        if kind.upper() != "ADALORA":
+            raise ValueError(f"peft_type={kind!r} is not 'ADALORA': convert that adapter first.")
+        for key, unused in _PEFT_UNSUPPORTED.items():
+            if source.get(key) not in (*unused, None):
+                raise ValueError(
+                    f"{key}={source[key]!r} is not supported with AdaLoRA in JAX: remove it from "
+                    "the config if the adapter works without it."
+                )
+        fields = {field.name for field in dataclasses.fields(cls)} - {"r"}
+        unknown = sorted(set(source) - fields - _PEFT_BOOKKEEPING - set(_PEFT_UNSUPPORTED))
+        if unknown:
+            warnings.warn(
+                f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=2
+            )
+        return cls(**{key: value for key, value in source.items() if key in fields})
+
+    def to_peft(self) -> dict[str, Any]:
+        """The fields that PEFT's ``AdaLoraConfig`` knows, as plain JSON values.
+
+        The fields added here have no place in PEFT. Those that change the computation are
+        refused unless they have the value that means PEFT's behaviour.
+
+        >>> AdaLoraConfig(total_step=10, target_modules=["q"]).to_peft()["target_modules"]
+        ['q']
+
+        Raises:
+          ValueError: a field is set to something that PEFT cannot do.
+        """
+        for name, default in _OURS.items():
+            value = getattr(self, name)
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r} has no counterpart in PEFT: use {default!r} there, or keep "
+                    "the config in this library's checkpoints."
+                )
+        for name in ("target_modules", "exclude_modules"):
+            if callable(getattr(self, name)):
+                raise ValueError(f"{name} is a function: give PEFT a list of suffixes or a regex.")
+        result: dict[str, Any] = {"peft_type": "ADALORA"}
+        for field in dataclasses.fields(self):
+            if field.name in _OURS or field.name in ("r", "use_dora", "loftq_config"):
+                continue
+            value = getattr(self, field.name)
+            if field.name == "rank_pattern" and value is not None:
+                value = {path: list(v) if isinstance(v, tuple) else v for path, v in value}
+            result[field.name] = list(value) if isinstance(value, tuple) else value
+        # PEFT's own spelling of the options that are refused here.
+        return result | {"use_dora": False, "loftq_config": {}, "bias": "none"}
+
+
+# The fields PEFT does not have and which change the computation, with PEFT's behaviour.
+_OURS = {
+    "budget_schedule": "cubic",
+    "score": "sensitivity_uncertainty",
+    "score_over": "triplet",
+    "init": "gaussian",
+    "orthogonality": "frobenius",
+    "param_dtype": "float32",
+    "sensitivity_at": "updated",
+    "hold_mask": False,
+}
+
+
+def _set(config: AdaLoraConfig, name: str, value: Any) -> None:
+    object.__setattr__(config, name, value)
+
+
+def _refuse_foreign(config: AdaLoraConfig) -> None:
+    if config.r is not None:
+        raise ValueError(
+            f"r={config.r!r} means nothing to AdaLoRA: set init_r, the rank at the start, and "
+            "target_r, the average rank at the end."
+        )
+    if config.use_dora:
+        raise ValueError(
+            f"use_dora={config.use_dora!r}: AdaLoRA has no DoRA form; leave use_dora out."
+        )
+    if config.loftq_config:
+        raise ValueError(
+            f"loftq_config={config.loftq_config!r}: LoftQ needs its own initialisation, which the "
+            "SVD form does not have; quantise the base model and leave loftq_config out."
+        )
+    _set(config, "use_dora", False)
+    _set(config, "loftq_config", None)
+
+
+def _integer(name: str, value: Any, *, minimum: int) -> int:
+    if name == "total_step" and value in (None, 0):
+        raise ValueError(
+            f"total_step={value!r}: the number of optimizer steps of the whole run is required, "
+            "since the budget schedule is laid out over it."
+        )
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < minimum:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
+    return number
+
+
+def _number(config: AdaLoraConfig, name: str, range_: str, ok: Callable[[float], bool]) -> None:
+    value = getattr(config, name)
+    try:
+        good = not isinstance(value, (bool, str)) and ok(float(value))
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(f"{name}={value!r} must be {range_}.")
+    if not isinstance(value, int):
+        _set(config, name, float(value))
+
+
+def _choice(
+    config: AdaLoraConfig, name: str, allowed: tuple[str, ...], or_callable: bool = False
+) -> None:
+    value = getattr(config, name)
+    if (or_callable and callable(value)) or value in allowed:
+        return
+    options = ", ".join(repr(option) for option in allowed)
+    raise ValueError(
+        f"{name}={value!r} must be one of {options}{', or a function' if or_callable else ''}."
+    )
+
+
+def _names(name: str, value: Any) -> Any:
+    """A regex stays a string, a predicate a function; any other collection becomes a tuple."""
+    if value is None or callable(value):
+        return value
+    if isinstance(value, str):
+        return (value,) if name in ("modules_to_save", "layers_pattern") else value
+    try:
+        names = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+    except TypeError:
+        names = (None,)
+    if not all(isinstance(entry, str) and entry for entry in names):
+        raise ValueError(f"{name}={value!r} must be a list of names or a string.")
+    return names
+
+
+def _indices(value: Any) -> int | tuple[int, ...] | None:
+    if value is None:
+        return None
+    many = isinstance(value, (list, tuple, set, frozenset, range))
+    indices = tuple(
+        _integer("layers_to_transform", entry, minimum=0) for entry in (value if many else (value,))
+    )
+    return indices if many else indices[0]
+
+
+def _rank_pattern(value: Any) -> tuple[tuple[str, int | tuple[bool, ...]], ...] | None:
+    """A hashable form of ``{path: rank}`` or PEFT's ``{path: [True, False, ...]}``, sorted."""
+    if value is None:
+        return None
+    pairs = value.items() if isinstance(value, Mapping) else value
+    try:
+        result = {
+            str(path): tuple(bool(keep) for keep in rank)
+            if isinstance(rank, (list, tuple))
+            else _integer("rank_pattern", rank, minimum=0)
+            for path, rank in pairs
+        }
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"rank_pattern={value!r} must map each adapter's path to its rank or to a list of "
+            "booleans, one a triplet."
+        ) from None
+    return tuple(sorted(result.items()))
+
+
+def _dtype_name(value: Any) -> str:
+    name = value if isinstance(value, str) else getattr(value, "name", None)
+    if not isinstance(name, str):
+        name = getattr(value, "__name__", None)
+    if name not in _DTYPES:
+        raise ValueError(f"param_dtype={value!r} must be one of {', '.join(_DTYPES)}.")
+    return name

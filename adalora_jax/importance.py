@@ -1,0 +1,111 @@
+"""How much every triplet matters: smoothed sensitivity, its uncertainty, and the scores."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adalora_jax.adapter import Adapter
+from adalora_jax.config import AdaLoraConfig
+
+
+class Evidence(NamedTuple):
+    """What a score may look at, for one adapter; every field has the adapter's shapes.
+
+    ``sensitivity`` and ``uncertainty`` are the float32 moving averages Ī and Ū.
+    """
+
+    weight: Adapter
+    gradient: Adapter
+    sensitivity: Adapter
+    uncertainty: Adapter
+
+
+def raw_sensitivity(weight: chex.Array, gradient: chex.Array) -> chex.Array:
+    """``I = |w · g|`` (Eq. 8 of the paper), in float32 whatever the parameters are.
+
+    >>> raw_sensitivity(jnp.array([1.0, -2.0]), jnp.array([3.0, 4.0]))
+    Array([3., 8.], dtype=float32)
+    """
+    return jnp.abs(weight.astype(jnp.float32) * gradient.astype(jnp.float32))
+
+
+def smooth(
+    raw: chex.Array, sensitivity: chex.Array, uncertainty: chex.Array, config: AdaLoraConfig
+) -> tuple[chex.Array, chex.Array]:
+    """One step of the two moving averages (Eqs. 9 and 10), started at 0, without bias correction::
+
+        Ī ← β1 Ī + (1 − β1) I
+        Ū ← β2 Ū + (1 − β2) |I − Ī|        with the new Ī
+
+    >>> config = AdaLoraConfig(total_step=10, beta1=0.5, beta2=0.5)
+    >>> [float(x) for x in smooth(jnp.float32(4), jnp.float32(0), jnp.float32(0), config)]
+    [2.0, 1.0]
+    """
+    sensitivity = config.beta1 * sensitivity + (1 - config.beta1) * raw
+    deviation = jnp.abs(raw - sensitivity)
+    return sensitivity, config.beta2 * uncertainty + (1 - config.beta2) * deviation
+
+
+def combine(element_scores: Adapter) -> chex.Array:
+    """One score a triplet from one an element (Eq. 7): ``s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``.
+
+    Args:
+      element_scores: with the shapes of an adapter.
+
+    Returns:
+      ``[..., r]``.
+
+    >>> combine(Adapter(p=jnp.ones((2, 3)), lam=jnp.zeros(2), q=2 * jnp.ones((2, 4))))
+    Array([3., 3.], dtype=float32)
+    """
+    p, lam, q = element_scores
+    return lam + jnp.mean(p, axis=-1) + jnp.mean(q, axis=-1)
+
+
+def triplet_scores(evidence: Evidence, config: AdaLoraConfig) -> chex.Array:
+    """The score by which the triplets of one adapter are ranked.
+
+    ``config.score`` is one of
+
+    * ``"sensitivity_uncertainty"``: ``Ī · Ū`` (Eq. 11), the paper's and PEFT's;
+    * ``"smoothed_sensitivity"``: ``Ī``;
+    * ``"sensitivity"``: ``I``, of this step alone;
+    * ``"upper_confidence"``: ``Ī + Ū``;
+    * ``"magnitude"``: ``|λ|``, whatever ``score_over`` says;
+
+    summed over the triplet by :func:`combine`, or of λ alone with ``score_over="lam"``; or it is a
+    function that takes an :class:`Evidence` and returns the scores of the triplets.
+
+    Returns:
+      ``[..., r]``, float32 for the built-in scores.
+
+    Raises:
+      ValueError: a function returned another shape.
+    """
+    if callable(config.score):
+        scores = jnp.asarray(config.score(evidence))
+        if scores.shape != evidence.weight.lam.shape:
+            raise ValueError(
+                f"score={config.score!r} returned shape {scores.shape} for an adapter whose lam "
+                f"has shape {evidence.weight.lam.shape}: it must return one score a triplet."
+            )
+        return scores
+    if config.score == "magnitude":
+        return jnp.abs(evidence.weight.lam.astype(jnp.float32))
+    elements = jax.tree.map(functools.partial(_element_score, config.score), *evidence)
+    return elements.lam if config.score_over == "lam" else combine(elements)
+
+
+def _element_score(score, weight, gradient, sensitivity, uncertainty):
+    if score == "sensitivity_uncertainty":
+        return sensitivity * uncertainty
+    if score == "upper_confidence":
+        return sensitivity + uncertainty
+    if score == "smoothed_sensitivity":
+        return sensitivity
+    return raw_sensitivity(weight, gradient)

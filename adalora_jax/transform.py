@@ -1,0 +1,150 @@
+"""The optax wrapper: any optimizer, with AdaLoRA's rank allocation in its update."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from adalora_jax import tree
+from adalora_jax.adapter import Adapter
+from adalora_jax.allocator import (
+    AllocatorState,
+    enforced,
+    init_allocator,
+    matching_gradients,
+    update_allocator,
+)
+from adalora_jax.config import AdaLoraConfig
+
+
+class AdaLoraOptState(NamedTuple):
+    """The inner optimizer's state and the allocator's."""
+
+    inner: optax.OptState
+    allocator: AllocatorState
+
+
+def adalora(
+    inner: optax.GradientTransformation, config: AdaLoraConfig
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that each of its updates also allocates the rank budget.
+
+    One update is: the inner optimizer's step, then the importance of every triplet from the
+    gradient that came in and the parameters that come out (PEFT's order; the parameters that went
+    in with ``sensitivity_at="current"``), then, when one is due, a new mask over all adapters.
+    After ``optax.apply_updates`` a pruned λ is exactly 0. Steps are counted in the state, one an
+    applied update.
+
+    The parameters may be the adapters' dict, a bigger tree in which adapters sit beside other
+    trainables (those are the inner optimizer's business alone), or an NNX State. Whatever changes
+    the gradients, such as clipping, belongs before this transformation, and nothing that changes
+    updates may follow it; both ``optax.chain(clip, adalora(...))`` and ``adalora(chain(clip, ...))``
+    are right, and differ in whether importance sees clipped gradients (PEFT: it does).
+
+    Args:
+      inner: any optax optimizer.
+      config: of this run.
+
+    Raises:
+      TypeError: ``inner`` is no optax transformation, or ``config`` no :class:`AdaLoraConfig`.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from adalora_jax.adapter import init_adapter
+    >>> config = AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora(optax.adamw(1e-3), config)
+    >>> state = tx.init(adapters)
+    >>> for _ in range(4):
+    ...     grads = jax.tree.map(jnp.ones_like, adapters)
+    ...     updates, state = tx.update(grads, state, adapters)
+    ...     adapters = optax.apply_updates(adapters, updates)
+    >>> int((adapters["query"].lam != 0).sum())
+    2
+    """
+    if not isinstance(config, AdaLoraConfig):
+        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"inner={inner!r} must be an optax GradientTransformation.")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> AdaLoraOptState:
+        if _is_placeholder(params):
+            return AdaLoraOptState(inner.init(params), _placeholder_state(params))
+        return AdaLoraOptState(inner.init(params), init_allocator(params, config))
+
+    def update(
+        updates: optax.Updates,
+        state: AdaLoraOptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AdaLoraOptState]:
+        if params is None:
+            raise ValueError(
+                "params=None: importance is weight times gradient, so pass the parameters as "
+                "tx.update(grads, state, params)."
+            )
+        gradients = matching_gradients(updates, params)
+        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        current, moves = tree.canonical(params), tree.canonical(updates)
+        weights = current
+        if config.sensitivity_at == "updated":
+            weights = optax.apply_updates(current, moves)
+        step = state.allocator.step
+        allocator = update_allocator(state.allocator, weights, gradients, step, config)
+        keep = enforced(allocator.masks, state.allocator, step, config)
+        pruned = tree.insert(updates, tree.each(_prune, current, moves, keep))
+        return pruned, AdaLoraOptState(inner_state, allocator)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def allocator_state(opt_state: chex.ArrayTree) -> AllocatorState:
+    """The :class:`AllocatorState` inside any nesting of optax states, ``nnx.Optimizer``'s too.
+
+    Raises:
+      ValueError: there is none, or more than one.
+
+    >>> import jax, optax
+    >>> from adalora_jax.adapter import init_adapter
+    >>> config = AdaLoraConfig(total_step=4)
+    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = optax.chain(optax.clip(1.0), adalora(optax.sgd(0.1), config))
+    >>> int(allocator_state(tx.init(adapters)).budget)
+    12
+    """
+    is_state = lambda node: isinstance(node, AllocatorState)
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state holds {len(found)} AllocatorStates instead of one: pass the state of an "
+            "optimizer that was wrapped by adalora(...) once."
+        )
+    # nnx.Optimizer keeps every leaf in a Variable.
+    is_variable = lambda node: hasattr(node, "get_value")
+    return jax.tree.map(
+        lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, found[0], is_leaf=is_variable
+    )
+
+
+def _prune(adapter: Adapter, move: Adapter, keep: chex.Array) -> Adapter:
+    """The update with which a pruned λ becomes 0: λ + (−λ)."""
+    dtype = jnp.promote_types(move.lam.dtype, adapter.lam.dtype)
+    lam = jnp.where(keep, move.lam.astype(dtype), -adapter.lam.astype(dtype))
+    return move._replace(lam=lam)
+
+
+def _is_placeholder(params: Any) -> bool:
+    """True for the childless node by which ``optax.tree.map_params`` finds copies of params."""
+    treedef = jax.tree.structure(params)
+    custom = treedef.node_data() and not isinstance(params, (dict, list, tuple))
+    return bool(custom) and treedef.num_leaves == 0 and treedef.num_nodes == 1
+
+
+def _placeholder_state(params: Any) -> AllocatorState:
+    """A state in which the averages, and they alone, are marked as shaped like the parameters."""
+    scalar = jnp.zeros((), jnp.int32)
+    return AllocatorState(scalar, scalar, scalar, sensitivity=params, uncertainty=params)

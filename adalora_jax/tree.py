@@ -1,0 +1,147 @@
+"""Finding adapters in a pytree: a dict, a Flax dict, an NNX State, or a mixture of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+from jax import tree_util
+
+from adalora_jax.adapter import Adapter, check_adapter
+
+HOLDER = "adalora"  # the name under which a Flax module holds its adapter's p, lam and q
+_FIELDS = frozenset(Adapter._fields)
+
+
+def is_adapter(node: Any) -> bool:
+    """True for an :class:`Adapter`, and for a mapping with exactly the keys p, lam and q.
+
+    The second is what an adapter looks like inside a Flax parameter tree or an NNX State.
+
+    >>> is_adapter({"p": 0, "lam": 0, "q": 0}), is_adapter({"kernel": 0})
+    (True, False)
+    """
+    return isinstance(node, Adapter) or (isinstance(node, Mapping) and set(node) == _FIELDS)
+
+
+def canonical(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """The same containers with an :class:`Adapter` at each adapter and None at all else.
+
+    Everything that is computed over adapters is computed on this form, with ``jax.tree.map``.
+
+    Raises:
+      ValueError: an adapter's shapes do not belong together.
+
+    >>> import jax.numpy as jnp
+    >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
+    >>> canonical(tree)["a"].lam.shape, canonical(tree)["b"]
+    ((2,), None)
+    """
+    nodes, treedef = _nodes(tree)
+    return treedef.unflatten([_as_adapter(node, path) for path, node in nodes])
+
+
+def each(function: Callable[..., Any], adapters: chex.ArrayTree, *rest: chex.ArrayTree) -> Any:
+    """``jax.tree.map`` over a canonical tree, one call an :class:`Adapter` instead of a leaf.
+
+    >>> import jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
+    >>> each(lambda adapter: adapter.lam.size, {"query": adapter, "bias": None})
+    {'bias': None, 'query': 2}
+    """
+    is_leaf = lambda node: isinstance(node, Adapter)
+    return jax.tree.map(function, adapters, *rest, is_leaf=is_leaf)
+
+
+def insert(tree: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
+    """``tree`` with the values of its adapters taken from ``adapters``, in canonical form.
+
+    >>> import jax.numpy as jnp
+    >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
+    >>> zeros = jax.tree.map(jnp.zeros_like, canonical(tree))
+    >>> new = insert(tree, zeros)
+    >>> new["a"]["lam"], new["b"]
+    (Array([0., 0.], dtype=float32), 1.0)
+    """
+    nodes, treedef = _nodes(tree)
+    values = treedef.flatten_up_to(adapters)
+    return treedef.unflatten(
+        [node if value is None else _like(node, value) for (_, node), value in zip(nodes, values)]
+    )
+
+
+def adapters(tree: chex.ArrayTree) -> dict[str, Adapter]:
+    """``{path: Adapter}`` of all adapters in ``tree``, in their fixed order.
+
+    >>> import jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
+    >>> list(adapters({"encoder": {"query": adapter, "bias": jnp.ones(3)}}))
+    ['encoder/query']
+    """
+    return {path_name(path): _as_adapter(n, path) for path, n in _nodes(tree)[0] if is_adapter(n)}
+
+
+def leaves_with_path(tree: chex.ArrayTree) -> dict[str, Any]:
+    """``{path: leaf}`` for a tree that has one leaf an adapter, such as the masks.
+
+    >>> leaves_with_path({"encoder": {"query": 1, "adalora": 2}})
+    {'encoder': 2, 'encoder/query': 1}
+    """
+    return {path_name(path): leaf for path, leaf in tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def labels(tree: chex.ArrayTree, other: str = "other") -> chex.ArrayTree:
+    """``"p"``, ``"lam"``, ``"q"`` for the leaves of adapters and ``other`` for the rest.
+
+    For ``optax.partition``, to treat the factors differently: freeze one, give another its own
+    learning rate.
+
+    >>> import jax.numpy as jnp, optax
+    >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
+    >>> labels({"query": adapter, "head": jnp.ones(3)})
+    {'head': 'other', 'query': Adapter(p='p', lam='lam', q='q')}
+    >>> rates = {"p": optax.sgd(1.0), "q": optax.sgd(1.0), "lam": optax.set_to_zero()}
+    >>> tx = optax.partition(rates, labels)
+    """
+    nodes, treedef = _nodes(tree)
+    names = Adapter(*Adapter._fields)
+    return treedef.unflatten([_like(n, names) if is_adapter(n) else other for _, n in nodes])
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as ``a/b/c``; the name of the holder inside a module is left out.
+
+    >>> path_name((tree_util.DictKey("layers"), tree_util.DictKey(0), tree_util.DictKey(HOLDER)))
+    'layers/0'
+    """
+    if path and tree_util.keystr(path[-1:], simple=True) == HOLDER:
+        path = path[:-1]
+    return tree_util.keystr(path, simple=True, separator="/")
+
+
+def _nodes(tree):
+    """The adapters and the other leaves of ``tree``, each with its path, and what holds them."""
+    return tree_util.tree_flatten_with_path(tree, is_leaf=is_adapter)
+
+
+def _as_adapter(node: Any, path: tuple[Any, ...]) -> Adapter | None:
+    if not is_adapter(node):
+        return None
+    named = tree_util.tree_flatten_with_path(node)[0]
+    adapter = Adapter(**{_field(key): leaf for key, leaf in named})
+    if all(hasattr(leaf, "shape") for leaf in adapter):
+        check_adapter(adapter, path_name(path) or "adapter")
+    return adapter
+
+
+def _like(node: Any, adapter: Adapter) -> Any:
+    """``adapter`` in the containers of ``node``: an Adapter, a dict, a State of Variables."""
+    named, treedef = tree_util.tree_flatten_with_path(node)
+    return treedef.unflatten([getattr(adapter, _field(key)) for key, _ in named])
+
+
+def _field(path: tuple[Any, ...]) -> str:
+    """The first entry of a leaf's path inside an adapter: p, lam or q."""
+    return tree_util.keystr(path[:1], simple=True)
