@@ -1,5 +1,6 @@
 """AdaLoRA for JAX: adapters ``ΔW = P Λ Q`` for any Flax model, with rank where it matters."""
 
+from adalora_jax import linen, nnx
 from adalora_jax.adapter import Adapter, delta_weight, forward, init_adapter
 from adalora_jax.allocator import (
     AdaLoraState,

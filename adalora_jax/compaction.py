@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adalora_jax import tree
-from adalora_jax.adapter import Adapter
 from adalora_jax.allocator import AdaLoraState, AllocatorState
 
 
@@ -20,6 +19,7 @@ def ranks(state_or_masks: Any) -> dict[str, int]:
     Args:
       state_or_masks: an :class:`AllocatorState`, an :class:`AdaLoraState`, or masks.
 
+    >>> import jax.numpy as jnp
     >>> ranks({"query": jnp.array([True, False]), "up": jnp.array([[True, True], [False, True]])})
     {'query': 1, 'up[0]': 2, 'up[1]': 1}
     """
@@ -37,6 +37,7 @@ def rank_pattern(state_or_masks: Any) -> dict[str, list]:
     Args:
       state_or_masks: as in :func:`ranks`.
 
+    >>> import jax.numpy as jnp
     >>> rank_pattern({"query": jnp.array([True, False])})
     {'query': [True, False]}
     """
@@ -50,12 +51,13 @@ def summary(adapters: chex.ArrayTree, state_or_masks: Any = None) -> str:
       adapters: any tree with adapters in it.
       state_or_masks: as in :func:`ranks`; without it every triplet counts as live.
 
+    >>> import jax.numpy as jnp
     >>> from adalora_jax.adapter import Adapter
     >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
     >>> print(summary({"query": adapter}, {"query": jnp.array([True, True, False, False])}))
-    adapter    in    out    rank    of    parameters
-    query       5      6       2     4            24
-    total                      2     4            24
+    adapter   in   out   rank   of   parameters
+    query      5     6      2    4           24
+    total                   2    4           24
     """
     found = tree.adapters(adapters)
     if state_or_masks is None:
@@ -69,16 +71,25 @@ def summary(adapters: chex.ArrayTree, state_or_masks: Any = None) -> str:
             row = _row_name(path, index)
             rows.append((row, *sizes, live[row], rank, live[row] * (sum(sizes) + 1)))
     totals = [sum(row[column] for row in rows) for column in (3, 4, 5)]
-    table = [("adapter", "in", "out", "rank", "of", "parameters"), *rows]
-    table.append(("total", "", "", *totals))
-    widths = [max(len(str(row[column])) for row in table) for column in range(6)]
-    lines = [
-        "    ".join(
-            str(cell).rjust(width) if column else str(cell).ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
+    header = ("adapter", "in", "out", "rank", "of", "parameters")
+    return table([header, *rows, ("total", "", "", *totals)])
+
+
+def table(rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+    """Rows of cells as aligned text, the first ``left`` columns to the left.
+
+    >>> print(table([("a", 1), ("bcd", 23)]))
+    a      1
+    bcd   23
+    """
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "   ".join(
+            str(cell).ljust(width) if i < left else str(cell).rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
         )
-        for row in table
-    ]
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -92,5 +103,3 @@ def _masks(state_or_masks: Any) -> dict[str, np.ndarray]:
 
 def _row_name(path: str, index: tuple[int, ...]) -> str:
     return f"{path}[{','.join(map(str, index))}]" if index else path
-
-

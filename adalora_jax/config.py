@@ -24,8 +24,19 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Keys of a PEFT `adapter_config.json` that say where a model came from or how PEFT runs it. They
 # do not change what AdaLoRA computes.
 _PEFT_BOOKKEEPING = frozenset(
-    """peft_type task_type base_model_name_or_path revision inference_mode auto_mapping
-    peft_version r lora_bias runtime_config ensure_weight_tying""".split()
+    [
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+        "r",
+        "lora_bias",
+        "runtime_config",
+        "ensure_weight_tying",
+    ]
 )
 # Keys that would change what is computed, with the values that mean "not used".
 _PEFT_UNSUPPORTED = {

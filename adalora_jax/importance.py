@@ -52,7 +52,7 @@ def smooth(
 
 
 def combine(element_scores: Adapter) -> chex.Array:
-    """One score a triplet from one an element (Eq. 7): ``s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``.
+    """A triplet's score from its elements' (Eq. 7): ``s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``.
 
     Args:
       element_scores: with the shapes of an adapter.

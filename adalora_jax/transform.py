@@ -40,10 +40,10 @@ def adalora(
     applied update.
 
     The parameters may be the adapters' dict, a bigger tree in which adapters sit beside other
-    trainables (those are the inner optimizer's business alone), or an NNX State. Whatever changes
-    the gradients, such as clipping, belongs before this transformation, and nothing that changes
-    updates may follow it; both ``optax.chain(clip, adalora(...))`` and ``adalora(chain(clip, ...))``
-    are right, and differ in whether importance sees clipped gradients (PEFT: it does).
+    trainables (those are the inner optimizer's business alone), or an NNX State. Nothing that
+    changes updates may follow this transformation. Clipping may come before it or be part of
+    ``inner``: in ``optax.chain(clip, adalora(...))`` importance sees clipped gradients, as in
+    PEFT; in ``adalora(optax.chain(clip, ...))`` it sees the raw ones.
 
     Args:
       inner: any optax optimizer.

@@ -1,0 +1,322 @@
+"""The layer kinds: how each one's weight reads as matrices, and the term an adapter adds to it.
+
+A weight of any number of axes is a stack of matrices ``[in, out]``: some axes are summed over by
+the layer (in), some appear in its output (out), and some index separate matrices (stack). Both
+Flax front ends hand their modules here; what is read off a module are attributes that linen and
+NNX spell alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adalora_jax.adapter import Adapter, delta_weight, increment
+
+_KINDS = {
+    "Dense": "dense",
+    "Linear": "dense",
+    "DenseGeneral": "general",
+    "LinearGeneral": "general",
+    "Einsum": "einsum",
+    "Embed": "embed",
+    "Conv": "conv",
+    "ConvTranspose": "conv",
+    "DenseParams": "weight",
+}
+SUPPORTED = (
+    "Dense, DenseGeneral, Linear, LinearGeneral, Einsum (also a module of your own with one weight "
+    "and an einsum equation), Embed, Conv, ConvTranspose"
+)
+
+
+class Layer(NamedTuple):
+    """One adaptable layer: its kind, and the axes of its weight by what they are for.
+
+    The axes count within the layer's own weight, without those a lifted transform stacks on it.
+    """
+
+    kind: str  # "dense", "general", "einsum", "embed", "conv" or "weight"
+    weight: str  # the name of the parameter
+    stack: tuple[int, ...]  # axes that index separate matrices
+    ins: tuple[int, ...]  # axes the layer sums over
+    outs: tuple[int, ...]  # axes that appear in its output
+
+    def matrix(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
+        """``(stack, in, out)`` of a weight of this shape; leading axes beyond ours are stacked too.
+
+        >>> Layer("dense", "kernel", (), (0,), (1,)).matrix((12, 64, 256))
+        ((12,), 64, 256)
+        """
+        lifted, own = self._split(shape)
+        size = lambda axes: math.prod(own[axis] for axis in axes)
+        return (*lifted, *(own[axis] for axis in self.stack)), size(self.ins), size(self.outs)
+
+    def to_weight(self, delta: chex.Array, shape: Sequence[int]) -> chex.Array:
+        """``delta [*stack, in, out]`` with the axes of a weight of this shape.
+
+        >>> layer = Layer("conv", "kernel", (), (0, 1), (2,))
+        >>> layer.to_weight(jnp.zeros((6, 4)), (3, 2, 4)).shape
+        (3, 2, 4)
+        """
+        lifted, own = self._split(shape)
+        order = (*self.stack, *self.ins, *self.outs)
+        delta = delta.reshape(*lifted, *(own[axis] for axis in order))
+        back = [len(lifted) + order.index(axis) for axis in range(len(own))]
+        return delta.transpose(*range(len(lifted)), *back)
+
+    def _split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        own = len(self.stack) + len(self.ins) + len(self.outs)
+        return tuple(shape[: len(shape) - own]), tuple(shape[len(shape) - own :])
+
+
+def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = None) -> Layer | None:
+    """The layer that ``module`` is, or None for a module that cannot be adapted.
+
+    Args:
+      module: a linen or NNX module.
+      weights: ``{name: number of axes}`` of the module's own parameters; lifted axes left out
+        where they are known to be lifted.
+      equation: of an einsum, where it is given at the call and not held by the module.
+
+    >>> from flax import linen
+    >>> layer_of(linen.DenseGeneral((2, 3), axis=(-2, -1)), {"kernel": 4})
+    Layer(kind='general', weight='kernel', stack=(), ins=(0, 1), outs=(2, 3))
+    """
+    kind = _kind(module)
+    if kind in ("dense", "weight"):
+        return Layer(kind, "kernel", (), (0,), (1,))
+    if kind == "embed":
+        return Layer(kind, "embedding", (), (0,), (1,))
+    if kind == "general":
+        batch, axis, features = _general(module)
+        ends = len(batch), len(batch) + len(axis), len(batch) + len(axis) + len(features)
+        return Layer(kind, "kernel", *(tuple(range(*e)) for e in zip((0, *ends), ends)))
+    if kind == "conv":
+        if getattr(module, "mask", None) is not None:
+            return None
+        n = 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
+        ends = (n + 1, n) if getattr(module, "transpose_kernel", False) else (n, n + 1)
+        return Layer(kind, "kernel", (), (*range(n), ends[0]), (ends[1],))
+    equation = equation or _equation(module)
+    named = [(name, n) for name, n in weights.items() if n >= 2]
+    if equation is None or len(named) != 1:
+        return None
+    axes = _einsum_axes(equation)
+    if axes is None or sum(map(len, axes)) > named[0][1]:
+        return None
+    return Layer("einsum", named[0][0], *axes)
+
+
+def check_fit(layer: Layer, adapter: Adapter, shape: Sequence[int], path: str) -> None:
+    """Refuses an adapter made for another weight.
+
+    Raises:
+      ValueError: naming the path, the weight's shape and the adapter's.
+    """
+    stack, in_features, out_features = layer.matrix(shape)
+    have = (adapter.lam.shape[:-1], adapter.q.shape[-1], adapter.p.shape[-1])
+    if have != (stack, in_features, out_features):
+        raise ValueError(
+            f"the adapter of {path!r} is for {list(have[0])} matrices of {have[1]} x {have[2]}, "
+            f"but the weight {layer.weight!r} of shape {tuple(shape)} reads as {list(stack)} of "
+            f"{in_features} x {out_features}: make the adapters for this model."
+        )
+
+
+def weight_increment(
+    layer: Layer, adapter: Adapter, shape: Sequence[int], scale: chex.Numeric
+) -> chex.Array:
+    """The dense increment of a weight of this shape, in at least float32.
+
+    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 6)))
+    >>> layer = Layer("conv", "kernel", (), (0, 1), (2,))
+    >>> weight_increment(layer, adapter, (3, 2, 4), 0.5).shape
+    (3, 2, 4)
+    """
+    return layer.to_weight(delta_weight(adapter, scale=scale), shape)
+
+
+def term(
+    layer: Layer,
+    module: Any,
+    adapter: Adapter,
+    x: chex.Array,
+    shape: Sequence[int],
+    scale: chex.Numeric,
+    dtype: Any,
+    *,
+    equation: str | None = None,
+    attend: bool = False,
+    convolve: Callable[[Any, chex.Array, chex.Array, int], chex.Array] | None = None,
+) -> chex.Array:
+    """What an adapter adds to the output of its layer.
+
+    Args:
+      layer: of ``module``, as :func:`layer_of` gave it.
+      module: read for axes, groups and precision.
+      adapter: with the layer's own stack axes in front.
+      x: the layer's input; token ids for an embedding.
+      shape: of the layer's own weight.
+      scale: s of the increment.
+      dtype: of the layer's output; the computation's dtype.
+      equation: of an einsum, where it is given at the call.
+      attend: an embedding is used as an output layer, ``x Eᵀ``.
+      convolve: ``(module, x, kernel, features)``: the module's convolution with another kernel.
+
+    Returns:
+      An array of the shape and dtype of the layer's output.
+    """
+    precision = getattr(module, "precision", None)
+    if layer.kind == "embed":
+        if attend:  # the transposed increment swaps the two factors
+            turned = Adapter(p=adapter.q, lam=adapter.lam, q=adapter.p)
+            return increment(turned, x.astype(dtype), scale=scale, precision=precision)
+        return _lookup(adapter, x, scale, dtype)
+    x = x.astype(dtype)
+    if layer.kind == "dense":
+        return increment(adapter, x, scale=scale, precision=precision)
+    if layer.kind == "conv":
+        h = convolve(module, x, *_conv_kernel(layer, module, adapter, shape, dtype))
+        return _mix(adapter, h, getattr(module, "feature_group_count", 1), scale, precision)
+    if layer.kind == "general":
+        equation = _general_equation(module, x.ndim)
+    labels = _labels(equation or _equation(module), x.ndim)
+    return _contraction(labels, adapter, x, shape, scale, precision)
+
+
+def _contraction(labels, adapter, x, shape, scale, precision):
+    """The term of ``y = einsum(x, W)``: x as ``[stack, free, in]``, low-rank, and back."""
+    xs, ws, ys = labels
+    stack, ins, outs = _roles(xs, ws, ys)
+    free = [a for a in xs if a not in stack and a not in ins]
+    size = dict(zip(xs, x.shape)) | dict(zip(ws, shape))
+    x = x.transpose([xs.index(a) for a in (*(a for a in stack if a in xs), *free, *ins)])
+    x = x.reshape(*x.shape[: x.ndim - len(ins)], -1)
+    function = functools.partial(increment, scale=scale, precision=precision)
+    for label in reversed(stack):
+        function = jax.vmap(function, in_axes=(0, 0 if label in xs else None))
+    order = [*stack, *free, *outs]
+    y = function(adapter, x).reshape([size[a] for a in order])
+    return y.transpose([order.index(a) for a in ys])
+
+
+def _lookup(adapter, ids, scale, dtype):
+    """The rows ``ids`` of the increment of an embedding, ``s · (q[:, ids]ᵀ · lam) p``."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    rows = jnp.moveaxis(jnp.take(adapter.q, ids, axis=1), 0, -1)  # [..., r]
+    rows = rows.astype(wide) * (adapter.lam.astype(wide) * jnp.asarray(scale, wide))
+    return (rows.astype(dtype) @ adapter.p.astype(dtype)).astype(dtype)
+
+
+def _conv_kernel(layer, module, adapter, shape, dtype):
+    """q as a convolution kernel with r output features a group, and their number."""
+    groups = getattr(module, "feature_group_count", 1)
+    rank = adapter.lam.shape[0]
+    shape = [rank if axis in layer.outs else size for axis, size in enumerate(shape)]
+    kernel = layer.to_weight(adapter.q.T, shape).astype(dtype)
+    # Each group of outputs sees its own inputs through the same r kernels.
+    kernel = jnp.concatenate([kernel] * groups, axis=layer.outs[0]) if groups > 1 else kernel
+    return kernel, rank * groups
+
+
+def _mix(adapter, h, groups, scale, precision):
+    """The 1 x 1 convolution that ends a low-rank convolution: ``h [..., groups · r]`` to out."""
+    rank, out = adapter.p.shape
+    wide = jnp.promote_types(h.dtype, jnp.float32)
+    c = adapter.lam.astype(wide) * jnp.asarray(scale, wide)
+    h = h.reshape(*h.shape[:-1], groups, rank)
+    h = (h.astype(wide) * jnp.broadcast_to(c, h.shape)).astype(h.dtype)
+    p = adapter.p.astype(h.dtype).reshape(rank, groups, out // groups)
+    y = jnp.einsum("...gr,rgo->...go", h, p, precision=precision)
+    return y.reshape(*y.shape[:-2], out)
+
+
+def _kind(module: Any) -> str | None:
+    """The kind of a module that is one of Flax's layers or a subclass of one."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("flax.") and cls.__name__ in _KINDS:
+            return _KINDS[cls.__name__]
+    return None
+
+
+def _equation(module: Any) -> str | None:
+    for name in ("einsum_str", "equation", "eqn"):
+        if isinstance(getattr(module, name, None), str):
+            return getattr(module, name)
+    return None
+
+
+def _general(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Batch axes, contracted axes and features of a DenseGeneral or a LinearGeneral."""
+    as_tuple = lambda value: tuple(value) if isinstance(value, Iterable) else (value,)
+    batch = module.batch_dims if hasattr(module, "batch_dims") else module.batch_axis
+    features = module.features if hasattr(module, "features") else module.out_features
+    return as_tuple(batch), as_tuple(module.axis), as_tuple(features)
+
+
+def _general_equation(module: Any, ndim: int) -> str:
+    batch, axis, features = _general(module)
+    xs = _letters(ndim)
+    outs = _letters(len(features), skip=ndim)
+    batch, ins = ("".join(xs[a % ndim] for a in axes) for axes in (batch, axis))
+    free = "".join(a for a in xs if a not in batch + ins)
+    return f"{xs},{batch}{ins}{outs}->{batch}{free}{outs}"
+
+
+def _labels(equation: str, ndim: int) -> tuple[str, str, str]:
+    """The labels of input, weight and output, with ``...`` written out for an input of ndim axes.
+
+    >>> _labels("...d, df -> ...f", 3)
+    ('ABd', 'df', 'ABf')
+    """
+    (xs, ws), ys = _operands(equation)
+    dots = "".join(a for a in string.ascii_uppercase + string.ascii_lowercase if a not in equation)
+    dots = dots[: max(0, ndim - len(xs.replace("...", "")))]
+    return xs.replace("...", dots), ws, ys.replace("...", dots)
+
+
+def _operands(equation: str) -> tuple[list[str], str]:
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    return inputs.split(","), output
+
+
+def _roles(xs: str, ws: str, ys: str) -> tuple[str, str, str]:
+    """The weight's labels that index matrices, that are summed over, and that are put out.
+
+    A label of all three operands is a stack. One that leads both weight and output without being
+    in the input is a stack too: such a weight holds one matrix for each of several outputs.
+    """
+    stack = [a for a in ws if a in xs and a in ys]
+    for w, y in zip(ws, ys):
+        if w != y or w in xs:
+            break
+        stack.append(w)
+    stack = "".join(a for a in ws if a in stack)
+    ins = "".join(a for a in ws if a in xs and a not in ys)
+    return stack, ins, "".join(a for a in ws if a not in stack and a not in ins)
+
+
+def _einsum_axes(equation: str) -> tuple[tuple[int, ...], ...] | None:
+    """Stack, in and out axes of the weight; None where the equation is no sum of products x W."""
+    operands, ys = _operands(equation)
+    if len(operands) != 2 or not ys or "..." in operands[1]:
+        return None
+    xs, ws = operands
+    roles = _roles(xs, ws, ys)
+    plain = len(set(ws)) == len(ws) and all(a in ys for a in roles[2])
+    kept = all(a in ys or a in ws for a in xs.replace("...", ""))
+    if not (plain and kept and roles[1] and roles[2]):
+        return None
+    return tuple(tuple(ws.index(a) for a in role) for role in roles)
+
+
+def _letters(count: int, skip: int = 0) -> str:
+    return string.ascii_letters[skip : skip + count]

@@ -1,0 +1,319 @@
+"""Adapters for ``flax.linen`` models, whose code stays as it is.
+
+While the model runs, an interceptor adds each adapter's term to the output of its layer. For
+that the adapters are joined into the model's ``params``, next to the weights they adapt, so that
+``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and stack them like any other parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.core import meta, unfreeze
+
+from adalora_jax import layers, targets, tree
+from adalora_jax.adapter import Adapter, dropout
+from adalora_jax.config import AdaLoraConfig
+
+_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
+_METHODS = ("__call__", "attend")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModule:
+    """A linen module and the config by which it is adapted; see :func:`adapt`."""
+
+    module: nn.Module
+    config: AdaLoraConfig
+
+    def init(
+        self, key: chex.PRNGKey, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Fresh trainable parameters: ``{path: Adapter}`` and the ``modules_to_save``.
+
+        The model is traced, not run, to see which layers there are; that needs no memory. Under
+        ``jax.eval_shape`` nothing is allocated at all.
+
+        Args:
+          key: a PRNG key.
+          variables: of the model, as ``module.init`` gave them; arrays or their shapes.
+          *args, **kwargs: what the model is called with; ``method`` as in ``apply``.
+
+        Returns:
+          A dict by path, ``layers/attn/query``: an :class:`~adalora_jax.Adapter` each, and for
+          each of ``modules_to_save`` a copy of its parameters.
+
+        Raises:
+          ValueError: the config selects nothing, or something that cannot be adapted.
+        """
+        chosen = self._targets(variables, *args, **kwargs)
+        params = meta.unbox(unfreeze(variables["params"]))
+        flat = traverse_util.flatten_dict(params, sep="/")
+        roots = targets.saved_roots(list(flat), self.config)
+        copy = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+        kept = {root: jax.tree.map(copy, _get(params, root.split("/"))) for root in roots}
+        return {**targets.init_all(key, chosen, self.config), **kept}
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        adapters: Mapping[str, Any],
+        *args: Any,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Any:
+        """``module.apply`` with the adapters' terms added; jit, grad and vmap as usual.
+
+        An adapter's own dropout is active where the model's is: in a call that has a ``dropout``
+        rng and no ``deterministic=True`` or ``train=False`` around the layer.
+
+        Args:
+          variables: of the model; not changed, and not differentiated unless asked for.
+          adapters: as :meth:`init` gave them, trained or not.
+          *args: of the model.
+          mutable: as in ``module.apply``; what comes back never contains adapters.
+          **kwargs: of the model and of ``module.apply`` (``rngs``, ``method`` ...).
+
+        Returns:
+          What ``module.apply`` returns.
+
+        Raises:
+          ValueError: an adapter belongs to no layer of this model, or to one of another shape.
+        """
+        joined = self._join(variables, adapters)
+        with nn.intercept_methods(_adding(self.config)):
+            result = self.module.apply(joined, *args, mutable=mutable, **kwargs)
+        if mutable is False:
+            return result
+        output, mutated = result
+        if "params" in mutated:
+            mutated = {**mutated, "params": _strip(mutated["params"])}
+        return output, mutated
+
+    def describe(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
+        """The table of what :meth:`init` would make, before anything is allocated."""
+        return targets.describe(self._targets(variables, *args, **kwargs), self.config)
+
+    def _targets(self, variables, *args, **kwargs) -> dict[str, targets.Target]:
+        return targets.select(_candidates(self.module, variables, args, kwargs), self.config)
+
+    def _join(self, variables, adapters):
+        """The variables with each adapter, and each saved module, in its place in ``params``."""
+        params = unfreeze(variables["params"])
+        for path, node in adapters.items():
+            parts = path.split("/") if path else []
+            *parents, last = [*parts, tree.HOLDER] if tree.is_adapter(node) else parts
+            parent = _get(params, parents)
+            if not isinstance(parent, dict) or (last != tree.HOLDER and last not in parent):
+                raise ValueError(
+                    f"adapters[{path!r}] belongs to no layer of {type(self.module).__name__}, "
+                    f"whose parameters are {', '.join(sorted(params))}: it was made for another "
+                    "model."
+                )
+            parent[last] = node._asdict() if isinstance(node, Adapter) else node
+        return {**variables, "params": params}
+
+
+def adapt(model: nn.Module, config: AdaLoraConfig) -> AdaptedModule:
+    """Gives a linen model AdaLoRA adapters without changing its code, class or parameters.
+
+    Which layers are adapted is decided in :meth:`AdaptedModule.init`, when their shapes are known.
+
+    Args:
+      model: any linen module, unbound.
+      config: the targets, ranks and scale.
+
+    Raises:
+      TypeError: ``model`` is no linen module, or ``config`` no :class:`AdaLoraConfig`.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> model, x = nn.Dense(4, name="query"), jnp.ones((2, 6))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=".*"))
+    >>> adapters = adapted.init(jax.random.key(1), variables, x)
+    >>> bool((adapted.apply(variables, adapters, x) == model.apply(variables, x)).all())
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, not a flax.linen module; adalora_jax.nnx.adapt "
+            "takes NNX modules."
+        )
+    if not isinstance(config, AdaLoraConfig):
+        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
+    return AdaptedModule(model, config)
+
+
+def describe(
+    model: nn.Module, config: AdaLoraConfig, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> str:
+    """The table of what would be adapted: layers, shapes, ranks, parameters.
+
+    Args:
+      model, config: as in :func:`adapt`.
+      variables, *args, **kwargs: as in :meth:`AdaptedModule.init`; shapes are enough.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> model, x = nn.Dense(4), jnp.ones((2, 6))
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> print(describe(model, AdaLoraConfig(total_step=10, target_modules=".*"), variables, x))
+    layer   kind    matrices   in   out   rank   parameters   kernel
+            dense          1    6     4     12          132       24
+    total                  1                12          132       24
+    """
+    return adapt(model, config).describe(variables, *args, **kwargs)
+
+
+def _candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]:
+    """All modules the model calls, by path, seen in a trace of it."""
+    params = meta.unbox(unfreeze(variables["params"]))
+    found: dict[str, targets.Candidate] = {}
+
+    def record(call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
+        output = call(*call_args, **call_kwargs)
+        path = "/".join(context.module.path)
+        if context.method_name in _METHODS and path not in found:
+            layer = _layer(context.module, _input(call_args, call_kwargs)[1])
+            shape = _whole_shape(context.module, layer, params) if layer else None
+            found[path] = targets.Candidate(context.module, layer, shape)
+        return output
+
+    is_data = lambda value: all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
+    flat, treedef = jax.tree.flatten((args, {**kwargs, "mutable": nn.DenyList("params")}))
+    data = {i: leaf for i, leaf in enumerate(flat) if is_data(leaf)}
+
+    def trace(variables, rng, data):
+        args, kwargs = treedef.unflatten([data.get(i, leaf) for i, leaf in enumerate(flat)])
+        # A stream named params is flax's default for every stream a model may ask for.
+        return module.apply(variables, *args, **{"rngs": {"params": rng}, **kwargs})
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(trace, variables, jax.random.key(0), data)
+    return found
+
+
+def _whole_shape(module, layer, params) -> tuple[int, ...]:
+    """The shape of a layer's weight, with the axes that lifted transforms stacked in front."""
+    whole = jnp.shape(_get(params, (*module.path, layer.weight)))
+    own = jnp.shape(meta.unbox(module.get_variable("params", layer.weight)))
+    if whole[len(whole) - len(own) :] != own:
+        raise ValueError(
+            f"{'/'.join(module.path)!r} has a weight of shape {whole} for layers of shape {own}: "
+            "adapters need stacked layers along leading axes; give nn.scan or nn.vmap "
+            "variable_axes={'params': 0}."
+        )
+    return whole
+
+
+class _Frame(NamedTuple):
+    """A method call that is under way."""
+
+    name: tuple[Any, ...]  # path and method
+    dropout_off: bool
+    inner: set[Any]  # names of the calls within that have added their term
+
+
+def _adding(config: AdaLoraConfig) -> Callable:
+    """The interceptor that adds the adapters' terms; one for each run of the model."""
+    frames: list[_Frame] = []
+
+    def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        off = _dropout_off(module, context.orig_method, args, kwargs)
+        if off is None:
+            off = bool(frames) and frames[-1].dropout_off
+        frame = _Frame((module.path, context.method_name), off, set())
+        frames.append(frame)
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            frames.pop()
+        # Where a subclass's method calls the layer's own, the term belongs to the inner call.
+        if not _holds_adapter(context) or frame.name in frame.inner:
+            return output
+        for outer in frames:
+            outer.inner.add(frame.name)
+        return _add(config, context, args, kwargs, output, off)
+
+    return intercept
+
+
+def _add(config, context, args, kwargs, output, dropout_off):
+    """The output of a layer with its adapter's term added."""
+    module, (x, equation) = context.module, _input(args, kwargs)
+    layer = _layer(module, equation)
+    adapter = Adapter(**module.get_variable("params", tree.HOLDER))
+    shape = jnp.shape(meta.unbox(module.get_variable("params", layer.weight)))
+    layers.check_fit(layer, adapter, shape, "/".join(module.path))
+    if layer.kind == "weight":  # the module's output is its weight
+        delta = layers.weight_increment(layer, adapter, shape, config.scale)
+        return output[0] + delta.astype(output[0].dtype), *output[1:]
+    dropping = config.lora_dropout > 0 and not dropout_off and layer.kind != "embed"
+    if dropping and module.has_rng("dropout"):
+        x = dropout(x, config.lora_dropout, module.make_rng("dropout"))
+    return output + layers.term(
+        *(layer, module, adapter, x, shape, config.scale, output.dtype),
+        equation=equation,
+        attend=context.method_name == "attend",
+        convolve=_convolve,
+    )
+
+
+def _layer(module: nn.Module, equation: str | None) -> layers.Layer | None:
+    own = meta.unbox(dict(module.variables.get("params", {})))
+    weights = {name: leaf.ndim for name, leaf in own.items() if not isinstance(leaf, Mapping)}
+    return layers.layer_of(module, weights, equation)
+
+
+def _input(args: tuple, kwargs: dict) -> tuple[Any, str | None]:
+    """The array a layer was called with, and the equation if it was given one."""
+    values = [*args, *kwargs.values()]
+    equations = [value for value in values if isinstance(value, str) and "->" in value]
+    arrays = [value for value in values if hasattr(value, "shape")]
+    return (arrays or [None])[0], (equations or [None])[0]
+
+
+def _convolve(module: Any, x: chex.Array, kernel: chex.Array, features: int) -> chex.Array:
+    same = module.clone(parent=None, name=None, features=features, use_bias=False)
+    return same.apply({"params": {"kernel": kernel}}, x)
+
+
+def _dropout_off(module, method, args, kwargs) -> bool | None:
+    """What a call says about dropout, by its arguments or else by the module's attribute."""
+    bound = inspect.signature(method).bind_partial(*args, **kwargs).arguments
+    for said in (bound, kwargs, vars(module)):
+        for name, off in _FLAGS.items():
+            if isinstance(said.get(name), bool):
+                return said[name] is off
+    return None
+
+
+def _holds_adapter(context: Any) -> bool:
+    module = context.module
+    return (
+        context.method_name in _METHODS
+        and module.scope is not None
+        and module.has_variable("params", tree.HOLDER)
+    )
+
+
+def _get(params: Any, path: Sequence[str]) -> Any:
+    """The node of nested dicts at ``path``; None where there is none."""
+    for name in path:
+        params = params.get(name) if isinstance(params, Mapping) else None
+    return params
+
+
+def _strip(params: Any) -> Any:
+    """Without adapters."""
+    if not isinstance(params, Mapping):
+        return params
+    return {name: _strip(node) for name, node in params.items() if name != tree.HOLDER}

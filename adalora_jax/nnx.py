@@ -1,0 +1,302 @@
+"""Adapters for ``flax.nnx`` models.
+
+A copy of the model is made whose adapted layers have one more child, ``adalora``, that holds p,
+lam and q, and a class that subclasses the layer's own and adds the term. Paths of the base's
+variables and ``isinstance`` stay what they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+from flax import nnx
+
+from adalora_jax import layers, targets, tree
+from adalora_jax.adapter import Adapter
+from adalora_jax.config import AdaLoraConfig
+
+
+class AdapterParam(nnx.LoRAParam):
+    """p, lam or q of an adapter."""
+
+
+class SavedParam(nnx.LoRAParam):
+    """A base parameter named by ``modules_to_save``, which trains along with the adapters."""
+
+
+class Adaptation(nnx.Module):
+    """The adapter of one layer, as a child module of that layer.
+
+    Attributes:
+      p, lam, q: the factors, see :class:`adalora_jax.Adapter`.
+      scale: s of the increment.
+      dropout: of the layer's input on its way into the adapter, or None.
+    """
+
+    def __init__(self, adapter: Adapter, scale: float, dropout: nnx.Dropout | None):
+        self.p, self.lam, self.q = (AdapterParam(leaf) for leaf in adapter)
+        self.scale = scale
+        self.dropout = dropout
+
+    def add(self, layer: nnx.Module, output: chex.Array, x: Any, **call: Any) -> chex.Array:
+        """The layer's output with the adapter's term added."""
+        adapter = Adapter(self.p[...], self.lam[...], self.q[...])
+        equation = next((v for v in call.values() if isinstance(v, str)), None)
+        spec = _layer(layer, equation)
+        shape = getattr(layer, spec.weight).shape
+        layers.check_fit(spec, adapter, shape, type(layer).__name__)
+        if self.dropout is not None and spec.kind != "embed":
+            x = self.dropout(x)
+        return output + layers.term(
+            *(spec, layer, adapter, x, shape, self.scale, output.dtype),
+            equation=equation,
+            attend=call.get("attend", False),
+            convolve=_convolve,
+        )
+
+
+def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | chex.PRNGKey | int = 0) -> Any:
+    """A copy of ``model`` with AdaLoRA adapters in the layers that ``config`` selects.
+
+    The copy shares the base's arrays and leaves ``model`` as it is. The adapters' variables are
+    :class:`AdapterParam`, a subclass of ``nnx.LoRAParam``, and so are those of
+    ``modules_to_save`` (:class:`SavedParam`): ``wrt=nnx.LoRAParam`` selects what trains.
+
+    Args:
+      model: any NNX module.
+      config: the targets, ranks and scale.
+      rngs: where the initial values come from, and the dropout of the adapters: an ``nnx.Rngs``
+        (stream ``params``, and ``dropout``), a PRNG key, or a seed.
+
+    Returns:
+      A module of the same class as ``model``, or of a subclass where ``model`` is itself adapted.
+
+    Raises:
+      TypeError: ``model`` is no NNX module, or ``config`` no :class:`AdaLoraConfig`.
+      ValueError: the config selects nothing, or something that cannot be adapted; or the model
+        has adapters already.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> class Model(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.query = nnx.Linear(6, 4, rngs=rngs)
+    ...     def __call__(self, x):
+    ...         return self.query(x)
+    >>> model, x = Model(nnx.Rngs(0)), jnp.ones((2, 6))
+    >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=["query"]), nnx.Rngs(1))
+    >>> bool((adapted(x) == model(x)).all()), isinstance(adapted.query, nnx.Linear)
+    (True, True)
+    """
+    chosen = _targets(model, config)
+    if not isinstance(rngs, nnx.Rngs):
+        rngs = nnx.Rngs(rngs)
+    adapted = nnx.merge(*nnx.split(model))
+    modules = dict(_modules(adapted))
+    fresh = targets.init_all(rngs.params(), chosen, config)
+    for path, target in chosen.items():
+        module = modules[path]
+        stack = target.layer.matrix(target.shape)[0][: len(target.shape) - _own_axes(target.layer)]
+        module.adalora = Adaptation(fresh[path], config.scale, _dropout(config, rngs, stack))
+        module.__class__ = _adapted_class(type(module))
+    _save(adapted, config)
+    return adapted
+
+
+def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
+    """The table of what would be adapted: layers, shapes, ranks, parameters.
+
+    Args:
+      model: any NNX module; one made by ``nnx.eval_shape`` will do.
+      config: as in :func:`adapt`.
+
+    >>> model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))))
+    >>> print(describe(model, AdaLoraConfig(total_step=10, target_modules="all-linear")))
+    layer      kind    matrices   in   out   rank   parameters   kernel
+    layers/0   dense          1    6     4     12          132       24
+    total                     1                12          132       24
+    """
+    return targets.describe(_targets(model, config), config)
+
+
+def adapters(model: nnx.Module) -> dict[str, Adapter]:
+    """``{path: Adapter}``: what checkpoints, merging and export work on, as from linen.
+
+    >>> adapted = adapt(
+    ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
+    ...     AdaLoraConfig(total_step=10, target_modules="all-linear"),
+    ... )
+    >>> adapters(adapted)["layers/0"].p.shape
+    (12, 4)
+    """
+    return tree.adapters(nnx.state(model, AdapterParam))
+
+
+def set_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> None:
+    """Puts other values into the adapters of ``model``, in place.
+
+    Args:
+      model: as :func:`adapt` made it.
+      new: ``{path: Adapter}`` for all of its adapters.
+
+    Raises:
+      ValueError: paths or shapes are not those of the model.
+
+    >>> import jax.numpy as jnp
+    >>> adapted = adapt(
+    ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
+    ...     AdaLoraConfig(total_step=10, target_modules="all-linear"),
+    ... )
+    >>> set_adapters(adapted, jax.tree.map(jnp.ones_like, adapters(adapted)))
+    >>> float(adapted.layers[0].adalora.lam[0])
+    1.0
+    """
+    have = adapters(model)
+    shapes = lambda found: {path: [leaf.shape for leaf in a] for path, a in found.items()}
+    if shapes(have) != shapes(new):
+        differing = sorted(
+            path for path in {*have, *new} if shapes(have).get(path) != shapes(new).get(path)
+        )
+        raise ValueError(
+            f"the new adapters do not fit the model at {', '.join(differing[:8])}: they need the "
+            "model's paths and shapes."
+        )
+    for path, module in _modules(model):
+        if isinstance(module, Adaptation):
+            values = new[path.rpartition("/")[0] if "/" in path else ""]
+            for name, value in zip(Adapter._fields, values):
+                getattr(module, name)[...] = value
+
+
+class _Adapted(nnx.Module):
+    """Adds the adapter's term to what the layer computes."""
+
+    def __call__(self, inputs, *args, **kwargs):
+        output = super().__call__(inputs, *args, **kwargs)
+        named = dict(enumerate(args)) | kwargs
+        return self.adalora.add(self, output, inputs, **{str(k): v for k, v in named.items()})
+
+
+class _AdaptedEmbed(_Adapted):
+    """An embedding, which is also used the other way round."""
+
+    def attend(self, query, *args, **kwargs):
+        output = super().attend(query, *args, **kwargs)
+        return self.adalora.add(self, output, query, attend=True)
+
+
+_FLAX_LAYERS = (
+    nnx.Linear,
+    nnx.LinearGeneral,
+    nnx.Einsum,
+    nnx.Embed,
+    nnx.Conv,
+    nnx.ConvTranspose,
+)
+
+
+@functools.cache
+def _adapted_class(cls: type) -> type:
+    """A subclass of ``cls`` whose adapter's term is added right to the Flax layer's output.
+
+    With it in front of the Flax class in the method order, a subclass that does something to the
+    layer's output does it to the adapted output. One class for each, so that graph definitions of
+    two adapted models are equal.
+    """
+    base = next((layer for layer in _FLAX_LAYERS if issubclass(cls, layer)), cls)
+    mixin = _AdaptedEmbed if issubclass(cls, nnx.Embed) else _Adapted
+    inner = type(f"AdaLora{base.__name__}", (mixin, base), {"__module__": __name__})
+    if base is cls:
+        return inner
+    return type(f"AdaLora{cls.__name__}", (cls, inner), {"__module__": __name__})
+
+
+def _targets(model: Any, config: AdaLoraConfig) -> dict[str, targets.Target]:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, not a flax.nnx module; adalora_jax.linen.adapt "
+            "takes linen modules."
+        )
+    if not isinstance(config, AdaLoraConfig):
+        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
+    candidates = {}
+    for path, module in _modules(model):
+        if isinstance(module, Adaptation):
+            raise ValueError(
+                f"the model is adapted already, at {path!r}: adapt the base model, or set its "
+                "adapters with set_adapters."
+            )
+        layer = _layer(module)
+        shape = tuple(getattr(module, layer.weight).shape) if layer else None
+        if layer is None or len(shape) >= _own_axes(layer):
+            candidates[path] = targets.Candidate(module, layer, shape)
+    return targets.select(candidates, config)
+
+
+def _modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
+    """Every module of the model once, with its path, in the order of the graph."""
+    return [
+        ("/".join(map(str, path)), node)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+    ]
+
+
+def _layer(module: nnx.Module, equation: str | None = None) -> layers.Layer | None:
+    params = {n: v.ndim for n, v in vars(module).items() if isinstance(v, nnx.Param)}
+    return layers.layer_of(module, params, equation)
+
+
+def _own_axes(layer: layers.Layer) -> int:
+    return len(layer.stack) + len(layer.ins) + len(layer.outs)
+
+
+def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> nnx.Dropout | None:
+    """The adapter's dropout, with a key for each of the stacked layers."""
+    if not config.lora_dropout:
+        return None
+    dropout = nnx.Dropout(config.lora_dropout, rngs=rngs)
+    if stack:
+        dropout.rngs = rngs["dropout"].fork(split=stack)
+    return dropout
+
+
+def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
+    """Makes the parameters named by ``modules_to_save`` trainable: a copy, of another type."""
+    if not config.modules_to_save:
+        return
+    nodes = {
+        "/".join(map(str, path)): variable
+        for path, variable in nnx.iter_graph(model)
+        if isinstance(variable, nnx.Param) and not isinstance(variable, AdapterParam)
+    }
+    targets.saved_roots(list(nodes), config)
+    modules = dict(_modules(model))
+    for path, variable in nodes.items():
+        if targets.saved(path, config):
+            parent, _, name = path.rpartition("/")
+            copied = SavedParam(jax.numpy.copy(variable[...]), **variable.get_metadata())
+            setattr(modules[parent], name, copied)
+
+
+def _convolve(module: Any, x: chex.Array, kernel: chex.Array, features: int) -> chex.Array:
+    """The convolution of ``module`` with another kernel and without bias."""
+    names = ("strides", "padding", "kernel_dilation", "dtype", "param_dtype", "precision")
+    names += ("promote_dtype", "preferred_element_type")
+    if isinstance(module, nnx.ConvTranspose):
+        kind, names = nnx.ConvTranspose, (*names, "transpose_kernel")
+    else:
+        kind = nnx.Conv
+        names = (*names, "input_dilation", "feature_group_count", "conv_general_dilated")
+    same = kind(
+        *(module.in_features, features, module.kernel_size),
+        **{name: getattr(module, name) for name in names},
+        use_bias=False,
+        kernel_init=lambda key, shape, dtype: kernel,
+        rngs=nnx.Rngs(0),
+    )
+    return same(x)
