@@ -10,7 +10,7 @@ from adalora_jax.allocator import (
     init_state,
 )
 from adalora_jax.budget import budget
-from adalora_jax.compaction import rank_pattern, ranks, summary
+from adalora_jax.compaction import compact, merge, rank_pattern, ranks, summary, unmerge
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.importance import Evidence, combine
 from adalora_jax.orthogonality import orthogonality
@@ -33,15 +33,18 @@ __all__ = [
     "apply_masks",
     "budget",
     "combine",
+    "compact",
     "delta_weight",
     "forward",
     "init_adapter",
     "init_state",
     "labels",
     "linen",
+    "merge",
     "nnx",
     "orthogonality",
     "rank_pattern",
     "ranks",
     "summary",
+    "unmerge",
 ]

@@ -24,9 +24,9 @@ class Adapter(NamedTuple):
     The dense form of the increment is ``s · qᵀ diag(lam) p``, ``[..., in, out]``.
     """
 
-    p: chex.Array  # [..., r, out]: left singular vectors, the paper's P transposed
-    lam: chex.Array  # [..., r]: singular values, the part that is pruned
-    q: chex.Array  # [..., r, in]: right singular vectors
+    p: jax.Array  # [..., r, out]: left singular vectors, the paper's P transposed
+    lam: jax.Array  # [..., r]: singular values, the part that is pruned
+    q: jax.Array  # [..., r, in]: right singular vectors
 
 
 def init_adapter(
@@ -81,8 +81,8 @@ def init_adapter(
 
 
 def increment(
-    adapter: Adapter, x: chex.Array, *, scale: chex.Numeric, precision: Any = None
-) -> chex.Array:
+    adapter: Adapter, x: jax.Array, *, scale: chex.Numeric, precision: Any = None
+) -> jax.Array:
     """``s · ((x qᵀ) · lam) p``: what the adapter adds to its layer's output.
 
     Args:
@@ -114,16 +114,16 @@ def _scaled(lam, scale):
 @functools.partial(jax.jit, static_argnames=("dropout_rate", "precision"))
 def forward(
     adapter: Adapter,
-    x: chex.Array,
-    kernel: chex.Array | None = None,
-    bias: chex.Array | None = None,
+    x: jax.Array,
+    kernel: jax.Array | None = None,
+    bias: jax.Array | None = None,
     *,
     scale: chex.Numeric,
-    mask: chex.Array | None = None,
+    mask: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: chex.PRNGKey | None = None,
     precision: Any = None,
-) -> chex.Array:
+) -> jax.Array:
     """The adapted layer's output, ``y = x W + b + s · ((x qᵀ) · lam) p``. Jitted.
 
     Args:
@@ -179,7 +179,7 @@ def forward(
     return y if bias is None else y + bias.astype(dtype).reshape(spread)
 
 
-def dropout(x: chex.Array, rate: float, key: chex.PRNGKey | None) -> chex.Array:
+def dropout(x: jax.Array, rate: float, key: chex.PRNGKey | None) -> jax.Array:
     """Inverted dropout of an adapter's input; x itself without a key or at rate 0.
 
     >>> import jax, jax.numpy as jnp
@@ -192,7 +192,7 @@ def dropout(x: chex.Array, rate: float, key: chex.PRNGKey | None) -> chex.Array:
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-def delta_weight(adapter: Adapter, *, scale: chex.Numeric) -> chex.Array:
+def delta_weight(adapter: Adapter, *, scale: chex.Numeric) -> jax.Array:
     """The dense increment ``s · qᵀ diag(lam) p``, ``[..., in, out]``, in at least float32.
 
     >>> import jax.numpy as jnp

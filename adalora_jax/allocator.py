@@ -16,6 +16,7 @@ from adalora_jax.adapter import Adapter
 from adalora_jax.budget import budget
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.importance import Evidence, raw_sensitivity, smooth, triplet_scores
+from adalora_jax.tree import PyTree
 
 
 class AllocatorState(NamedTuple):
@@ -26,11 +27,11 @@ class AllocatorState(NamedTuple):
     place of anything that is not an adapter.
     """
 
-    step: chex.Array  # int32 scalar: updates so far, so the number of the next step
-    budget: chex.Array  # int32 scalar: triplets allowed at the last step
-    masks: chex.ArrayTree  # the standing decision: True where a triplet lives
-    sensitivity: chex.ArrayTree  # Ī
-    uncertainty: chex.ArrayTree  # Ū
+    step: jax.Array  # int32 scalar: updates so far, so the number of the next step
+    budget: jax.Array  # int32 scalar: triplets allowed at the last step
+    masks: PyTree  # the standing decision: True where a triplet lives
+    sensitivity: PyTree  # Ī
+    uncertainty: PyTree  # Ū
 
 
 @functools.partial(
@@ -42,12 +43,12 @@ class AllocatorState(NamedTuple):
 class AdaLoraState:
     """Adapters, allocator state and the (static) config: all that :func:`allocate` needs."""
 
-    adapters: chex.ArrayTree
+    adapters: PyTree
     allocator: AllocatorState
     config: AdaLoraConfig
 
 
-def init_state(adapters: chex.ArrayTree, config: AdaLoraConfig) -> AdaLoraState:
+def init_state(adapters: PyTree, config: AdaLoraConfig) -> AdaLoraState:
     """A fresh :class:`AdaLoraState` around a copy of ``adapters``.
 
     Raises:
@@ -56,7 +57,7 @@ def init_state(adapters: chex.ArrayTree, config: AdaLoraConfig) -> AdaLoraState:
     return AdaLoraState(jax.tree.map(jnp.copy, adapters), init_allocator(adapters, config), config)
 
 
-def init_allocator(params: chex.ArrayTree, config: AdaLoraConfig) -> AllocatorState:
+def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     """The allocator's state before the first step: all triplets live, averages 0.
 
     Args:
@@ -84,9 +85,7 @@ def init_allocator(params: chex.ArrayTree, config: AdaLoraConfig) -> AllocatorSt
 
 
 @jax.jit
-def allocate(
-    state: AdaLoraState, grads: chex.ArrayTree, step: chex.Numeric
-) -> tuple[AdaLoraState, chex.ArrayTree]:
+def allocate(state: AdaLoraState, grads: PyTree, step: chex.Numeric) -> tuple[AdaLoraState, PyTree]:
     """One update of the allocator: importance, budget, masks. Jitted.
 
     To be called once an optimizer step, after the optimizer moved the adapters (with
@@ -132,9 +131,9 @@ def allocate(
 
 def update_allocator(
     state: AllocatorState,
-    weights: chex.ArrayTree,
-    gradients: chex.ArrayTree,
-    step: chex.Array,
+    weights: PyTree,
+    gradients: PyTree,
+    step: jax.Array,
     config: AdaLoraConfig,
 ) -> AllocatorState:
     """The allocator's next state, from adapters and gradients in canonical form.
@@ -175,7 +174,7 @@ def update_allocator(
     )
 
 
-def mask_due(config: AdaLoraConfig, step: chex.Array, next_step: chex.Array) -> chex.Array:
+def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
     """Whether a new mask is to be made at ``step``, given the state's ``step`` before it.
 
     Every ``deltaT`` steps in the budgeting phase, and once at or after ``config.final_step``.
@@ -185,14 +184,14 @@ def mask_due(config: AdaLoraConfig, step: chex.Array, next_step: chex.Array) -> 
 
 
 def enforced(
-    masks: chex.ArrayTree, before: AllocatorState, step: chex.Array, config: AdaLoraConfig
-) -> chex.ArrayTree:
+    masks: PyTree, before: AllocatorState, step: jax.Array, config: AdaLoraConfig
+) -> PyTree:
     """The masks where they are to be applied at ``step``; all True where λ may grow back."""
     now = mask_due(config, step, before.step) | (step >= config.final_step) | config.hold_mask
     return jax.tree.map(lambda mask: mask | ~now, masks)
 
 
-def keep_best(scores: chex.ArrayTree, count: chex.Numeric) -> chex.ArrayTree:
+def keep_best(scores: PyTree, count: chex.Numeric) -> PyTree:
     """Masks that keep exactly the ``count`` highest scores over all leaves together.
 
     Ties are broken by position: earlier leaves, then earlier rows. NaN ranks below every number.
@@ -215,7 +214,7 @@ def keep_best(scores: chex.ArrayTree, count: chex.Numeric) -> chex.ArrayTree:
     )
 
 
-def apply_masks(adapters: chex.ArrayTree, masks: chex.ArrayTree) -> chex.ArrayTree:
+def apply_masks(adapters: PyTree, masks: PyTree) -> PyTree:
     """The adapters with λ exactly 0 wherever a mask is False: what to evaluate and export.
 
     Args:
@@ -236,7 +235,7 @@ def apply_masks(adapters: chex.ArrayTree, masks: chex.ArrayTree) -> chex.ArrayTr
     return tree.insert(adapters, masked)
 
 
-def matching_gradients(grads: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
+def matching_gradients(grads: PyTree, params: PyTree) -> PyTree:
     """The gradients of the adapters in canonical form, checked against the adapters.
 
     Raises:
@@ -260,7 +259,7 @@ def matching_gradients(grads: chex.ArrayTree, params: chex.ArrayTree) -> chex.Ar
     return tree.canonical(grads)
 
 
-def _budget(config: AdaLoraConfig, step: chex.Array, adapters: chex.ArrayTree) -> chex.Array:
+def _budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> jax.Array:
     shapes = [adapter.lam.shape for adapter in tree.adapters(adapters).values()]
     matrices = sum(math.prod(shape[:-1]) for shape in shapes)
     return budget(config, step, matrices, initial=sum(math.prod(shape) for shape in shapes))

@@ -6,6 +6,7 @@ import functools
 import math
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +19,7 @@ def budget(
     n_adapters: int,
     *,
     initial: int | None = None,
-) -> chex.Array:
+) -> jax.Array:
     """Triplets allowed in total at ``step``.
 
     With ``b0 = init_r · n``, ``bT = target_r · n`` and ``c`` falling from 1 at ``tinit`` to 0 at

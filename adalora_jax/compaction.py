@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adalora_jax import tree
+from adalora_jax.adapter import Adapter
 from adalora_jax.allocator import AdaLoraState, AllocatorState
+from adalora_jax.config import AdaLoraConfig
+from adalora_jax.layers import Layer, check_fit, weight_increment
+from adalora_jax.tree import PyTree
 
 
 def ranks(state_or_masks: Any) -> dict[str, int]:
@@ -44,7 +49,191 @@ def rank_pattern(state_or_masks: Any) -> dict[str, list]:
     return {path: mask.tolist() for path, mask in _masks(state_or_masks).items()}
 
 
-def summary(adapters: chex.ArrayTree, state_or_masks: Any = None) -> str:
+def compact(adapters: PyTree, masks: PyTree) -> dict[str, Adapter]:
+    """The adapters without their pruned triplets: the same function, each at its own rank.
+
+    An adapter of rank 0 is left out. The adapters of a stack stay one array, of the largest rank
+    among them; what a smaller one has too many is filled up with λ = 0. The scale is the
+    config's, as before. The masks decide, never the values of λ. Not for use under ``jit``, since
+    the shapes depend on the masks.
+
+    Args:
+      adapters: any tree with adapters in it.
+      masks: as in :func:`ranks`, of the same paths.
+
+    Returns:
+      ``{path: Adapter}``.
+
+    Raises:
+      ValueError: an adapter has no mask.
+
+    >>> import jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
+    >>> small = compact({"query": adapter}, {"query": jnp.array([True, False, True, False])})
+    >>> small["query"].p.shape
+    (2, 6)
+    """
+    by_path = _masks(masks)
+    result = {}
+    for path, adapter in tree.adapters(adapters).items():
+        if path not in by_path:
+            raise ValueError(f"masks has none for {path!r}, only for {', '.join(by_path)}.")
+        mask = by_path[path]
+        rank = int(mask.sum(axis=-1).max(initial=0))
+        if rank == 0:
+            continue
+        rows = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
+        live = np.take_along_axis(mask, rows, axis=-1)
+        take = lambda leaf, rows=rows: jnp.take_along_axis(leaf, rows[..., None], axis=-2)
+        lam = jnp.take_along_axis(adapter.lam, rows, axis=-1)
+        lam = jnp.where(live, lam, jnp.zeros((), lam.dtype))
+        result[path] = Adapter(take(adapter.p), lam, take(adapter.q))
+    return result
+
+
+def merge(
+    variables: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    config: AdaLoraConfig,
+    *,
+    layers: Mapping[str, Layer] | None = None,
+    safe: bool = False,
+) -> dict[str, Any]:
+    """The model's variables with every increment added to its weight: ``W + s · qᵀ diag(λ) p``.
+
+    Sums are made in at least float32 and rounded once, to the weight's dtype. What
+    ``modules_to_save`` trained takes its place.
+
+    Args:
+      variables: of the model, with ``params``; not changed.
+      adapters: as ``adapted.init`` gave them, trained; masked where the run ended in between.
+      config: of the adapters, for the scale.
+      layers: how each weight reads as a matrix, by path. Without it the axes are taken to be stack,
+        in and out in this order, which holds for all Flax layers but einsum modules and transposed
+        convolutions; ``adapted.merge`` passes it.
+      safe: refuse a result that is not finite.
+
+    Returns:
+      The merged variables, to be used with the model itself.
+
+    Raises:
+      ValueError: an adapter fits no weight of its module, or the result is not finite.
+
+    >>> import jax.numpy as jnp
+    >>> variables = {"params": {"query": {"kernel": jnp.zeros((5, 6))}}}
+    >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
+    >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2, lora_alpha=4)
+    >>> float(merge(variables, {"query": adapter}, config)["params"]["query"]["kernel"][0, 0])
+    4.0
+    """
+    return _merged(variables, adapters, config, layers, safe, sign=1)
+
+
+def unmerge(
+    variables: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    config: AdaLoraConfig,
+    *,
+    layers: Mapping[str, Layer] | None = None,
+    safe: bool = False,
+) -> dict[str, Any]:
+    """Takes the increments of :func:`merge` off again.
+
+    The base comes back to within one rounding of its dtype; keep the variables themselves where it
+    must come back bit for bit. ``modules_to_save`` are left as they are.
+
+    Args:
+      variables, adapters, config, layers, safe: as in :func:`merge`.
+
+    >>> import jax.numpy as jnp
+    >>> variables = {"params": {"query": {"kernel": jnp.zeros((5, 6))}}}
+    >>> adapters = {"query": Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))}
+    >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2)
+    >>> back = unmerge(merge(variables, adapters, config), adapters, config)
+    >>> float(back["params"]["query"]["kernel"][0, 0])
+    0.0
+    """
+    only = {path: node for path, node in adapters.items() if tree.is_adapter(node)}
+    return _merged(variables, only, config, layers, safe, sign=-1)
+
+
+def _merged(variables, adapters, config, layers, safe, sign):
+    params = _copied(variables["params"])
+    for path, node in adapters.items():
+        parts = path.split("/") if path else []
+        holder = _node(params, parts)
+        if not tree.is_adapter(node):
+            _node(params, parts[:-1])[parts[-1]] = node
+            continue
+        adapter = tree.adapters(node)[""]
+        name, layer = _weight_of(holder, adapter, path, (layers or {}).get(path))
+        (weight,), treedef = jax.tree.flatten(holder[name])
+        wide = jnp.promote_types(weight.dtype, jnp.float32)
+        delta = weight_increment(layer, adapter, weight.shape, sign * config.scale)
+        merged = (weight.astype(wide) + delta.astype(wide)).astype(weight.dtype)
+        if safe and not bool(jnp.isfinite(merged).all()):
+            raise ValueError(
+                f"the merged weight of {path!r} is not finite in {weight.dtype}: check the "
+                "adapter, or merge into a wider dtype."
+            )
+        holder[name] = treedef.unflatten([merged])
+    return {**variables, "params": params}
+
+
+def _weight_of(holder, adapter, path, layer):
+    """The parameter of a module that the adapter fits, and how it reads as a matrix."""
+    shapes = {
+        name: jax.tree.leaves(leaf)[0].shape
+        for name, leaf in (holder.items() if isinstance(holder, Mapping) else ())
+        if not isinstance(leaf, Mapping)
+    }
+    if layer is not None:
+        check_fit(layer, adapter, shapes[layer.weight], path)
+        return layer.weight, layer
+    fits = [(name, _standard_layer(name, shape, adapter)) for name, shape in shapes.items()]
+    fits = [(name, found) for name, found in fits if found]
+    if len(fits) != 1:
+        raise ValueError(
+            f"adapters[{path!r}] (in {adapter.q.shape[-1]}, out {adapter.p.shape[-1]}) fits "
+            f"{len(fits)} of the parameters {shapes} by their axes alone: merge with "
+            "adapted.merge(variables, adapters, *inputs), which knows the layer."
+        )
+    return fits[0]
+
+
+def _standard_layer(name: str, shape: tuple[int, ...], adapter: Adapter) -> Layer | None:
+    """The layer whose weight has the axes stack, in, out in this order; None if sizes differ."""
+    *stack, _ = adapter.lam.shape
+    ins, outs = adapter.q.shape[-1], adapter.p.shape[-1]
+    if len(shape) < 2 or list(shape[: len(stack)]) != stack:
+        return None
+    own = shape[len(stack) :]
+    for split in range(1, len(own)):
+        if math.prod(own[:split]) == ins and math.prod(own[split:]) == outs:
+            axes = tuple(range(len(own)))
+            return Layer("weight", name, (), axes[:split], axes[split:])
+    return None
+
+
+def _copied(node: Any) -> Any:
+    """Nested dicts anew, with the same leaves."""
+    if not isinstance(node, Mapping):
+        return node
+    return {name: _copied(child) for name, child in node.items()}
+
+
+def _node(params: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        if not isinstance(params, Mapping) or name not in params:
+            raise ValueError(
+                f"adapters[{'/'.join(path)!r}] has no parameters in the model: it was made for "
+                "another one."
+            )
+        params = params[name]
+    return params
+
+
+def summary(adapters: PyTree, state_or_masks: Any = None) -> str:
     """A table for people: one row an adapter, with its shape, live rank and parameters.
 
     Args:
@@ -52,7 +241,6 @@ def summary(adapters: chex.ArrayTree, state_or_masks: Any = None) -> str:
       state_or_masks: as in :func:`ranks`; without it every triplet counts as live.
 
     >>> import jax.numpy as jnp
-    >>> from adalora_jax.adapter import Adapter
     >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
     >>> print(summary({"query": adapter}, {"query": jnp.array([True, True, False, False])}))
     adapter   in   out   rank   of   parameters

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +24,7 @@ class Evidence(NamedTuple):
     uncertainty: Adapter
 
 
-def raw_sensitivity(weight: chex.Array, gradient: chex.Array) -> chex.Array:
+def raw_sensitivity(weight: jax.Array, gradient: jax.Array) -> jax.Array:
     """``I = |w · g|`` (Eq. 8 of the paper), in float32 whatever the parameters are.
 
     >>> raw_sensitivity(jnp.array([1.0, -2.0]), jnp.array([3.0, 4.0]))
@@ -35,8 +34,8 @@ def raw_sensitivity(weight: chex.Array, gradient: chex.Array) -> chex.Array:
 
 
 def smooth(
-    raw: chex.Array, sensitivity: chex.Array, uncertainty: chex.Array, config: AdaLoraConfig
-) -> tuple[chex.Array, chex.Array]:
+    raw: jax.Array, sensitivity: jax.Array, uncertainty: jax.Array, config: AdaLoraConfig
+) -> tuple[jax.Array, jax.Array]:
     """One step of the two moving averages (Eqs. 9 and 10), started at 0, without bias correction::
 
         Ī ← β1 Ī + (1 − β1) I
@@ -51,7 +50,7 @@ def smooth(
     return sensitivity, config.beta2 * uncertainty + (1 - config.beta2) * deviation
 
 
-def combine(element_scores: Adapter) -> chex.Array:
+def combine(element_scores: Adapter) -> jax.Array:
     """A triplet's score from its elements' (Eq. 7): ``s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``.
 
     Args:
@@ -67,7 +66,7 @@ def combine(element_scores: Adapter) -> chex.Array:
     return lam + jnp.mean(p, axis=-1) + jnp.mean(q, axis=-1)
 
 
-def triplet_scores(evidence: Evidence, config: AdaLoraConfig) -> chex.Array:
+def triplet_scores(evidence: Evidence, config: AdaLoraConfig) -> jax.Array:
     """The score by which the triplets of one adapter are ranked.
 
     ``config.score`` is one of

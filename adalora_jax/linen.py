@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta, unfreeze
 
-from adalora_jax import layers, targets, tree
+from adalora_jax import compaction, layers, targets, tree
 from adalora_jax.adapter import Adapter, dropout
 from adalora_jax.config import AdaLoraConfig
 
@@ -101,6 +101,35 @@ class AdaptedModule:
     def describe(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
         """The table of what :meth:`init` would make, before anything is allocated."""
         return targets.describe(self._targets(variables, *args, **kwargs), self.config)
+
+    def merge(
+        self,
+        variables: Mapping[str, Any],
+        adapters: Mapping[str, Any],
+        *args: Any,
+        safe: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """:func:`adalora_jax.merge` for any kind of layer, read off a trace of the model.
+
+        Args:
+          variables, adapters: as in :meth:`apply`.
+          *args, **kwargs: what the model is called with.
+          safe: refuse a result that is not finite.
+        """
+        layers = self._layers(variables, *args, **kwargs)
+        return compaction.merge(variables, adapters, self.config, layers=layers, safe=safe)
+
+    def unmerge(
+        self, variables: Mapping[str, Any], adapters: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """:func:`adalora_jax.unmerge` for any kind of layer."""
+        layers = self._layers(variables, *args, **kwargs)
+        return compaction.unmerge(variables, adapters, self.config, layers=layers)
+
+    def _layers(self, variables, *args, **kwargs) -> dict[str, layers.Layer]:
+        found = _candidates(self.module, variables, args, kwargs)
+        return {path: c.layer for path, c in found.items() if c.layer is not None}
 
     def _targets(self, variables, *args, **kwargs) -> dict[str, targets.Target]:
         return targets.select(_candidates(self.module, variables, args, kwargs), self.config)

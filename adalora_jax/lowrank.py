@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,8 +12,8 @@ from jax import lax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def low_rank(
-    x: chex.Array, p: chex.Array, c: chex.Array, q: chex.Array, precision: Any = None
-) -> chex.Array:
+    x: jax.Array, p: jax.Array, c: jax.Array, q: jax.Array, precision: Any = None
+) -> jax.Array:
     """``y = ((x qᵀ) · c) p``, the product with a rank-r matrix in SVD form.
 
     Autodiff's weight gradients put the large operand, the activations, on the left of their
@@ -44,8 +43,8 @@ def low_rank(
 
 
 def low_rank_plain(
-    x: chex.Array, p: chex.Array, c: chex.Array, q: chex.Array, precision: Any = None
-) -> chex.Array:
+    x: jax.Array, p: jax.Array, c: jax.Array, q: jax.Array, precision: Any = None
+) -> jax.Array:
     """:func:`low_rank` left to JAX to differentiate, for forward mode (``jax.jvp``, ``hessian``).
 
     >>> import jax, jax.numpy as jnp

@@ -95,7 +95,7 @@ def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | chex.PRNGKe
     chosen = _targets(model, config)
     if not isinstance(rngs, nnx.Rngs):
         rngs = nnx.Rngs(rngs)
-    adapted = nnx.merge(*nnx.split(model))
+    adapted = nnx.clone(model)
     modules = dict(_modules(adapted))
     fresh = targets.init_all(rngs.params(), chosen, config)
     for path, target in chosen.items():
@@ -172,6 +172,37 @@ def set_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> None:
                 getattr(module, name)[...] = value
 
 
+def merge(model: nnx.Module) -> Any:
+    """A copy of an adapted model with every increment added to its weight, and no adapters.
+
+    Sums are made in at least float32 and rounded once, to the weight's dtype.
+
+    Args:
+      model: as :func:`adapt` made it.
+
+    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
+    >>> adapted, x = adapt(base, config), jax.numpy.ones((2, 6))
+    >>> bool(jax.numpy.allclose(merge(adapted)(x), adapted(x), rtol=1e-4))
+    True
+    >>> type(merge(adapted).layers[0])
+    <class 'flax.nnx.nn.linear.Linear'>
+    """
+    merged = nnx.clone(model)
+    for _, module in _modules(merged):
+        if not isinstance(module, _Adapted):
+            continue
+        adaptation, layer = module.adalora, _layer(module)
+        weight = getattr(module, layer.weight)
+        base, wide = weight[...], jax.numpy.promote_types(weight.dtype, "float32")
+        adapter = Adapter(*(getattr(adaptation, name)[...] for name in Adapter._fields))
+        delta = layers.weight_increment(layer, adapter, weight.shape, adaptation.scale)
+        weight[...] = (base.astype(wide) + delta.astype(wide)).astype(base.dtype)
+        del module.adalora
+        module.__class__ = _base_class(type(module))
+    return merged
+
+
 class _Adapted(nnx.Module):
     """Adds the adapter's term to what the layer computes."""
 
@@ -213,6 +244,11 @@ def _adapted_class(cls: type) -> type:
     if base is cls:
         return inner
     return type(f"AdaLora{cls.__name__}", (cls, inner), {"__module__": __name__})
+
+
+def _base_class(cls: type) -> type:
+    """The class that :func:`_adapted_class` made ``cls`` from."""
+    return next(base for base in cls.__mro__ if not issubclass(base, _Adapted))
 
 
 def _targets(model: Any, config: AdaLoraConfig) -> dict[str, targets.Target]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
-import chex
 import jax
 import jax.numpy as jnp
 
 from adalora_jax import tree
 from adalora_jax.config import AdaLoraConfig
+from adalora_jax.tree import PyTree
 
 
-def orthogonality(adapters: chex.ArrayTree, config: AdaLoraConfig) -> chex.Array:
+def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
     """The weighted penalty, to be added to the training loss and left out of evaluation::
 
         orth_reg_weight · mean over all P and Q of ‖M Mᵀ − I‖_F        "frobenius", PEFT's
@@ -41,13 +39,13 @@ def orthogonality(adapters: chex.ArrayTree, config: AdaLoraConfig) -> chex.Array
             f"no adapter was found in the {type(adapters).__name__} given as adapters: pass the "
             "adapters, or an NNX state filtered by nnx.LoRAParam."
         )
+    deviations = jnp.concatenate([deviation(m).ravel() for m in matrices])
     if config.orthogonality == "squared":
-        return config.orth_reg_weight * sum(jnp.sum(deviation(m) ** 2) for m in matrices)
-    count = sum(math.prod(m.shape[:-2]) for m in matrices)
-    return config.orth_reg_weight / count * sum(jnp.sum(deviation(m)) for m in matrices)
+        return config.orth_reg_weight * jnp.sum(deviations**2)
+    return config.orth_reg_weight * jnp.mean(deviations)
 
 
-def deviation(m: chex.Array) -> chex.Array:
+def deviation(m: jax.Array) -> jax.Array:
     """``‖M Mᵀ − I‖_F`` for ``m [..., r, d]``, one value a matrix, in at least float32.
 
     Its gradient ``2 (D / ‖D‖) M``, ``D = M Mᵀ − I``, is finite everywhere: 0 where M is exactly

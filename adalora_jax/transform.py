@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,6 +18,7 @@ from adalora_jax.allocator import (
     update_allocator,
 )
 from adalora_jax.config import AdaLoraConfig
+from adalora_jax.tree import PyTree
 
 
 class AdaLoraOptState(NamedTuple):
@@ -78,7 +78,7 @@ def adalora(
 
     def update(
         updates: optax.Updates,
-        state: AdaLoraOptState,
+        state: Any,  # AdaLoraOptState; optax types it as any pytree
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AdaLoraOptState]:
@@ -102,7 +102,7 @@ def adalora(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def allocator_state(opt_state: chex.ArrayTree) -> AllocatorState:
+def allocator_state(opt_state: PyTree) -> AllocatorState:
     """The :class:`AllocatorState` inside any nesting of optax states, ``nnx.Optimizer``'s too.
 
     Raises:
@@ -130,7 +130,7 @@ def allocator_state(opt_state: chex.ArrayTree) -> AllocatorState:
     )
 
 
-def _prune(adapter: Adapter, move: Adapter, keep: chex.Array) -> Adapter:
+def _prune(adapter: Adapter, move: Adapter, keep: jax.Array) -> Adapter:
     """The update with which a pruned λ becomes 0: λ + (−λ)."""
     dtype = jnp.promote_types(move.lam.dtype, adapter.lam.dtype)
     lam = jnp.where(keep, move.lam.astype(dtype), -adapter.lam.astype(dtype))

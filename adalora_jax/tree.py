@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
-import chex
 import jax
 from jax import tree_util
 
 from adalora_jax.adapter import Adapter, check_adapter
+
+PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in them
 
 HOLDER = "adalora"  # the name under which a Flax module holds its adapter's p, lam and q
 _FIELDS = frozenset(Adapter._fields)
@@ -26,7 +27,7 @@ def is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter) or (isinstance(node, Mapping) and set(node) == _FIELDS)
 
 
-def canonical(tree: chex.ArrayTree) -> chex.ArrayTree:
+def canonical(tree: PyTree) -> PyTree:
     """The same containers with an :class:`Adapter` at each adapter and None at all else.
 
     Everything that is computed over adapters is computed on this form, with ``jax.tree.map``.
@@ -43,7 +44,7 @@ def canonical(tree: chex.ArrayTree) -> chex.ArrayTree:
     return treedef.unflatten([_as_adapter(node, path) for path, node in nodes])
 
 
-def each(function: Callable[..., Any], adapters: chex.ArrayTree, *rest: chex.ArrayTree) -> Any:
+def each(function: Callable[..., Any], adapters: PyTree, *rest: PyTree) -> Any:
     """``jax.tree.map`` over a canonical tree, one call an :class:`Adapter` instead of a leaf.
 
     >>> import jax.numpy as jnp
@@ -55,7 +56,7 @@ def each(function: Callable[..., Any], adapters: chex.ArrayTree, *rest: chex.Arr
     return jax.tree.map(function, adapters, *rest, is_leaf=is_leaf)
 
 
-def insert(tree: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
+def insert(tree: PyTree, adapters: PyTree) -> PyTree:
     """``tree`` with the values of its adapters taken from ``adapters``, in canonical form.
 
     >>> import jax.numpy as jnp
@@ -72,7 +73,7 @@ def insert(tree: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
     )
 
 
-def adapters(tree: chex.ArrayTree) -> dict[str, Adapter]:
+def adapters(tree: PyTree) -> dict[str, Adapter]:
     """``{path: Adapter}`` of all adapters in ``tree``, in their fixed order.
 
     >>> import jax.numpy as jnp
@@ -80,10 +81,11 @@ def adapters(tree: chex.ArrayTree) -> dict[str, Adapter]:
     >>> list(adapters({"encoder": {"query": adapter, "bias": jnp.ones(3)}}))
     ['encoder/query']
     """
-    return {path_name(path): _as_adapter(n, path) for path, n in _nodes(tree)[0] if is_adapter(n)}
+    found = ((path, _as_adapter(node, path)) for path, node in _nodes(tree)[0])
+    return {path_name(path): adapter for path, adapter in found if adapter is not None}
 
 
-def leaves_with_path(tree: chex.ArrayTree) -> dict[str, Any]:
+def leaves_with_path(tree: PyTree) -> dict[str, Any]:
     """``{path: leaf}`` for a tree that has one leaf an adapter, such as the masks.
 
     >>> leaves_with_path({"encoder": {"query": 1, "adalora": 2}})
@@ -92,7 +94,7 @@ def leaves_with_path(tree: chex.ArrayTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def labels(tree: chex.ArrayTree, other: str = "other") -> chex.ArrayTree:
+def labels(tree: PyTree, other: str = "other") -> PyTree:
     """``"p"``, ``"lam"``, ``"q"`` for the leaves of adapters and ``other`` for the rest.
 
     For ``optax.partition``, to treat the factors differently: freeze one, give another its own
@@ -106,8 +108,10 @@ def labels(tree: chex.ArrayTree, other: str = "other") -> chex.ArrayTree:
     >>> tx = optax.partition(rates, labels)
     """
     nodes, treedef = _nodes(tree)
-    names = Adapter(*Adapter._fields)
-    return treedef.unflatten([_like(n, names) if is_adapter(n) else other for _, n in nodes])
+    names: Any = Adapter._fields
+    return treedef.unflatten(
+        [_like(n, Adapter(*names)) if is_adapter(n) else other for _, n in nodes]
+    )
 
 
 def path_name(path: tuple[Any, ...]) -> str:
