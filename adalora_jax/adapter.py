@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.lowrank import low_rank
+from adalora_jax.lowrank import low_rank, wide
 
 _STD = 0.02  # of p and q at the start: PEFT's and loralib's
 
@@ -107,7 +107,7 @@ def _increment(adapter, x, scale, precision):
 
 
 def _scaled(lam, scale):
-    dtype = jnp.promote_types(lam.dtype, jnp.float32)
+    dtype = wide(lam.dtype)
     return lam.astype(dtype) * jnp.asarray(scale, dtype)
 
 

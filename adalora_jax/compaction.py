@@ -14,7 +14,7 @@ from adalora_jax import tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.allocator import AdaLoraState, AllocatorState
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.layers import Layer, check_fit, weight_increment
+from adalora_jax.layers import Layer, add_increment, check_fit, weight_increment
 from adalora_jax.tree import PyTree
 
 
@@ -168,9 +168,8 @@ def _merged(variables, adapters, config, layers, safe, sign):
         adapter = tree.adapters(node)[""]
         name, layer = _weight_of(holder, adapter, path, (layers or {}).get(path))
         (weight,), treedef = jax.tree.flatten(holder[name])
-        wide = jnp.promote_types(weight.dtype, jnp.float32)
         delta = weight_increment(layer, adapter, weight.shape, sign * config.scale)
-        merged = (weight.astype(wide) + delta.astype(wide)).astype(weight.dtype)
+        merged = add_increment(weight, delta)
         if safe and not bool(jnp.isfinite(merged).all()):
             raise ValueError(
                 f"the merged weight of {path!r} is not finite in {weight.dtype}: check the "

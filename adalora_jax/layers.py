@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from adalora_jax.adapter import Adapter, delta_weight, increment
+from adalora_jax.lowrank import wide
 
 _KINDS = {
     "Dense": "dense",
@@ -144,6 +145,16 @@ def weight_increment(
     return layer.to_weight(delta_weight(adapter, scale=scale), shape)
 
 
+def add_increment(weight: jax.Array, delta: jax.Array) -> jax.Array:
+    """``W + ΔW``, summed in at least float32 and rounded once, to the weight's dtype.
+
+    >>> add_increment(jnp.ones(2, jnp.bfloat16), jnp.ones(2)).dtype
+    dtype(bfloat16)
+    """
+    dtype = wide(weight.dtype)
+    return (weight.astype(dtype) + delta.astype(dtype)).astype(weight.dtype)
+
+
 def term(
     layer: Layer,
     module: Any,
@@ -210,9 +221,9 @@ def _contraction(labels, adapter, x, shape, scale, precision):
 
 def _lookup(adapter, ids, scale, dtype):
     """The rows ``ids`` of the increment of an embedding, ``s · (q[:, ids]ᵀ · lam) p``."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    rows = jnp.moveaxis(jnp.take(adapter.q, ids, axis=1), 0, -1)  # [..., r]
-    rows = rows.astype(wide) * (adapter.lam.astype(wide) * jnp.asarray(scale, wide))
+    rows = jnp.moveaxis(jnp.take(adapter.q, ids, axis=1), 0, -1).astype(wide(dtype))  # [..., r]
+    c = adapter.lam.astype(rows.dtype) * jnp.asarray(scale, rows.dtype)
+    rows = rows * jnp.broadcast_to(c, rows.shape)
     return (rows.astype(dtype) @ adapter.p.astype(dtype)).astype(dtype)
 
 
@@ -230,10 +241,10 @@ def _conv_kernel(layer, module, adapter, shape, dtype):
 def _mix(adapter, h, groups, scale, precision):
     """The 1 x 1 convolution that ends a low-rank convolution: ``h [..., groups · r]`` to out."""
     rank, out = adapter.p.shape
-    wide = jnp.promote_types(h.dtype, jnp.float32)
-    c = adapter.lam.astype(wide) * jnp.asarray(scale, wide)
+    dtype = wide(h.dtype)
+    c = adapter.lam.astype(dtype) * jnp.asarray(scale, dtype)
     h = h.reshape(*h.shape[:-1], groups, rank)
-    h = (h.astype(wide) * jnp.broadcast_to(c, h.shape)).astype(h.dtype)
+    h = (h.astype(dtype) * jnp.broadcast_to(c, h.shape)).astype(h.dtype)
     p = adapter.p.astype(h.dtype).reshape(rank, groups, out // groups)
     y = jnp.einsum("...gr,rgo->...go", h, p, precision=precision)
     return y.reshape(*y.shape[:-2], out)

@@ -55,10 +55,20 @@ def low_rank_plain(
     return _forward(x, p, c, q, precision)[0]
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype to accumulate in: ``dtype``, but at least float32.
+
+    >>> wide(jnp.bfloat16), wide(jnp.float64)
+    (dtype('float32'), dtype('float64'))
+    """
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
 def _forward(x, p, c, q, precision):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide(x.dtype)
     h = _contract(x, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype)
-    scaled = (h * c.astype(dtype)).astype(x.dtype)
+    scaled = (h * _row(c, h)).astype(x.dtype)
     y = _contract(scaled, p.astype(x.dtype), x.ndim - 1, 0, precision, x.dtype)
     return y, (x, p, c, q, h)
 
@@ -67,8 +77,8 @@ def _backward(precision, residuals, g):
     x, p, c, q, h = residuals
     dtype, last, tokens = h.dtype, x.ndim - 1, tuple(range(x.ndim - 1))
     gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype)
-    scaled = (h * c.astype(dtype)).astype(x.dtype)
-    dh = (gc * c.astype(dtype)).astype(x.dtype)
+    scaled = (h * _row(c, h)).astype(x.dtype)
+    dh = (gc * _row(c, h)).astype(x.dtype)
     dp = _contract(scaled, g, tokens, tokens, precision, dtype)
     dc = jnp.sum(h * gc, axis=tokens)
     dq = _contract(dh, x, tokens, tokens, precision, dtype)
@@ -77,6 +87,11 @@ def _backward(precision, residuals, g):
 
 
 low_rank.defvjp(_forward, _backward)
+
+
+def _row(c, like):
+    """``c [r]`` as ``[1, ..., r]``, in the dtype of ``like [..., r]``."""
+    return jnp.expand_dims(c.astype(like.dtype), range(like.ndim - 1))
 
 
 def _contract(a, b, a_axes, b_axes, precision, dtype):

@@ -194,10 +194,9 @@ def merge(model: nnx.Module) -> Any:
             continue
         adaptation, layer = module.adalora, _layer(module)
         weight = getattr(module, layer.weight)
-        base, wide = weight[...], jax.numpy.promote_types(weight.dtype, "float32")
         adapter = Adapter(*(getattr(adaptation, name)[...] for name in Adapter._fields))
         delta = layers.weight_increment(layer, adapter, weight.shape, adaptation.scale)
-        weight[...] = (base.astype(wide) + delta.astype(wide)).astype(base.dtype)
+        weight[...] = layers.add_increment(weight[...], delta)
         del module.adalora
         module.__class__ = _base_class(type(module))
     return merged

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from adalora_jax import tree
 from adalora_jax.config import AdaLoraConfig
+from adalora_jax.lowrank import wide
 from adalora_jax.tree import PyTree
 
 
@@ -55,7 +56,7 @@ def deviation(m: jax.Array) -> jax.Array:
     >>> deviation(2 * jnp.eye(3))
     Array(5.196152, dtype=float32)
     """
-    return _deviation(m.astype(jnp.promote_types(m.dtype, jnp.float32)))
+    return _deviation(m.astype(wide(m.dtype)))
 
 
 @jax.custom_jvp

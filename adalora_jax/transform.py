@@ -132,7 +132,7 @@ def allocator_state(opt_state: PyTree) -> AllocatorState:
 
 def _prune(adapter: Adapter, move: Adapter, keep: jax.Array) -> Adapter:
     """The update with which a pruned λ becomes 0: λ + (−λ)."""
-    dtype = jnp.promote_types(move.lam.dtype, adapter.lam.dtype)
+    dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
     lam = jnp.where(keep, move.lam.astype(dtype), -adapter.lam.astype(dtype))
     return move._replace(lam=lam)
 

@@ -1,10 +1,18 @@
-"""Strict arithmetic for every test: no silent promotion of dtypes or ranks."""
+"""Strict arithmetic for the tests."""
 
 import jax
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _strict():
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+def _explicit_ranks():
+    """No silent broadcast of arrays of different rank, in any test."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No silent promotion of dtypes: for tests without optax, whose own code promotes."""
+    with jax.numpy_dtype_promotion("strict"):
         yield

@@ -1,0 +1,127 @@
+"""One adapter: its init, its output, its dense form, and what it refuses."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adalora_jax as adalora
+from adalora_jax.adapter import dropout
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+
+def config(**changes):
+    return adalora.AdaLoraConfig(**{"total_step": 10, "init_r": 3, "target_r": 2, **changes})
+
+
+def random_adapter(seed=0, stack=(), ins=5, outs=4, **changes):
+    options = config(init_lora_weights=False, **changes)
+    return adalora.init_adapter(jax.random.key(seed), ins, outs, options, stack=stack)
+
+
+def dense(adapter, scale):
+    """``s · Σ_i λ_i q_i p_iᵀ`` in float64, a triplet at a time."""
+    p, lam, q = (np.asarray(leaf, np.float64) for leaf in adapter)
+    return scale * sum(lam[i] * np.outer(q[i], p[i]) for i in range(len(lam)))
+
+
+@pytest.mark.parametrize("init", ["gaussian", "lambda_one"])
+def test_a_fresh_adapter_has_the_documented_shapes_values_and_no_increment(init):
+    options = config(init=init, init_r=8, param_dtype="bfloat16")
+    adapter = adalora.init_adapter(jax.random.key(0), 400, 300, options, stack=(2,))
+    chex.assert_shape(list(adapter), [(2, 8, 300), (2, 8), (2, 8, 400)])
+    assert {leaf.dtype for leaf in adapter} == {jnp.dtype("bfloat16")}
+    assert not np.asarray(adalora.delta_weight(adapter, scale=1.0)).any()
+    assert float(adapter.q.astype(jnp.float32).std()) == pytest.approx(0.02, rel=0.05)
+    zero, one = (adapter.lam, adapter.p) if init == "gaussian" else (adapter.p, adapter.lam)
+    assert not np.asarray(zero).any()
+    assert np.asarray(one).any()
+
+
+def test_forward_is_the_layer_with_the_dense_increment():
+    adapter, x = random_adapter(), jax.random.normal(jax.random.key(1), (2, 6, 5))
+    kernel, bias = jax.random.normal(jax.random.key(2), (5, 4)), jnp.arange(4.0)
+    weight = np.asarray(kernel, np.float64) + dense(adapter, 0.5)
+    want = np.asarray(x, np.float64) @ weight + np.asarray(bias)
+    got = adalora.forward(adapter, x, kernel, bias, scale=0.5)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    increment = adalora.forward(adapter, x, scale=jnp.float32(0.5))
+    np.testing.assert_allclose(increment, np.asarray(x) @ dense(adapter, 0.5), atol=1e-5)
+    np.testing.assert_allclose(adalora.delta_weight(adapter, scale=0.5), dense(adapter, 0.5), 1e-5)
+
+
+def test_forward_of_a_stack_is_every_layer_by_itself():
+    adapter, x = random_adapter(stack=(3,)), jax.random.normal(jax.random.key(1), (3, 6, 5))
+    kernel, bias = jnp.ones((3, 5, 4)), jnp.ones((3, 4))
+    got = adalora.forward(adapter, x, kernel, bias, scale=2.0)
+    for i in range(3):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], adapter)
+        want = adalora.forward(one, x[i], kernel[i], bias[i], scale=2.0)
+        np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_masked_triplet_does_not_count():
+    adapter, x = random_adapter(), jnp.ones((2, 5))
+    mask = jnp.array([True, False, True])
+    two = adalora.Adapter(*(leaf[np.array([0, 2])] for leaf in adapter))
+    got = adalora.forward(adapter, x, scale=1.0, mask=mask)
+    np.testing.assert_allclose(got, adalora.forward(two, x, scale=1.0), rtol=1e-5)
+
+
+def test_the_output_has_the_dtype_of_the_base_layer():
+    adapter, x = random_adapter(), jnp.ones((2, 5), jnp.bfloat16)
+    kernel = jnp.ones((5, 4), jnp.bfloat16)
+    assert adalora.forward(adapter, x, kernel, scale=1.0).dtype == jnp.bfloat16
+    assert adalora.forward(adapter, x, scale=1.0).dtype == jnp.bfloat16
+    want = adalora.forward(adapter, x.astype(jnp.float32), kernel.astype(jnp.float32), scale=1.0)
+    got = adalora.forward(adapter, x, kernel, scale=1.0).astype(jnp.float32)
+    np.testing.assert_allclose(got, want, rtol=0.03, atol=0.1)
+
+
+def test_dropout_keeps_the_mean_and_needs_a_key():
+    x = jnp.ones((100, 100))
+    dropped = dropout(x, 0.25, jax.random.key(0))
+    assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
+    adapter, key = random_adapter(), jax.random.key(0)
+    plain = adalora.forward(adapter, x[:, :5], scale=1.0)
+    run = lambda key: adalora.forward(
+        adapter, x[:, :5], scale=1.0, dropout_rate=0.5, dropout_key=key
+    )
+    chex.assert_trees_all_equal(run(None), plain)
+    assert not np.allclose(run(key), plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a: adalora.forward(a, jnp.ones((2, 6)), scale=1.0), r"x has shape \(2, 6\)"),
+        (
+            lambda a: adalora.forward(a, jnp.ones((2, 5)), jnp.ones((4, 5)), scale=1.0),
+            r"kernel has shape \(4, 5\).*\(5, 4\)",
+        ),
+        (
+            lambda a: adalora.forward(
+                a, jnp.ones((2, 5)), jnp.ones((5, 4)), jnp.ones(5), scale=1.0
+            ),
+            r"bias has shape \(5,\) instead of \(4,\)",
+        ),
+        (
+            lambda a: adalora.forward(a, jnp.ones((2, 5)), scale=1.0, dropout_rate=1.0),
+            "dropout_rate=1.0 must be at least 0 and below 1",
+        ),
+        (
+            lambda a: adalora.delta_weight(a._replace(lam=jnp.ones(4)), scale=1.0),
+            r"p \(3, 4\), lam \(4,\) and q \(3, 5\)",
+        ),
+        (
+            lambda a: adalora.init_adapter(jax.random.key(0), 0, 4, config()),
+            "in_features=0 must be at least 1",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(random_adapter())

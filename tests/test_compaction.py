@@ -1,0 +1,93 @@
+"""What pruning left: ranks, tables, smaller adapters, merged weights."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adalora_jax as adalora
+
+CONFIG = adalora.AdaLoraConfig(total_step=10, init_r=4, target_r=2, init_lora_weights=False)
+
+
+def adapter(seed, ins, outs, stack=()):
+    return adalora.init_adapter(jax.random.key(seed), ins, outs, CONFIG, stack=stack)
+
+
+@pytest.fixture
+def pruned():
+    adapters = {"a/query": adapter(0, 5, 6), "a/up": adapter(1, 5, 7, (2,)), "b": adapter(2, 3, 3)}
+    masks = {
+        "a/query": jnp.array([False, True, False, True]),
+        "a/up": jnp.array([[True, False, False, False], [False, True, True, True]]),
+        "b": jnp.zeros(4, bool),
+    }
+    return adapters, masks
+
+
+def test_ranks_count_the_masks_and_a_stack_slice_by_slice(pruned):
+    _, masks = pruned
+    assert adalora.ranks(masks) == {"a/query": 2, "a/up[0]": 1, "a/up[1]": 3, "b": 0}
+    assert adalora.rank_pattern(masks)["a/query"] == [False, True, False, True]
+
+
+def test_compact_adapters_compute_the_masked_function(pruned):
+    adapters, masks = pruned
+    small = adalora.compact(adapters, masks)
+    assert set(small) == {"a/query", "a/up"}, "rank 0 vanishes"
+    chex.assert_shape(list(small["a/query"]), [(2, 6), (2,), (2, 5)])
+    chex.assert_shape(list(small["a/up"]), [(2, 3, 7), (2, 3), (2, 3, 5)])
+    masked = adalora.apply_masks(adapters, masks)
+    for path, compacted in small.items():
+        want = adalora.delta_weight(masked[path], scale=CONFIG.scale)
+        got = adalora.delta_weight(compacted, scale=CONFIG.scale)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mask_decides_and_not_the_value_of_lam(pruned):
+    adapters, masks = pruned
+    revived = jax.tree.map(lambda leaf: leaf + 1, adapters)
+    assert adalora.compact(revived, masks)["a/query"].lam.shape == (2,)
+    zero = {**adapters, "b": adapters["b"]._replace(lam=jnp.zeros(4))}
+    live = {**masks, "b": jnp.ones(4, bool)}
+    assert adalora.compact(zero, live)["b"].lam.shape == (4,)
+
+
+def test_the_summary_counts_live_parameters(pruned):
+    adapters, masks = pruned
+    rows = adalora.summary(adapters, masks).splitlines()
+    assert rows[1].split() == ["a/query", "5", "6", "2", "4", "24"]
+    assert rows[3].split() == ["a/up[1]", "5", "7", "3", "4", "39"]
+    assert rows[-1].split() == ["total", "6", "16", "76"]
+
+
+def test_merge_rounds_once_to_the_dtype_of_the_weight(pruned):
+    adapters, _ = pruned
+    kernel = jax.random.normal(jax.random.key(9), (5, 6)).astype(jnp.bfloat16)
+    variables = {"params": {"a": {"query": {"kernel": kernel, "bias": jnp.zeros(6)}}}}
+    one = {"a/query": adapters["a/query"]}
+    merged = adalora.merge(variables, one, CONFIG)["params"]["a"]["query"]["kernel"]
+    delta = adalora.delta_weight(one["a/query"], scale=CONFIG.scale)
+    want = (kernel.astype(jnp.float32) + delta).astype(jnp.bfloat16)
+    chex.assert_trees_all_equal(merged, want)
+    chex.assert_trees_all_equal(variables["params"]["a"]["query"]["kernel"], kernel)
+
+
+def test_merge_says_what_does_not_fit(pruned):
+    adapters, _ = pruned
+    variables = {"params": {"a": {"query": {"kernel": jnp.zeros((6, 5))}}}}
+    with pytest.raises(ValueError, match=r"'a/query'.*fits 0 of the parameters.*adapted\.merge"):
+        adalora.merge(variables, {"a/query": adapters["a/query"]}, CONFIG)
+    with pytest.raises(ValueError, match=r"'b'\] has no parameters in the model"):
+        adalora.merge(variables, {"b": adapters["b"]}, CONFIG)
+    fitting = {"params": {"a": {"query": {"kernel": jnp.full((5, 6), jnp.inf)}}}}
+    with pytest.raises(ValueError, match="'a/query' is not finite"):
+        adalora.merge(fitting, {"a/query": adapters["a/query"]}, CONFIG, safe=True)
+
+
+def test_compact_needs_a_mask_for_every_adapter(pruned):
+    adapters, masks = pruned
+    masks.pop("b")
+    with pytest.raises(ValueError, match="masks has none for 'b', only for a/query, a/up"):
+        adalora.compact(adapters, masks)

@@ -1,0 +1,197 @@
+"""The linen front end inside the training code people write."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+import adalora_jax as adalora
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        h = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        h = nn.MultiHeadDotProductAttention(num_heads=2, name="attn")(h)
+        x = x + nn.Dropout(0.5, deterministic=not train)(h)
+        h = nn.gelu(nn.Dense(24, name="up")(x))
+        self.sow("intermediates", "hidden", h)
+        return x + nn.Dense(8, name="down")(h)
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i in range(2):
+            x = Block(name=f"layers_{i}")(x, train)
+        return nn.Dense(3, name="head")(x.mean(axis=1))
+
+
+@pytest.fixture(scope="module")
+def model():
+    module, x = Model(), jax.random.normal(jax.random.key(0), (6, 4, 8))
+    return module, module.init(jax.random.key(1), x), x, jnp.array([0, 1, 2, 2, 1, 0])
+
+
+def config(**changes):
+    options = {"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 6, "lora_alpha": 16}
+    return adalora.AdaLoraConfig(
+        **{"total_step": 20, "target_modules": ["query", "value", "up"], **options, **changes}
+    )
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def test_the_adapted_model_starts_as_the_base_model(model):
+    module, variables, x, _ = model
+    for init in ("gaussian", "lambda_one"):
+        adapted = adalora.linen.adapt(module, config(init=init))
+        adapters = adapted.init(jax.random.key(2), variables, x)
+        chex.assert_trees_all_equal(
+            adapted.apply(variables, adapters, x), module.apply(variables, x)
+        )
+
+
+def test_train_state_trains_adapters_and_saved_modules_and_compiles_once(model):
+    module, variables, x, y = model
+    options = config(modules_to_save=["head"], lora_dropout=0.2)
+    adapted = adalora.linen.adapt(module, options)
+    trainable = adapted.init(jax.random.key(2), variables, x)
+    assert set(trainable["head"]) == {"kernel", "bias"}
+    before = jax.tree.map(np.array, variables)
+    tx = adalora.adalora(optax.adamw(1e-2), options)
+    state = TrainState.create(apply_fn=adapted.apply, params=trainable, tx=tx)
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(state, stats, key):
+        def loss(params):
+            logits, mutated = state.apply_fn(
+                {**variables, **stats},
+                params,
+                x,
+                train=True,
+                rngs={"dropout": key},
+                mutable=["batch_stats", "intermediates"],
+            )
+            penalty = adalora.orthogonality(params, options)
+            return cross_entropy(logits, y) + penalty, mutated
+
+        (value, mutated), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        stats = {"batch_stats": mutated["batch_stats"]}
+        return state.apply_gradients(grads=grads), stats, value
+
+    stats = {"batch_stats": variables["batch_stats"]}
+    values, structure = [], jax.tree.structure(state)
+    for i in range(20):
+        state, stats, value = step(state, stats, jax.random.key(i))
+        values.append(float(value))
+        assert jax.tree.structure(state) == structure
+    allocator = adalora.allocator_state(state.opt_state)
+    assert values[-1] < values[0]
+    assert sum(adalora.ranks(allocator).values()) == 2 * 6
+    for path, adapter in adalora.adapters(state.params).items():
+        mask = np.asarray(allocator.masks[path])
+        assert (np.asarray(adapter.lam)[~mask] == 0).all()
+        assert (np.asarray(adapter.lam)[mask] != 0).all()
+    assert not np.array_equal(state.params["head"]["kernel"], variables["params"]["head"]["kernel"])
+    assert not np.array_equal(
+        stats["batch_stats"]["layers_0"]["norm"]["mean"],
+        variables["batch_stats"]["layers_0"]["norm"]["mean"],
+    )
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, variables))
+
+
+def test_mutable_collections_come_back_without_adapters(model):
+    module, variables, x, _ = model
+    adapted = adalora.linen.adapt(module, config())
+    adapters = adapted.init(jax.random.key(2), variables, x)
+    expected, changed = module.apply(variables, x, mutable=True)
+    output, mutated = adapted.apply(variables, adapters, x, mutable=True)
+    chex.assert_trees_all_equal(output, expected)
+    chex.assert_trees_all_equal(mutated, changed)
+
+
+def test_adapter_dropout_follows_the_flag_and_leaves_the_models_own_noise_alone(model):
+    module, variables, x, _ = model
+    adapted = adalora.linen.adapt(module, config(lora_dropout=0.5, init_lora_weights=False))
+    adapters = adapted.init(jax.random.key(2), variables, x)
+    run = lambda train, seed: adapted.apply(
+        variables,
+        adapters,
+        x,
+        train,
+        rngs={"dropout": jax.random.key(seed)},
+        mutable=["batch_stats"],
+    )[0]
+    chex.assert_trees_all_equal(run(False, 0), run(False, 1))
+    assert not np.allclose(run(True, 0), run(True, 1))
+    # With a zero increment the adapters' dropout must not shift the model's random numbers.
+    zero = adalora.apply_masks(adapters, {p: jnp.zeros(4, bool) for p in adapters})
+    key = {"dropout": jax.random.key(0)}
+    ours = adapted.apply(variables, zero, x, True, rngs=key, mutable=["batch_stats"])[0]
+    base = module.apply(variables, x, True, rngs=key, mutable=["batch_stats"])[0]
+    chex.assert_trees_all_equal(ours, base)
+
+
+def test_init_under_eval_shape_allocates_nothing(model):
+    module, _, x, _ = model
+    adapted = adalora.linen.adapt(module, config(modules_to_save=["head"]))
+    abstract = jax.eval_shape(module.init, jax.random.key(1), x)
+    shapes = jax.eval_shape(adapted.init, jax.random.key(2), abstract, x)
+    assert shapes["layers_0/up"].p.shape == (4, 24)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
+
+
+def test_merging_gives_the_adapted_function_in_the_base_model(model):
+    module, variables, x, _ = model
+    options = config(init_lora_weights=False)
+    adapted = adalora.linen.adapt(module, options)
+    adapters = adapted.init(jax.random.key(2), variables, x)
+    want = adapted.apply(variables, adapters, x)
+    for merged in (
+        adapted.merge(variables, adapters, x),
+        adalora.merge(variables, adapters, options),
+    ):
+        chex.assert_trees_all_close(module.apply(merged, x), want, rtol=1e-4, atol=1e-4)
+    back = adapted.unmerge(merged, adapters, x)
+    chex.assert_trees_all_close(back, variables, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"target_modules": ["querry"]}, r"'querry' matches no module.*layers_0/attn/query"),
+        ({"target_modules": r".*querry"}, r"selects no layer.*layers_0/attn/query"),
+        ({"target_modules": None}, "say which layers to adapt"),
+        ({"target_modules": ["norm"]}, "BatchNorm, which cannot be adapted.*DenseGeneral"),
+        ({"target_modules": r".*/norm"}, "BatchNorm, which cannot be adapted"),
+        ({"target_modules": ["attn"]}, "name the layers in it: layers_0/attn/query"),
+        ({"modules_to_save": ["haed"]}, "'haed' matches no parameter or module; the nearest: head"),
+        ({"exclude_modules": r".*"}, "exclude_modules='.*' selects no layer"),
+        ({"layers_to_transform": [7]}, r"layers_to_transform=\(7,\) selects no layer"),
+    ],
+)
+def test_a_selection_that_cannot_be_made_is_refused(model, bad, message):
+    module, variables, x, _ = model
+    adapted = adalora.linen.adapt(module, config(**bad))
+    with pytest.raises(ValueError, match=message):
+        adapted.init(jax.random.key(2), variables, x)
+
+
+def test_adapters_of_another_model_are_refused(model):
+    module, variables, x, _ = model
+    adapted = adalora.linen.adapt(module, config())
+    adapters = adapted.init(jax.random.key(2), variables, x)
+    with pytest.raises(ValueError, match=r"adapters\['encoder/up'\] belongs to no layer of Model"):
+        adapted.apply(variables, {"encoder/up": adapters["layers_0/up"]}, x)
+    with pytest.raises(ValueError, match=r"'layers_0/up' is for .* 8 x 8.*8 x 24"):
+        adapted.apply(variables, {"layers_0/up": adapters["layers_0/attn/query"]}, x)
+    with pytest.raises(TypeError, match=r"adalora_jax\.nnx\.adapt"):
+        adalora.linen.adapt(lambda x: x, config())

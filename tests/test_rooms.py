@@ -1,0 +1,103 @@
+"""The house: which room may import which, and what an import of the package pulls in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "adalora_jax"
+
+# From the ground floor up: a room imports only rooms named before it.
+ROOMS = [
+    "config",
+    "lowrank",
+    "adapter",
+    "tree",
+    "orthogonality",
+    "budget",
+    "importance",
+    "allocator",
+    "transform",
+    "layers",
+    "compaction",
+    "targets",
+    "linen",
+    "nnx",
+    "checkpoint",
+    "quantized",
+    "peft",
+    "plot",
+    "demo",
+]
+# The one room that may import each outside package; jax, numpy and chex are everybody's.
+OUTSIDE = {
+    "flax": {"linen", "nnx", "demo"},
+    "optax": {"transform", "demo"},
+    "orbax": {"checkpoint"},
+    "qwix": {"quantized"},
+    "safetensors": {"peft"},
+    "matplotlib": {"plot"},
+    "sklearn": {"demo"},
+    "tqdm": {"demo"},
+}
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """The names of all modules that a file imports, ``adalora_jax.tree`` as such."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_rooms_below_it(path):
+    room = room_of(path)
+    if room == "__init__":
+        return  # the front door opens onto all rooms
+    assert room in ROOMS, f"{room} is a new room: give it its floor in ROOMS"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "adalora_jax" and len(parts) > 1 and parts[1] in ROOMS and room != "demo":
+            assert ROOMS.index(parts[1]) < ROOMS.index(room), f"{room} imports {parts[1]} above it"
+        if parts[0] in OUTSIDE:
+            assert room in OUTSIDE[parts[0]], f"{parts[0]} belongs to {OUTSIDE[parts[0]]}"
+
+
+def test_importing_the_package_leaves_the_optional_packages_alone():
+    optional = ["orbax", "qwix", "safetensors", "matplotlib", "sklearn", "tqdm", "torch"]
+    code = (
+        "import flax.linen, flax.nnx, optax, sys; before = set(sys.modules); import adalora_jax; "
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "adalora_jax" in loaded.stdout.split()
+    assert not set(optional) & set(loaded.stdout.split())
+
+
+def test_all_lists_exactly_the_public_names():
+    import adalora_jax
+
+    rooms = set(ROOMS) - {"linen", "nnx"}
+    public = {name for name in vars(adalora_jax) if not name.startswith("_")}
+    modules = {name for name in public if isinstance(vars(adalora_jax)[name], type(sys))}
+    assert set(adalora_jax.__all__) == public - (modules & rooms)
+    assert sorted(adalora_jax.__all__) == sorted(set(adalora_jax.__all__))
+
+
+def test_no_file_is_longer_than_five_hundred_lines():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in files()}
+    assert {name: n for name, n in lengths.items() if n > 500} == {}
