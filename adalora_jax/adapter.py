@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.lowrank import low_rank
@@ -107,7 +108,7 @@ def _increment(adapter, x, scale, precision):
 
 
 def _scaled(lam, scale):
-    dtype = jnp.promote_types(lam.dtype, jnp.float32)
+    dtype = np.promote_types(lam.dtype, np.float32)
     return lam.astype(dtype) * jnp.asarray(scale, dtype)
 
 

@@ -207,7 +207,7 @@ def keep_best(scores: PyTree, count: chex.Numeric) -> PyTree:
     sizes = [math.prod(leaf.shape) for leaf in leaves]
     flat = jnp.concatenate([leaf.ravel() for leaf in leaves])
     order = jnp.argsort(-flat, stable=True)  # JAX sorts NaN to the end
-    kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < count)
+    kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size, dtype=jnp.int32) < count)
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     return treedef.unflatten(
         [kept[o : o + n].reshape(leaf.shape) for o, n, leaf in zip(offsets, sizes, leaves)]

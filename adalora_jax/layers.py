@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adalora_jax.adapter import Adapter, delta_weight, increment
 
@@ -210,7 +211,7 @@ def _contraction(labels, adapter, x, shape, scale, precision):
 
 def _lookup(adapter, ids, scale, dtype):
     """The rows ``ids`` of the increment of an embedding, ``s · (q[:, ids]ᵀ · lam) p``."""
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = np.promote_types(dtype, np.float32)
     rows = jnp.moveaxis(jnp.take(adapter.q, ids, axis=1), 0, -1)  # [..., r]
     rows = rows.astype(wide) * (adapter.lam.astype(wide) * jnp.asarray(scale, wide))
     return (rows.astype(dtype) @ adapter.p.astype(dtype)).astype(dtype)
@@ -230,7 +231,7 @@ def _conv_kernel(layer, module, adapter, shape, dtype):
 def _mix(adapter, h, groups, scale, precision):
     """The 1 x 1 convolution that ends a low-rank convolution: ``h [..., groups · r]`` to out."""
     rank, out = adapter.p.shape
-    wide = jnp.promote_types(h.dtype, jnp.float32)
+    wide = np.promote_types(h.dtype, np.float32)
     c = adapter.lam.astype(wide) * jnp.asarray(scale, wide)
     h = h.reshape(*h.shape[:-1], groups, rank)
     h = (h.astype(wide) * jnp.broadcast_to(c, h.shape)).astype(h.dtype)

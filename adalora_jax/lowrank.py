@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -56,9 +57,9 @@ def low_rank_plain(
 
 
 def _forward(x, p, c, q, precision):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = np.promote_types(x.dtype, np.float32)
     h = _contract(x, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype)
-    scaled = (h * c.astype(dtype)).astype(x.dtype)
+    scaled = (h * jnp.broadcast_to(c.astype(dtype), h.shape)).astype(x.dtype)
     y = _contract(scaled, p.astype(x.dtype), x.ndim - 1, 0, precision, x.dtype)
     return y, (x, p, c, q, h)
 
@@ -67,8 +68,9 @@ def _backward(precision, residuals, g):
     x, p, c, q, h = residuals
     dtype, last, tokens = h.dtype, x.ndim - 1, tuple(range(x.ndim - 1))
     gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype)
-    scaled = (h * c.astype(dtype)).astype(x.dtype)
-    dh = (gc * c.astype(dtype)).astype(x.dtype)
+    spread = jnp.broadcast_to(c.astype(dtype), h.shape)
+    scaled = (h * spread).astype(x.dtype)
+    dh = (gc * spread).astype(x.dtype)
     dp = _contract(scaled, g, tokens, tokens, precision, dtype)
     dc = jnp.sum(h * gc, axis=tokens)
     dq = _contract(dh, x, tokens, tokens, precision, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adalora_jax import tree
 from adalora_jax.config import AdaLoraConfig
@@ -55,7 +56,7 @@ def deviation(m: jax.Array) -> jax.Array:
     >>> deviation(2 * jnp.eye(3))
     Array(5.196152, dtype=float32)
     """
-    return _deviation(m.astype(jnp.promote_types(m.dtype, jnp.float32)))
+    return _deviation(m.astype(np.promote_types(m.dtype, np.float32)))
 
 
 @jax.custom_jvp
@@ -79,7 +80,7 @@ def _gram_deviation(m):
     size = jax.lax.stop_gradient(largest)[..., None, None]
     small = m / size
     gram = jnp.einsum("...ri,...si->...rs", small, small, precision=jax.lax.Precision.HIGHEST)
-    d = gram - jnp.eye(m.shape[-2], dtype=m.dtype) / (size * size)
+    d = gram - jnp.broadcast_to(jnp.eye(m.shape[-2], dtype=m.dtype), gram.shape) / (size * size)
     square = jnp.sum(d * d, axis=(-2, -1))
     # The square root has an infinite slope at 0, also where it is not used.
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

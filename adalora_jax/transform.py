@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adalora_jax import tree
@@ -132,7 +133,7 @@ def allocator_state(opt_state: PyTree) -> AllocatorState:
 
 def _prune(adapter: Adapter, move: Adapter, keep: jax.Array) -> Adapter:
     """The update with which a pruned λ becomes 0: λ + (−λ)."""
-    dtype = jnp.promote_types(move.lam.dtype, adapter.lam.dtype)
+    dtype = np.promote_types(move.lam.dtype, adapter.lam.dtype)
     lam = jnp.where(keep, move.lam.astype(dtype), -adapter.lam.astype(dtype))
     return move._replace(lam=lam)
 
