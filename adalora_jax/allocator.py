@@ -10,6 +10,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adalora_jax import tree
 from adalora_jax.adapter import Adapter
@@ -73,8 +74,9 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
             f"no adapter was found in the {type(params).__name__} of parameters: pass the adapters "
             "that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam."
         )
-    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters)
-    masks = tree.each(lambda adapter: jnp.ones(adapter.lam.shape, bool), adapters)
+    # zeros_like and ones_like: the state is sharded as the parameters are.
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), adapters)
+    masks = tree.each(lambda adapter: jnp.ones_like(adapter.lam, bool), adapters)
     return AllocatorState(
         step=jnp.zeros((), jnp.int32),
         budget=_budget(config, jnp.zeros((), jnp.int32), adapters),
@@ -160,7 +162,7 @@ def update_allocator(
             lambda *evidence: triplet_scores(Evidence(*evidence), config),
             *(weights, gradients, sensitivity, uncertainty),
         )
-        return keep_best(scores, allowed)
+        return jax.tree.map(_sharded_like, keep_best(scores, allowed), state.masks)
 
     masks = jax.lax.cond(
         finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
@@ -205,13 +207,32 @@ def keep_best(scores: PyTree, count: chex.Numeric) -> PyTree:
     """
     leaves, treedef = jax.tree.flatten(scores)
     sizes = [math.prod(leaf.shape) for leaf in leaves]
-    flat = jnp.concatenate([leaf.ravel() for leaf in leaves])
+    flat = jnp.concatenate([_gathered(leaf) for leaf in leaves])
     order = jnp.argsort(-flat, stable=True)  # JAX sorts NaN to the end
-    kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < count)
-    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size, dtype=jnp.int32) < count)
+    places = np.split(np.arange(flat.size), np.cumsum(sizes)[:-1])
     return treedef.unflatten(
-        [kept[o : o + n].reshape(leaf.shape) for o, n, leaf in zip(offsets, sizes, leaves)]
+        [kept[place].reshape(leaf.shape) for place, leaf in zip(places, leaves)]
     )
+
+
+def _gathered(scores: jax.Array) -> jax.Array:
+    """The scores in one row, on every device.
+
+    Adapters may be sharded differently. Explicit mesh axes want one sharding for what is
+    concatenated; automatic ones would spread the sharding of one adapter to the others, which
+    indexing with an array does not.
+    """
+    mesh = jax.typeof(scores).sharding.mesh
+    if mesh.are_all_axes_explicit:
+        everywhere = jax.sharding.PartitionSpec(*[None] * scores.ndim)
+        scores = jax.sharding.reshard(scores, jax.sharding.NamedSharding(mesh, everywhere))
+    return scores.ravel()[np.arange(scores.size)]
+
+
+def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
+    sharding = jax.typeof(before).sharding
+    return jax.sharding.reshard(mask, sharding) if sharding.mesh.are_all_axes_explicit else mask
 
 
 def apply_masks(adapters: PyTree, masks: PyTree) -> PyTree:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adalora_jax import tree
 from adalora_jax.config import AdaLoraConfig
@@ -80,7 +81,7 @@ def _gram_deviation(m):
     size = jax.lax.stop_gradient(largest)[..., None, None]
     small = m / size
     gram = jnp.einsum("...ri,...si->...rs", small, small, precision=jax.lax.Precision.HIGHEST)
-    d = gram - jnp.eye(m.shape[-2], dtype=m.dtype) / (size * size)
+    d = gram - jnp.broadcast_to(jnp.eye(m.shape[-2], dtype=m.dtype), gram.shape) / (size * size)
     square = jnp.sum(d * d, axis=(-2, -1))
     # The square root has an infinite slope at 0, also where it is not used.
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adalora_jax import tree
@@ -74,7 +76,10 @@ def adalora(
     def init(params: optax.Params) -> AdaLoraOptState:
         if _is_placeholder(params):
             return AdaLoraOptState(inner.init(params), _placeholder_state(params))
-        return AdaLoraOptState(inner.init(params), init_allocator(params, config))
+        # Some optimizers keep the first parameters; callers donate both, so it must be a copy.
+        own = lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf
+        inner_state = jax.tree.map(own, inner.init(params))
+        return AdaLoraOptState(inner_state, init_allocator(params, config))
 
     def update(
         updates: optax.Updates,
@@ -140,8 +145,8 @@ def _prune(adapter: Adapter, move: Adapter, keep: jax.Array) -> Adapter:
 def _is_placeholder(params: Any) -> bool:
     """True for the childless node by which ``optax.tree.map_params`` finds copies of params."""
     treedef = jax.tree.structure(params)
-    custom = treedef.node_data() and not isinstance(params, (dict, list, tuple))
-    return bool(custom) and treedef.num_leaves == 0 and treedef.num_nodes == 1
+    childless = treedef.num_leaves == 0 and treedef.num_nodes == 1
+    return childless and not (params is None or isinstance(params, (Mapping, list, tuple)))
 
 
 def _placeholder_state(params: Any) -> AllocatorState:

@@ -1,0 +1,104 @@
+"""A tiny training problem for the tests: a few adapted linear layers that fit random targets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adalora_jax as al
+
+# {name: (in, out, stack)}: different shapes, one of them two stacked layers. In JAX's order.
+SHAPES = {"down": (5, 3, ()), "key": (4, 4, ()), "layers": (3, 5, (2,))}
+MATRICES = 4
+# Compiled without LLVM's optimizations: the programs are large and run for microseconds.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def adapters(config, seed=0, shapes=SHAPES, ranks=None):
+    """Fresh adapters, ``{name: Adapter}``; ``ranks`` overrides ``init_r`` by name."""
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {
+        name: al.init_adapter(
+            key, n_in, n_out, config, stack=stack, rank=(ranks or {}).get(name, config.init_r)
+        )
+        for key, (name, (n_in, n_out, stack)) in zip(keys, shapes.items())
+    }
+
+
+def batches(config, seed=0, shapes=SHAPES, tokens=4):
+    """``{name: (x, kernel, target)}`` with one batch a step on the first axis of each array."""
+    rng = np.random.default_rng(seed)
+    steps, result = config.total_step, {}
+    for name, (n_in, n_out, stack) in shapes.items():
+        x = rng.normal(size=(steps, *stack, tokens, n_in))
+        kernel = np.broadcast_to(
+            rng.normal(size=(*stack, n_in, n_out)), (steps, *stack, n_in, n_out)
+        )
+        hidden = rng.normal(size=(*stack, n_in, 1)) * rng.normal(size=(*stack, 1, n_out))
+        noise = rng.normal(size=(steps, *stack, tokens, n_out))
+        result[name] = (x, kernel, x @ (kernel + hidden) + 0.1 * noise)
+    return jax.tree.map(lambda a: jnp.asarray(a, config.param_dtype), result)
+
+
+def loss(trees, batch, config):
+    """Mean squared errors, one a matrix, and the orthogonality penalty."""
+    total = al.orthogonality(trees, config)
+    for name, (x, kernel, target) in batch.items():
+        y = al.forward(trees[name], x, kernel, scale=config.scale)
+        total = total + jnp.sum(jnp.mean((y - target) ** 2, axis=(-2, -1)))
+    return total
+
+
+def train_step(tx, config):
+    """``params, state, batch → params, state, loss``, to be jitted."""
+
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(loss)(params, batch, config)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def lenient(inner):
+    """``inner`` under JAX's usual promotion rules, which several of optax's own optimizers need.
+
+    What wraps it stays under the strict rules of these tests.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return inner.update(*args, **kwargs)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def matrices(trees):
+    """``{name: Adapter}`` as the oracle's list of NumPy matrices, slices of stacks one by one."""
+    result = []
+    for name in sorted(trees):
+        p, lam, q = (np.asarray(leaf, np.float64) for leaf in trees[name])
+        indices = np.ndindex(lam.shape[:-1])
+        result.extend({"p": p[index], "lam": lam[index], "q": q[index]} for index in indices)
+    return result
+
+
+def rows(trees):
+    """One array a matrix from one array an adapter, such as the masks, in the oracle's order."""
+    arrays = [np.asarray(trees[name]) for name in sorted(trees)]
+    return [array[index] for array in arrays for index in np.ndindex(array.shape[:-1])]
+
+
+def oracle_batches(data):
+    """``batches(...)`` as the oracle takes them: ``[step][matrix] = (x, kernel, target)``."""
+    steps = len(next(iter(data.values()))[0])
+    result = []
+    for t in range(steps):
+        batch = []
+        for name in sorted(data):
+            arrays = [np.asarray(array[t], np.float64) for array in data[name]]
+            indices = np.ndindex(arrays[0].shape[:-2])
+            batch.extend(tuple(array[index] for array in arrays) for index in indices)
+        result.append(batch)
+    return result
