@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.lowrank import low_rank, wide

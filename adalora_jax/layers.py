@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adalora_jax.adapter import Adapter, delta_weight, increment
 from adalora_jax.lowrank import wide

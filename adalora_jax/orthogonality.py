@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adalora_jax import tree
 from adalora_jax.config import AdaLoraConfig
