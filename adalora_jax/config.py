@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -23,41 +24,44 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Keys of a PEFT `adapter_config.json` that say where a model came from or how PEFT runs it. They
 # do not change what AdaLoRA computes.
-_PEFT_BOOKKEEPING = frozenset(
-    [
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
-        "r",
-        "lora_bias",
-        "runtime_config",
-        "ensure_weight_tying",
-    ]
-)
-# Keys that would change what is computed, with the values that mean "not used".
+_PEFT_BOOKKEEPING = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "r",  # AdaLoRA starts at init_r
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Keys that change what PEFT's AdaLoRA trains, with the values that mean "not used".
 _PEFT_UNSUPPORTED = {
-    "alora_invocation_tokens": (None, []),
-    "alpha_pattern": (None, {}),
-    "arrow_config": (None,),
     "bias": ("none",),
-    "corda_config": (None,),
-    "eva_config": (None,),
-    "layer_replication": (None, []),
-    "lora_ga_config": (None,),
-    "megatron_config": (None, {}),
-    "megatron_core": (None, "megatron.core"),
-    "monteclora_config": (None,),
-    "qalora_group_size": (None, 16),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "use_bdlora": (None, False),
-    "use_qalora": (None, False),
-    "use_rslora": (None, False),
-    "velora_config": (None,),
+    "ensure_weight_tying": (False,),
+    "layer_replication": ([],),
+    "target_parameters": ([],),
+    "trainable_token_indices": ([], {}),
+}
+# Keys of PEFT's LoRA, inherited by its AdaLoRA config and without effect there, with the values
+# that ask for nothing.
+_PEFT_IGNORED = {
+    "alora_invocation_tokens": ([],),
+    "alpha_pattern": ({},),
+    "arrow_config": (),
+    "corda_config": (),
+    "eva_config": (),
+    "kasa_config": (),
+    "lora_bias": (False,),
+    "lora_ga_config": (),
+    "megatron_config": ({},),
+    "megatron_core": ("megatron.core",),
+    "monteclora_config": (),
+    "qalora_group_size": (16,),
+    "use_bdlora": (False,),
+    "use_qalora": (False,),
+    "use_rslora": (False,),
+    "velora_config": (),
 }
 
 
@@ -174,8 +178,10 @@ prunes to target_r, so init_r must be at least 8.
     def from_peft(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> AdaLoraConfig:
         """Reads a PEFT AdaLoRA config: a mapping, an ``adapter_config.json``, or its folder.
 
-        Keys about where the model came from are dropped; unknown keys are reported by a
-        ``UserWarning`` and left out.
+        Keys about where the model came from are dropped. A ``UserWarning`` reports keys that are
+        unknown here, and those that PEFT's AdaLoRA takes over from LoRA without using them; they
+        are left out. The paths in ``rank_pattern`` become this library's: ``encoder/query`` for
+        ``encoder.query.lora_E``.
 
         Args:
           source: what ``peft.AdaLoraConfig.to_dict()`` gives, or a path to the saved form.
@@ -184,10 +190,14 @@ prunes to target_r, so init_r must be at least 8.
           ValueError: the config is not AdaLoRA's, or asks for something that changes the
             computation and that AdaLoRA here does not do.
 
-        >>> AdaLoraConfig.from_peft({"peft_type": "ADALORA", "total_step": 10, "bias": "none"}).bias
+        >>> saved = {"peft_type": "ADALORA", "total_step": 10, "bias": "none", "r": 8}
+        >>> AdaLoraConfig.from_peft(saved | {"target_modules": ["value", "query"]}).target_modules
+        ('query', 'value')
+        >>> AdaLoraConfig.from_peft(saved | {"bias": "all"})
         Traceback (most recent call last):
             ...
-        AttributeError: 'AdaLoraConfig' object has no attribute 'bias'
+        ValueError: bias='all' of the PEFT config is not supported here: remove it if the adapter \
+works without it.
         """
         if not isinstance(source, Mapping):
             path = os.fspath(source)
@@ -201,23 +211,38 @@ prunes to target_r, so init_r must be at least 8.
         if kind.upper() != "ADALORA":
             raise ValueError(f"peft_type={kind!r} is not 'ADALORA': convert that adapter first.")
         for key, unused in _PEFT_UNSUPPORTED.items():
-            if source.get(key) not in (*unused, None):
+            if source.get(key) not in (None, *unused):
                 raise ValueError(
-                    f"{key}={source[key]!r} is not supported with AdaLoRA in JAX: remove it from "
-                    "the config if the adapter works without it."
+                    f"{key}={source[key]!r} of the PEFT config is not supported here: remove it "
+                    "if the adapter works without it."
                 )
-        fields = {field.name for field in dataclasses.fields(cls)} - {"r"}
-        unknown = sorted(set(source) - fields - _PEFT_BOOKKEEPING - set(_PEFT_UNSUPPORTED))
-        if unknown:
+        fields = {field.name for field in dataclasses.fields(cls)} - {"r", *_OURS}
+        values = {key: value for key, value in source.items() if key in fields}
+        ignored = [k for k, unused in _PEFT_IGNORED.items() if source.get(k) not in (None, *unused)]
+        if isinstance(init := values.get("init_lora_weights"), str) and init != "loftq":
+            ignored.append("init_lora_weights")
+            values["init_lora_weights"] = True
+        if ignored:
+            settings = ", ".join(f"{key}={source[key]!r}" for key in sorted(ignored))
+            warnings.warn(f"left out, PEFT's AdaLoRA does not use them: {settings}", stacklevel=2)
+        known = fields.union(_PEFT_BOOKKEEPING, _PEFT_UNSUPPORTED, _PEFT_IGNORED)
+        if unknown := sorted(map(str, set(source) - known)):
             warnings.warn(
                 f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=2
             )
-        return cls(**{key: value for key, value in source.items() if key in fields})
+        # PEFT holds them as sets, and saves those in any order.
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(values.get(name), (list, tuple)):
+                values[name] = set(values[name])
+        if values.get("rank_pattern") is not None:
+            values["rank_pattern"] = _rank_pattern_from_peft(values["rank_pattern"])
+        return cls(**values)
 
     def to_peft(self) -> dict[str, Any]:
-        """The fields that PEFT's ``AdaLoraConfig`` knows, as plain JSON values.
+        """The keyword arguments of ``peft.AdaLoraConfig`` for this config, as plain JSON values.
 
-        The fields added here have no place in PEFT. Those that change the computation are
+        Without a ``task_type``, which has no counterpart here, PEFT leaves out the orthogonality
+        term: add one there. The fields that PEFT does not have and that change the computation are
         refused unless they have the value that means PEFT's behaviour.
 
         >>> AdaLoraConfig(total_step=10, target_modules=["q"]).to_peft()["target_modules"]
@@ -233,17 +258,26 @@ prunes to target_r, so init_r must be at least 8.
                     f"{name}={value!r} has no counterpart in PEFT: use {default!r} there, or keep "
                     "the config in this library's checkpoints."
                 )
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             if callable(getattr(self, name)):
                 raise ValueError(f"{name} is a function: give PEFT a list of suffixes or a regex.")
+        layers = self.layers_to_transform is not None
+        if isinstance(self.target_modules, str) and (layers or self.layers_pattern is not None):
+            raise ValueError(
+                f"target_modules={self.target_modules!r} is a regex, with which PEFT takes no "
+                "layers_to_transform or layers_pattern: put the layers into the regex."
+            )
+        if self.layers_pattern is not None and not layers:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform in PEFT."
+            )
         result: dict[str, Any] = {"peft_type": "ADALORA"}
         for field in dataclasses.fields(self):
-            if field.name in _OURS or field.name in ("r", "use_dora", "loftq_config"):
-                continue
-            value = getattr(self, field.name)
-            if field.name == "rank_pattern" and value is not None:
-                value = {path: list(v) if isinstance(v, tuple) else v for path, v in value}
-            result[field.name] = list(value) if isinstance(value, tuple) else value
+            if field.name not in _OURS and field.name not in ("r", "use_dora", "loftq_config"):
+                value = getattr(self, field.name)
+                result[field.name] = list(value) if isinstance(value, tuple) else value
+        if self.rank_pattern is not None:
+            result["rank_pattern"] = _rank_pattern_to_peft(self.rank_pattern)
         # PEFT's own spelling of the options that are refused here.
         return result | {"use_dora": False, "loftq_config": {}, "bias": "none"}
 
@@ -366,6 +400,31 @@ def _rank_pattern(value: Any) -> tuple[tuple[str, int | tuple[bool, ...]], ...] 
             "booleans, one a triplet."
         ) from None
     return tuple(sorted(result.items()))
+
+
+def _rank_pattern_from_peft(value: Any) -> dict[str, list[bool]]:
+    """PEFT's keys end in ``.lora_E``; while it trains, the adapter's name follows."""
+    form = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_E(?:\.[^.]+)?")
+    result = {}
+    for key, keep in value.items() if isinstance(value, Mapping) else [("", value)]:
+        path = form.fullmatch(str(key))
+        if path is None or not isinstance(keep, (list, tuple)):
+            raise ValueError(
+                f"rank_pattern={value!r} is not what PEFT's AdaLoRA saves, "
+                "{'<path>.lora_E': [True, False, ...]}: leave it out."
+            )
+        result[path[1].replace(".", "/")] = list(keep)
+    return result
+
+
+def _rank_pattern_to_peft(pattern: tuple[tuple[str, Any], ...]) -> dict[str, list[bool]]:
+    for path, keep in pattern:
+        if not isinstance(keep, tuple):
+            raise ValueError(
+                f"rank_pattern gives {path!r} the rank {keep}, but PEFT asks which triplets live: "
+                "give it a list of booleans."
+            )
+    return {path.replace("/", ".") + ".lora_E": list(keep) for path, keep in pattern}
 
 
 def _dtype_name(value: Any) -> str:
