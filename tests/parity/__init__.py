@@ -1,0 +1,1 @@
+"""PEFT's AdaLoRA and ours, trained side by side on the same model, weights and batches."""

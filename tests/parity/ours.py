@@ -1,0 +1,114 @@
+"""Our side: plain JAX, the adapters a dict, allocation inside ``tx.update``. No torch in here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adalora_jax as adalora
+from parity.cases import MODELS, Case, Inputs, Snapshot, inputs
+
+
+def from_arrays(adapters, dtype=jnp.float32) -> dict[str, adalora.Adapter]:
+    """``{layer: (p, lam, q)}`` of NumPy arrays as adapters."""
+    return {
+        name: adalora.Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves))
+        for name, leaves in adapters.items()
+    }
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+
+
+def to_arrays(tree) -> dict[str, tuple[np.ndarray, ...]]:
+    return {name: tuple(np.array(leaf) for leaf in leaves) for name, leaves in tree.items()}
+
+
+def peft_scale(config: adalora.AdaLoraConfig) -> float:
+    """PEFT's factor: its guard against rank 0 makes it smaller than ``config.scale`` by 1e-6."""
+    alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
+    return alpha / (config.init_r + 1e-5)
+
+
+def transform(case: Case, config: adalora.AdaLoraConfig) -> optax.GradientTransformationExtraArgs:
+    if case.optimizer == "adamw":
+        inner = optax.adamw(case.learning_rate, weight_decay=0.01)
+    else:
+        inner = optax.sgd(case.learning_rate, momentum=0.9)
+    if case.overflow is not None:  # the rule of loss scaling
+        inner = optax.apply_if_finite(inner, max_consecutive_errors=5)
+    tx = adalora.adalora(inner, config)
+    return tx if case.clip is None else optax.chain(optax.clip_by_global_norm(case.clip), tx)
+
+
+def task_loss(case: Case, base, params, x, y, scale):
+    """The loss without the orthogonality term: what evaluation is about."""
+    model = MODELS[case.model]
+    layers = base | {"head": params["head"]} if params["head"] else base
+
+    def linear(name, x):
+        layer, adapter = layers[name], params["adapters"].get(name)
+        if adapter is None:
+            y = x @ layer["kernel"]
+            return y + jnp.broadcast_to(layer["bias"], y.shape)
+        return adalora.forward(adapter, x, layer["kernel"], layer["bias"], scale=scale)
+
+    return model.loss(jnp, model.forward(linear, jnp, x), y)
+
+
+def start(
+    case: Case, config: adalora.AdaLoraConfig, adapters, weights, *, scale: float, dtype=jnp.float32
+):
+    """Parameters, optimizer state, and ``step(params, opt, x, y, overflow) → (…, …, loss)``."""
+    base = cast(weights, dtype)
+    head = base["head"] if case.trained_head else {}
+    params = {"adapters": from_arrays(adapters, dtype), "head": head}
+    tx = transform(case, config)
+    # In float64 the subject is the algorithm, and compiling with care costs more than the run.
+    quick = {"xla_backend_optimization_level": 0} if dtype == jnp.float64 else None
+
+    @functools.partial(jax.jit, compiler_options=quick)
+    def step(params, opt, x, y, overflow):
+        def loss(params):
+            penalty = adalora.orthogonality(params["adapters"], config)
+            return task_loss(case, base, params, x, y, scale) + penalty
+
+        value, grads = jax.value_and_grad(loss)(params)
+        grads = jax.tree.map(lambda leaf: jnp.where(overflow, jnp.inf, leaf), grads)
+        updates, opt = tx.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt, value
+
+    return params, tx.init(params), step
+
+
+def train(
+    case: Case,
+    config: adalora.AdaLoraConfig,
+    adapters,
+    given: Inputs | None = None,
+    *,
+    scale: float,
+    dtype=jnp.float32,
+) -> Iterator[Snapshot]:
+    """Trains from the given initial adapters, and yields what there is after each step."""
+    given = given or inputs(case)
+    params, opt, step = start(case, config, adapters, given.weights, scale=scale, dtype=dtype)
+    for i, (x, y) in enumerate(zip(given.x, given.y)):
+        x, y = cast((x, y), dtype)
+        params, opt, loss = step(params, opt, x, y, i == case.overflow)
+        state = adalora.allocator_state(opt)
+        yield Snapshot(
+            loss=float(loss),
+            budget=int(state.budget),
+            masks={name: np.array(mask) for name, mask in state.masks["adapters"].items()},
+            adapters=to_arrays(params["adapters"]),
+            sensitivity=to_arrays(state.sensitivity["adapters"]),
+            uncertainty=to_arrays(state.uncertainty["adapters"]),
+            head={name: np.array(leaf) for name, leaf in params["head"].items()},
+        )

@@ -1,0 +1,136 @@
+"""``from_peft`` and ``to_peft`` against PEFT's own config class."""
+
+import json
+import warnings
+
+import pytest
+
+from adalora_jax import AdaLoraConfig
+from adalora_jax.config import _PEFT_IGNORED, _PEFT_UNSUPPORTED
+from parity import theirs
+from parity.cases import Case
+
+peft, torch = theirs.peft, theirs.torch
+lora = peft.tuners.lora.config
+pytestmark = pytest.mark.parity
+
+FULL = {
+    "total_step": 500,
+    "init_r": 10,
+    "target_r": 4,
+    "tinit": 50,
+    "tfinal": 100,
+    "deltaT": 5,
+    "beta1": 0.7,
+    "beta2": 0.95,
+    "orth_reg_weight": 0.1,
+    "lora_alpha": 32,
+    "lora_dropout": 0.1,
+    "target_modules": ["value", "query"],
+    "exclude_modules": ["pooler"],
+    "layers_to_transform": [0, 2],
+    "layers_pattern": ["layer"],
+    "modules_to_save": ["classifier"],
+    "init_lora_weights": False,
+    "fan_in_fan_out": True,
+}
+VARIANTS = [
+    {"total_step": 10},
+    {"total_step": 10, "target_modules": r".*\.(query|value)"},
+    {"total_step": 10, "target_modules": ["q"], "layers_to_transform": 1, "task_type": "CAUSAL_LM"},
+    FULL,
+]
+
+
+@pytest.mark.parametrize("arguments", VARIANTS, ids=["least", "regex", "one layer", "full"])
+def test_keyword_arguments_dict_and_file_read_the_same(arguments, tmp_path):
+    """PEFT's keyword arguments paste in unchanged, and its dict and file mean the same."""
+    theirs_ = peft.AdaLoraConfig(**arguments)
+    config = AdaLoraConfig.from_peft(theirs_.to_dict())
+    theirs_.save_pretrained(tmp_path)
+    assert AdaLoraConfig.from_peft(tmp_path) == config
+    pasted = {key: value for key, value in arguments.items() if key != "task_type"}
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(pasted.get(name), list):
+            pasted[name] = set(pasted[name])
+    assert AdaLoraConfig(**pasted) == config
+
+
+@pytest.mark.parametrize("arguments", VARIANTS, ids=["least", "regex", "one layer", "full"])
+def test_pefts_config_comes_back_whole(arguments):
+    theirs_ = peft.AdaLoraConfig(**arguments)
+    back = peft.AdaLoraConfig(**AdaLoraConfig.from_peft(theirs_.to_dict()).to_peft())
+    back.task_type = theirs_.task_type  # the one thing that has no counterpart
+    assert back.to_dict() == theirs_.to_dict()
+
+
+def test_config_of_a_trained_model_comes_back_with_its_rank_pattern(tmp_path):
+    case = Case("chain2", {"total_step": 20, "init_r": 6, "target_r": 2, "tfinal": 5})
+    peft_model = theirs.build(case)
+    for _ in theirs.train(case, peft_model):
+        pass
+    running = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
+    expected = {name: tuple(map(bool, mask)) for name, mask in theirs.masks(peft_model).items()}
+    assert dict(running.rank_pattern) == expected
+    peft_model.save_pretrained(tmp_path)
+    saved = AdaLoraConfig.from_peft(tmp_path)
+    assert saved == running
+    # PEFT loads its own weights with our config.
+    written = json.dumps(saved.to_peft() | {"inference_mode": True})
+    (tmp_path / "adapter_config.json").write_text(written)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        loaded = peft.PeftModel.from_pretrained(theirs.base_model(case), tmp_path)
+    for name, (_, lam, _) in theirs.adapters(loaded).items():
+        assert lam.size == sum(expected[name])
+
+
+def test_every_key_of_pefts_config_is_known():
+    """No warning at the defaults, so none of a key that this version of PEFT has added."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdaLoraConfig.from_peft(peft.AdaLoraConfig(total_step=10).to_dict())
+
+
+IGNORED = {
+    "alora_invocation_tokens": [1, 2],
+    "alpha_pattern": {"layer0": 64},
+    "arrow_config": lora.ArrowConfig(),
+    "corda_config": lora.CordaConfig(),
+    "eva_config": lora.EvaConfig(),
+    "kasa_config": lora.KasaConfig(),
+    "lora_bias": True,
+    "lora_ga_config": lora.LoraGAConfig(),
+    "megatron_config": {"key": 1},
+    "megatron_core": "other.core",
+    "monteclora_config": lora.MontecloraConfig(),
+    "qalora_group_size": 8,
+    "use_bdlora": lora.BdLoraConfig(target_modules_bd_a=["layer0"]),
+    "use_qalora": True,
+    "use_rslora": True,
+    "velora_config": lora.VeloraConfig(),
+    "init_lora_weights": "gaussian",
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("key", [*_PEFT_IGNORED, "init_lora_weights"])
+def test_options_said_to_have_no_effect_have_none_in_peft(key):
+    case = Case("chain2", {"total_step": 8, "init_r": 4, "target_r": 2}, learning_rate=1e-2)
+    changed = Case("chain2", case.config | {key: IGNORED[key]}, learning_rate=1e-2)
+    losses = [[s.loss for s in theirs.train(c, theirs.build(c))] for c in (case, changed)]
+    assert losses[0] == losses[1]
+
+    source = theirs.config_of(theirs.build(changed)).to_dict()
+    with pytest.warns(UserWarning, match=f"does not use them: {key}="):
+        AdaLoraConfig.from_peft(source)
+
+
+def test_refused_bias_does_train_more_in_peft():
+    case = Case("chain2", {"total_step": 8, "bias": "all"})
+    peft_model = theirs.build(case)
+    trained = [name for name, p in peft_model.named_parameters() if p.requires_grad]
+    assert "base_model.model.layer0.base_layer.bias" in trained
+    assert "bias" in _PEFT_UNSUPPORTED
+    with pytest.raises(ValueError, match="bias='all'"):
+        AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
