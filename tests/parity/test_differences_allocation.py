@@ -1,0 +1,209 @@
+"""Where our allocation differs from PEFT's on purpose: both run, both behaviours shown."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adalora_jax as adalora
+from adalora_jax import AdaLoraConfig
+from parity import ours, theirs
+from parity.cases import Case, inputs
+
+peft, torch = theirs.peft, theirs.torch
+pytestmark = pytest.mark.parity
+
+
+def both(case: Case):
+    """A fresh PEFT model, our config, and our initial adapters with the same values."""
+    peft_model = theirs.build(case)
+    config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
+    return peft_model, config, theirs.adapters(peft_model)
+
+
+def config(steps, ranks, tinit=0, tfinal=0, interval=1, **others):
+    names = ("total_step", "init_r", "target_r", "tinit", "tfinal", "deltaT")
+    return dict(zip(names, (steps, *ranks, tinit, tfinal, interval))) | {"lora_alpha": 16} | others
+
+
+def kept(masks) -> int:
+    return sum(int(np.sum(mask)) for mask in jax.tree.leaves(masks))
+
+
+def live(adapters) -> int:
+    return sum(int(np.sum(np.asarray(lam) != 0)) for _, lam, _ in adapters.values())
+
+
+def random_gradients(adapters, seed):
+    """One gradient for both sides, in our layout."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: tuple(rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves)
+        for name, leaves in adapters.items()
+    }
+
+
+def set_gradients(peft_model, gradients) -> None:
+    for name, (p, lam, q) in gradients.items():
+        layer = getattr(peft_model.base_model.model, name)
+        layer.lora_A["default"].grad = torch.tensor(q)
+        layer.lora_B["default"].grad = torch.tensor(p.T.copy())
+        layer.lora_E["default"].grad = torch.tensor(lam[:, None])
+
+
+def test_all_scores_equal_peft_keeps_no_triplet_and_we_keep_the_budget():
+    """PEFT drops all triplets whose score is at most the k-th lowest; we keep exactly b."""
+    peft_model, config_, adapters = both(Case("chain2", config(20, (6, 2), beta1=0.5, beta2=0.5)))
+    ones = {name: tuple(np.ones_like(leaf) for leaf in a) for name, a in adapters.items()}
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(1.0)
+    set_gradients(peft_model, ones)
+    peft_model.base_model.update_and_allocate(4)
+    assert peft_model.base_model.rankallocator.budget_schedule(4) == (8, True)
+    assert theirs.live(peft_model) == 0
+
+    state = adalora.init_state(ours.from_arrays(ones), config_)
+    state, masks = adalora.allocate(state, ours.from_arrays(ones), 4)
+    assert int(state.allocator.budget) == kept(masks) == live(state.adapters) == 8
+
+
+def test_init_r_equal_to_target_r_crashes_peft_and_trains_unpruned_here():
+    case = Case("chain2", config(20, (4, 4)))
+    peft_model, config_, adapters = both(case)
+    with pytest.raises(RuntimeError, match="kthvalue"):
+        list(theirs.train(case, peft_model))
+
+    *_, last = ours.train(case, config_, adapters, scale=config_.scale)
+    assert last.budget == kept(last.masks) == live(last.adapters) == 8
+
+
+def test_init_r_below_target_r_crashes_peft_in_training_and_is_refused_here_at_once():
+    case = Case("chain2", config(20, (4, 6), tinit=5))
+    peft_model = theirs.build(case)
+    steps = theirs.train(case, peft_model)
+    assert [next(steps).budget for _ in range(6)] == [8] * 6
+    with pytest.raises(RuntimeError, match="kthvalue"):
+        next(steps)
+
+    with pytest.raises(ValueError, match="init_r=4 is below target_r=6"):
+        AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
+
+
+def test_one_step_of_infinite_gradients_ends_pruning_in_peft_and_is_passed_over_here():
+    """As after an overflow under loss scaling: the optimizer passes over the step."""
+    case = Case("chain2", config(80, (6, 2), 10, 20), overflow=30)
+    peft_model, config_, adapters = both(case)
+    own = list(ours.train(case, config_, adapters, scale=config_.scale))
+    peft_ = list(theirs.train(case, peft_model))
+
+    assert kept(own[29].masks) == kept(peft_[29].masks) == peft_[29].budget < 12
+    assert np.isnan(peft_[30].uncertainty["layer0"][0]).all()
+    assert {kept(snapshot.masks) for snapshot in peft_[30:]} == {12}
+    assert live(peft_[-1].adapters) == 12
+
+    for name, averages in own[29].sensitivity.items():
+        for before, after in zip(averages, own[30].sensitivity[name]):
+            np.testing.assert_array_equal(before, after)
+    assert [kept(snapshot.masks) for snapshot in own[30:]] == [s.budget for s in own[30:]]
+    assert kept(own[-1].masks) == live(own[-1].adapters) == 4
+
+
+def test_without_final_phase_peft_ends_with_every_triplet_live_and_we_with_the_target():
+    """tfinal = 0: PEFT's last mask falls on a multiple of deltaT, and every λ grows back."""
+    case = Case("chain2", config(80, (6, 2), 10, 0, 4))
+    peft_model, config_, adapters = both(case)
+    *_, peft_last = theirs.train(case, peft_model)
+    assert kept(peft_last.masks) == 4
+    assert live(peft_last.adapters) == 12
+
+    *_, last = ours.train(case, config_, adapters, scale=config_.scale)
+    assert kept(last.masks) == live(last.adapters) == 4
+
+
+def test_training_that_starts_after_the_final_step_crashes_peft_and_is_pruned_here():
+    peft_model, config_, adapters = both(Case("chain2", config(80, (6, 2), 10, 20)))
+    gradients = random_gradients(adapters, 0)
+    set_gradients(peft_model, gradients)
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'keys'"):
+        peft_model.base_model.update_and_allocate(61)
+
+    state = adalora.init_state(ours.from_arrays(adapters), config_)
+    _, masks = adalora.allocate(state, ours.from_arrays(gradients), 61)
+    assert kept(masks) == 4
+
+
+def test_final_step_leapt_over_leaves_peft_above_the_target_and_is_made_up_for_here():
+    """The count jumps, as after a restart, past 60 = total_step - tfinal, PEFT's one final step."""
+    peft_model, config_, adapters = both(Case("chain2", config(80, (6, 2), 0, 20)))
+    state = adalora.init_state(ours.from_arrays(adapters), config_)
+    for step in (*range(31), *range(61, 80)):
+        gradients = random_gradients(adapters, step)
+        set_gradients(peft_model, gradients)
+        peft_model.base_model.update_and_allocate(step)
+        state, masks = adalora.allocate(state, ours.from_arrays(gradients), step)
+    assert peft_model.base_model.rankallocator.budget_schedule(79)[0] == 4
+    assert kept(theirs.masks(peft_model)) == 5
+    assert kept(masks) == 4
+
+
+def test_between_two_masks_peft_computes_with_every_triplet_and_our_masks_are_state():
+    """deltaT = 4: in both the pruned λ grow back, so that they can be revived; what is pruned
+    stays known here, to evaluate and export with, and ``hold_mask`` forbids the growth."""
+    case = Case("chain2", config(80, (6, 2), 10, 20, 4), steps=31)
+    peft_model, config_, adapters = both(case)
+    peft_live = [live(snapshot.adapters) for snapshot in theirs.train(case, peft_model)]
+    assert peft_live[24:] == [6, 12, 12, 12, 6, 12, 12]
+
+    own = list(ours.train(case, config_, adapters, scale=config_.scale))
+    assert [live(snapshot.adapters) for snapshot in own] == peft_live
+    masked = [
+        adalora.apply_masks(ours.from_arrays(snapshot.adapters), snapshot.masks) for snapshot in own
+    ]
+    assert [live(adapters) for adapters in masked[24:]] == [6] * 7
+
+    held = ours.train(case, config_.replace(hold_mask=True), adapters, scale=config_.scale)
+    assert [live(snapshot.adapters) for snapshot in held][24:] == [6] * 7
+
+
+def test_forgotten_call_leaves_peft_unpruned_and_there_is_none_to_forget_here():
+    case = Case("chain2", config(40, (6, 2), 5, 10))
+    peft_model, config_, adapters = both(case)
+    peft_model.base_model.update_and_allocate = lambda step: None
+    *_, peft_last = theirs.train(case, peft_model)
+    assert live(peft_last.adapters) == 12
+
+    *_, last = ours.train(case, config_, adapters, scale=config_.scale)
+    assert live(last.adapters) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+def test_saved_midway_peft_cannot_prune_on_and_we_go_on_bit_for_bit(tmp_path):
+    case = Case("chain2", config(60, (6, 2), 0, 10))
+    given = inputs(case)
+    peft_model, config_, adapters = both(case)
+    steps = theirs.train(case, peft_model)
+    for _ in range(20):
+        next(steps)
+    peft_model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(theirs.base_model(case), tmp_path, is_trainable=True)
+    # The rows that were pruned are gone, but the budget is still counted from all of them.
+    left = theirs.adapters(loaded)
+    assert sum(lam.size for _, lam, _ in left.values()) == 5
+    set_gradients(loaded, random_gradients(left, 0))
+    with pytest.raises(RuntimeError, match="kthvalue"):
+        loaded.base_model.update_and_allocate(20)
+
+    batches = ours.cast(list(zip(given.x, given.y)), jnp.float32)
+    *state, step = ours.start(case, config_, adapters, given.weights, scale=config_.scale)
+    for i, (x, y) in enumerate(batches):
+        if i == 20:
+            resumed = saved = jax.tree.map(np.array, state)
+        *state, _ = step(*state, x, y, False)
+    for x, y in batches[20:]:
+        *resumed, _ = step(*resumed, x, y, False)
+    assert kept(adalora.allocator_state(saved).masks) == 5
+    assert kept(adalora.allocator_state(resumed).masks) == 4
+    for straight, again in zip(jax.tree.leaves(state), jax.tree.leaves(resumed)):
+        np.testing.assert_array_equal(straight, again)

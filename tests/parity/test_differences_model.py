@@ -1,0 +1,160 @@
+"""Where the adapted model differs from PEFT's on purpose: both run, both behaviours shown."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adalora_jax as adalora
+from adalora_jax import AdaLoraConfig
+from parity import ours, theirs
+from parity.cases import Case, inputs
+
+peft, torch = theirs.peft, theirs.torch
+pytestmark = pytest.mark.parity
+
+transformers_own_warning = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing:FutureWarning"
+)
+
+CONFIG = {"total_step": 40, "init_r": 6, "target_r": 2, "tfinal": 10, "lora_alpha": 16}
+
+
+@pytest.fixture
+def bert():
+    """A small transformers model with dropout off, its batch, and the adapting of it."""
+    transformers = pytest.importorskip(
+        "transformers", reason="needs transformers: pip install adalora-jax[parity]"
+    )
+    tiny = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    batch = {"input_ids": torch.arange(12).reshape(2, 6), "labels": torch.tensor([0, 1])}
+
+    def adapt(task_type):
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(tiny)
+        config = peft.AdaLoraConfig(
+            task_type=task_type, target_modules=["query", "value"], **CONFIG
+        )
+        return peft.get_peft_model(model, config)
+
+    return adapt, batch
+
+
+def penalty(peft_model) -> float:
+    """Our orthogonality term of PEFT's adapters."""
+    config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
+    return float(adalora.orthogonality(ours.from_arrays(theirs.adapters(peft_model)), config))
+
+
+@transformers_own_warning
+def test_without_task_type_peft_leaves_out_the_regulariser_and_ours_is_a_call_you_see(bert):
+    adapt, batch = bert
+    without, with_ = adapt(None), adapt("SEQ_CLS")
+    bare = without(**batch).loss.item()
+    # The same model and batch, and λ = 0: only the regulariser can be between them.
+    assert with_(**batch).loss.item() - bare == pytest.approx(penalty(with_), rel=1e-5)
+    assert penalty(without) > 0.9
+    assert without.base_model(**batch).loss.item() == pytest.approx(bare + penalty(without))
+
+
+@transformers_own_warning
+def test_evaluation_loss_has_the_regulariser_in_peft_and_not_here(bert):
+    adapt, batch = bert
+    peft_model = adapt("SEQ_CLS").eval()
+    with torch.no_grad():
+        evaluated = peft_model(**batch).loss.item()
+        plain = peft_model.get_base_model()(**batch).loss.item()
+    assert evaluated == pytest.approx(plain + penalty(peft_model))
+
+    # Ours is in the loss only where the training loop adds it; the forward pass knows nothing.
+    case = Case("chain2", CONFIG)
+    given = inputs(case)
+    params = {"adapters": ours.from_arrays(theirs.adapters(theirs.build(case))), "head": {}}
+    loss = ours.task_loss(
+        case,
+        ours.cast(given.weights, jnp.float32),
+        params,
+        *ours.cast((given.x[0], given.y[0]), jnp.float32),
+        scale=1.0,
+    )
+    with torch.no_grad():
+        x, y = (torch.tensor(array[0], dtype=torch.float32) for array in (given.x, given.y))
+        assert float(loss) == pytest.approx(theirs.base_model(case)(x, y).loss.item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+def test_reload_with_alpha_of_zero_shrinks_pefts_increment_and_leaves_ours(tmp_path):
+    """alpha <= 0 means alpha = r, and PEFT reads r anew from the pruned rows."""
+    case = Case("chain2", CONFIG | {"lora_alpha": 0}, learning_rate=1e-2)
+    peft_model = theirs.build(case)
+    *_, last = theirs.train(case, peft_model)
+    peft_model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(theirs.base_model(case), tmp_path)
+    config = AdaLoraConfig.from_peft(tmp_path)
+    for name, mask in last.masks.items():
+        trained, again = (
+            theirs.array(getattr(m.base_model.model, name).get_delta_weight("default")).T
+            for m in (peft_model, loaded)
+        )
+        np.testing.assert_allclose(again, trained * mask.sum() / mask.size, atol=1e-7)
+
+        adapter = adalora.Adapter(*map(jnp.asarray, last.adapters[name]))
+        cut = adalora.Adapter(*(leaf[mask] for leaf in adapter))
+        for kept in (adapter, cut):
+            delta = adalora.delta_weight(kept, scale=config.scale)
+            np.testing.assert_allclose(delta, trained, rtol=1e-4, atol=1e-6)
+    assert 0 < sum(mask.sum() for mask in last.masks.values()) < 12
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_scale_of_a_model_not_in_float32_drifts_in_peft_and_is_fixed_here(dtype):
+    """PEFT casts ``ranknum``, the scale's divisor, to the dtype of the base model and by that makes
+    a trainable parameter of it; every optimizer that takes all trainable ones then moves it."""
+    case = Case("chain2", CONFIG | {"lora_alpha": 8}, learning_rate=1e-2)
+    config = peft.AdaLoraConfig(target_modules=["layer0", "layer1"], **case.config)
+    for own_dtype, trainable in ((torch.float32, False), (getattr(torch, dtype), True)):
+        peft_model = peft.get_peft_model(theirs.base_model(case, own_dtype), config)
+        divisors = [p for name, p in peft_model.named_parameters() if "ranknum" in name]
+        assert [p.requires_grad for p in divisors] == [trainable] * 2
+    given = inputs(case)
+    opt = theirs.optimizer(peft_model, case)
+    for step, arrays in enumerate(zip(given.x, given.y)):
+        x, y = (torch.tensor(array, dtype=getattr(torch, dtype)) for array in arrays)
+        peft_model.base_model(x, y).loss.backward()
+        opt.step()
+        peft_model.base_model.update_and_allocate(step)
+        opt.zero_grad()
+    assert all(abs(divisor.item() - 6) > 0.1 for divisor in divisors)
+
+    # Ours is a number in the config, beside the parameters.
+    config = AdaLoraConfig.from_peft(config.to_dict())
+    assert config.scale == 8 / 6
+    assert set(adalora.Adapter._fields) == {"p", "lam", "q"}
+
+
+def test_adapter_whose_name_contains_anothers_crashes_peft_and_is_another_tree_here():
+    """PEFT finds an adapter's parameters by a substring: "default" is in "default2" too."""
+    case = Case("chain2", CONFIG)
+    peft_model = theirs.build(case)
+    adapters = theirs.adapters(peft_model)
+    frozen = peft.AdaLoraConfig(
+        target_modules=["layer0", "layer1"], inference_mode=True, **case.config
+    )
+    peft_model.add_adapter("default2", frozen)
+    with pytest.raises(TypeError, match="'Parameter' and 'NoneType'"):
+        list(theirs.train(case, peft_model))
+
+    config = AdaLoraConfig.from_peft(case.config)
+    both = {"default": ours.from_arrays(adapters), "default2": ours.from_arrays(adapters)}
+    state = adalora.init_state({"default": both["default"]}, config)
+    state, masks = adalora.allocate(state, {"default": both["default"]}, 35)
+    assert set(adalora.ranks(masks)) == {"default/layer0", "default/layer1"}
+    assert sum(adalora.ranks(masks).values()) == 4
