@@ -238,6 +238,33 @@ def test_a_scan_over_steps_is_the_loop():
     assert problem.live(scanned[1].allocator.masks) == 4
 
 
+@pytest.mark.parametrize(
+    ("params_in", "updates_in"), [("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+def test_pruned_is_exactly_zero_where_updates_and_parameters_differ_in_precision(
+    params_in, updates_in
+):
+    cast = optax.stateless(lambda updates, params: optax.tree.cast(updates, updates_in))
+    tx = al.adalora(problem.lenient(optax.chain(optax.sgd(0.3), cast)), CONFIG)
+
+    def step(params, state):
+        grads = optax.tree.cast(gradients(params), params_in)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):  # apply_updates adds the one to the other
+        params, state = parameters(params_in), tx.init(parameters(params_in))
+        jitted = quick(step)
+        for t in range(CONFIG.total_step):
+            params, state = jitted(params, state)
+            for name, adapter in params["block"].items():
+                assert adapter.lam.dtype == jnp.dtype(params_in)
+                mask = np.asarray(state.allocator.masks["block"][name])
+                if t in MASKED:
+                    np.testing.assert_array_equal(np.asarray(adapter.lam) != 0, mask)
+    assert problem.live(state.allocator.masks) == 4
+
+
 def test_extra_arguments_reach_an_inner_optimizer_that_takes_them():
     seen = []
 
