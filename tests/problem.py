@@ -102,3 +102,18 @@ def oracle_batches(data):
             batch.extend(tuple(array[index] for array in arrays) for index in indices)
         result.append(batch)
     return result
+
+
+def assert_same_bits(ours, theirs):
+    """Two trees with the same structure, dtypes and bytes; NaN equals NaN, 0.0 is not −0.0."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    named = jax.tree_util.tree_leaves_with_path(jax.device_get(ours))
+    for (path, a), b in zip(named, jax.tree.leaves(jax.device_get(theirs))):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), jax.tree_util.keystr(path)
+        assert a.tobytes() == b.tobytes(), f"{jax.tree_util.keystr(path)}: {a} is not {b}"
+
+
+def live(masks):
+    """The number of triplets that live in all adapters together."""
+    return sum(int(np.sum(mask)) for mask in jax.tree.leaves(masks))

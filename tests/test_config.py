@@ -1,0 +1,279 @@
+"""The configuration: what it refuses, that it says how to go on, and that it is static."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adalora_jax import AdaLoraConfig
+
+GOOD = {"total_step": 100}
+
+# Arguments that cannot work, the value as the message shows it, and the way out it names.
+REFUSED = [
+    ({"total_step": 0}, "total_step=0", "number of optimizer steps"),
+    ({"total_step": None}, "total_step=None", "number of optimizer steps"),
+    ({"total_step": -5}, "total_step=-5", "integer of at least 1"),
+    ({"total_step": 10.0}, "total_step=10.0", "integer of at least 1"),
+    ({"total_step": True}, "total_step=True", "integer of at least 1"),
+    ({"total_step": "10"}, "total_step='10'", "integer of at least 1"),
+    ({"target_r": 0}, "target_r=0", "integer of at least 1"),
+    ({"init_r": 12.5}, "init_r=12.5", "integer of at least 1"),
+    ({"init_r": True}, "init_r=True", "integer of at least 1"),
+    ({"deltaT": 0}, "deltaT=0", "integer of at least 1"),
+    ({"tinit": -1}, "tinit=-1", "integer of at least 0"),
+    ({"tfinal": -1}, "tfinal=-1", "integer of at least 0"),
+    ({"tfinal": "3"}, "tfinal='3'", "integer of at least 0"),
+    ({"init_r": 4, "target_r": 8}, "init_r=4", "init_r must be at least 8"),
+    ({"tinit": 100}, "tinit=100", "tinit < total_step - tfinal"),
+    ({"tfinal": 100}, "tfinal=100", "tinit < total_step - tfinal"),
+    ({"tinit": 60, "tfinal": 40}, "tinit=60, tfinal=40", "tinit < total_step - tfinal"),
+    ({"beta1": 0}, "beta1=0", "strictly between 0 and 1"),
+    ({"beta1": 1.0}, "beta1=1.0", "strictly between 0 and 1"),
+    ({"beta2": -0.1}, "beta2=-0.1", "strictly between 0 and 1"),
+    ({"beta2": float("nan")}, "beta2=nan", "strictly between 0 and 1"),
+    ({"beta2": "0.5"}, "beta2='0.5'", "strictly between 0 and 1"),
+    ({"beta1": True}, "beta1=True", "strictly between 0 and 1"),
+    ({"orth_reg_weight": -0.5}, "orth_reg_weight=-0.5", "0 or more"),
+    ({"orth_reg_weight": float("inf")}, "orth_reg_weight=inf", "0 or more"),
+    ({"orth_reg_weight": None}, "orth_reg_weight=None", "0 or more"),
+    ({"lora_dropout": 1.0}, "lora_dropout=1.0", "at least 0 and below 1"),
+    ({"lora_dropout": -0.1}, "lora_dropout=-0.1", "at least 0 and below 1"),
+    ({"lora_dropout": False}, "lora_dropout=False", "at least 0 and below 1"),
+    ({"lora_alpha": float("nan")}, "lora_alpha=nan", "a finite number"),
+    ({"lora_alpha": "16"}, "lora_alpha='16'", "a finite number"),
+    ({"use_dora": True}, "use_dora=True", "leave use_dora out"),
+    ({"loftq_config": {"bits": 4}}, "loftq_config={'bits': 4}", "leave loftq_config out"),
+    ({"r": 8}, "r=8", "set init_r"),
+    ({"r": 0}, "r=0", "set init_r"),
+    ({"budget_schedule": "cosine"}, "budget_schedule='cosine'", "'cubic', 'linear', or a function"),
+    (
+        {"score": "sensitivty"},
+        "score='sensitivty'",
+        "'magnitude', 'upper_confidence', or a function",
+    ),
+    ({"score_over": "p"}, "score_over='p'", "'triplet', 'lam'"),
+    ({"score_over": len}, "score_over=<built-in function len>", "'triplet', 'lam'"),
+    ({"init": "zeros"}, "init='zeros'", "'gaussian', 'lambda_one'"),
+    ({"orthogonality": "l2"}, "orthogonality='l2'", "'frobenius', 'squared'"),
+    ({"sensitivity_at": "both"}, "sensitivity_at='both'", "'updated', 'current'"),
+    ({"hold_mask": 1}, "hold_mask=1", "True or False"),
+    ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'", "True or False"),
+    ({"fan_in_fan_out": None}, "fan_in_fan_out=None", "True or False"),
+    ({"param_dtype": "int8"}, "param_dtype='int8'", "float32, bfloat16"),
+    ({"param_dtype": None}, "param_dtype=None", "float32, bfloat16"),
+    ({"target_modules": 3}, "target_modules=3", "list of names or a string"),
+    ({"target_modules": ["q", 3]}, "target_modules=['q', 3]", "list of names or a string"),
+    ({"exclude_modules": [""]}, "exclude_modules=['']", "list of names or a string"),
+    ({"modules_to_save": [None]}, "modules_to_save=[None]", "list of names or a string"),
+    ({"layers_to_transform": [-1]}, "layers_to_transform=-1", "integer of at least 0"),
+    ({"layers_to_transform": "all"}, "layers_to_transform='all'", "integer of at least 0"),
+    ({"rank_pattern": 3}, "rank_pattern=3", "each adapter's path"),
+    ({"rank_pattern": {"q": "8"}}, "rank_pattern={'q': '8'}", "each adapter's path"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "shown", "way_out"), REFUSED, ids=lambda value: str(value))
+def test_a_refusal_names_the_argument_its_value_and_a_way_out(arguments, shown, way_out):
+    with pytest.raises(ValueError, match=re.escape(shown)) as caught:
+        AdaLoraConfig(**(GOOD | arguments))
+    assert way_out in str(caught.value)
+
+
+def test_total_step_is_required():
+    with pytest.raises(ValueError, match="optimizer steps of the whole run is required"):
+        AdaLoraConfig()
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="delta_t"):
+        AdaLoraConfig(total_step=10, delta_t=3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"init_r": 8, "target_r": 8},
+        {"tinit": 99},
+        {"tinit": 0, "tfinal": 99},
+        {"orth_reg_weight": 0},
+        {"lora_dropout": 0},
+        {"lora_alpha": -1},
+        {"total_step": np.int64(7), "target_r": np.int32(2)},
+        {"use_dora": False, "loftq_config": {}, "r": None},
+        {"rank_pattern": {}},
+        {"rank_pattern": {"q": 0}},
+    ],
+    ids=str,
+)
+def test_values_at_the_edge_are_taken(arguments):
+    config = AdaLoraConfig(**(GOOD | arguments))
+    for name in ("total_step", "init_r", "target_r"):
+        assert type(getattr(config, name)) is int
+
+
+def test_the_last_phase_begins_at_the_last_step_at_the_latest():
+    assert AdaLoraConfig(total_step=100, tfinal=30).final_step == 70
+    assert AdaLoraConfig(total_step=100).final_step == 99
+    assert AdaLoraConfig(total_step=1).final_step == 0
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(8, 2.0), (2.0, 0.5), (0, 1.0), (-3, 1.0)])
+def test_the_scale_is_alpha_over_init_r_and_one_where_alpha_is_not_positive(alpha, scale):
+    assert AdaLoraConfig(total_step=10, lora_alpha=alpha, init_r=4, target_r=2).scale == scale
+
+
+# Static ---------------------------------------------------------------------------------------
+
+SPELLINGS = {
+    "target_modules": (["query", "value"], ("query", "value")),
+    "exclude_modules": (["head"], ("head",)),
+    "modules_to_save": ("head", ["head"]),
+    "layers_pattern": ("layers", ["layers"]),
+    "layers_to_transform": ([1, 2], (1, 2), range(1, 3)),
+    "rank_pattern": (
+        {"b": 3, "a": [True, False]},
+        {"a": (True, False), "b": 3},
+        [("a", [True, False]), ("b", 3)],
+    ),
+    "param_dtype": ("bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")),
+    "beta1": (0.5, np.float32(0.5)),
+    "orth_reg_weight": (1, 1.0),
+    "total_step": (100, np.int64(100)),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_of_one_value_make_equal_configs_with_equal_hashes(name):
+    configs = [AdaLoraConfig(**(GOOD | {name: value})) for value in SPELLINGS[name]]
+    for first, second in itertools.combinations(configs, 2):
+        assert first == second
+        assert hash(first) == hash(second)
+    default = AdaLoraConfig(total_step=101) if name == "total_step" else AdaLoraConfig(**GOOD)
+    assert configs[0] != default
+
+
+def test_a_set_of_names_has_one_order():
+    names = {"query", "value", "key", "output"}
+    assert AdaLoraConfig(**GOOD, target_modules=names).target_modules == tuple(sorted(names))
+
+
+def test_equal_configs_share_one_trace():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnames="config")
+    def scaled(x, config):
+        traces.append(config)
+        return x * config.scale
+
+    first, second, third = (
+        AdaLoraConfig(**GOOD, target_modules=modules, lora_alpha=alpha)
+        for modules, alpha in ((["q"], 24), (("q",), 24), (["q"], 36))
+    )
+    results = [float(scaled(1.0, config=config)) for config in (first, second, third)]
+    assert results == [2.0, 2.0, 3.0]
+    assert len(traces) == 2
+
+
+def test_a_config_cannot_be_changed_in_place():
+    config = AdaLoraConfig(**GOOD)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.init_r = 3
+
+
+def test_replace_checks_like_a_new_one_and_leaves_the_old_one():
+    config = AdaLoraConfig(**GOOD, target_modules=["q"], rank_pattern={"q": 3})
+    changed = config.replace(init_r=20)
+    assert (changed.init_r, config.init_r) == (20, 12)
+    assert changed.replace(init_r=12) == config
+    with pytest.raises(ValueError, match="init_r=2 is below target_r=8"):
+        config.replace(init_r=2)
+
+
+# PEFT's files ---------------------------------------------------------------------------------
+
+
+def test_what_goes_to_peft_comes_back_the_same(tmp_path):
+    config = AdaLoraConfig(
+        total_step=500,
+        init_r=10,
+        target_r=5,
+        tinit=50,
+        tfinal=100,
+        deltaT=7,
+        beta1=0.7,
+        orth_reg_weight=0.1,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        target_modules=["query", "value"],
+        layers_to_transform=[0, 2],
+        layers_pattern="layers",
+        modules_to_save=["classifier"],
+        rank_pattern={"a.lora_E": [True, False], "b.lora_E": [True, True]},
+    )
+    plain = config.to_peft()
+    assert json.loads(json.dumps(plain)) == plain
+    assert AdaLoraConfig.from_peft(plain) == config
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(plain))
+    assert AdaLoraConfig.from_peft(file) == AdaLoraConfig.from_peft(str(tmp_path)) == config
+
+
+OURS = {
+    "budget_schedule": "linear",
+    "score": "magnitude",
+    "score_over": "lam",
+    "init": "lambda_one",
+    "orthogonality": "squared",
+    "param_dtype": "bfloat16",
+    "sensitivity_at": "current",
+    "hold_mask": True,
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_peft_cannot_do_does_not_go_there(name):
+    with pytest.raises(ValueError, match=f"{name}={OURS[name]!r} has no counterpart in PEFT"):
+        AdaLoraConfig(**GOOD, **{name: OURS[name]}).to_peft()
+
+
+def test_a_predicate_cannot_be_written_down():
+    with pytest.raises(ValueError, match="target_modules is a function"):
+        AdaLoraConfig(**GOOD, target_modules=lambda path, module: True).to_peft()
+
+
+def test_keys_that_peft_adds_are_dropped_and_unknown_ones_reported():
+    source = {"peft_type": "ADALORA", "total_step": 10, "task_type": "SEQ_CLS", "r": 8}
+    assert AdaLoraConfig.from_peft(source) == AdaLoraConfig(total_step=10)
+    with pytest.warns(UserWarning, match="unknown keys.*: colour, taste"):
+        config = AdaLoraConfig.from_peft(source | {"taste": 1, "colour": 2})
+    assert config == AdaLoraConfig(total_step=10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LORA"}, "peft_type='LORA' is not 'ADALORA'"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"use_rslora": True}, "use_rslora=True is not supported"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] is not supported"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"init_r": 2}, "init_r=2 is below target_r=8"),
+    ],
+    ids=str,
+)
+def test_a_peft_config_that_computes_something_else_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AdaLoraConfig.from_peft({"peft_type": "ADALORA", "total_step": 10} | changes)
+
+
+def test_a_file_that_is_no_json_object_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="holds no JSON object"):
+        AdaLoraConfig.from_peft(tmp_path)

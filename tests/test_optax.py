@@ -1,0 +1,305 @@
+"""optax's own conventions, over a dozen and more inner optimizers.
+
+After the battery of optax's contributed optimizers, ``optax/contrib/_common_test.py``.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+from optax import contrib
+
+import adalora_jax as al
+
+CONFIG = al.AdaLoraConfig(total_step=8, init_r=3, target_r=2, tinit=1, tfinal=2, deltaT=2)
+SHAPES = {"a": (2, 3, ()), "b": (3, 2, ())}
+MASKED = (2, 4, 6, 7)  # a new mask every second step after the first, the final one at 8 − 2
+OPTIMIZERS = {
+    "adabelief": optax.adabelief,
+    "adafactor": lambda learning_rate: optax.adafactor(learning_rate, min_dim_size_to_factor=2),
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "lamb": optax.lamb,
+    "lion": optax.lion,
+    "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9, nesterov=True),
+    "muon": contrib.muon,
+    "prodigy": contrib.prodigy,
+    "radam": optax.radam,
+    "rmsprop": optax.rmsprop,
+    "schedule_free": lambda learning_rate: contrib.schedule_free(
+        optax.adamw(learning_rate, b1=0.0), learning_rate=learning_rate
+    ),
+    "sgd": optax.sgd,
+}
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def make(name, rate=0.01):
+    return problem.lenient(OPTIMIZERS[name](learning_rate=rate))
+
+
+def parameters(dtype="float32"):
+    """Adapters beside a head and a bias."""
+    adapters = problem.adapters(CONFIG.replace(param_dtype=dtype), shapes=SHAPES)
+    return {"block": adapters, "head": jnp.full((2, 3), 0.5, dtype), "bias": jnp.ones(3, dtype)}
+
+
+def gradients(params):
+    return jax.tree.map(
+        lambda leaf: jnp.sin(7 * leaf) + leaf / 3 + jnp.asarray(0.1, leaf.dtype), params
+    )
+
+
+def train_step(tx, **extra):
+    def step(params, state):
+        updates, state = tx.update(gradients(params), state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def quick(function):
+    return jax.jit(function, compiler_options=problem.QUICK)
+
+
+def describe(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+@every_optimizer
+def test_a_run_traces_once_and_prunes_exactly(name):
+    tx = al.adalora(make(name), CONFIG)
+    extra = {"value": jnp.float32(1), "an_argument_nobody_expects": 1}
+    chex.clear_trace_counter()
+    step = quick(chex.assert_max_traces(train_step(tx, **extra), n=1))
+    carry = (params, state) = parameters(), quick(tx.init)(parameters())
+    for t in range(CONFIG.total_step):
+        carry = (after, state) = step(*carry)
+        assert describe(carry) == describe((params, tx.init(params)))
+        allocator = al.allocator_state(state)
+        assert int(allocator.step) == t + 1
+        for adapter, mask in zip(after["block"].values(), allocator.masks["block"].values()):
+            zeros = np.asarray(adapter.lam) == 0
+            expected = ~np.asarray(mask) if t in MASKED else np.zeros(3, bool)
+            np.testing.assert_array_equal(zeros, expected, err_msg=f"step {t}")
+            assert np.isfinite(adapter.p).all()
+        assert problem.live(allocator.masks) == {2: 5, 3: 5}.get(t, 6 if t < 2 else 4)
+    assert step._cache_size() == 1
+
+
+@every_optimizer
+def test_other_parameters_get_exactly_the_inner_optimizers_update(name):
+    """And so do p and q, and λ where no mask is applied."""
+    inner = make(name)
+    tx = al.adalora(inner, CONFIG)
+    params, state = parameters(), tx.init(parameters())
+
+    @quick
+    def two_ways(params, state):
+        grads = gradients(params)
+        plain, _ = inner.update(grads, state.inner, params)
+        ours, state = tx.update(grads, state, params)
+        return plain, ours, state, optax.apply_updates(params, ours)
+
+    for t in range(4):
+        plain, ours, state, params = two_ways(params, state)
+        if t in MASKED:
+            for where, mask in state.allocator.masks["block"].items():
+                for updates in (plain, ours):
+                    adapter = updates["block"][where]
+                    updates["block"][where] = adapter._replace(lam=jnp.where(mask, adapter.lam, 0))
+        problem.assert_same_bits(ours, plain)
+    assert problem.live(state.allocator.masks) == 5
+
+
+@both_dtypes
+@every_optimizer
+def test_state_is_stable_under_cond_and_scan_and_updates_keep_their_dtype(name, dtype):
+    """JAX refuses a branch or a loop whose state changes type, so that to trace it is the test."""
+    tx = al.adalora(make(name), CONFIG)
+    params = parameters(dtype)
+
+    def step(carry, turn):
+        params, state = carry
+        grads = gradients(params)
+        updates, state = jax.lax.cond(
+            turn, lambda: tx.update(grads, state, params), lambda: (grads, state)
+        )
+        return (optax.apply_updates(params, updates), state), updates
+
+    start = jax.eval_shape(lambda: (params, tx.init(params)))
+    run = lambda carry: jax.lax.scan(step, carry, jnp.array([True, False]))
+    end, updates = jax.eval_shape(run, start)
+    assert describe(end) == describe(start)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    averages = (end[1].allocator.sensitivity, end[1].allocator.uncertainty)
+    assert {leaf.dtype for leaf in jax.tree.leaves(averages)} == {jnp.dtype("float32")}
+
+
+@every_optimizer
+def test_a_schedule_may_be_injected_and_is_read_back(name):
+    """The same run with the schedule inside the optimizer and by ``inject_hyperparams``."""
+    schedule = optax.linear_schedule(0.02, 0.0, 4)
+    params = parameters()
+    factory = lambda learning_rate: al.adalora(OPTIMIZERS[name](learning_rate), CONFIG)
+    with jax.numpy_dtype_promotion("standard"):
+        injected = optax.inject_hyperparams(factory)(learning_rate=schedule)
+        plain = factory(schedule)
+
+        @quick
+        def both(ours, theirs):
+            return train_step(injected)(*ours), train_step(plain)(*theirs)
+
+        ours, theirs = (params, injected.init(params)), (params, plain.init(params))
+        for t in range(4):
+            ours, theirs = both(ours, theirs)
+            rate = ours[1].hyperparams["learning_rate"]
+            np.testing.assert_allclose(rate, 0.02 * (1 - t / 4), rtol=1e-6)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        jax.tree.map(close, ours[0], theirs[0])
+        masks = [al.allocator_state(state).masks for state in (ours[1], theirs[1])]
+    problem.assert_same_bits(*masks)
+    assert problem.live(masks[0]) == 5
+
+
+@every_optimizer
+def test_accumulation_with_multisteps_counts_applied_updates(name):
+    """Three mini-steps make one step; in between nothing moves."""
+    with jax.numpy_dtype_promotion("standard"):
+        tx = optax.MultiSteps(al.adalora(make(name), CONFIG), every_k_schedule=3)
+        step = quick(train_step(tx))
+        params = parameters()
+        carry = (params, tx.init(params))
+        for mini in range(1, 3 * CONFIG.total_step + 1):
+            before, carry = carry, step(*carry)
+            allocator = al.allocator_state(carry[1])
+            assert int(allocator.step) == mini // 3 == int(carry[1].gradient_step)
+            if mini % 3:
+                problem.assert_same_bits(carry[0], before[0])
+                problem.assert_same_bits(allocator, al.allocator_state(before[1]))
+    assert problem.live(allocator.masks) == 4
+    assert sum(int((a.lam != 0).sum()) for a in carry[0]["block"].values()) == 4
+
+
+@every_optimizer
+def test_map_params_with_the_identity_changes_nothing(name):
+    tx = al.adalora(make(name), CONFIG)
+    state = tx.init(parameters())
+    problem.assert_same_bits(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
+
+
+# One optimizer is enough for the rest ---------------------------------------------------------
+
+
+def test_map_params_sees_the_averages_as_parameters_and_masks_and_scalars_as_none():
+    tx = al.adalora(optax.adam(0.01), CONFIG)
+    params = problem.adapters(CONFIG, shapes=SHAPES)
+    state = tx.init(params)
+    specs = {name: al.Adapter("p of " + name, "lam of " + name, "q of " + name) for name in SHAPES}
+    mapped = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: None
+    )
+    assert mapped.allocator == al.AllocatorState(None, None, None, specs, specs)
+    assert mapped.inner[0].mu == specs
+    doubled = optax.tree.map_params(tx, lambda leaf: leaf + 2, state)
+    assert {float(leaf.max()) for leaf in jax.tree.leaves(doubled.allocator.sensitivity)} == {2.0}
+    problem.assert_same_bits(doubled.allocator.masks, state.allocator.masks)
+
+
+def test_map_params_beside_other_parameters_takes_the_places_without_averages_for_leaves():
+    """What is no adapter has None in the averages, as ``optax.masked`` has a MaskedNode."""
+    tx = al.adalora(optax.sgd(0.01), CONFIG)
+    params = parameters()
+    specs = jax.tree.map(jnp.ndim, params)
+    mapped = optax.tree.map_params(
+        *(tx, lambda _, spec: spec, tx.init(params), specs), is_leaf=lambda node: node is None
+    )
+    assert mapped.allocator.sensitivity == specs
+
+
+def test_a_scan_over_steps_is_the_loop():
+    tx = al.adalora(make("adamw"), CONFIG)
+    step = train_step(tx)
+    start = (parameters(), tx.init(parameters()))
+    scanned, _ = quick(lambda carry: jax.lax.scan(lambda c, _: (step(*c), None), carry, length=8))(
+        start
+    )
+    looped, jitted = start, quick(step)
+    for _ in range(8):
+        looped = jitted(*looped)
+    problem.assert_same_bits(scanned[1].allocator.masks, looped[1].allocator.masks)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), scanned, looped
+    )
+    assert problem.live(scanned[1].allocator.masks) == 4
+
+
+@pytest.mark.parametrize(
+    ("params_in", "updates_in"), [("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+def test_pruned_is_exactly_zero_where_updates_and_parameters_differ_in_precision(
+    params_in, updates_in
+):
+    cast = optax.stateless(lambda updates, params: optax.tree.cast(updates, updates_in))
+    tx = al.adalora(problem.lenient(optax.chain(optax.sgd(0.3), cast)), CONFIG)
+
+    def step(params, state):
+        grads = optax.tree.cast(gradients(params), params_in)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):  # apply_updates adds the one to the other
+        params, state = parameters(params_in), tx.init(parameters(params_in))
+        jitted = quick(step)
+        for t in range(CONFIG.total_step):
+            params, state = jitted(params, state)
+            for name, adapter in params["block"].items():
+                assert adapter.lam.dtype == jnp.dtype(params_in)
+                mask = np.asarray(state.allocator.masks["block"][name])
+                if t in MASKED:
+                    np.testing.assert_array_equal(np.asarray(adapter.lam) != 0, mask)
+    assert problem.live(state.allocator.masks) == 4
+
+
+def test_extra_arguments_reach_an_inner_optimizer_that_takes_them():
+    seen = []
+
+    def update(updates, state, params=None, *, value, **rest):
+        seen.append((value, rest))
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    tx = al.adalora(inner, CONFIG)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    params = parameters()
+    tx.update(gradients(params), tx.init(params), params, value=3, more="words")
+    assert seen == [(3, {"more": "words"})]
+
+
+def test_an_inner_optimizer_that_needs_the_loss_gets_it():
+    """``momo`` sets its step size by the value of the loss."""
+    params = parameters()
+    moved = []
+    for value in (0.1, 10.0):
+        tx = al.adalora(problem.lenient(contrib.momo(learning_rate=1.0)), CONFIG)
+        updates, _ = tx.update(gradients(params), tx.init(params), params, value=jnp.float32(value))
+        moved.append(float(jnp.abs(updates["head"]).sum()))
+    assert 0 < moved[0] < moved[1]
+
+
+def test_schedule_free_evaluates_pruned_once_the_masks_are_applied():
+    """Its evaluation point mixes in another sequence, in which a pruned λ is not zero."""
+    tx = al.adalora(make("schedule_free"), CONFIG)
+    carry, step = (parameters(), tx.init(parameters())), quick(train_step(tx))
+    for _ in range(CONFIG.total_step):
+        carry = step(*carry)
+    params, state = carry
+    evaluated = contrib.schedule_free_eval_params(state.inner, params)
+    count = lambda tree: sum(int((a.lam != 0).sum()) for a in tree["block"].values())
+    assert count(params) == 4
+    assert count(evaluated) == 6
+    assert count(al.apply_masks(evaluated, state.allocator.masks)) == 4

@@ -1,0 +1,211 @@
+"""The transformation inside and around others of optax, and what it refuses."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+from flax import nnx
+
+import adalora_jax as al
+
+CONFIG = al.AdaLoraConfig(total_step=6, init_r=3, target_r=2, tinit=1, tfinal=2)
+SHAPES = {"a": (2, 3, ()), "b": (3, 2, ())}
+
+
+def parameters():
+    return {"block": problem.adapters(CONFIG, shapes=SHAPES), "head": jnp.ones((2, 3))}
+
+
+def gradients(params):
+    return jax.tree.map(lambda leaf: jnp.cos(5 * leaf) + 0.1, params)
+
+
+def run(tx, params, grads=gradients, steps=CONFIG.total_step):
+    """The parameters and the state after some steps."""
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(grads(params), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def alive(params):
+    return sum(int((a.lam != 0).sum()) for a in al.adapters(params).values())
+
+
+ours = lambda inner=None: al.adalora(inner or optax.sgd(0.1), CONFIG)
+NESTED = {
+    "chain": lambda: optax.chain(optax.clip(1.0), ours()),
+    "chain of chains": lambda: optax.chain(optax.identity(), optax.chain(optax.clip(1.0), ours())),
+    "chain within": lambda: ours(optax.chain(optax.clip(1.0), optax.trace(0.9), optax.scale(-0.1))),
+    "named chain": lambda: optax.named_chain(("clip", optax.clip(1.0)), ("rank", ours())),
+    "masked": lambda: optax.masked(ours(), {"block": True, "head": False}),
+    "partition": lambda: optax.partition(
+        {"ours": ours(), "frozen": optax.set_to_zero()}, {"block": "ours", "head": "frozen"}
+    ),
+    "multi_transform": lambda: optax.multi_transform(
+        {"ours": ours(), "sgd": optax.sgd(0.1)}, {"block": "ours", "head": "sgd"}
+    ),
+    "partition within": lambda: ours(
+        optax.partition(
+            {
+                "p": optax.sgd(0.1),
+                "q": optax.sgd(0.2),
+                "lam": optax.sgd(0.3),
+                "other": optax.sgd(0.1),
+            },
+            al.labels,
+        )
+    ),
+    "apply_if_finite": lambda: optax.apply_if_finite(ours(), 3),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_anywhere_it_prunes_and_its_state_is_found(name):
+    params, state = run(NESTED[name](), parameters())
+    allocator = al.allocator_state(state)
+    assert int(allocator.step) == CONFIG.total_step
+    assert problem.live(allocator.masks) == alive(params) == 4
+    assert al.ranks(allocator).keys() == {"block/a", "block/b"}
+
+
+def test_the_other_part_of_a_partition_never_meets_adalora():
+    head = run(NESTED["partition"](), parameters())[0]["head"]
+    np.testing.assert_array_equal(head, jnp.ones((2, 3)))
+    moved = run(NESTED["multi_transform"](), parameters())[0]["head"]
+    alone = run(optax.sgd(0.1), {"head": jnp.ones((2, 3))})[0]["head"]
+    np.testing.assert_array_equal(moved, alone)
+
+
+def test_labels_give_each_factor_its_own_rate():
+    params = parameters()
+    ones = lambda params: jax.tree.map(jnp.ones_like, params)
+    moved = run(NESTED["partition within"](), params, ones, steps=1)[0]["block"]["a"]
+    start = params["block"]["a"]
+    for leaf, before, rate in zip(moved, start, (0.1, 0.3, 0.2)):
+        np.testing.assert_allclose(leaf, before - rate, rtol=1e-5, atol=1e-6)
+
+
+def test_importance_sees_clipping_before_and_not_within():
+    """The gradients are 4: clipped to 1 in the chain, raw for the one that wraps the clipping."""
+    fours = lambda params: jax.tree.map(lambda leaf: jnp.full_like(leaf, 4.0), params)
+    before = run(optax.chain(optax.clip(1.0), ours()), parameters(), fours, steps=1)
+    within = run(ours(optax.chain(optax.clip(1.0), optax.sgd(0.1))), parameters(), fours, steps=1)
+    problem.assert_same_bits(before[0], within[0])
+    averages = [al.allocator_state(state).sensitivity for _, state in (before, within)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(4 * a, b, rtol=1e-6), *averages)
+    # λ was 0 and moved by −0.1: I = 0.4, of which the average takes 15 %.
+    np.testing.assert_allclose(averages[1]["block"]["a"].lam, 0.15 * 0.4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_apply_if_finite_and_adalora_skip_the_same_step(where):
+    guard = lambda tx: optax.apply_if_finite(tx, 3)
+    tx = guard(ours()) if where == "outside" else ours(guard(optax.sgd(0.1)))
+    params, state = run(tx, parameters(), steps=3)
+
+    def broken(params):
+        grads = gradients(params)
+        grads["block"]["a"] = grads["block"]["a"]._replace(lam=jnp.array([0.1, jnp.nan, 0.2]))
+        return grads
+
+    updates, after = jax.jit(tx.update)(broken(params), state, params)
+    problem.assert_same_bits(al.allocator_state(after), al.allocator_state(state))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    for _ in range(3):
+        updates, after = jax.jit(tx.update)(gradients(params), after, params)
+        params = optax.apply_updates(params, updates)
+    assert int(al.allocator_state(after).step) == CONFIG.total_step
+    assert problem.live(al.allocator_state(after).masks) == alive(params) == 4
+
+
+@pytest.mark.parametrize("kind", ["mapping", "FrozenDict", "State", "list", "one adapter"])
+def test_adapters_are_found_in_any_container(kind):
+    plain = parameters()["block"]
+    mappings = {name: a._asdict() for name, a in plain.items()}
+    params = {
+        "mapping": lambda: {"layer": {"adalora": mappings["a"]}, "b": mappings["b"]},
+        "FrozenDict": lambda: flax.core.freeze(mappings),
+        "State": lambda: nnx.State(mappings),
+        "list": lambda: [plain["a"], (plain["b"], jnp.ones(2))],
+        "one adapter": lambda: plain["a"],
+    }[kind]()
+    after, state = run(ours(), params)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    assert alive(after) == problem.live(al.allocator_state(state).masks)
+    assert alive(after) == (2 if kind == "one adapter" else 4)
+
+
+def test_the_containers_make_no_difference_to_the_numbers():
+    plain = parameters()["block"]
+    mappings = {name: a._asdict() for name, a in plain.items()}
+    first, second = run(ours(), plain)[0], run(ours(), mappings)[0]
+    problem.assert_same_bits({name: a._asdict() for name, a in first.items()}, second)
+
+
+# Refusals -------------------------------------------------------------------------------------
+
+
+def test_update_without_params_is_refused():
+    tx, params = ours(), parameters()
+    with pytest.raises(ValueError, match=r"params=None.*tx.update\(grads, state, params\)"):
+        tx.update(gradients(params), tx.init(params))
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [{}, [], (), None, nnx.State({}), flax.core.FrozenDict({}), {"head": np.ones(3)}, np.ones(3)],
+    ids=lambda empty: type(empty).__name__,
+)
+def test_a_tree_without_an_adapter_is_refused(empty):
+    name = type(empty).__name__
+    with pytest.raises(ValueError, match=f"no adapter was found in the {name}.*adapt"):
+        ours().init(empty)
+
+
+def test_gradients_of_another_structure_are_refused():
+    tx, params = ours(), parameters()
+    state, grads = tx.init(params), gradients(params)
+    del grads["block"]["a"]
+    grads["elsewhere"] = gradients(params)["block"]["a"]
+    with pytest.raises(ValueError, match="block/a has no gradient; elsewhere is no adapter"):
+        tx.update(grads, state, params)
+
+
+def test_gradients_of_another_shape_are_refused():
+    tx, params = ours(), parameters()
+    grads = gradients(params)
+    grads["block"]["b"] = grads["block"]["b"]._replace(q=jnp.ones((3, 7)))
+    message = r"block/b\.q has shape \(3, 3\), its gradient \(3, 7\).*same tree that is trained"
+    with pytest.raises(ValueError, match=message):
+        tx.update(grads, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"^a has p .*, lam \(4,\) and q"):
+        tx.init({"a": params["block"]["a"]._replace(lam=jnp.ones(4))})
+
+
+def test_allocate_refuses_the_same():
+    params = parameters()["block"]
+    state = al.init_state(params, CONFIG)
+    with pytest.raises(ValueError, match="b has no gradient"):
+        al.allocate(state, {"a": params["a"]}, 0)
+    with pytest.raises(ValueError, match="no adapter was found"):
+        al.init_state({"head": jnp.ones(3)}, CONFIG)
+
+
+def test_allocator_state_wants_exactly_one():
+    params = parameters()
+    with pytest.raises(ValueError, match=r"opt_state holds 0 AllocatorStates.*adalora\(...\) once"):
+        al.allocator_state(optax.adam(0.1).init(params))
+    with pytest.raises(ValueError, match="opt_state holds 2 AllocatorStates"):
+        al.allocator_state(optax.chain(ours(), ours()).init(params))
+
+
+def test_what_is_no_optimizer_or_no_config_is_refused():
+    with pytest.raises(TypeError, match=r"inner=0\.1 must be an optax GradientTransformation"):
+        al.adalora(0.1, CONFIG)
+    with pytest.raises(TypeError, match="config=10 must be an AdaLoraConfig"):
+        al.adalora(optax.sgd(0.1), 10)
