@@ -210,9 +210,9 @@ def keep_best(scores: PyTree, count: chex.Numeric) -> PyTree:
     flat = jnp.concatenate([_gathered(leaf) for leaf in leaves])
     order = jnp.argsort(-flat, stable=True)  # JAX sorts NaN to the end
     kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size, dtype=jnp.int32) < count)
-    places = np.split(np.arange(flat.size), np.cumsum(sizes)[:-1])
+    ends = np.cumsum(sizes)
     return treedef.unflatten(
-        [kept[place].reshape(leaf.shape) for place, leaf in zip(places, leaves)]
+        [kept[jnp.arange(e - n, e)].reshape(leaf.shape) for e, n, leaf in zip(ends, sizes, leaves)]
     )
 
 
@@ -227,7 +227,7 @@ def _gathered(scores: jax.Array) -> jax.Array:
     if mesh.are_all_axes_explicit:
         everywhere = jax.sharding.PartitionSpec(*[None] * scores.ndim)
         scores = jax.sharding.reshard(scores, jax.sharding.NamedSharding(mesh, everywhere))
-    return scores.ravel()[np.arange(scores.size)]
+    return scores.ravel()[jnp.arange(scores.size)]
 
 
 def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
