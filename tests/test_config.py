@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import re
 
 import jax
@@ -194,86 +193,3 @@ def test_replace_checks_like_a_new_one_and_leaves_the_old_one():
     assert changed.replace(init_r=12) == config
     with pytest.raises(ValueError, match="init_r=2 is below target_r=8"):
         config.replace(init_r=2)
-
-
-# PEFT's files ---------------------------------------------------------------------------------
-
-
-def test_what_goes_to_peft_comes_back_the_same(tmp_path):
-    config = AdaLoraConfig(
-        total_step=500,
-        init_r=10,
-        target_r=5,
-        tinit=50,
-        tfinal=100,
-        deltaT=7,
-        beta1=0.7,
-        orth_reg_weight=0.1,
-        lora_alpha=32,
-        lora_dropout=0.05,
-        target_modules=["query", "value"],
-        layers_to_transform=[0, 2],
-        layers_pattern="layers",
-        modules_to_save=["classifier"],
-        rank_pattern={"a.lora_E": [True, False], "b.lora_E": [True, True]},
-    )
-    plain = config.to_peft()
-    assert json.loads(json.dumps(plain)) == plain
-    assert AdaLoraConfig.from_peft(plain) == config
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(plain))
-    assert AdaLoraConfig.from_peft(file) == AdaLoraConfig.from_peft(str(tmp_path)) == config
-
-
-OURS = {
-    "budget_schedule": "linear",
-    "score": "magnitude",
-    "score_over": "lam",
-    "init": "lambda_one",
-    "orthogonality": "squared",
-    "param_dtype": "bfloat16",
-    "sensitivity_at": "current",
-    "hold_mask": True,
-}
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_what_peft_cannot_do_does_not_go_there(name):
-    with pytest.raises(ValueError, match=f"{name}={OURS[name]!r} has no counterpart in PEFT"):
-        AdaLoraConfig(**GOOD, **{name: OURS[name]}).to_peft()
-
-
-def test_a_predicate_cannot_be_written_down():
-    with pytest.raises(ValueError, match="target_modules is a function"):
-        AdaLoraConfig(**GOOD, target_modules=lambda path, module: True).to_peft()
-
-
-def test_keys_that_peft_adds_are_dropped_and_unknown_ones_reported():
-    source = {"peft_type": "ADALORA", "total_step": 10, "task_type": "SEQ_CLS", "r": 8}
-    assert AdaLoraConfig.from_peft(source) == AdaLoraConfig(total_step=10)
-    with pytest.warns(UserWarning, match="unknown keys.*: colour, taste"):
-        config = AdaLoraConfig.from_peft(source | {"taste": 1, "colour": 2})
-    assert config == AdaLoraConfig(total_step=10)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"peft_type": "LORA"}, "peft_type='LORA' is not 'ADALORA'"),
-        ({"bias": "all"}, "bias='all' is not supported"),
-        ({"use_rslora": True}, "use_rslora=True is not supported"),
-        ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] is not supported"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"init_r": 2}, "init_r=2 is below target_r=8"),
-    ],
-    ids=str,
-)
-def test_a_peft_config_that_computes_something_else_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        AdaLoraConfig.from_peft({"peft_type": "ADALORA", "total_step": 10} | changes)
-
-
-def test_a_file_that_is_no_json_object_is_refused(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="holds no JSON object"):
-        AdaLoraConfig.from_peft(tmp_path)
