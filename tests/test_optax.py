@@ -166,6 +166,23 @@ def test_a_schedule_may_be_injected_and_is_read_back(name):
     assert problem.live(masks[0]) == 5
 
 
+def test_hyperparameters_may_be_injected_within_and_around():
+    """A rate set by hand in the inner state is obeyed; ``adalora`` itself can be the factory."""
+    params = parameters()
+    within = al.adalora(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), CONFIG)
+    around = optax.inject_hyperparams(al.adalora)(inner=optax.sgd(0.1), config=CONFIG)
+    plain = al.adalora(optax.sgd(0.1), CONFIG)
+    expected, _ = plain.update(gradients(params), plain.init(params), params)
+    for tx in (within, around):
+        updates, state = tx.update(gradients(params), tx.init(params), params)
+        problem.assert_same_bits(updates, expected)
+        assert int(al.allocator_state(state).step) == 1
+    state = within.init(params)
+    state.inner.hyperparams["learning_rate"] = jnp.float32(0.0)
+    updates, _ = within.update(gradients(params), state, params)
+    assert not np.any(updates["head"])
+
+
 @every_optimizer
 def test_accumulation_with_multisteps_counts_applied_updates(name):
     """Three mini-steps make one step; in between nothing moves."""
