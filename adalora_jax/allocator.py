@@ -147,13 +147,16 @@ def update_allocator(
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(raw)]))
     accumulate = finite & (step < config.total_step - config.tfinal)
 
-    def smoothed(raw, sensitivity, uncertainty):
-        new = smooth(raw, sensitivity, uncertainty, config)
-        return [jnp.where(accumulate, n, o) for n, o in zip(new, (sensitivity, uncertainty))]
+    def new_averages():
+        pairs = jax.tree.map(
+            lambda *of_leaf: smooth(*of_leaf, config), raw, state.sensitivity, state.uncertainty
+        )
+        return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], raw, pairs) for i in range(2))
 
-    pairs = jax.tree.map(smoothed, raw, state.sensitivity, state.uncertainty)
-    sensitivity, uncertainty = (
-        jax.tree.map(lambda _, pair, i=i: pair[i], raw, pairs) for i in range(2)
+    # Not jnp.where: XLA would copy the test of all gradients into the kernel of every leaf, so
+    # that compilation takes time in the square of the number of adapters, a minute for 72.
+    sensitivity, uncertainty = jax.lax.cond(
+        accumulate, new_averages, lambda: (state.sensitivity, state.uncertainty)
     )
     allowed = _budget(config, step, weights)
 
