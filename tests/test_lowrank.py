@@ -136,6 +136,8 @@ def test_bfloat16_keeps_its_dtypes_and_the_accuracy_of_its_inputs(factors):
     for name, a, b in zip(NAMES, ours, exact):
         worst = float(jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max())
         assert worst < 0.03, f"{name}: {worst}"
+        if a.dtype == jnp.float32:
+            assert np.any(a != a.astype("bfloat16").astype("float32")), f"{name} was rounded"
 
 
 def test_sums_over_many_bfloat16_tokens_do_not_stall():

@@ -33,6 +33,7 @@ SQUARED = {name: m for name, m in POINTS.items() if np.abs(m).max(initial=0) <= 
 
 first = jax.jit(jax.grad(deviation))
 second = jax.jit(jax.hessian(deviation))
+second_in_reverse = jax.jit(jax.jacrev(jax.grad(deviation)))
 square = lambda m: deviation(m) ** 2
 first_squared = jax.jit(jax.grad(square))
 second_squared = jax.jit(jax.hessian(square))
@@ -48,6 +49,7 @@ def test_first_and_second_derivatives_are_finite(name):
     m = POINTS[name]
     assert np.isfinite(first(m)).all()
     assert np.isfinite(second(m)).all()
+    assert np.isfinite(second_in_reverse(m)).all()
 
 
 @pytest.mark.parametrize("name", SQUARED)
@@ -95,6 +97,7 @@ CHECKS = [
     (deviation, naive),
     (first, jax.jit(jax.grad(naive))),
     (second, jax.jit(jax.hessian(naive))),
+    (second_in_reverse, jax.jit(jax.hessian(naive))),
 ]
 
 

@@ -50,6 +50,13 @@ def test_exactly_the_best_survive_whatever_the_scores(values, count):
     np.testing.assert_array_equal(kept, expected)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, np.inf, np.nan])
+def test_many_ties_are_broken_by_position(value):
+    """A sort of this length is stable only if it is asked to be."""
+    tree = {"a": np.full(1500, value, np.float32), "b": np.full((3, 500), value, np.float32)}
+    np.testing.assert_array_equal(flat(best(tree, 1700)), np.arange(3000) < 1700)
+
+
 @given(
     values=st.lists(FLOATS, min_size=SIZE, max_size=SIZE, unique=True),
     order=st.permutations(range(SIZE)),
@@ -328,6 +335,15 @@ def test_structure_shapes_and_dtypes_of_the_state_never_change(dtype, form):
     averages = (state.allocator.sensitivity, state.allocator.uncertainty)
     assert {leaf.dtype for leaf in jax.tree.leaves(averages)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.allocator.masks)} == {jnp.dtype("bool")}
+
+
+def test_the_product_of_two_bfloat16_numbers_is_not_rounded_to_bfloat16():
+    config = CONFIG.replace(param_dtype="bfloat16", beta1=0.5)
+    value = 1 + 2**-7  # its square needs 15 binary digits
+    tree = {"a": al.Adapter(*(jnp.full(n, value, jnp.bfloat16) for n in ((4, 2), 4, (4, 3))))}
+    state, _ = al.allocate(al.init_state(tree, config), tree, 0)
+    for leaf in jax.tree.leaves(state.allocator.sensitivity):
+        np.testing.assert_array_equal(leaf, np.float32(value * value / 2))
 
 
 def test_averages_of_bfloat16_parameters_do_not_stall():

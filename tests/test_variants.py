@@ -60,6 +60,8 @@ def test_a_budget_of_ones_own_is_rounded_down_and_kept_between_nothing_and_all()
     budgets = [int(al.budget(config, step, 3)) for step in range(9)]
     assert budgets == [12, 10, 0, 0, 0, 0, 0, 0, 3]
     assert [int(al.budget(config, step, 9)) for step in range(3)] == [36, 10, 0]
+    later = config.replace(tinit=1)
+    assert [int(al.budget(later, step, 3)) for step in range(3)] == [12, 12, 0]
 
 
 def test_a_linear_run_ends_with_exactly_8_an_adapter():
