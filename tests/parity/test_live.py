@@ -6,8 +6,9 @@ the same. In float32, the precision people use, the tolerances say how far round
 
 The allocator's averages are float32 on our side in both (by design) and in the model's dtype in
 PEFT. Masks are compared for equality, which asks for cases in which no two triplets at the
-threshold differ by rounding alone. Of the first choice of seeds one came within 5 times the
-rounding and was replaced; in those below the scores there are at least 100 times as far apart.
+threshold differ by rounding alone. Seed 0 gave such everywhere: wherever a mask is made, the last
+score kept and the first dropped are at least 40 times as far apart as the two sides' scores, and
+19 times in the run near orthonormality.
 """
 
 import jax
@@ -53,7 +54,7 @@ CASES = {
         "chain3", config(200, (5, 2), 0, 0, 4, -1, orth_reg_weight=0.1), learning_rate=1e-3
     ),
     "three, 500 steps": Case("chain3", config(500, (6, 3), 50, 100, 4), learning_rate=3e-4),
-    "four adapters": Case("chain4", config(200, (6, 3), 25, 50, 1), learning_rate=1e-3, seed=2),
+    "four adapters": Case("chain4", config(200, (6, 3), 25, 50, 1), learning_rate=1e-3),
     "four, no regulariser": Case(
         "chain4",
         config(200, (6, 4), 0, 40, 4, 32, orth_reg_weight=0.0, beta1=0.7),
@@ -73,9 +74,7 @@ CASES = {
         learning_rate=1e-2,
     ),
     "six adapters": Case("block6", config(200, (6, 3), 20, 40, 1), learning_rate=1e-3),
-    "six, sgd": Case(
-        "block6", config(220, (8, 5), 20, 0, 4), optimizer="sgd", learning_rate=1e-2, seed=1
-    ),
+    "six, sgd": Case("block6", config(220, (8, 5), 20, 0, 4), optimizer="sgd", learning_rate=1e-2),
     "six, clipped, with a head": Case(
         "block6",
         config(200, (6, 2), 0, 50, 10, 32, beta1=0.6, beta2=0.9),
@@ -87,10 +86,10 @@ CASES = {
 
 # Largest differences allowed: of p, λ, q and the head, absolute; of the loss, relative; of the
 # averages, relative to the largest sensitivity of their matrix.
-FLOAT64 = {"weights": 1e-9, "loss": 1e-9, "averages": 1e-5}
-FLOAT32 = {"weights": 1e-5, "loss": 5e-5, "averages": 1e-3}
+FLOAT64 = {"weights": 1e-9, "loss": 1e-9, "averages": 2e-5}
+FLOAT32 = {"weights": 3e-5, "loss": 5e-5, "averages": 1e-3}
 # torch adds 1e-6 to the norm by which it divides, optax does not.
-CLIPPED = {"weights": 1e-5, "loss": 1e-5, "averages": 1e-4}
+CLIPPED = {"weights": 2e-6, "loss": 1e-5, "averages": 5e-5}
 
 
 def runs(case: Case, dtype: str):
@@ -158,12 +157,13 @@ def test_near_orthonormality_masks_are_still_pefts_in_float32():
     """Where P or Q comes close to orthonormal, float32 agrees less, for both sides' same reason.
 
     The gradient of ‖M Mᵀ − I‖_F has a fixed length and only a direction, D / ‖D‖, which is made of
-    rounding where D is small; Adam makes whole steps of it. Losses hardly feel it.
+    rounding where D is small; Adam makes whole steps of it. Losses hardly feel it. That it is
+    rounding is seen in float64, where there is 1e-9 of it and the difference shrinks likewise.
     """
     case = Case("block6", config(200, (6, 3), 20, 40, 1), learning_rate=1e-2)
     check(case, "float32", {"weights": 2e-2, "loss": 5e-3, "averages": 1.0})
     with jax.enable_x64(True):
-        check(case, "float64", {"weights": 1e-8, "loss": 1e-9, "averages": 1e-5})
+        check(case, "float64", {"weights": 1e-6, "loss": 1e-7, "averages": 5e-6})
 
 
 def test_own_scale_differs_from_pefts_guard_by_two_millionths():
