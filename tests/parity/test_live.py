@@ -87,7 +87,7 @@ CASES = {
 # Largest differences allowed: of p, λ, q and the head, absolute; of the loss, relative; of the
 # averages, relative to the largest sensitivity of their matrix.
 FLOAT64 = {"weights": 1e-9, "loss": 1e-9, "averages": 2e-5}
-FLOAT32 = {"weights": 2e-5, "loss": 5e-5, "averages": 1e-3}
+FLOAT32 = {"weights": 3e-5, "loss": 5e-5, "averages": 1e-3}
 # torch adds 1e-6 to the norm by which it divides, optax does not.
 CLIPPED = {"weights": 2e-6, "loss": 1e-5, "averages": 5e-5}
 
