@@ -382,14 +382,17 @@ def _indices(value: Any) -> int | tuple[int, ...] | None:
     return indices if many else indices[0]
 
 
-def _rank_pattern(value: Any) -> tuple[tuple[str, int | tuple[bool, ...]], ...] | None:
-    """A hashable form of ``{path: rank}`` or PEFT's ``{path: [True, False, ...]}``, sorted."""
+def _rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
+    """A hashable form of ``{path: rank}`` or PEFT's ``{path: [True, False, ...]}``, sorted.
+
+    The booleans of a stack of layers are lists in a list.
+    """
     if value is None:
         return None
     pairs = value.items() if isinstance(value, Mapping) else value
     try:
         result = {
-            str(path): tuple(bool(keep) for keep in rank)
+            str(path): _triplets(rank)
             if isinstance(rank, (list, tuple))
             else _integer("rank_pattern", rank, minimum=0)
             for path, rank in pairs
@@ -400,6 +403,10 @@ def _rank_pattern(value: Any) -> tuple[tuple[str, int | tuple[bool, ...]], ...] 
             "booleans, one a triplet."
         ) from None
     return tuple(sorted(result.items()))
+
+
+def _triplets(keep: Any) -> Any:
+    return tuple(map(_triplets, keep)) if isinstance(keep, (list, tuple)) else bool(keep)
 
 
 def _rank_pattern_from_peft(value: Any) -> dict[str, list[bool]]:

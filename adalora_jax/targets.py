@@ -221,8 +221,15 @@ def _ranks(paths: Sequence[str], config: AdaLoraConfig) -> dict[str, int]:
             raise ValueError(
                 f"rank_pattern: {name!r} is no adapted layer; they are {', '.join(paths[:10])}."
             )
-        ranks |= dict.fromkeys(found, rank if isinstance(rank, int) else sum(rank))
+        ranks |= dict.fromkeys(found, _rank(rank))
     return ranks
+
+
+def _rank(rank: Any) -> int:
+    """Of a number, of the booleans of one adapter, or of the largest in a stack."""
+    if isinstance(rank, int):
+        return rank
+    return sum(rank) if isinstance(rank[0], bool) else max(map(_rank, rank))
 
 
 def _cannot_adapt(path: str, candidates: Mapping[str, Candidate]) -> str:

@@ -193,3 +193,10 @@ def test_replace_checks_like_a_new_one_and_leaves_the_old_one():
     assert changed.replace(init_r=12) == config
     with pytest.raises(ValueError, match="init_r=2 is below target_r=8"):
         config.replace(init_r=2)
+
+
+def test_the_rank_pattern_of_a_stack_keeps_its_slices():
+    pattern = {"q": [[True, False], [True, True]], "a": [True, False]}
+    config = AdaLoraConfig(**GOOD, rank_pattern=pattern)
+    assert config.rank_pattern == (("a", (True, False)), ("q", ((True, False), (True, True))))
+    assert hash(config) == hash(config.replace(rank_pattern=dict(config.rank_pattern)))

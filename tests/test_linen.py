@@ -195,3 +195,14 @@ def test_adapters_of_another_model_are_refused(model):
         adapted.apply(variables, {"layers_0/up": adapters["layers_0/attn/query"]}, x)
     with pytest.raises(TypeError, match=r"adalora_jax\.nnx\.adapt"):
         adalora.linen.adapt(lambda x: x, config())
+
+
+def test_an_earlier_runs_rank_pattern_sets_the_ranks_at_the_start(model):
+    module, variables, x, _ = model
+    pattern = {"layers_0/up": [True, False, True, True], "layers_1/attn/query": 1}
+    adapted = adalora.linen.adapt(module, config(rank_pattern=pattern))
+    adapters = adapted.init(jax.random.key(2), variables, x)
+    ranks = {path: adapter.lam.shape[-1] for path, adapter in adapters.items()}
+    assert ranks["layers_0/up"] == 3
+    assert ranks["layers_1/attn/query"] == 1
+    assert ranks["layers_1/up"] == 4
