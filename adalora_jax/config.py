@@ -406,7 +406,11 @@ def _rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
 
 
 def _triplets(keep: Any) -> Any:
-    return tuple(map(_triplets, keep)) if isinstance(keep, (list, tuple)) else bool(keep)
+    if isinstance(keep, (list, tuple)):
+        return tuple(map(_triplets, keep))
+    if not isinstance(keep, bool):
+        raise TypeError
+    return keep
 
 
 def _rank_pattern_from_peft(value: Any) -> dict[str, list[bool]]:

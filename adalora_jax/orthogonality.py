@@ -24,7 +24,8 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
       config: the weight and, by ``config.orthogonality``, the form.
 
     Returns:
-      A scalar in at least float32. Its gradient is finite everywhere.
+      A scalar in at least float32. Its gradient is finite everywhere; that of ``"squared"``, which
+      grows with the third power of M, as long as it can be represented.
 
     Raises:
       ValueError: there is no adapter in ``adapters``.

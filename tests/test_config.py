@@ -200,3 +200,5 @@ def test_the_rank_pattern_of_a_stack_keeps_its_slices():
     config = AdaLoraConfig(**GOOD, rank_pattern=pattern)
     assert config.rank_pattern == (("a", (True, False)), ("q", ((True, False), (True, True))))
     assert hash(config) == hash(config.replace(rank_pattern=dict(config.rank_pattern)))
+    with pytest.raises(ValueError, match=r"rank_pattern=.* must map each adapter's path"):
+        AdaLoraConfig(**GOOD, rank_pattern={"q": [3, 0]})
