@@ -14,6 +14,7 @@ from adalora_jax.compaction import compact, merge, rank_pattern, ranks, summary,
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.importance import Evidence, combine
 from adalora_jax.orthogonality import orthogonality
+from adalora_jax.rankspec import RankSpec
 from adalora_jax.transform import AdaLoraOptState, adalora, allocator_state
 from adalora_jax.tree import adapters, labels
 
@@ -26,6 +27,7 @@ __all__ = [
     "Adapter",
     "AllocatorState",
     "Evidence",
+    "RankSpec",
     "adalora",
     "adapters",
     "allocate",

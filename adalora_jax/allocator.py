@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -165,7 +166,8 @@ def update_allocator(
             lambda *evidence: triplet_scores(Evidence(*evidence), config),
             *(weights, gradients, sensitivity, uncertainty),
         )
-        return jax.tree.map(_sharded_like, keep_best(scores, allowed), state.masks)
+        best = keep_best(scores, allowed, _limits(config, weights))
+        return jax.tree.map(_sharded_like, best, state.masks)
 
     masks = jax.lax.cond(
         finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
@@ -196,27 +198,57 @@ def enforced(
     return jax.tree.map(lambda mask: mask | ~now, masks)
 
 
-def keep_best(scores: PyTree, count: chex.Numeric) -> PyTree:
+def keep_best(
+    scores: PyTree,
+    count: chex.Numeric,
+    limits: Sequence[tuple[int, int]] | None = None,
+) -> PyTree:
     """Masks that keep exactly the ``count`` highest scores over all leaves together.
 
     Ties are broken by position: earlier leaves, then earlier rows. NaN ranks below every number.
 
+    With ``limits``, every matrix (row of a leaf) keeps its ``least`` best scores first; what is
+    left of ``count`` goes to the highest of the others, at most ``most`` in a matrix. No other
+    masks within the limits keep a higher sum. If the limits leave no room for ``count``, the
+    number nearest to it that they allow is kept.
+
     Args:
       scores: a tree of arrays of any shapes.
       count: how many to keep; may be traced.
+      limits: ``(least, most)`` for the matrices of each leaf, in the order of the leaves.
 
     >>> keep_best({"a": jnp.array([1.0, 3.0]), "b": jnp.array([jnp.nan, 1.0])}, 2)
     {'a': Array([ True,  True], dtype=bool), 'b': Array([False, False], dtype=bool)}
+    >>> keep_best({"a": jnp.array([2.0, 3.0]), "b": jnp.array([0.0, 1.0])}, 2, [(0, 2), (1, 2)])
+    {'a': Array([False,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
     """
     leaves, treedef = jax.tree.flatten(scores)
     sizes = [math.prod(leaf.shape) for leaf in leaves]
-    flat = jnp.concatenate([_gathered(leaf) for leaf in leaves])
-    order = jnp.argsort(-flat, stable=True)  # JAX sorts NaN to the end
+    rows = [_gathered(leaf) for leaf in leaves]
+    flat = jnp.concatenate(rows)
+    if limits is None:
+        order = jnp.argsort(-flat, stable=True)  # JAX sorts NaN to the end
+    else:
+        turns = [
+            _turn(row.reshape(leaf.shape), *bounds).ravel()
+            for row, leaf, bounds in zip(rows, leaves, limits)
+        ]
+        turn = jnp.concatenate(turns)
+        order = jnp.lexsort((-flat, turn))
+        count = jnp.clip(count, jnp.sum(turn == 0), jnp.sum(turn < 2))
     kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size, dtype=jnp.int32) < count)
     ends = np.cumsum(sizes)
     return treedef.unflatten(
         [kept[jnp.arange(e - n, e)].reshape(leaf.shape) for e, n, leaf in zip(ends, sizes, leaves)]
     )
+
+
+def _turn(scores: jax.Array, least: int, most: int) -> jax.Array:
+    """0 for the scores of a matrix that are kept first, 1 for those that compete, 2 for never."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    place = jnp.argsort(order, axis=-1)  # the inverse permutation: each score's place in its row
+    least = min(least, most)
+    return (place >= least).astype(jnp.int32) + (place >= most).astype(jnp.int32)
 
 
 def _gathered(scores: jax.Array) -> jax.Array:
@@ -281,6 +313,14 @@ def matching_gradients(grads: PyTree, params: PyTree) -> PyTree:
             "tree that is trained."
         )
     return tree.canonical(grads)
+
+
+def _limits(config: AdaLoraConfig, adapters: PyTree) -> list[tuple[int, int]] | None:
+    """``(min_r, max_r)`` of every adapter; None where nothing is limited."""
+    if not config.rank_limits:
+        return None
+    specs = [config.spec_of(path) for path in tree.adapters(adapters)]
+    return [(spec.min_r, spec.max_r) for spec in specs]
 
 
 def _budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> jax.Array:

@@ -168,7 +168,7 @@ def _merged(variables, adapters, config, layers, safe, sign):
         adapter = tree.adapters(node)[""]
         name, layer = _weight_of(holder, adapter, path, (layers or {}).get(path))
         (weight,), treedef = jax.tree.flatten(holder[name])
-        delta = weight_increment(layer, adapter, weight.shape, sign * config.scale)
+        delta = weight_increment(layer, adapter, weight.shape, sign * config.scale_of(path))
         merged = add_increment(weight, delta)
         if safe and not bool(jnp.isfinite(merged).all()):
             raise ValueError(

@@ -12,6 +12,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from adalora_jax import rankspec
+from adalora_jax.rankspec import RankSpec
+
 _SCHEDULES = ("cubic", "linear")
 _SCORES = (
     "sensitivity_uncertainty",
@@ -99,9 +102,10 @@ prunes to target_r, so init_r must be at least 8.
     beta2: float = 0.85  # decay of the uncertainty
     orth_reg_weight: float = 0.5  # weight of the orthogonality penalty
     rank_pattern: Any = None  # {path: rank or booleans}: start from an earlier run's ranks
+    rank_limits: Any = None  # {pattern: RankSpec, its fields as a dict, or init_r}; first match
     lora_alpha: float = 8  # the increment is scaled by lora_alpha / init_r; <= 0 means init_r
     lora_dropout: float = 0.0  # dropout on an adapter's input while training
-    target_modules: Any = None  # name suffixes, one regex, or a predicate (path, module) -> bool
+    target_modules: Any = None  # suffixes, a regex, "all-linear", (path, module) -> bool | RankSpec
     exclude_modules: Any = None  # suffixes or regex of modules left alone
     layers_to_transform: Any = None  # only layers with this index, or these indices
     layers_pattern: Any = None  # names of the layer list that layers_to_transform counts in
@@ -146,6 +150,7 @@ prunes to target_r, so init_r must be at least 8.
             _set(self, name, _names(name, getattr(self, name)))
         _set(self, "layers_to_transform", _indices(self.layers_to_transform))
         _set(self, "rank_pattern", _rank_pattern(self.rank_pattern))
+        _set(self, "rank_limits", rankspec.parse(self.rank_limits, self.init_r))
         _set(self, "param_dtype", _dtype_name(self.param_dtype))
         _choice(self, "budget_schedule", _SCHEDULES, or_callable=True)
         _choice(self, "score", _SCORES, or_callable=True)
@@ -161,9 +166,42 @@ prunes to target_r, so init_r must be at least 8.
     def scale(self) -> float:
         """The factor s of every increment, ``lora_alpha / init_r``; 1 where lora_alpha <= 0.
 
-        It belongs to the adapter for life: neither pruning nor compaction changes it.
+        It belongs to the adapter for life: neither pruning nor compaction changes it. Where
+        ``rank_limits`` may give layers an alpha or init_r of their own, see :meth:`scale_of`.
         """
         return self.lora_alpha / self.init_r if self.lora_alpha > 0 else 1.0
+
+    def scale_of(self, path: str) -> float:
+        """The factor s of the adapter at ``path``, ``alpha / init_r`` by what holds for it.
+
+        >>> config = AdaLoraConfig(total_step=9, rank_limits={"query": RankSpec(alpha=24)})
+        >>> config.scale_of("encoder/query"), config.scale_of("encoder/key") == config.scale
+        (2.0, True)
+        """
+        spec = self.spec_of(path)
+        return spec.alpha / spec.init_r if spec.alpha > 0 else 1.0
+
+    def spec_of(self, path: str) -> RankSpec:
+        """The rank of the layer at ``path``, every field filled in.
+
+        A pattern of ``rank_limits`` is a regex for the whole path or for its end at a separator,
+        so a plain name is one; the first that matches counts.
+
+        >>> limits = {"query": 24, r".*/mlp/.*": {"max_r": 8}}
+        >>> config = AdaLoraConfig(total_step=9, rank_limits=limits)
+        >>> config.spec_of("layers/0/query")
+        RankSpec(init_r=24, min_r=0, max_r=24, alpha=8)
+        >>> config.spec_of("layers.0.mlp.up").max_r
+        8
+        """
+        spec = rankspec.find(self.rank_limits or (), path)
+        init_r = self.init_r if spec.init_r is None else spec.init_r
+        return RankSpec(
+            init_r=init_r,
+            min_r=0 if spec.min_r is None else spec.min_r,
+            max_r=init_r if spec.max_r is None else spec.max_r,
+            alpha=self.lora_alpha if spec.alpha is None else spec.alpha,
+        )
 
     @property
     def final_step(self) -> int:
@@ -284,6 +322,7 @@ works without it.
 
 # The fields PEFT does not have and which change the computation, with PEFT's behaviour.
 _OURS = {
+    "rank_limits": None,
     "budget_schedule": "cubic",
     "score": "sensitivity_uncertainty",
     "score_over": "triplet",
@@ -295,7 +334,7 @@ _OURS = {
 }
 
 
-def _set(config: AdaLoraConfig, name: str, value: Any) -> None:
+def _set(config: Any, name: str, value: Any) -> None:
     object.__setattr__(config, name, value)
 
 
@@ -333,7 +372,7 @@ def _integer(name: str, value: Any, *, minimum: int) -> int:
     return number
 
 
-def _number(config: AdaLoraConfig, name: str, range_: str, ok: Callable[[float], bool]) -> None:
+def _number(config: Any, name: str, range_: str, ok: Callable[[float], bool]) -> None:
     value = getattr(config, name)
     try:
         good = not isinstance(value, (bool, str)) and ok(float(value))

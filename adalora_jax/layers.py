@@ -14,7 +14,6 @@ import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -60,7 +59,7 @@ class Layer(NamedTuple):
         size = lambda axes: math.prod(own[axis] for axis in axes)
         return (*lifted, *(own[axis] for axis in self.stack)), size(self.ins), size(self.outs)
 
-    def to_weight(self, delta: chex.Array, shape: Sequence[int]) -> chex.Array:
+    def to_weight(self, delta: jax.Array, shape: Sequence[int]) -> jax.Array:
         """``delta [*stack, in, out]`` with the axes of a weight of this shape.
 
         >>> layer = Layer("conv", "kernel", (), (0, 1), (2,))
@@ -107,13 +106,26 @@ def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = Non
         ends = (n + 1, n) if getattr(module, "transpose_kernel", False) else (n, n + 1)
         return Layer(kind, "kernel", (), (*range(n), ends[0]), (ends[1],))
     equation = equation or _equation(module)
-    named = [(name, n) for name, n in weights.items() if n >= 2]
-    if equation is None or len(named) != 1:
+    axes = _einsum_axes(equation) if equation else None
+    most = max(weights.values(), default=0)
+    named = [name for name, n in weights.items() if n == most]  # a bias has fewer
+    if axes is None or len(named) != 1 or most < sum(map(len, axes)):
         return None
-    axes = _einsum_axes(equation)
-    if axes is None or sum(map(len, axes)) > named[0][1]:
-        return None
-    return Layer("einsum", named[0][0], *axes)
+    return Layer("einsum", named[0], *axes)
+
+
+def known(layer: Layer | None, module: Any) -> Layer:
+    """The layer of a module that has an adapter.
+
+    Raises:
+      ValueError: the module cannot be adapted; naming its type and the kinds that can.
+    """
+    if layer is None:
+        raise ValueError(
+            f"a {type(module).__name__} has an adapter but no weight and axes to read it by; kinds "
+            f"that can be adapted: {SUPPORTED}."
+        )
+    return layer
 
 
 def check_fit(layer: Layer, adapter: Adapter, shape: Sequence[int], path: str) -> None:
@@ -133,8 +145,8 @@ def check_fit(layer: Layer, adapter: Adapter, shape: Sequence[int], path: str) -
 
 
 def weight_increment(
-    layer: Layer, adapter: Adapter, shape: Sequence[int], scale: chex.Numeric
-) -> chex.Array:
+    layer: Layer, adapter: Adapter, shape: Sequence[int], scale: float | jax.Array
+) -> jax.Array:
     """The dense increment of a weight of this shape, in at least float32.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 6)))
@@ -159,15 +171,15 @@ def term(
     layer: Layer,
     module: Any,
     adapter: Adapter,
-    x: chex.Array,
+    x: jax.Array,
     shape: Sequence[int],
-    scale: chex.Numeric,
+    scale: float | jax.Array,
     dtype: Any,
     *,
     equation: str | None = None,
     attend: bool = False,
-    convolve: Callable[[Any, chex.Array, chex.Array, int], chex.Array] | None = None,
-) -> chex.Array:
+    convolve: Callable[[Any, jax.Array, jax.Array, int], jax.Array],
+) -> jax.Array:
     """What an adapter adds to the output of its layer.
 
     Args:
@@ -186,6 +198,8 @@ def term(
       An array of the shape and dtype of the layer's output.
     """
     precision = getattr(module, "precision", None)
+    # NumPy arrays would pass through vmap as they are, which custom derivatives do not take.
+    adapter, x = Adapter(*map(jnp.asarray, adapter)), jnp.asarray(x)
     if layer.kind == "embed":
         if attend:  # the transposed increment swaps the two factors
             turned = Adapter(p=adapter.q, lam=adapter.lam, q=adapter.p)
@@ -199,14 +213,14 @@ def term(
         return _mix(adapter, h, getattr(module, "feature_group_count", 1), scale, precision)
     if layer.kind == "general":
         equation = _general_equation(module, x.ndim)
-    labels = _labels(equation or _equation(module), x.ndim)
-    return _contraction(labels, adapter, x, shape, scale, precision)
+    labels = _labels(equation or _equation(module) or "", x.ndim)
+    return _contraction(layer, labels, adapter, x, shape, scale, precision)
 
 
-def _contraction(labels, adapter, x, shape, scale, precision):
+def _contraction(layer, labels, adapter, x, shape, scale, precision):
     """The term of ``y = einsum(x, W)``: x as ``[stack, free, in]``, low-rank, and back."""
     xs, ws, ys = labels
-    stack, ins, outs = _roles(xs, ws, ys)
+    stack, ins, outs = ("".join(ws[axis] for axis in axes) for axes in layer[2:])
     free = [a for a in xs if a not in stack and a not in ins]
     size = dict(zip(xs, x.shape)) | dict(zip(ws, shape))
     x = x.transpose([xs.index(a) for a in (*(a for a in stack if a in xs), *free, *ins)])
@@ -277,7 +291,8 @@ def _general_equation(module: Any, ndim: int) -> str:
     batch, axis, features = _general(module)
     xs = _letters(ndim)
     outs = _letters(len(features), skip=ndim)
-    batch, ins = ("".join(xs[a % ndim] for a in axes) for axes in (batch, axis))
+    in_order = lambda axes: "".join(xs[a] for a in sorted(a % ndim for a in axes))
+    batch, ins = in_order(batch), in_order(axis)  # Flax's order, whatever the order in ``axis``
     free = "".join(a for a in xs if a not in batch + ins)
     return f"{xs},{batch}{ins}{outs}->{batch}{free}{outs}"
 

@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ class AdaptedModule:
     config: AdaLoraConfig
 
     def init(
-        self, key: chex.PRNGKey, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+        self, key: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Fresh trainable parameters: ``{path: Adapter}`` and the ``modules_to_save``.
 
@@ -155,6 +154,8 @@ def adapt(model: nn.Module, config: AdaLoraConfig) -> AdaptedModule:
     """Gives a linen model AdaLoRA adapters without changing its code, class or parameters.
 
     Which layers are adapted is decided in :meth:`AdaptedModule.init`, when their shapes are known.
+    A layer's increment counts where the layer is called; code that takes the weight out of a module
+    and computes with it (``x @ embed.embedding.T`` instead of ``embed.attend(x)``) sees the base.
 
     Args:
       model: any linen module, unbound.
@@ -194,11 +195,38 @@ def describe(
     >>> model, x = nn.Dense(4), jnp.ones((2, 6))
     >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
     >>> print(describe(model, AdaLoraConfig(total_step=10, target_modules=".*"), variables, x))
-    layer   kind    matrices   in   out   rank   parameters   kernel
-            dense          1    6     4     12          132       24
-    total                  1                12          132       24
+    layer   kind    matrices   in   out   rank   parameters   kernel      cost
+            dense          1    6     4     12          132       24   550.0 %
+    total                  1                12          132       24   550.0 %
+    memory: adapters 528 bytes, importance 1.1 kB
     """
     return adapt(model, config).describe(variables, *args, **kwargs)
+
+
+def resolve(
+    model: nn.Module, config: AdaLoraConfig, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> AdaLoraConfig:
+    """``config`` with a function as ``target_modules`` replaced by what it chose in ``model``.
+
+    A function may give a :class:`~adalora_jax.RankSpec` where it would say True. The optimizer
+    and merging see paths, not modules, so those must be in the config before it is used.
+
+    Args:
+      model, config: as in :func:`adapt`.
+      variables, *args, **kwargs: as in :meth:`AdaptedModule.init`; shapes are enough.
+
+    >>> import adalora_jax, flax.linen as nn, jax, jax.numpy as jnp
+    >>> def choose(path, module):
+    ...     return adalora_jax.RankSpec(init_r=4) if isinstance(module, nn.Dense) else False
+    >>> model, x = nn.Sequential([nn.Dense(4)]), jnp.ones((2, 6))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> config = AdaLoraConfig(total_step=10, target_r=2, target_modules=choose)
+    >>> config = resolve(model, config, variables, x)
+    >>> adapt(model, config).init(jax.random.key(1), variables, x)["layers_0"].lam.shape
+    (4,)
+    """
+    adapt(model, config)  # its refusals
+    return targets.resolve(_candidates(model, variables, args, kwargs), config)
 
 
 def _candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]:
@@ -211,7 +239,7 @@ def _candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]
         path = "/".join(context.module.path)
         if context.method_name in _METHODS and path not in found:
             layer = _layer(context.module, _input(call_args, call_kwargs)[1])
-            shape = _whole_shape(context.module, layer, params) if layer else None
+            shape = _whole_shape(context.module, layer, params) if layer else ()
             found[path] = targets.Candidate(context.module, layer, shape)
         return output
 
@@ -278,18 +306,20 @@ def _adding(config: AdaLoraConfig) -> Callable:
 def _add(config, context, args, kwargs, output, dropout_off):
     """The output of a layer with its adapter's term added."""
     module, (x, equation) = context.module, _input(args, kwargs)
-    layer = _layer(module, equation)
+    layer = layers.known(_layer(module, equation), module)
     adapter = Adapter(**module.get_variable("params", tree.HOLDER))
     shape = jnp.shape(meta.unbox(module.get_variable("params", layer.weight)))
-    layers.check_fit(layer, adapter, shape, "/".join(module.path))
+    path = "/".join(module.path)
+    layers.check_fit(layer, adapter, shape, path)
+    scale = config.scale_of(path)
     if layer.kind == "weight":  # the module's output is its weight
-        delta = layers.weight_increment(layer, adapter, shape, config.scale)
+        delta = layers.weight_increment(layer, adapter, shape, scale)
         return output[0] + delta.astype(output[0].dtype), *output[1:]
     dropping = config.lora_dropout > 0 and not dropout_off and layer.kind != "embed"
     if dropping and module.has_rng("dropout"):
         x = dropout(x, config.lora_dropout, module.make_rng("dropout"))
     return output + layers.term(
-        *(layer, module, adapter, x, shape, config.scale, output.dtype),
+        *(layer, module, adapter, x, shape, scale, output.dtype),
         equation=equation,
         attend=context.method_name == "attend",
         convolve=_convolve,
@@ -310,15 +340,21 @@ def _input(args: tuple, kwargs: dict) -> tuple[Any, str | None]:
     return (arrays or [None])[0], (equations or [None])[0]
 
 
-def _convolve(module: Any, x: chex.Array, kernel: chex.Array, features: int) -> chex.Array:
-    same = module.clone(parent=None, name=None, features=features, use_bias=False)
+def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> Any:
+    """The convolution of ``module`` with another kernel and without bias."""
+    # Flax's own class: a subclass may do more than convolve.
+    kind = nn.ConvTranspose if isinstance(module, nn.ConvTranspose) else nn.Conv
+    names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
+    fields = {name: getattr(module, name) for name in names}
+    same = kind(**fields | {"features": features, "use_bias": False}, parent=None)
     return same.apply({"params": {"kernel": kernel}}, x)
 
 
 def _dropout_off(module, method, args, kwargs) -> bool | None:
     """What a call says about dropout, by its arguments or else by the module's attribute."""
-    bound = inspect.signature(method).bind_partial(*args, **kwargs).arguments
-    for said in (bound, kwargs, vars(module)):
+    bound = inspect.signature(method).bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    for said in (bound.arguments, kwargs, vars(module)):
         for name, off in _FLAGS.items():
             if isinstance(said.get(name), bool):
                 return said[name] is off

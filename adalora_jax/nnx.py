@@ -11,7 +11,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import chex
 import jax
 from flax import nnx
 
@@ -42,11 +41,11 @@ class Adaptation(nnx.Module):
         self.scale = scale
         self.dropout = dropout
 
-    def add(self, layer: nnx.Module, output: chex.Array, x: Any, **call: Any) -> chex.Array:
+    def add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
         """The layer's output with the adapter's term added."""
         adapter = Adapter(self.p[...], self.lam[...], self.q[...])
         equation = next((v for v in call.values() if isinstance(v, str)), None)
-        spec = _layer(layer, equation)
+        spec = layers.known(_layer(layer, equation), layer)
         shape = getattr(layer, spec.weight).shape
         layers.check_fit(spec, adapter, shape, type(layer).__name__)
         if self.dropout is not None and spec.kind != "embed":
@@ -59,12 +58,14 @@ class Adaptation(nnx.Module):
         )
 
 
-def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | chex.PRNGKey | int = 0) -> Any:
+def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | jax.Array | int = 0) -> Any:
     """A copy of ``model`` with AdaLoRA adapters in the layers that ``config`` selects.
 
     The copy shares the base's arrays and leaves ``model`` as it is. The adapters' variables are
     :class:`AdapterParam`, a subclass of ``nnx.LoRAParam``, and so are those of
-    ``modules_to_save`` (:class:`SavedParam`): ``wrt=nnx.LoRAParam`` selects what trains.
+    ``modules_to_save`` (:class:`SavedParam`): ``wrt=nnx.LoRAParam`` selects what trains. Layers
+    that share a weight share its adapter. An increment counts where its layer is called; code that
+    takes the weight out of a module and computes with it sees the base.
 
     Args:
       model: any NNX module.
@@ -92,17 +93,21 @@ def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | chex.PRNGKe
     >>> bool((adapted(x) == model(x)).all()), isinstance(adapted.query, nnx.Linear)
     (True, True)
     """
-    chosen = _targets(model, config)
+    chosen, tied = _chosen(model, config)
     if not isinstance(rngs, nnx.Rngs):
         rngs = nnx.Rngs(rngs)
     adapted = nnx.clone(model)
-    modules = dict(_modules(adapted))
+    modules: dict[str, Any] = dict(_modules(adapted))
     fresh = targets.init_all(rngs.params(), chosen, config)
     for path, target in chosen.items():
         module = modules[path]
         stack = target.layer.matrix(target.shape)[0][: len(target.shape) - _own_axes(target.layer)]
-        module.adalora = Adaptation(fresh[path], config.scale, _dropout(config, rngs, stack))
+        dropout = _dropout(config, rngs, stack)
+        module.adalora = Adaptation(fresh[path], config.scale_of(path), dropout)
         module.__class__ = _adapted_class(type(module))
+    for path, owner in tied.items():
+        modules[path].adalora = modules[owner].adalora
+        modules[path].__class__ = _adapted_class(type(modules[path]))
     _save(adapted, config)
     return adapted
 
@@ -116,11 +121,29 @@ def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
 
     >>> model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))))
     >>> print(describe(model, AdaLoraConfig(total_step=10, target_modules="all-linear")))
-    layer      kind    matrices   in   out   rank   parameters   kernel
-    layers/0   dense          1    6     4     12          132       24
-    total                     1                12          132       24
+    layer      kind    matrices   in   out   rank   parameters   kernel      cost
+    layers/0   dense          1    6     4     12          132       24   550.0 %
+    total                     1                12          132       24   550.0 %
+    memory: adapters 528 bytes, importance 1.1 kB
     """
-    return targets.describe(_targets(model, config), config)
+    return targets.describe(_chosen(model, config)[0], config)
+
+
+def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
+    """``config`` with a function as ``target_modules`` replaced by what it chose in ``model``.
+
+    A function may give a :class:`~adalora_jax.RankSpec` where it would say True. The optimizer
+    and merging see paths, not modules, so those must be in the config before it is used.
+
+    >>> def choose(path, module):
+    ...     return adalora_jax.RankSpec(init_r=4) if isinstance(module, nnx.Linear) else False
+    >>> import adalora_jax
+    >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = resolve(model, AdaLoraConfig(total_step=10, target_r=2, target_modules=choose))
+    >>> adapters(adapt(model, config))["layers/0"].lam.shape
+    (4,)
+    """
+    return targets.resolve(_candidates(model, config), config)
 
 
 def adapters(model: nnx.Module) -> dict[str, Adapter]:
@@ -189,14 +212,17 @@ def merge(model: nnx.Module) -> Any:
     <class 'flax.nnx.nn.linear.Linear'>
     """
     merged = nnx.clone(model)
+    done: set[int] = set()  # a tied weight has several layers
     for _, module in _modules(merged):
         if not isinstance(module, _Adapted):
             continue
-        adaptation, layer = module.adalora, _layer(module)
+        adaptation, layer = module.adalora, layers.known(_layer(module), module)
         weight = getattr(module, layer.weight)
-        adapter = Adapter(*(getattr(adaptation, name)[...] for name in Adapter._fields))
-        delta = layers.weight_increment(layer, adapter, weight.shape, adaptation.scale)
-        weight[...] = layers.add_increment(weight[...], delta)
+        if id(weight) not in done:
+            done.add(id(weight))
+            adapter = Adapter(*(getattr(adaptation, name)[...] for name in Adapter._fields))
+            delta = layers.weight_increment(layer, adapter, weight.shape, adaptation.scale)
+            weight[...] = layers.add_increment(weight[...], delta)
         del module.adalora
         module.__class__ = _base_class(type(module))
     return merged
@@ -204,6 +230,8 @@ def merge(model: nnx.Module) -> Any:
 
 class _Adapted(nnx.Module):
     """Adds the adapter's term to what the layer computes."""
+
+    adalora: Adaptation
 
     def __call__(self, inputs, *args, **kwargs):
         output = super().__call__(inputs, *args, **kwargs)
@@ -215,7 +243,7 @@ class _AdaptedEmbed(_Adapted):
     """An embedding, which is also used the other way round."""
 
     def attend(self, query, *args, **kwargs):
-        output = super().attend(query, *args, **kwargs)
+        output = super().attend(query, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return self.adalora.add(self, output, query, attend=True)
 
 
@@ -250,7 +278,7 @@ def _base_class(cls: type) -> type:
     return next(base for base in cls.__mro__ if not issubclass(base, _Adapted))
 
 
-def _targets(model: Any, config: AdaLoraConfig) -> dict[str, targets.Target]:
+def _candidates(model: Any, config: AdaLoraConfig) -> dict[str, targets.Candidate]:
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"model is a {type(model).__name__}, not a flax.nnx module; adalora_jax.linen.adapt "
@@ -258,7 +286,7 @@ def _targets(model: Any, config: AdaLoraConfig) -> dict[str, targets.Target]:
         )
     if not isinstance(config, AdaLoraConfig):
         raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
-    candidates = {}
+    candidates: dict[str, targets.Candidate] = {}
     for path, module in _modules(model):
         if isinstance(module, Adaptation):
             raise ValueError(
@@ -266,10 +294,38 @@ def _targets(model: Any, config: AdaLoraConfig) -> dict[str, targets.Target]:
                 "adapters with set_adapters."
             )
         layer = _layer(module)
-        shape = tuple(getattr(module, layer.weight).shape) if layer else None
+        shape = tuple(getattr(module, layer.weight).shape) if layer else ()
         if layer is None or len(shape) >= _own_axes(layer):
             candidates[path] = targets.Candidate(module, layer, shape)
-    return targets.select(candidates, config)
+    return candidates
+
+
+def _chosen(
+    model: nnx.Module, config: AdaLoraConfig
+) -> tuple[dict[str, targets.Target], dict[str, str]]:
+    """What is adapted, by path; and the layers whose weight is that of such a layer, with its path.
+
+    A weight has one adapter, at the first of its layers in the order of the graph, as it has one
+    place in the model's state.
+    """
+    candidates = _candidates(model, config)
+    chosen = targets.select(candidates, config)
+    owners: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for path in (path for path in candidates if path in chosen):
+        layer, shape, _ = chosen[path]
+        owner = owners.setdefault(id(getattr(candidates[path].module, layer.weight)), path)
+        if owner == path:
+            continue
+        first = chosen[owner].layer
+        if first[2:] != layer[2:]:
+            raise ValueError(
+                f"{owner!r} and {path!r} share a weight of shape {shape} but use it differently "
+                f"({first.kind}, {layer.kind}), so no adapter fits both: name one of them in "
+                "exclude_modules."
+            )
+        tied[path] = owner
+    return {path: target for path, target in chosen.items() if path not in tied}, tied
 
 
 def _modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
@@ -296,7 +352,7 @@ def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> n
         return None
     dropout = nnx.Dropout(config.lora_dropout, rngs=rngs)
     if stack:
-        dropout.rngs = rngs["dropout"].fork(split=stack)
+        dropout.rngs = rngs["dropout"].split(stack)
     return dropout
 
 
@@ -318,7 +374,7 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
             setattr(modules[parent], name, copied)
 
 
-def _convolve(module: Any, x: chex.Array, kernel: chex.Array, features: int) -> chex.Array:
+def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
     """The convolution of ``module`` with another kernel and without bias."""
     names = ("strides", "padding", "kernel_dilation", "dtype", "param_dtype", "precision")
     names += ("promote_dtype", "preferred_element_type")

@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
+import jax.numpy as jnp
 
 from adalora_jax.adapter import Adapter, init_adapter
 from adalora_jax.compaction import table
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.layers import SUPPORTED, Layer
+from adalora_jax.rankspec import RankSpec
 
 _LINEAR_KINDS = ("dense", "general", "einsum")
 
@@ -23,8 +24,8 @@ class Candidate(NamedTuple):
     """A module of the model, as selection sees it."""
 
     module: Any
-    layer: Layer | None  # None where it cannot be adapted
-    shape: tuple[int, ...] | None  # of the whole weight, stacked axes included
+    layer: Layer | None = None  # None where it cannot be adapted
+    shape: tuple[int, ...] = ()  # of the whole weight, stacked axes included
 
 
 class Target(NamedTuple):
@@ -34,19 +35,14 @@ class Target(NamedTuple):
     shape: tuple[int, ...]
     rank: int
 
-    def init(self, key: chex.PRNGKey, config: AdaLoraConfig) -> Adapter:
-        """A fresh adapter for this weight."""
-        stack, in_features, out_features = self.layer.matrix(self.shape)
-        return init_adapter(key, in_features, out_features, config, rank=self.rank, stack=stack)
-
 
 def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, Target]:
     """The layers that ``config`` asks for, by path, sorted.
 
     ``target_modules`` means what it means in PEFT: a list of names, each matching the paths that
     end with it at a separator; or one regex that must match a whole path; or ``"all-linear"``. It
-    may also be a function ``(path, module) -> bool``. Paths are written ``encoder/layers_0/query``;
-    ``encoder.layers_0.query`` matches as well.
+    may also be a function ``(path, module) -> bool | RankSpec``, see :func:`resolve`. Paths are
+    written ``encoder/layers_0/query``; ``encoder.layers_0.query`` matches as well.
 
     A name in a list is meant literally, so each must lead to a layer that can be adapted. A regex
     or a function picks among the layers that can.
@@ -57,8 +53,49 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
 
     Raises:
       ValueError: nothing is selected, a name of the list matches nothing, or names a module that
-        cannot be adapted; with the nearest paths there are.
+        cannot be adapted; with the nearest paths there are. Or a function gave a RankSpec.
     """
+    chosen = _chosen(candidates, config)
+    if specs := _specs(chosen, config):
+        path = next(iter(specs))
+        raise ValueError(
+            f"target_modules gave {specs[path]} for {path!r}, which only this call would know: "
+            "write it into the config with config = adalora_jax.linen.resolve(model, config, "
+            "variables, *inputs) or adalora_jax.nnx.resolve(model, config), and use that config."
+        )
+    ranks = _ranks(list(chosen), config)
+    return {p: Target(c.layer, c.shape, ranks[p]) for p, c in chosen.items() if c.layer}
+
+
+def resolve(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> AdaLoraConfig:
+    """``config`` with a function as ``target_modules`` replaced by what it chose.
+
+    The optimizer and merging see paths, not modules, so the function cannot tell them the ranks
+    it chose; and a config without functions can be saved. Each RankSpec becomes an entry of
+    ``rank_limits``, before those there are.
+    """
+    if not callable(config.target_modules):
+        return config
+    chosen = _chosen(candidates, config)
+    # The pattern of a path also matches longer paths with the same end: those come first.
+    specs = sorted(_specs(chosen, config).items(), key=lambda item: (-len(item[0]), item[0]))
+    limits = [(re.escape(path), spec) for path, spec in specs]
+    return config.replace(
+        target_modules=f"(?:{'|'.join(map(re.escape, chosen))})",
+        rank_limits=[*limits, *(config.rank_limits or ())] or None,
+    )
+
+
+def _specs(chosen: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, RankSpec]:
+    """The RankSpecs that a function as ``target_modules`` gives."""
+    if not callable(config.target_modules):
+        return {}
+    verdicts = {path: config.target_modules(path, c.module) for path, c in chosen.items()}
+    return {path: spec for path, spec in verdicts.items() if isinstance(spec, RankSpec)}
+
+
+def _chosen(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, Candidate]:
+    """The candidates that are selected, in the order of their paths."""
     wanted = config.target_modules
     if wanted is None:
         raise ValueError(
@@ -92,8 +129,7 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
         raise ValueError(
             f"target_modules={wanted!r}{after} selects no layer. {_nearest(shown, candidates)}"
         )
-    ranks = _ranks(chosen, config)
-    return {p: Target(candidates[p].layer, candidates[p].shape, ranks[p]) for p in chosen}
+    return {path: candidates[path] for path in chosen}
 
 
 def saved(path: str, config: AdaLoraConfig) -> bool:
@@ -129,42 +165,77 @@ def saved_roots(paths: Sequence[str], config: AdaLoraConfig) -> list[str]:
 
 
 def init_all(
-    key: chex.PRNGKey, targets: Mapping[str, Target], config: AdaLoraConfig
+    key: jax.Array, targets: Mapping[str, Target], config: AdaLoraConfig
 ) -> dict[str, Adapter]:
     """Adapters for all targets, in one jitted call.
+
+    Weights that read alike are initialised together: a deep model compiles as fast as a shallow
+    one.
 
     Raises:
       TypeError: ``key`` is no PRNG key.
     """
+    alike: dict[Any, list[int]] = {}
+    for index, (layer, shape, rank) in enumerate(targets.values()):
+        alike.setdefault((*layer.matrix(shape), rank), []).append(index)
 
     @jax.jit
     def init(key):
         keys = jax.random.split(key, len(targets))
-        return {path: t.init(k, config) for k, (path, t) in zip(keys, targets.items())}
+        fresh: dict[int, Adapter] = {}
+        for shape, members in alike.items():
+            many = _init_alike(keys[jnp.array(members)], *shape, config=config)
+            fresh |= {i: Adapter(*(leaf[n] for leaf in many)) for n, i in enumerate(members)}
+        return {path: fresh[index] for index, path in enumerate(targets)}
 
     return init(key)
 
 
-def describe(targets: Mapping[str, Target], config: AdaLoraConfig) -> str:
-    """A table of what would be adapted: shapes, starting ranks, parameters.
+def _init_alike(keys, stack, in_features, out_features, rank, config) -> Adapter:
+    """One adapter a key, stacked."""
+    one = lambda key: init_adapter(key, in_features, out_features, config, rank=rank, stack=stack)
+    return jax.vmap(one)(keys)
 
-    >>> dense = Target(Layer("dense", "kernel", (), (0,), (1,)), (6, 4), 2)
+
+def describe(targets: Mapping[str, Target], config: AdaLoraConfig) -> str:
+    """A table of what would be adapted: shapes, starting ranks, parameters and cost.
+
+    The cost is the adapter's share of the weight: of its parameters, and for a dense layer of its
+    multiply-adds. The last line is the memory that comes on top of the base model.
+
+    >>> dense = Target(Layer("dense", "kernel", (), (0,), (1,)), (60, 40), 2)
     >>> print(describe({"query": dense}, AdaLoraConfig(total_step=10)))
-    layer    kind     matrices   in   out   rank   parameters   kernel
-    query    dense           1    6     4      2           22       24
-    total                    1                 2           22       24
+    layer    kind     matrices   in   out   rank   parameters   kernel    cost
+    query    dense           1   60    40      2          202     2400   8.4 %
+    total                    1                 2          202     2400   8.4 %
+    memory: adapters 808 bytes, importance 1.6 kB
     """
     rows = []
     for path, (layer, shape, rank) in targets.items():
         stack, ins, outs = layer.matrix(shape)
         n = math.prod(stack)
-        count = n * rank * (ins + outs + 1)
-        rows.append((path, layer.kind, n, ins, outs, rank, count, n * ins * outs))
-    sums = [sum(row[i] for row in rows) for i in range(2, 8)]
-    total_rank = sum(row[2] * row[5] for row in rows)
-    total = ("total", "", sums[0], "", "", total_rank, *sums[4:])
-    header = ("layer", "kind", "matrices", "in", "out", "rank", "parameters", "kernel")
-    return table([header, *rows, total], left=2)
+        count, kernel = n * rank * (ins + outs + 1), n * ins * outs
+        rows.append((path, layer.kind, n, ins, outs, rank, count, kernel, _percent(count, kernel)))
+    matrices, count, kernel = (sum(row[i] for row in rows) for i in (2, 6, 7))
+    rank = sum(row[2] * row[5] for row in rows)
+    total = ("total", "", matrices, "", "", rank, count, kernel, _percent(count, kernel))
+    header = ("layer", "kind", "matrices", "in", "out", "rank", "parameters", "kernel", "cost")
+    adapters = count * jnp.dtype(config.param_dtype).itemsize
+    importance = count * 2 * 4 + rank  # two float32 averages a parameter, a boolean a triplet
+    memory = f"memory: adapters {_bytes(adapters)}, importance {_bytes(importance)}"
+    return f"{table([header, *rows, total], left=2)}\n{memory}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if isinstance(count, float) else f"{count} {unit}"
+        count = count / 1000
+    return f"{count:.1f} GB"
 
 
 def _matches(wanted: Any, path: str, candidate: Candidate) -> bool:
@@ -212,8 +283,8 @@ def _layer_index(path: str, names: tuple[str, ...] | None) -> int | None:
 
 
 def _ranks(paths: Sequence[str], config: AdaLoraConfig) -> dict[str, int]:
-    """``init_r``, or what an earlier run's ``rank_pattern`` says."""
-    ranks = dict.fromkeys(paths, config.init_r)
+    """What ``init_r`` and ``rank_limits`` say, or else an earlier run's ``rank_pattern``."""
+    ranks = {path: config.spec_of(path).init_r for path in paths}
     for name, rank in config.rank_pattern or ():
         name = name.removesuffix(".lora_E").removeprefix("base_model.model.")
         found = [path for path in paths if _is_suffix(path, name) or _is_suffix(name, path)]

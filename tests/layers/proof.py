@@ -1,0 +1,133 @@
+"""What is proved of every layer kind, whichever framework it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adalora_jax as adalora
+
+CONFIG = adalora.AdaLoraConfig(
+    total_step=4, init_r=3, target_r=1, lora_alpha=6, target_modules=".*"
+)
+
+
+class Subject(NamedTuple):
+    """One adapted model, seen as pure functions of its parameters and the adapters.
+
+    ``add`` puts dense increments ``[*stack, in, out]`` into the weights, independently of the
+    package.
+    """
+
+    init: Callable[..., dict[str, adalora.Adapter]]  # key -> adapters
+    apply: Callable[..., Any]  # (base, adapters, *inputs) -> outputs
+    base_apply: Callable[..., Any]  # (base, *inputs) -> outputs
+    base: Any
+    inputs: tuple[Any, ...]
+    add: Callable[..., Any]  # (base, {path: increment}) -> base
+    merge: Callable[..., Any]  # (base, adapters) -> base
+    config: adalora.AdaLoraConfig
+
+
+def random_like(tree: Any, seed: int, dtype: Any = None, std: float = 0.5) -> Any:
+    """Normal NumPy arrays for the float leaves of a tree, of its dtypes or of ``dtype``."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return (std * rng.standard_normal(leaf.shape)).astype(dtype or leaf.dtype)
+
+    return jax.tree.map(draw, tree)
+
+
+def prove(subject: Subject, rtol: float, merge_rtol: float | None = None) -> None:
+    """Identity at init; then outputs and gradients are those through the dense increment.
+
+    Both sides are differentiated with respect to the adapters and to all float inputs, and so is
+    the base with the merged weights, where ``merge_rtol`` is given.
+    """
+    abstract = jax.eval_shape(subject.init, jax.random.key(1))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
+    outputs = jax.eval_shape(subject.base_apply, subject.base, *subject.inputs)
+    cotangents = random_like(outputs, 1)
+
+    def gradients(apply):
+        def loss(adapters, inputs, base):
+            found = apply(base, adapters, *inputs)
+            return optax.tree_utils.tree_vdot(cotangents, found), found
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
+
+    def through_delta(base, adapters, *inputs):
+        scale = subject.config.scale_of
+        deltas = {p: adalora.delta_weight(a, scale=scale(p)) for p, a in adapters.items()}
+        return subject.base_apply(subject.add(base, deltas), *inputs)
+
+    ours, dense = gradients(subject.apply), gradients(through_delta)
+    adapters = random_like(abstract, 2)
+    for nothing in ("lam", "p"):
+        neutral = {p: a._replace(**{nothing: 0 * getattr(a, nothing)}) for p, a in adapters.items()}
+        (_, found), _ = ours(neutral, subject.inputs, subject.base)
+        (_, base), _ = dense(neutral, subject.inputs, subject.base)
+        close(found, base, rtol)
+    (_, found), grads = ours(adapters, subject.inputs, subject.base)
+    (_, expected), expected_grads = dense(adapters, subject.inputs, subject.base)
+    close(found, expected, rtol)
+    close(grads, expected_grads, rtol)
+    if merge_rtol is not None:
+        merged = subject.merge(subject.base, jax.tree.map(jnp.asarray, adapters))
+        chex.assert_trees_all_equal_shapes_and_dtypes(merged, subject.base)
+        nothing = jax.tree.map(np.zeros_like, adapters)
+        (_, found), _ = dense(nothing, subject.inputs, merged)
+        close(found, expected, merge_rtol)
+
+
+def close(ours: Any, expected: Any, rtol: float) -> None:
+    """Equal, relative to the largest entry of each array: cancellation makes small ones inexact."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(ours, expected)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+        if a.dtype != jax.dtypes.float0:
+            size = max(float(np.abs(b).max(initial=0)), 1e-30)
+            np.testing.assert_allclose(a, b, rtol=0, atol=rtol * size)
+
+
+def prove_training(subject: Subject) -> dict[str, int]:
+    """A few steps leave exactly the budget alive and lower the loss; the ranks."""
+    config = subject.config
+    tx = adalora.adalora(optax.adam(0.05), config)
+    outputs = jax.eval_shape(subject.base_apply, subject.base, *subject.inputs)
+    goals = random_like(outputs, 4)
+
+    def loss(adapters):
+        found = subject.apply(subject.base, adapters, *subject.inputs)
+        errors = jax.tree.map(lambda a, b: jnp.mean((a - b) ** 2), found, goals)
+        return sum(jax.tree.leaves(errors))
+
+    abstract = jax.eval_shape(subject.init, jax.random.key(1))
+    fresh = {p: a._replace(lam=0 * a.lam) for p, a in random_like(abstract, 5).items()}
+
+    @jax.jit
+    def train(adapters):
+        def step(carry, _):
+            adapters, opt = carry
+            value, grads = jax.value_and_grad(loss)(adapters)
+            updates, opt = tx.update(grads, opt, adapters)
+            return (optax.apply_updates(adapters, updates), opt), value
+
+        return jax.lax.scan(step, (adapters, tx.init(adapters)), None, length=config.total_step)
+
+    (adapters, opt), losses = train(fresh)
+    state = adalora.allocator_state(opt)
+    ranks = adalora.ranks(state)
+    assert sum(ranks.values()) == config.target_r * len(ranks)
+    for path, mask in state.masks.items():
+        assert np.array_equal(adapters[path].lam != 0, mask), path
+    assert losses[2] < losses[0]
+    return ranks

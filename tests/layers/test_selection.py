@@ -1,0 +1,336 @@
+"""Which layers are adapted, and the rank, limits and scale that each gets."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import adalora_jax as adalora
+from adalora_jax.allocator import keep_best
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        q, k = (nn.Dense(6, name=name)(x) for name in ("query", "key"))
+        return nn.Dense(5, name="out")(q * k)
+
+
+class Model(nn.Module):
+    """Two layers with attention, a convolution, norms, and a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = nn.LayerNorm(name=f"norm_{i}")(x + Attention(name=f"layers_{i}")(x))
+        x = nn.Conv(5, (3,), name="conv")(x)
+        return nn.Dense(2, name="head")(x)
+
+
+class NnxAttention(nnx.Module):
+    def __init__(self, rngs):
+        self.query, self.key = (nnx.Linear(5, 6, rngs=rngs) for _ in range(2))
+        self.out = nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.query(x) * self.key(x))
+
+
+class NnxModel(nnx.Module):
+    """The same in NNX, with its layers in a list."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([NnxAttention(rngs) for _ in range(2)])
+        self.norms = nnx.List([nnx.LayerNorm(5, rngs=rngs) for _ in range(2)])
+        self.conv = nnx.Conv(5, 5, (3,), rngs=rngs)
+        self.head = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x):
+        for layer, norm in zip(self.layers, self.norms):
+            x = norm(x + layer(x))
+        return self.head(self.conv(x))
+
+
+X = jax.ShapeDtypeStruct((2, 4, 5), jnp.float32)
+
+
+def config(**changes):
+    return adalora.AdaLoraConfig(**{"total_step": 6, "init_r": 4, "target_r": 2} | changes)
+
+
+def linen_shapes(config):
+    variables = jax.eval_shape(Model().init, jax.random.key(0), X)
+    adapted = adalora.linen.adapt(Model(), config)
+    return jax.eval_shape(lambda key: adapted.init(key, variables, X), jax.random.key(0))
+
+
+def nnx_shapes(config):
+    adapted = nnx.eval_shape(lambda: adalora.nnx.adapt(NnxModel(nnx.Rngs(0)), config))
+    return adalora.nnx.adapters(adapted)
+
+
+QUERIES = {
+    "linen": ["layers_0/query", "layers_1/query"],
+    "nnx": ["layers/0/query", "layers/1/query"],
+}
+SHAPES = {"linen": linen_shapes, "nnx": nnx_shapes}
+frameworks = pytest.mark.parametrize("framework", SHAPES)
+
+
+@frameworks
+@pytest.mark.parametrize(
+    "wanted", [["query"], r".*query", r".*\.query", lambda path, module: path.endswith("query")]
+)
+def test_names_regex_and_predicate_select(framework, wanted):
+    assert list(SHAPES[framework](config(target_modules=wanted))) == QUERIES[framework]
+
+
+@frameworks
+def test_all_linear_is_every_linear_layer_and_no_convolution(framework):
+    found = list(SHAPES[framework](config(target_modules="all-linear")))
+    assert len(found) == 7
+    assert "head" in found
+
+
+@frameworks
+def test_exclusion_and_layer_indices(framework):
+    chosen = config(target_modules="all-linear", exclude_modules=["out"], layers_to_transform=1)
+    expected = [f"{QUERIES[framework][1].removesuffix('query')}{n}" for n in ("key", "query")]
+    assert list(SHAPES[framework](chosen)) == expected
+    chosen = chosen.replace(layers_to_transform=[0, 1], layers_pattern="layers")
+    assert len(SHAPES[framework](chosen)) == 4
+
+
+@frameworks
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["norm_0", "norms/0"], r"matches no module"),
+        (["qeury"], r"'qeury' matches no module.*query"),
+        (r".*norms?.\d", r"LayerNorm, which cannot be adapted.*Kinds that can: Dense"),
+        (["layers_0", "layers/0"], "matches no module"),
+        (lambda path, module: False, "selects no layer"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused(framework, wanted, message):
+    with pytest.raises(ValueError, match=message):
+        SHAPES[framework](config(target_modules=wanted))
+
+
+@pytest.mark.parametrize(
+    ("framework", "name", "message"),
+    [
+        ("linen", "norm_0", "'norm_0' is a LayerNorm, which cannot be adapted; leave it out"),
+        (
+            "linen",
+            "layers_1",
+            "Attention, which cannot be adapted; name the layers in it: layers_1",
+        ),
+        ("nnx", "norms/1", "'norms/1' is a LayerNorm, which cannot be adapted"),
+        ("nnx", "layers.0", "NnxAttention, which cannot be adapted; name the layers in it"),
+    ],
+)
+def test_a_named_layer_of_another_kind_is_refused_by_type(framework, name, message):
+    with pytest.raises(ValueError, match=message):
+        SHAPES[framework](config(target_modules=["query", name]))
+
+
+class TiedOtherwise(nnx.Module):
+    """One weight, used as an embedding and by an equation of its own."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 4, rngs=rngs)
+        self.head = nnx.Einsum("td,vd->tv", (11, 4), rngs=rngs)
+        self.head.kernel = self.embed.embedding
+
+
+def test_a_weight_that_two_layers_use_differently_takes_one_adapter_only():
+    make = lambda: TiedOtherwise(nnx.Rngs(0))
+    chosen = config(target_modules=["embed", "head"])
+    with pytest.raises(ValueError, match=r"'embed' and 'head' share a weight.*exclude_modules"):
+        adalora.nnx.describe(nnx.eval_shape(make), chosen)
+    adapt = lambda: adalora.nnx.adapt(make(), chosen.replace(exclude_modules=["head"]))
+    assert list(adalora.nnx.adapters(nnx.eval_shape(adapt))) == ["embed"]
+
+
+@frameworks
+def test_ranks_by_pattern(framework):
+    limits = {"query": 6, r".*key": {"init_r": 3, "alpha": 3}, "head": adalora.RankSpec(min_r=1)}
+    chosen = config(target_modules="all-linear", rank_limits=limits)
+    ranks = {path: a.lam.shape[0] for path, a in SHAPES[framework](chosen).items()}
+    expected = {"query": 6, "key": 3, "out": 4, "head": 4}
+    assert ranks == {path: expected[path.rpartition("/")[2]] for path in ranks}
+
+
+@frameworks
+def test_a_predicate_gives_ranks_once_resolved(framework):
+    def choose(path, module):
+        if type(module).__name__ not in ("Dense", "Linear"):
+            return False
+        return adalora.RankSpec(init_r=3, alpha=9) if path.endswith("query") else "out" in path
+
+    chosen = config(target_modules=choose)
+    with pytest.raises(ValueError, match=r"resolve\(model, config"):
+        SHAPES[framework](chosen)
+    if framework == "linen":
+        variables = jax.eval_shape(Model().init, jax.random.key(0), X)
+        resolved = adalora.linen.resolve(Model(), chosen, variables, X)
+    else:
+        resolved = adalora.nnx.resolve(nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0))), chosen)
+    found = SHAPES[framework](resolved)
+    ranks = {path: a.lam.shape[0] for path, a in found.items()}
+    assert ranks == {path: 3 if path.endswith("query") else 4 for path in found}
+    assert len(found) == 4
+    assert [resolved.scale_of(p) for p in found] == [3 if p.endswith("query") else 2 for p in found]
+
+
+@frameworks
+def test_alpha_by_pattern_scales_the_increment(framework):
+    limits = {"query": {"alpha": 12, "init_r": 6}}
+    chosen = config(target_modules="all-linear", rank_limits=limits, init_lora_weights=False)
+    assert chosen.scale_of(QUERIES[framework][0]) == 2
+    x = jax.random.normal(jax.random.key(3), X.shape)
+    if framework == "linen":
+        adapted = adalora.linen.adapt(Model(), chosen)
+        variables = jax.jit(Model().init)(jax.random.key(0), x)
+        adapters = adapted.init(jax.random.key(1), variables, x)
+        outputs = jax.jit(adapted.apply)(variables, adapters, x)
+        merged = jax.jit(Model().apply)(adalora.merge(variables, adapters, chosen), x)
+    else:
+        adapted = nnx.jit(lambda: adalora.nnx.adapt(NnxModel(nnx.Rngs(0)), chosen))()
+        run = nnx.jit(lambda model: model(x))
+        outputs, merged = run(adapted), run(adalora.nnx.merge(adapted))
+    np.testing.assert_allclose(outputs, merged, rtol=2e-3, atol=2e-3)
+
+
+@frameworks
+def test_describe_is_abstract_and_counts(framework):
+    chosen = config(target_modules="all-linear", rank_limits={"head": 6})
+    if framework == "linen":
+        variables = jax.eval_shape(Model().init, jax.random.key(0), X)
+        text = adalora.linen.describe(Model(), chosen, variables, X)
+    else:
+        text = adalora.nnx.describe(nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0))), chosen)
+    count = sum(leaf.size for leaf in jax.tree.leaves(SHAPES[framework](chosen)))
+    *rows, total, memory = [line.split() for line in text.splitlines()[1:]]
+    assert len(rows) == 7
+    assert rows[0] == ["head", "dense", "1", "5", "2", "6", "48", "10", "480.0", "%"]
+    assert total[:4] == ["total", "7", "30", str(count)]
+    assert memory[:2] == ["memory:", "adapters"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"query": {"min_r": 5}}, r"rank_limits\['query'\]: min_r=5 is above init_r=4"),
+        ({"query": {"min_r": 3, "max_r": 2}}, r"min_r=3 is above max_r=2"),
+        ({"query": {"rank": 3}}, r"rank_limits\['query'\]"),
+        ({"query": 0}, r"init_r=0 must be an integer of at least 1"),
+        ({"(": 3}, "must map regexes"),
+        (3, "must map regexes"),
+        ({"query": {"alpha": float("nan")}}, "alpha=nan must be a finite number"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(limits, message):
+    with pytest.raises(ValueError, match=message):
+        config(rank_limits=limits)
+
+
+def test_limits_hold_in_training_and_the_total_is_exact():
+    limits = {"query": {"min_r": 3}, r"layers_0/key": {"max_r": 1}}
+    chosen = config(target_modules="all-linear", rank_limits=limits)
+    adapters = {
+        path: adalora.Adapter(*(jnp.ones(leaf.shape) for leaf in a))
+        for path, a in linen_shapes(chosen).items()
+    }
+    tx = adalora.adalora(optax.sgd(0.1), chosen)
+
+    @jax.jit
+    def run(adapters):
+        def step(carry, key):
+            adapters, opt = carry
+            grads = jax.tree.map(
+                lambda leaf: jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape),
+                adapters,
+            )
+            # Without its floor the query would lose everything.
+            grads = {
+                p: jax.tree.map(lambda g: 0 * g, a) if "query" in p else a for p, a in grads.items()
+            }
+            updates, opt = tx.update(grads, opt, adapters)
+            return (optax.apply_updates(adapters, updates), opt), None
+
+        return jax.lax.scan(
+            step, (adapters, tx.init(adapters)), jax.random.split(jax.random.key(0), 6)
+        )
+
+    (_, opt), _ = run(adapters)
+    ranks = adalora.ranks(adalora.allocator_state(opt))
+    assert sum(ranks.values()) == 2 * len(ranks)
+    assert (ranks["layers_0/query"], ranks["layers_1/query"]) == (3, 3)
+    assert ranks["layers_0/key"] <= 1
+
+
+@st.composite
+def limited(draw):
+    """Scores with many ties, limits for each leaf, and a count."""
+    shapes = [(2, 3), (1, 4)]
+    values = st.sampled_from([0.0, 1.0, 2.0, float("nan")])
+    scores = [
+        np.array(draw(st.lists(values, min_size=n * r, max_size=n * r)), np.float32).reshape(n, r)
+        for n, r in shapes
+    ]
+    bounds = [draw(st.tuples(st.integers(0, 4), st.integers(0, 5))) for _ in shapes]
+    return scores, [(min(b), max(b)) for b in bounds], draw(st.integers(0, 12))
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(limited())
+def test_top_b_within_limits_is_exact_and_best(problem):
+    scores, limits, count = problem
+    masks = keep_best([jnp.asarray(s) for s in scores], count, limits)
+    # Plain Python: the least of every row first, then the best of the rest, ties by position.
+    first, rest, index = [], [], 0
+    for leaf, (least, most) in zip(scores, limits):
+        for row in np.nan_to_num(leaf, nan=-1):
+            order = sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))
+            first += [index + i for i in order[:least]]
+            rest += [
+                (-row[i], index + i)
+                for i in order[min(least, most) : most]
+                if i not in order[:least]
+            ]
+            index += len(row)
+    wanted = set(first) | {i for _, i in sorted(rest)[: max(0, count - len(first))]}
+    kept = np.concatenate([np.asarray(mask).ravel() for mask in masks])
+    assert set(np.flatnonzero(kept)) == wanted
+
+
+def test_top_b_within_limits_is_the_same_jitted_and_vmapped():
+    scores = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.array([9.0, 8.0])}
+    limits = [(1, 2), (0, 1)]
+    counts = jnp.arange(8)
+    jitted = jax.jit(lambda count: keep_best(scores, count, limits))
+    many = jax.vmap(lambda count: keep_best(scores, count, limits))(counts)
+    for i, count in enumerate(counts):
+        for name, mask in jitted(count).items():
+            assert np.array_equal(mask, many[name][i])
+    assert [int(sum(m[i].sum() for m in many.values())) for i in range(8)] == [
+        2,
+        2,
+        2,
+        3,
+        4,
+        5,
+        5,
+        5,
+    ]
