@@ -149,9 +149,8 @@ def update_allocator(
     accumulate = finite & (step < config.total_step - config.tfinal)
 
     def new_averages():
-        pairs = jax.tree.map(
-            lambda *of_leaf: smooth(*of_leaf, config), raw, state.sensitivity, state.uncertainty
-        )
+        update = functools.partial(smooth, config=config)
+        pairs = jax.tree.map(update, raw, state.sensitivity, state.uncertainty)
         return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], raw, pairs) for i in range(2))
 
     # Not jnp.where: XLA would copy the test of all gradients into the kernel of every leaf, so

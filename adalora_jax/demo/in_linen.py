@@ -1,0 +1,101 @@
+"""The demo in ``flax.linen``: the model, and a train step of pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import adalora_jax as adalora
+from adalora_jax.demo.methods import Method, Progress, cross_entropy, patches
+
+
+class Block(nn.Module):
+    """One layer of a Vision Transformer: attention, then a multi-layer perceptron."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+        y = nn.LayerNorm(name="attention_norm")(x)
+        q, k, v = (split(nn.Dense(width, name=name)(y)) for name in ("query", "key", "value"))
+        y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        x = x + nn.Dense(width, name="out")(y)
+        y = nn.LayerNorm(name="mlp_norm")(x)
+        y = nn.gelu(nn.Dense(width, name="up")(y))
+        return x + nn.Dense(width, name="down")(y)
+
+
+class VisionTransformer(nn.Module):
+    """Reads an image as 16 patches of 2 × 2 pixels and gives one logit for each digit."""
+
+    width: int = 64
+    depth: int = 4
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = nn.Dense(self.width, name="embed")(patches(pixels))
+        x = x + self.param("position", nn.initializers.normal(1.0), (1, *x.shape[1:]))
+        for i in range(self.depth):
+            x = Block(self.heads, name=f"blocks_{i}")(x)
+        x = nn.LayerNorm(name="norm")(x)
+        return nn.Dense(10, name="head")(x.mean(axis=1))
+
+
+def create(seed: int) -> Any:
+    """The variables of a new model."""
+    return VisionTransformer().init(jax.random.key(seed), jnp.zeros((1, 8, 8)))
+
+
+class Learner:
+    """One method at work: what it trains, its optimizer's state, and its step."""
+
+    def __init__(self, base: Any, method: Method, seed: int):
+        model = VisionTransformer()
+        if method.config is None:
+            # Full fine-tuning: nothing is frozen.
+            self.frozen, self.trainable = None, base
+            apply: Any = lambda _, variables, pixels: model.apply(variables, pixels)
+        else:
+            # The base is an argument that is never differentiated; the adapters are a small
+            # separate tree, in which the parameters of modules_to_save sit beside them.
+            adapted: Any = adalora.linen.adapt(model, method.config)
+            self.frozen = base
+            self.trainable = adapted.init(jax.random.key(seed), base, jnp.zeros((1, 8, 8)))
+            apply = adapted.apply
+        self.opt_state = method.optimizer.init(self.trainable)
+
+        def step(frozen, trainable, opt_state, pixels, digits):
+            def objective(trainable):
+                loss = cross_entropy(apply(frozen, trainable, pixels), digits)
+                return loss + method.penalty(trainable), loss
+
+            grads, loss = jax.grad(objective, has_aux=True)(trainable)
+            updates, opt_state = method.optimizer.update(grads, opt_state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
+            return trainable, opt_state, method.progress(loss, opt_state)
+
+        self._step = jax.jit(step)
+        self._logits = jax.jit(apply)
+
+    @property
+    def base(self) -> Any:
+        """What full fine-tuning has trained, to be the base of other methods."""
+        return self.trainable
+
+    def step(self, pixels: Any, digits: Any) -> Progress:
+        """One optimizer step on one batch."""
+        self.trainable, self.opt_state, progress = self._step(
+            self.frozen, self.trainable, self.opt_state, pixels, digits
+        )
+        return progress
+
+    def logits(self, pixels: Any) -> jax.Array:
+        """``[n, 10]``, one row an image."""
+        return self._logits(self.frozen, self.trainable, pixels)

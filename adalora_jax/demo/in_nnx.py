@@ -1,0 +1,106 @@
+"""The demo in ``flax.nnx``: the model, and a train step that updates it in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+import adalora_jax as adalora
+from adalora_jax.demo.methods import Method, Progress, cross_entropy, patches
+
+
+class Block(nnx.Module):
+    """One layer of a Vision Transformer: attention, then a multi-layer perceptron."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.heads = heads
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.query = nnx.Linear(width, width, rngs=rngs)
+        self.key = nnx.Linear(width, width, rngs=rngs)
+        self.value = nnx.Linear(width, width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, width, rngs=rngs)
+        self.down = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        split = lambda y: y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads)
+        y = self.attention_norm(x)
+        q, k, v = (split(layer(y)) for layer in (self.query, self.key, self.value))
+        x = x + self.out(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+        return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
+
+
+class VisionTransformer(nnx.Module):
+    """Reads an image as 16 patches of 2 × 2 pixels and gives one logit for each digit."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int = 64, depth: int = 4, heads: int = 4):
+        self.embed = nnx.Linear(4, width, rngs=rngs)
+        self.position = nnx.Param(rngs.params.normal((1, 16, width)))
+        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(depth)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = self.embed(patches(pixels)) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(axis=1))
+
+
+def create(seed: int) -> VisionTransformer:
+    """A new model."""
+    return VisionTransformer(nnx.Rngs(seed))
+
+
+class Learner:
+    """One method at work: the model it trains, its optimizer, and its step."""
+
+    def __init__(self, base: VisionTransformer, method: Method, seed: int):
+        if method.config is None:
+            # Full fine-tuning: every parameter is trained.
+            self.model, self.wrt = nnx.clone(base), nnx.Param
+        else:
+            # A new model: base is left as it is. Its adapters are LoRAParams, and so are the
+            # parameters of modules_to_save; all others are frozen by the filter alone.
+            self.model = adalora.nnx.adapt(base, method.config, rngs=nnx.Rngs(seed))
+            self.wrt = nnx.LoRAParam
+        self.optimizer = nnx.Optimizer(self.model, method.optimizer, wrt=self.wrt)
+
+        def step(model, optimizer, pixels, digits):
+            def objective(model):
+                loss = cross_entropy(model(pixels), digits)
+                return loss + method.penalty(nnx.state(model, self.wrt)), loss
+
+            trained = nnx.DiffState(0, self.wrt)
+            grads, loss = nnx.grad(objective, argnums=trained, has_aux=True)(model)
+            optimizer.update(model, grads)
+            return method.progress(loss, optimizer.opt_state)
+
+        self._step = nnx.jit(step)
+        self._logits = nnx.jit(lambda model, pixels: model(pixels))
+
+    @property
+    def base(self) -> VisionTransformer:
+        """What full fine-tuning has trained, to be the base of other methods."""
+        return self.model
+
+    @property
+    def trainable(self) -> nnx.State:
+        """The state that the optimizer updates."""
+        return nnx.state(self.model, self.wrt)
+
+    @property
+    def opt_state(self) -> Any:
+        """The optimizer's state."""
+        return self.optimizer.opt_state
+
+    def step(self, pixels: Any, digits: Any) -> Progress:
+        """One optimizer step on one batch."""
+        return self._step(self.model, self.optimizer, pixels, digits)
+
+    def logits(self, pixels: Any) -> jax.Array:
+        """``[n, 10]``, one row an image."""
+        return self._logits(self.model, pixels)

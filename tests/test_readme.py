@@ -1,0 +1,39 @@
+"""The README: its Python runs, and its command lines are the ones that ``.ci/run`` runs."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    """The fenced blocks of a language, each at the line it has in the file."""
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE):
+        yield "\n" * README.count("\n", 0, match.start(1)) + match[1]
+
+
+def test_every_python_block_runs_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "readme"}
+    sources = list(blocks("python"))
+    assert len(sources) >= 4
+    for source in sources:
+        exec(compile(source, ROOT / "README.md", "exec"), namespace)
+    for name in ("adapters", "nnx_adapters"):
+        live = [jnp.count_nonzero(a.lam) for a in namespace[name].values()]
+        assert sum(live) == namespace["config"].target_r * 4
+
+
+@pytest.mark.parametrize("extra", ["demo", "test"])
+def test_the_two_command_lines_stand_alone(extra):
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert sum(line.startswith(f'pip install ".[{extra}]" && ') for line in lines) == 1
+
+
+def test_links_into_the_project_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []
