@@ -14,6 +14,8 @@ from optax import contrib
 
 import adalora_jax as al
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = al.AdaLoraConfig(total_step=8, init_r=3, target_r=2, tinit=1, tfinal=2, deltaT=2)
 SHAPES = {"a": (2, 3, ()), "b": (3, 2, ())}
 MASKED = (2, 4, 6, 7)  # a new mask every second step after the first, the final one at 8 − 2

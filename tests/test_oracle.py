@@ -13,6 +13,8 @@ import pytest
 
 import adalora_jax as al
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SEEDS = (0, 1, 2)
 
 
