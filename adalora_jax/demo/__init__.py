@@ -1,7 +1,7 @@
-"""``python -m adalora_jax.demo``: the library at work on real data, in about a minute.
+"""``python -m adalora_jax.demo``: the library at work on real data, in less than a minute.
 
 A small Vision Transformer learns to read the handwritten digits 0-4 and is frozen. It is then
-taught the digits 5-9 in four ways, over the same batches: a new classifier alone, LoRA, AdaLoRA,
+taught the digits 5-9 in four ways, over the same batches: the classifier alone, LoRA, AdaLoRA,
 and full fine-tuning. To learn how the library is used, read these files in this order:
 
 ==============  ========================================================================
