@@ -165,7 +165,7 @@ def update_allocator(
             lambda *evidence: triplet_scores(Evidence(*evidence), config),
             *(weights, gradients, sensitivity, uncertainty),
         )
-        best = keep_best(scores, allowed, _limits(config, weights))
+        best = keep_best(scores, allowed, _limits(config, weights, allowed))
         return jax.tree.map(_sharded_like, best, state.masks)
 
     masks = jax.lax.cond(
@@ -200,7 +200,7 @@ def enforced(
 def keep_best(
     scores: PyTree,
     count: chex.Numeric,
-    limits: Sequence[tuple[int, int]] | None = None,
+    limits: Sequence[tuple[chex.Numeric, chex.Numeric]] | None = None,
 ) -> PyTree:
     """Masks that keep exactly the ``count`` highest scores over all leaves together.
 
@@ -242,11 +242,11 @@ def keep_best(
     )
 
 
-def _turn(scores: jax.Array, least: int, most: int) -> jax.Array:
+def _turn(scores: jax.Array, least: chex.Numeric, most: chex.Numeric) -> jax.Array:
     """0 for the scores of a matrix that are kept first, 1 for those that compete, 2 for never."""
     order = jnp.argsort(-scores, axis=-1, stable=True)
     place = jnp.argsort(order, axis=-1)  # the inverse permutation: each score's place in its row
-    least = min(least, most)
+    least = jnp.minimum(least, most)
     return (place >= least).astype(jnp.int32) + (place >= most).astype(jnp.int32)
 
 
@@ -314,8 +314,17 @@ def matching_gradients(grads: PyTree, params: PyTree) -> PyTree:
     return tree.canonical(grads)
 
 
-def _limits(config: AdaLoraConfig, adapters: PyTree) -> list[tuple[int, int]] | None:
-    """``(min_r, max_r)`` of every adapter; None where nothing is limited."""
+def _limits(
+    config: AdaLoraConfig, adapters: PyTree, allowed: jax.Array
+) -> list[tuple[chex.Numeric, chex.Numeric]] | None:
+    """``(min_r, max_r)`` of every adapter; None where nothing is limited.
+
+    Allocation per adapter is that with limits too: the same number for each matrix, and what does
+    not divide among them to the best of the next triplets, one a matrix.
+    """
+    if config.allocation == "per_adapter":
+        share = allowed // _matrices(adapters)
+        return [(share, share + 1) for _ in tree.adapters(adapters)]
     if not config.rank_limits:
         return None
     specs = [config.spec_of(path) for path in tree.adapters(adapters)]
@@ -323,6 +332,9 @@ def _limits(config: AdaLoraConfig, adapters: PyTree) -> list[tuple[int, int]] | 
 
 
 def _budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> jax.Array:
-    shapes = [adapter.lam.shape for adapter in tree.adapters(adapters).values()]
-    matrices = sum(math.prod(shape[:-1]) for shape in shapes)
-    return budget(config, step, matrices, initial=sum(math.prod(shape) for shape in shapes))
+    initial = sum(adapter.lam.size for adapter in tree.adapters(adapters).values())
+    return budget(config, step, _matrices(adapters), initial=initial)
+
+
+def _matrices(adapters: PyTree) -> int:
+    return sum(math.prod(a.lam.shape[:-1]) for a in tree.adapters(adapters).values())

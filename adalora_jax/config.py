@@ -115,6 +115,7 @@ prunes to target_r, so init_r must be at least 8.
     budget_schedule: Literal["cubic", "linear"] | Callable[..., Any] = "cubic"
     score: str | Callable[..., Any] = "sensitivity_uncertainty"  # what ranks the triplets
     score_over: Literal["triplet", "lam"] = "triplet"  # the whole triplet counts, or lam alone
+    allocation: Literal["global", "per_adapter"] = "global"  # all compete, or equal ranks for each
     init: Literal["gaussian", "lambda_one"] = "gaussian"  # lam = 0, or lam = 1 with p = 0
     orthogonality: Literal["frobenius", "squared"] = "frobenius"  # PEFT's norm, or paper's Eq. 4
     param_dtype: Any = "float32"  # dtype of p, lam and q
@@ -155,6 +156,14 @@ prunes to target_r, so init_r must be at least 8.
         _choice(self, "budget_schedule", _SCHEDULES, or_callable=True)
         _choice(self, "score", _SCORES, or_callable=True)
         _choice(self, "score_over", ("triplet", "lam"))
+        _choice(self, "allocation", ("global", "per_adapter"))
+        if self.allocation == "per_adapter" and any(
+            spec.min_r is not None or spec.max_r is not None for _, spec in self.rank_limits or ()
+        ):
+            raise ValueError(
+                "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
+                "rank_limits have no meaning: leave them out, or allocate globally."
+            )
         _choice(self, "init", ("gaussian", "lambda_one"))
         _choice(self, "orthogonality", ("frobenius", "squared"))
         _choice(self, "sensitivity_at", ("updated", "current"))
@@ -326,6 +335,7 @@ _OURS = {
     "budget_schedule": "cubic",
     "score": "sensitivity_uncertainty",
     "score_over": "triplet",
+    "allocation": "global",
     "init": "gaussian",
     "orthogonality": "frobenius",
     "param_dtype": "float32",

@@ -34,6 +34,14 @@ def test_the_two_command_lines_stand_alone(extra):
     assert sum(line.startswith(f'pip install ".[{extra}]" && ') for line in lines) == 1
 
 
+def test_every_difference_from_peft_links_to_the_test_that_shows_it():
+    links = re.findall(r"\[test\]\((tests/parity/\w+\.py)#L(\d+)\)", README)
+    assert len(links) >= 10
+    for file, line in links:
+        source = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        assert source[int(line) - 1].startswith("def test_"), f"{file}#L{line}"
+
+
 def test_links_into_the_project_lead_somewhere():
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
     assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,5 +1,7 @@
 """Variants of the algorithm that other implementations settled on, as options here."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,6 +186,40 @@ def test_a_score_of_the_wrong_shape_is_refused():
     adapters = known({"a": [1.0] * 4})
     with pytest.raises(ValueError, match=r"returned shape \(4, 2\).*one score a triplet"):
         al.allocate(al.init_state(adapters, config), adapters, 0)
+
+
+def test_allocation_per_adapter_keeps_the_top_half_of_each():
+    scores = {"a": [1.0, 2.0, 3.0, 4.0], "b": [8.0, 7.0, 6.0, 5.0], "c": [0.1, 0.4, 0.2, 0.3]}
+    assert final_masks(scores, target=2) == {"a": [2, 3], "b": [0, 1, 2, 3], "c": []}
+    assert final_masks(scores, target=2, allocation="per_adapter") == {
+        "a": [2, 3],
+        "b": [0, 1],
+        "c": [1, 3],
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_allocation_per_adapter_spends_the_whole_budget_and_differs_by_one_at_most(seed):
+    config = al.AdaLoraConfig(
+        total_step=30, init_r=4, target_r=2, tfinal=5, allocation="per_adapter"
+    )
+    one = lambda i, stack=(): al.init_adapter(jax.random.key(i), 5, 6, config, stack=stack)
+    adapters = {"a": one(0), "b": one(1, (3,)), "c": one(2)}
+    state = al.init_state(adapters, config)
+    for step in range(30):
+        wave = float(seed + step + 1)
+        grads = jax.tree.map(lambda leaf, wave=wave: jnp.cos(leaf * wave), adapters)
+        moved = jax.tree.map(lambda w, g: w - 0.1 * g, state.adapters, grads)
+        state, masks = al.allocate(dataclasses.replace(state, adapters=moved), grads, step)
+        live = list(al.ranks(masks).values())
+        assert sum(live) == int(al.budget(config, step, 5)) == int(state.allocator.budget)
+        assert max(live) - min(live) <= 1
+    assert live == [2] * 5
+
+
+def test_allocation_per_adapter_takes_no_limits():
+    with pytest.raises(ValueError, match="min_r and max_r in rank_limits have no meaning"):
+        al.AdaLoraConfig(total_step=9, allocation="per_adapter", rank_limits={"q": {"max_r": 3}})
 
 
 def test_a_budget_for_each_adapter_of_its_own_is_one_transformation_each():
