@@ -1,15 +1,19 @@
 """The demo, end to end, on a smaller model and with few steps."""
 
+import contextlib
 import functools
 import importlib
+import io
 import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from flax import nnx
 
 import adalora_jax as adalora
 from adalora_jax.demo import data, methods, train
@@ -17,101 +21,149 @@ from adalora_jax.demo.__main__ import main
 
 STEPS = 20
 ADAPTERS = 6  # of one block
+TARGET = ADAPTERS * methods.adaptations(STEPS)[0].config.target_r
 
 
-@pytest.fixture(params=["linen", "nnx"])
-def framework(request, monkeypatch):
+class Fit(NamedTuple):
+    """One call of ``train.fit``, with the values of the base before and after."""
+
+    run: train.Run
+    before: list[np.ndarray]
+    after: list[np.ndarray]
+    traces: int
+
+
+class Demo(NamedTuple):
+    """One run of the command, and what it did by the way."""
+
+    printed: str
+    progress: str
+    picture: np.ndarray
+    fits: dict[str, Fit]  # by the first word of the method's title
+
+
+def values(base):
+    """Copies of a base's arrays, in either framework."""
+    return [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(base) if is_nnx(base) else base)]
+
+
+def is_nnx(base):
+    return isinstance(base, nnx.Module)
+
+
+@pytest.fixture(scope="module", params=["linen", "nnx"])
+def framework(request):
+    """A front end's module, with a smaller model in it."""
     module = importlib.import_module(f"adalora_jax.demo.in_{request.param}")
     small = functools.partial(module.VisionTransformer, width=16, depth=1, heads=2)
-    monkeypatch.setattr(module, "VisionTransformer", small)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "VisionTransformer", small)
+        yield module
 
 
-def method(start, steps=STEPS):
-    return next(m for m in methods.adaptations(steps) if m.title.startswith(start))
-
-
-def adapted(framework, start, steps=STEPS):
-    """A base, a copy of its values, and what one method made of it."""
-    base = framework.create(0)
-    before = jax.tree.map(np.array, leaves(base))
-    run = train.fit(framework, base, method(start, steps), range(5, 10), steps, seed=0)
-    return base, before, run
-
-
-def leaves(tree):
-    return jax.tree.leaves(tree if isinstance(tree, dict) else train_state(tree))
-
-
-def train_state(model):
-    from flax import nnx
-
-    return nnx.state(model)
-
-
-def test_the_whole_demo(framework, tmp_path, capsys):
-    name = framework.__name__.rpartition("_")[2]
-    main(["--framework", name, "--steps", str(STEPS), "--out", str(tmp_path / "new" / "folder")])
-    printed, progress = capsys.readouterr()
-
-    picture = matplotlib.image.imread(tmp_path / "new" / "folder" / "ranks.png")
-    assert picture.shape[0] > 200
-    assert picture.shape[1] > 400
-    assert picture.std() > 0.1
-    rows = re.findall(r"^(.*?) +([\d.]+)% +([\d,]+) +([\d,]+)$", printed, re.MULTILINE)
-    assert [title for title, *_ in rows] == [m.title for m in methods.adaptations(STEPS)]
-    assert all(0 <= float(accuracy) <= 100 for _, accuracy, _, _ in rows)
-    sizes = [int(kept.replace(",", "")) for *_, kept in rows]
-    classifier, lora, adaptive, everything = sizes
-    assert classifier < lora < everything
-    assert adaptive - lora == ADAPTERS * method("AdaLoRA").config.target_r  # LoRA's λ is fixed
-    live = re.findall(r"^blocks\D0/(\w+) +16 +16 +(\d) +6 +\d+$", printed, re.MULTILINE)
-    assert sorted(module for module, _ in live) == ["down", "key", "out", "query", "up", "value"]
-    assert sum(int(rank) for _, rank in live) == ADAPTERS * method("AdaLoRA").config.target_r
-    for shown in ("loss=", "budget=", "mean rank="):
-        assert shown in progress
-
-
-def test_ranks_follow_the_budget_down_to_the_target(framework):
-    _, _, run = adapted(framework, "AdaLoRA")
-    config = run.method.config
-    live = [sum(adalora.ranks(progress.masks).values()) for progress in run.history]
-    budgets = [int(progress.budget) for progress in run.history]
-    expected = [int(adalora.budget(config, step, ADAPTERS)) for step in range(STEPS)]
-    assert live == budgets == expected
-    assert (live[0], live[-1]) == (ADAPTERS * config.init_r, ADAPTERS * config.target_r)
-    triplets = [np.count_nonzero(a.lam) for a in adalora.adapters(run.learner.trainable).values()]
-    assert sum(triplets) <= ADAPTERS * config.target_r
-    assert run.trained - run.kept == ADAPTERS * (config.init_r - config.target_r) * (16 + 1 + 16)
-
-
-@pytest.mark.parametrize("start", ["frozen", "LoRA", "AdaLoRA", "full"])
-def test_the_base_stays_as_it_was(framework, start):
-    base, before, run = adapted(framework, start)
-    for now, then in zip(leaves(base), before, strict=True):
-        np.testing.assert_array_equal(now, then)
-    assert run.history[-1].loss < run.history[0].loss
-
-
-def test_fixed_factors_stay_as_they_were(framework):
-    for start, fixed in (("frozen", {"lam": 1, "p": 0}), ("LoRA", {"lam": 1})):
-        _, _, run = adapted(framework, start)
-        for adapter in adalora.adapters(run.learner.trainable).values():
-            for name, value in fixed.items():
-                np.testing.assert_array_equal(getattr(adapter, name), value)
-            assert (adapter.p != 0).any() == (start == "LoRA")
-
-
-def test_one_compilation_for_the_whole_run(framework, monkeypatch):
-    traces = []
+@pytest.fixture(scope="module")
+def demo(framework, tmp_path_factory):
+    traces, fits = [], {}
 
     def counted(logits, digits):
         traces.append(logits.shape)
         return methods.cross_entropy(logits, digits)
 
-    monkeypatch.setattr(framework, "cross_entropy", counted)
-    adapted(framework, "AdaLoRA")
-    assert traces == [(64, 10)]
+    def observed(module, base, method, digits, steps, seed, fit=train.fit):
+        before, count = values(base), len(traces)
+        run = fit(module, base, method, digits, steps, seed)
+        name = re.match(r"[\w-]+", method.title)[0]
+        fits[name] = Fit(run, before, values(base), len(traces) - count)
+        return run
+
+    folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    name = framework.__name__.rpartition("_")[2]
+    printed, progress = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(framework, "cross_entropy", counted)
+        patch.setattr(train, "fit", observed)
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+            main(["--framework", name, "--steps", str(STEPS), "--out", str(folder)])
+    picture = matplotlib.image.imread(folder / "ranks.png")
+    return Demo(printed.getvalue(), progress.getvalue(), picture, fits)
+
+
+def test_it_draws_a_picture(demo):
+    assert demo.picture.shape[0] > 200
+    assert demo.picture.shape[1] > 400
+    assert demo.picture.std() > 0.1
+
+
+def test_it_shows_its_progress(demo):
+    for shown in ("loss=", "budget=", "mean rank="):
+        assert shown in demo.progress
+
+
+def test_it_prints_what_it_measured(demo):
+    rows = re.findall(r"^(.*?) +([\d.]+%) +([\d,]+) +([\d,]+)$", demo.printed, re.MULTILINE)
+    runs = [demo.fits[name].run for name in ("frozen", "LoRA", "AdaLoRA", "full")]
+    assert rows == [
+        (run.method.title, f"{run.accuracy:.1%}", f"{run.trained:,}", f"{run.kept:,}")
+        for run in runs
+    ]
+    assert all(0 <= run.accuracy <= 1 for run in runs)
+
+
+def test_sizes_are_those_of_the_model(demo):
+    run = {name: fit.run for name, fit in demo.fits.items()}
+    classifier, triplet = 16 * 10 + 10, 16 + 1 + 16
+    assert run["frozen"].trained == run["frozen"].kept == classifier
+    assert run["LoRA"].trained == classifier + TARGET * (triplet - 1)  # λ is fixed
+    assert run["AdaLoRA"].kept == classifier + TARGET * triplet
+    assert run["AdaLoRA"].trained == classifier + 3 * TARGET * triplet
+    assert run["full"].trained == sum(value.size for value in demo.fits["full"].before)
+
+
+def test_it_prints_the_ranks_it_ended_with(demo):
+    rows = re.findall(r"^blocks\D0/(\w+) +16 +16 +(\d) +6 +\d+$", demo.printed, re.MULTILINE)
+    assert sorted(module for module, _ in rows) == ["down", "key", "out", "query", "up", "value"]
+    run = demo.fits["AdaLoRA"].run
+    last = adalora.ranks(run.history[-1].masks)
+    assert {f"blocks_0/{m}": int(r) for m, r in rows} == {
+        path.replace("blocks/0", "blocks_0"): rank for path, rank in last.items()
+    }
+
+
+def test_ranks_follow_the_budget_down_to_the_target(demo):
+    run = demo.fits["AdaLoRA"].run
+    live = [sum(adalora.ranks(progress.masks).values()) for progress in run.history]
+    budgets = [int(progress.budget) for progress in run.history]
+    expected = [int(adalora.budget(run.method.config, step, ADAPTERS)) for step in range(STEPS)]
+    assert live == budgets == expected
+    assert (live[0], live[-1]) == (3 * TARGET, TARGET)
+    adapters = adalora.adapters(run.learner.trainable).values()
+    assert sum(np.count_nonzero(adapter.lam) for adapter in adapters) <= TARGET
+
+
+@pytest.mark.parametrize("name", ["frozen", "LoRA", "AdaLoRA", "full"])
+def test_the_base_stays_as_it_was_and_something_is_learnt(demo, name):
+    fit = demo.fits[name]
+    for before, after in zip(fit.before, fit.after, strict=True):
+        np.testing.assert_array_equal(after, before)
+    assert fit.run.history[-1].loss < fit.run.history[0].loss
+
+
+@pytest.mark.parametrize(("name", "fixed"), [("frozen", {"lam": 1, "p": 0}), ("LoRA", {"lam": 1})])
+def test_fixed_factors_stay_as_they_were(demo, name, fixed):
+    for adapter in adalora.adapters(demo.fits[name].run.learner.trainable).values():
+        for factor, value in fixed.items():
+            np.testing.assert_array_equal(getattr(adapter, factor), value)
+        assert (adapter.p != 0).any() == (name == "LoRA")
+
+
+def test_one_compilation_for_the_whole_run(demo):
+    assert {name: fit.traces for name, fit in demo.fits.items()} == dict.fromkeys(demo.fits, 1)
+
+
+def test_the_lowest_number_of_steps_is_enough(framework):
+    method = methods.adaptations(10)[2]
+    run = train.fit(framework, framework.create(0), method, range(5, 10), steps=10, seed=0)
+    assert sum(adalora.ranks(run.history[-1].masks).values()) == TARGET
 
 
 def test_every_method_gets_the_same_batches():
@@ -141,12 +193,6 @@ def test_wrong_options_are_refused(arguments, message, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_lowest_number_of_steps_is_enough(framework):
-    _, _, run = adapted(framework, "AdaLoRA", steps=10)
-    live = sum(adalora.ranks(run.history[-1].masks).values())
-    assert live == ADAPTERS * run.method.config.target_r
 
 
 def test_a_missing_package_is_named(tmp_path):
