@@ -306,10 +306,10 @@ def _rank(rank: Any) -> int:
 def _cannot_adapt(path: str, candidates: Mapping[str, Candidate]) -> str:
     kind = type(candidates[path].module).__name__
     inside = [p for p, c in candidates.items() if p.startswith(f"{path}/") and c.layer is not None]
-    way_out = f"name the layers in it: {', '.join(inside[:8])}" if inside else "leave it out"
+    instead = f"Name the layers in it: {', '.join(inside[:8])}." if inside else ""
     return (
-        f"target_modules: {path!r} is a {kind}, which cannot be adapted; {way_out}. "
-        f"Kinds that can: {SUPPORTED}."
+        f"target_modules: {path!r} is a {kind}, which cannot be adapted; kinds that can: "
+        f"{SUPPORTED}. {instead or _nearest(path, candidates)}"
     )
 
 

@@ -187,7 +187,7 @@ def test_adapter_dropout_follows_train_and_eval():
         ({"target_modules": ["querry"]}, r"'querry' matches no module.*layers/0/attn/query"),
         ({"target_modules": r".*querry"}, r"selects no layer.*layers/0/attn/query"),
         ({"target_modules": ["norm"]}, "BatchNorm, which cannot be adapted.*DenseGeneral"),
-        ({"target_modules": ["attn"]}, "name the layers in it: layers/0/attn/"),
+        ({"target_modules": ["attn"]}, "Name the layers in it: layers/0/attn/"),
         ({"modules_to_save": ["haed"]}, "'haed' matches no parameter or module; the nearest: head"),
     ],
 )
