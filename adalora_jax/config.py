@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import operator
 import os
 import re
 import warnings
@@ -13,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from adalora_jax import rankspec
-from adalora_jax.rankspec import RankSpec
+from adalora_jax.rankspec import RankSpec, integer
 
 _SCHEDULES = ("cubic", "linear")
 _SCORES = (
@@ -127,10 +126,15 @@ prunes to target_r, so init_r must be at least 8.
 
     def __post_init__(self) -> None:
         _refuse_foreign(self)
+        if self.total_step in (None, 0):
+            raise ValueError(
+                f"total_step={self.total_step!r}: the number of optimizer steps of the whole run "
+                "is required, since the budget schedule is laid out over it."
+            )
         for name in ("total_step", "target_r", "init_r", "deltaT"):
-            _set(self, name, _integer(name, getattr(self, name), minimum=1))
+            _set(self, name, integer(name, getattr(self, name), minimum=1))
         for name in ("tinit", "tfinal"):
-            _set(self, name, _integer(name, getattr(self, name), minimum=0))
+            _set(self, name, integer(name, getattr(self, name), minimum=0))
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(
                 f"tinit={self.tinit}, tfinal={self.tfinal} and total_step={self.total_step} leave "
@@ -367,21 +371,6 @@ def _refuse_foreign(config: AdaLoraConfig) -> None:
     _set(config, "loftq_config", None)
 
 
-def _integer(name: str, value: Any, *, minimum: int) -> int:
-    if name == "total_step" and value in (None, 0):
-        raise ValueError(
-            f"total_step={value!r}: the number of optimizer steps of the whole run is required, "
-            "since the budget schedule is laid out over it."
-        )
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
-    return number
-
-
 def _number(config: Any, name: str, range_: str, ok: Callable[[float], bool]) -> None:
     value = getattr(config, name)
     try:
@@ -426,7 +415,7 @@ def _indices(value: Any) -> int | tuple[int, ...] | None:
         return None
     many = isinstance(value, (list, tuple, set, frozenset, range))
     indices = tuple(
-        _integer("layers_to_transform", entry, minimum=0) for entry in (value if many else (value,))
+        integer("layers_to_transform", entry, minimum=0) for entry in (value if many else (value,))
     )
     return indices if many else indices[0]
 
@@ -443,7 +432,7 @@ def _rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
         result = {
             str(path): _triplets(rank)
             if isinstance(rank, (list, tuple))
-            else _integer("rank_pattern", rank, minimum=0)
+            else integer("rank_pattern", rank, minimum=0)
             for path, rank in pairs
         }
     except (TypeError, ValueError):

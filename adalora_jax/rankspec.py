@@ -30,7 +30,7 @@ class RankSpec:
     def __post_init__(self) -> None:
         for name, minimum in (("init_r", 1), ("min_r", 0), ("max_r", 0)):
             if getattr(self, name) is not None:
-                number = _integer(name, getattr(self, name), minimum)
+                number = integer(name, getattr(self, name), minimum=minimum)
                 object.__setattr__(self, name, number)
         if self.alpha is not None and not _is_finite(self.alpha):
             raise ValueError(f"alpha={self.alpha!r} must be a finite number.")
@@ -95,7 +95,15 @@ def _as_spec(pattern: str, value: Any, init_r: int) -> RankSpec:
     return value
 
 
-def _integer(name: str, value: Any, minimum: int) -> int:
+def integer(name: str, value: Any, *, minimum: int) -> int:
+    """``value`` as an int of at least ``minimum``; ``name`` is for the message.
+
+    Raises:
+      ValueError: it is none.
+
+    >>> integer("init_r", 3, minimum=1)
+    3
+    """
     try:
         number = operator.index(value)
     except TypeError:
