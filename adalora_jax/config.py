@@ -11,18 +11,25 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from adalora_jax import rankspec
-from adalora_jax.rankspec import RankSpec, integer
+from adalora_jax import checks, rankspec
+from adalora_jax.rankspec import RankSpec
 
-_SCHEDULES = ("cubic", "linear")
-_SCORES = (
-    "sensitivity_uncertainty",
-    "smoothed_sensitivity",
-    "sensitivity",
-    "magnitude",
-    "upper_confidence",
-)
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_CHOICES = {
+    "budget_schedule": ("cubic", "linear"),
+    "score": (
+        "sensitivity_uncertainty",
+        "smoothed_sensitivity",
+        "sensitivity",
+        "magnitude",
+        "upper_confidence",
+    ),
+    "score_over": ("triplet", "lam"),
+    "allocation": ("global", "per_adapter"),
+    "init": ("gaussian", "lambda_one"),
+    "orthogonality": ("frobenius", "squared"),
+    "sensitivity_at": ("updated", "current"),
+}
+_REFUSED = ("r", "use_dora", "loftq_config")  # PEFT's names that no AdaLoRA can give a meaning
 
 # Keys of a PEFT `adapter_config.json` that say where a model came from or how PEFT runs it. They
 # do not change what AdaLoRA computes.
@@ -132,9 +139,9 @@ prunes to target_r, so init_r must be at least 8.
                 "is required, since the budget schedule is laid out over it."
             )
         for name in ("total_step", "target_r", "init_r", "deltaT"):
-            _set(self, name, integer(name, getattr(self, name), minimum=1))
+            self._check(name, checks.integer, minimum=1)
         for name in ("tinit", "tfinal"):
-            _set(self, name, integer(name, getattr(self, name), minimum=0))
+            self._check(name, checks.integer, minimum=0)
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(
                 f"tinit={self.tinit}, tfinal={self.tfinal} and total_step={self.total_step} leave "
@@ -147,20 +154,19 @@ prunes to target_r, so init_r must be at least 8.
                 f"{self.target_r}."
             )
         for name in ("beta1", "beta2"):
-            _number(self, name, "strictly between 0 and 1", lambda v: 0 < v < 1)
-        _number(self, "orth_reg_weight", "0 or more", lambda v: 0 <= v < math.inf)
-        _number(self, "lora_dropout", "at least 0 and below 1", lambda v: 0 <= v < 1)
-        _number(self, "lora_alpha", "a finite number", math.isfinite)
+            self._check(name, checks.number, "strictly between 0 and 1", lambda v: 0 < v < 1)
+        self._check("orth_reg_weight", checks.number, "0 or more", lambda v: 0 <= v < math.inf)
+        self._check("lora_dropout", checks.number, "at least 0 and below 1", lambda v: 0 <= v < 1)
+        self._check("lora_alpha", checks.number, "a finite number", math.isfinite)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-            _set(self, name, _names(name, getattr(self, name)))
-        _set(self, "layers_to_transform", _indices(self.layers_to_transform))
-        _set(self, "rank_pattern", _rank_pattern(self.rank_pattern))
-        _set(self, "rank_limits", rankspec.parse(self.rank_limits, self.init_r))
-        _set(self, "param_dtype", _dtype_name(self.param_dtype))
-        _choice(self, "budget_schedule", _SCHEDULES, or_callable=True)
-        _choice(self, "score", _SCORES, or_callable=True)
-        _choice(self, "score_over", ("triplet", "lam"))
-        _choice(self, "allocation", ("global", "per_adapter"))
+            self._check(name, checks.names)
+        self._check("layers_to_transform", checks.indices)
+        self._set("rank_pattern", checks.rank_pattern(self.rank_pattern))
+        self._set("rank_limits", rankspec.parse(self.rank_limits, self.init_r))
+        self._check("param_dtype", checks.dtype_name)
+        for name, allowed in _CHOICES.items():
+            or_callable = name in ("budget_schedule", "score")
+            checks.choice(name, getattr(self, name), allowed, or_callable)
         if self.allocation == "per_adapter" and any(
             spec.min_r is not None or spec.max_r is not None for _, spec in self.rank_limits or ()
         ):
@@ -168,12 +174,15 @@ prunes to target_r, so init_r must be at least 8.
                 "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
                 "rank_limits have no meaning: leave them out, or allocate globally."
             )
-        _choice(self, "init", ("gaussian", "lambda_one"))
-        _choice(self, "orthogonality", ("frobenius", "squared"))
-        _choice(self, "sensitivity_at", ("updated", "current"))
         for name in ("init_lora_weights", "fan_in_fan_out", "hold_mask"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+
+    def _check(self, name: str, check: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._set(name, check(name, getattr(self, name), *args, **kwargs))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def scale(self) -> float:
@@ -224,6 +233,46 @@ prunes to target_r, so init_r must be at least 8.
     def replace(self, **changes: Any) -> AdaLoraConfig:
         """A copy with some fields changed, checked like a new one."""
         return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values, for checkpoints; :meth:`from_dict` reads them back.
+
+        A function, which JSON cannot hold, is stood in for by its name.
+
+        >>> config = AdaLoraConfig(total_step=10, target_modules=["q"], rank_limits={"q": 4})
+        >>> AdaLoraConfig.from_dict(config.to_dict()) == config
+        True
+        """
+        names = [field.name for field in dataclasses.fields(self) if field.name not in _REFUSED]
+        return {name: _to_json(getattr(self, name)) for name in names}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdaLoraConfig:
+        """The config that :meth:`to_dict` wrote.
+
+        Raises:
+          ValueError: a field is unknown here, or was a function: replace its name by the
+            function itself in ``values``.
+
+        >>> saved = AdaLoraConfig(total_step=10, score=min).to_dict()
+        >>> saved["score"]
+        {'function': 'builtins.min'}
+        >>> AdaLoraConfig.from_dict(saved | {"score": min}).score
+        <built-in function min>
+        """
+        known = {field.name for field in dataclasses.fields(cls)}.difference(_REFUSED)
+        if unknown := sorted(map(str, set(values) - known)):
+            raise ValueError(
+                f"the config has fields that are unknown here: {', '.join(unknown)}. It was made "
+                "by another version of adalora_jax, or by another library."
+            )
+        for name, value in values.items():
+            if isinstance(value, Mapping) and set(value) == {"function"}:
+                raise ValueError(
+                    f"{name} was the function {value['function']}, which a file cannot hold: give "
+                    f"it again, as AdaLoraConfig.from_dict(values | {{{name!r}: function}})."
+                )
+        return cls(**values)
 
     @classmethod
     def from_peft(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> AdaLoraConfig:
@@ -324,7 +373,7 @@ works without it.
             )
         result: dict[str, Any] = {"peft_type": "ADALORA"}
         for field in dataclasses.fields(self):
-            if field.name not in _OURS and field.name not in ("r", "use_dora", "loftq_config"):
+            if field.name not in _OURS and field.name not in _REFUSED:
                 value = getattr(self, field.name)
                 result[field.name] = list(value) if isinstance(value, tuple) else value
         if self.rank_pattern is not None:
@@ -348,10 +397,6 @@ _OURS = {
 }
 
 
-def _set(config: Any, name: str, value: Any) -> None:
-    object.__setattr__(config, name, value)
-
-
 def _refuse_foreign(config: AdaLoraConfig) -> None:
     if config.r is not None:
         raise ValueError(
@@ -367,88 +412,19 @@ def _refuse_foreign(config: AdaLoraConfig) -> None:
             f"loftq_config={config.loftq_config!r}: LoftQ needs its own initialisation, which the "
             "SVD form does not have; quantise the base model and leave loftq_config out."
         )
-    _set(config, "use_dora", False)
-    _set(config, "loftq_config", None)
+    config._set("use_dora", False)
+    config._set("loftq_config", None)
 
 
-def _number(config: Any, name: str, range_: str, ok: Callable[[float], bool]) -> None:
-    value = getattr(config, name)
-    try:
-        good = not isinstance(value, (bool, str)) and ok(float(value))
-    except (TypeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError(f"{name}={value!r} must be {range_}.")
-    if not isinstance(value, int):
-        _set(config, name, float(value))
-
-
-def _choice(
-    config: AdaLoraConfig, name: str, allowed: tuple[str, ...], or_callable: bool = False
-) -> None:
-    value = getattr(config, name)
-    if (or_callable and callable(value)) or value in allowed:
-        return
-    options = ", ".join(repr(option) for option in allowed)
-    raise ValueError(
-        f"{name}={value!r} must be one of {options}{', or a function' if or_callable else ''}."
-    )
-
-
-def _names(name: str, value: Any) -> Any:
-    """A regex stays a string, a predicate a function; any other collection becomes a tuple."""
-    if value is None or callable(value):
-        return value
-    if isinstance(value, str):
-        return (value,) if name in ("modules_to_save", "layers_pattern") else value
-    try:
-        names = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
-    except TypeError:
-        names = (None,)
-    if not all(isinstance(entry, str) and entry for entry in names):
-        raise ValueError(f"{name}={value!r} must be a list of names or a string.")
-    return names
-
-
-def _indices(value: Any) -> int | tuple[int, ...] | None:
-    if value is None:
-        return None
-    many = isinstance(value, (list, tuple, set, frozenset, range))
-    indices = tuple(
-        integer("layers_to_transform", entry, minimum=0) for entry in (value if many else (value,))
-    )
-    return indices if many else indices[0]
-
-
-def _rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
-    """A hashable form of ``{path: rank}`` or PEFT's ``{path: [True, False, ...]}``, sorted.
-
-    The booleans of a stack of layers are lists in a list.
-    """
-    if value is None:
-        return None
-    pairs = value.items() if isinstance(value, Mapping) else value
-    try:
-        result = {
-            str(path): _triplets(rank)
-            if isinstance(rank, (list, tuple))
-            else integer("rank_pattern", rank, minimum=0)
-            for path, rank in pairs
-        }
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"rank_pattern={value!r} must map each adapter's path to its rank or to a list of "
-            "booleans, one a triplet."
-        ) from None
-    return tuple(sorted(result.items()))
-
-
-def _triplets(keep: Any) -> Any:
-    if isinstance(keep, (list, tuple)):
-        return tuple(map(_triplets, keep))
-    if not isinstance(keep, bool):
-        raise TypeError
-    return keep
+def _to_json(value: Any) -> Any:
+    if isinstance(value, RankSpec):
+        return dataclasses.asdict(value)
+    if isinstance(value, (tuple, list)):
+        return [_to_json(entry) for entry in value]
+    if callable(value):
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return {"function": f"{getattr(value, '__module__', '')}.{name}"}
+    return value
 
 
 def _rank_pattern_from_peft(value: Any) -> dict[str, list[bool]]:
@@ -474,12 +450,3 @@ def _rank_pattern_to_peft(pattern: tuple[tuple[str, Any], ...]) -> dict[str, lis
                 "give it a list of booleans."
             )
     return {path.replace("/", ".") + ".lora_E": list(keep) for path, keep in pattern}
-
-
-def _dtype_name(value: Any) -> str:
-    name = value if isinstance(value, str) else getattr(value, "name", None)
-    if not isinstance(name, str):
-        name = getattr(value, "__name__", None)
-    if name not in _DTYPES:
-        raise ValueError(f"param_dtype={value!r} must be one of {', '.join(_DTYPES)}.")
-    return name

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from adalora_jax.checks import integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,24 +94,6 @@ def _as_spec(pattern: str, value: Any, init_r: int) -> RankSpec:
                 f"a layer starts with: lower it, or give the pattern an init_r of {limit} or more."
             )
     return value
-
-
-def integer(name: str, value: Any, *, minimum: int) -> int:
-    """``value`` as an int of at least ``minimum``; ``name`` is for the message.
-
-    Raises:
-      ValueError: it is none.
-
-    >>> integer("init_r", 3, minimum=1)
-    3
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
-    return number
 
 
 def _is_finite(value: Any) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import re
 
 import jax
@@ -202,3 +203,40 @@ def test_the_rank_pattern_of_a_stack_keeps_its_slices():
     assert hash(config) == hash(config.replace(rank_pattern=dict(config.rank_pattern)))
     with pytest.raises(ValueError, match=r"rank_pattern=.* must map each adapter's path"):
         AdaLoraConfig(**GOOD, rank_pattern={"q": [3, 0]})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"target_modules": {"value", "query"}, "exclude_modules": "head", "layers_to_transform": 3},
+        {"layers_to_transform": range(2), "layers_pattern": "h", "modules_to_save": ["head"]},
+        {"rank_pattern": {"b": 2, "a": [[True, False], [False, True]]}, "init_r": 9},
+        {"rank_limits": [("z", {"min_r": 1, "alpha": 2.5}), ("a", 4), (".*", 3)]},
+        {"param_dtype": jnp.bfloat16, "hold_mask": True, "beta1": 0.5, "lora_alpha": -1},
+        {"allocation": "per_adapter", "score": "magnitude", "budget_schedule": "linear"},
+    ],
+    ids=str,
+)
+def test_a_config_comes_back_from_json(changes):
+    config = AdaLoraConfig(total_step=10, **changes)
+    back = AdaLoraConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert back == config
+    assert hash(back) == hash(config)
+    # The first pattern that matches counts, so their order is part of the config.
+    assert back.rank_limits == config.rank_limits
+
+
+def test_a_function_has_to_be_given_again():
+    config = AdaLoraConfig(total_step=10, score=max, target_modules=lambda path, module: True)
+    saved = json.loads(json.dumps(config.to_dict()))
+    with pytest.raises(ValueError, match=r"target_modules was the function .*<lambda>"):
+        AdaLoraConfig.from_dict(saved)
+    again = {"score": config.score, "target_modules": config.target_modules}
+    assert AdaLoraConfig.from_dict(saved | again) == config
+
+
+def test_a_field_of_another_version_is_refused():
+    saved = AdaLoraConfig(total_step=10).to_dict()
+    with pytest.raises(ValueError, match=r"unknown here: temperature\..*another version"):
+        AdaLoraConfig.from_dict(saved | {"temperature": 1.0})

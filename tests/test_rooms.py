@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "adalora_jax"
 
 # From the ground floor up: a room imports only rooms named before it.
 ROOMS = [
+    "checks",
     "rankspec",
     "config",
     "lowrank",
