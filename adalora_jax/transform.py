@@ -76,7 +76,7 @@ def adalora(
         if _is_placeholder(params):
             return AdaLoraOptState(inner.init(params), _placeholder_state(params))
         # Some optimizers keep the first parameters; callers donate both, so it must be a copy.
-        own = lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf
+        own = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
         inner_state = jax.tree.map(own, inner.init(params))
         return AdaLoraOptState(inner_state, init_allocator(params, config))
 

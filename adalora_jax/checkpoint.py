@@ -1,0 +1,381 @@
+"""Save, restore, resume: the whole training state in one orbax checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import tree_util
+
+from adalora_jax import __version__
+from adalora_jax.adapter import Adapter, check_adapter
+from adalora_jax.allocator import AllocatorState
+from adalora_jax.config import AdaLoraConfig
+from adalora_jax.transform import allocator_state
+from adalora_jax.tree import HOLDER, PyTree
+
+_FORMAT = "adalora_jax/1"
+_PARTS = ("adapters", "opt_state")
+_MOST_COMPRESSED = 40_000  # zstd makes nothing smaller by more than this factor, not even zeros
+
+
+class Checkpoint(NamedTuple):
+    """What :func:`restore` read."""
+
+    adapters: PyTree
+    opt_state: PyTree
+    masks: dict[str, jax.Array]  # by path: the standing decision, also without an optimizer
+    step: int  # of the trainer: what save was given, or the number of updates
+    config: AdaLoraConfig
+    version: str  # of the library that saved it
+
+
+def save(
+    path: str | os.PathLike[str],
+    adapters: PyTree,
+    opt_state: PyTree,
+    config: AdaLoraConfig,
+    *,
+    step: int | None = None,
+) -> None:
+    """Writes adapters, optimizer and allocator state, step, config and version to a new folder.
+
+    The folder appears under its name only when it is complete, however the process ends. For a
+    row of checkpoints, saved in the background, use ``orbax.checkpoint.CheckpointManager`` with
+    :func:`save_args`.
+
+    Args:
+      path: the folder, which must not exist.
+      adapters: what trains: the dict that ``adapted.init`` gave, or an NNX State. The base model
+        is not saved.
+      opt_state: with one :class:`AllocatorState` in it: of optax, or the ``opt_state`` of an
+        ``nnx.Optimizer``.
+      config: of this run. A function in it is saved by its name alone.
+      step: the trainer's step, if it counts differently from the optimizer's updates.
+
+    Raises:
+      ValueError: ``path`` exists, or ``opt_state`` holds no allocator.
+
+    >>> import jax, optax, tempfile, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/first", adapters, tx.init(adapters), config)
+    ...     restored = restore(f"{folder}/first", tx)
+    >>> bool((restored.adapters["query"].p == adapters["query"].p).all()), restored.step
+    (True, 0)
+    """
+    folder = _folder(path)
+    if folder.exists():
+        raise ValueError(
+            f"path={str(path)!r} exists: save under a new name, or let CheckpointManager keep a "
+            "folder a step."
+        )
+    args = save_args(adapters, opt_state, config, step=step)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder, args=args)
+
+
+def save_args(
+    adapters: PyTree, opt_state: PyTree, config: AdaLoraConfig, *, step: int | None = None
+) -> ocp.args.Composite:
+    """The ``args`` of ``CheckpointManager.save``, for the same content as :func:`save`.
+
+    >>> import jax, optax, tempfile, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> opt_state = adalora.adalora(optax.adam(1e-3), config).init(adapters)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with ocp.CheckpointManager(folder) as manager:
+    ...         _ = manager.save(3, args=save_args(adapters, opt_state, config, step=3))
+    ...     restore(f"{folder}/3").step
+    3
+    """
+    allocator = allocator_state(opt_state)
+    leaves = _state(adapters, opt_state)
+    keys = {name: str(jax.random.key_impl(x)) for name, x in leaves.items() if _is_key(x)}
+    arrays = {name: _data(leaf) for name, leaf in leaves.items()}
+    prints = jax.device_get(_fingerprints(arrays))
+    about = {
+        "format": _FORMAT,
+        "version": __version__,
+        "step": int(allocator.step) if step is None else int(step),
+        "config": config.to_dict(),
+        "arrays": {name: [*_spec(leaf), int(prints[name])] for name, leaf in leaves.items()},
+        "keys": keys,
+        "allocator": _allocator_name(opt_state),
+    }
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(arrays),  # pyright: ignore[reportCallIssue]
+        adalora=ocp.args.JsonSave(about),  # pyright: ignore[reportCallIssue]
+    )
+
+
+def restore(
+    path: str | os.PathLike[str],
+    tx: Any = None,  # an optax GradientTransformation
+    *,
+    target: tuple[PyTree, PyTree] | None = None,
+    config: AdaLoraConfig | None = None,
+) -> Checkpoint:
+    """Reads back exactly what was saved.
+
+    What comes out has the containers of ``target``; or, with ``tx`` alone, is ``{path: Adapter}``
+    (and ``{path: array}`` for ``modules_to_save``) with the state that ``tx`` has for it; or, with
+    neither, the same adapters and the optimizer state as a flat dict, for a look or an export.
+
+    Args:
+      path: a folder that :func:`save` made, or the folder of a step of a ``CheckpointManager``.
+      tx: the optimizer, as ``adalora(...)`` or a chain made it.
+      target: ``(adapters, opt_state)`` as they were saved, of arrays or ``jax.ShapeDtypeStruct``.
+        The arrays come back with the shardings they have here, so also on another mesh.
+      config: what the run goes on with, to be compared with the saved one. It is needed where that
+        one holds functions.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it is no checkpoint of this library, is incomplete or damaged; or it is of another
+        config, optimizer or model: with the differences.
+    """
+    folder = _folder(path)
+    about = _about(folder)
+    saved = {name: (tuple(e[0]), e[1]) for name, e in about["arrays"].items()}
+    config = _config(folder, about["config"], config)
+    if target is None:
+        adapters = _adapters(folder, saved)
+        opt_state = _structs(_part("opt_state", saved))
+        target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
+    wanted = _state(*target)
+    _refuse_differences(
+        f"the checkpoint {folder}", saved, {name: _spec(leaf) for name, leaf in wanted.items()}
+    )
+    arrays = _read(folder, {name: _placed(leaf) for name, leaf in wanted.items()})
+    prints = jax.device_get(_fingerprints(arrays))
+    if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
+        raise ValueError(f"{folder} is damaged: {_some(damaged)} changed since it was saved.")
+    masks = _part(f"{about['allocator']}/masks", arrays)
+    for name, kind in about["keys"].items():
+        arrays[name] = jax.random.wrap_key_data(arrays[name], impl=kind)
+    filled = [
+        jax.tree.unflatten(jax.tree.structure(tree), [arrays[f"{part}/{n}"] for n in _named(tree)])
+        for part, tree in zip(_PARTS, target)
+    ]
+    return Checkpoint(filled[0], filled[1], masks, about["step"], config, about["version"])
+
+
+def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    return pathlib.Path(os.path.abspath(os.fspath(path)))  # orbax takes absolute paths only
+
+
+def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
+    """Both trees as one flat dict of leaves."""
+    return {
+        f"{part}/{name}": leaf
+        for part, tree in zip(_PARTS, (adapters, opt_state))
+        for name, leaf in _named(tree).items()
+    }
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    """``{name: leaf}``, with names that are the same for a dict, a Flax dict and an NNX State."""
+    flat = tree_util.tree_flatten_with_path(tree)[0]
+    named = {_name(path): leaf for path, leaf in flat}
+    if len(named) < len(flat):
+        raise ValueError("two leaves have the same path: rename one of the keys with a '/' in it.")
+    return named
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """A key path as ``a/b/c``, without what only tells how Flax holds an adapter's arrays."""
+    if path and path[-1] == tree_util.GetAttrKey("value"):  # in an NNX Variable
+        path = path[:-1]
+    parts = (tree_util.keystr((key,), simple=True) for key in path)
+    return "/".join(part for part in parts if part not in ("", HOLDER))
+
+
+def _part(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries at and under ``prefix``, which is cut off."""
+    return {
+        name[len(prefix) + 1 :]: entry
+        for name, entry in named.items()
+        if name == prefix or name.startswith(f"{prefix}/")
+    }
+
+
+def _allocator_name(opt_state: PyTree) -> str:
+    is_state = lambda node: isinstance(node, AllocatorState)
+    nodes = tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
+    inside = next(_name(path) for path, node in nodes if is_state(node))
+    return f"opt_state/{inside}".rstrip("/")
+
+
+def _structs(specs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: jax.ShapeDtypeStruct(*spec) for name, spec in specs.items()}
+
+
+def _adapters(folder: pathlib.Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """``{path: Adapter}`` of shapes, and ``{path: shape}`` of all else that trains."""
+    rest = _structs(_part("adapters", saved))
+    found: dict[str, Any] = {}
+    for stem in [name[: -len("lam")] for name in rest if f"/{name}".endswith("/lam")]:
+        names = [f"{stem}{field}" for field in Adapter._fields]
+        if all(name in rest for name in names):
+            path = stem.removesuffix("/")
+            found[path] = Adapter(*(rest.pop(name) for name in names))
+            check_adapter(found[path], f"{path!r} in {folder}")
+    return found | rest
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _data(leaf: Any) -> jax.Array:
+    """What is stored of a leaf: orbax takes arrays of numbers."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
+
+
+def _spec(leaf: Any) -> tuple[tuple[int, ...], str]:
+    data = jax.eval_shape(_data, leaf)
+    return data.shape, data.dtype.name
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What orbax is to make of a leaf: shape, dtype and the place it goes to."""
+    sharding = None if _is_key(leaf) else getattr(leaf, "sharding", None)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(*_spec(leaf), sharding=sharding)
+
+
+@jax.jit
+def _fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A number for the bits of each array, the same for every sharding."""
+    return {name: _fingerprint(array) for name, array in arrays.items()}
+
+
+def _fingerprint(array: jax.Array) -> jax.Array:
+    if array.dtype == bool:
+        array = array.astype(jnp.uint8)
+    unsigned = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    bits = bits * jnp.uint32(0x9E3779B1)
+    bits = (bits ^ (bits >> jnp.uint32(15))) * jnp.uint32(0x85EBCA77)
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def _about(folder: pathlib.Path) -> dict[str, Any]:
+    """What a checkpoint says about itself; nothing else has been read when it is refused.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`restore`.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: there is no such checkpoint.")
+    entries = sorted(entry.name for entry in folder.iterdir())
+    if not {"adalora", "state"} <= set(entries):
+        steps = [name for name in entries if (folder / name / "adalora").is_dir()]
+        hint = f" Name one of its steps: {_some(steps)}." if steps else ""
+        raise ValueError(
+            f"{folder} is no checkpoint of adalora_jax, which has the folders 'adalora' and "
+            f"'state': it holds {_some(entries)}.{hint}"
+        )
+    about = _orbax(folder, adalora=ocp.args.JsonRestore())["adalora"]  # pyright: ignore[reportCallIssue]
+    form = about.get("format") if isinstance(about, Mapping) else None
+    if form != _FORMAT:
+        raise ValueError(f"{folder} has the format {form!r}, but this version reads {_FORMAT!r}.")
+    try:
+        sizes = [_size(*entry) for entry in about["arrays"].values()]
+        well_formed = (
+            isinstance(about["step"], int)
+            and isinstance(about["config"], Mapping)
+            and isinstance(about["allocator"], str)
+            and isinstance(about["version"], str)
+            and set(about["keys"]) <= set(about["arrays"])
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        sizes, well_formed = [], False
+    if not well_formed:
+        raise ValueError(f"{folder} is damaged: its description in 'adalora' is not as saved.")
+    stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if sum(sizes) > _MOST_COMPRESSED * stored:
+        raise ValueError(
+            f"{folder} promises {sum(sizes)} bytes of arrays, more than its {stored} bytes can "
+            "hold: it is damaged or forged."
+        )
+    return dict(about)
+
+
+def _size(shape: list[int], dtype: str, fingerprint: int) -> int:
+    """Bytes of an array as described.
+
+    Raises:
+      TypeError, ValueError: the description is none.
+    """
+    ints = all(type(n) is int and n >= 0 for n in [*shape, fingerprint])
+    if not ints or jnp.dtype(dtype).kind not in "biufV" or jnp.dtype(dtype).hasobject:
+        raise ValueError(dtype)
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+def _config(
+    folder: pathlib.Path, saved: Mapping[str, Any], config: AdaLoraConfig | None
+) -> AdaLoraConfig:
+    if config is None:
+        return AdaLoraConfig.from_dict(saved)
+    given = config.to_dict()
+    differing = [
+        f"{name} is {saved.get(name)!r} there and {given.get(name)!r} here"
+        for name in sorted({*saved, *given})
+        if saved.get(name) != given.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was saved with another config: {_some(differing)}. Go on with the saved "
+            "one, restore(path).config, or start anew."
+        )
+    return config
+
+
+def _refuse_differences(what: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    show = lambda spec: f"{spec[1]}{list(spec[0])}"
+    differing = {
+        "missing": [name for name in wanted if name not in saved],
+        "not asked for": [name for name in saved if name not in wanted],
+        "of another kind": [
+            f"{name} ({show(saved[name])}, not {show(spec)})"
+            for name, spec in wanted.items()
+            if name in saved and saved[name] != spec
+        ],
+    }
+    if any(differing.values()):
+        found = ". ".join(f"{how}: {_some(names)}" for how, names in differing.items() if names)
+        raise ValueError(
+            f"{what} is of another model, optimizer or config. {found}. Restore without tx and "
+            "target to see what it holds."
+        )
+
+
+def _read(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
+    restore = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
+    return dict(_orbax(folder, state=restore)["state"])
+
+
+def _orbax(folder: pathlib.Path, **items: Any) -> Any:
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder, args=ocp.args.Composite(**items))
+    except Exception as error:  # whatever orbax, tensorstore or the file system make of bad bytes
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{folder} is damaged: orbax cannot read it ({said:.200}).") from error
+
+
+def _some(entries: Iterable[str]) -> str:
+    entries = list(entries)
+    return "; ".join(entries[:5]) + ("; ..." if len(entries) > 5 else "")

@@ -1,0 +1,314 @@
+"""Checkpoints: what comes back, what survives a kill, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training import train_state
+from jax.sharding import NamedSharding, PartitionSpec
+from problem import adapters as fresh
+from problem import assert_same_bits, batches, train_step
+
+import adalora_jax as adalora
+from adalora_jax import checkpoint
+
+CONFIG = adalora.AdaLoraConfig(total_step=9, init_r=4, target_r=2, tinit=2, tfinal=3)
+RUN = Path(__file__).parent / "resumable_run.py"
+
+
+def optimizer():
+    return optax.chain(optax.clip_by_global_norm(1.0), adalora.adalora(optax.adam(0.02), CONFIG))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Adapters and optimizer state in the middle of the budgeting phase."""
+    tx = optimizer()
+    adapters, data = fresh(CONFIG), batches(CONFIG)
+    state, step = tx.init(adapters), jax.jit(train_step(tx, CONFIG))
+    for t in range(5):
+        adapters, state, _ = step(adapters, state, jax.tree.map(lambda a, t=t: a[t], data))
+    return adapters, state
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    checkpoint.save(tmp_path / "c", *trained, CONFIG)
+    return tmp_path / "c"
+
+
+def test_all_of_it_comes_back_bit_for_bit(trained, saved):
+    back = checkpoint.restore(saved, optimizer(), config=CONFIG)
+    assert_same_bits((back.adapters, back.opt_state), trained)
+    assert (back.step, back.config, back.version) == (5, CONFIG, adalora.__version__)
+    assert_same_bits(back.masks, adalora.allocator_state(trained[1]).masks)
+
+
+def test_from_an_abstract_target_and_from_nothing(trained, saved):
+    abstract = jax.eval_shape(lambda: trained)
+    back = checkpoint.restore(saved, target=abstract)
+    assert_same_bits((back.adapters, back.opt_state), trained)
+    bare = checkpoint.restore(saved)
+    assert_same_bits(bare.adapters, trained[0])
+    assert_same_bits(bare.opt_state["1/allocator/step"], trained[1][1].allocator.step)
+    assert_same_bits(bare.opt_state["1/inner/0/mu/down/q"], trained[1][1].inner[0].mu["down"].q)
+    assert adalora.ranks(bare.masks) == adalora.ranks(adalora.allocator_state(trained[1]))
+
+
+def test_what_trains_beside_the_adapters_comes_back(tmp_path):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(nn.Dense(4, name="query")(x))
+
+    config = CONFIG.replace(target_modules=["query"], modules_to_save=["head"])
+    variables = Model().init(jax.random.key(0), jnp.ones((2, 5)))
+    adapters = adalora.linen.adapt(Model(), config).init(
+        jax.random.key(1), variables, jnp.ones((2, 5))
+    )
+    tx = adalora.adalora(optax.adam(0.1), config)
+    checkpoint.save(tmp_path / "c", adapters, tx.init(adapters), config, step=77)
+    target = jax.eval_shape(lambda: (adapters, tx.init(adapters)))
+    back = checkpoint.restore(tmp_path / "c", target=target)
+    assert_same_bits((back.adapters, back.opt_state), (adapters, tx.init(adapters)))
+    assert back.step == 77
+    names = set(checkpoint.restore(tmp_path / "c", tx).adapters)
+    assert names == {"query", "head/kernel", "head/bias"}
+    files = [file.name for file in (tmp_path / "c").rglob("*")]
+    stored = json.loads((tmp_path / "c/adalora/metadata").read_text())["arrays"]
+    assert files
+    assert not any("query/kernel" in name for name in stored), "the base is not saved"
+
+
+def test_a_single_layer_and_random_keys_come_back(tmp_path):
+    config = CONFIG.replace(target_modules=".*")
+    variables = nn.Dense(4).init(jax.random.key(0), jnp.ones((2, 5)))
+    adapters = adalora.linen.adapt(nn.Dense(4), config).init(
+        jax.random.key(1), variables, jnp.ones((2, 5))
+    )
+    tx = adalora.adalora(optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3))), config)
+    state = tx.init(adapters)
+    checkpoint.save(tmp_path / "c", adapters, state, config)
+    back = checkpoint.restore(tmp_path / "c", tx)
+    assert_same_bits(back.adapters, adapters)
+    keys = [
+        jax.tree.map(lambda x: jax.random.key_data(x) if checkpoint._is_key(x) else x, s)
+        for s in (back.opt_state, state)
+    ]
+    assert_same_bits(*keys)
+    assert list(back.masks) == [""]
+
+
+def test_an_nnx_model_and_its_optimizer_come_back(tmp_path):
+    config = CONFIG.replace(target_modules="all-linear")
+    base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
+
+    def fresh_run():
+        model = adalora.nnx.adapt(base, config)
+        return model, nnx.Optimizer(model, optimizer(), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        grads = nnx.grad(lambda m: (m(x) ** 2).mean(), argnums=nnx.DiffState(0, nnx.LoRAParam))
+        optimizer.update(model, grads(model))
+
+    model, optim = fresh_run()
+    for t in range(3):
+        step(model, optim, jnp.full((2, 6), t))
+    mine = nnx.state(model, nnx.LoRAParam)
+    checkpoint.save(tmp_path / "c", mine, optim.opt_state, config)
+    again, optim_again = fresh_run()
+    target = nnx.state(again, nnx.LoRAParam), optim_again.opt_state
+    back = checkpoint.restore(tmp_path / "c", target=target)
+    nnx.update(again, back.adapters)
+    optim_again.opt_state = back.opt_state
+    optim_again.step[...] = back.step
+    # The names are linen's too: a dict of adapters can be read from it.
+    assert_same_bits(checkpoint.restore(tmp_path / "c").adapters, adalora.nnx.adapters(model))
+    for which, other in ((model, again), (optim, optim_again)):
+        assert_same_bits(nnx.to_pure_dict(nnx.state(which)), nnx.to_pure_dict(nnx.state(other)))
+    step(model, optim, jnp.ones((2, 6)))
+    step(again, optim_again, jnp.ones((2, 6)))
+    assert_same_bits(adalora.nnx.adapters(again), adalora.nnx.adapters(model))
+
+
+def test_the_manager_keeps_the_last_and_the_best(trained, tmp_path):
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, best_fn=lambda metrics: metrics["accuracy"], best_mode="max"
+    )
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        for t, accuracy in enumerate([0.5, 0.9, 0.7, 0.6]):
+            args = checkpoint.save_args(*trained, CONFIG, step=t)
+            manager.save(t, args=args, metrics={"accuracy": accuracy})
+        manager.wait_until_finished()
+        assert manager.best_step() == 1
+        assert sorted(manager.all_steps()) == [1, 2]
+    back = checkpoint.restore(tmp_path / "1", optimizer())
+    assert_same_bits((back.adapters, back.opt_state), trained)
+    assert back.step == 1
+    with pytest.raises(ValueError, match=r"no checkpoint of adalora_jax.*one of its steps: 1; 2"):
+        checkpoint.restore(tmp_path)
+
+
+def test_inside_the_state_of_a_trainer(trained, tmp_path):
+    adapters, _ = trained
+    state = train_state.TrainState.create(apply_fn=print, params=adapters, tx=optimizer())
+    state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, adapters))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", state)
+        checkpointer.wait_until_finished()
+        target = jax.eval_shape(lambda: state)
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), target
+        )
+        back = checkpointer.restore(tmp_path / "c", target)
+    assert_same_bits(back, jax.tree.map(jnp.asarray, state))
+
+
+def run(*args):
+    return subprocess.Popen(
+        [sys.executable, str(RUN), *map(str, args)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, int(out.split()[1])
+
+
+def assert_same_result(first, second):
+    first, second = np.load(first), np.load(second)
+    assert first.files == second.files
+    for name in first.files:
+        assert first[name].tobytes() == second[name].tobytes(), name
+
+
+def test_a_run_killed_while_it_saves_ends_as_one_that_was_not(tmp_path):
+    whole = run(tmp_path / "whole", tmp_path / "whole.npz")
+    assert finish(run(tmp_path / "cut", tmp_path / "cut.npz", 6)) == (-9, 0)
+    assert not (tmp_path / "cut.npz").exists()
+    code, start = finish(run(tmp_path / "cut", tmp_path / "cut.npz"))
+    assert code == 0
+    assert start in (4, 6), "the save of step 6 was under way"
+    assert finish(whole) == (0, 0)
+    assert_same_result(tmp_path / "whole.npz", tmp_path / "cut.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    assert finish(run(tmp_path / "whole", tmp_path / "whole.npz")) == (0, 0)
+    kills = 0
+    while not (tmp_path / "cut.npz").exists():
+        process = run(tmp_path / "cut", tmp_path / "cut.npz")
+        process.stdout.readline()  # it has begun
+        if kills < 4:
+            try:
+                process.wait(rng.uniform(0, 2.0))
+            except subprocess.TimeoutExpired:
+                kills += 1
+                process.kill()
+        process.communicate()
+    assert kills
+    assert_same_result(tmp_path / "whole.npz", tmp_path / "cut.npz")
+
+
+def test_onto_another_mesh(trained, saved):
+    """What was saved from one device comes back where the target says."""
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    back = checkpoint.restore(saved, target=jax.tree.map(place, trained))
+    assert_same_bits((back.adapters, back.opt_state), trained)
+    assert back.adapters["down"].p.sharding.mesh == mesh
+
+
+def test_another_config_model_or_optimizer_is_refused_with_the_differences(saved):
+    other = CONFIG.replace(init_r=5, beta1=0.5)
+    with pytest.raises(ValueError, match=r"beta1 is 0.85 there and 0.5 here; init_r is 4 .* 5 he"):
+        checkpoint.restore(saved, config=other)
+    tx = adalora.adalora(optax.sgd(0.1, momentum=0.9), CONFIG)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
+    with pytest.raises(ValueError, match=r"missing: .*0/trace/down/p; .*not asked for: "):
+        checkpoint.restore(saved, tx)
+    bigger = fresh(CONFIG, shapes={"down": (7, 3, ()), "key": (4, 4, ()), "layers": (3, 5, (2,))})
+    target = bigger, optimizer().init(bigger)
+    with pytest.raises(ValueError, match=r"down/q \(float32\[4, 5\], not float32\[4, 7\]\)"):
+        checkpoint.restore(saved, target=target)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), fresh(CONFIG))
+    with pytest.raises(ValueError, match=r"float32\[4, 3\], not bfloat16\[4, 3\]"):
+        checkpoint.restore(saved, target=(half, optimizer().init(half)))
+
+
+def test_foreign_folders_are_refused(tmp_path, trained):
+    with pytest.raises(FileNotFoundError, match="there is no such checkpoint"):
+        checkpoint.restore(tmp_path / "nothing")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "foreign", {"kernel": jnp.ones(3)})
+    with pytest.raises(ValueError, match="is no checkpoint of adalora_jax"):
+        checkpoint.restore(tmp_path / "foreign")
+    with pytest.raises(ValueError, match="exists: save under a new name"):
+        checkpoint.save(tmp_path / "foreign", *trained, CONFIG)
+    with pytest.raises(ValueError, match="holds 0 AllocatorStates"):
+        checkpoint.save(tmp_path / "plain", trained[0], optax.adam(0.1).init(trained[0]), CONFIG)
+
+
+def forge(saved, change):
+    about = json.loads((saved / "adalora/metadata").read_text())
+    change(about)
+    (saved / "adalora/metadata").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(format="adalora_jax/9"), "has the format 'adalora_jax/9'"),
+        (lambda a: a.pop("arrays"), "its description in 'adalora' is not as saved"),
+        (lambda a: a["arrays"].update({"adapters/down/p": [[-1], "float32", 0]}), "not as saved"),
+        (lambda a: a["arrays"].update({"adapters/down/p": [[1], "object", 0]}), "not as saved"),
+        (lambda a: a["arrays"].update({"x": [[10**9, 10**6], "float32", 0]}), "promises 4000000"),
+        (lambda a: a["arrays"]["adapters/down/p"].__setitem__(2, 7), "adapters/down/p changed"),
+        (lambda a: a["config"].update(init_r=0), "init_r=0 must be an integer"),
+        (lambda a: a["config"].update(extra=1), "unknown here: extra"),
+        (lambda a: a.update(keys={"nothing": "fry"}), "not as saved"),
+        (lambda a: a.update(step="3"), "not as saved"),
+    ],
+)
+def test_a_forged_description_is_refused(saved, change, message):
+    forge(saved, change)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.restore(saved)
+
+
+def test_every_damaged_file_is_noticed_or_does_not_matter(saved, tmp_path):
+    script = Path(__file__).parent / "damaged_checkpoints.py"
+    result = subprocess.run(
+        [sys.executable, str(script), str(saved), str(tmp_path)], stdout=subprocess.PIPE, check=True
+    )
+    outcomes = json.loads(result.stdout.splitlines()[-1])
+    assert len(outcomes) >= 4 * 6
+    for name, outcome in outcomes:
+        assert outcome == "same" or outcome[0] == "ValueError", (name, outcome)
+    noticed = {name for name, outcome in outcomes if outcome != "same"}
+    assert any(name.startswith("adalora/") for name in noticed)
+    assert any(name.startswith("state/") for name in noticed)
+
+
+def test_functions_have_to_be_given_again(tmp_path, trained):
+    config = CONFIG.replace(budget_schedule=lambda step, config, n, initial: initial)
+    checkpoint.save(tmp_path / "c", *trained, config)
+    with pytest.raises(ValueError, match=r"budget_schedule was the function .*<lambda>"):
+        checkpoint.restore(tmp_path / "c")
+    assert checkpoint.restore(tmp_path / "c", config=config).config is config
