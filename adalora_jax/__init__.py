@@ -10,7 +10,15 @@ from adalora_jax.allocator import (
     init_state,
 )
 from adalora_jax.budget import budget
-from adalora_jax.compaction import compact, merge, rank_pattern, ranks, summary, unmerge
+from adalora_jax.compaction import (
+    compact,
+    compact_train_state,
+    merge,
+    rank_pattern,
+    ranks,
+    summary,
+    unmerge,
+)
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.importance import Evidence, combine
 from adalora_jax.orthogonality import orthogonality
@@ -36,6 +44,7 @@ __all__ = [
     "budget",
     "combine",
     "compact",
+    "compact_train_state",
     "delta_weight",
     "forward",
     "init_adapter",

@@ -173,7 +173,8 @@ def update_allocator(
     )
     return AllocatorState(
         step=jnp.where(finite, step + 1, state.step),
-        budget=jnp.where(finite, allowed, state.budget),
+        # Final when the mask is: compaction may leave fewer adapters to reckon with.
+        budget=jnp.where(finite & (state.step <= config.final_step), allowed, state.budget),
         masks=masks,
         sensitivity=sensitivity,
         uncertainty=uncertainty,

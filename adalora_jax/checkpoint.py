@@ -18,7 +18,7 @@ from adalora_jax.adapter import Adapter, check_adapter
 from adalora_jax.allocator import AllocatorState
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.transform import allocator_state
-from adalora_jax.tree import HOLDER, PyTree
+from adalora_jax.tree import PyTree, leaf_name
 
 _FORMAT = "adalora_jax/1"
 _PARTS = ("adapters", "opt_state")
@@ -186,18 +186,10 @@ def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
 def _named(tree: PyTree) -> dict[str, Any]:
     """``{name: leaf}``, with names that are the same for a dict, a Flax dict and an NNX State."""
     flat = tree_util.tree_flatten_with_path(tree)[0]
-    named = {_name(path): leaf for path, leaf in flat}
+    named = {leaf_name(path): leaf for path, leaf in flat}
     if len(named) < len(flat):
         raise ValueError("two leaves have the same path: rename one of the keys with a '/' in it.")
     return named
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """A key path as ``a/b/c``, without what only tells how Flax holds an adapter's arrays."""
-    if path and path[-1] == tree_util.GetAttrKey("value"):  # in an NNX Variable
-        path = path[:-1]
-    parts = (tree_util.keystr((key,), simple=True) for key in path)
-    return "/".join(part for part in parts if part not in ("", HOLDER))
 
 
 def _part(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +204,7 @@ def _part(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
 def _allocator_name(opt_state: PyTree) -> str:
     is_state = lambda node: isinstance(node, AllocatorState)
     nodes = tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
-    inside = next(_name(path) for path, node in nodes if is_state(node))
+    inside = next(leaf_name(path) for path, node in nodes if is_state(node))
     return f"opt_state/{inside}".rstrip("/")
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
 from adalora_jax import tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.allocator import AdaLoraState, AllocatorState
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.layers import Layer, add_increment, check_fit, weight_increment
+from adalora_jax.transform import allocator_state
 from adalora_jax.tree import PyTree
 
 
@@ -78,17 +81,58 @@ def compact(adapters: PyTree, masks: PyTree) -> dict[str, Adapter]:
     for path, adapter in tree.adapters(adapters).items():
         if path not in by_path:
             raise ValueError(f"masks has none for {path!r}, only for {', '.join(by_path)}.")
-        mask = by_path[path]
-        rank = int(mask.sum(axis=-1).max(initial=0))
-        if rank == 0:
+        rows, live = _kept(by_path[path])
+        if rows.shape[-1] == 0:
             continue
-        rows = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
-        live = np.take_along_axis(mask, rows, axis=-1)
         take = lambda leaf, rows=rows: jnp.take_along_axis(leaf, rows[..., None], axis=-2)
         lam = jnp.take_along_axis(adapter.lam, rows, axis=-1)
         lam = jnp.where(live, lam, jnp.zeros((), lam.dtype))
         result[path] = Adapter(take(adapter.p), lam, take(adapter.q))
     return result
+
+
+def compact_train_state(
+    params: PyTree, opt_state: PyTree, config: AdaLoraConfig
+) -> tuple[PyTree, PyTree]:
+    """Parameters and optimizer state without the pruned triplets, to go on training at that size.
+
+    To be called once, after the final mask. The inner optimizer's moments, the averages and the
+    masks are cut like the adapters, and everything else stays as it is; a jitted step compiles once
+    more for the new shapes. Adapters are cut as by :func:`compact`. The task's gradients are those
+    of before; the orthogonality penalty no longer counts the rows that are gone.
+
+    Args:
+      params: what trains: a tree with adapters in it, as the optimizer sees it.
+      opt_state: of any optimizer that keeps arrays of the parameters' shapes, with one
+        :class:`AllocatorState` in it.
+      config: of this run.
+
+    Returns:
+      ``(params, opt_state)``, in the same containers, less the entries of adapters of rank 0.
+
+    Raises:
+      ValueError: the final mask is still to come, or the optimizer keeps something of an adapter
+        that is not of its shape.
+
+    >>> import jax, jax.numpy as jnp, optax, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2, tfinal=1)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> state = tx.init(adapters)
+    >>> for _ in range(4):
+    ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, adapters), state, adapters)
+    >>> adapters, state = compact_train_state(adapters, state, config)
+    >>> adapters["query"].p.shape, state.inner[0].mu["query"].p.shape
+    ((2, 5), (2, 5))
+    """
+    allocator = allocator_state(opt_state)
+    if int(allocator.step) <= config.final_step:
+        raise ValueError(
+            f"opt_state has made {int(allocator.step)} updates, but the final mask comes with "
+            f"update {config.final_step + 1}: ranks may still change, so compact after it."
+        )
+    cut = functools.partial(_cut, masks=_masks(allocator))
+    return tuple(_without_gone(tree_map_with_path(cut, part)) for part in (params, opt_state))
 
 
 def merge(
@@ -286,6 +330,60 @@ def _masks(state_or_masks: Any) -> dict[str, np.ndarray]:
     if isinstance(state_or_masks, AllocatorState):
         state_or_masks = state_or_masks.masks
     return tree.leaves_with_path(jax.device_get(state_or_masks))
+
+
+def _kept(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of an adapter that stay, and which of them live: all but a stack's filling."""
+    rank = int(mask.sum(axis=-1).max(initial=0))
+    rows = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
+    return rows, np.take_along_axis(mask, rows, axis=-1)
+
+
+_GONE = object()  # in the place of a leaf whose adapter has rank 0
+
+
+def _cut(path: tuple[Any, ...], leaf: Any, masks: Mapping[str, np.ndarray]) -> Any:
+    """A leaf of the training state with the rows of its adapter that stay; others as they are."""
+    name = tree.leaf_name(path)
+    head, _, field = name.rpartition("/")
+    is_mask = leaf.dtype == bool and "masks" in name.split("/")
+    owner = _owner(name if is_mask else head, masks)
+    if owner is None or not (is_mask or field in Adapter._fields):
+        return leaf
+    rows, live = _kept(masks[owner])
+    if rows.shape[-1] == 0:
+        return _GONE
+    if is_mask:
+        return jnp.asarray(live)
+    after = 0 if field == "lam" else 1  # axes behind that of the triplets
+    before = leaf.ndim - after - rows.ndim  # and in front of the stack's, such as a history
+    if before < 0 or leaf.shape[before : leaf.ndim - after] != masks[owner].shape:
+        if leaf.size == 1:
+            return leaf  # a placeholder
+        raise ValueError(
+            f"opt_state: {name} has shape {leaf.shape}, which is not that of {field} in {owner!r}, "
+            "so it cannot be cut: start the final phase with tx.init(compact(adapters, masks))."
+        )
+    index = rows.reshape(*(1,) * before, *rows.shape, *(1,) * after)
+    return jnp.take_along_axis(leaf, index, axis=leaf.ndim - after - 1)
+
+
+def _owner(name: str, paths: Iterable[str]) -> str | None:
+    """The longest of the adapters' paths that ``name`` ends with."""
+    fitting = [path for path in paths if f"/{name}".endswith(f"/{path}" if path else "")]
+    return max(fitting, key=len, default=None)
+
+
+def _without_gone(node: PyTree) -> PyTree:
+    """The tree without the entries of mappings that hold nothing but what is gone."""
+    children, treedef = tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return node
+    gone = lambda child: {id(leaf) for leaf in jax.tree.leaves(child)} == {id(_GONE)}
+    if isinstance(node, Mapping):
+        kept: Any = {key.key: _without_gone(c) for (key,), c in children if not gone(c)}
+        return type(node)(kept)  # pyright: ignore[reportCallIssue]
+    return treedef.unflatten([_without_gone(child) for _, child in children])
 
 
 def _row_name(path: str, index: tuple[int, ...]) -> str:

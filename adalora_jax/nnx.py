@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from adalora_jax import layers, targets, tree
+from adalora_jax import compaction, layers, targets, tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
 
@@ -193,6 +193,67 @@ def set_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> None:
             values = new[path.rpartition("/")[0] if "/" in path else ""]
             for name, value in zip(Adapter._fields, values):
                 getattr(module, name)[...] = value
+
+
+def with_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> Any:
+    """A copy of an adapted model with other adapters, of any rank; a layer without loses its own.
+
+    For the adapters that :func:`adalora_jax.compact` made smaller, for those of another run, and
+    under ``jax.vmap`` for a batch in which every example has adapters of its own.
+
+    Args:
+      model: as :func:`adapt` made it; not changed.
+      new: ``{path: Adapter}``.
+
+    Raises:
+      ValueError: a path is not adapted in ``model``.
+
+    >>> adapted = adapt(
+    ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
+    ...     AdaLoraConfig(total_step=10, target_modules="all-linear"),
+    ... )
+    >>> small = jax.tree.map(lambda leaf: leaf[:3], adapters(adapted))
+    >>> with_adapters(adapted, small).layers[0].adalora.p.shape
+    (3, 4)
+    """
+    have = adapters(model)
+    if foreign := sorted(set(new) - set(have)):
+        raise ValueError(
+            f"new has adapters for {', '.join(foreign[:8])}, where the model has none: it is "
+            f"adapted at {', '.join(sorted(have)[:8])}."
+        )
+    copy = nnx.clone(model)
+    modules = _modules(copy)
+    paths = {id(m): path.rpartition("/")[0] for path, m in modules if isinstance(m, Adaptation)}
+    for _, module in modules:
+        if not isinstance(module, _Adapted):
+            continue
+        path = paths[id(module.adalora)]
+        if path not in new:
+            del module.adalora
+            module.__class__ = _base_class(type(module))
+            continue
+        for name, value in zip(Adapter._fields, new[path]):
+            setattr(module.adalora, name, AdapterParam(value))
+    return copy
+
+
+def compact(model: Any, optimizer: nnx.Optimizer, config: AdaLoraConfig) -> tuple[Any, Any]:
+    """Smaller copies of a model and its optimizer, see :func:`adalora_jax.compact_train_state`.
+
+    Args:
+      model: as :func:`adapt` made it, trained past the final mask.
+      optimizer: an ``nnx.Optimizer`` with ``wrt=nnx.LoRAParam`` of this model.
+      config: of the run.
+    """
+    state, opt_state = compaction.compact_train_state(
+        nnx.state(model, optimizer.wrt), optimizer.opt_state, config
+    )
+    small = with_adapters(model, tree.adapters(state))
+    again = nnx.Optimizer(small, optimizer.tx, wrt=optimizer.wrt)
+    again.opt_state = opt_state
+    again.step[...] = optimizer.step[...]
+    return small, again
 
 
 def merge(model: nnx.Module) -> Any:

@@ -125,6 +125,18 @@ def path_name(path: tuple[Any, ...]) -> str:
     return tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """A leaf's key path as ``a/b/c``, the same for a dict, a Flax dict and an NNX State.
+
+    >>> leaf_name((tree_util.DictKey("up"), tree_util.DictKey(HOLDER), tree_util.DictKey("lam")))
+    'up/lam'
+    """
+    if path and path[-1] == tree_util.GetAttrKey("value"):  # the array in an NNX Variable
+        path = path[:-1]
+    parts = (tree_util.keystr((key,), simple=True) for key in path)
+    return "/".join(part for part in parts if part not in ("", HOLDER))
+
+
 def _nodes(tree):
     """The adapters and the other leaves of ``tree``, each with its path, and what holds them."""
     return tree_util.tree_flatten_with_path(tree, is_leaf=is_adapter)
