@@ -9,6 +9,7 @@ from adalora_jax.allocator import (
     apply_masks,
     init_state,
 )
+from adalora_jax.bank import AdapterBank, add_adapters, per_example, truncate
 from adalora_jax.budget import budget
 from adalora_jax.compaction import (
     compact,
@@ -33,11 +34,13 @@ __all__ = [
     "AdaLoraOptState",
     "AdaLoraState",
     "Adapter",
+    "AdapterBank",
     "AllocatorState",
     "Evidence",
     "RankSpec",
     "adalora",
     "adapters",
+    "add_adapters",
     "allocate",
     "allocator_state",
     "apply_masks",
@@ -54,8 +57,10 @@ __all__ = [
     "merge",
     "nnx",
     "orthogonality",
+    "per_example",
     "rank_pattern",
     "ranks",
     "summary",
+    "truncate",
     "unmerge",
 ]

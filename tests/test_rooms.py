@@ -24,6 +24,7 @@ ROOMS = [
     "transform",
     "layers",
     "compaction",
+    "bank",
     "targets",
     "linen",
     "nnx",

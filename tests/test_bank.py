@@ -1,0 +1,229 @@
+"""Several adapters of one model: switching, adding, one for each example of a batch."""
+
+import re
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import adalora_jax as adalora
+
+CONFIG = adalora.AdaLoraConfig(
+    total_step=9, init_r=4, target_r=2, init_lora_weights=False, target_modules=["up", "down"]
+)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.DenseGeneral((2, 3), name="up")(nn.LayerNorm()(x))
+        return x + nn.DenseGeneral(6, axis=(-2, -1), name="down")(nn.gelu(y)), None
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(11, 6, name="tokens")(ids)
+        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return nn.Dense(5, name="head")(blocks(name="blocks")(x, None)[0])
+
+
+IDS = jax.random.randint(jax.random.key(0), (4, 7), 0, 11)
+VARIABLES = Model().init(jax.random.key(1), IDS)
+ADAPTED = adalora.linen.adapt(Model(), CONFIG)
+
+
+def trained(seed, **changes):
+    """Adapters with increments of ordinary size, and the config they belong to."""
+    config = CONFIG.replace(**changes)
+    adapted = adalora.linen.adapt(Model(), config)
+    adapters = adapted.init(jax.random.key(seed), VARIABLES, IDS)
+    return jax.tree.map(lambda leaf: 0.3 * leaf, adapters), config
+
+
+@pytest.fixture(scope="module")
+def members():
+    """Of different ranks, scales and layers."""
+    return {
+        "french": trained(2),
+        "german": trained(3, init_r=6, lora_alpha=30),
+        "italian": trained(4, init_r=2, target_modules=["head", "tokens", "up"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def bank(members):
+    bank = adalora.AdapterBank.of({}, CONFIG)
+    for name, (adapters, config) in members.items():
+        bank = bank.load(name, adapters, config)
+    return bank
+
+
+def alone(member, ids=IDS):
+    adapters, config = member
+    return adalora.linen.adapt(Model(), config).apply(VARIABLES, adapters, ids)
+
+
+def test_each_does_what_it_does_alone(members, bank):
+    assert bank.names == ("french", "german", "italian")
+    for name, member in members.items():
+        output = ADAPTED.apply(VARIABLES, bank.select(name), IDS)
+        np.testing.assert_allclose(output, alone(member), rtol=2e-4, atol=2e-5)
+        assert not np.allclose(output, Model().apply(VARIABLES, IDS), atol=1e-2)
+
+
+def test_switching_and_disabling_compile_nothing(members, bank):
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(bank, which, ids):
+        return ADAPTED.apply(VARIABLES, bank.select(which), ids)
+
+    chex.clear_trace_counter()
+    for name, member in members.items():
+        output = step(bank, bank.index(name), IDS)
+        np.testing.assert_allclose(output, alone(member), rtol=2e-4, atol=2e-5)
+    disabled = step(bank, bank.index(None), IDS)
+    np.testing.assert_array_equal(disabled, jax.jit(Model().apply)(VARIABLES, IDS))
+    # Another one of the same size under the same name, too.
+    again = bank.load("italian", jax.tree.map(jnp.negative, members["italian"][0]), CONFIG)
+    step(again, again.index("italian"), IDS)
+
+
+def test_every_example_of_a_batch_names_its_own(members, bank):
+    names = ["german", None, "italian", "german"]
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def mixed(bank, which, ids):
+        apply = adalora.per_example(lambda a, ids: ADAPTED.apply(VARIABLES, a, ids))
+        return apply(bank.select(which), ids)
+
+    chex.clear_trace_counter()
+    output = mixed(bank, bank.index(names), IDS)
+    everything = {**{n: alone(m) for n, m in members.items()}, None: Model().apply(VARIABLES, IDS)}
+    for row, name in enumerate(names):
+        np.testing.assert_allclose(output[row], everything[name][row], rtol=2e-4, atol=2e-5)
+    other = mixed(bank, bank.index(["french"] * 4), IDS)
+    np.testing.assert_allclose(other, everything["french"], rtol=2e-4, atol=2e-5)
+
+
+def test_the_base_model_multiplies_the_whole_batch_at_once(bank):
+    """In the compiled program no kernel is repeated for the examples."""
+    apply = adalora.per_example(lambda a, ids: ADAPTED.apply(VARIABLES, a, ids))
+    text = jax.jit(apply).lower(bank.select(["french"] * 4), IDS).as_text()
+    dots = re.findall(r"stablehlo\.dot_general.*?: \((.*?)\) ->", text)
+    # The kernel of `up`, [6, 2, 3], meets all 4 x 7 tokens.
+    assert any("4x1x7x6x" in dot and "tensor<6x2x3xf32>" in dot for dot in dots), dots
+    assert not any("4x6x2x3x" in dot for dot in dots)
+
+
+def test_deleting_leaves_the_others_as_they_are(members, bank):
+    less = bank.delete("german")
+    assert less.names == ("french", "italian")
+    for name in less.names:
+        chex.assert_trees_all_equal(less.select(name), bank.select(name))
+    with pytest.raises(ValueError, match=r"no adapters called 'german'.* french, italian"):
+        less.select("german")
+    with pytest.raises(ValueError, match="no adapters called 'greek'"):
+        bank.index(["french", "greek"])
+    with pytest.raises(ValueError, match="no adapters called 'greek'"):
+        bank.delete("greek")
+    again = less.load("german", *members["german"])
+    assert again.names == ("french", "italian", "german")
+    chex.assert_trees_all_close(again.select("german"), bank.select("german"))
+
+
+def test_a_weighted_sum_is_the_sum_of_the_increments(members):
+    (french, _), german = members["french"], trained(5)[0]
+    both = adalora.add_adapters(french, german, weights=[0.7, -0.3])
+    for path, adapter in both.items():
+        want = 0.7 * adalora.delta_weight(french[path], scale=2.0)
+        want = want - 0.3 * adalora.delta_weight(german[path], scale=2.0)
+        got = adalora.delta_weight(adapter, scale=2.0)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="1 weights for 2 sets"):
+        adalora.add_adapters(french, german, weights=[1.0])
+
+
+@pytest.mark.parametrize(("ins", "outs", "rank"), [(9, 7, 5), (3, 8, 6), (8, 3, 6)])
+def test_truncation_is_the_best_there_is(ins, outs, rank):
+    """Against NumPy's singular value decomposition of the dense increment, slice by slice."""
+    adapter = adalora.init_adapter(jax.random.key(0), ins, outs, CONFIG, rank=rank, stack=(2,))
+    small = adalora.truncate({"layers": adapter}, 2)["layers"]
+    assert small.lam.shape == (2, 2)
+    dense = np.asarray(adalora.delta_weight(adapter, scale=1.0), np.float64)
+    left, values, right = np.linalg.svd(dense)
+    best = (left[:, :, :2] * values[:, None, :2]) @ right[:, :2]
+    np.testing.assert_allclose(adalora.delta_weight(small, scale=1.0), best, rtol=1e-4, atol=1e-4)
+    for factor in (small.p, small.q):
+        gram = factor @ factor.swapaxes(-1, -2)
+        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(2), (2, 2, 2)), atol=1e-5)
+    whole = adalora.truncate({"layers": adapter}, 50)["layers"]
+    assert whole.lam.shape[-1] <= min(ins, outs, rank)
+    np.testing.assert_allclose(adalora.delta_weight(whole, scale=1.0), dense, rtol=1e-4, atol=1e-4)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), adapter)
+    assert adalora.truncate(half, 2).p.dtype == jnp.bfloat16
+
+
+def test_one_trains_while_the_others_stay_as_they_are(members, bank):
+    frozen = bank.select("german")
+    adapters, state = members["french"][0], None
+    tx = adalora.adalora(optax.adam(0.02), CONFIG)
+    state = tx.init(adapters)
+
+    @jax.jit
+    def step(adapters, state):
+        def loss(adapters):
+            logits = ADAPTED.apply(VARIABLES, adalora.add_adapters(adapters, frozen), IDS)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, IDS % 5).mean()
+
+        value, grads = jax.value_and_grad(loss)(adapters)
+        updates, state = tx.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state, value
+
+    losses = []
+    for _ in range(9):
+        adapters, state, value = step(adapters, state)
+        losses.append(float(value))
+    assert losses[-1] < losses[0] - 0.1
+    together = bank.load("french", adapters)
+    chex.assert_trees_all_equal(together.select("german"), frozen)
+    assert sum(adalora.ranks(adalora.allocator_state(state)).values()) == 2 * 4
+
+
+def test_what_cannot_be_in_a_bank_is_refused(bank):
+    good, _ = trained(7)
+    with pytest.raises(ValueError, match="name='' must be a string"):
+        bank.load("", good)
+    with pytest.raises(ValueError, match="must hold adapters and nothing else"):
+        bank.load("more", {**good, "head": {"kernel": jnp.ones(3)}})
+    with pytest.raises(ValueError, match="must hold adapters and nothing else"):
+        bank.load("none", {})
+    other = {"blocks/up": jax.tree.map(lambda leaf: leaf[:1], good["blocks/up"])}
+    with pytest.raises(ValueError, match=r"'blocks/up' for a weight of shape \[1, 6, 6\].*\[2, 6"):
+        bank.load("other", other)
+    flat = {"blocks/up": jax.tree.map(lambda leaf: leaf[0], good["blocks/up"])}
+    with pytest.raises(ValueError, match=r"for a weight of shape \[6, 6\].*\[2, 6, 6\]"):
+        bank.load("flat", flat)
+
+
+def test_an_nnx_model():
+    config = CONFIG.replace(target_modules="all-linear")
+    base = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 5, rngs=nnx.Rngs(1)))
+    models = {n: adalora.nnx.adapt(base, config, rngs=i) for i, n in enumerate(["a", "b"])}
+    bank = adalora.AdapterBank.of(
+        {name: adalora.nnx.adapters(model) for name, model in models.items()}, config
+    )
+    x = jax.random.normal(jax.random.key(3), (3, 2, 6))
+    apply = lambda adapters, x: adalora.nnx.with_adapters(models["a"], adapters)(x)
+    for name, model in models.items():
+        np.testing.assert_allclose(apply(bank.select(name), x), model(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(apply(bank.select(None), x), base(x))
+    output = jax.jit(adalora.per_example(apply))(bank.select(["b", "a", None]), x)
+    want = [models["b"](x[0]), models["a"](x[1]), base(x[2])]
+    np.testing.assert_allclose(output, jnp.stack(want), rtol=1e-4, atol=1e-4)
