@@ -13,6 +13,7 @@ from adalora_jax.bank import AdapterBank, add_adapters, per_example, truncate
 from adalora_jax.budget import budget
 from adalora_jax.compaction import (
     compact,
+    compact_masks,
     compact_train_state,
     merge,
     rank_pattern,
@@ -47,6 +48,7 @@ __all__ = [
     "budget",
     "combine",
     "compact",
+    "compact_masks",
     "compact_train_state",
     "delta_weight",
     "forward",

@@ -1,5 +1,8 @@
 """What pruning left: ranks, tables, smaller adapters, merged weights."""
 
+import json
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import pytest
 
 import adalora_jax as adalora
 
+ROOT = Path(__file__).parent.parent
 CONFIG = adalora.AdaLoraConfig(total_step=10, init_r=4, target_r=2, init_lora_weights=False)
 
 
@@ -43,6 +47,18 @@ def test_compact_adapters_compute_the_masked_function(pruned):
         want = adalora.delta_weight(masked[path], scale=CONFIG.scale)
         got = adalora.delta_weight(compacted, scale=CONFIG.scale)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_compact_adapters_keep_their_masks(pruned):
+    adapters, masks = pruned
+    small, live = adalora.compact(adapters, masks), adalora.compact_masks(masks)
+    assert {path: mask.shape for path, mask in live.items()} == {
+        path: a.lam.shape for path, a in small.items()
+    }
+    want = {path: rank for path, rank in adalora.ranks(masks).items() if path != "b"}
+    assert adalora.ranks(live) == want
+    again = adalora.compact(jax.tree.map(lambda leaf: leaf + 1, small), live)
+    chex.assert_trees_all_equal(again["a/up"].lam == 0, jnp.asarray(~live["a/up"]))
 
 
 def test_the_mask_decides_and_not_the_value_of_lam(pruned):
@@ -91,3 +107,29 @@ def test_compact_needs_a_mask_for_every_adapter(pruned):
     masks.pop("b")
     with pytest.raises(ValueError, match="masks has none for 'b', only for a/query, a/up"):
         adalora.compact(adapters, masks)
+
+
+@pytest.mark.parametrize(("dtype", "small"), [("float32", 2**-23), ("bfloat16", 2**-8)])
+def test_unmerging_restores_the_weight_to_one_rounding(dtype, small):
+    one = {"a/query": adapter(0, 5, 6)}
+    kernel = jax.random.normal(jax.random.key(9), (5, 6)).astype(dtype)
+    variables = {"params": {"a": {"query": {"kernel": kernel}}}}
+    merged = adalora.merge(variables, one, CONFIG)
+    back = adalora.unmerge(merged, one, CONFIG)["params"]["a"]["query"]["kernel"]
+    assert back.dtype == kernel.dtype
+    largest = jnp.abs(merged["params"]["a"]["query"]["kernel"]).astype(jnp.float32) + 1
+    error = jnp.abs(back.astype(jnp.float32) - kernel.astype(jnp.float32))
+    assert bool((error <= small * largest).all())
+    assert bool((error > 0).any()), "or this would test nothing"
+
+
+def test_what_the_readme_says_of_merging_in_bfloat16():
+    rows = json.loads((ROOT / "benchmarks/results/merging.json").read_text())["rows"]
+    lost = {
+        (row["dtype"], row["increment to weight"]): row["error of the increment"] for row in rows
+    }
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for ratio, words in ((0.01, "a hundredth"), (0.001, "a thousandth")):
+        percent = f"{100 * lost['bfloat16', ratio]:.0f} %"
+        assert words in readme
+        assert percent in readme

@@ -1,0 +1,73 @@
+"""How much of an increment survives being merged into weights of a narrow dtype.
+
+    python benchmarks/merging.py
+
+A weight W of 1024 x 1024 with the spread of an initialised layer, and an increment ΔW of rank 8 of
+various sizes. Merging rounds W + ΔW to the dtype of W; what is lost is measured on the increment
+itself and on the layer's output, and so is what unmerging leaves behind. The table goes to the
+screen, and with the numbers to benchmarks/results/merging.json. Takes seconds.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import adalora_jax as adalora
+
+SIZE, RANK, TOKENS = 1024, 8, 512
+DTYPES = ("float32", "bfloat16", "float16")
+RATIOS = (1e-3, 1e-2, 1e-1, 1.0)  # norm of the increment to norm of the weight
+CONFIG = adalora.AdaLoraConfig(
+    total_step=10, init_r=RANK, target_r=RANK, lora_alpha=RANK, init_lora_weights=False
+)
+
+
+def wide(x):
+    return np.asarray(x, np.float64)
+
+
+def measure(dtype, ratio, seed=0):
+    """Relative errors of the increment, of the output, and of the weight after unmerging."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    weight = (jax.random.normal(keys[0], (SIZE, SIZE)) / SIZE**0.5).astype(dtype)
+    x = wide(jax.random.normal(keys[1], (TOKENS, SIZE)))
+    adapter = adalora.init_adapter(keys[2], SIZE, SIZE, CONFIG)
+    size = np.linalg.norm(wide(adalora.delta_weight(adapter, scale=1.0)))
+    adapter = adapter._replace(lam=adapter.lam * (ratio * np.linalg.norm(wide(weight)) / size))
+    p, lam, q = map(wide, adapter)
+    delta = q.T * lam @ p
+    exact = wide(weight) + delta
+
+    variables = {"params": {"layer": {"kernel": weight}}}
+    merged = adalora.merge(variables, {"layer": adapter}, CONFIG)
+    back = adalora.unmerge(merged, {"layer": adapter}, CONFIG)
+    kernel = lambda tree: wide(tree["params"]["layer"]["kernel"])
+    return {
+        "dtype": dtype,
+        "increment to weight": ratio,
+        "error of the increment": float(
+            np.linalg.norm(kernel(merged) - exact) / np.linalg.norm(delta)
+        ),
+        "error of the output": float(
+            np.linalg.norm(x @ (kernel(merged) - exact)) / np.linalg.norm(x @ exact)
+        ),
+        "error of the weight after unmerging": float(
+            np.linalg.norm(kernel(back) - wide(weight)) / np.linalg.norm(wide(weight))
+        ),
+    }
+
+
+def main():
+    rows = [measure(dtype, ratio) for dtype in DTYPES for ratio in RATIOS]
+    show = lambda value: value if isinstance(value, str) else f"{value:.1e}"
+    widths = [max(len(name), 8) for name in rows[0]]
+    for cells in (rows[0].keys(), *([show(value) for value in row.values()] for row in rows)):
+        print("   ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+    file = Path(__file__).parent / "results" / "merging.json"
+    file.write_text(json.dumps({"size": SIZE, "rank": RANK, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
