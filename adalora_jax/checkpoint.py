@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import tree_util
 
-from adalora_jax import __version__
+from adalora_jax import __version__, tree
 from adalora_jax.adapter import Adapter, check_adapter
 from adalora_jax.allocator import AllocatorState
 from adalora_jax.config import AdaLoraConfig
@@ -30,7 +30,7 @@ class Checkpoint(NamedTuple):
 
     adapters: PyTree
     opt_state: PyTree
-    masks: dict[str, jax.Array]  # by path: the standing decision, also without an optimizer
+    allocator: AllocatorState  # the one in opt_state, with dicts by path whatever that holds
     step: int  # of the trainer: what save was given, or the number of updates
     config: AdaLoraConfig
     version: str  # of the library that saved it
@@ -136,8 +136,8 @@ def restore(
       tx: the optimizer, as ``adalora(...)`` or a chain made it.
       target: ``(adapters, opt_state)`` as they were saved, of arrays or ``jax.ShapeDtypeStruct``.
         The arrays come back with the shardings they have here, so also on another mesh.
-      config: what the run goes on with, to be compared with the saved one. It is needed where that
-        one holds functions.
+      config: what the run goes on with, to be compared with the saved one. It is needed to go on
+        where that one holds functions.
 
     Raises:
       FileNotFoundError: there is no such folder.
@@ -147,9 +147,11 @@ def restore(
     folder = _folder(path)
     about = _about(folder)
     saved = {name: (tuple(e[0]), e[1]) for name, e in about["arrays"].items()}
-    config = _config(folder, about["config"], config)
+    config = _config(folder, about["config"], config, for_training=bool(tx or target))
     if target is None:
-        adapters = _adapters(folder, saved)
+        adapters = _adapters(_structs(_part("adapters", saved)))
+        for found, adapter in tree.adapters(adapters).items():
+            check_adapter(adapter, f"{found!r} in {folder}")
         opt_state = _structs(_part("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
     wanted = _state(*target)
@@ -160,14 +162,14 @@ def restore(
     prints = jax.device_get(_fingerprints(arrays))
     if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
         raise ValueError(f"{folder} is damaged: {_some(damaged)} changed since it was saved.")
-    masks = _part(f"{about['allocator']}/masks", arrays)
+    allocator = _allocator(_part(about["allocator"], arrays))
     for name, kind in about["keys"].items():
         arrays[name] = jax.random.wrap_key_data(arrays[name], impl=kind)
     filled = [
-        jax.tree.unflatten(jax.tree.structure(tree), [arrays[f"{part}/{n}"] for n in _named(tree)])
-        for part, tree in zip(_PARTS, target)
+        jax.tree.unflatten(jax.tree.structure(node), [arrays[f"{part}/{n}"] for n in _named(node)])
+        for part, node in zip(_PARTS, target)
     ]
-    return Checkpoint(filled[0], filled[1], masks, about["step"], config, about["version"])
+    return Checkpoint(filled[0], filled[1], allocator, about["step"], config, about["version"])
 
 
 def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -178,14 +180,14 @@ def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
     """Both trees as one flat dict of leaves."""
     return {
         f"{part}/{name}": leaf
-        for part, tree in zip(_PARTS, (adapters, opt_state))
-        for name, leaf in _named(tree).items()
+        for part, node in zip(_PARTS, (adapters, opt_state))
+        for name, leaf in _named(node).items()
     }
 
 
-def _named(tree: PyTree) -> dict[str, Any]:
+def _named(node: PyTree) -> dict[str, Any]:
     """``{name: leaf}``, with names that are the same for a dict, a Flax dict and an NNX State."""
-    flat = tree_util.tree_flatten_with_path(tree)[0]
+    flat = tree_util.tree_flatten_with_path(node)[0]
     named = {leaf_name(path): leaf for path, leaf in flat}
     if len(named) < len(flat):
         raise ValueError("two leaves have the same path: rename one of the keys with a '/' in it.")
@@ -212,17 +214,20 @@ def _structs(specs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: jax.ShapeDtypeStruct(*spec) for name, spec in specs.items()}
 
 
-def _adapters(folder: pathlib.Path, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """``{path: Adapter}`` of shapes, and ``{path: shape}`` of all else that trains."""
-    rest = _structs(_part("adapters", saved))
+def _adapters(named: Mapping[str, Any]) -> dict[str, Any]:
+    """``{path: Adapter}`` from the names of leaves, and all else by its name."""
+    rest = dict(named)
     found: dict[str, Any] = {}
     for stem in [name[: -len("lam")] for name in rest if f"/{name}".endswith("/lam")]:
         names = [f"{stem}{field}" for field in Adapter._fields]
         if all(name in rest for name in names):
-            path = stem.removesuffix("/")
-            found[path] = Adapter(*(rest.pop(name) for name in names))
-            check_adapter(found[path], f"{path!r} in {folder}")
+            found[stem.removesuffix("/")] = Adapter(*(rest.pop(name) for name in names))
     return found | rest
+
+
+def _allocator(named: Mapping[str, jax.Array]) -> AllocatorState:
+    averages = (_adapters(_part(name, named)) for name in ("sensitivity", "uncertainty"))
+    return AllocatorState(named["step"], named["budget"], _part("masks", named), *averages)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -317,10 +322,17 @@ def _size(shape: list[int], dtype: str, fingerprint: int) -> int:
 
 
 def _config(
-    folder: pathlib.Path, saved: Mapping[str, Any], config: AdaLoraConfig | None
+    folder: pathlib.Path, saved: Mapping[str, Any], config: AdaLoraConfig | None, for_training: bool
 ) -> AdaLoraConfig:
     if config is None:
-        return AdaLoraConfig.from_dict(saved)
+        config = AdaLoraConfig.from_dict(saved)
+        if for_training and (lost := config.missing_functions()):
+            raise ValueError(
+                f"{folder} was saved with functions in its config, which a file cannot hold: "
+                f"{_some(f'{name} ({function})' for name, function in lost.items())}. Pass the "
+                "config that has them, restore(..., config=config)."
+            )
+        return config
     given = config.to_dict()
     differing = [
         f"{name} is {saved.get(name)!r} there and {given.get(name)!r} here"

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class MissingFunction:
+    """Stands in a config for a function that could not be saved with it."""
+
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"the function {self.name} was not saved with its config: give it again, with "
+            "config.replace."
+        )
 
 
 def integer(name: str, value: Any, *, minimum: int) -> int:

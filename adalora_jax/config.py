@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from adalora_jax import checks, rankspec
+from adalora_jax.checks import MissingFunction
 from adalora_jax.rankspec import RankSpec
 
 _CHOICES = {
@@ -237,7 +238,7 @@ prunes to target_r, so init_r must be at least 8.
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values, for checkpoints; :meth:`from_dict` reads them back.
 
-        A function, which JSON cannot hold, is stood in for by its name.
+        A function, which JSON cannot hold, is there by its name.
 
         >>> config = AdaLoraConfig(total_step=10, target_modules=["q"], rank_limits={"q": 4})
         >>> AdaLoraConfig.from_dict(config.to_dict()) == config
@@ -248,15 +249,14 @@ prunes to target_r, so init_r must be at least 8.
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaLoraConfig:
-        """The config that :meth:`to_dict` wrote.
+        """The config that :meth:`to_dict` wrote; a function in it can be named but not called.
 
         Raises:
-          ValueError: a field is unknown here, or was a function: replace its name by the
-            function itself in ``values``.
+          ValueError: a field is unknown here.
 
         >>> saved = AdaLoraConfig(total_step=10, score=min).to_dict()
-        >>> saved["score"]
-        {'function': 'builtins.min'}
+        >>> AdaLoraConfig.from_dict(saved).missing_functions()
+        {'score': 'builtins.min'}
         >>> AdaLoraConfig.from_dict(saved | {"score": min}).score
         <built-in function min>
         """
@@ -266,13 +266,17 @@ prunes to target_r, so init_r must be at least 8.
                 f"the config has fields that are unknown here: {', '.join(unknown)}. It was made "
                 "by another version of adalora_jax, or by another library."
             )
-        for name, value in values.items():
-            if isinstance(value, Mapping) and set(value) == {"function"}:
-                raise ValueError(
-                    f"{name} was the function {value['function']}, which a file cannot hold: give "
-                    f"it again, as AdaLoraConfig.from_dict(values | {{{name!r}: function}})."
-                )
+        is_function = lambda value: isinstance(value, Mapping) and set(value) == {"function"}
+        values = {
+            name: MissingFunction(str(value["function"])) if is_function(value) else value
+            for name, value in values.items()
+        }
         return cls(**values)
+
+    def missing_functions(self) -> dict[str, str]:
+        """``{field: name}`` of the functions that :meth:`from_dict` could not bring back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {n: v.name for n, v in values.items() if isinstance(v, MissingFunction)}
 
     @classmethod
     def from_peft(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> AdaLoraConfig:
@@ -421,6 +425,8 @@ def _to_json(value: Any) -> Any:
         return dataclasses.asdict(value)
     if isinstance(value, (tuple, list)):
         return [_to_json(entry) for entry in value]
+    if isinstance(value, MissingFunction):
+        return {"function": value.name}
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return {"function": f"{getattr(value, '__module__', '')}.{name}"}
