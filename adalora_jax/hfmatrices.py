@@ -17,6 +17,7 @@ import numpy as np
 
 from adalora_jax import compaction, tree
 from adalora_jax.adapter import Adapter
+from adalora_jax.config import AdaLoraConfig
 from adalora_jax.hfnames import NameMap, Place
 
 # Zero rows that may be added to bring the matrices of a stack to one size, relative to what the
@@ -46,20 +47,26 @@ KernelSizes = Mapping[str, tuple[int, ...]]
 
 
 def to_matrices(
-    adapters: Any, masks: Any, names: NameMap, kernel_sizes: KernelSizes
+    adapters: Any, config: AdaLoraConfig, masks: Any, names: NameMap, kernel_sizes: KernelSizes
 ) -> tuple[dict[str, Matrix], dict[str, Place]]:
     """``{PyTorch module: its increment}``, pruned rows included, and ``{module: whose it is}``.
 
+    All are of the one scale ``config.scale``: where ``rank_limits`` gave a layer another, λ is
+    multiplied by the ratio.
+
     Args:
       adapters: any tree with adapters in it.
+      config: of the adapters, for their scales.
       masks: as ``adalora_jax.ranks`` takes them; None for all triplets.
       names: to translate paths.
       kernel_sizes: of the adapters of convolutions, by path.
 
     Raises:
-      ValueError: a path has no name there, or a mask is missing.
+      ValueError: there is no adapter, a path has no name there, or a mask is missing.
     """
     found = tree.adapters(adapters)
+    if not found:
+        raise ValueError("there is no adapter in adapters: pass {path: Adapter}.")
     by_path = {} if masks is None else compaction.rank_pattern(masks)
     pieces: dict[str, dict[int, tuple[Matrix, tuple[int, int]]]] = {}
     owners: dict[str, Place] = {}
@@ -75,6 +82,9 @@ def to_matrices(
             )
         mask = mask.reshape(lam.shape)
         q = _to_torch(q, path, kernel_sizes)
+        if (ratio := config.scale_of(path) / config.scale) != 1:
+            wide = np.promote_types(lam.dtype, np.float32)
+            lam = (lam.astype(wide) * wide.type(ratio)).astype(lam.dtype)
         for index in np.ndindex(lam.shape[:-1]):
             whole = Matrix(p[index], lam[index], q[index], mask[index])
             for name, our_part, their_part in names.to_hf(path, index):
@@ -129,7 +139,7 @@ def _places(matrices: Mapping[str, Matrix], names: NameMap) -> _Places:
     found: dict[str, dict[tuple[int, ...], _Parts]] = {}
     for name, matrix in matrices.items():
         for place, their_part in names.to_flax(name):
-            parts = found.setdefault(place.path, {}).setdefault(place.index, {})
+            parts = found.setdefault(place.path, {}).setdefault(place.at, {})
             if place.part in parts:
                 raise ValueError(f"names: {name!r} and another module both become {place}.")
             parts[place.part] = _rows_of(matrix, their_part, name)
@@ -248,11 +258,13 @@ def _stacked(path: str, stack: tuple[int, ...], found: Mapping[tuple[int, ...], 
             f"the stack {path!r} would take {need} numbers, of which the file has {have}: its "
             "ranks are too different for one array."
         )
-    shapes = (*stack, rank, outs), (*stack, rank), (*stack, rank, ins), (*stack, rank)
-    dtypes = [
-        _common([m[i].dtype for m in some if len(m.lam)] or [some[0][i].dtype]) for i in (0, 1, 2)
-    ]
-    result = Matrix(*(np.zeros(shape, dtype) for shape, dtype in zip(shapes, (*dtypes, bool))))
+    dtype = lambda i: _common([m[i].dtype for m in some if len(m.lam)] or [some[0][i].dtype])
+    result = Matrix(
+        np.zeros((*stack, rank, outs), dtype(0)),
+        np.zeros((*stack, rank), dtype(1)),
+        np.zeros((*stack, rank, ins), dtype(2)),
+        np.zeros((*stack, rank), bool),
+    )
     for index, matrix in found.items():
         for whole, leaf in zip(result, matrix):
             whole[(*index, slice(len(leaf)))] = leaf

@@ -14,7 +14,7 @@ class Place(NamedTuple):
     """Where a matrix is: the path of a weight, a slice of its stack, a part of its outputs."""
 
     path: str
-    index: tuple[int, ...] = ()
+    at: tuple[int, ...] = ()  # the index of the slice
     part: tuple[int, int] = (0, 1)  # part 0 of 1: all of the outputs
 
 
@@ -48,7 +48,7 @@ class NameMap:
     >>> names.to_hf("blocks/attn/query", (7,))
     [('model.layers.7.self_attn.q_proj', (0, 1), (0, 1))]
     >>> names.to_flax("model.layers.7.self_attn.q_proj")
-    [(Place(path='blocks/attn/query', index=(7,), part=(0, 1)), (0, 1))]
+    [(Place(path='blocks/attn/query', at=(7,), part=(0, 1)), (0, 1))]
     """
 
     pairs: tuple[tuple[str, str], ...]

@@ -70,7 +70,7 @@ def saved_from_torch(
         for key, array in saved.items():
             name, _, kind = key.rpartition(".")
             (place, part), *more = names.to_flax(name)
-            if more or place.index or part != (0, 1) or place.part != (0, 1):
+            if more or place.at or part != (0, 1) or place.part != (0, 1):
                 raise ValueError(f"{key!r} is part of {place.path!r}: pass like=, the adapters.")
             last = name.rpartition(".")[2]
             if kind == "weight":

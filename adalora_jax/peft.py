@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adalora_jax.adapter import Adapter  # noqa: F401  for the examples
+from adalora_jax.basemerge import merge_pretrained
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.hfmatrices import (
     KernelSizes,
@@ -25,6 +26,7 @@ __all__ = [
     "NameMap",
     "hf_names",
     "load_pretrained",
+    "merge_pretrained",
     "save_as_lora",
     "save_pretrained",
 ]
@@ -92,7 +94,7 @@ def save_pretrained(
     """
     names = as_names(names)
     sizes = kernel_sizes or {}
-    matrices, places = _matrices(adapters, config, masks, names, sizes)
+    matrices, places = to_matrices(adapters, config, masks, names, sizes)
     most = max(config.init_r, *(len(m.lam) for m in matrices.values()))
     tensors = {
         f"{PREFIX}{name}.{key}": array
@@ -202,7 +204,7 @@ def save_as_lora(
     """
     names = as_names(names)
     sizes = kernel_sizes or {}
-    matrices, places = _matrices(adapters, config, masks, names, sizes)
+    matrices, places = to_matrices(adapters, config, masks, names, sizes)
     matrices = {name: m.live() for name, m in matrices.items() if m.mask.any()}
     if not matrices:
         raise ValueError("no triplet is left in any adapter: there is nothing to write.")
@@ -237,22 +239,6 @@ def save_as_lora(
     write_adapter(directory, settings | _about(base_model, task_type, saved), tensors)
 
 
-def _matrices(
-    adapters: Any, config: AdaLoraConfig, masks: Any, names: NameMap, sizes: KernelSizes
-) -> tuple[dict[str, Matrix], dict[str, Place]]:
-    """The increments by module, all of the scale ``config.scale``; and whose they are."""
-    matrices, places = to_matrices(adapters, masks, names, sizes)
-    if not matrices:
-        raise ValueError("there is no adapter in adapters: pass {path: Adapter}.")
-    for name, matrix in matrices.items():
-        ratio = config.scale_of(places[name].path) / config.scale
-        if ratio != 1:
-            wide = np.promote_types(matrix.lam.dtype, np.float32)
-            lam = (matrix.lam.astype(wide) * ratio).astype(matrix.lam.dtype)
-            matrices[name] = matrix._replace(lam=lam)
-    return matrices, places
-
-
 def _factors(matrix: Matrix) -> dict[str, np.ndarray]:
     return {"lora_A": matrix.q, "lora_B": matrix.p.T, "lora_E": matrix.lam[:, None]}
 
@@ -271,10 +257,6 @@ def _folded(matrix: Matrix, scale: float, name: str) -> tuple[np.ndarray, np.nda
     return matrix.q, b
 
 
-def _filled(mask: np.ndarray, length: int) -> list[bool]:
-    return [*mask.tolist(), *[False] * (length - len(mask))]
-
-
 def _written_pattern(
     matrices: Mapping[str, Matrix], places: Mapping[str, Place], config: AdaLoraConfig, length: int
 ) -> dict[str, list[bool]]:
@@ -285,19 +267,14 @@ def _written_pattern(
     known = dict(config.rank_pattern or ())
     result = {}
     for name, matrix in matrices.items():
-        keep = known.get(places[name].path)
-        for number in places[name].index if isinstance(keep, tuple) else ():
-            keep = keep[number] if number < len(keep) and isinstance(keep[number], tuple) else None
-            if keep is None:
-                break
-        cut = (
-            isinstance(keep, tuple)
-            and len(keep) == length
-            and not any(isinstance(entry, tuple) for entry in keep)
-            and sum(keep) == matrix.mask.sum()
-            and (len(matrix.mask) != length or matrix.mask.tolist() == list(keep))
-        )
-        result[name] = list(keep) if cut else _filled(matrix.mask, length)
+        place, mask = places[name], matrix.mask
+        result[name] = [*mask.tolist(), *[False] * (length - len(mask))]
+        keep: Any = known.get(place.path)
+        for number in place.at:
+            keep = keep[number] if isinstance(keep, tuple) and number < len(keep) else None
+        booleans = isinstance(keep, tuple) and all(isinstance(entry, bool) for entry in keep)
+        if booleans and len(keep) == length and mask.all() and mask.size == sum(keep):
+            result[name] = list(keep)
     return result
 
 

@@ -232,8 +232,9 @@ def _adalora(config, factors, saved) -> AdapterFile:
                 f"{name!r} has rank {rows}; its rank_pattern keeps {int(pattern.sum())} of "
                 f"{pattern.size}, and init_r={config.init_r}."
             )
-        whole = pattern is not None and rows == len(pattern)
-        mask = pattern if whole else np.ones(rows, bool)
+        mask = np.ones(rows, bool)
+        if pattern is not None and rows == len(pattern):
+            mask = pattern
         lam = e[:, 0]
         if config.lora_alpha <= 0 and pattern is not None:
             # Then PEFT's scale is r / init_r, with the r that is left.
