@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -37,6 +38,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 _OTHER_WEIGHTS += (".onnx", ".onnx_data", ".ot", ".tflite")
 _CONV1D = {"gpt2": frozenset(hf_names("gpt2").conv1d)}  # by model_type
+# Models whose modules and whose checkpoints have different names, or had once.
+_RENAMED = (("vit", "vit_v4"), ("vit_v4", "vit"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +177,7 @@ def _changes(
     specs = base.specs
     changes: dict[str, _Change] = {}
     for name, matrix in matrices.items():
-        key = _find(f"{name}.weight", specs)
+        key = next(filter(None, (_find(f"{n}.weight", specs) for n in _names(name))), None)
         if key is None:
             near = difflib.get_close_matches(f"{name}.weight", specs, 3, 0.3)
             raise ValueError(
@@ -207,6 +210,17 @@ def _changes(
             )
         changes[key] = _Change(value=value if spec is None else value.astype(FLOATS[spec.dtype]))
     return changes
+
+
+def _names(module: str) -> list[str]:
+    """What a module may be called in a checkpoint."""
+    result = [module]
+    for one, other in _RENAMED:
+        for prefix in (None, ""):
+            with contextlib.suppress(ValueError):
+                place = hf_names(one, prefix=prefix).to_flax(module)[0][0]
+                result.append(hf_names(other, prefix=prefix).to_hf(place.path)[0][0])
+    return result
 
 
 def _find(key: str, specs: Mapping[str, Spec]) -> str | None:

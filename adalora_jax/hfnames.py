@@ -220,14 +220,28 @@ _BERT = (
     ("attention/value", "attention.self.value"),
     ("attention/out", "attention.output.dense"),
 )
-_VIT = (
-    ("attention/attention/{query}", "attention.attention.{query}"),
-    *_BERT[1:4],
-    ("attention/query", "attention.attention.query"),
-    ("attention/key", "attention.attention.key"),
-    ("attention/value", "attention.attention.value"),
-    ("attention/out", "attention.output.dense"),
-)
+_VIT_V4 = {
+    "q": "attention.attention.query",
+    "k": "attention.attention.key",
+    "v": "attention.attention.value",
+    "o": "attention.output.dense",
+}
+# transformers 5 has renamed the layers of ViT, but not those in its checkpoints.
+_VIT = {
+    "attention/attention/query": ("attention.q_proj", "attention.attention.query"),
+    "attention/attention/key": ("attention.k_proj", "attention.attention.key"),
+    "attention/attention/value": ("attention.v_proj", "attention.attention.value"),
+    "attention/output/dense": ("attention.o_proj", "attention.output.dense"),
+    "intermediate/dense": ("mlp.fc1", "intermediate.dense"),
+    "output/dense": ("mlp.fc2", "output.dense"),
+    "attention/query": ("attention.q_proj", "attention.attention.query"),
+    "attention/key": ("attention.k_proj", "attention.attention.key"),
+    "attention/value": ("attention.v_proj", "attention.attention.value"),
+    "attention/out": ("attention.o_proj", "attention.output.dense"),
+    **{f"attention/{n}_proj": (f"attention.{n}_proj", hf) for n, hf in _VIT_V4.items()},
+    "mlp/fc1": ("mlp.fc1", "intermediate.dense"),
+    "mlp/fc2": ("mlp.fc2", "output.dense"),
+}
 _GPT2 = (
     ("attn/c_attn", "attn.c_attn"),
     ("attn/c_proj", "attn.c_proj"),
@@ -264,29 +278,38 @@ class _Family(NamedTuple):
     layers: str  # the list of layers in the PyTorch model, without the prefix
     prefix: str  # what a model with a head puts in front
     parts: tuple[tuple[str, str], ...]
-    flax_layers: tuple[str, ...] = ()  # other names that Flax models have for the list
+    flax_layers: tuple[str, ...]  # names of the list in Flax models
     conv1d: tuple[str, ...] = ()
 
 
 _FAMILIES = {
-    "bert": _Family("encoder.layer", "bert", _BERT, ("encoder/layers",)),
-    "gpt2": _Family("h", "transformer", _GPT2, ("layers",), ("c_attn", "c_proj", "c_fc")),
-    "llama": _Family("layers", "model", _LLAMA),
-    "gemma": _Family("layers", "model", _GEMMA, ("layer",)),
-    "qwen2": _Family("layers", "model", _LLAMA),
-    "qwen3": _Family("layers", "model", _LLAMA),
-    "vit": _Family("encoder.layer", "vit", _VIT, ("encoder/layers",)),
+    "bert": _Family("encoder.layer", "bert", _BERT, ("encoder/layer", "encoder/layers")),
+    "gpt2": _Family("h", "transformer", _GPT2, ("h", "layers"), ("c_attn", "c_proj", "c_fc")),
+    "llama": _Family("layers", "model", _LLAMA, ("layers",)),
+    "gemma": _Family("layers", "model", _GEMMA, ("layers", "layer")),
+    "qwen2": _Family("layers", "model", _LLAMA, ("layers",)),
+    "qwen3": _Family("layers", "model", _LLAMA, ("layers",)),
+    **{
+        name: _Family(
+            layers,
+            "vit",
+            tuple((flax, hf[version]) for flax, hf in _VIT.items()),
+            ("encoder/layer", "encoder/layers", "layers"),
+        )
+        for version, (name, layers) in enumerate((("vit", "layers"), ("vit_v4", "encoder.layer")))
+    },
 }
 
 
 @functools.lru_cache(maxsize=256)
 def hf_names(family: str, *, root: str | None = None, prefix: str | None = None) -> NameMap:
-    """The map for a family of models: bert, gpt2, llama, gemma, qwen2, qwen3 or vit.
+    """The map for a family of models: bert, gpt2, llama, gemma, qwen2, qwen3, vit or vit_v4.
 
     It knows the names of the Flax models in transformers (up to version 4), of Tunix, of
     google-deepmind/gemma, and of layers built on Flax's own attention, each with its layers as
     ``layers/3``, as ``layers_3``, or stacked in ``layers``. Where a PyTorch module could be several
     of these, reading a file takes the first, and ``load_pretrained(like=...)`` decides.
+    ``"vit"`` has the names of transformers 5, ``"vit_v4"`` those of transformers 4.
 
     Args:
       family: the name.
@@ -308,10 +331,9 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
     known = _FAMILIES[family]
     prefix = known.prefix if prefix is None else prefix.strip(".")
     roots = (prefix.replace(".", "/"), "") if root is None else (root.strip("/"),)
-    lists = (known.layers.replace(".", "/"), *known.flax_layers)
     theirs = ".".join(filter(None, (prefix, known.layers)))
     pairs = []
-    for stack, r, layers in _orders(roots, lists):
+    for stack, r, layers in _orders(roots, known.flax_layers):
         ours = "/".join(filter(None, (r, layers)))
         for part, hf in known.parts:
             name = f"{ours}{stack}{part}" if "{i}" in stack else _stacked(f"{ours}/{part}")
