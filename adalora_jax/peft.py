@@ -152,8 +152,11 @@ def load_pretrained(
     """
     names, sizes = as_names(names), kernel_sizes or {}
     file = read_adapter(directory)
-    adapters, masks = from_matrices(file.matrices, names, like, sizes)
-    saved = saved_from_torch(file.saved, names, like, sizes)
+    try:
+        adapters, masks = from_matrices(file.matrices, names, like, sizes)
+        saved = saved_from_torch(file.saved, names, like, sizes)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(directory)}: {error}") from None
     dtypes = {str(leaf.dtype) for adapter in adapters.values() for leaf in adapter}
     config = file.config.replace(
         target_modules=tuple(adapters),
