@@ -47,7 +47,7 @@ def saved_to_torch(
             value = array[index]
             if kind == "kernel":
                 value = _kernel_to_torch(value, names.is_conv1d(name))
-            key = f"{name}.{'bias' if kind == 'bias' else 'weight'}"
+            key = _key(name, kind)
             if key in result:
                 raise ValueError(f"names: {path!r} and another parameter both become {key!r}.")
             result[key] = value
@@ -56,55 +56,81 @@ def saved_to_torch(
 
 def saved_from_torch(
     saved: Mapping[str, np.ndarray], names: NameMap, like: Any, kernel_sizes: KernelSizes
-) -> dict[str, jax.Array]:
-    """The inverse of :func:`saved_to_torch`: ``{path: parameter}``.
+) -> dict[str, Any]:
+    """The inverse of :func:`saved_to_torch`, in the containers of ``like``.
 
-    Without ``like``, a weight with one axis is a scale; with two, a kernel, or an embedding where
-    the module's name says so.
+    Without ``like``, ``{module: {"kernel": ..., "bias": ...}}``: a weight with one axis is a scale,
+    one with two a kernel, or an embedding where the module's name says so.
 
     Raises:
       ValueError: a tensor fits no parameter.
     """
     if like is None:
-        result = {}
-        for key, array in saved.items():
-            name, _, kind = key.rpartition(".")
-            (place, part), *more = names.to_flax(name)
-            if more or place.at or part != (0, 1) or place.part != (0, 1):
-                raise ValueError(f"{key!r} is part of {place.path!r}: pass like=, the adapters.")
-            last = name.rpartition(".")[2]
-            if kind == "weight":
-                embeds = last in _EMBEDDINGS or last.endswith("embeddings")
-                kind = "scale" if array.ndim == 1 else "embedding" if embeds else "kernel"
-            if kind not in _AXES or array.ndim not in (_AXES[kind], 4):
-                raise ValueError(f"{key!r} of shape {array.shape} is no parameter known in Flax.")
-            if kind == "kernel":
-                array = _kernel_from_torch(array, names.is_conv1d(name))
-            result[f"{place.path}/{kind}"] = as_jax(array)
-        return result
-    result, used = {}, set()
-    for path, leaf in _saved_leaves(like).items():
-        module, _, kind = path.rpartition("/")
+        return _by_their_names(saved, names)
+    used: set[str] = set()
+
+    def find(path: tuple[Any, ...], leaf: Any) -> jax.Array | None:
+        if tree.is_adapter(leaf):
+            return None
+        module, _, kind = tree.path_name(path).rpartition("/")
         axes = _axes(module, kind, kernel_sizes)
         stack = tuple(leaf.shape)[: len(leaf.shape) - (axes or 0)]
         arrays = []
         for index in np.ndindex(stack):
             name = names.to_hf(module, index)[0][0]
-            key = f"{name}.{'bias' if kind == 'bias' else 'weight'}"
+            key = _key(name, kind)
             if key not in saved or axes is None:
-                raise ValueError(f"the file has no {key!r} for {path!r} of like.")
+                raise ValueError(
+                    f"the file has no {key!r} for {tree.path_name(path)!r} of like: take it out "
+                    "of like if it is to stay as in the base."
+                )
             used.add(key)
-            array = saved[key]
-            if kind == "kernel":
-                array = _kernel_from_torch(array, names.is_conv1d(name))
-            arrays.append(array)
-        value = np.stack(arrays).reshape(*stack, *arrays[0].shape) if stack else arrays[0]
-        if value.shape != tuple(leaf.shape):
-            raise ValueError(f"{path!r} has shape {value.shape} in the file, not {leaf.shape}.")
-        result[path] = as_jax(value)
+            kernel = kind == "kernel"
+            conv1d = names.is_conv1d(name)
+            arrays.append(_kernel_from_torch(saved[key], conv1d) if kernel else saved[key])
+        shapes = {(*stack, *array.shape) for array in arrays}
+        if shapes != {tuple(leaf.shape)}:
+            raise ValueError(
+                f"{tree.path_name(path)!r} has shape {sorted(shapes)} in the file, but in like it "
+                f"has {tuple(leaf.shape)}."
+            )
+        return as_jax(np.stack(arrays).reshape(leaf.shape))
+
+    found = jax.tree_util.tree_map_with_path(find, like, is_leaf=tree.is_adapter)
     if over := sorted(set(saved) - used):
-        raise ValueError(f"like has no parameter for {', '.join(map(repr, over[:3]))}.")
+        raise ValueError(
+            f"like has no parameter for {', '.join(map(repr, over[:3]))}: name their modules in "
+            "modules_to_save of the config that makes it."
+        )
+    return {path: node for path, node in found.items() if node is not None}
+
+
+def _by_their_names(saved: Mapping[str, np.ndarray], names: NameMap) -> dict[str, Any]:
+    result: dict[str, dict[str, jax.Array]] = {}
+    for key, array in saved.items():
+        name, _, kind = key.rpartition(".")
+        if kind == "weight":
+            last = name.rpartition(".")[2]
+            embeds = last in _EMBEDDINGS or last.endswith("embeddings")
+            kind = "scale" if array.ndim == 1 else "embedding" if embeds else "kernel"
+        elif kind != "bias":
+            kind = ""
+        if kind not in _AXES or (array.ndim != _AXES[kind] and (kind, array.ndim) != ("kernel", 4)):
+            raise ValueError(f"{key!r} of shape {array.shape} is no parameter known in Flax.")
+        (place, part), *more = names.to_flax(name)
+        if more or place.at or part != (0, 1) or place.part != (0, 1):
+            raise ValueError(f"{key!r} is a part of {place.path!r}: pass like=, the adapters.")
+        if kind == "kernel":
+            array = _kernel_from_torch(array, names.is_conv1d(name))
+        module = result.setdefault(place.path, {})
+        if kind in module:
+            raise ValueError(f"names: {key!r} and another tensor become the same {place.path!r}.")
+        module[kind] = as_jax(array)
     return result
+
+
+def _key(name: str, kind: str) -> str:
+    return f"{name}.{'bias' if kind == 'bias' else 'weight'}"
 
 
 def _saved_leaves(adapters: Any) -> dict[str, Any]:

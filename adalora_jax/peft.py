@@ -40,7 +40,7 @@ _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "
 class Loaded(NamedTuple):
     """An adapter from a file, ready for the Flax model."""
 
-    adapters: dict[str, Any]  # {path: Adapter}, and the parameters of modules_to_save by path
+    adapters: dict[str, Any]  # {path: Adapter}, and {path: parameters} of modules_to_save
     config: AdaLoraConfig  # its paths are those of the Flax model; adapt(model, config) fits
     masks: dict[str, np.ndarray]  # {path: [..., r]}: which triplets live
 
@@ -163,7 +163,7 @@ def load_pretrained(
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        modules_to_save=tuple({path.rpartition("/")[0] for path in saved}) or None,
+        modules_to_save=tuple(saved) or None,
         rank_pattern=_read_pattern(file, masks, names),
         param_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
     )

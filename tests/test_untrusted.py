@@ -274,7 +274,7 @@ def test_the_valid_file_is_read(tmp_path):
     loaded = attempt(write(tmp_path / "valid"))
     assert loaded.adapters["a/query"].p.shape == (2, 5)
     assert str(loaded.adapters["a/query"].p.dtype) == "bfloat16"
-    assert loaded.adapters["head/kernel"].shape == (4, 3)
+    assert loaded.adapters["head"]["kernel"].shape == (4, 3)
 
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -167,7 +167,7 @@ def test_a_classifier_that_peft_trained_is_read(tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     read = files.load_pretrained(tmp_path / "theirs")
     weight = model.base_model.model.classifier.modules_to_save["default"].weight
-    np.testing.assert_array_equal(read.adapters["classifier/kernel"], weight.detach().numpy().T)
+    np.testing.assert_array_equal(read.adapters["classifier"]["kernel"], weight.detach().numpy().T)
     files.save_pretrained(tmp_path / "ours", read.adapters, read.config)
     np.testing.assert_array_equal(
         hf.logits(reload("bert", tmp_path / "theirs")), hf.logits(reload("bert", tmp_path / "ours"))

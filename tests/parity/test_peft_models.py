@@ -153,7 +153,7 @@ def test_a_saved_classifier_goes_along(task_type, tmp_path):
         actual = hf.logits(loaded(family, folder))
         close(actual, hf.logits(expected))
         read = files.load_pretrained(folder, names=family)
-        np.testing.assert_array_equal(read.adapters["classifier/kernel"], kernel)
+        np.testing.assert_array_equal(read.adapters["classifier"]["kernel"], kernel)
         assert read.config.modules_to_save == ("classifier",)
 
 
