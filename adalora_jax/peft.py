@@ -63,7 +63,9 @@ def save_pretrained(
     own dtype. PEFT has one alpha and one init_r for all layers: where ``rank_limits`` gave a layer
     another scale, λ is multiplied by the ratio, and init_r is the largest there is. What mattered
     in training alone and PEFT does not know (score, schedule, ...) is left out, so a run that goes
-    on in PEFT goes on by PEFT's rules. PEFT's scale is ``alpha / (init_r + 1e-5)``.
+    on in PEFT goes on by PEFT's rules. PEFT's scale is ``alpha / (init_r + 1e-5)``. Adapters of
+    queries, keys and values that PyTorch computes in one module become one with the rows of all
+    three, each zero outside its third: the same function, and they come apart again when read.
 
     Args:
       directory: made if need be. Its two files are replaced one after the other, in an order in
@@ -140,7 +142,8 @@ def load_pretrained(
       names: as in :func:`save_pretrained`.
       like: adapters of the Flax model (arrays, or shapes from ``jax.eval_shape``), where the names
         alone do not tell whether layers are stacked or a projection is divided. Ranks may differ.
-      kernel_sizes: as in :func:`save_pretrained`.
+      kernel_sizes: as in :func:`save_pretrained`. An AdaLoRA file does not tell a convolution from
+        a linear layer: without its entry here the inputs of one stay in PyTorch's order.
 
     Returns:
       A :class:`Loaded`. The layers of a stack are filled up to the largest rank among them; those
@@ -150,9 +153,11 @@ def load_pretrained(
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged, or malicious, or does not fit ``like``; or it is a pickle.
     """
-    names, sizes = as_names(names), kernel_sizes or {}
+    names, sizes = as_names(names), dict(kernel_sizes or {})
     file = read_adapter(directory)
     try:
+        for name, size in file.kernels.items():
+            sizes.setdefault(names.to_flax(name)[0][0].path, size)
         adapters, masks = from_matrices(file.matrices, names, like, sizes)
         saved = saved_from_torch(file.saved, names, like, sizes)
     except ValueError as error:

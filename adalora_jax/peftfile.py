@@ -30,6 +30,7 @@ PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([ABE])(\.weight)?")
 _MOST = 2**31 - 1
+_LONGEST = 256  # characters of a module's name, which name maps match with regexes
 
 # What the values of a config may be. Others are for AdaLoraConfig to judge.
 _INTEGERS = {"r", "init_r", "target_r", "tinit", "tfinal", "deltaT", "total_step"}
@@ -61,7 +62,7 @@ class AdapterFile(NamedTuple):
     matrices: dict[str, Matrix]  # by module; the increment is config.scale · pᵀ diag(lam) q
     saved: dict[str, np.ndarray]  # by parameter: what modules_to_save trained
     patterns: dict[str, list[bool]]  # PEFT's rank_pattern, by module; {} if there is none
-    lora: bool  # a plain LoRA adapter: λ is its scale, and the config has no schedule
+    kernels: dict[str, tuple[int, ...]]  # of convolutions, by module, where the shapes tell
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
@@ -91,7 +92,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
         raise ValueError(f"{path}: {str(error)[:500]}") from None
     except (TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} has a value that makes no sense: {str(error)[:200]}.") from None
-    with TensorFile(inside(folder, WEIGHTS)) as file:
+    with TensorFile(inside(folder, WEIGHTS), MAX_JSON) as file:
         layout, saved = _layout(file, kind)
         tensors = {name: file.read(name) for name in file.specs}
     try:
@@ -140,6 +141,8 @@ def _refuse_pickles(folder: Path) -> None:
 def _check_types(settings: Mapping[str, Any]) -> None:
     """Refuses values of other types than PEFT's, and numbers beyond reason."""
     for key, value in settings.items():
+        if not key.isprintable() or len(key) > _LONGEST:
+            raise ValueError(f"there is a key {key[:99]!r}.")
         if value is None:
             continue
         if key in _INTEGERS:
@@ -184,8 +187,9 @@ def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dic
     for key, spec in file.specs.items():
         found = _KEY.fullmatch(key)
         name = found[1] if found else key.removeprefix(PREFIX)
-        if not key.startswith(PREFIX) or not re.fullmatch(r"[^\s/\\.]+(\.[^\s/\\.]+)*", name):
-            raise ValueError(f"{file.path}: {key!r} is no name that PEFT gives to a tensor.")
+        levels = re.fullmatch(r"[^\s/\\.]+(\.[^\s/\\.]+)*", name[:_LONGEST])
+        if not key.startswith(PREFIX) or not levels or len(name) > _LONGEST:
+            raise ValueError(f"{file.path}: {key[:99]!r} is no name that PEFT gives to a tensor.")
         if spec.dtype not in FLOATS:
             raise ValueError(f"{file.path}: {key!r} has dtype {spec.dtype}, not {list(FLOATS)}.")
         if found and bool(found[3]) == (kind == "LORA"):
@@ -242,7 +246,7 @@ def _adalora(config, factors, saved) -> AdapterFile:
             lam = (lam.astype(wide) * (int(pattern.sum()) / config.init_r)).astype(wide)
         matrices[name] = Matrix(b.T, lam, a, mask)
     return AdapterFile(
-        config, matrices, saved, {name: keep.tolist() for name, keep in patterns.items()}, False
+        config, matrices, saved, {name: keep.tolist() for name, keep in patterns.items()}, {}
     )
 
 
@@ -262,6 +266,7 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
 
 
 def _lora(settings: Mapping[str, Any], factors, saved) -> AdapterFile:
+    """λ is the scale of each module, and the config has no schedule of its own."""
     alphas = settings.get("alpha_pattern") or {}
     matrices = {}
     for name, (a, b) in factors.items():
@@ -284,7 +289,8 @@ def _lora(settings: Mapping[str, Any], factors, saved) -> AdapterFile:
         fan_in_fan_out=bool(settings.get("fan_in_fan_out")),
         target_modules=tuple(matrices),
     )
-    return AdapterFile(config, matrices, saved, {}, True)
+    kernels = {name: a.shape[2:] for name, (a, _) in factors.items() if a.ndim > 2}
+    return AdapterFile(config, matrices, saved, {}, kernels)
 
 
 def _names_module(key: str, name: str) -> bool:

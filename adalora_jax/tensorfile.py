@@ -23,8 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-# The format's own limit is 100 MB; a million tensors fit into this.
-MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000  # the format's own limit
 MAX_JSON = 16 * 2**20
 _MAX_NAME = 1024
 _MAX_AXES = 16
@@ -71,17 +70,18 @@ class TensorFile:
 
     Args:
       path: of the file.
+      max_header: bytes that the header may have; in memory it takes some ten times as many.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is no safetensors file, or a damaged or a malicious one.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], max_header: int = MAX_HEADER):
         self.path = Path(path)
         self._file = open_regular(self.path)
         try:
-            self.specs, self.metadata = _header(self._file, self.path)
+            self.specs, self.metadata = _header(self._file, self.path, max_header)
         except BaseException:
             self._file.close()
             raise
@@ -181,13 +181,13 @@ def parse_json(data: bytes, where: Any) -> dict[str, Any]:
     return value
 
 
-def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
+def _header(file: BinaryIO, path: Path, most: int) -> tuple[dict[str, Spec], dict[str, str]]:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER):
+    if size < 8 or length > min(size - 8, most):
         raise ValueError(
             f"{path} is no safetensors file: it has {size} bytes and announces a header of "
-            f"{length}."
+            f"{length}, where {most} are allowed."
         )
     header = parse_json(file.read(length), f"the header of {path}")
     metadata = header.pop("__metadata__", {})

@@ -281,6 +281,79 @@ def test_two_projections_of_one_adapter_come_together_again(tmp_path):
     )
 
 
+class Einsum(nn.Module):
+    """As in Gemma: the equation is given at the call."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, equation, x):
+        return jnp.einsum(equation, x, self.param("w", nn.initializers.zeros, self.shape))
+
+
+class Kinds(nn.Module):
+    """Every layer whose weight has another form in PyTorch."""
+
+    @nn.compact
+    def __call__(self, x, image):
+        y = nn.DenseGeneral((2, 3), kernel_init=nn.initializers.zeros, name="heads")(x)
+        y = nn.DenseGeneral(7, axis=(-2, -1), kernel_init=nn.initializers.zeros, name="out")(y)
+        q = Einsum((2, 5, 3), name="q_einsum")("BTD,NDH->BTNH", x)
+        k, v = Einsum((2, 1, 5, 3), name="kv_einsum")("BSD,CKDH->CBSKH", x)
+        z = Einsum((2, 3, 5), name="attn_vec_einsum")("BTNH,NHD->BTD", q + k + v)
+        c = nn.Conv(4, (3, 2), kernel_init=nn.initializers.zeros, name="conv")(image)
+        return y.sum() + z.sum() + c.sum()
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("writer", [peft.save_pretrained, peft.save_as_lora])
+def test_weights_of_many_axes_are_reshaped_as_converters_of_checkpoints_do(writer, tmp_path):
+    """The merged weights (the base is zero), brought into PyTorch's form by hand."""
+    model = Kinds()
+    inputs = jnp.ones((1, 2, 5)), jnp.ones((1, 4, 4, 2))
+    variables = model.init(jax.random.key(0), *inputs)
+    config = CONFIG.replace(target_modules=r".*(heads|out|einsum|conv)")
+    adapted = adalora.linen.adapt(model, config)
+    trained = adapted.init(jax.random.key(1), variables, *inputs)
+    merged = adapted.merge(variables, trained, *inputs)["params"]
+    w = {name: np.asarray(merged[name].get("w", merged[name].get("kernel"))) for name in merged}
+    expected = {
+        "heads": w["heads"].reshape(5, 6).T,
+        "out": w["out"].reshape(6, 7).T,
+        "q_proj": w["q_einsum"].transpose(0, 2, 1).reshape(6, 5),
+        "k_proj": w["kv_einsum"][0].transpose(0, 2, 1).reshape(3, 5),
+        "v_proj": w["kv_einsum"][1].transpose(0, 2, 1).reshape(3, 5),
+        "o_proj": w["attn_vec_einsum"].reshape(6, 5).T,
+        "conv": w["conv"].transpose(3, 2, 0, 1).reshape(4, -1),
+    }
+    names = [
+        *((name, name) for name in ("heads", "out", "conv")),
+        ("q_einsum", "q_proj"),
+        ("kv_einsum[0]", "k_proj"),
+        ("kv_einsum[1]", "v_proj"),
+        ("attn_vec_einsum", "o_proj"),
+    ]
+    writer(tmp_path, trained, config, names=names, kernel_sizes={"conv": (3, 2)})
+    written, lora = tensors(tmp_path), writer is peft.save_as_lora
+    for name, want in expected.items():
+        a, b = (written[f"base_model.model.{name}.lora_{x}{'.weight' * lora}"] for x in "AB")
+        if lora and name == "conv":
+            assert a.shape == (4, 2, 3, 2)
+            assert b.shape == (4, 4, 1, 1)
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        e = 1 if lora else written[f"base_model.model.{name}.lora_E"][:, 0] * config.scale
+        np.testing.assert_allclose((b * e) @ a, want, rtol=1e-4, atol=1e-5, err_msg=name)
+    # The shapes of LoRA say what is a convolution; AdaLoRA's have to be told.
+    sizes = None if lora else {"conv": (3, 2)}
+    read = peft.load_pretrained(tmp_path, names=names, kernel_sizes=sizes)
+    again = adapted.merge(variables, read.adapters, *inputs)["params"] if not lora else None
+    if again:
+        jax.tree.map(np.testing.assert_array_equal, again, merged)
+    else:
+        got = adalora.delta_weight(read.adapters["conv"], scale=read.config.scale)
+        np.testing.assert_allclose(got, w["conv"].reshape(-1, 4), rtol=1e-4, atol=1e-5)
+
+
 class Head(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -1,8 +1,11 @@
 """Adapters written here and loaded by PEFT into models of transformers; the logits are compared
 with those of the plain model whose weights had every increment added by hand."""
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import adalora_jax as adalora
@@ -186,3 +189,93 @@ def test_peft_expects_the_classifier_that_we_ask_for(tmp_path):
     config.write_text(config.read_text().replace('"task_type": null', '"task_type": "SEQ_CLS"'))
     with pytest.raises(KeyError, match="classifier"):
         loaded(family, tmp_path)
+
+
+class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.DenseGeneral((2, 3), name="query")(x)
+        return x + nn.DenseGeneral(6, axis=(-2, -1), name="out")(jnp.tanh(y))
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        step = nn.scan(
+            lambda module, carry, _: (module(carry), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        x, _ = step(Heads(name="layers"), x, None)
+        return nn.Dense(2, name="head")(x)
+
+
+class TorchBlock(hf.torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = hf.torch.nn.Linear(6, 6)
+        self.out = hf.torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.out(hf.torch.tanh(self.query(x)))
+
+
+class TorchModel(hf.torch.nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        self.blocks = hf.torch.nn.ModuleList(TorchBlock() for _ in range(3))
+        self.head = hf.torch.nn.Linear(6, 2)
+        pairs = [(self.head, params["head"]["kernel"], params["head"]["bias"])]
+        for i, block in enumerate(self.blocks):
+            for name in ("query", "out"):
+                layer = params["layers"][name]
+                pairs.append((getattr(block, name), layer["kernel"][i], layer["bias"][i]))
+        for linear, kernel, bias in pairs:
+            width = linear.in_features
+            linear.weight.data = hf.torch.tensor(np.asarray(kernel).reshape(width, -1).T.copy())
+            linear.bias.data = hf.torch.tensor(np.asarray(bias).reshape(-1))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_flax_model_trained_and_pruned_computes_the_same_in_torch(writer, tmp_path):
+    """Stacked layers with head axes, and a head that trained along."""
+    config = adalora.AdaLoraConfig(
+        total_step=12,
+        init_r=3,
+        target_r=1,
+        tfinal=4,
+        target_modules=["query", "out"],
+        modules_to_save=["head"],
+    )
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+    model = Scanned()
+    variables = model.init(jax.random.key(1), x)
+    adapted = adalora.linen.adapt(model, config)
+    trained = adapted.init(jax.random.key(2), variables, x)
+    tx = adalora.adalora(optax.adam(0.1), config)
+    state = tx.init(trained)
+
+    @jax.jit
+    def step(trained, state):
+        loss = lambda a: jnp.square(adapted.apply(variables, a, x) - 1).mean()
+        updates, state = tx.update(jax.grad(loss)(trained), state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    for _ in range(config.total_step):
+        trained, state = step(trained, state)
+    masks = adalora.allocator_state(state)
+    assert len(set(adalora.ranks(masks).values())) > 1
+    names = [("layers/{part}[{i}]", "blocks.{i}.{part}"), ("head", "head")]
+    WRITERS[writer](tmp_path, trained, config, masks=masks, names=names)
+    expected = adapted.apply(variables, trained, x)
+    assert np.abs(expected - model.apply(variables, x)).max() > 0.1
+    torch_model = peft.PeftModel.from_pretrained(TorchModel(variables["params"]), tmp_path).eval()
+    with hf.torch.no_grad():
+        actual = torch_model(hf.torch.tensor(np.asarray(x))).numpy()
+    close(actual, np.asarray(expected))
