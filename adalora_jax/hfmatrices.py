@@ -285,8 +285,8 @@ def _common(dtypes: Sequence[np.dtype]) -> np.dtype:
 
 
 def _empty(ins: int, outs: int) -> Matrix:
-    shapes = (0, outs), (0,), (0, ins)
-    return Matrix(*(np.zeros(shape, np.float32) for shape in shapes), np.zeros(0, bool))
+    none = lambda *shape: np.zeros((0, *shape), np.float32)
+    return Matrix(none(outs), none(), none(ins), np.zeros(0, bool))
 
 
 def _divides(matrix: Matrix, part: tuple[int, int], name: str) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import adalora_jax as adalora
-from adalora_jax import peft, tensorfile
+from adalora_jax import hfmatrices, peft, tensorfile
 
 FEW = settings(
     max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -377,7 +377,11 @@ def test_a_config_of_many_megabytes_is_refused(tmp_path):
         peft.load_pretrained(tmp_path)
 
 
+DEEP: list = [True]
+for _ in range(300):
+    DEEP = [DEEP]
 CONTRADICTIONS = {
+    "a pattern nested beyond reason": CONFIG | {"rank_pattern": {"a.query.lora_E": DEEP}},
     "a rank that is not init_r": CONFIG | {"rank_pattern": None},
     "a pattern of another length": CONFIG | {"rank_pattern": {"a.query.lora_E": [True, True]}},
     "a pattern of another rank": CONFIG
@@ -393,6 +397,44 @@ def test_files_that_contradict_each_other_are_refused(what, tmp_path):
     write(tmp_path, CONTRADICTIONS[what])
     with pytest.raises(ValueError, match=str(tmp_path)):
         peft.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("letter", "shape"),
+    [
+        ("A", (3, 4)),
+        ("A", (2, 4, 1)),
+        ("A", (8,)),
+        ("B", (5, 3)),
+        ("B", (10,)),
+        ("E", (2,)),
+        ("E", (2, 2)),
+        ("E", None),
+    ],
+)
+def test_factors_that_do_not_belong_together_are_refused(letter, shape, tmp_path):
+    tensors = dict(TENSORS)
+    if shape is None:
+        del tensors[f"{KEY}.lora_{letter}"]
+    else:
+        tensors[f"{KEY}.lora_{letter}"] = np.ones(shape, np.float32)
+    write(tmp_path, CONFIG, safetensors.numpy.save(tensors))
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: 'a.query'"):
+        peft.load_pretrained(tmp_path)
+
+
+def test_a_few_bytes_do_not_become_a_large_stack():
+    """One layer of a high rank would have all others filled up to it."""
+    shapes = lambda rank: ((rank, 9), (rank,), (rank, 9))
+    matrices = {
+        f"l.{i}": hfmatrices.Matrix(
+            *(np.ones(shape, np.float32) for shape in shapes(rank)), np.ones(rank, bool)
+        )
+        for i, rank in enumerate([4000] + [1] * 299)
+    }
+    names = peft.NameMap([("l[{i}]", "l.{i}")])
+    with pytest.raises(ValueError, match="its ranks are too different"):
+        hfmatrices.from_matrices(matrices, names, None, {})
 
 
 def test_the_regexes_of_a_stranger_are_not_run(tmp_path):
