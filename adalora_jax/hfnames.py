@@ -311,6 +311,10 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
     of these, reading a file takes the first, and ``load_pretrained(like=...)`` decides.
     ``"vit"`` has the names of transformers 5, ``"vit_v4"`` those of transformers 4.
 
+    Only names are translated. A Flax model whose attention pairs other features in its rotary
+    embedding than the PyTorch model does (Meta's Llama and MaxText's) has its rows in another
+    order, too.
+
     Args:
       family: the name.
       root: what is in front of the list of layers in the Flax model. None: nothing, or what the

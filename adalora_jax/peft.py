@@ -160,6 +160,7 @@ def load_pretrained(
             sizes.setdefault(names.to_flax(name)[0][0].path, size)
         adapters, masks = from_matrices(file.matrices, names, like, sizes)
         saved = saved_from_torch(file.saved, names, like, sizes)
+        pattern = _read_pattern(file, masks, names)
     except ValueError as error:
         raise ValueError(f"{os.fspath(directory)}: {error}") from None
     dtypes = {str(leaf.dtype) for adapter in adapters.values() for leaf in adapter}
@@ -169,7 +170,7 @@ def load_pretrained(
         layers_to_transform=None,
         layers_pattern=None,
         modules_to_save=tuple(saved) or None,
-        rank_pattern=_read_pattern(file, masks, names),
+        rank_pattern=pattern,
         param_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
     )
     return Loaded({**adapters, **saved}, config, masks)
@@ -227,8 +228,11 @@ def save_as_lora(
     tensors |= {f"{PREFIX}{name}": array for name, array in saved.items()}
     ranks = {name: len(matrix.lam) for name, matrix in matrices.items()}
     most = max(ranks.values())
-    # A key is also that of a longer name with the same end: the longer ones come first.
-    others = {n: ranks[n] for n in sorted(ranks, key=len, reverse=True) if ranks[n] != most}
+    others = {name for name, rank in ranks.items() if rank != most}
+    # PEFT takes the first key that ends a name, so a longer name comes first, and cannot be left
+    # out where a shorter one would be taken for it.
+    others |= {name for name in ranks if any(name.endswith(f".{other}") for other in others)}
+    others = {name: ranks[name] for name in sorted(others, key=lambda n: (-len(n), n))}
     settings = {
         "peft_type": "LORA",
         "r": most,

@@ -79,7 +79,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     if not (folder / WEIGHTS).exists():
         _refuse_pickles(folder)
     path = inside(folder, CONFIG)
-    settings = read_json(path)
+    settings = {key: value for key, value in read_json(path).items() if value is not None}
     try:
         _check_types(settings)
         kind = str(settings.get("peft_type", "ADALORA")).upper()
@@ -116,7 +116,8 @@ def write_adapter(
     """Writes the two files. At no moment is there a config beside another adapter's weights."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    # Sorted here and not inside: the order of a pattern's keys has a meaning.
+    text = json.dumps(dict(sorted(settings.items())), indent=2, allow_nan=False) + "\n"
     if len(text) > MAX_JSON:
         raise ValueError(f"the config has {len(text)} characters, more than anybody would read.")
     with replacing(folder / CONFIG) as config:
@@ -143,8 +144,6 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if not key.isprintable() or len(key) > _LONGEST:
             raise ValueError(f"there is a key {key[:99]!r}.")
-        if value is None:
-            continue
         if key in _INTEGERS:
             good, want = _is_integer(value), "an integer"
         elif key in _NUMBERS:
@@ -252,10 +251,10 @@ def _adalora(config, factors, saved) -> AdapterFile:
 
 def _check_lora(settings: Mapping[str, Any]) -> None:
     for key, unused in _LORA_UNSUPPORTED.items():
-        if settings.get(key) not in (None, *unused):
+        if key in settings and settings[key] not in unused:
             raise ValueError(f"{key}={str(settings[key])[:99]!r} is not supported here.")
     for pattern, test in (("rank_pattern", _is_integer), ("alpha_pattern", _is_number)):
-        for key, value in (settings.get(pattern) or {}).items():
+        for key, value in settings.get(pattern, {}).items():
             if not test(value):
                 raise ValueError(f"{pattern}[{key[:99]!r}]={str(value)[:99]!r} is no number.")
             if not re.fullmatch(r"\^?[\w.\-]+", key):
@@ -267,7 +266,7 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
 
 def _lora(settings: Mapping[str, Any], factors, saved) -> AdapterFile:
     """λ is the scale of each module, and the config has no schedule of its own."""
-    alphas = settings.get("alpha_pattern") or {}
+    alphas = settings.get("alpha_pattern", {})
     matrices = {}
     for name, (a, b) in factors.items():
         rank = len(a)

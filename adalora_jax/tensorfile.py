@@ -322,7 +322,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
       ValueError: there is something at ``path`` already.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    taken = path.is_symlink() or (path.exists() and not path.is_dir())
+    if taken or (path.exists() and any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty: name another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)

@@ -245,6 +245,19 @@ def test_lora_has_the_scale_in_b_and_alpha_equal_to_the_rank(tmp_path):
         peft.save_as_lora(tmp_path, {"b": trained["b"]}, CONFIG, masks=masks)
 
 
+def test_a_name_that_ends_another_one_does_not_take_its_rank(tmp_path):
+    """PEFT takes the first key of a pattern with which a name ends."""
+    masks = {"query": MASK, "a/query": jnp.ones(4, bool), "b/a/query": jnp.arange(4) < 1}
+    trained = {path: adapter(n) for n, path in enumerate(masks)}
+    peft.save_as_lora(tmp_path, trained, CONFIG, masks=masks)
+    saved = settings_of(tmp_path)
+    for path, mask in masks.items():
+        name = path.replace("/", ".")
+        for pattern in (saved["rank_pattern"], saved["alpha_pattern"]):
+            first = next((k for k in pattern if f".{name}".endswith(f".{k}")), None)
+            assert pattern.get(first, 4) == mask.sum()
+
+
 def test_lora_products_that_overflow_are_refused(tmp_path):
     config = CONFIG.replace(param_dtype="float16")
     huge = jax.tree.map(lambda leaf: leaf + 3e4, adapter(0, config=config))

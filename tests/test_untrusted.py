@@ -448,6 +448,17 @@ def test_the_regexes_of_a_stranger_are_not_run(tmp_path):
         peft.load_pretrained(tmp_path)
 
 
+def test_null_means_that_a_value_was_left_out(tmp_path):
+    tensors = {
+        f"{KEY}.lora_A.weight": np.ones((2, 4), np.float32),
+        f"{KEY}.lora_B.weight": np.ones((5, 2), np.float32),
+    }
+    config = dict.fromkeys(["lora_alpha", "alpha_pattern", "rank_pattern", "bias", "r"])
+    write(tmp_path, config | {"peft_type": "LORA"}, safetensors.numpy.save(tensors))
+    loaded = peft.load_pretrained(tmp_path)
+    np.testing.assert_array_equal(loaded.adapters["a/query"].lam, [4.0, 4.0])
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         peft.load_pretrained(tmp_path / "nowhere")

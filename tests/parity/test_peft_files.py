@@ -275,3 +275,32 @@ def test_merged_base_keeps_its_dtype_and_is_rounded_once(dtype, tmp_path):
         differing = merged[name] != tensor
         assert differing.float().mean() < 0.01, name
         np.testing.assert_allclose(merged[name].float(), tensor.float(), rtol=2**-7, atol=1e-6)
+
+
+def test_a_name_that_ends_another_one_has_its_own_rank_in_peft(tmp_path):
+    """In a pattern PEFT takes the first key that ends a name."""
+
+    class Nested(torch.nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.query = torch.nn.Linear(4, 4)
+            self.a = Nested(depth - 1) if depth else None
+
+        def forward(self, x):
+            return self.query(x) if self.a is None else self.a(self.query(x))
+
+    config = adalora.AdaLoraConfig(total_step=9, init_r=4, target_r=2)
+    rng = np.random.default_rng(0)
+    masks = {"query": np.arange(4) < 2, "a/query": np.arange(4) < 4, "a/a/query": np.arange(4) < 1}
+    trained = {
+        path: adalora.Adapter(*(np.float32(rng.normal(size=s)) for s in ((4, 4), (4,), (4, 4))))
+        for path in masks
+    }
+    files.save_as_lora(tmp_path, trained, config, masks=masks)
+    read = files.load_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Nested(2), tmp_path)
+    assert_same_increments(read, their_deltas(loaded))
+    ranks = {
+        n: m.r["default"] for n, m in loaded.base_model.model.named_modules() if hasattr(m, "r")
+    }
+    assert ranks == {"query": 2, "a.query": 4, "a.a.query": 1}
