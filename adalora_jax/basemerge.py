@@ -98,6 +98,21 @@ def merge_pretrained(
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged or malicious, an increment fits no weight of the base, or its
         weight has a dtype that is not computed with.
+
+    >>> import pathlib, tempfile
+    >>> from adalora_jax import Adapter, AdaLoraConfig
+    >>> from adalora_jax.tensorfile import TensorFile, replacing, save_tensors
+    >>> adapter = Adapter(np.ones((4, 2)), np.ones(4), np.ones((4, 3)))
+    >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2, lora_alpha=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     base, out = pathlib.Path(folder, "base"), pathlib.Path(folder, "out")
+    ...     base.mkdir()
+    ...     with replacing(base / "model.safetensors") as file:
+    ...         save_tensors(file, {"query.weight": np.zeros((2, 3), np.float32)})
+    ...     merge_pretrained({"query": adapter}, base, out, config=config)
+    ...     with TensorFile(out / "model.safetensors") as file:
+    ...         print(file.read("query.weight")[0])
+    [4. 4. 4.]
     """
     if isinstance(adapter, Mapping):
         if config is None:

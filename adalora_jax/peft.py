@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adalora_jax.adapter import Adapter  # noqa: F401  for the examples
 from adalora_jax.basemerge import merge_pretrained
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.hfmatrices import (
@@ -85,6 +84,7 @@ def save_pretrained(
 
     >>> import tempfile
     >>> import jax.numpy as jnp
+    >>> from adalora_jax import Adapter
     >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
     >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2, target_modules=["query"])
     >>> masks = {"encoder/query": jnp.array([True, False, True, False])}
@@ -152,6 +152,21 @@ def load_pretrained(
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged, or malicious, or does not fit ``like``; or it is a pickle.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> from adalora_jax import Adapter
+    >>> adapter = Adapter(jnp.ones((2, 4, 6)), jnp.ones((2, 4)), jnp.ones((2, 4, 5)))
+    >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2)
+    >>> names = [("layers/query[{i}]", "model.layers.{i}.query")]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pretrained(folder, {"layers/query": adapter}, config, names=names)
+    ...     stacked = load_pretrained(folder, names=names)
+    ...     apart = load_pretrained(folder)  # as a model without nn.scan has them
+    >>> stacked.adapters["layers/query"].p.shape
+    (2, 4, 6)
+    >>> list(apart.adapters), apart.adapters["model/layers/0/query"].p.shape
+    (['model/layers/0/query', 'model/layers/1/query'], (4, 6))
     """
     names, sizes = as_names(names), dict(kernel_sizes or {})
     file = read_adapter(directory)
@@ -203,6 +218,7 @@ def save_as_lora(
 
     >>> import json, pathlib, tempfile
     >>> import jax.numpy as jnp
+    >>> from adalora_jax import Adapter
     >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
     >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2, target_modules=["query"])
     >>> with tempfile.TemporaryDirectory() as folder:
