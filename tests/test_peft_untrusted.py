@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import adalora_jax as adalora
-from adalora_jax import hfmatrices, peft, tensorfile
+from adalora_jax import peft, tensorfile
+from adalora_jax.peft import matrices as peft_matrices
 
 FEW = settings(
     max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -427,14 +428,14 @@ def test_a_few_bytes_do_not_become_a_large_stack():
     """One layer of a high rank would have all others filled up to it."""
     shapes = lambda rank: ((rank, 9), (rank,), (rank, 9))
     matrices = {
-        f"l.{i}": hfmatrices.Matrix(
+        f"l.{i}": peft_matrices.Matrix(
             *(np.ones(shape, np.float32) for shape in shapes(rank)), np.ones(rank, bool)
         )
         for i, rank in enumerate([4000] + [1] * 299)
     }
     names = peft.NameMap([("l[{i}]", "l.{i}")])
     with pytest.raises(ValueError, match="its ranks are too different"):
-        hfmatrices.from_matrices(matrices, names, None, {})
+        peft_matrices.from_matrices(matrices, names, None, {})
 
 
 def test_the_regexes_of_a_stranger_are_not_run(tmp_path):

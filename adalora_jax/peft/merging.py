@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adalora_jax.hfmatrices import KernelSizes, Matrix, to_matrices
-from adalora_jax.hfnames import as_names, hf_names
-from adalora_jax.hfsaved import saved_to_torch
-from adalora_jax.peftfile import read_adapter
+from adalora_jax.peft.files import read_adapter
+from adalora_jax.peft.matrices import KernelSizes, Matrix, to_matrices
+from adalora_jax.peft.names import as_names, hf_names
+from adalora_jax.peft.saved import saved_to_torch
 from adalora_jax.tensorfile import (
     FLOATS,
     Spec,

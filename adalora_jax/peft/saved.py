@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from adalora_jax import tree
-from adalora_jax.hfmatrices import KernelSizes, as_jax
-from adalora_jax.hfnames import NameMap
+from adalora_jax.peft.matrices import KernelSizes, as_jax
+from adalora_jax.peft.names import NameMap
 
 # Parameters of Flax modules, and how many axes each has without a stack.
 _AXES = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}

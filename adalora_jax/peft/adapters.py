@@ -1,4 +1,4 @@
-"""Adapters as files of Hugging Face PEFT: written for it, and read from it. No torch needed."""
+"""Whole adapters, written as PEFT saves them and read from what it saved."""
 
 from __future__ import annotations
 
@@ -8,27 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adalora_jax.basemerge import merge_pretrained
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.hfmatrices import (
+from adalora_jax.peft.files import PREFIX, AdapterFile, read_adapter, write_adapter
+from adalora_jax.peft.matrices import (
     KernelSizes,
     Matrix,
     from_matrices,
     to_matrices,
 )
-from adalora_jax.hfnames import NameMap, Place, as_names, hf_names
-from adalora_jax.hfsaved import saved_from_torch, saved_to_torch
-from adalora_jax.peftfile import PREFIX, AdapterFile, read_adapter, write_adapter
-
-__all__ = [
-    "Loaded",
-    "NameMap",
-    "hf_names",
-    "load_pretrained",
-    "merge_pretrained",
-    "save_as_lora",
-    "save_pretrained",
-]
+from adalora_jax.peft.names import NameMap, Place, as_names
+from adalora_jax.peft.saved import saved_from_torch, saved_to_torch
 
 # What PEFT has in common with us and keeps; the layers are written out one by one.
 _KEPT = ("total_step", "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")
@@ -73,7 +62,7 @@ def save_pretrained(
       config: of the adapters.
       masks: as in :func:`adalora_jax.ranks`; without them every triplet is written.
       names: what the layers are called in PyTorch: a family such as ``"bert"``, pairs of names, or
-        a :class:`~adalora_jax.hfnames.NameMap`. Without it ``/`` becomes ``.``.
+        a :class:`~adalora_jax.peft.names.NameMap`. Without it ``/`` becomes ``.``.
       base_model: the base model's name on the Hub, or path, for the config.
       task_type: PEFT's, such as ``"CAUSAL_LM"``. With one of a classifier, such as ``"SEQ_CLS"``,
         that has to be among the adapters.

@@ -18,7 +18,7 @@ import numpy as np
 from adalora_jax import compaction, tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.hfnames import NameMap, Place
+from adalora_jax.peft.names import NameMap, Place
 
 # Zero rows that may be added to bring the matrices of a stack to one size, relative to what the
 # file holds: a few bytes in it must not become gigabytes.

@@ -139,7 +139,7 @@ class NameMap:
         return (
             f"{name[:200]!r}{stack} has no name on the other side; the nearest that have: "
             f"{', '.join(near)}. Pass names=[('name/in/flax/{{i}}', 'name.in.huggingface.{{i}}'), "
-            "...], see adalora_jax.hfnames.NameMap, or another of adalora_jax.hfnames.hf_names."
+            "...], see adalora_jax.peft.NameMap, or another of adalora_jax.peft.hf_names."
         )
 
 

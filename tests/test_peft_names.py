@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adalora_jax.hfnames import IDENTITY, NameMap, Place, as_names, hf_names
+from adalora_jax.peft.names import IDENTITY, NameMap, Place, as_names, hf_names
 
 FAMILIES = ["bert", "gpt2", "llama", "gemma", "qwen2", "qwen3", "vit", "vit_v4"]
 WHOLE = (0, 1)
