@@ -13,6 +13,7 @@ from adalora_jax.adapter import Adapter, check_adapter
 PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in them
 
 HOLDER = "adalora"  # the name under which a Flax module holds its adapter's p, lam and q
+PACKED = "quantized"  # the linen collection of weights that are packed integers
 _FIELDS = frozenset(Adapter._fields)
 
 
@@ -25,6 +26,15 @@ def is_adapter(node: Any) -> bool:
     (True, False)
     """
     return isinstance(node, Adapter) or (isinstance(node, Mapping) and set(node) == _FIELDS)
+
+
+def is_packed(node: Any) -> bool:
+    """True for a weight in packed integers, which has to be dequantised to compute with it.
+
+    >>> is_packed(1.0)
+    False
+    """
+    return hasattr(node, "dequantize")
 
 
 def canonical(tree: PyTree) -> PyTree:

@@ -27,6 +27,8 @@ ROOMS = [
     "linen",
     "nnx",
     "checkpoint",
+    "packed",
+    "gptq",
     "quantized",
     "peft",
     "plot",
@@ -34,11 +36,11 @@ ROOMS = [
 ]
 # The one room that may import each outside package; jax, numpy and chex are everybody's.
 OUTSIDE = {
-    "flax": {"linen", "nnx", "demo"},
+    "flax": {"linen", "nnx", "packed", "gptq", "quantized", "demo"},
     "optax": {"transform", "demo"},
     "orbax": {"checkpoint"},
     "qwix": {"quantized"},
-    "safetensors": {"peft"},
+    "safetensors": {"peft", "gptq"},
     "matplotlib": {"plot"},
     "sklearn": {"demo"},
     "tqdm": {"demo"},
