@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -57,7 +57,7 @@ class AdaptedModule:
         params = meta.unbox(unfreeze(whole(variables)["params"]))
         flat = traverse_util.flatten_dict(params, sep="/")
         roots = targets.saved_roots(list(flat), self.config)
-        saved = {root: _get(params, root.split("/")) for root in roots}
+        saved = {root: tree.at(params, root.split("/")) for root in roots}
         kept = jax.tree.map(_trainable_copy, saved, is_leaf=tree.is_packed)
         return {**targets.init_all(key, chosen, self.config), **kept}
 
@@ -140,7 +140,7 @@ class AdaptedModule:
         for path, node in adapters.items():
             parts = path.split("/") if path else []
             *parents, last = [*parts, tree.HOLDER] if tree.is_adapter(node) else parts
-            parent = _get(params, parents)
+            parent = tree.at(params, parents)
             if not isinstance(parent, dict) or (last != tree.HOLDER and last not in parent):
                 raise ValueError(
                     f"adapters[{path!r}] belongs to no layer of {type(self.module).__name__}, "
@@ -278,7 +278,7 @@ def candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]:
 
 def _whole_shape(module, layer, params) -> tuple[int, ...]:
     """The shape of a layer's weight, with the axes that lifted transforms stacked in front."""
-    stacked = tuple(_get(params, (*module.path, layer.weight)).shape)
+    stacked = tuple(tree.at(params, (*module.path, layer.weight)).shape)
     own = _own_shape(module, layer)
     if stacked[len(stacked) - len(own) :] != own:
         raise ValueError(
@@ -418,13 +418,6 @@ def _holds_adapter(context: Any) -> bool:
         and module.scope is not None
         and module.has_variable("params", tree.HOLDER)
     )
-
-
-def _get(params: Any, path: Sequence[str]) -> Any:
-    """The node of nested dicts at ``path``; None where there is none."""
-    for name in path:
-        params = params.get(name) if isinstance(params, Mapping) else None
-    return params
 
 
 def _strip(params: Any) -> Any:

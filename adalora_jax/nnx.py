@@ -41,9 +41,14 @@ class Adaptation(nnx.Module):
         self.scale = scale
         self.dropout = dropout
 
+    @property
+    def adapter(self) -> Adapter:
+        """The three factors as they are now."""
+        return Adapter(self.p[...], self.lam[...], self.q[...])
+
     def add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
         """The layer's output with the adapter's term added."""
-        adapter = Adapter(self.p[...], self.lam[...], self.q[...])
+        adapter = self.adapter
         equation = next((v for v in call.values() if isinstance(v, str)), None)
         spec = layers.known(layer_of(layer, equation), layer)
         shape = getattr(layer, spec.weight).shape
@@ -220,8 +225,9 @@ def merge(model: nnx.Module) -> Any:
         weight = getattr(module, layer.weight)
         if id(weight) not in done:
             done.add(id(weight))
-            adapter = Adapter(*(getattr(adaptation, name)[...] for name in Adapter._fields))
-            delta = layers.weight_increment(layer, adapter, weight.shape, adaptation.scale)
+            delta = layers.weight_increment(
+                layer, adaptation.adapter, weight.shape, adaptation.scale
+            )
             weight[...] = layers.add_increment(weight[...], delta)
         del module.adalora
         module.__class__ = base_class(type(module))
@@ -296,8 +302,8 @@ def candidates(model: nnx.Module, *, of_adapted: bool = False) -> dict[str, targ
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"model is a {type(model).__name__}, not a flax.nnx module; adalora_jax.linen.adapt and "
-            "quantize_linen take linen modules."
+            f"model is a {type(model).__name__}, not a flax.nnx module; adalora_jax.linen.adapt "
+            "takes linen modules."
         )
     found: dict[str, targets.Candidate] = {}
     for path, module in modules(model):

@@ -20,7 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import core, nnx
+from flax import core, nnx, traverse_util
 from flax.core import meta, unfreeze
 
 from adalora_jax import linen, tree
@@ -185,9 +185,7 @@ class PackedModule(nn.Module):
     def apply(self, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """``nn.Module.apply`` of the model whose weights are packed."""
         with nn.intercept_methods(_unpacking):
-            result = nn.Module.apply(
-                self, linen.whole(variables), *args, mutable=mutable, **kwargs
-            )
+            result = nn.Module.apply(self, linen.whole(variables), *args, mutable=mutable, **kwargs)
         if mutable is False or "params" not in result[1]:
             return result
         output, mutated = result
@@ -242,26 +240,45 @@ def pack_linen(
     Raises:
       ValueError: a path is that of no parameter, or its shape is another.
     """
-    params = _copied(linen.whole(variables)["params"])
+    params = linen.whole(variables)["params"]
+    have = by_path(meta.unbox(params))
     for path, weight in weights.items():
-        *parents, name = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.get(parent, {}) if isinstance(node, Mapping) else {}
-        if name not in node or tuple(meta.unbox(node[name]).shape) != weight.shape:
-            have = tuple(meta.unbox(node[name]).shape) if name in node else "no such parameter"
-            raise ValueError(
-                f"weights[{path!r}] has shape {weight.shape}, but the model has {have} there."
-            )
-        node[name] = weight
+        _check_place(path, weight, have.get(path))
+    params = replaced(params, weights)
     if not isinstance(module, PackedModule):
         module = module.copy()
         object.__setattr__(module, "__class__", _packed_class(type(module)))
     return module, linen.apart({**linen.whole(variables), "params": params})
 
 
-def _copied(node: Any) -> Any:
-    return {n: _copied(v) for n, v in node.items()} if isinstance(node, Mapping) else node
+def by_path(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of nested dicts by path.
+
+    >>> by_path({"up": {"kernel": 1}})
+    {'up/kernel': 1}
+    """
+    return traverse_util.flatten_dict(unfreeze(dict(params)), sep="/")
+
+
+def replaced(params: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts with other leaves at some paths.
+
+    >>> replaced({"up": {"kernel": 1, "bias": 2}}, {"up/kernel": 3})
+    {'up': {'kernel': 3, 'bias': 2}}
+    """
+    flat = traverse_util.flatten_dict(unfreeze(dict(params)), keep_empty_nodes=True)
+    flat |= {tuple(path.split("/")): leaf for path, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(flat)
+
+
+def _check_place(path: str, weight: Packed, place: Any) -> None:
+    """Refuses a weight for a parameter of another shape, or for none."""
+    have = None if place is None else tuple(place.shape)
+    if have != weight.shape:
+        raise ValueError(
+            f"weights[{path!r}] has shape {weight.shape}, but the model has "
+            f"{'nothing' if have is None else have} there."
+        )
 
 
 # NNX ------------------------------------------------------------------------------------------
@@ -343,11 +360,7 @@ def pack_nnx(model: nnx.Module, weights: Mapping[str, Packed]) -> Any:
     for path, weight in weights.items():
         parent, _, name = path.rpartition("/")
         variable = getattr(modules.get(parent), name, None)
-        have = tuple(variable.shape) if isinstance(variable, nnx.Variable) else "no such variable"
-        if have != weight.shape:
-            raise ValueError(
-                f"weights[{path!r}] has shape {weight.shape}, but the model has {have} there."
-            )
+        _check_place(path, weight, variable)
         places[id(variable)] = PackedWeight(weight)
     for module in modules.values():
         for name, value in list(vars(module).items()):
@@ -366,3 +379,9 @@ def _packed_layer_class(cls: type) -> type:
     base = front.base_class(cls)
     packed = front.extended_class(base, mixin, "Packed")
     return packed if base is cls else front.adapted_class(packed)
+
+
+def unpack_layer(layer: nnx.Module, name: str, weight: jax.Array) -> None:
+    """Gives a packed layer without an adapter a float weight and its own class back, in place."""
+    setattr(layer, name, nnx.Param(weight))
+    layer.__class__ = next(c for c in type(layer).__mro__ if not issubclass(c, PackedLayer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,12 +14,29 @@ import qwix
 from flax import nnx
 from flax.core import meta
 
-from adalora_jax import linen, packed, targets
+from adalora_jax import compaction, linen, packed, targets
 from adalora_jax import nnx as front
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.layers import Layer
+from adalora_jax.gptq import load_gptq
+from adalora_jax.layers import Layer, known, weight_increment
 from adalora_jax.packed import Packed
+from adalora_jax.tree import adapters as found_adapters
+from adalora_jax.tree import at, is_packed
 
+__all__ = [
+    "MergeError",
+    "Merged",
+    "QwixWeight",
+    "Recipe",
+    "load_gptq",
+    "merge_linen",
+    "merge_nnx",
+    "quantize",
+    "quantize_linen",
+    "quantize_nnx",
+]
+
+_QTYPES = ("int8", "int4", "nf4")
 _KINDS = ("dense", "general", "einsum", "conv")
 
 
@@ -49,8 +66,8 @@ class Recipe:
     dtype: str | None = None  # cast to it: scales, and so the dequantised kernels, and what stays
 
     def __post_init__(self):
-        if self.qtype not in ("int8", "int4", "nf4"):
-            raise ValueError(f"qtype={self.qtype!r} must be 'int8', 'int4' or 'nf4'.")
+        if self.qtype not in _QTYPES:
+            raise ValueError(f"qtype={self.qtype!r} must be one of {_QTYPES}.")
         if self.block == 0:
             object.__setattr__(self, "block", None if self.qtype == "int8" else 64)
         if self.block is not None and self.block < 1:
@@ -151,8 +168,8 @@ def quantize(weight: jax.Array, recipe: str | Recipe, layer: Layer) -> QwixWeigh
     ins = [first + axis for axis in layer.ins]
     channelwise = [axis for axis in range(weight.ndim) if axis not in ins]
     tiled = {}
-    left = recipe.block
-    for axis in reversed(ins) if left is not None else ():
+    left = weight.size if recipe.block is None else recipe.block
+    for axis in reversed(ins):
         size = weight.shape[axis]
         tile = next(n for n in range(min(left, size), 0, -1) if size % n == 0)
         left = left // tile if tile == size else 1
@@ -206,16 +223,16 @@ def quantize_linen(
             "modules."
         )
     params = linen.whole(variables)["params"]
-    weights = {}
+    weights: dict[str, Packed] = {}
     for path, target in _targets(linen.candidates(module, variables, inputs, kwargs), recipe):
         place = f"{path}/{target.layer.weight}".lstrip("/")
-        weight = params
-        for name in place.split("/"):
-            weight = weight[name]
-        weights[place] = quantize(_floats(meta.unbox(weight), place), recipe, target.layer)
+        weight = meta.unbox(at(params, place.split("/")))
+        weights[place] = quantize(_floats(weight, place), recipe, target.layer)
     module, variables = packed.pack_linen(module, variables, weights)
     if recipe.dtype is not None:
-        variables["params"] = jax.tree.map(functools.partial(_cast, recipe.dtype), variables["params"])
+        variables["params"] = jax.tree.map(
+            functools.partial(_cast, recipe.dtype), variables["params"]
+        )
     return module, variables
 
 
@@ -249,13 +266,163 @@ def quantize_nnx(model: nnx.Module, recipe: str | Recipe, *inputs: Any, **kwargs
             f"model is a {type(model).__name__}, not a flax.nnx module; quantize_linen takes linen "
             "modules."
         )
-    weights = {}
+    weights: dict[str, Packed] = {}
     for path, target in _targets(front.candidates(model, of_adapted=True), recipe):
         place = f"{path}/{target.layer.weight}".lstrip("/")
         variable = getattr(dict(front.modules(model))[path], target.layer.weight)
         weights[place] = quantize(_floats(variable.get_raw_value(), place), recipe, target.layer)
     model = packed.pack_nnx(model, weights)
+    if recipe.dtype is not None:
+        is_base = lambda path, leaf: type(leaf) is nnx.Param
+        nnx.update(model, _cast(nnx.state(model, is_base), recipe.dtype))
     return model
+
+
+class MergeError(NamedTuple):
+    """What was lost when W + ΔW was put into a format."""
+
+    weight: float  # ‖W' − (W + ΔW)‖ / ‖W + ΔW‖
+    increment: float  # the same against ‖ΔW‖: at 1 the error is as large as what was learnt
+
+
+class Merged(NamedTuple):
+    """A model with the increments in its weights, and what that cost."""
+
+    result: Any  # variables for linen, a model for NNX
+    errors: dict[str, MergeError]  # by path, of the layers that were quantised
+
+
+def merge_linen(
+    adapted: linen.AdaptedModule,
+    variables: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    *inputs: Any,
+    to: Any = "requantize",
+    **kwargs: Any,
+) -> Merged:
+    """Merges adapters into a quantised base: in floats, or quantised again.
+
+    An integer cannot hold ``W + ΔW``, so something is lost, and the report says how much. One
+    weight at a time is dense. Layers that were not quantised merge as on a float base.
+
+    Args:
+      adapted: of the quantised module.
+      variables, adapters: as in ``adapted.apply``; not changed.
+      *inputs, **kwargs: what the model is called with.
+      to: a floating-point dtype: all quantised weights are dequantised to it, and the variables
+        are those of a float model. ``"requantize"``: each merged weight in the format it had.
+        A recipe or the name of one: each merged weight by that recipe.
+
+    Returns:
+      ``(result, errors)``: variables, and a :class:`MergeError` for each quantised layer that had
+      an adapter.
+
+    Raises:
+      ValueError: ``to`` is none of these, or asks for a GPTQ weight to be requantised.
+
+    >>> import adalora_jax, flax.linen as nn
+    >>> model, x = nn.Dense(4), jnp.ones((2, 64))
+    >>> quantised, variables = quantize_linen(model, model.init(jax.random.key(0), x), "int8", x)
+    >>> config = AdaLoraConfig(total_step=10, target_modules=".*", init_lora_weights=False)
+    >>> adapted = adalora_jax.linen.adapt(quantised, config)
+    >>> adapters = adapted.init(jax.random.key(1), variables, x)
+    >>> merged, errors = merge_linen(adapted, variables, adapters, x, to="float32")
+    >>> list(merged), errors[""].weight < 1e-6
+    (['params'], True)
+    >>> want = adapted.apply(variables, adapters, x)
+    >>> bool(jnp.allclose(model.apply(merged, x), want, atol=1e-3))
+    True
+    """
+    candidates = linen.candidates(adapted.module, variables, inputs, kwargs)
+    layers = {path: c.layer for path, c in candidates.items() if c.layer is not None}
+    whole = linen.whole(variables)
+    weights = {p: w for p, w in packed.by_path(whole["params"]).items() if is_packed(w)}
+    merged, errors = {}, {}
+    for path, adapter in found_adapters(dict(adapters)).items():
+        layer = layers.get(path)
+        place = f"{path}/{layer.weight}".lstrip("/") if layer else ""
+        if layer is not None and place in weights:
+            weight, scale = weights[place], adapted.config.scale_of(path)
+            delta = weight_increment(layer, adapter, weight.shape, scale)
+            merged[place], errors[path] = _put(weight, delta, layer, to)
+    if _dtype(to) is not None:
+        rest = {place: weight for place, weight in weights.items() if place not in merged}
+        merged |= {place: weight.dequantize(to) for place, weight in rest.items()}
+    rest = {path: node for path, node in adapters.items() if path not in errors}
+    params = packed.replaced(whole["params"], merged)
+    result = compaction.merge({**whole, "params": params}, rest, adapted.config, layers=layers)
+    return Merged(linen.apart(result), errors)
+
+
+def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
+    """:func:`merge_linen` for an adapted NNX model on a quantised base, which is left as it is.
+
+    >>> import adalora_jax
+    >>> base = quantize_nnx(nnx.Sequential(nnx.Linear(64, 4, rngs=nnx.Rngs(0))), "nf4")
+    >>> options = {"target_modules": "all-linear", "init_lora_weights": False}
+    >>> adapted = adalora_jax.nnx.adapt(base, AdaLoraConfig(total_step=10, **options))
+    >>> merged, errors = merge_nnx(adapted, to="requantize")
+    >>> type(merged.layers[0].kernel).__name__, 0 < errors["layers/0"].weight < 0.2
+    ('PackedWeight', True)
+    >>> merge_nnx(adapted, to="bfloat16").result.layers[0].kernel.dtype
+    dtype(bfloat16)
+    """
+    model = nnx.clone(model)
+    dtype = _dtype(to)
+    dense: dict[int, Any] = {}  # a tied weight has several layers
+    errors = {}
+    for path, module in front.modules(model):
+        if not isinstance(module, packed.PackedLayer):
+            continue
+        layer = known(front.layer_of(module), module)
+        variable = getattr(module, layer.weight)
+        weight = variable.get_raw_value()
+        adaptation = getattr(module, "adalora", None)
+        if adaptation is not None:
+            if is_packed(weight) and id(variable) not in dense:
+                delta = weight_increment(layer, adaptation.adapter, weight.shape, adaptation.scale)
+                dense[id(variable)], errors[path] = _put(weight, delta, layer, to)
+            del module.adalora
+            module.__class__ = front.base_class(type(module))
+        new = dense.get(id(variable), weight)
+        if is_packed(new) and dtype is not None:
+            new = dense[id(variable)] = new.dequantize(dtype)
+        if is_packed(new):
+            variable.set_value(new)
+        else:
+            packed.unpack_layer(module, layer.weight, new)
+    return Merged(front.merge(model), errors)
+
+
+def _put(weight: Packed, delta: jax.Array, layer: Layer, to: Any) -> tuple[Any, MergeError]:
+    """``W + ΔW`` in the format asked for, and the error of that."""
+    target = weight.dequantize(jnp.float32) + delta
+    if (dtype := _dtype(to)) is not None:
+        new = target.astype(dtype)
+    elif to == "requantize":
+        new = weight.requantize(target)
+    else:
+        new = quantize(target.astype(weight.dtype), to, layer)
+    back = new.dequantize(jnp.float32) if isinstance(new, Packed) else new.astype(jnp.float32)
+    error, whole, learnt = (
+        float(jnp.linalg.norm(a.ravel())) for a in (back - target, target, delta)
+    )
+    return new, MergeError(error / whole, error / learnt if learnt else float(error > 0))
+
+
+def _dtype(to: Any) -> Any:
+    """``to`` as a floating-point dtype; None for what says how to quantise."""
+    if to == "requantize" or isinstance(to, Recipe) or to in _QTYPES:
+        return None
+    try:
+        dtype = jnp.dtype(to)
+    except TypeError:
+        dtype = jnp.dtype(int)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"to={to!r} must be a floating-point dtype, 'requantize', a Recipe or one of {_QTYPES}."
+        )
+    return dtype
 
 
 def _recipe(recipe: str | Recipe) -> Recipe:
@@ -275,10 +442,14 @@ def _targets(candidates: Mapping[str, targets.Candidate], recipe: Recipe) -> Any
 
 
 def _floats(weight: Any, place: str) -> Any:
-    if not jnp.issubdtype(weight.dtype, jnp.floating) or packed.is_packed(weight):
+    if not jnp.issubdtype(weight.dtype, jnp.floating) or is_packed(weight):
         raise ValueError(f"{place!r} is quantised already: quantise the float model.")
     return weight
 
 
-def _cast(dtype: str, leaf: Any) -> Any:
-    return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+def _cast(tree: Any, dtype: str | None) -> Any:
+    """The floating-point leaves in another dtype."""
+    if dtype is None:
+        return tree
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if floating(leaf) else leaf, tree)

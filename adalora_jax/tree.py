@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -35,6 +35,17 @@ def is_packed(node: Any) -> bool:
     False
     """
     return hasattr(node, "dequantize")
+
+
+def at(nested: Any, path: Sequence[str]) -> Any:
+    """The node of nested dicts at ``path``; None where there is none.
+
+    >>> at({"up": {"kernel": 1}}, ["up", "kernel"]), at({"up": 1}, ["down"])
+    (1, None)
+    """
+    for name in path:
+        nested = nested.get(name) if isinstance(nested, Mapping) else None
+    return nested
 
 
 def canonical(tree: PyTree) -> PyTree:
