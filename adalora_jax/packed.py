@@ -13,7 +13,9 @@ filtered out.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -184,12 +186,43 @@ class PackedModule(nn.Module):
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """``nn.Module.apply`` of the model whose weights are packed."""
+        variables = linen.whole(variables)
+        box = lambda leaf: _Box(leaf) if is_packed(leaf) else leaf
+        params = jax.tree.map(box, variables["params"], is_leaf=is_packed)
         with nn.intercept_methods(_unpacking):
-            result = nn.Module.apply(self, linen.whole(variables), *args, mutable=mutable, **kwargs)
+            result = nn.Module.apply(
+                self, {**variables, "params": params}, *args, mutable=mutable, **kwargs
+            )
         if mutable is False or "params" not in result[1]:
             return result
         output, mutated = result
-        return output, linen.apart(mutated)
+        is_box = lambda leaf: isinstance(leaf, _Box)
+        unbox = lambda leaf: leaf.packed if is_box(leaf) else leaf
+        params = jax.tree.map(unbox, mutated["params"], is_leaf=is_box)
+        return output, linen.apart({**mutated, "params": params})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Box(meta.AxisMetadata):
+    """A packed weight among the parameters of a model that runs.
+
+    A layer that asks for its weight in ``setup`` gets the shape, for it is called with another.
+    """
+
+    packed: Any
+
+    def unbox(self) -> Any:
+        return jax.ShapeDtypeStruct(self.packed.shape, self.packed.dtype)
+
+    def replace_boxed(self, val: Any) -> Any:
+        return val
+
+    def add_axis(self, index: int, params: Any) -> _Box:
+        return self
+
+    def remove_axis(self, index: int, params: Any) -> _Box:
+        return self
 
 
 def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -197,13 +230,15 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     module = context.module
     if context.method_name not in linen.METHODS or module.scope is None:
         return call(*args, **kwargs)
-    collections = meta.unbox(unfreeze(dict(module.variables)))
+    collections = unfreeze(dict(module.variables))
     params = collections.get("params", {})
-    packed = {name: leaf for name, leaf in params.items() if is_packed(leaf)}
-    if not packed:
+    packed = {name: leaf.packed for name, leaf in params.items() if isinstance(leaf, _Box)}
+    method = _method(context) if packed else None
+    if method is None:
         return call(*args, **kwargs)
     # The adapter's term is added around this call, to what it gives.
     params = {n: leaf for n, leaf in params.items() if n not in (*packed, tree.HOLDER)}
+    collections = meta.unbox({**collections, "params": params})
     flat, treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(flat) if hasattr(leaf, "shape")}
     scope = module.scope
@@ -213,9 +248,22 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         variables = {**collections, "params": {**collections["params"], **dense}}
         inner = core.Scope(variables, rngs, scope.name, path=scope.path, flags=scope.flags)
         args, kwargs = treedef.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(flat)])
-        return getattr(module.clone(parent=inner), context.method_name)(*args, **kwargs)
+        return method(module.clone(parent=inner), *args, **kwargs)
 
-    return run(function, packed, ({**collections, "params": params}, scope.rngs, arrays))
+    return run(function, packed, (collections, scope.rngs, arrays))
+
+
+def _method(context: Any) -> Callable | None:
+    """The method that is being called; None for one that leaves the work to its superclass."""
+    function = context.orig_method.func
+    defining = [
+        vars(cls)[context.method_name]
+        for cls in type(context.module).__mro__
+        if context.method_name in vars(cls)
+    ]
+    at = [getattr(method, "__wrapped__", None) for method in defining].index(function)
+    uses_super = "__class__" in inspect.unwrap(function).__code__.co_freevars
+    return None if uses_super and at + 1 < len(defining) else defining[at]
 
 
 @functools.cache
