@@ -229,11 +229,7 @@ def quantize_linen(
         weight = meta.unbox(at(params, place.split("/")))
         weights[place] = quantize(_floats(weight, place), recipe, target.layer)
     module, variables = packed.pack_linen(module, variables, weights)
-    if recipe.dtype is not None:
-        variables["params"] = jax.tree.map(
-            functools.partial(_cast, recipe.dtype), variables["params"]
-        )
-    return module, variables
+    return module, {**variables, "params": _cast(variables["params"], recipe.dtype)}
 
 
 def quantize_nnx(model: nnx.Module, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> Any:

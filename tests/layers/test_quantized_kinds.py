@@ -105,7 +105,7 @@ def test_a_linen_layer(kind, qtype):
     close(found, expected, 1e-6)
     close(ours[1:], theirs[1:], 2e-6)
     have = {jax.tree_util.keystr(path): leaf for path, leaf in leaves(theirs[0])}
-    close({k: leaf for k, leaf in named(ours[0])}, {k: have[k] for k, _ in named(ours[0])}, 2e-6)
+    close(dict(named(ours[0])), {k: have[k] for k, _ in named(ours[0])}, 2e-6)
 
 
 def leaves(tree):
