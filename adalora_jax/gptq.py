@@ -82,15 +82,6 @@ class GptqWeight(Packed):
             "'int8'."
         )
 
-    def held_back(self, by: jax.Array) -> GptqWeight:
-        """See :class:`~adalora_jax.packed.Packed`."""
-        zero = jnp.zeros((), self.qweight.dtype)
-        return dataclasses.replace(
-            self,
-            qweight=jnp.where(by, zero, self.qweight),
-            qzeros=jnp.where(by, zero, self.qzeros),
-        )
-
     def as_shape(self, own: tuple[int, ...], dtype: Any) -> GptqWeight:
         """The same for a layer whose weight has these axes and this dtype."""
         return dataclasses.replace(self, own=tuple(own), scales=self.scales.astype(dtype))

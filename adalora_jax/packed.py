@@ -59,10 +59,6 @@ class Packed:
         """Another weight of the same shape in the same format."""
         raise NotImplementedError
 
-    def held_back(self, by: jax.Array) -> Packed:
-        """The same weight, which cannot be dequantised before the boolean ``by`` is known."""
-        raise NotImplementedError
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(function: Callable[[Any, Any], Any], packed: Any, operands: Any) -> Any:
@@ -77,7 +73,6 @@ def run(function: Callable[[Any, Any], Any], packed: Any, operands: Any) -> Any:
       operands: a tree of arrays; gradients reach these.
 
     >>> class Halves(Packed):
-    ...     def held_back(self, by): return self
     ...     def dequantize(self, dtype=None): return jnp.full((3, 2), 0.5)
     >>> jax.tree_util.register_static(Halves) and None
     >>> jax.grad(lambda x: run(lambda w, x: x @ w, Halves(), x).sum())(jnp.ones(3))
@@ -107,7 +102,8 @@ def _dense(packed: Any, after: Any) -> Any:
     as one, and keeps it in between; or it begins with dequantising all layers, to be quick.
     """
     by = _false(after)
-    return jax.tree.map(lambda weight: weight.held_back(by).dequantize(), packed, is_leaf=is_packed)
+    packed = jax.tree.map(lambda leaf: jnp.where(by, jnp.zeros((), leaf.dtype), leaf), packed)
+    return jax.tree.map(lambda weight: weight.dequantize(), packed, is_leaf=is_packed)
 
 
 def _false(after: Any) -> jax.Array:
@@ -117,7 +113,7 @@ def _false(after: Any) -> jax.Array:
     subexpressions and schedules on a CPU. Elsewhere it is the barrier, since to read an element of
     a sharded array is to wait for a message.
     """
-    arrays = [leaf for leaf in jax.tree.leaves(after) if _is_number(leaf)]
+    arrays = [leaf for leaf in jax.tree.leaves(after) if _is_float(leaf)]
     if not arrays:
         return jnp.zeros((), bool)
     array = arrays[-1]  # of a layer's operands the input, which comes after the parameters
@@ -133,8 +129,8 @@ def _false(after: Any) -> jax.Array:
     return jax.lax.platform_dependent(array, cpu=on_cpu, default=elsewhere)
 
 
-def _is_number(leaf: Any) -> bool:
-    return getattr(leaf, "size", 0) > 0 and leaf.dtype != jax.dtypes.float0
+def _is_float(leaf: Any) -> bool:
+    return getattr(leaf, "size", 0) > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def pack_nibbles(values: jax.Array, axis: int) -> jax.Array:

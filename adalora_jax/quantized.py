@@ -135,11 +135,6 @@ class QwixWeight(Packed):
         axes = () if self.axis is None else (self.axis,)
         return _quantize(weight.astype(self.dtype), self.qtype, channelwise, tiled, axes)
 
-    def held_back(self, by: jax.Array) -> QwixWeight:
-        """See :class:`~adalora_jax.packed.Packed`."""
-        zero = jnp.zeros((), self.qvalue.dtype)
-        return dataclasses.replace(self, qvalue=jnp.where(by, zero, self.qvalue))
-
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _quantize(weight, qtype, channelwise, tiled, axes):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax import packed, quantized
+from adalora_jax import gptq, packed, quantized
 
 
 class Deep(nn.Module):
@@ -56,12 +56,25 @@ def temporaries(step, *arguments):
 def linen_step_memory(scanned, recipe):
     floats = jax.eval_shape(Deep(scanned).init, jax.random.key(0), WIDE_X)
     model, variables = Deep(scanned), floats
-    if recipe is not None:
+    if recipe == "gptq":
+        flat = packed.by_path(floats["params"])
+        weights = {path: gptq_shapes(k.shape) for path, k in flat.items() if "kernel" in path}
+        model, variables = packed.pack_linen(model, floats, weights)
+    elif recipe is not None:
         model, variables = quantised_shapes(Deep(scanned), floats, recipe, WIDE_X)
     adapted = adalora.linen.adapt(model, CONFIG)
     adapters = jax.eval_shape(adapted.init, jax.random.key(0), variables, WIDE_X)
     grads = jax.grad(lambda a, v, x: jnp.sum(adapted.apply(v, a, x) ** 2), argnums=(0, 2))
     return temporaries(grads, adapters, variables, WIDE_X)
+
+
+def gptq_shapes(shape):
+    """A kernel of this shape in 4 bits with act-order, without its values."""
+    *stack, ins, outs = shape
+    array = lambda dtype, *own: jax.ShapeDtypeStruct((*stack, *own), dtype)
+    words = array(jnp.uint32, ins // 8, outs), array(jnp.uint32, ins // 128, outs // 8)
+    scales, groups = array(jnp.float32, ins // 128, outs), array(jnp.int32, ins)
+    return gptq.GptqWeight(*words, scales, groups, bits=4, own=(ins, outs))
 
 
 def quantised_shapes(module, variables, recipe, x):
@@ -75,7 +88,14 @@ def quantised_shapes(module, variables, recipe, x):
     return (*reversed((jax.eval_shape(quantise, variables), kept[0])),)
 
 
-CASES = [(False, "int8"), (False, "nf4"), (True, "int4"), (True, "nf4")]
+CASES = [
+    (False, "int8"),
+    (False, "nf4"),
+    (True, "int4"),
+    (True, "nf4"),
+    (False, "gptq"),
+    (True, "gptq"),
+]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in ((False, "int4"), (True, "int8"))]
 
 
