@@ -221,6 +221,12 @@ def _merged(variables, adapters, config, layers, safe, sign):
         if not tree.is_adapter(node):
             _node(params, parts[:-1])[parts[-1]] = node
             continue
+        if tree.PACKED in variables and tree.at(variables[tree.PACKED], parts):
+            raise ValueError(
+                f"the weight of {path!r} is quantised, and no increment can be added to integers "
+                "in place: adalora_jax.quantized.merge_linen dequantises or requantises it, and "
+                "says what error that makes."
+            )
         adapter = tree.adapters(node)[""]
         name, layer = _weight_of(holder, adapter, path, (layers or {}).get(path))
         (weight,), treedef = jax.tree.flatten(holder[name])

@@ -41,11 +41,16 @@ class Adaptation(nnx.Module):
         self.scale = scale
         self.dropout = dropout
 
+    @property
+    def adapter(self) -> Adapter:
+        """The three factors as they are now."""
+        return Adapter(self.p[...], self.lam[...], self.q[...])
+
     def add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
         """The layer's output with the adapter's term added."""
-        adapter = Adapter(self.p[...], self.lam[...], self.q[...])
+        adapter = self.adapter
         equation = next((v for v in call.values() if isinstance(v, str)), None)
-        spec = layers.known(_layer(layer, equation), layer)
+        spec = layers.known(layer_of(layer, equation), layer)
         shape = getattr(layer, spec.weight).shape
         layers.check_fit(spec, adapter, shape, type(layer).__name__)
         if self.dropout is not None and spec.kind != "embed":
@@ -97,17 +102,17 @@ def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | jax.Array |
     if not isinstance(rngs, nnx.Rngs):
         rngs = nnx.Rngs(rngs)
     adapted = nnx.clone(model)
-    modules: dict[str, Any] = dict(_modules(adapted))
+    by_path: dict[str, Any] = dict(modules(adapted))
     fresh = targets.init_all(rngs.params(), chosen, config)
     for path, target in chosen.items():
-        module = modules[path]
+        module = by_path[path]
         stack = target.layer.matrix(target.shape)[0][: len(target.shape) - _own_axes(target.layer)]
         dropout = _dropout(config, rngs, stack)
         module.adalora = Adaptation(fresh[path], config.scale_of(path), dropout)
-        module.__class__ = _adapted_class(type(module))
+        module.__class__ = adapted_class(type(module))
     for path, owner in tied.items():
-        modules[path].adalora = modules[owner].adalora
-        modules[path].__class__ = _adapted_class(type(modules[path]))
+        by_path[path].adalora = by_path[owner].adalora
+        by_path[path].__class__ = adapted_class(type(by_path[path]))
     _save(adapted, config)
     return adapted
 
@@ -188,7 +193,7 @@ def set_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> None:
             f"the new adapters do not fit the model at {', '.join(differing[:8])}: they need the "
             "model's paths and shapes."
         )
-    for path, module in _modules(model):
+    for path, module in modules(model):
         if isinstance(module, Adaptation):
             values = new[path.rpartition("/")[0] if "/" in path else ""]
             for name, value in zip(Adapter._fields, values):
@@ -223,15 +228,15 @@ def with_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> Any:
             f"adapted at {', '.join(sorted(have)[:8])}."
         )
     copy = nnx.clone(model)
-    modules = _modules(copy)
-    paths = {id(m): path.rpartition("/")[0] for path, m in modules if isinstance(m, Adaptation)}
-    for _, module in modules:
+    found = modules(copy)
+    paths = {id(m): path.rpartition("/")[0] for path, m in found if isinstance(m, Adaptation)}
+    for _, module in found:
         if not isinstance(module, _Adapted):
             continue
         path = paths[id(module.adalora)]
         if path not in new:
             del module.adalora
-            module.__class__ = _base_class(type(module))
+            module.__class__ = base_class(type(module))
             continue
         for name, value in zip(Adapter._fields, new[path]):
             setattr(module.adalora, name, AdapterParam(value))
@@ -274,18 +279,19 @@ def merge(model: nnx.Module) -> Any:
     """
     merged = nnx.clone(model)
     done: set[int] = set()  # a tied weight has several layers
-    for _, module in _modules(merged):
+    for _, module in modules(merged):
         if not isinstance(module, _Adapted):
             continue
-        adaptation, layer = module.adalora, layers.known(_layer(module), module)
+        adaptation, layer = module.adalora, layers.known(layer_of(module), module)
         weight = getattr(module, layer.weight)
         if id(weight) not in done:
             done.add(id(weight))
-            adapter = Adapter(*(getattr(adaptation, name)[...] for name in Adapter._fields))
-            delta = layers.weight_increment(layer, adapter, weight.shape, adaptation.scale)
+            delta = layers.weight_increment(
+                layer, adaptation.adapter, weight.shape, adaptation.scale
+            )
             weight[...] = layers.add_increment(weight[...], delta)
         del module.adalora
-        module.__class__ = _base_class(type(module))
+        module.__class__ = base_class(type(module))
     return merged
 
 
@@ -318,47 +324,69 @@ _FLAX_LAYERS = (
 )
 
 
-@functools.cache
-def _adapted_class(cls: type) -> type:
-    """A subclass of ``cls`` whose adapter's term is added right to the Flax layer's output.
+def adapted_class(cls: type) -> type:
+    """A subclass of ``cls`` whose adapter's term is added right to the Flax layer's output."""
+    return extended_class(cls, _AdaptedEmbed if issubclass(cls, nnx.Embed) else _Adapted, "AdaLora")
 
-    With it in front of the Flax class in the method order, a subclass that does something to the
-    layer's output does it to the adapted output. One class for each, so that graph definitions of
-    two adapted models are equal.
+
+@functools.cache
+def extended_class(cls: type, mixin: type, prefix: str) -> type:
+    """A subclass of ``cls`` in which ``mixin`` stands right before the Flax layer's own class.
+
+    In front of the Flax class in the method order, so that a subclass that does something to the
+    layer's output does it to the extended one. One class for each, so that graph definitions of
+    two models are equal.
+
+    >>> [c.__name__ for c in extended_class(nnx.Linear, _Adapted, "AdaLora").__mro__[:3]]
+    ['AdaLoraLinear', '_Adapted', 'Linear']
     """
-    base = next((layer for layer in _FLAX_LAYERS if issubclass(cls, layer)), cls)
-    mixin = _AdaptedEmbed if issubclass(cls, nnx.Embed) else _Adapted
-    inner = type(f"AdaLora{base.__name__}", (mixin, base), {"__module__": __name__})
+    # A layer that runs on a packed weight counts as the Flax layer that it is.
+    is_layer = lambda base: base in _FLAX_LAYERS or vars(base).get("stands_for_its_layer", False)
+    base = next((base for base in cls.__mro__ if is_layer(base)), cls)
+    inner = type(f"{prefix}{base.__name__}", (mixin, base), {"__module__": __name__})
     if base is cls:
         return inner
-    return type(f"AdaLora{cls.__name__}", (cls, inner), {"__module__": __name__})
+    return type(f"{prefix}{cls.__name__}", (cls, inner), {"__module__": __name__})
 
 
-def _base_class(cls: type) -> type:
-    """The class that :func:`_adapted_class` made ``cls`` from."""
+def base_class(cls: type) -> type:
+    """The class that an adapted layer's class was made from."""
     return next(base for base in cls.__mro__ if not issubclass(base, _Adapted))
 
 
-def _candidates(model: Any, config: AdaLoraConfig) -> dict[str, targets.Candidate]:
+def candidates(model: nnx.Module, *, of_adapted: bool = False) -> dict[str, targets.Candidate]:
+    """All modules of the model by path, as selection sees them.
+
+    Raises:
+      TypeError: ``model`` is no NNX module.
+      ValueError: the model has adapters, and is not meant to.
+    """
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"model is a {type(model).__name__}, not a flax.nnx module; adalora_jax.linen.adapt "
             "takes linen modules."
         )
-    if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
-    candidates: dict[str, targets.Candidate] = {}
-    for path, module in _modules(model):
-        if isinstance(module, Adaptation):
+    found: dict[str, targets.Candidate] = {}
+    for path, module in modules(model):
+        if isinstance(module, Adaptation) and not of_adapted:
             raise ValueError(
                 f"the model is adapted already, at {path!r}: adapt the base model, or set its "
                 "adapters with set_adapters."
             )
-        layer = _layer(module)
+        if tree.HOLDER in path.split("/"):
+            continue
+        layer = layer_of(module)
         shape = tuple(getattr(module, layer.weight).shape) if layer else ()
         if layer is None or len(shape) >= _own_axes(layer):
-            candidates[path] = targets.Candidate(module, layer, shape)
-    return candidates
+            found[path] = targets.Candidate(module, layer, shape)
+    return found
+
+
+def _candidates(model: Any, config: AdaLoraConfig) -> dict[str, targets.Candidate]:
+    found = candidates(model)
+    if not isinstance(config, AdaLoraConfig):
+        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
+    return found
 
 
 def _chosen(
@@ -389,7 +417,7 @@ def _chosen(
     return {path: target for path, target in chosen.items() if path not in tied}, tied
 
 
-def _modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
+def modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
     """Every module of the model once, with its path, in the order of the graph."""
     return [
         ("/".join(map(str, path)), node)
@@ -398,9 +426,16 @@ def _modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
     ]
 
 
-def _layer(module: nnx.Module, equation: str | None = None) -> layers.Layer | None:
-    params = {n: v.ndim for n, v in vars(module).items() if isinstance(v, nnx.Param)}
+def layer_of(module: nnx.Module, equation: str | None = None) -> layers.Layer | None:
+    """How a module's weight reads as matrices; None for one that cannot be adapted."""
+    params = {n: v.ndim for n, v in vars(module).items() if _is_weight(v)}
     return layers.layer_of(module, params, equation)
+
+
+def _is_weight(value: Any) -> bool:
+    """A parameter, or a variable that holds a weight in packed integers."""
+    packed = isinstance(value, nnx.Variable) and tree.is_packed(value.get_raw_value())
+    return packed or isinstance(value, nnx.Param)
 
 
 def _own_axes(layer: layers.Layer) -> int:
@@ -424,15 +459,15 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     nodes = {
         "/".join(map(str, path)): variable
         for path, variable in nnx.iter_graph(model)
-        if isinstance(variable, nnx.Param) and not isinstance(variable, AdapterParam)
+        if _is_weight(variable) and not isinstance(variable, AdapterParam)
     }
     targets.saved_roots(list(nodes), config)
-    modules = dict(_modules(model))
+    by_path = dict(modules(model))
     for path, variable in nodes.items():
         if targets.saved(path, config):
             parent, _, name = path.rpartition("/")
             copied = SavedParam(jax.numpy.copy(variable[...]), **variable.get_metadata())
-            setattr(modules[parent], name, copied)
+            setattr(by_path[parent], name, copied)
 
 
 def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:

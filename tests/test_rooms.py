@@ -29,8 +29,10 @@ ROOMS = [
     "linen",
     "nnx",
     "checkpoint",
-    "quantized",
     "tensorfile",
+    "packed",
+    "gptq",
+    "quantized",
     "peft",
     "plot",
     "demo",
@@ -38,11 +40,11 @@ ROOMS = [
 ]
 # The one room that may import each outside package; jax, numpy and chex are everybody's.
 OUTSIDE = {
-    "flax": {"linen", "nnx", "demo"},
+    "flax": {"linen", "nnx", "packed", "gptq", "quantized", "demo"},
     "optax": {"transform", "demo"},
     "orbax": {"checkpoint"},
     "qwix": {"quantized"},
-    "safetensors": set(),  # files from strangers are read in tensorfile, by hand
+    "safetensors": {"gptq"},
     "matplotlib": {"plot"},
     "sklearn": {"demo"},
     "tqdm": {"demo", "__main__"},
