@@ -32,8 +32,7 @@ from flax import nnx
 from flax.core import meta
 from safetensors import safe_open
 
-from adalora_jax import linen, packed
-from adalora_jax import nnx as front
+from adalora_jax import linen, nnx_layers, packed
 from adalora_jax.packed import Packed
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -273,7 +272,7 @@ def load_gptq(
         biases |= {} if bias is None else {place("bias"): bias}
     if isinstance(model, nnx.Module):
         model = packed.pack_nnx(model, kernels)
-        modules = dict(front.modules(model))
+        modules = dict(nnx_layers.modules(model))
         for path, bias in biases.items():
             parent, _, name = path.rpartition("/")
             getattr(modules[parent], name).set_value(bias)

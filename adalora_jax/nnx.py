@@ -7,7 +7,6 @@ variables and ``isinstance`` stay what they were.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,50 +16,18 @@ from flax import nnx
 from adalora_jax import compaction, layers, targets, tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
-
-
-class AdapterParam(nnx.LoRAParam):
-    """p, lam or q of an adapter."""
-
-
-class SavedParam(nnx.LoRAParam):
-    """A base parameter named by ``modules_to_save``, which trains along with the adapters."""
-
-
-class Adaptation(nnx.Module):
-    """The adapter of one layer, as a child module of that layer.
-
-    Attributes:
-      p, lam, q: the factors, see :class:`adalora_jax.Adapter`.
-      scale: s of the increment.
-      dropout: of the layer's input on its way into the adapter, or None.
-    """
-
-    def __init__(self, adapter: Adapter, scale: float, dropout: nnx.Dropout | None):
-        self.p, self.lam, self.q = (AdapterParam(leaf) for leaf in adapter)
-        self.scale = scale
-        self.dropout = dropout
-
-    @property
-    def adapter(self) -> Adapter:
-        """The three factors as they are now."""
-        return Adapter(self.p[...], self.lam[...], self.q[...])
-
-    def add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
-        """The layer's output with the adapter's term added."""
-        adapter = self.adapter
-        equation = next((v for v in call.values() if isinstance(v, str)), None)
-        spec = layers.known(layer_of(layer, equation), layer)
-        shape = getattr(layer, spec.weight).shape
-        layers.check_fit(spec, adapter, shape, type(layer).__name__)
-        if self.dropout is not None and spec.kind != "embed":
-            x = self.dropout(x)
-        return output + layers.term(
-            *(spec, layer, adapter, x, shape, self.scale, output.dtype),
-            equation=equation,
-            attend=call.get("attend", False),
-            convolve=_convolve,
-        )
+from adalora_jax.nnx_layers import (
+    Adaptation,
+    Adapted,
+    AdapterParam,
+    SavedParam,
+    adapted_class,
+    base_class,
+    is_weight,
+    layer_of,
+    modules,
+    own_axes,
+)
 
 
 def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | jax.Array | int = 0) -> Any:
@@ -106,7 +73,7 @@ def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | jax.Array |
     fresh = targets.init_all(rngs.params(), chosen, config)
     for path, target in chosen.items():
         module = by_path[path]
-        stack = target.layer.matrix(target.shape)[0][: len(target.shape) - _own_axes(target.layer)]
+        stack = target.layer.matrix(target.shape)[0][: len(target.shape) - own_axes(target.layer)]
         dropout = _dropout(config, rngs, stack)
         module.adalora = Adaptation(fresh[path], config.scale_of(path), dropout)
         module.__class__ = adapted_class(type(module))
@@ -231,7 +198,7 @@ def with_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> Any:
     found = modules(copy)
     paths = {id(m): path.rpartition("/")[0] for path, m in found if isinstance(m, Adaptation)}
     for _, module in found:
-        if not isinstance(module, _Adapted):
+        if not isinstance(module, Adapted):
             continue
         path = paths[id(module.adalora)]
         if path not in new:
@@ -261,13 +228,18 @@ def compact(model: Any, optimizer: nnx.Optimizer, config: AdaLoraConfig) -> tupl
     return small, again
 
 
-def merge(model: nnx.Module) -> Any:
+def merge(model: nnx.Module, *, safe: bool = False) -> Any:
     """A copy of an adapted model with every increment added to its weight, and no adapters.
 
-    Sums are made in at least float32 and rounded once, to the weight's dtype.
+    Sums are made in at least float32 and rounded once, to the weight's dtype; see
+    :func:`adalora_jax.merge` for what that costs in bfloat16.
 
     Args:
-      model: as :func:`adapt` made it.
+      model: as :func:`adapt` made it; not changed, so it is the copy to go back to.
+      safe: refuse a result that is not finite.
+
+    Raises:
+      ValueError: a weight is quantised, or with ``safe`` a result is not finite.
 
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
@@ -278,80 +250,55 @@ def merge(model: nnx.Module) -> Any:
     <class 'flax.nnx.nn.linear.Linear'>
     """
     merged = nnx.clone(model)
-    done: set[int] = set()  # a tied weight has several layers
+    _add_increments(merged, model, 1, safe)
     for _, module in modules(merged):
-        if not isinstance(module, _Adapted):
-            continue
-        adaptation, layer = module.adalora, layers.known(layer_of(module), module)
-        weight = getattr(module, layer.weight)
-        if id(weight) not in done:
-            done.add(id(weight))
-            delta = layers.weight_increment(
-                layer, adaptation.adapter, weight.shape, adaptation.scale
-            )
-            weight[...] = layers.add_increment(weight[...], delta)
-        del module.adalora
-        module.__class__ = base_class(type(module))
+        if isinstance(module, Adapted):
+            del module.adalora
+            module.__class__ = base_class(type(module))
     return merged
 
 
-class _Adapted(nnx.Module):
-    """Adds the adapter's term to what the layer computes."""
+def unmerge(model: nnx.Module, adapted: nnx.Module, *, safe: bool = False) -> Any:
+    """A copy of a merged model with the increments of ``adapted`` taken off its weights again.
 
-    adalora: Adaptation
+    The weights come back to within one rounding of their dtype.
 
-    def __call__(self, inputs, *args, **kwargs):
-        output = super().__call__(inputs, *args, **kwargs)
-        named = dict(enumerate(args)) | kwargs
-        return self.adalora.add(self, output, inputs, **{str(k): v for k, v in named.items()})
+    Args:
+      model: as :func:`merge` gave it.
+      adapted: the model that was merged.
+      safe: refuse a result that is not finite.
 
-
-class _AdaptedEmbed(_Adapted):
-    """An embedding, which is also used the other way round."""
-
-    def attend(self, query, *args, **kwargs):
-        output = super().attend(query, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return self.adalora.add(self, output, query, attend=True)
-
-
-_FLAX_LAYERS = (
-    nnx.Linear,
-    nnx.LinearGeneral,
-    nnx.Einsum,
-    nnx.Embed,
-    nnx.Conv,
-    nnx.ConvTranspose,
-)
-
-
-def adapted_class(cls: type) -> type:
-    """A subclass of ``cls`` whose adapter's term is added right to the Flax layer's output."""
-    return extended_class(cls, _AdaptedEmbed if issubclass(cls, nnx.Embed) else _Adapted, "AdaLora")
-
-
-@functools.cache
-def extended_class(cls: type, mixin: type, prefix: str) -> type:
-    """A subclass of ``cls`` in which ``mixin`` stands right before the Flax layer's own class.
-
-    In front of the Flax class in the method order, so that a subclass that does something to the
-    layer's output does it to the extended one. One class for each, so that graph definitions of
-    two models are equal.
-
-    >>> [c.__name__ for c in extended_class(nnx.Linear, _Adapted, "AdaLora").__mro__[:3]]
-    ['AdaLoraLinear', '_Adapted', 'Linear']
+    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
+    >>> adapted = adapt(base, config)
+    >>> back = unmerge(merge(adapted), adapted)
+    >>> difference = back.layers[0].kernel[...] - base.layers[0].kernel[...]
+    >>> bool(abs(difference).max() < 1e-6)
+    True
     """
-    # A layer that runs on a packed weight counts as the Flax layer that it is.
-    is_layer = lambda base: base in _FLAX_LAYERS or vars(base).get("stands_for_its_layer", False)
-    base = next((base for base in cls.__mro__ if is_layer(base)), cls)
-    inner = type(f"{prefix}{base.__name__}", (mixin, base), {"__module__": __name__})
-    if base is cls:
-        return inner
-    return type(f"{prefix}{cls.__name__}", (cls, inner), {"__module__": __name__})
+    back = nnx.clone(model)
+    _add_increments(back, adapted, -1, safe)
+    return back
 
 
-def base_class(cls: type) -> type:
-    """The class that an adapted layer's class was made from."""
-    return next(base for base in cls.__mro__ if not issubclass(base, _Adapted))
+def _add_increments(model: nnx.Module, adapted: nnx.Module, sign: int, safe: bool) -> None:
+    """Adds the increments of ``adapted`` to the weights of ``model``, in place."""
+    own = dict(modules(model))
+    done: set[int] = set()  # a tied weight has several layers
+    for path, module in modules(adapted):
+        if not isinstance(module, Adapted):
+            continue
+        adaptation, layer = module.adalora, layers.known(layer_of(module), module)
+        weight = getattr(own.get(path), layer.weight, None)
+        if weight is None:
+            raise ValueError(f"model has no layer {path!r}: it is another one than was adapted.")
+        if id(weight) in done:
+            continue
+        done.add(id(weight))
+        scale = sign * adaptation.scale
+        delta = layers.weight_increment(layer, adaptation.adapter, weight.shape, scale)
+        new = layers.add_increment(weight[...], delta)
+        weight[...] = layers.finite(new, path) if safe else new
 
 
 def candidates(model: nnx.Module, *, of_adapted: bool = False) -> dict[str, targets.Candidate]:
@@ -377,7 +324,7 @@ def candidates(model: nnx.Module, *, of_adapted: bool = False) -> dict[str, targ
             continue
         layer = layer_of(module)
         shape = tuple(getattr(module, layer.weight).shape) if layer else ()
-        if layer is None or len(shape) >= _own_axes(layer):
+        if layer is None or len(shape) >= own_axes(layer):
             found[path] = targets.Candidate(module, layer, shape)
     return found
 
@@ -417,31 +364,6 @@ def _chosen(
     return {path: target for path, target in chosen.items() if path not in tied}, tied
 
 
-def modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
-    """Every module of the model once, with its path, in the order of the graph."""
-    return [
-        ("/".join(map(str, path)), node)
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Module)
-    ]
-
-
-def layer_of(module: nnx.Module, equation: str | None = None) -> layers.Layer | None:
-    """How a module's weight reads as matrices; None for one that cannot be adapted."""
-    params = {n: v.ndim for n, v in vars(module).items() if _is_weight(v)}
-    return layers.layer_of(module, params, equation)
-
-
-def _is_weight(value: Any) -> bool:
-    """A parameter, or a variable that holds a weight in packed integers."""
-    packed = isinstance(value, nnx.Variable) and tree.is_packed(value.get_raw_value())
-    return packed or isinstance(value, nnx.Param)
-
-
-def _own_axes(layer: layers.Layer) -> int:
-    return len(layer.stack) + len(layer.ins) + len(layer.outs)
-
-
 def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> nnx.Dropout | None:
     """The adapter's dropout, with a key for each of the stacked layers."""
     if not config.lora_dropout:
@@ -459,7 +381,7 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     nodes = {
         "/".join(map(str, path)): variable
         for path, variable in nnx.iter_graph(model)
-        if _is_weight(variable) and not isinstance(variable, AdapterParam)
+        if is_weight(variable) and not isinstance(variable, AdapterParam)
     }
     targets.saved_roots(list(nodes), config)
     by_path = dict(modules(model))
@@ -468,22 +390,3 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
             parent, _, name = path.rpartition("/")
             copied = SavedParam(jax.numpy.copy(variable[...]), **variable.get_metadata())
             setattr(by_path[parent], name, copied)
-
-
-def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
-    """The convolution of ``module`` with another kernel and without bias."""
-    names = ("strides", "padding", "kernel_dilation", "dtype", "param_dtype", "precision")
-    names += ("promote_dtype", "preferred_element_type")
-    if isinstance(module, nnx.ConvTranspose):
-        kind, names = nnx.ConvTranspose, (*names, "transpose_kernel")
-    else:
-        kind = nnx.Conv
-        names = (*names, "input_dilation", "feature_group_count", "conv_general_dilated")
-    same = kind(
-        *(module.in_features, features, module.kernel_size),
-        **{name: getattr(module, name) for name in names},
-        use_bias=False,
-        kernel_init=lambda key, shape, dtype: kernel,
-        rngs=nnx.Rngs(0),
-    )
-    return same(x)

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from flax import core, nnx, traverse_util
 from flax.core import meta, unfreeze
 
-from adalora_jax import linen, tree
-from adalora_jax import nnx as front
+from adalora_jax import linen, nnx_layers, tree
 from adalora_jax.tree import is_packed
 
 
@@ -399,7 +398,7 @@ def pack_nnx(model: nnx.Module, weights: Mapping[str, Packed]) -> Any:
       ValueError: a path is that of no variable, or its shape is another.
     """
     model = nnx.clone(model)
-    modules = dict(front.modules(model))
+    modules = dict(nnx_layers.modules(model))
     places: dict[int, PackedWeight] = {}  # of weights that several layers share
     for path, weight in weights.items():
         parent, _, name = path.rpartition("/")
@@ -420,9 +419,9 @@ def _packed_layer_class(cls: type) -> type:
     if issubclass(cls, PackedLayer):
         return cls
     mixin = _PackedEmbed if issubclass(cls, nnx.Embed) else PackedLayer
-    base = front.base_class(cls)
-    packed = front.extended_class(base, mixin, "Packed")
-    return packed if base is cls else front.adapted_class(packed)
+    base = nnx_layers.base_class(cls)
+    packed = nnx_layers.extended_class(base, mixin, "Packed")
+    return packed if base is cls else nnx_layers.adapted_class(packed)
 
 
 def unpack_layer(layer: nnx.Module, name: str, weight: jax.Array) -> None:

@@ -14,7 +14,7 @@ import qwix
 from flax import nnx
 from flax.core import meta
 
-from adalora_jax import compaction, linen, packed, targets
+from adalora_jax import compaction, linen, nnx_layers, packed, targets
 from adalora_jax import nnx as front
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.gptq import load_gptq
@@ -260,7 +260,7 @@ def quantize_nnx(model: nnx.Module, recipe: str | Recipe, *inputs: Any, **kwargs
     weights: dict[str, Packed] = {}
     for path, target in _targets(front.candidates(model, of_adapted=True), recipe):
         place = f"{path}/{target.layer.weight}".lstrip("/")
-        variable = getattr(dict(front.modules(model))[path], target.layer.weight)
+        variable = getattr(dict(nnx_layers.modules(model))[path], target.layer.weight)
         weights[place] = quantize(_floats(variable.get_raw_value(), place), recipe, target.layer)
     model = packed.pack_nnx(model, weights)
     if recipe.dtype is not None:
@@ -362,10 +362,10 @@ def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
     dtype = _dtype(to)
     dense: dict[int, Any] = {}  # a tied weight has several layers
     errors = {}
-    for path, module in front.modules(model):
+    for path, module in nnx_layers.modules(model):
         if not isinstance(module, packed.PackedLayer):
             continue
-        layer = known(front.layer_of(module), module)
+        layer = known(nnx_layers.layer_of(module), module)
         variable = getattr(module, layer.weight)
         weight = variable.get_raw_value()
         adaptation = getattr(module, "adalora", None)
@@ -374,7 +374,7 @@ def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
                 delta = weight_increment(layer, adaptation.adapter, weight.shape, adaptation.scale)
                 dense[id(variable)], errors[path] = _put(weight, delta, layer, to)
             del module.adalora
-            module.__class__ = front.base_class(type(module))
+            module.__class__ = nnx_layers.base_class(type(module))
         new = dense.get(id(variable), weight)
         if is_packed(new) and dtype is not None:
             new = dense[id(variable)] = new.dequantize(dtype)

@@ -27,6 +27,7 @@ ROOMS = [
     "bank",
     "targets",
     "linen",
+    "nnx_layers",
     "nnx",
     "checkpoint",
     "tensorfile",
@@ -40,7 +41,7 @@ ROOMS = [
 ]
 # The one room that may import each outside package; jax, numpy and chex are everybody's.
 OUTSIDE = {
-    "flax": {"linen", "nnx", "packed", "gptq", "quantized", "demo"},
+    "flax": {"linen", "nnx_layers", "nnx", "packed", "gptq", "quantized", "demo"},
     "optax": {"transform", "demo"},
     "orbax": {"checkpoint"},
     "qwix": {"quantized"},
