@@ -2,7 +2,7 @@
 
     python benchmarks/quantized.py
 
-writes ``quantized.json`` and ``quantized.md`` beside this file, in about two minutes on two cores.
+writes ``quantized.json`` and ``quantized.md`` beside this file, in about two minutes on two idle cores.
 Needs ``pip install ".[quant]"``.
 
 The 7B model is only ever shapes: its training step is compiled, not run. The small one runs, with
