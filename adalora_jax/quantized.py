@@ -60,7 +60,7 @@ class Recipe:
     """
 
     qtype: str  # "int8", "int4" or "nf4"
-    block: int | None = 0  # inputs that share a scale; None: all of an output channel
+    block: int | str | None = "default"  # inputs that share a scale; None: all of a channel's
     target_modules: Any = None  # as in AdaLoraConfig; None: all layers but embeddings
     exclude_modules: Any = None  # as in AdaLoraConfig: layers that stay as they are
     dtype: str | None = None  # cast to it: scales, and so the dequantised kernels, and what stays
@@ -68,10 +68,10 @@ class Recipe:
     def __post_init__(self):
         if self.qtype not in _QTYPES:
             raise ValueError(f"qtype={self.qtype!r} must be one of {_QTYPES}.")
-        if self.block == 0:
+        if self.block == "default":
             object.__setattr__(self, "block", None if self.qtype == "int8" else 64)
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"block={self.block} must be at least 1, or None for whole channels.")
+        if self.block is not None and not (isinstance(self.block, int) and self.block > 0):
+            raise ValueError(f"block={self.block!r} must be a positive integer, or None.")
         if self.dtype is not None and not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
             raise ValueError(f"dtype={self.dtype!r} must be a floating-point dtype, or None.")
 
@@ -163,7 +163,7 @@ def quantize(weight: jax.Array, recipe: str | Recipe, layer: Layer) -> QwixWeigh
     ins = [first + axis for axis in layer.ins]
     channelwise = [axis for axis in range(weight.ndim) if axis not in ins]
     tiled = {}
-    left = weight.size if recipe.block is None else recipe.block
+    left = recipe.block if isinstance(recipe.block, int) else weight.size
     for axis in reversed(ins):
         size = weight.shape[axis]
         tile = next(n for n in range(min(left, size), 0, -1) if size % n == 0)

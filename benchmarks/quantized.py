@@ -2,8 +2,8 @@
 
     python benchmarks/quantized.py
 
-writes ``quantized.json`` and ``quantized.md`` beside this file, in about two minutes on two cores.
-Needs ``pip install ".[quant]"``.
+writes ``quantized.json`` and ``quantized.md`` beside this file, in about two minutes on two idle
+cores. Needs ``pip install ".[quant]"``.
 
 The 7B model is only ever shapes: its training step is compiled, not run. The small one runs, with
 the steps of all bases interleaved.

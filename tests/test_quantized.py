@@ -140,7 +140,7 @@ def both_ways(module, variables, qtype, *inputs):
     return (theirs, {"params": params}), (module, variables)
 
 
-@pytest.mark.parametrize("qtype", RECIPES)
+@pytest.mark.parametrize("qtype", ONE_SHORT)
 def test_the_integers_and_scales_are_those_of_qwixs_own_quantised_model(qtype):
     image = jnp.ones((2, 8, 8, 4))
     variables = Kinds().init(jax.random.key(0), X, image)
@@ -157,7 +157,8 @@ def test_the_integers_and_scales_are_those_of_qwixs_own_quantised_model(qtype):
         np.testing.assert_allclose(weight.dequantize(), qwix.dequantize(want), rtol=1e-6)
 
 
-@pytest.mark.parametrize("qtype", ONE_SHORT)
+@pytest.mark.slow
+@pytest.mark.parametrize("qtype", RECIPES)
 def test_outputs_are_those_of_qwixs_own_model(qtype):
     """Qwix multiplies before it scales where it can, so these differ by rounding."""
     (theirs, params), (ours, variables) = both_ways(Model(), linen()[2], qtype, X)
@@ -270,7 +271,7 @@ def test_params_and_adapters_together_are_differentiated_without_a_filter_in_lin
     adapters = adapted.init(jax.random.key(2), variables, X)
     adapters = {path: a._replace(lam=jnp.ones_like(a.lam)) for path, a in adapters.items()}
     apply = lambda params, adapters: adapted.apply({**variables, "params": params}, adapters, X)
-    grads = jax.grad(lambda tree: task(apply(*tree)))((variables["params"], adapters))
+    grads = jax.jit(jax.grad(lambda tree: task(apply(*tree))))((variables["params"], adapters))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads[1]))
     assert np.any(grads[0]["layers_0"]["up"]["bias"])
     assert np.any(grads[0]["layers_0"]["n"]["scale"])
@@ -280,16 +281,16 @@ def test_params_and_adapters_together_are_differentiated_without_a_filter_in_lin
     )
     for leaf in jax.tree.leaves(whole["quantized"]):
         assert leaf.dtype == jax.dtypes.float0 or not np.any(leaf)
-    chex.assert_trees_all_close(whole["params"], grads[0], rtol=1e-5)
+    chex.assert_trees_all_close(whole["params"], grads[0], rtol=1e-4, atol=1e-6)
 
 
 def test_all_params_are_differentiated_without_a_filter_in_nnx():
     quantised = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int4", X)
     adapted = adalora.nnx.adapt(quantised, config(init_lora_weights=False))
-    grads = nnx.as_pure(nnx.grad(lambda model: task(model(X)))(adapted))
+    grads = nnx.as_pure(nnx.jit(nnx.grad(lambda model: task(model(X))))(adapted))
     graph, params, rest = nnx.split(adapted, nnx.Param, ...)
-    same = jax.grad(lambda params: task(nnx.merge(graph, params, rest)(X)))(params)
-    chex.assert_trees_all_close(grads, nnx.as_pure(same), rtol=1e-5)
+    same = jax.jit(jax.grad(lambda params: task(nnx.merge(graph, params, rest)(X))))(params)
+    chex.assert_trees_all_close(grads, nnx.as_pure(same), rtol=1e-4, atol=1e-6)
     assert set(grads["layers"][0]["up"]) == {"adalora", "bias"}
     assert np.any(grads["layers"][0]["up"]["adalora"]["q"])
     assert np.any(grads["layers"][0]["up"]["bias"])
@@ -327,7 +328,6 @@ def test_jit_and_vmap_are_as_eager():
     model, variables, _ = linen()
     apply = lambda x: model.apply(variables, x[None])[0]
     want = model.apply(variables, X)
-    np.testing.assert_allclose(jax.vmap(apply)(X), want, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(jax.jit(jax.vmap(apply))(X), want, rtol=1e-4, atol=1e-5)
 
 
@@ -447,7 +447,7 @@ def test_a_merge_in_place_is_refused():
     ("change", "message"),
     [
         ({"qtype": "int3"}, "qtype='int3' must be one of"),
-        ({"block": -1}, "block=-1 must be at least 1"),
+        ({"block": -1}, "block=-1 must be a positive integer"),
         ({"dtype": "int8"}, "dtype='int8' must be a floating-point dtype"),
         ({"target_modules": ["querry"]}, "'querry' matches no module"),
     ],

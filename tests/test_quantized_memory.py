@@ -35,7 +35,7 @@ class Wide(nn.Module):
 class NnxDeep(nnx.Module):
     def __init__(self, rngs):
         one = lambda i, o: nnx.Linear(i, o, rngs=rngs)
-        self.layers = nnx.List([nnx.List([one(256, 1024), one(1024, 256)]) for _ in range(8)])
+        self.layers = nnx.List([nnx.List([one(256, 1024), one(1024, 256)]) for _ in range(4)])
 
     def __call__(self, x):
         for up, down in self.layers:
@@ -88,15 +88,12 @@ def quantised_shapes(module, variables, recipe, x):
     return (*reversed((jax.eval_shape(quantise, variables), kept[0])),)
 
 
+QUICK = [(False, "int8"), (False, "gptq"), (True, "nf4")]
 CASES = [
-    (False, "int8"),
-    (False, "nf4"),
-    (True, "int4"),
-    (True, "nf4"),
-    (False, "gptq"),
-    (True, "gptq"),
+    pytest.param(scanned, recipe, marks=() if (scanned, recipe) in QUICK else pytest.mark.slow)
+    for scanned in (False, True)
+    for recipe in ("int8", "int4", "nf4", "gptq")
 ]
-CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in ((False, "int4"), (True, "int8"))]
 
 
 @pytest.mark.parametrize(("scanned", "recipe"), CASES)

@@ -25,23 +25,15 @@ pytestmark = [
 
 LINEN_CELLS = {**linen_cells.CELLS, **LINEN}
 NNX_CELLS = {**nnx_cells.CELLS, **NNX}
-QUICK = [
+LINEN_QUICK = [
     "dense-subclass",
-    "general-crossed-axes",
     "self-attention",
-    "einsum-at-call",
     "experts-all-tokens",
     "tied-head",
     "conv-2d-explicit-groups",
-    "conv-transpose-kernel",
-    "shared-two-parents",
-    "linear",
-    "attention",
-    "einsum-crossed",
-    "conv-depthwise",
-    "tied-weights",
     "scan-vmap",
 ]
+NNX_QUICK = ["linear-subclass", "conv-depthwise", "tied-weights", "vmap"]
 
 
 def recipes(cells, quick):
@@ -74,7 +66,7 @@ def inputs_of(cell):
     )
 
 
-@pytest.mark.parametrize(("kind", "qtype"), list(recipes(LINEN_CELLS, QUICK)))
+@pytest.mark.parametrize(("kind", "qtype"), list(recipes(LINEN_CELLS, LINEN_QUICK)))
 def test_a_linen_layer(kind, qtype):
     cell = LINEN_CELLS[kind]
     cell = cell() if callable(cell) else cell
@@ -104,19 +96,28 @@ def test_a_linen_layer(kind, qtype):
     )(dense["params"], adapters, inputs)
     close(found, expected, 1e-6)
     close(ours[1:], theirs[1:], 2e-6)
-    have = {jax.tree_util.keystr(path): leaf for path, leaf in leaves(theirs[0])}
-    close(dict(named(ours[0])), {k: have[k] for k, _ in named(ours[0])}, 2e-6)
-
-
-def leaves(tree):
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
+    close_together(ours[0], theirs[0])
 
 
 def named(tree):
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves(tree)]
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
-@pytest.mark.parametrize(("kind", "qtype"), list(recipes(NNX_CELLS, QUICK)))
+def close_together(ours, theirs):
+    """The gradients of the parameters that stayed floats, relative to the largest of them all.
+
+    Some are zero but for rounding: that of a key's bias in attention.
+    """
+    ours, theirs = named(ours), named(theirs)
+    size = max((float(np.abs(theirs[path]).max()) for path in ours), default=0)
+    for path, leaf in ours.items():
+        np.testing.assert_allclose(leaf, theirs[path], rtol=0, atol=2e-6 * size, err_msg=path)
+
+
+@pytest.mark.parametrize(("kind", "qtype"), list(recipes(NNX_CELLS, NNX_QUICK)))
 def test_an_nnx_layer(kind, qtype):
     cell = NNX_CELLS[kind]
     cell = cell() if not hasattr(cell, "make") else cell
@@ -148,11 +149,9 @@ def test_an_nnx_layer(kind, qtype):
         results.append(gradients(run, cotangents)(params, {}, inputs))
     ((_, found), grads), ((_, expected), expected_grads) = results
     close(found, expected, 1e-6)
-    have = dict(named(nnx.as_pure(expected_grads[0])))
-    own = named(nnx.as_pure(grads[0]))
-    close(dict(own), {k: have[k] for k, _ in own}, 2e-6)
+    close_together(nnx.as_pure(grads[0]), nnx.as_pure(expected_grads[0]))
     close(grads[2], expected_grads[2], 2e-6)
-    assert any("lam" in k for k, _ in own)
+    assert any("lam" in path for path in named(nnx.as_pure(grads[0])))
 
 
 def filled(params, packed):
