@@ -37,11 +37,11 @@ NNX_QUICK = ["linear-subclass", "conv-depthwise", "tied-weights", "vmap"]
 
 
 def recipes(cells, quick):
-    """Each cell with each recipe; in the short run some cells, with one recipe in turn."""
+    """Each cell with each recipe; in the shorter runs with one in turn, and not each cell."""
     for i, kind in enumerate(cells):
         for j, qtype in enumerate(("int8", "int4", "nf4")):
-            short = kind in quick and i % 3 == j
-            yield pytest.param(kind, qtype, marks=() if short else pytest.mark.slow)
+            rare = pytest.mark.slow if i % 3 == j else pytest.mark.exhaustive
+            yield pytest.param(kind, qtype, marks=() if kind in quick and i % 3 == j else rare)
 
 
 def gradients(apply, cotangents):
