@@ -4,15 +4,13 @@
 
 A weight W of 1024 x 1024 with the spread of an initialised layer, and an increment ΔW of rank 8 of
 various sizes. Merging rounds W + ΔW to the dtype of W; what is lost is measured on the increment
-itself and on the layer's output, and so is what unmerging leaves behind. The table goes to the
-screen, and with the numbers to benchmarks/results/merging.json. Takes seconds.
+itself and on the layer's output, and so is what unmerging leaves behind. The table goes to
+``merging.md`` and the numbers to ``merging.json`` beside this file. Takes seconds.
 """
-
-import json
-from pathlib import Path
 
 import jax
 import numpy as np
+import timing
 
 import adalora_jax as adalora
 
@@ -62,11 +60,8 @@ def measure(dtype, ratio, seed=0):
 def main():
     rows = [measure(dtype, ratio) for dtype in DTYPES for ratio in RATIOS]
     show = lambda value: value if isinstance(value, str) else f"{value:.1e}"
-    widths = [max(len(name), 8) for name in rows[0]]
-    for cells in (rows[0].keys(), *([show(value) for value in row.values()] for row in rows)):
-        print("   ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
-    file = Path(__file__).parent / "results" / "merging.json"
-    file.write_text(json.dumps({"size": SIZE, "rank": RANK, "rows": rows}, indent=1) + "\n")
+    table = [rows[0].keys(), *([show(value) for value in row.values()] for row in rows)]
+    timing.save(__file__, {"size": SIZE, "rank": RANK, "rows": rows}, timing.markdown(table))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_unmerging_restores_the_weight_to_one_rounding(dtype, small):
 
 
 def test_what_the_readme_says_of_merging_in_bfloat16():
-    rows = json.loads((ROOT / "benchmarks/results/merging.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks/merging.json").read_text())["rows"]
     lost = {
         (row["dtype"], row["increment to weight"]): row["error of the increment"] for row in rows
     }
