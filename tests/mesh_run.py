@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import sys
+import tempfile
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
+from adalora_jax import checkpoint
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=6,
@@ -120,6 +122,7 @@ def run(layout, shape, look_inside):
         "split": sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(adapters)),
         "astray": astray(mesh, specs, adapters, opt_state),
         "traces": step._cache_size(),
+        "elsewhere": restored_elsewhere(shape, specs, adapters, opt_state) if look_inside else [],
         "collectives": collectives(tx, adapters, opt_state, placed) if look_inside else [],
     }
 
@@ -147,6 +150,23 @@ def astray(mesh, specs, adapters, opt_state):
             if not leaf.sharding.is_equivalent_to(NamedSharding(mesh, wanted), leaf.ndim)
         ]
     return result
+
+
+def restored_elsewhere(shape, specs, *state):
+    """What comes back differently from a checkpoint that is restored on the mesh turned over."""
+    mesh = jax.make_mesh(shape[::-1], ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    placed = adalora.shardings(state, specs, mesh=mesh)
+    abstract = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(f"{folder}/last", *state, CONFIG)
+        target = jax.tree.map(abstract, state, placed)
+        saved = checkpoint.restore(f"{folder}/last", target=target, config=CONFIG)
+    named = jax.tree_util.tree_leaves_with_path((saved.adapters, saved.opt_state))
+    return [
+        jax.tree_util.keystr(path)
+        for (path, leaf), before, at in zip(named, *map(jax.tree.leaves, (state, placed)))
+        if leaf.sharding != at or np.asarray(leaf).tobytes() != np.asarray(before).tobytes()
+    ]
 
 
 def collectives(tx, adapters, opt_state, placed):

@@ -46,6 +46,7 @@ def check(runs):
             for ours, theirs in zip(result["adapters"][path], adapter):
                 np.testing.assert_allclose(ours, theirs, atol=3e-5, err_msg=f"{name} {path}")
         assert result["astray"] == [], name
+        assert result["elsewhere"] == [], name
         assert result["traces"] == 1, name
         assert (result["split"] > 0) == (not name.startswith("data")), name
 
