@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta, unfreeze
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import NamedSharding
 
 from adalora_jax import compaction, layers, sharding, targets, tree
@@ -85,11 +86,13 @@ class AdaptedModule:
         return self._specs(variables, self._targets(variables, *args, **kwargs))
 
     def _specs(self, variables, chosen):
-        where = _where(variables)
+        where, saved = _where(variables), {}
         at = lambda path, name: _get(where, [*filter(None, path.split("/")), name])
         weights = {p: (t.layer, t.shape, at(p, t.layer.weight)) for p, t in chosen.items()}
-        roots = {root: _get(where, root.split("/")) for root in self._saved_roots(where)}
-        saved = jax.tree.map(sharding.spec_of, roots, is_leaf=lambda leaf: leaf is None)
+        spec = lambda leaf, at: sharding.full(sharding.spec_of(at), len(leaf.shape))
+        for root in self._saved_roots(where):
+            nodes = (_get(tree, root.split("/")) for tree in (_unboxed(variables), where))
+            saved[root] = jax.tree.map(spec, *nodes)
         return {**sharding.derive(weights, self.rules), **saved}
 
     def _saved_roots(self, params):
@@ -311,9 +314,10 @@ def _where(variables):
             return sharding.sharding_of(node)
         spec = node.get_partition_spec()
         if isinstance(node, nn.LogicallyPartitioned):
-            spec = nn.logical_to_mesh_axes(tuple(spec), node.rules)
-        placed = spec is not None and node.mesh is not None
-        return sharding.sharding_of(node, NamedSharding(node.mesh, spec) if placed else spec)
+            spec = logical_to_mesh_axes(tuple(spec), node.rules)
+        if spec is not None and node.mesh is not None:
+            spec = NamedSharding(node.mesh, spec)
+        return sharding.sharding_of(node, spec)
 
     is_leaf = lambda node: not isinstance(node, Mapping)
     return jax.tree.map(where, unfreeze(variables["params"]), is_leaf=is_leaf)

@@ -440,7 +440,7 @@ def _where(variable: Any) -> Any:
     named, mesh = variable.get_metadata("out_sharding", None), variable.get_metadata("mesh", None)
     if named and not isinstance(named, NamedSharding):
         named = nnx.spmd.get_var_pspec(variable)
-        named = NamedSharding(mesh, named) if mesh else named
+        named = NamedSharding(mesh, named) if mesh and named else named
     return sharding.sharding_of(variable.get_value(), named or None)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
@@ -44,16 +45,17 @@ def adapter_specs(layer: Layer, shape: Sequence[int], spec: PartitionSpec) -> Ad
     >>> adapter_specs(conv, (3, 8, 16), PartitionSpec(None, "fsdp", "model")).q
     P(None, None)
     """
-    names = (*spec, *[None] * (len(shape) - len(spec)))
+    names = full(spec, len(shape))
     lifted = len(shape) - len(layer.stack) - len(layer.ins) - len(layer.outs)
     at = lambda axes: [(names[lifted + axis], shape[lifted + axis]) for axis in axes]
     first = lambda axes: next((name for name, size in at(axes) if size > 1), None)
     stack = (*names[:lifted], *(name for name, _ in at(layer.stack)))
-    return Adapter(
-        p=PartitionSpec(*stack, None, first(layer.outs)),
-        lam=PartitionSpec(*stack, None),
-        q=PartitionSpec(*stack, None, first(layer.ins)),
+    specs: Any = (  # an Adapter is typed as one of arrays
+        PartitionSpec(*stack, None, first(layer.outs)),
+        PartitionSpec(*stack, None),
+        PartitionSpec(*stack, None, first(layer.ins)),
     )
+    return Adapter(*specs)
 
 
 def sharding_of(
@@ -88,6 +90,15 @@ def spec_of(where: NamedSharding | PartitionSpec | None) -> PartitionSpec:
     return PartitionSpec() if spec is None else spec
 
 
+def full(spec: Any, ndim: int) -> PartitionSpec:
+    """The spec with an entry for each axis, so that it can be told which of them axes in front are.
+
+    >>> full(PartitionSpec("data"), 2)
+    P('data', None)
+    """
+    return PartitionSpec(*spec, *[None] * (ndim - len(spec)))
+
+
 def derive(
     weights: Mapping[str, tuple[Layer, Sequence[int], NamedSharding | PartitionSpec | None]],
     rules: Rules | None = None,
@@ -108,7 +119,7 @@ def derive(
     >>> dense = Layer("dense", "kernel", (), (0,), (1,))
     >>> weights = {"up": (dense, (64, 256), PartitionSpec("fsdp", "model"))}
     >>> derive(weights, {"up": Adapter(*[PartitionSpec()] * 3)})
-    {'up': Adapter(p=P(), lam=P(), q=P())}
+    {'up': Adapter(p=P(None, None), lam=P(None,), q=P(None, None))}
     """
     specs = {
         path: adapter_specs(layer, shape, spec_of(where))
@@ -146,7 +157,7 @@ def placed(make: Callable[..., PyTree], shardings: PyTree | None, *args: Any) ->
     if shardings is None:
         return arrays
     # Of a trace within another one the outer one does not learn where explicit axes lie.
-    explicit = lambda leaf, at: isinstance(leaf, jax.core.Tracer) and at.mesh.are_all_axes_explicit
+    explicit = lambda leaf, at: isinstance(leaf, Tracer) and at.mesh.are_all_axes_explicit
     put = lambda leaf, at: jax.device_put(leaf, at) if explicit(leaf, at) else leaf
     return jax.tree.map(put, arrays, shardings)
 
@@ -162,7 +173,12 @@ def mesh_of(placed: PyTree) -> Mesh | AbstractMesh | None:
         if isinstance(sharding, NamedSharding):
             return sharding.mesh
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh
+    if mesh.empty:
+        return None
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError:  # in a trace there are no devices
+        return mesh
 
 
 def shardings(
@@ -227,9 +243,9 @@ def _as(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSha
 
     On all devices where the shape shows that it is no copy of the owner, as in factored moments.
     """
-    sharding = owner if isinstance(owner, NamedSharding) else sharding_of(owner)
-    spec = owner if isinstance(owner, PartitionSpec) else spec_of(sharding)
-    own = tuple(owner.shape) if hasattr(owner, "shape") else shape[len(shape) - len(spec) :]
+    is_place = isinstance(owner, (NamedSharding, PartitionSpec))
+    spec = spec_of(owner if is_place else sharding_of(owner))
+    own = shape[len(shape) - len(spec) :] if is_place else owner.shape
     before = len(shape) - len(own)
     if before < 0 or tuple(shape[before:]) != tuple(own) or len(spec) > len(own):
         return NamedSharding(mesh, PartitionSpec())
@@ -238,7 +254,7 @@ def _as(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSha
     )
     if any(size % ways(names) for size, names in zip(own, spec)):
         return NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, PartitionSpec(*[None] * before, *spec))
+    return NamedSharding(mesh, PartitionSpec(*[None] * before, *full(spec, len(own))))
 
 
 def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
@@ -253,4 +269,5 @@ def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
             f"sharding gave {given!r} for {path!r}, with more axes than the adapter has: at most "
             f"as many as in {derived!r}."
         )
-    return given
+    whole: Any = (full(spec, len(own)) for spec, own in zip(given, derived))
+    return Adapter(*whole)

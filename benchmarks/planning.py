@@ -22,12 +22,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=512 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,6 +32,11 @@ from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
 
+# For XLA: more devices than there are, and programs that nobody runs.
+FLAGS = (
+    "--xla_force_host_platform_device_count=512 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 TOKENS = 2048  # of one sequence; one sequence on each device along data
 
 
@@ -219,18 +218,17 @@ def human(value):
 
 
 def main(names):
+    os.environ |= {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}  # before JAX's first use
     file = Path(__file__).parent / "results" / "planning.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     for name in names:
         results[name] = plan(MODELS[name])
-        print(name, results[name], flush=True)
         file.write_text(json.dumps(results, indent=1) + "\n")
-    for field in next(iter(results.values())):
-        cells = [
-            f"{r[field]:.1e}" if "share" in field else human(r[field]) for r in results.values()
-        ]
-        print(field.ljust(24), *(cell.rjust(12) for cell in cells))
     print(" " * 24, *(name.rjust(12) for name in results))
+    for field in next(iter(results.values())):
+        share = "share" in field
+        cells = (f"{r[field]:.1e}" if share else human(r[field]) for r in results.values())
+        print(field.ljust(24), *(cell.rjust(12) for cell in cells))
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def test_linen_adapters_are_made_on_the_mesh_with_the_values_they_have_without(b
     assert placed["out"]["kernel"].sharding == NamedSharding(one, P("data", "model"))
     assert jax.tree.all(jax.tree.map(np.array_equal, plain, placed))
     specs = adalora.linen.adapt(model, config).specs(variables, x)
-    assert specs["out"] == {"bias": P(), "kernel": P("data", "model")}
+    assert specs["out"] == {"bias": P(None), "kernel": P("data", "model")}
 
 
 def test_a_rule_overrides():
@@ -166,11 +166,13 @@ def test_a_rule_overrides():
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     whole = adalora.Adapter(P(), P(), P())
     by_pattern = adalora.linen.adapt(model, CONFIG, rules={"o.t": whole})
-    assert by_pattern.specs(variables, x) == EXPECTED | {"out": whole}
+    everywhere = adalora.Adapter(P(None, None), P(None), P(None, None))
+    assert by_pattern.specs(variables, x) == EXPECTED | {"out": everywhere}
     hash(by_pattern)
     function = lambda path, spec: spec._replace(q=P()) if path == "up" else spec
     by_function = adalora.linen.adapt(model, CONFIG, rules=function)
-    assert by_function.specs(variables, x) == EXPECTED | {"up": EXPECTED["up"]._replace(q=P())}
+    changed = EXPECTED["up"]._replace(q=P(None, None, None))
+    assert by_function.specs(variables, x) == EXPECTED | {"up": changed}
     for rules, words in (
         ({"down": whole}, "'down' matches no adapted layer; they are out, up"),
         ({"out": P()}, r"gave P\(\) for 'out': it must be an Adapter"),
@@ -239,8 +241,8 @@ def test_nnx_rules_and_logical_names():
     assert nnx.spmd.get_var_pspec(param) == EXPECTED["up"].p
     whole = adalora.Adapter(P("data"), P("data"), P("data"))
     adapted = adalora.nnx.adapt(model, CONFIG, rules={"up": whole})
-    assert adapted.up.adalora.p.get_value().sharding.spec == P("data")
-    assert adapted.up.adalora.p.get_metadata("out_sharding") == ("data",)
+    assert adapted.up.adalora.p.get_value().sharding.spec == P("data", None, None)
+    assert adapted.up.adalora.p.get_metadata("out_sharding") == ("data", None, None)
 
 
 def inner_states():
@@ -281,6 +283,17 @@ def test_shardings_of_a_state_are_those_of_what_its_leaves_belong_to(name):
     assert split >= 4 + 3 * 2 + 1
 
 
+def test_a_short_spec_is_that_of_the_first_axes_of_a_parameter():
+    adapters = {"up": adalora.init_adapter(jax.random.key(0), 8, 16, CONFIG, stack=(2,))}
+    tx = adalora.adalora(optax.scale_by_lbfgs(memory_size=2), CONFIG)
+    at = NamedSharding(mesh(1), P("data"))
+    placed = adalora.shardings(jax.device_put(adapters, at))
+    for like in (jax.device_put(adapters, at), placed):
+        state = adalora.shardings(jax.eval_shape(tx.init, adapters), like)
+        assert state.allocator.sensitivity["up"].p.spec == P("data", None, None)
+        assert state.inner.diff_params_memory["up"].p.spec == P(None, "data", None, None)
+
+
 def test_shardings_need_a_mesh_and_take_it_from_where_there_is_one():
     adapters = {"up": adalora.init_adapter(jax.random.key(0), 8, 16, CONFIG)}
     assert isinstance(adapters["up"].p.sharding, SingleDeviceSharding)
@@ -288,7 +301,7 @@ def test_shardings_need_a_mesh_and_take_it_from_where_there_is_one():
         adalora.shardings(adapters)
     one = mesh(1)
     with jax.set_mesh(one):
-        assert adalora.shardings(adapters)["up"].p.spec == P()
+        assert adalora.shardings(adapters)["up"].p == NamedSharding(one, P(None, None))
     at = NamedSharding(one, P(None, "data"))
     placed = adapters | {"up": adapters["up"]._replace(p=jax.device_put(adapters["up"].p, at))}
     assert adalora.shardings(placed)["up"].p == at
