@@ -16,7 +16,7 @@ from adalora_jax import tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.allocator import AdaLoraState, AllocatorState
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.layers import Layer, add_increment, check_fit, weight_increment
+from adalora_jax.layers import Layer, add_increment, check_fit, finite, weight_increment
 from adalora_jax.transform import allocator_state
 from adalora_jax.tree import PyTree
 
@@ -221,17 +221,18 @@ def _merged(variables, adapters, config, layers, safe, sign):
         if not tree.is_adapter(node):
             _node(params, parts[:-1])[parts[-1]] = node
             continue
+        if tree.PACKED in variables and tree.at(variables[tree.PACKED], parts):
+            raise ValueError(
+                f"the weight of {path!r} is quantised, and no increment can be added to integers "
+                "in place: adalora_jax.quantized.merge_linen dequantises or requantises it, and "
+                "says what error that makes."
+            )
         adapter = tree.adapters(node)[""]
         name, layer = _weight_of(holder, adapter, path, (layers or {}).get(path))
         (weight,), treedef = jax.tree.flatten(holder[name])
         delta = weight_increment(layer, adapter, weight.shape, sign * config.scale_of(path))
         merged = add_increment(weight, delta)
-        if safe and not bool(jnp.isfinite(merged).all()):
-            raise ValueError(
-                f"the merged weight of {path!r} is not finite in {weight.dtype}: check the "
-                "adapter, or merge into a wider dtype."
-            )
-        holder[name] = treedef.unflatten([merged])
+        holder[name] = treedef.unflatten([finite(merged, path) if safe else merged])
     return {**variables, "params": params}
 
 

@@ -167,6 +167,20 @@ def add_increment(weight: jax.Array, delta: jax.Array) -> jax.Array:
     return (weight.astype(dtype) + delta.astype(dtype)).astype(weight.dtype)
 
 
+def finite(weight: jax.Array, path: str) -> jax.Array:
+    """The merged weight of the layer at ``path``, if it is finite.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not bool(jnp.isfinite(weight).all()):
+        raise ValueError(
+            f"the merged weight of {path!r} is not finite in {weight.dtype}: check the adapter, or "
+            "merge into a wider dtype."
+        )
+    return weight
+
+
 def term(
     layer: Layer,
     module: Any,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,7 +25,7 @@ from adalora_jax.adapter import Adapter, dropout
 from adalora_jax.config import AdaLoraConfig
 
 _FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
-_METHODS = ("__call__", "attend")
+METHODS = ("__call__", "attend")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,10 @@ class AdaptedModule:
         )
         params, kept = _unboxed(variables), {}
         for root in self._saved_roots(params):
-            node = _get(params, root.split("/"))
-            arrays = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(node))
-            copy = lambda node: jax.tree.map(jnp.copy, node)
-            kept[root] = sharding.placed(copy, at and at[root], node) if arrays else node
+            node = tree.at(params, root.split("/"))
+            node = jax.tree.map(_trainable_copy, node, is_leaf=tree.is_packed)
+            move = at and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(node))
+            kept[root] = sharding.placed(lambda node: node, at[root], node) if move else node
         return {**fresh, **kept}
 
     def specs(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -87,12 +87,12 @@ class AdaptedModule:
 
     def _specs(self, variables, chosen):
         where, saved = _where(variables), {}
-        at = lambda path, name: _get(where, [*filter(None, path.split("/")), name])
+        at = lambda path, name: tree.at(where, [*filter(None, path.split("/")), name])
         weights = {p: (t.layer, t.shape, at(p, t.layer.weight)) for p, t in chosen.items()}
         spec = lambda leaf, at: sharding.full(sharding.spec_of(at), len(leaf.shape))
         for root in self._saved_roots(where):
-            nodes = (_get(tree, root.split("/")) for tree in (_unboxed(variables), where))
-            saved[root] = jax.tree.map(spec, *nodes)
+            nodes = (tree.at(node, root.split("/")) for node in (_unboxed(variables), where))
+            saved[root] = jax.tree.map(spec, *nodes, is_leaf=tree.is_packed)
         return {**sharding.derive(weights, self.rules), **saved}
 
     def _saved_roots(self, params):
@@ -132,7 +132,7 @@ class AdaptedModule:
             return result
         output, mutated = result
         if "params" in mutated:
-            mutated = {**mutated, "params": _strip(mutated["params"])}
+            mutated = apart({**mutated, "params": _strip(mutated["params"])})
         return output, mutated
 
     def describe(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
@@ -165,19 +165,20 @@ class AdaptedModule:
         return compaction.unmerge(variables, adapters, self.config, layers=layers)
 
     def _layers(self, variables, *args, **kwargs) -> dict[str, layers.Layer]:
-        found = _candidates(self.module, variables, args, kwargs)
+        found = candidates(self.module, variables, args, kwargs)
         return {path: c.layer for path, c in found.items() if c.layer is not None}
 
     def _targets(self, variables, *args, **kwargs) -> dict[str, targets.Target]:
-        return targets.select(_candidates(self.module, variables, args, kwargs), self.config)
+        return targets.select(candidates(self.module, variables, args, kwargs), self.config)
 
     def _join(self, variables, adapters):
         """The variables with each adapter, and each saved module, in its place in ``params``."""
+        variables = whole(variables)
         params = unfreeze(variables["params"])
         for path, node in adapters.items():
             parts = path.split("/") if path else []
             *parents, last = [*parts, tree.HOLDER] if tree.is_adapter(node) else parts
-            parent = _get(params, parents)
+            parent = tree.at(params, parents)
             if not isinstance(parent, dict) or (last != tree.HOLDER and last not in parent):
                 raise ValueError(
                     f"adapters[{path!r}] belongs to no layer of {type(self.module).__name__}, "
@@ -269,10 +270,28 @@ def resolve(
     (4,)
     """
     adapt(model, config)  # its refusals
-    return targets.resolve(_candidates(model, variables, args, kwargs), config)
+    return targets.resolve(candidates(model, variables, args, kwargs), config)
 
 
-def _candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]:
+def whole(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The variables with the weights of a quantised model in their places in ``params``.
+
+    >>> whole({"params": {"up": {"bias": 0}}, "quantized": {"up": {"kernel": 1}}})
+    {'params': {'up': {'bias': 0, 'kernel': 1}}}
+    """
+    if tree.PACKED not in variables:
+        return variables
+    rest = {name: leaf for name, leaf in variables.items() if name != tree.PACKED}
+    return {**rest, "params": _overlaid(variables["params"], variables[tree.PACKED])}
+
+
+def apart(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of :func:`whole`."""
+    params, packed = _apart(unfreeze(variables["params"]))
+    return {**variables, "params": params, **({tree.PACKED: packed} if packed else {})}
+
+
+def candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]:
     """All modules the model calls, by path, seen in a trace of it."""
     params = _unboxed(variables)
     found: dict[str, targets.Candidate] = {}
@@ -280,8 +299,8 @@ def _candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]
     def record(call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
         output = call(*call_args, **call_kwargs)
         path = "/".join(context.module.path)
-        if context.method_name in _METHODS and path not in found:
-            layer = _layer(context.module, _input(call_args, call_kwargs)[1])
+        if context.method_name in METHODS and path not in found:
+            layer = layer_of(context.module, _input(call_args, call_kwargs)[1])
             shape = _whole_shape(context.module, layer, params) if layer else ()
             found[path] = targets.Candidate(context.module, layer, shape)
         return output
@@ -302,8 +321,8 @@ def _candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]
 
 def _unboxed(variables):
     """The parameters without their metadata, where they are: unboxing by Flax may move them."""
-    value = lambda box: jax.tree.leaves(box)[0]
-    return meta.map_axis_meta(value, unfreeze(variables["params"]))
+    value = lambda box: box.value if isinstance(box, nn.Partitioned) else box.unbox()
+    return meta.map_axis_meta(value, unfreeze(whole(variables)["params"]))
 
 
 def _where(variables):
@@ -317,23 +336,28 @@ def _where(variables):
             spec = logical_to_mesh_axes(tuple(spec), node.rules)
         if spec is not None and node.mesh is not None:
             spec = NamedSharding(node.mesh, spec)
-        return sharding.sharding_of(node, spec)
+        return sharding.sharding_of(node.value, spec)
 
     is_leaf = lambda node: not isinstance(node, Mapping)
-    return jax.tree.map(where, unfreeze(variables["params"]), is_leaf=is_leaf)
+    return jax.tree.map(where, unfreeze(whole(variables)["params"]), is_leaf=is_leaf)
 
 
 def _whole_shape(module, layer, params) -> tuple[int, ...]:
     """The shape of a layer's weight, with the axes that lifted transforms stacked in front."""
-    whole = jnp.shape(_get(params, (*module.path, layer.weight)))
-    own = jnp.shape(meta.unbox(module.get_variable("params", layer.weight)))
-    if whole[len(whole) - len(own) :] != own:
+    stacked = tuple(tree.at(params, (*module.path, layer.weight)).shape)
+    own = _own_shape(module, layer)
+    if stacked[len(stacked) - len(own) :] != own:
         raise ValueError(
-            f"{'/'.join(module.path)!r} has a weight of shape {whole} for layers of shape {own}: "
+            f"{'/'.join(module.path)!r} has a weight of shape {stacked} for layers of shape {own}: "
             "adapters need stacked layers along leading axes; give nn.scan or nn.vmap "
             "variable_axes={'params': 0}."
         )
-    return whole
+    return stacked
+
+
+def _own_shape(module, layer) -> tuple[int, ...]:
+    """The shape of a layer's weight as the layer itself sees it."""
+    return tuple(meta.unbox(module.get_variable("params", layer.weight)).shape)
 
 
 class _Frame(NamedTuple):
@@ -372,9 +396,9 @@ def _adding(config: AdaLoraConfig) -> Callable:
 def _add(config, context, args, kwargs, output, dropout_off):
     """The output of a layer with its adapter's term added."""
     module, (x, equation) = context.module, _input(args, kwargs)
-    layer = layers.known(_layer(module, equation), module)
+    layer = layers.known(layer_of(module, equation), module)
     adapter = Adapter(**module.get_variable("params", tree.HOLDER))
-    shape = jnp.shape(meta.unbox(module.get_variable("params", layer.weight)))
+    shape = _own_shape(module, layer)
     path = "/".join(module.path)
     layers.check_fit(layer, adapter, shape, path)
     scale = config.scale_of(path)
@@ -392,7 +416,7 @@ def _add(config, context, args, kwargs, output, dropout_off):
     )
 
 
-def _layer(module: nn.Module, equation: str | None) -> layers.Layer | None:
+def layer_of(module: nn.Module, equation: str | None) -> layers.Layer | None:
     own = meta.unbox(dict(module.variables.get("params", {})))
     weights = {name: leaf.ndim for name, leaf in own.items() if not isinstance(leaf, Mapping)}
     return layers.layer_of(module, weights, equation)
@@ -427,20 +451,39 @@ def _dropout_off(module, method, args, kwargs) -> bool | None:
     return None
 
 
+def _trainable_copy(leaf: Any) -> Any:
+    if tree.is_packed(leaf):
+        return leaf.dequantize()
+    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def _apart(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Nested parameters without the packed weights, and these alone."""
+    rest: dict[str, Any] = {}
+    packed: dict[str, Any] = {}
+    for name, node in params.items():
+        if isinstance(node, Mapping):
+            rest[name], inside = _apart(node)
+            packed |= {name: inside} if inside else {}
+        else:
+            (packed if tree.is_packed(node) else rest)[name] = node
+    return rest, packed
+
+
+def _overlaid(below: Any, above: Any) -> Any:
+    """Nested dicts, with the leaves of both."""
+    if not isinstance(above, Mapping):
+        return above
+    return {**below, **{name: _overlaid(below.get(name, {}), above[name]) for name in above}}
+
+
 def _holds_adapter(context: Any) -> bool:
     module = context.module
     return (
-        context.method_name in _METHODS
+        context.method_name in METHODS
         and module.scope is not None
         and module.has_variable("params", tree.HOLDER)
     )
-
-
-def _get(params: Any, path: Sequence[str]) -> Any:
-    """The node of nested dicts at ``path``; None where there is none."""
-    for name in path:
-        params = params.get(name) if isinstance(params, Mapping) else None
-    return params
 
 
 def _strip(params: Any) -> Any:

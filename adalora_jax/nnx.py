@@ -7,7 +7,6 @@ variables and ``isinstance`` stay what they were.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,48 +17,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adalora_jax import compaction, layers, sharding, targets, tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
-
-# Values are made where they belong; Flax would need the mesh again to see to it, at every copy.
-_PLACED = {"eager_sharding": False}
-
-
-class AdapterParam(nnx.LoRAParam):
-    """p, lam or q of an adapter."""
-
-
-class SavedParam(nnx.LoRAParam):
-    """A base parameter named by ``modules_to_save``, which trains along with the adapters."""
-
-
-class Adaptation(nnx.Module):
-    """The adapter of one layer, as a child module of that layer.
-
-    Attributes:
-      p, lam, q: the factors, see :class:`adalora_jax.Adapter`.
-      scale: s of the increment.
-      dropout: of the layer's input on its way into the adapter, or None.
-    """
-
-    def __init__(self, adapter: Adapter, scale: float, dropout: nnx.Dropout | None):
-        self.p, self.lam, self.q = (AdapterParam(leaf, **_PLACED) for leaf in adapter)
-        self.scale = scale
-        self.dropout = dropout
-
-    def add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
-        """The layer's output with the adapter's term added."""
-        adapter = Adapter(self.p[...], self.lam[...], self.q[...])
-        equation = next((v for v in call.values() if isinstance(v, str)), None)
-        spec = layers.known(_layer(layer, equation), layer)
-        shape = getattr(layer, spec.weight).shape
-        layers.check_fit(spec, adapter, shape, type(layer).__name__)
-        if self.dropout is not None and spec.kind != "embed":
-            x = self.dropout(x)
-        return output + layers.term(
-            *(spec, layer, adapter, x, shape, self.scale, output.dtype),
-            equation=equation,
-            attend=call.get("attend", False),
-            convolve=_convolve,
-        )
+from adalora_jax.nnx_layers import (
+    PLACED,
+    Adaptation,
+    Adapted,
+    AdapterParam,
+    SavedParam,
+    adapted_class,
+    base_class,
+    is_weight,
+    layer_of,
+    modules,
+    own_axes,
+)
 
 
 def adapt(
@@ -110,21 +80,21 @@ def adapt(
     if not isinstance(rngs, nnx.Rngs):
         rngs = nnx.Rngs(rngs)
     adapted = nnx.clone(model)
-    modules: dict[str, Any] = dict(_modules(adapted))
-    weights = {path: getattr(modules[path], t.layer.weight) for path, t in chosen.items()}
+    by_path: dict[str, Any] = dict(modules(adapted))
+    weights = {path: getattr(by_path[path], t.layer.weight) for path, t in chosen.items()}
     where = {p: (t.layer, t.shape, _where(weights[p])) for p, t in chosen.items()}
     specs = sharding.derive(where, rules)
     fresh = targets.init_all(rngs.params(), chosen, config, sharding.on_mesh(specs, where))
     for path, target in chosen.items():
-        module = modules[path]
-        stack = target.layer.matrix(target.shape)[0][: len(target.shape) - _own_axes(target.layer)]
+        module = by_path[path]
+        stack = target.layer.matrix(target.shape)[0][: len(target.shape) - own_axes(target.layer)]
         dropout = _dropout(config, rngs, stack)
         module.adalora = Adaptation(fresh[path], config.scale_of(path), dropout)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
-        module.__class__ = _adapted_class(type(module))
+        module.__class__ = adapted_class(type(module))
     for path, owner in tied.items():
-        modules[path].adalora = modules[owner].adalora
-        modules[path].__class__ = _adapted_class(type(modules[path]))
+        by_path[path].adalora = by_path[owner].adalora
+        by_path[path].__class__ = adapted_class(type(by_path[path]))
     _save(adapted, config)
     return adapted
 
@@ -205,7 +175,7 @@ def set_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> None:
             f"the new adapters do not fit the model at {', '.join(differing[:8])}: they need the "
             "model's paths and shapes."
         )
-    for path, module in _modules(model):
+    for path, module in modules(model):
         if isinstance(module, Adaptation):
             values = new[path.rpartition("/")[0] if "/" in path else ""]
             for name, value in zip(Adapter._fields, values):
@@ -240,15 +210,15 @@ def with_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> Any:
             f"adapted at {', '.join(sorted(have)[:8])}."
         )
     copy = nnx.clone(model)
-    modules = _modules(copy)
-    paths = {id(m): path.rpartition("/")[0] for path, m in modules if isinstance(m, Adaptation)}
-    for _, module in modules:
-        if not isinstance(module, _Adapted):
+    found = modules(copy)
+    paths = {id(m): path.rpartition("/")[0] for path, m in found if isinstance(m, Adaptation)}
+    for _, module in found:
+        if not isinstance(module, Adapted):
             continue
         path = paths[id(module.adalora)]
         if path not in new:
             del module.adalora
-            module.__class__ = _base_class(type(module))
+            module.__class__ = base_class(type(module))
             continue
         for name, value in zip(Adapter._fields, new[path]):
             metadata = getattr(module.adalora, name).get_metadata()
@@ -274,13 +244,18 @@ def compact(model: Any, optimizer: nnx.Optimizer, config: AdaLoraConfig) -> tupl
     return small, again
 
 
-def merge(model: nnx.Module) -> Any:
+def merge(model: nnx.Module, *, safe: bool = False) -> Any:
     """A copy of an adapted model with every increment added to its weight, and no adapters.
 
-    Sums are made in at least float32 and rounded once, to the weight's dtype.
+    Sums are made in at least float32 and rounded once, to the weight's dtype; see
+    :func:`adalora_jax.merge` for what that costs in bfloat16.
 
     Args:
-      model: as :func:`adapt` made it.
+      model: as :func:`adapt` made it; not changed, so it is the copy to go back to.
+      safe: refuse a result that is not finite.
+
+    Raises:
+      ValueError: a weight is quantised, or with ``safe`` a result is not finite.
 
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
@@ -291,92 +266,90 @@ def merge(model: nnx.Module) -> Any:
     <class 'flax.nnx.nn.linear.Linear'>
     """
     merged = nnx.clone(model)
-    done: set[int] = set()  # a tied weight has several layers
-    for _, module in _modules(merged):
-        if not isinstance(module, _Adapted):
-            continue
-        adaptation, layer = module.adalora, layers.known(_layer(module), module)
-        weight = getattr(module, layer.weight)
-        if id(weight) not in done:
-            done.add(id(weight))
-            adapter = Adapter(*(getattr(adaptation, name)[...] for name in Adapter._fields))
-            delta = layers.weight_increment(layer, adapter, weight.shape, adaptation.scale)
-            weight[...] = layers.add_increment(weight[...], delta)
-        del module.adalora
-        module.__class__ = _base_class(type(module))
+    _add_increments(merged, model, 1, safe)
+    for _, module in modules(merged):
+        if isinstance(module, Adapted):
+            del module.adalora
+            module.__class__ = base_class(type(module))
     return merged
 
 
-class _Adapted(nnx.Module):
-    """Adds the adapter's term to what the layer computes."""
+def unmerge(model: nnx.Module, adapted: nnx.Module, *, safe: bool = False) -> Any:
+    """A copy of a merged model with the increments of ``adapted`` taken off its weights again.
 
-    adalora: Adaptation
+    The weights come back to within one rounding of their dtype.
 
-    def __call__(self, inputs, *args, **kwargs):
-        output = super().__call__(inputs, *args, **kwargs)
-        named = dict(enumerate(args)) | kwargs
-        return self.adalora.add(self, output, inputs, **{str(k): v for k, v in named.items()})
+    Args:
+      model: as :func:`merge` gave it.
+      adapted: the model that was merged.
+      safe: refuse a result that is not finite.
 
-
-class _AdaptedEmbed(_Adapted):
-    """An embedding, which is also used the other way round."""
-
-    def attend(self, query, *args, **kwargs):
-        output = super().attend(query, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return self.adalora.add(self, output, query, attend=True)
-
-
-_FLAX_LAYERS = (
-    nnx.Linear,
-    nnx.LinearGeneral,
-    nnx.Einsum,
-    nnx.Embed,
-    nnx.Conv,
-    nnx.ConvTranspose,
-)
-
-
-@functools.cache
-def _adapted_class(cls: type) -> type:
-    """A subclass of ``cls`` whose adapter's term is added right to the Flax layer's output.
-
-    With it in front of the Flax class in the method order, a subclass that does something to the
-    layer's output does it to the adapted output. One class for each, so that graph definitions of
-    two adapted models are equal.
+    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
+    >>> adapted = adapt(base, config)
+    >>> back = unmerge(merge(adapted), adapted)
+    >>> difference = back.layers[0].kernel[...] - base.layers[0].kernel[...]
+    >>> bool(abs(difference).max() < 1e-6)
+    True
     """
-    base = next((layer for layer in _FLAX_LAYERS if issubclass(cls, layer)), cls)
-    mixin = _AdaptedEmbed if issubclass(cls, nnx.Embed) else _Adapted
-    inner = type(f"AdaLora{base.__name__}", (mixin, base), {"__module__": __name__})
-    if base is cls:
-        return inner
-    return type(f"AdaLora{cls.__name__}", (cls, inner), {"__module__": __name__})
+    back = nnx.clone(model)
+    _add_increments(back, adapted, -1, safe)
+    return back
 
 
-def _base_class(cls: type) -> type:
-    """The class that :func:`_adapted_class` made ``cls`` from."""
-    return next(base for base in cls.__mro__ if not issubclass(base, _Adapted))
+def _add_increments(model: nnx.Module, adapted: nnx.Module, sign: int, safe: bool) -> None:
+    """Adds the increments of ``adapted`` to the weights of ``model``, in place."""
+    own = dict(modules(model))
+    done: set[int] = set()  # a tied weight has several layers
+    for path, module in modules(adapted):
+        if not isinstance(module, Adapted):
+            continue
+        adaptation, layer = module.adalora, layers.known(layer_of(module), module)
+        weight = getattr(own.get(path), layer.weight, None)
+        if weight is None:
+            raise ValueError(f"model has no layer {path!r}: it is another one than was adapted.")
+        if id(weight) in done:
+            continue
+        done.add(id(weight))
+        scale = sign * adaptation.scale
+        delta = layers.weight_increment(layer, adaptation.adapter, weight.shape, scale)
+        new = layers.add_increment(weight[...], delta)
+        weight[...] = layers.finite(new, path) if safe else new
 
 
-def _candidates(model: Any, config: AdaLoraConfig) -> dict[str, targets.Candidate]:
+def candidates(model: nnx.Module, *, of_adapted: bool = False) -> dict[str, targets.Candidate]:
+    """All modules of the model by path, as selection sees them.
+
+    Raises:
+      TypeError: ``model`` is no NNX module.
+      ValueError: the model has adapters, and is not meant to.
+    """
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"model is a {type(model).__name__}, not a flax.nnx module; adalora_jax.linen.adapt "
             "takes linen modules."
         )
-    if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
-    candidates: dict[str, targets.Candidate] = {}
-    for path, module in _modules(model):
-        if isinstance(module, Adaptation):
+    found: dict[str, targets.Candidate] = {}
+    for path, module in modules(model):
+        if isinstance(module, Adaptation) and not of_adapted:
             raise ValueError(
                 f"the model is adapted already, at {path!r}: adapt the base model, or set its "
                 "adapters with set_adapters."
             )
-        layer = _layer(module)
+        if tree.HOLDER in path.split("/"):
+            continue
+        layer = layer_of(module)
         shape = tuple(getattr(module, layer.weight).shape) if layer else ()
-        if layer is None or len(shape) >= _own_axes(layer):
-            candidates[path] = targets.Candidate(module, layer, shape)
-    return candidates
+        if layer is None or len(shape) >= own_axes(layer):
+            found[path] = targets.Candidate(module, layer, shape)
+    return found
+
+
+def _candidates(model: Any, config: AdaLoraConfig) -> dict[str, targets.Candidate]:
+    found = candidates(model)
+    if not isinstance(config, AdaLoraConfig):
+        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
+    return found
 
 
 def _chosen(
@@ -405,24 +378,6 @@ def _chosen(
             )
         tied[path] = owner
     return {path: target for path, target in chosen.items() if path not in tied}, tied
-
-
-def _modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
-    """Every module of the model once, with its path, in the order of the graph."""
-    return [
-        ("/".join(map(str, path)), node)
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Module)
-    ]
-
-
-def _layer(module: nnx.Module, equation: str | None = None) -> layers.Layer | None:
-    params = {n: v.ndim for n, v in vars(module).items() if isinstance(v, nnx.Param)}
-    return layers.layer_of(module, params, equation)
-
-
-def _own_axes(layer: layers.Layer) -> int:
-    return len(layer.stack) + len(layer.ins) + len(layer.outs)
 
 
 def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> nnx.Dropout | None:
@@ -463,32 +418,13 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     nodes = {
         "/".join(map(str, path)): variable
         for path, variable in nnx.iter_graph(model)
-        if isinstance(variable, nnx.Param) and not isinstance(variable, AdapterParam)
+        if is_weight(variable) and not isinstance(variable, AdapterParam)
     }
     targets.saved_roots(list(nodes), config)
-    modules = dict(_modules(model))
+    by_path = dict(modules(model))
     for path, variable in nodes.items():
         if targets.saved(path, config):
             parent, _, name = path.rpartition("/")
-            metadata = variable.get_metadata() | _PLACED
+            metadata = variable.get_metadata() | PLACED
             copied = SavedParam(jax.numpy.copy(variable[...]), **metadata)
-            setattr(modules[parent], name, copied)
-
-
-def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
-    """The convolution of ``module`` with another kernel and without bias."""
-    names = ("strides", "padding", "kernel_dilation", "dtype", "param_dtype", "precision")
-    names += ("promote_dtype", "preferred_element_type")
-    if isinstance(module, nnx.ConvTranspose):
-        kind, names = nnx.ConvTranspose, (*names, "transpose_kernel")
-    else:
-        kind = nnx.Conv
-        names = (*names, "input_dilation", "feature_group_count", "conv_general_dilated")
-    same = kind(
-        *(module.in_features, features, module.kernel_size),
-        **{name: getattr(module, name) for name in names},
-        use_bias=False,
-        kernel_init=lambda key, shape, dtype: kernel,
-        rngs=nnx.Rngs(0),
-    )
-    return same(x)
+            setattr(by_path[parent], name, copied)

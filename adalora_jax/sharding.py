@@ -64,15 +64,15 @@ def sharding_of(
     """Where a weight lies: by its array's NamedSharding, or else as its metadata has it.
 
     Args:
-      weight: an array, a tracer, a ``jax.ShapeDtypeStruct``, or an object that holds some, of
-        which the one with the most axes counts.
+      weight: an array, a tracer, a ``jax.ShapeDtypeStruct``, or an object that holds some, such as
+        packed integers with their scales; the one that has as many axes as the object counts.
       named: what the framework's metadata says.
 
     >>> sharding_of(jax.numpy.ones((4, 6)), PartitionSpec("fsdp"))
     P('fsdp',)
     """
-    leaves = [leaf for leaf in jax.tree.leaves(weight) if hasattr(leaf, "shape")]
-    leaf = max(leaves, key=lambda leaf: len(leaf.shape), default=None)
+    axes = lambda node: len(getattr(node, "shape", ()))
+    leaf = next((x for x in jax.tree.leaves(weight) if axes(x) == axes(weight)), None)
     found = getattr(leaf, "sharding", None)
     if found is None and isinstance(leaf, jax.Array):  # a tracer, whose type may tell
         found = jax.typeof(leaf).sharding

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -13,6 +13,7 @@ from adalora_jax.adapter import Adapter, check_adapter
 PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in them
 
 HOLDER = "adalora"  # the name under which a Flax module holds its adapter's p, lam and q
+PACKED = "quantized"  # the linen collection of weights that are packed integers
 _FIELDS = frozenset(Adapter._fields)
 
 
@@ -25,6 +26,26 @@ def is_adapter(node: Any) -> bool:
     (True, False)
     """
     return isinstance(node, Adapter) or (isinstance(node, Mapping) and set(node) == _FIELDS)
+
+
+def is_packed(node: Any) -> bool:
+    """True for a weight in packed integers, which has to be dequantised to compute with it.
+
+    >>> is_packed(1.0)
+    False
+    """
+    return hasattr(node, "dequantize")
+
+
+def at(nested: Any, path: Sequence[str]) -> Any:
+    """The node of nested dicts at ``path``; None where there is none.
+
+    >>> at({"up": {"kernel": 1}}, ["up", "kernel"]), at({"up": 1}, ["down"])
+    (1, None)
+    """
+    for name in path:
+        nested = nested.get(name) if isinstance(nested, Mapping) else None
+    return nested
 
 
 def canonical(tree: PyTree) -> PyTree:

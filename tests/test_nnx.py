@@ -202,3 +202,15 @@ def test_what_cannot_be_adapted_is_refused():
         adalora.nnx.adapt(adapted, config())
     with pytest.raises(TypeError, match=r"adalora_jax\.linen\.adapt"):
         adalora.nnx.adapt(lambda x: x, config())
+
+
+def test_merging_is_refused_where_it_is_not_finite_or_another_model():
+    model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+    options = {"total_step": 9, "target_modules": "all-linear", "init_lora_weights": False}
+    adapted = adalora.nnx.adapt(model, adalora.AdaLoraConfig(**options))
+    adapted.layers[0].adalora.lam[...] = jnp.full(12, jnp.inf)
+    assert not bool(jnp.isfinite(adalora.nnx.merge(adapted).layers[0].kernel[...]).all())
+    with pytest.raises(ValueError, match="merged weight of 'layers/0' is not finite in float32"):
+        adalora.nnx.merge(adapted, safe=True)
+    with pytest.raises(ValueError, match="has no layer 'layers/0'"):
+        adalora.nnx.unmerge(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), adapted)

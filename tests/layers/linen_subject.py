@@ -31,6 +31,7 @@ def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> S
         inputs=inputs,
         add=lambda base, deltas: _add(cell, base, deltas),
         merge=lambda base, adapters: adapted.merge(base, adapters, *inputs, **cell.call),
+        unmerge=lambda base, adapters: adapted.unmerge(base, adapters, *inputs, **cell.call),
         config=config,
     )
 

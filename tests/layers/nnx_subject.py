@@ -55,6 +55,10 @@ def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> S
             weight[...] += cell.layouts.get(path, plain)(delta, weight.shape)
         return nnx.state(changed, nnx.Param)
 
+    def unmerge(base, adapters):
+        merged = nnx.merge(graph, base, rest, copy=True)
+        return nnx.state(adalora.nnx.unmerge(merged, put(params, adapters)), nnx.Param)
+
     return Subject(
         init=lambda key: adalora.nnx.adapters(adalora.nnx.adapt(model, config, key)),
         apply=lambda base, adapters, *xs: put(base, adapters)(*xs),
@@ -63,5 +67,6 @@ def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> S
         inputs=inputs,
         add=add,
         merge=lambda base, adapters: nnx.state(adalora.nnx.merge(put(base, adapters)), nnx.Param),
+        unmerge=unmerge,
         config=config,
     )

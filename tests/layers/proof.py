@@ -32,6 +32,7 @@ class Subject(NamedTuple):
     inputs: tuple[Any, ...]
     add: Callable[..., Any]  # (base, {path: increment}) -> base
     merge: Callable[..., Any]  # (base, adapters) -> base
+    unmerge: Callable[..., Any]  # (merged, adapters) -> base
     config: adalora.AdaLoraConfig
 
 
@@ -87,6 +88,8 @@ def prove(subject: Subject, rtol: float, merge_rtol: float | None = None) -> Non
         nothing = jax.tree.map(np.zeros_like, adapters)
         (_, found), _ = dense(nothing, subject.inputs, merged)
         close(found, expected, merge_rtol)
+        back = subject.unmerge(merged, jax.tree.map(jnp.asarray, adapters))
+        close(back, subject.base, merge_rtol)
 
 
 def close(ours: Any, expected: Any, rtol: float) -> None:

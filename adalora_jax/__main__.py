@@ -1,0 +1,163 @@
+"""The command line, ``python -m adalora_jax --help``: what is in a folder, and in other formats."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from adalora_jax import compaction, tree
+from adalora_jax.config import AdaLoraConfig
+
+
+class Found(NamedTuple):
+    """The adapters in a folder, whatever its format."""
+
+    what: str
+    adapters: dict[str, Any]
+    masks: Any
+    config: AdaLoraConfig
+    step: int | None = None  # of a checkpoint
+    budget: int | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command with these arguments, those of the command line by default."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ModuleNotFoundError as error:
+        sys.exit(f'{error.name} is missing: pip install "adalora-jax[cli]" brings it.')
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m adalora_jax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument(
+        "folder",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="a checkpoint of adalora_jax, or of its CheckpointManager (the last step counts), or "
+        "an adapter of Hugging Face PEFT, AdaLoRA or LoRA",
+    )
+    look = commands.add_parser(
+        "inspect", parents=[folder], help="print ranks, budget, sizes and step"
+    )
+    look.set_defaults(run=lambda arguments: print(_description(arguments.folder)))
+    export = commands.add_parser(
+        "export", parents=[folder], help="write the adapters in another format"
+    )
+    option = export.add_argument
+    option(
+        "--to",
+        required=True,
+        choices=["peft", "lora", "merged"],
+        help="an AdaLoRA adapter of PEFT; a plain LoRA adapter, with λ folded in; or the base "
+        "model's checkpoint with the increments in its weights",
+    )
+    option("--out", required=True, type=pathlib.Path, help="a folder that is not there yet")
+    option(
+        "--names",
+        type=_names,
+        help="what the layers are called in PyTorch: a family such as bert or llama, or a JSON "
+        "file of {name in Flax: name there}; by default the same, with dots",
+    )
+    option("--base", type=pathlib.Path, help="for merged: the base model's folder (safetensors)")
+    option("--base-model", help="for peft and lora: the base model's name, for the config")
+    option("--task-type", help="for peft and lora: PEFT's, such as CAUSAL_LM")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _names(text: str) -> Any:
+    if not text.endswith(".json"):
+        return text
+    try:
+        return dict(json.loads(pathlib.Path(text).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def _find(folder: pathlib.Path) -> Found:
+    """The adapters in a folder.
+
+    Raises:
+      ValueError, FileNotFoundError: it holds none.
+    """
+    if (folder / "adapter_config.json").is_file():
+        from adalora_jax import peft
+
+        loaded = peft.load_pretrained(folder)
+        return Found("adapter of PEFT", loaded.adapters, loaded.masks, loaded.config)
+    from adalora_jax import checkpoint
+
+    steps = [f for f in folder.glob("*") if f.name.isdecimal() and (f / "adalora").is_dir()]
+    saved = checkpoint.restore(max(steps, key=lambda f: int(f.name)) if steps else folder)
+    what = f"checkpoint of adalora_jax {saved.version}"
+    masks, budget = saved.allocator.masks, int(saved.allocator.budget)
+    return Found(what, saved.adapters, masks, saved.config, saved.step, budget)
+
+
+def _description(folder: pathlib.Path) -> str:
+    """The text that ``inspect`` prints."""
+    found = _find(folder)
+    adapters, config = tree.adapters(found.adapters), found.config
+    live = sum(compaction.ranks(found.masks).values())
+    whole = sum(adapter.lam.size for adapter in adapters.values())
+    nbytes = sum(leaf.nbytes for adapter in adapters.values() for leaf in adapter)
+    stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    budget = "" if found.budget is None else f", by a budget of {found.budget}"
+    lines = [
+        f"{found.what} in {folder}",
+        f"{compaction.summary(adapters, found.masks)}",
+        f"triplets: {live} of {whole} live{budget}",
+        f"config: init_r {config.init_r}, target_r {config.target_r}, scale {config.scale:.4g}",
+        f"size: {nbytes:,} bytes of adapters; {stored:,} bytes on disk",
+    ]
+    if found.step is not None:
+        lines.append(f"step: {found.step} of {config.total_step}, {_phase(found.step, config)}")
+    if beside := sorted(set(found.adapters) - set(adapters)):
+        lines.append(f"trained beside them: {', '.join(beside)}")
+    return "\n".join(lines)
+
+
+def _phase(step: int, config: AdaLoraConfig) -> str:
+    """Where a run stands that has made ``step`` updates."""
+    if step <= config.tinit + 1:
+        return "in the warm-up"
+    return "in the final phase" if step > config.final_step else "while the budget falls"
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from adalora_jax import peft
+
+    out = arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is there already: name a new folder.")
+    if (arguments.to == "merged") != (arguments.base is not None):
+        raise ValueError("--base belongs to --to merged, which needs it: the folder of the base.")
+    found = _find(arguments.folder)
+    common = {"masks": found.masks, "names": arguments.names}
+    if arguments.to == "merged":
+        import tqdm
+
+        bar = functools.partial(tqdm.tqdm, unit="tensor", desc="merging")
+        peft.merge_pretrained(
+            *(found.adapters, arguments.base, out), config=found.config, progress=bar, **common
+        )
+    else:
+        write = peft.save_pretrained if arguments.to == "peft" else peft.save_as_lora
+        about = {"base_model": arguments.base_model, "task_type": arguments.task_type}
+        write(out, found.adapters, found.config, **common, **about)
+    print(f"{arguments.to}: {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Adapters added into a Hugging Face checkpoint of the base model, one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adalora_jax.peft.files import read_adapter
+from adalora_jax.peft.matrices import KernelSizes, Matrix, to_matrices
+from adalora_jax.peft.names import as_names, hf_names
+from adalora_jax.peft.saved import saved_to_torch
+from adalora_jax.tensorfile import (
+    FLOATS,
+    Spec,
+    TensorFile,
+    inside,
+    new_folder,
+    open_regular,
+    read_json,
+    stream_tensors,
+    sync,
+    to_bytes,
+)
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What else a checkpoint's folder may hold of weights; it would be the base's, not merged.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+_OTHER_WEIGHTS += (".onnx", ".onnx_data", ".ot", ".tflite")
+_CONV1D = {"gpt2": frozenset(hf_names("gpt2").conv1d)}  # by model_type
+# Models whose modules and whose checkpoints have different names, or had once.
+_RENAMED = (("vit", "vit_v4"), ("vit_v4", "vit"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """The weights of a checkpoint by what their headers say."""
+
+    folder: Path
+    files: dict[str, dict[str, Spec]]  # {file: {tensor: Spec}}
+    metadata: dict[str, dict[str, str]]  # of each file
+    index: dict[str, Any] | None  # of a sharded checkpoint
+
+    @functools.cached_property
+    def specs(self) -> dict[str, Spec]:
+        return {name: spec for specs in self.files.values() for name, spec in specs.items()}
+
+
+class _Change(NamedTuple):
+    """What happens to one tensor of the base."""
+
+    matrix: Matrix | None = None  # its increment
+    transposed: bool = False  # of a weight that is [in, out]
+    value: np.ndarray | None = None  # or what takes its place
+
+
+def merge_pretrained(
+    adapter: str | os.PathLike[str] | Mapping[str, Any],
+    base_directory: str | os.PathLike[str],
+    out_directory: str | os.PathLike[str],
+    *,
+    config: Any = None,
+    masks: Any = None,
+    names: Any = None,
+    kernel_sizes: KernelSizes | None = None,
+    safe: bool = True,
+    progress: Callable[[list[str]], Iterable[str]] | None = None,
+) -> None:
+    """Writes the base model's checkpoint with the adapter's increments added to its weights.
+
+    The result is a checkpoint like the base's, in as many files, for whatever loads that. One
+    tensor is in memory at a time. Sums are made in at least float32 and rounded once, to the
+    dtype of the weight; tensors without an increment are copied byte by byte, and so are the
+    folder's other files, but for weights in other formats. The folder appears under its name when
+    it is complete.
+
+    Args:
+      adapter: the folder of a PEFT adapter (AdaLoRA or LoRA), or what :func:`save_pretrained
+        <adalora_jax.peft.save_pretrained>` takes as adapters, then with ``config``.
+      base_directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files.
+      out_directory: must not exist, or be empty.
+      config, masks, names, kernel_sizes: of adapters that are no folder, as in
+        ``save_pretrained``.
+      safe: refuse a sum that is not finite.
+      progress: put around the list of tensors while it is gone through, such as ``tqdm.tqdm``.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged or malicious, an increment fits no weight of the base, or its
+        weight has a dtype that is not computed with.
+
+    >>> import pathlib, tempfile
+    >>> from adalora_jax import Adapter, AdaLoraConfig
+    >>> from adalora_jax.tensorfile import TensorFile, replacing, save_tensors
+    >>> adapter = Adapter(np.ones((4, 2)), np.ones(4), np.ones((4, 3)))
+    >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2, lora_alpha=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     base, out = pathlib.Path(folder, "base"), pathlib.Path(folder, "out")
+    ...     base.mkdir()
+    ...     with replacing(base / "model.safetensors") as file:
+    ...         save_tensors(file, {"query.weight": np.zeros((2, 3), np.float32)})
+    ...     merge_pretrained({"query": adapter}, base, out, config=config)
+    ...     with TensorFile(out / "model.safetensors") as file:
+    ...         print(file.read("query.weight")[0])
+    [4. 4. 4.]
+    """
+    if isinstance(adapter, Mapping):
+        if config is None:
+            raise ValueError("config=None: adapters that are no folder need their config.")
+        names, sizes = as_names(names), kernel_sizes or {}
+        matrices, _ = to_matrices(adapter, config, masks, names, sizes)
+        saved = saved_to_torch(adapter, names, sizes)
+        scale, flagged = config.scale, config.fan_in_fan_out
+        conv1d = {name for name in matrices if flagged or names.is_conv1d(name)}
+    else:
+        file = read_adapter(adapter)
+        matrices, saved, scale = file.matrices, file.saved, file.config.scale
+        conv1d = set(matrices) if file.config.fan_in_fan_out else set()
+    base, out = _read_base(Path(base_directory)), Path(out_directory)
+    if out.resolve().is_relative_to(base.folder.resolve()):
+        raise ValueError(f"out_directory={str(out)!r} lies in the base's folder: name another.")
+    conv1d |= _conv1d_by_type(base.folder, matrices)
+    live = {name: matrix.live() for name, matrix in matrices.items() if matrix.mask.any()}
+    changes = _changes(base, live, saved, conv1d)
+    with new_folder(out) as folder:
+        _copy_others(base, folder)
+        _write(base, changes, scale, folder, safe, progress or (lambda tensors: tensors))
+
+
+def _read_base(folder: Path) -> _Base:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: pass that of the base model.")
+    index = None
+    if (folder / INDEX).exists():
+        path = inside(folder, INDEX)
+        index = read_json(path)
+        places = index.get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"{path} has no weight_map of tensors to files.")
+        names = list(dict.fromkeys(map(str, places.values())))
+        if wrong := [name for name in names if not name.endswith(".safetensors")]:
+            raise ValueError(f"{path} names {wrong[0][:99]!r}, which is no safetensors file.")
+    elif (folder / SINGLE).exists():
+        names, places = [SINGLE], None
+    else:
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE} nor {INDEX}. Pickled weights are not opened here: "
+            "load and save the base with transformers, which writes safetensors."
+        )
+    files, metadata = {}, {}
+    for name in names:
+        with TensorFile(inside(folder, name)) as file:
+            files[name], metadata[name] = file.specs, file.metadata
+    base = _Base(folder, files, metadata, index)
+    if places is not None:
+        found = {tensor: name for name, specs in files.items() for tensor in specs}
+        if found != places or len(found) != sum(map(len, files.values())):
+            odd = sorted(t for t in {*found, *places} if found.get(t) != places.get(t))
+            raise ValueError(
+                f"{folder / INDEX} and the files it names differ in what is where: "
+                f"{', '.join(repr(name[:99]) for name in odd[:3]) or 'a tensor is there twice'}."
+            )
+    return base
+
+
+def _conv1d_by_type(folder: Path, matrices: Iterable[str]) -> set[str]:
+    """The modules that are a Conv1D by what the base's config says it is."""
+    if not (folder / "config.json").exists():
+        return set()
+    kind = read_json(inside(folder, "config.json")).get("model_type")
+    known = _CONV1D.get(kind, frozenset()) if isinstance(kind, str) else frozenset()
+    return {name for name in matrices if name.rpartition(".")[2] in known}
+
+
+def _changes(
+    base: _Base,
+    matrices: Mapping[str, Matrix],
+    saved: Mapping[str, np.ndarray],
+    conv1d: set[str],
+) -> dict[str, _Change]:
+    """What is to be done, by tensor of the base; all of it checked."""
+    specs = base.specs
+    changes: dict[str, _Change] = {}
+    for name, matrix in matrices.items():
+        key = next(filter(None, (_find(f"{n}.weight", specs) for n in _names(name))), None)
+        if key is None:
+            near = difflib.get_close_matches(f"{name}.weight", specs, 3, 0.3)
+            raise ValueError(
+                f"the base in {base.folder} has no weight for {name!r}; the nearest: "
+                f"{', '.join(near) or 'none'}. Is it the model that the adapter was trained for?"
+            )
+        shape, ins, outs = specs[key].shape, matrix.q.shape[1], matrix.p.shape[1]
+        straight = len(shape) >= 2 and shape[0] == outs and math.prod(shape[1:]) == ins
+        turned = shape == (ins, outs)
+        if not straight and not turned:
+            raise ValueError(
+                f"{name!r} is for {ins} inputs and {outs} outputs, but {key!r} of the base has the "
+                f"shape {list(shape)}."
+            )
+        if specs[key].dtype not in FLOATS:
+            raise ValueError(
+                f"{key!r} of the base has dtype {specs[key].dtype}: merge into a base that is not "
+                "quantised."
+            )
+        changes[key] = _Change(matrix, turned and (not straight or name in conv1d))
+    for name, value in saved.items():
+        key = _find(name, specs) or name
+        if key in changes:
+            raise ValueError(f"{key!r} is both adapted and saved.")
+        spec = specs.get(key)
+        if spec is not None and (spec.shape != value.shape or spec.dtype not in FLOATS):
+            raise ValueError(
+                f"{name!r} has shape {list(value.shape)}, but {key!r} of the base is a "
+                f"{spec.dtype} tensor of {list(spec.shape)}."
+            )
+        changes[key] = _Change(value=value if spec is None else value.astype(FLOATS[spec.dtype]))
+    return changes
+
+
+def _names(module: str) -> list[str]:
+    """What a module may be called in a checkpoint."""
+    result = [module]
+    for one, other in _RENAMED:
+        for prefix in (None, ""):
+            with contextlib.suppress(ValueError):
+                place = hf_names(one, prefix=prefix).to_flax(module)[0][0]
+                result.append(hf_names(other, prefix=prefix).to_hf(place.path)[0][0])
+    return result
+
+
+def _find(key: str, specs: Mapping[str, Spec]) -> str | None:
+    """The tensor of that name; or of that name with or without a prefix, if there is one such."""
+    if key in specs:
+        return key
+    near = [name for name in specs if key.endswith(f".{name}") or name.endswith(f".{key}")]
+    return near[0] if len(near) == 1 else None
+
+
+def _write(
+    base: _Base,
+    changes: Mapping[str, _Change],
+    scale: float,
+    folder: Path,
+    safe: bool,
+    progress: Callable[[list[str]], Iterable[str]],
+) -> None:
+    new = {name: change.value for name, change in changes.items() if name not in base.specs}
+    files = {name: dict(specs) for name, specs in base.files.items()}
+    last = next(reversed(files))
+    files[last] |= {k: Spec(_dtype(v), v.shape) for k, v in new.items() if v is not None}
+    steps = iter(progress([tensor for specs in files.values() for tensor in specs]))
+    for name, specs in files.items():
+        with TensorFile(inside(base.folder, name)) as source, _create(folder / name) as target:
+
+            def data(tensor: str, source: TensorFile = source) -> Iterator[bytes]:
+                next(steps, None)
+                change = changes.get(tensor)
+                if change is None:
+                    yield from source.chunks(tensor)
+                elif change.matrix is None:
+                    assert change.value is not None
+                    yield to_bytes(change.value)
+                else:
+                    weight = source.read(tensor)
+                    yield to_bytes(_merged(weight, change, change.matrix, scale, tensor, safe))
+
+            stream_tensors(target, specs, data, base.metadata[name])
+            sync(target)
+    next(steps, None)  # lets a progress bar know that it is over
+    if base.index is not None:
+        places = {tensor: name for name, specs in files.items() for tensor in specs}
+        size = sum(spec.nbytes for specs in files.values() for spec in specs.values())
+        about = base.index.get("metadata")
+        about = {**(about if isinstance(about, dict) else {}), "total_size": size}
+        with _create(folder / INDEX) as target:
+            target.write(json.dumps({"metadata": about, "weight_map": places}, indent=2).encode())
+            sync(target)
+
+
+def _merged(
+    weight: np.ndarray, change: _Change, matrix: Matrix, scale: float, name: str, safe: bool
+) -> np.ndarray:
+    """``W + s · pᵀ diag(λ) q``, rounded once to the dtype of W."""
+    wide = np.promote_types(weight.dtype, np.float32)
+    p, lam, q = (leaf.astype(wide) for leaf in matrix[:3])
+    delta = (p * (lam * wide.type(scale))[:, None]).T @ q
+    delta = delta.T if change.transposed else delta.reshape(weight.shape)
+    with np.errstate(over="ignore"):
+        merged = (weight.astype(wide) + delta).astype(weight.dtype)
+    if safe and not np.isfinite(merged.astype(wide)).all():
+        raise ValueError(
+            f"the merged {name!r} is not finite in {weight.dtype}: check the adapter, or convert "
+            "the base to a wider dtype."
+        )
+    return merged
+
+
+def _dtype(array: np.ndarray) -> str:
+    return next(name for name, dtype in FLOATS.items() if dtype == array.dtype)
+
+
+def _copy_others(base: _Base, folder: Path) -> None:
+    """All files that are no weights, hidden ones left out; links that lead out are refused."""
+    for root, folders, names in os.walk(base.folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(root).relative_to(base.folder)
+        for name in sorted(names):
+            path = here / name
+            if name.startswith(".") or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
+                continue
+            (folder / here).mkdir(parents=True, exist_ok=True)
+            source = open_regular(inside(base.folder, path.as_posix()))
+            with source, _create(folder / path) as target:
+                shutil.copyfileobj(source, target)
+                sync(target)
+
+
+def _create(path: Path) -> Any:
+    return open(path, "xb")

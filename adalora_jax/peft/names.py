@@ -1,0 +1,378 @@
+"""What a weight of a Flax model is called in the PyTorch model of Hugging Face, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a matrix is: the path of a weight, a slice of its stack, a part of its outputs."""
+
+    path: str
+    at: tuple[int, ...] = ()  # the index of the slice
+    part: tuple[int, int] = (0, 1)  # part 0 of 1: all of the outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class NameMap:
+    """Pairs ``(Flax, Hugging Face)`` of names of modules, to be read in both directions.
+
+    ====================  =========================================================================
+    in a name             means
+    ====================  =========================================================================
+    ``{i}``               a number; any one letter
+    ``{path}``            any part of a path, its separators translated; any longer word
+    ``name[{i}]``         Flax side: the slice i of a weight with a stack axis, as from ``nn.scan``
+    ``name[1]``           the same with a fixed index, as in a weight that holds keys and values
+    ``name:0/3``          the first of three equal parts of the outputs, on either side: of a layer
+                          that computes queries, keys and values in one
+    ====================  =========================================================================
+
+    The first pair that fits a name counts. A dict of pairs, or a list of them, will do wherever a
+    NameMap is asked for.
+
+    Args:
+      pairs: the pairs of names.
+      conv1d: the last names of those PyTorch modules that are a ``Conv1D``, whose weights are
+        ``[in, out]`` as in Flax: GPT-2's.
+
+    Raises:
+      ValueError: a pair that cannot be read, or whose sides have different placeholders.
+
+    >>> names = NameMap([("blocks/attn/query[{i}]", "model.layers.{i}.self_attn.q_proj")])
+    >>> names.to_hf("blocks/attn/query", (7,))
+    [('model.layers.7.self_attn.q_proj', (0, 1), (0, 1))]
+    >>> names.to_flax("model.layers.7.self_attn.q_proj")
+    [(Place(path='blocks/attn/query', at=(7,), part=(0, 1)), (0, 1))]
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    conv1d: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        pairs: Any = self.pairs.items() if isinstance(self.pairs, Mapping) else self.pairs
+        try:
+            pairs = tuple((str(flax), str(hf)) for flax, hf in pairs)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"names={self.pairs!r} must be pairs (name in Flax, name in Hugging Face)."
+            ) from None
+        object.__setattr__(self, "pairs", pairs)
+        object.__setattr__(self, "conv1d", tuple(self.conv1d))
+        for pair in pairs:
+            ours, theirs = (_template(name) for name in pair)
+            if theirs.index or set(ours.fields) != set(theirs.fields):
+                raise ValueError(
+                    f"names: the pair {pair!r} must have the same placeholders on both sides, and "
+                    "an index in brackets only on the first."
+                )
+
+    def to_hf(
+        self, path: str, index: tuple[int, ...] = ()
+    ) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        """Where the matrix ``index`` of the weight ``path`` goes.
+
+        Returns:
+          ``(name, part of this matrix's outputs, part of that module's outputs)``, one for each
+          module that it goes to.
+
+        Raises:
+          ValueError: no pair fits; with the nearest that there are.
+        """
+        if "." in path:
+            raise ValueError(
+                f"{path!r} has a dot in a name, which means a new level in PyTorch: pass the "
+                "adapters under other paths."
+            )
+        found: dict[int, tuple[str, tuple[int, int], tuple[int, int]]] = {}
+        count = 0
+        for ours, theirs in self._templates:
+            values = ours.match(path, index)
+            if values is None or (found and ours.part[1] != count):
+                continue
+            count = ours.part[1]
+            found.setdefault(ours.part[0], (theirs.fill(values, "."), ours.part, theirs.part))
+        if not found or len(found) != count:
+            raise ValueError(self._unmapped(path, index, 0))
+        return [found[part] for part in sorted(found)]
+
+    def to_flax(self, name: str) -> list[tuple[Place, tuple[int, int]]]:
+        """Where the outputs of the PyTorch module ``name`` go.
+
+        Returns:
+          ``(place, part of that module's outputs)``, one for each part.
+
+        Raises:
+          ValueError: no pair fits; with the nearest that there are.
+        """
+        found: dict[int, tuple[Place, tuple[int, int]]] = {}
+        count = 0
+        for ours, theirs in self._templates:
+            values = theirs.match(name.replace(".", "/"), ())
+            if values is None or (found and theirs.part[1] != count):
+                continue
+            count = theirs.part[1]
+            place = Place(ours.fill(values, "/"), ours.index_of(values), ours.part)
+            found.setdefault(theirs.part[0], (place, theirs.part))
+        if not found:
+            raise ValueError(self._unmapped(name, (), 1))
+        return [found[part] for part in sorted(found)]
+
+    def is_conv1d(self, name: str) -> bool:
+        """Whether the PyTorch module ``name`` keeps its weight as ``[in, out]``."""
+        return name.rpartition(".")[2] in self.conv1d
+
+    @functools.cached_property
+    def _templates(self) -> list[tuple[_Template, _Template]]:
+        return [(_template(flax), _template(hf)) for flax, hf in self.pairs]
+
+    def _unmapped(self, name: str, index: tuple[int, ...], side: int) -> str:
+        known = sorted({pair[side] for pair in self.pairs})
+        plain = re.sub(r"\d+", "{i}", name)
+        near = sorted(known, key=lambda k: -difflib.SequenceMatcher(None, plain, k).ratio())[:3]
+        stack = f" with {len(index)} stack axes" if index else ""
+        return (
+            f"{name[:200]!r}{stack} has no name on the other side; the nearest that have: "
+            f"{', '.join(near)}. Pass names=[('name/in/flax/{{i}}', 'name.in.huggingface.{{i}}'), "
+            "...], see adalora_jax.peft.NameMap, or another of adalora_jax.peft.hf_names."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Template:
+    """One side of a pair, parsed."""
+
+    text: str  # with / between the parts, on either side
+    index: tuple[str, ...]  # numbers and placeholders
+    part: tuple[int, int]
+
+    @functools.cached_property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(re.findall(r"\{(\w+)\}", self.text + "".join(self.index)))
+
+    @functools.cached_property
+    def _regex(self) -> re.Pattern[str]:
+        pieces = re.split(r"\{(\w+)\}", self.text)
+        seen: set[str] = set()
+        for n, piece in enumerate(pieces):
+            if n % 2 == 0:
+                pieces[n] = re.escape(piece)
+            elif piece in seen:
+                pieces[n] = f"(?P={piece})"
+            else:
+                seen.add(piece)
+                pieces[n] = rf"(?P<{piece}>{'0|[1-9][0-9]{0,5}' if len(piece) == 1 else '.+?'})"
+        return re.compile("".join(pieces))
+
+    def match(self, path: str, index: tuple[int, ...]) -> dict[str, str] | None:
+        """The values of the placeholders, or None."""
+        if len(index) != len(self.index) or (found := self._regex.fullmatch(path)) is None:
+            return None
+        values = found.groupdict()
+        for want, number in zip(self.index, map(str, index)):
+            if want.startswith("{"):
+                want = values.setdefault(want[1:-1], number)
+            if want != number:
+                return None
+        return values
+
+    def fill(self, values: Mapping[str, str], separator: str) -> str:
+        text = re.sub(r"\{(\w+)\}", lambda found: values[found[1]], self.text)
+        return text.replace("/", separator)
+
+    def index_of(self, values: Mapping[str, str]) -> tuple[int, ...]:
+        numbers = (values[i[1:-1]] if i.startswith("{") else i for i in self.index)
+        return tuple(map(int, numbers))
+
+
+@functools.lru_cache(maxsize=4096)
+def _template(name: str) -> _Template:
+    placeholder = r"(?:\{[a-zA-Z]\}|\d+)"
+    form = rf"([^\[\]:]+?)(?:\[({placeholder}(?:,{placeholder})*)\])?(?::(\d+)/(\d+))?"
+    found = re.fullmatch(form, name.replace(" ", ""))
+    left = re.sub(r"\{[a-zA-Z]\w*\}", "", found[1]) if found else "{"
+    part = (int(found[3]), int(found[4])) if found and found[3] else (0, 1)
+    if found is None or "{" in left or "}" in left or part[0] >= part[1]:
+        raise ValueError(
+            f"names: {name!r} cannot be read; names look like 'layers/{{i}}/query', "
+            "'layers/query[{i}]' or 'attn/qkv:0/3'."
+        )
+    index = tuple(found[2].split(",")) if found[2] else ()
+    return _Template(found[1].replace(".", "/"), index, part)
+
+
+IDENTITY = NameMap((("{path}", "{path}"),))
+
+# The parts of a layer, from the layer on: as the Flax port within transformers (up to version 4)
+# has them, which are the names of the PyTorch model, and as Flax's own attention has them.
+_BERT = (
+    ("attention/self/{query}", "attention.self.{query}"),
+    ("attention/output/dense", "attention.output.dense"),
+    ("intermediate/dense", "intermediate.dense"),
+    ("output/dense", "output.dense"),
+    ("attention/query", "attention.self.query"),
+    ("attention/key", "attention.self.key"),
+    ("attention/value", "attention.self.value"),
+    ("attention/out", "attention.output.dense"),
+)
+_VIT_V4 = {
+    "q": "attention.attention.query",
+    "k": "attention.attention.key",
+    "v": "attention.attention.value",
+    "o": "attention.output.dense",
+}
+# transformers 5 has renamed the layers of ViT, but not those in its checkpoints.
+_VIT = {
+    "attention/attention/query": ("attention.q_proj", "attention.attention.query"),
+    "attention/attention/key": ("attention.k_proj", "attention.attention.key"),
+    "attention/attention/value": ("attention.v_proj", "attention.attention.value"),
+    "attention/output/dense": ("attention.o_proj", "attention.output.dense"),
+    "intermediate/dense": ("mlp.fc1", "intermediate.dense"),
+    "output/dense": ("mlp.fc2", "output.dense"),
+    "attention/query": ("attention.q_proj", "attention.attention.query"),
+    "attention/key": ("attention.k_proj", "attention.attention.key"),
+    "attention/value": ("attention.v_proj", "attention.attention.value"),
+    "attention/out": ("attention.o_proj", "attention.output.dense"),
+    **{f"attention/{n}_proj": (f"attention.{n}_proj", hf) for n, hf in _VIT_V4.items()},
+    "mlp/fc1": ("mlp.fc1", "intermediate.dense"),
+    "mlp/fc2": ("mlp.fc2", "output.dense"),
+}
+_GPT2 = (
+    ("attn/c_attn", "attn.c_attn"),
+    ("attn/c_proj", "attn.c_proj"),
+    ("mlp/c_fc", "mlp.c_fc"),
+    ("mlp/c_proj", "mlp.c_proj"),
+    *((f"{attn}/query", "attn.c_attn:0/3") for attn in ("attn", "attention")),
+    *((f"{attn}/key", "attn.c_attn:1/3") for attn in ("attn", "attention")),
+    *((f"{attn}/value", "attn.c_attn:2/3") for attn in ("attn", "attention")),
+    *((f"{attn}/out", "attn.c_proj") for attn in ("attn", "attention")),
+)
+_PROJECTIONS = tuple(f"{name}_proj" for name in "qkvo")
+_LLAMA = (
+    *((f"self_attn/{name}", f"self_attn.{name}") for name in _PROJECTIONS),
+    *((f"mlp/{name}_proj", f"mlp.{name}_proj") for name in ("gate", "up", "down")),
+    *((f"attn/{name}", f"self_attn.{name}") for name in _PROJECTIONS),  # Tunix
+)
+_GEMMA = (
+    *_LLAMA,
+    ("attn/q_einsum", "self_attn.q_proj"),
+    ("attn/kv_einsum[0]", "self_attn.k_proj"),
+    ("attn/kv_einsum[1]", "self_attn.v_proj"),
+    *((f"attn/qkv_einsum[{n}]", f"self_attn.{name}") for n, name in enumerate(_PROJECTIONS[:3])),
+    ("attn/attn_vec_einsum", "self_attn.o_proj"),
+    ("mlp/gating_einsum[0]", "mlp.gate_proj"),
+    ("mlp/gating_einsum[1]", "mlp.up_proj"),
+    ("mlp/gating_einsum:0/2", "mlp.gate_proj"),
+    ("mlp/gating_einsum:1/2", "mlp.up_proj"),
+    ("mlp/linear", "mlp.down_proj"),
+)
+_HEADS = ("classifier", "score", "qa_outputs", "lm_head", "pooler.dense")
+
+
+class _Family(NamedTuple):
+    layers: str  # the list of layers in the PyTorch model, without the prefix
+    prefix: str  # what a model with a head puts in front
+    parts: tuple[tuple[str, str], ...]
+    flax_layers: tuple[str, ...]  # names of the list in Flax models
+    conv1d: tuple[str, ...] = ()
+
+
+_FAMILIES = {
+    "bert": _Family("encoder.layer", "bert", _BERT, ("encoder/layer", "encoder/layers")),
+    "gpt2": _Family("h", "transformer", _GPT2, ("h", "layers"), ("c_attn", "c_proj", "c_fc")),
+    "llama": _Family("layers", "model", _LLAMA, ("layers",)),
+    "gemma": _Family("layers", "model", _GEMMA, ("layers", "layer")),
+    "qwen2": _Family("layers", "model", _LLAMA, ("layers",)),
+    "qwen3": _Family("layers", "model", _LLAMA, ("layers",)),
+    **{
+        name: _Family(
+            layers,
+            "vit",
+            tuple((flax, hf[version]) for flax, hf in _VIT.items()),
+            ("encoder/layer", "encoder/layers", "layers"),
+        )
+        for version, (name, layers) in enumerate((("vit", "layers"), ("vit_v4", "encoder.layer")))
+    },
+}
+
+
+@functools.lru_cache(maxsize=256)
+def hf_names(family: str, *, root: str | None = None, prefix: str | None = None) -> NameMap:
+    """The map for a family of models: bert, gpt2, llama, gemma, qwen2, qwen3, vit or vit_v4.
+
+    It knows the names of the Flax models in transformers (up to version 4), of Tunix, of
+    google-deepmind/gemma, and of layers built on Flax's own attention, each with its layers as
+    ``layers/3``, as ``layers_3``, or stacked in ``layers``. Where a PyTorch module could be several
+    of these, reading a file takes the first, and ``load_pretrained(like=...)`` decides.
+    ``"vit"`` has the names of transformers 5, ``"vit_v4"`` those of transformers 4.
+
+    Only names are translated. A Flax model whose attention pairs other features in its rotary
+    embedding than the PyTorch model does (Meta's Llama and MaxText's) has its rows in another
+    order, too.
+
+    Args:
+      family: the name.
+      root: what is in front of the list of layers in the Flax model. None: nothing, or what the
+        PyTorch model has there.
+      prefix: what the PyTorch model has in front of it: None for that of a model with a head,
+        ``"bert"``, ``"transformer"``, ``"model"`` or ``"vit"``; ``""`` for a bare one.
+
+    Raises:
+      ValueError: there is no such family.
+
+    >>> hf_names("llama").to_hf("layers/3/attn/q_proj")[0][0]
+    'model.layers.3.self_attn.q_proj'
+    >>> [name for name, *_ in hf_names("gemma").to_hf("layer_3/attn/kv_einsum", (1,))]
+    ['model.layers.3.self_attn.v_proj']
+    """
+    if family not in _FAMILIES:
+        raise ValueError(f"names={family!r} is none of {', '.join(_FAMILIES)}, nor pairs of names.")
+    known = _FAMILIES[family]
+    prefix = known.prefix if prefix is None else prefix.strip(".")
+    roots = (prefix.replace(".", "/"), "") if root is None else (root.strip("/"),)
+    theirs = ".".join(filter(None, (prefix, known.layers)))
+    pairs = []
+    for stack, r, layers in _orders(roots, known.flax_layers):
+        ours = "/".join(filter(None, (r, layers)))
+        for part, hf in known.parts:
+            name = f"{ours}{stack}{part}" if "{i}" in stack else _stacked(f"{ours}/{part}")
+            pairs.append((name, f"{theirs}.{{i}}.{hf}"))
+    for head in _HEADS:
+        name = head.replace(".", "/")
+        pairs.append((name, head))
+        pairs += [(f"{r}/{name}", f"{prefix}.{head}") for r in roots if r and prefix]
+    return NameMap(tuple(dict.fromkeys(pairs)), known.conv1d)
+
+
+def _orders(roots: Sequence[str], lists: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Separate layers first, since they are the likelier, and the PyTorch names first."""
+    return [(s, r, layers) for s in ("/{i}/", "_{i}/", "/") for r in roots for layers in lists]
+
+
+def _stacked(name: str) -> str:
+    """``a/b`` as ``a/b[{i}]``, ``a/b[1]`` as ``a/b[{i},1]``, ``a/b:0/2`` as ``a/b[{i}]:0/2``."""
+    path, colon, part = name.partition(":")
+    path = path.replace("[", "[{i},") if "[" in path else f"{path}[{{i}}]"
+    return f"{path}{colon}{part}"
+
+
+def as_names(
+    names: NameMap | str | Mapping[str, str] | Iterable[tuple[str, str]] | None,
+) -> NameMap:
+    """What a user gives for ``names`` as a :class:`NameMap`; None translates ``/`` to ``.``.
+
+    >>> as_names(None).to_hf("encoder/query")[0][0]
+    'encoder.query'
+    """
+    if names is None:
+        return IDENTITY
+    if isinstance(names, NameMap):
+        return names
+    if isinstance(names, str):
+        return hf_names(names)
+    return NameMap(names)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,446 @@
+"""Adapters on a base in int8, int4 or NF4: Qwix quantises the weights, the adapters go on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import qwix
+from flax import nnx
+from flax.core import meta
+
+from adalora_jax import compaction, linen, nnx_layers, packed, targets
+from adalora_jax import nnx as front
+from adalora_jax.config import AdaLoraConfig
+from adalora_jax.gptq import load_gptq
+from adalora_jax.layers import Layer, known, weight_increment
+from adalora_jax.packed import Packed
+from adalora_jax.tree import adapters as found_adapters
+from adalora_jax.tree import at, is_packed
+
+__all__ = [
+    "MergeError",
+    "Merged",
+    "QwixWeight",
+    "Recipe",
+    "load_gptq",
+    "merge_linen",
+    "merge_nnx",
+    "quantize",
+    "quantize_linen",
+    "quantize_nnx",
+]
+
+_QTYPES = ("int8", "int4", "nf4")
+_KINDS = ("dense", "general", "einsum", "conv")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which weights are quantised, and how.
+
+    ``"int8"``, ``"int4"`` and ``"nf4"`` stand for the recipes of that type with the defaults:
+
+    | recipe | one scale for | bits a weight (bf16 base) |
+    | --- | --- | --- |
+    | int8 | each output channel | 8 |
+    | int4 | each block of 64 inputs of an output channel | 4.25 |
+    | nf4 | each block of 64 inputs of an output channel | 4.25 |
+
+    Quantised are all dense, general, einsum and conv layers, but no embeddings: those are looked
+    up, not multiplied. What is not quantised stays in the dtype that it has.
+
+    >>> Recipe(qtype="nf4", exclude_modules=["head"]).block
+    64
+    """
+
+    qtype: str  # "int8", "int4" or "nf4"
+    block: int | None = 0  # inputs that share a scale; None: all of an output channel
+    target_modules: Any = None  # as in AdaLoraConfig; None: all layers but embeddings
+    exclude_modules: Any = None  # as in AdaLoraConfig: layers that stay as they are
+    dtype: str | None = None  # cast to it: scales, and so the dequantised kernels, and what stays
+
+    def __post_init__(self):
+        if self.qtype not in _QTYPES:
+            raise ValueError(f"qtype={self.qtype!r} must be one of {_QTYPES}.")
+        if self.block == 0:
+            object.__setattr__(self, "block", None if self.qtype == "int8" else 64)
+        if self.block is not None and self.block < 1:
+            raise ValueError(f"block={self.block} must be at least 1, or None for whole channels.")
+        if self.dtype is not None and not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
+            raise ValueError(f"dtype={self.dtype!r} must be a floating-point dtype, or None.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QwixWeight(Packed):
+    """A weight as Qwix quantised it, two 4-bit numbers in a byte.
+
+    In bytes of our own: not every back end keeps arrays of 4-bit numbers packed when it computes.
+    """
+
+    qvalue: jax.Array  # int8 for int8, else uint8
+    scale: jax.Array  # as many axes as qvalue; each divides that of the weight
+    qtype: str = dataclasses.field(metadata={"static": True})
+    axis: int | None = dataclasses.field(metadata={"static": True})  # from the end: of the pairs
+
+    @classmethod
+    def of(cls, array: qwix.QArray, qtype: str, axes: Sequence[int]) -> QwixWeight:
+        """What Qwix quantised, packed along the first of ``axes`` (from the end) of even size."""
+        if qtype == "int8":
+            return cls(array.qvalue, array.scale, qtype, None)
+        values = array.qvalue.astype(jnp.uint8) & 15
+        axis = next((axis for axis in axes if array.shape[axis] % 2 == 0), None)
+        values = values if axis is None else packed.pack_nibbles(values, axis)
+        return cls(values, array.scale, qtype, axis)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        shape = list(self.qvalue.shape)
+        if self.axis is not None:
+            shape[self.axis] *= 2
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> Any:
+        """That of the scales."""
+        return self.scale.dtype
+
+    @property
+    def array(self) -> qwix.QArray:
+        """The same in Qwix's type, unpacked; no gradient passes."""
+        values, scale = jax.lax.stop_gradient((self.qvalue, self.scale))
+        if self.axis is not None:
+            values = packed.unpack(values, self.axis, 4)
+        if self.qtype == "int4":  # of two's complement
+            values = (values ^ 8).astype(jnp.int8) - 8
+        return qwix.QArray(values, scale, qtype=self.qtype)
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The weight, computed in the dtype of its scales."""
+        dense = qwix.dequantize(self.array)
+        return dense if dtype is None else dense.astype(dtype)
+
+    def requantize(self, weight: jax.Array) -> QwixWeight:
+        """Another weight with the blocks of this one."""
+        sizes = list(enumerate(zip(self.shape, self.scale.shape)))
+        channelwise = tuple(i for i, (size, scales) in sizes if size == scales)
+        tiled = tuple((i, n // m) for i, (n, m) in sizes if m not in (1, n))
+        axes = () if self.axis is None else (self.axis,)
+        return _quantize(weight.astype(self.dtype), self.qtype, channelwise, tiled, axes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(weight, qtype, channelwise, tiled, axes):
+    array = qwix.quantize(weight, qtype, channelwise_axes=channelwise, tiled_axes=dict(tiled))
+    return QwixWeight.of(array, qtype, axes)
+
+
+def quantize(weight: jax.Array, recipe: str | Recipe, layer: Layer) -> QwixWeight:
+    """One weight, quantised by Qwix.
+
+    A block lies along the inputs: as many of the last ones as fit, whole axes where they do, and
+    otherwise the largest part of an axis that divides it.
+
+    Args:
+      weight: of any shape that ``layer`` has, stacked axes in front.
+      recipe: a :class:`Recipe` or the name of one.
+      layer: how the weight reads as matrices.
+
+    >>> layer = Layer("dense", "kernel", (), (0,), (1,))
+    >>> packed = quantize(jnp.ones((256, 8)), "nf4", layer)
+    >>> packed.shape, packed.qvalue.shape, packed.scale.shape
+    ((256, 8), (128, 8), (4, 8))
+    """
+    recipe = _recipe(recipe)
+    first = weight.ndim - len(layer.stack) - len(layer.ins) - len(layer.outs)
+    ins = [first + axis for axis in layer.ins]
+    channelwise = [axis for axis in range(weight.ndim) if axis not in ins]
+    tiled = {}
+    left = weight.size if recipe.block is None else recipe.block
+    for axis in reversed(ins):
+        size = weight.shape[axis]
+        tile = next(n for n in range(min(left, size), 0, -1) if size % n == 0)
+        left = left // tile if tile == size else 1
+        if tile == 1:
+            channelwise.append(axis)
+        elif tile < size:
+            tiled[axis] = tile
+    weight = weight if recipe.dtype is None else weight.astype(recipe.dtype)
+    outs = [first + axis for axis in layer.outs]
+    axes = tuple(axis - weight.ndim for axis in (*reversed(ins), *reversed(outs)))
+    return _quantize(weight, recipe.qtype, tuple(channelwise), tuple(tiled.items()), axes)
+
+
+def quantize_linen(
+    module: Any, variables: Mapping[str, Any], recipe: str | Recipe, *inputs: Any, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A linen model with a quantised base, and its variables.
+
+    One weight is quantised at a time. Under ``jax.eval_shape`` nothing is allocated.
+
+    Args:
+      module: a linen module; or an adapted one, whose adapters go on as they are.
+      variables: of the model; not changed.
+      recipe: ``"int8"``, ``"int4"``, ``"nf4"`` or a :class:`Recipe`.
+      *inputs, **kwargs: what the model is called with, to see its layers.
+
+    Returns:
+      ``(module, variables)``. The module is called, and adapted, like the one that was given. The
+      variables have the integers in a collection of their own, ``quantized``, and the rest in
+      ``params``, so that ``jax.grad`` with respect to ``params`` and adapters needs no filter.
+
+    Raises:
+      ValueError: the recipe selects no layer, or the model is quantised already.
+
+    >>> import flax.linen as nn
+    >>> model, x = nn.Dense(4), jnp.ones((2, 64))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> quantised, packed = quantize_linen(model, variables, "int8", x)
+    >>> sorted(packed["params"]), packed["quantized"]["kernel"].qvalue.dtype
+    (['bias'], dtype('int8'))
+    >>> bool(jnp.allclose(quantised.apply(packed, x), model.apply(variables, x), atol=0.1))
+    True
+    """
+    if isinstance(module, linen.AdaptedModule):
+        inner, variables = quantize_linen(module.module, variables, recipe, *inputs, **kwargs)
+        return dataclasses.replace(module, module=inner), variables
+    recipe = _recipe(recipe)
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module is a {type(module).__name__}, not a flax.linen module; quantize_nnx takes NNX "
+            "modules."
+        )
+    params = linen.whole(variables)["params"]
+    weights: dict[str, Packed] = {}
+    for path, target in _targets(linen.candidates(module, variables, inputs, kwargs), recipe):
+        place = f"{path}/{target.layer.weight}".lstrip("/")
+        weight = meta.unbox(at(params, place.split("/")))
+        weights[place] = quantize(_floats(weight, place), recipe, target.layer)
+    module, variables = packed.pack_linen(module, variables, weights)
+    return module, {**variables, "params": _cast(variables["params"], recipe.dtype)}
+
+
+def quantize_nnx(model: nnx.Module, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> Any:
+    """A copy of an NNX model with a quantised base.
+
+    Args:
+      model: any NNX module, with adapters or without; left as it is.
+      recipe: ``"int8"``, ``"int4"``, ``"nf4"`` or a :class:`Recipe`.
+      *inputs, **kwargs: what the model is called with. Not needed but for einsum layers that are
+        given their equation in the call.
+
+    Returns:
+      A module of the same class, in which each quantised weight is a
+      :class:`~adalora_jax.packed.PackedWeight`. That is no ``nnx.Param``, so ``nnx.grad`` needs no
+      filter.
+
+    Raises:
+      ValueError: the recipe selects no layer, or the model is quantised already.
+
+    >>> model, x = nnx.Linear(64, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 64))
+    >>> quantised = quantize_nnx(model, "int8", x)
+    >>> quantised.kernel.get_raw_value().qvalue.dtype, quantised.kernel.shape
+    (dtype('int8'), (64, 4))
+    >>> bool(jnp.allclose(quantised(x), model(x), atol=0.1))
+    True
+    """
+    recipe = _recipe(recipe)
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, not a flax.nnx module; quantize_linen takes linen "
+            "modules."
+        )
+    weights: dict[str, Packed] = {}
+    for path, target in _targets(front.candidates(model, of_adapted=True), recipe):
+        place = f"{path}/{target.layer.weight}".lstrip("/")
+        variable = getattr(dict(nnx_layers.modules(model))[path], target.layer.weight)
+        weights[place] = quantize(_floats(variable.get_raw_value(), place), recipe, target.layer)
+    model = packed.pack_nnx(model, weights)
+    if recipe.dtype is not None:
+        is_base = lambda path, leaf: type(leaf) is nnx.Param
+        nnx.update(model, _cast(nnx.state(model, is_base), recipe.dtype))
+    return model
+
+
+class MergeError(NamedTuple):
+    """What was lost when W + ΔW was put into a format."""
+
+    weight: float  # ‖W' − (W + ΔW)‖ / ‖W + ΔW‖
+    increment: float  # the same against ‖ΔW‖: at 1 the error is as large as what was learnt
+
+
+class Merged(NamedTuple):
+    """A model with the increments in its weights, and what that cost."""
+
+    result: Any  # variables for linen, a model for NNX
+    errors: dict[str, MergeError]  # by path, of the layers that were quantised
+
+
+def merge_linen(
+    adapted: linen.AdaptedModule,
+    variables: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    *inputs: Any,
+    to: Any = "requantize",
+    **kwargs: Any,
+) -> Merged:
+    """Merges adapters into a quantised base: in floats, or quantised again.
+
+    An integer cannot hold ``W + ΔW``, so something is lost, and the report says how much. One
+    weight at a time is dense. Layers that were not quantised merge as on a float base.
+
+    Args:
+      adapted: of the quantised module.
+      variables, adapters: as in ``adapted.apply``; not changed.
+      *inputs, **kwargs: what the model is called with.
+      to: a floating-point dtype: all quantised weights are dequantised to it, and the variables
+        are those of a float model. ``"requantize"``: each merged weight in the format it had.
+        A recipe or the name of one: each merged weight by that recipe.
+
+    Returns:
+      ``(result, errors)``: variables, and a :class:`MergeError` for each quantised layer that had
+      an adapter.
+
+    Raises:
+      ValueError: ``to`` is none of these, or asks for a GPTQ weight to be requantised.
+
+    >>> import adalora_jax, flax.linen as nn
+    >>> model, x = nn.Dense(4), jnp.ones((2, 64))
+    >>> quantised, variables = quantize_linen(model, model.init(jax.random.key(0), x), "int8", x)
+    >>> config = AdaLoraConfig(total_step=10, target_modules=".*", init_lora_weights=False)
+    >>> adapted = adalora_jax.linen.adapt(quantised, config)
+    >>> adapters = adapted.init(jax.random.key(1), variables, x)
+    >>> merged, errors = merge_linen(adapted, variables, adapters, x, to="float32")
+    >>> list(merged), errors[""].weight < 1e-6
+    (['params'], True)
+    >>> want = adapted.apply(variables, adapters, x)
+    >>> bool(jnp.allclose(model.apply(merged, x), want, atol=1e-3))
+    True
+    """
+    candidates = linen.candidates(adapted.module, variables, inputs, kwargs)
+    layers = {path: c.layer for path, c in candidates.items() if c.layer is not None}
+    whole = linen.whole(variables)
+    weights = {p: w for p, w in packed.by_path(whole["params"]).items() if is_packed(w)}
+    merged, errors = {}, {}
+    for path, adapter in found_adapters(dict(adapters)).items():
+        layer = layers.get(path)
+        place = f"{path}/{layer.weight}".lstrip("/") if layer else ""
+        if layer is not None and place in weights:
+            weight, scale = weights[place], adapted.config.scale_of(path)
+            delta = weight_increment(layer, adapter, weight.shape, scale)
+            merged[place], errors[path] = _put(weight, delta, layer, to)
+    if _dtype(to) is not None:
+        rest = {place: weight for place, weight in weights.items() if place not in merged}
+        merged |= {place: weight.dequantize(to) for place, weight in rest.items()}
+    rest = {path: node for path, node in adapters.items() if path not in errors}
+    params = packed.replaced(whole["params"], merged)
+    result = compaction.merge({**whole, "params": params}, rest, adapted.config, layers=layers)
+    return Merged(linen.apart(result), errors)
+
+
+def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
+    """:func:`merge_linen` for an adapted NNX model on a quantised base, which is left as it is.
+
+    >>> import adalora_jax
+    >>> base = quantize_nnx(nnx.Sequential(nnx.Linear(64, 4, rngs=nnx.Rngs(0))), "nf4")
+    >>> options = {"target_modules": "all-linear", "init_lora_weights": False}
+    >>> adapted = adalora_jax.nnx.adapt(base, AdaLoraConfig(total_step=10, **options))
+    >>> merged, errors = merge_nnx(adapted, to="requantize")
+    >>> type(merged.layers[0].kernel).__name__, 0 < errors["layers/0"].weight < 0.2
+    ('PackedWeight', True)
+    >>> merge_nnx(adapted, to="bfloat16").result.layers[0].kernel.dtype
+    dtype(bfloat16)
+    """
+    model = nnx.clone(model)
+    dtype = _dtype(to)
+    dense: dict[int, Any] = {}  # a tied weight has several layers
+    errors = {}
+    for path, module in nnx_layers.modules(model):
+        if not isinstance(module, packed.PackedLayer):
+            continue
+        layer = known(nnx_layers.layer_of(module), module)
+        variable = getattr(module, layer.weight)
+        weight = variable.get_raw_value()
+        adaptation = getattr(module, "adalora", None)
+        if adaptation is not None:
+            if is_packed(weight) and id(variable) not in dense:
+                delta = weight_increment(layer, adaptation.adapter, weight.shape, adaptation.scale)
+                dense[id(variable)], errors[path] = _put(weight, delta, layer, to)
+            del module.adalora
+            module.__class__ = nnx_layers.base_class(type(module))
+        new = dense.get(id(variable), weight)
+        if is_packed(new) and dtype is not None:
+            new = dense[id(variable)] = new.dequantize(dtype)
+        if is_packed(new):
+            variable.set_value(new)
+        else:
+            packed.unpack_layer(module, layer.weight, new)
+    return Merged(front.merge(model), errors)
+
+
+def _put(weight: Packed, delta: jax.Array, layer: Layer, to: Any) -> tuple[Any, MergeError]:
+    """``W + ΔW`` in the format asked for, and the error of that."""
+    target = weight.dequantize(jnp.float32) + delta
+    if (dtype := _dtype(to)) is not None:
+        new = target.astype(dtype)
+    elif to == "requantize":
+        new = weight.requantize(target)
+    else:
+        new = quantize(target.astype(weight.dtype), to, layer)
+    back = new.dequantize(jnp.float32) if isinstance(new, Packed) else new.astype(jnp.float32)
+    error, whole, learnt = (
+        float(jnp.linalg.norm(a.ravel())) for a in (back - target, target, delta)
+    )
+    return new, MergeError(error / whole, error / learnt if learnt else float(error > 0))
+
+
+def _dtype(to: Any) -> Any:
+    """``to`` as a floating-point dtype; None for what says how to quantise."""
+    if to == "requantize" or isinstance(to, Recipe) or to in _QTYPES:
+        return None
+    try:
+        dtype = jnp.dtype(to)
+    except TypeError:
+        dtype = jnp.dtype(int)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"to={to!r} must be a floating-point dtype, 'requantize', a Recipe or one of {_QTYPES}."
+        )
+    return dtype
+
+
+def _recipe(recipe: str | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else Recipe(qtype=recipe)
+
+
+def _targets(candidates: Mapping[str, targets.Candidate], recipe: Recipe) -> Any:
+    """The layers that the recipe selects, by path."""
+    if recipe.target_modules is None:
+        candidates = {p: c for p, c in candidates.items() if c.layer and c.layer.kind in _KINDS}
+    config = AdaLoraConfig(
+        total_step=1,
+        target_modules=".*" if recipe.target_modules is None else recipe.target_modules,
+        exclude_modules=recipe.exclude_modules,
+    )
+    return targets.select(candidates, config).items()
+
+
+def _floats(weight: Any, place: str) -> Any:
+    if not jnp.issubdtype(weight.dtype, jnp.floating) or is_packed(weight):
+        raise ValueError(f"{place!r} is quantised already: quantise the float model.")
+    return weight
+
+
+def _cast(tree: Any, dtype: str | None) -> Any:
+    """The floating-point leaves in another dtype."""
+    if dtype is None:
+        return tree
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if floating(leaf) else leaf, tree)

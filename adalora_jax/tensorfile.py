@@ -1,0 +1,392 @@
+"""Safetensors and JSON files that may come from a stranger, and writing that leaves no halves.
+
+A file is believed in nothing: sizes, names, dtypes, shapes and offsets are checked before memory
+is taken for what they announce, and nothing in a file is ever executed. What is wrong with one
+is a ``ValueError`` that names it. Reading and writing are done here and not by the package
+``safetensors``, because a header has to be judged before it is acted upon, and because a whole
+model has to pass through tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+MAX_HEADER = 100_000_000  # the format's own limit
+MAX_JSON = 16 * 2**20
+_MAX_NAME = 1024
+_MAX_AXES = 16
+_MAX_SIZE = 2**40  # of one axis
+_CHUNK = 8 * 2**20
+
+# Bits of every dtype of the format, and those that NumPy computes with.
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+FLOATS = {
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+
+class Spec(NamedTuple):
+    """What a header says of one tensor."""
+
+    dtype: str  # the format's name: "F32", "BF16", ...
+    shape: tuple[int, ...]
+    start: int = 0  # first byte in the file
+    stop: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+
+class TensorFile:
+    """A safetensors file that is open for reading, its header checked.
+
+    ``specs`` is ``{name: Spec}`` in the order of the data, and ``metadata`` what the header has
+    of it. A context manager.
+
+    Args:
+      path: of the file.
+      max_header: bytes that the header may have; in memory it takes some ten times as many.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no safetensors file, or a damaged or a malicious one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], max_header: int = MAX_HEADER):
+        self.path = Path(path)
+        self._file = open_regular(self.path)
+        try:
+            self.specs, self.metadata = _header(self._file, self.path, max_header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor ``name``, of one of the dtypes in ``FLOATS``.
+
+        Raises:
+          ValueError: it has another dtype, or the file was cut off since it was opened.
+        """
+        spec = self.specs[name]
+        if spec.dtype not in FLOATS:
+            raise ValueError(
+                f"{self.path}: {name!r} has dtype {spec.dtype}; only {', '.join(FLOATS)} can be "
+                "computed with: convert or dequantise it first."
+            )
+        data = b"".join(self.chunks(name))
+        return np.frombuffer(data, FLOATS[spec.dtype]).reshape(spec.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of the tensor ``name``, some megabytes at a time."""
+        spec = self.specs[name]
+        self._file.seek(spec.start)
+        left = spec.stop - spec.start
+        while left:
+            data = self._file.read(min(left, _CHUNK))
+            if not data:
+                raise ValueError(f"{self.path} ends inside {name!r}: it changed while being read.")
+            left -= len(data)
+            yield data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading; not a pipe or a device, which may never end.
+
+    Raises:
+      FileNotFoundError, ValueError: it is not there, or is something else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise ValueError(f"{path} cannot be opened: {error}.") from None
+    file = os.fdopen(descriptor, "rb") if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+    if file is None:
+        os.close(descriptor)
+        raise ValueError(f"{path} is no regular file.")
+    return file
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file of at most 16 MiB.
+
+    Raises:
+      FileNotFoundError, ValueError: it is not there, is too large, or holds something else.
+    """
+    with open_regular(Path(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON:
+            raise ValueError(f"{path} has {size} bytes; {MAX_JSON} are allowed.")
+        return parse_json(file.read(MAX_JSON), path)
+
+
+def parse_json(data: bytes, where: Any) -> dict[str, Any]:
+    """The JSON object in ``data``; no key twice, no NaN, and nothing nested beyond reason.
+
+    >>> parse_json(b'{"r": 8}', "adapter_config.json")
+    {'r': 8}
+    >>> parse_json(b"[1, 2]", "adapter_config.json")
+    Traceback (most recent call last):
+        ...
+    ValueError: adapter_config.json holds no JSON object.
+    """
+
+    def unique(pairs):
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key stands there twice")
+        return result
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no valid JSON: {str(error)[:200]}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds no JSON object.")
+    return value
+
+
+def _header(file: BinaryIO, path: Path, most: int) -> tuple[dict[str, Spec], dict[str, str]]:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, most):
+        raise ValueError(
+            f"{path} is no safetensors file: it has {size} bytes and announces a header of "
+            f"{length}, where {most} are allowed."
+        )
+    header = parse_json(file.read(length), f"the header of {path}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"{path}: __metadata__ must map strings to strings.")
+    specs = {name: _spec(name, entry, path, 8 + length) for name, entry in header.items()}
+    specs = dict(sorted(specs.items(), key=lambda item: item[1][2:]))
+    end = 8 + length
+    for name, spec in specs.items():
+        if spec.start != end:
+            raise ValueError(f"{path}: the data of {name!r} overlap others, or leave a hole.")
+        end = spec.stop
+    if end != size:
+        raise ValueError(f"{path} has {size} bytes, but its header describes {end}: it is damaged.")
+    return specs, metadata
+
+
+def _spec(name: str, entry: Any, path: Path, begin: int) -> Spec:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(
+            f"{path}: the entry of {name[:99]!r} must have dtype, shape and data_offsets alone."
+        )
+    if not name or len(name) > _MAX_NAME or not name.isprintable():
+        raise ValueError(f"{path}: a tensor has the name {name[:99]!r}.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"{path}: {name!r} has the unknown dtype {str(dtype)[:99]!r}.")
+    if not _integers(shape, _MAX_SIZE) or len(shape) > _MAX_AXES:
+        raise ValueError(f"{path}: {name!r} has the shape {str(shape)[:99]}.")
+    if not _integers(offsets, 2**63) or len(offsets) != 2:
+        raise ValueError(f"{path}: {name!r} has the data_offsets {str(offsets)[:99]}.")
+    start, stop = offsets
+    if (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(
+            f"{path}: {name!r} is a {dtype} tensor of shape {shape}, which does not fill the bytes "
+            f"{start} to {stop}."
+        )
+    return Spec(dtype, tuple(shape), begin + start, begin + stop)
+
+
+def _integers(value: Any, most: int) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry <= most
+        for entry in value
+    )
+
+
+def save_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as a safetensors file, as PyTorch's tools expect it.
+
+    Raises:
+      ValueError: an array has a dtype that is not in ``FLOATS``.
+    """
+    for name, array in tensors.items():
+        if array.dtype not in _NAMES:
+            raise ValueError(
+                f"{name!r} has dtype {array.dtype}; only {', '.join(map(str, _NAMES))} can be "
+                "written."
+            )
+    # The widest first, so that every tensor is aligned to its dtype.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    specs = {name: spec_of(tensors[name]) for name in order}
+    stream_tensors(file, specs, lambda name: [to_bytes(tensors[name])], {"format": "pt"})
+
+
+def stream_tensors(
+    file: BinaryIO,
+    specs: Mapping[str, Spec],
+    data: Callable[[str], Iterable[bytes]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file of tensors that need not be in memory together.
+
+    Args:
+      file: open for writing.
+      specs: what is to be in it, in this order.
+      data: the bytes of a tensor, by its name.
+      metadata: for the header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, spec in specs.items():
+        end = offset + spec.nbytes
+        header[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in specs:
+        for chunk in data(name):
+            file.write(chunk)
+
+
+def spec_of(array: np.ndarray) -> Spec:
+    """How an array is described in a header.
+
+    >>> spec_of(np.zeros((2, 3), np.float16))
+    Spec(dtype='F16', shape=(2, 3), start=0, stop=0)
+    """
+    return Spec(_NAMES[array.dtype], array.shape)
+
+
+def to_bytes(array: np.ndarray) -> bytes:
+    """The elements of an array in the format's order: C order, little endian."""
+    return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the place of ``path`` at the end, if all went well."""
+    temporary = _beside(path)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``path`` at the end, if all went well.
+
+    Raises:
+      ValueError: there is something at ``path`` already.
+    """
+    taken = path.is_symlink() or (path.exists() and not path.is_dir())
+    if taken or (path.exists() and any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty: name another folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync(file: BinaryIO) -> None:
+    """Waits until the file's data are on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the folder's entries are on disk, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """The file ``name`` of ``folder``, which must lie in it, also once links are followed.
+
+    The download cache of Hugging Face is made of links into a folder ``blobs`` beside
+    ``snapshots``; those may be followed.
+
+    Raises:
+      FileNotFoundError, ValueError: it is not there, or leads elsewhere.
+
+    >>> inside(Path("."), "../secret")
+    Traceback (most recent call last):
+        ...
+    ValueError: '../secret' is no plain name of a file in the folder '.'.
+    """
+    plain = isinstance(name, str) and name.isprintable() and "\\" not in name and ":" not in name
+    if not plain or not name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(
+            f"{str(name)[:99]!r} is no plain name of a file in the folder {str(folder)!r}."
+        )
+    try:
+        real, home = (folder / name).resolve(strict=True), folder.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{folder / name} does not exist.") from None
+        raise ValueError(f"{folder / name} cannot be opened: {error}.") from None
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise ValueError(f"{folder / name} is a link that leads out of its folder, to {real}.")
+    return folder / name
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody has in the folder of ``path``; made by hand, for the usual permissions."""
+    return path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"

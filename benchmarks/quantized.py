@@ -1,0 +1,203 @@
+"""What a quantised base costs: bytes, the peak memory of a training step, and its time.
+
+    python benchmarks/quantized.py
+
+writes ``quantized.json`` and ``quantized.md`` beside this file, in about two minutes on two cores.
+Needs ``pip install ".[quant]"``.
+
+The 7B model is only ever shapes: its training step is compiled, not run. The small one runs, with
+the steps of all bases interleaved.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import timing
+
+import adalora_jax as adalora
+from adalora_jax import quantized
+
+CONFIG = adalora.AdaLoraConfig(
+    total_step=1000, init_r=12, target_r=8, tinit=100, tfinal=300, target_modules="all-linear"
+)
+TX = adalora.adalora(optax.adamw(1e-3), CONFIG)
+ROUNDS = 9
+BASES = ("float32", "bfloat16", "int8", "int4", "nf4")
+LLAMA = {"width": 4096, "hidden": 11008, "heads": 32, "depth": 32, "vocabulary": 32000}
+SMALL = {"width": 512, "hidden": 1376, "heads": 8, "depth": 4, "vocabulary": 1000}
+
+
+class Layer(nn.Module):
+    """A layer of a Llama: its linear layers, in the shapes it has them."""
+
+    width: int
+    hidden: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        dense = functools.partial(nn.Dense, use_bias=False)
+        split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
+        h = nn.RMSNorm(name="attention_norm")(x)
+        q, k, v = (split(dense(self.width, name=n)(h)) for n in ("q_proj", "k_proj", "v_proj"))
+        h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+        x = x + dense(self.width, name="o_proj")(h)
+        h = nn.RMSNorm(name="mlp_norm")(x)
+        h = nn.silu(dense(self.hidden, name="gate_proj")(h)) * dense(self.hidden, name="up_proj")(h)
+        return x + dense(self.width, name="down_proj")(h), None
+
+
+class Llama(nn.Module):
+    """The stack of them, under nn.scan with recomputed activations, as large models are trained."""
+
+    width: int
+    hidden: int
+    heads: int
+    depth: int
+    vocabulary: int
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(self.vocabulary, self.width, name="embed_tokens")(ids)
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+        )
+        x, _ = layers(self.width, self.hidden, self.heads, name="layers")(x, None)
+        x = nn.RMSNorm(name="norm")(x)
+        return nn.Dense(self.vocabulary, use_bias=False, name="lm_head")(x)
+
+
+def based(model: nn.Module, variables, base: str, ids):
+    """The model on a base: floats of a dtype, or quantised from bf16."""
+    dtype = base if base.startswith(("float", "bfloat")) else "bfloat16"
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    if base == dtype:
+        return model, variables
+    recipe = quantized.Recipe(qtype=base, exclude_modules=["lm_head"])
+    return quantized.quantize_linen(model, variables, recipe, ids)
+
+
+def abstract(model: nn.Module, base: str, ids):
+    """The model on a base, and the shapes of its variables."""
+    models = []
+
+    def make():
+        variables = model.init(jax.random.key(0), ids)
+        found, variables = based(model, variables, base, ids)
+        models.append(found)
+        return variables
+
+    variables = jax.eval_shape(make)
+    return models[0], variables
+
+
+def train_step(adapted):
+    """One optimizer step as people write it."""
+
+    def step(variables, adapters, opt, ids):
+        def loss(adapters):
+            logits = adapted.apply(variables, adapters, ids[:, :-1]).astype(jnp.float32)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+            return losses.mean() + adalora.orthogonality(adapters, CONFIG)
+
+        value, grads = jax.value_and_grad(loss)(adapters)
+        updates, opt = TX.update(grads, opt, adapters)
+        return optax.apply_updates(adapters, updates), opt, value
+
+    return jax.jit(step, donate_argnums=(1, 2))
+
+
+def size(tree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def bytes_of(variables, adapters, opt, step=None) -> dict[str, int]:
+    """Bytes of what a run holds, and of what its compiled step needs beside it."""
+    found = {"base": size(variables), "adapters": size(adapters), "training state": size(opt)}
+    if step is not None:
+        memory = step.memory_analysis()
+        found["step's temporaries"] = memory.temp_size_in_bytes
+        found["peak"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return found
+
+
+def shapes_only(shape: dict[str, int], batch: int, length: int, compiled: Sequence[str]):
+    """:func:`bytes_of` on each base of a model that is never made."""
+    ids = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+    result = {}
+    for base in BASES:
+        model, variables = abstract(Llama(**shape), base, jnp.zeros((1, 2), jnp.int32))
+        adapted = adalora.linen.adapt(model, CONFIG)
+        adapters = jax.eval_shape(adapted.init, jax.random.key(0), variables, ids)
+        arguments = variables, adapters, jax.eval_shape(TX.init, adapters)
+        step = train_step(adapted).lower(*arguments, ids).compile() if base in compiled else None
+        result[base] = bytes_of(*arguments, step)
+    return result
+
+
+def measured(shape: dict[str, int], batch: int, length: int):
+    """:func:`bytes_of` on each base, and the median milliseconds of a training step."""
+    ids = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, shape["vocabulary"])
+    variables = Llama(**shape).init(jax.random.key(0), ids)
+    sizes, steps = {}, {}
+    for base in BASES:
+        model, given = based(Llama(**shape), variables, base, ids)
+        adapted = adalora.linen.adapt(model, CONFIG)
+        adapters = adapted.init(jax.random.key(2), given, ids)
+        state = [adapters, TX.init(adapters)]
+        step = train_step(adapted).lower(given, *state, ids).compile()
+        sizes[base] = bytes_of(given, *state, step)
+
+        def run(step=step, given=given, state=state):
+            *state[:], value = step(given, *state, ids)
+            return value
+
+        steps[base] = run
+    return sizes, timing.interleaved(steps, ROUNDS)
+
+
+def main() -> None:
+    large = shapes_only(LLAMA, batch=1, length=512, compiled=("bfloat16", "nf4"))
+    small, step = measured(SMALL, batch=4, length=128)
+    lines = []
+    for title, found, unit, name in (
+        ("A Llama of 7B, one sequence of 512 tokens: shapes only", large, 1e9, "GB"),
+        ("4 layers of width 512, 4 sequences of 128 tokens", small, 1e6, "MB"),
+    ):
+        columns = list(found["bfloat16"])
+        rows = [("base", *(f"{column}, {name}" for column in columns), "base / bf16")]
+        for base, sizes in found.items():
+            cells = (f"{sizes[c] / unit:.2f}" if c in sizes else "" for c in columns)
+            rows.append((base, *cells, f"{sizes['base'] / found['bfloat16']['base']:.2f}"))
+        lines += [f"**{title}**", "", timing.markdown(rows), ""]
+    rows = [("base", "ms a step", "/ bf16", "/ f32")]
+    for base, ms in step.items():
+        ratios = (f"{ms / step[other]:.2f}" for other in ("bfloat16", "float32"))
+        rows.append((base, f"{ms:.0f}", *ratios))
+    about = timing.machine()
+    lines += [
+        "A CPU has no bf16 arithmetic, so XLA keeps a float32 copy of all of a bf16 base among the",
+        "step's temporaries. The quantised bases are of bf16, too; of those it copies one kernel.",
+        "",
+        f"**Time of a training step of the second**, medians of {ROUNDS}, interleaved",
+        "",
+        timing.markdown(rows),
+        "",
+        f"{about['processor']}, {about['cores']} cores, JAX {about['jax']}.",
+    ]
+    results = {"7B": large, "small": small, "milliseconds a step": step}
+    timing.save(__file__, results, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

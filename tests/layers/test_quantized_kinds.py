@@ -1,0 +1,165 @@
+"""Every kind of layer on a quantised base: the layer on the dequantised base, gradients too."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import linen_cells
+import linen_subject
+import nnx_cells
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from proof import close, random_like
+from test_stacked import LINEN, NNX
+
+import adalora_jax as adalora
+from adalora_jax import quantized
+from adalora_jax.tree import is_packed
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compile"),
+    pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated"),
+]
+
+LINEN_CELLS = {**linen_cells.CELLS, **LINEN}
+NNX_CELLS = {**nnx_cells.CELLS, **NNX}
+QUICK = [
+    "dense-subclass",
+    "general-crossed-axes",
+    "self-attention",
+    "einsum-at-call",
+    "experts-all-tokens",
+    "tied-head",
+    "conv-2d-explicit-groups",
+    "conv-transpose-kernel",
+    "shared-two-parents",
+    "linear",
+    "attention",
+    "einsum-crossed",
+    "conv-depthwise",
+    "tied-weights",
+    "scan-vmap",
+]
+
+
+def recipes(cells, quick):
+    """Each cell with each recipe; in the short run some cells, with one recipe in turn."""
+    for i, kind in enumerate(cells):
+        for j, qtype in enumerate(("int8", "int4", "nf4")):
+            short = kind in quick and i % 3 == j
+            yield pytest.param(kind, qtype, marks=() if short else pytest.mark.slow)
+
+
+def gradients(apply, cotangents):
+    def loss(params, adapters, inputs):
+        found = apply(params, adapters, *inputs)
+        return optax.tree_utils.tree_vdot(cotangents, found), found
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True))
+
+
+def dequantised(tree):
+    dense = lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf
+    return jax.tree.map(dense, tree, is_leaf=is_packed)
+
+
+def inputs_of(cell):
+    return tuple(
+        value
+        if isinstance(value, np.ndarray)
+        else random_like(np.zeros(value, "float32"), i, std=1)
+        for i, value in enumerate(cell.inputs)
+    )
+
+
+@pytest.mark.parametrize(("kind", "qtype"), list(recipes(LINEN_CELLS, QUICK)))
+def test_a_linen_layer(kind, qtype):
+    cell = LINEN_CELLS[kind]
+    cell = cell() if callable(cell) else cell
+    inputs = inputs_of(cell)
+    variables = linen_subject.subject(cell, "float32").base
+    variables = jax.tree.map(jnp.asarray, variables)
+    config = adalora.AdaLoraConfig(
+        total_step=4, init_r=3, target_r=1, lora_alpha=6, target_modules=cell.targets
+    )
+    recipe = quantized.Recipe(qtype=qtype, target_modules=cell.targets)
+    quantize = lambda m: quantized.quantize_linen(m, variables, recipe, *inputs, **cell.call)
+    model, packed = quantize(cell.module)
+    dense = {**variables, "params": dequantised(adalora.linen.whole(packed)["params"])}
+    assert jax.tree.structure(dense) == jax.tree.structure(variables)
+    adapted, plain = (adalora.linen.adapt(m, config) for m in (model, cell.module))
+    adapters = random_like(
+        jax.eval_shape(lambda: adapted.init(jax.random.key(0), packed, *inputs, **cell.call)), 2
+    )
+    assert quantize(plain)[0] == adapted
+    outputs = jax.eval_shape(lambda: cell.module.apply(dense, *inputs, **cell.call))
+    both = functools.partial(gradients, cotangents=random_like(outputs, 1))
+    (_, found), ours = both(
+        lambda p, a, *xs: adapted.apply({**packed, "params": p}, a, *xs, **cell.call)
+    )(packed["params"], adapters, inputs)
+    (_, expected), theirs = both(
+        lambda p, a, *xs: plain.apply({**variables, "params": p}, a, *xs, **cell.call)
+    )(dense["params"], adapters, inputs)
+    close(found, expected, 1e-6)
+    close(ours[1:], theirs[1:], 2e-6)
+    have = {jax.tree_util.keystr(path): leaf for path, leaf in leaves(theirs[0])}
+    close(dict(named(ours[0])), {k: have[k] for k, _ in named(ours[0])}, 2e-6)
+
+
+def leaves(tree):
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def named(tree):
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves(tree)]
+
+
+@pytest.mark.parametrize(("kind", "qtype"), list(recipes(NNX_CELLS, QUICK)))
+def test_an_nnx_layer(kind, qtype):
+    cell = NNX_CELLS[kind]
+    cell = cell() if not hasattr(cell, "make") else cell
+    inputs = inputs_of(cell)
+    model = cell.make(nnx.Rngs(0))
+    model.eval()
+    nnx.update(model, random_like(nnx.state(model, nnx.Param), 9))
+    config = adalora.AdaLoraConfig(
+        total_step=4, init_r=3, target_r=1, lora_alpha=6, target_modules=cell.targets
+    )
+    recipe = quantized.Recipe(qtype=qtype, target_modules=cell.targets)
+    quantised = quantized.quantize_nnx(model, recipe, *inputs)
+    plain = nnx.clone(model)
+    params, packed = nnx.state(plain, nnx.Param), nnx.state(quantised)
+    nnx.update(plain, filled(params, packed))
+    ours = adalora.nnx.adapt(quantised, config, nnx.Rngs(1))
+    theirs = adalora.nnx.adapt(plain, config, nnx.Rngs(1))
+    other = quantized.quantize_nnx(adalora.nnx.adapt(model, config, nnx.Rngs(1)), recipe, *inputs)
+    assert nnx.split(other)[0] == nnx.split(ours)[0]
+    adapters = random_like(adalora.nnx.adapters(ours), 2)
+    graph, state = nnx.split(plain)
+    outputs = jax.eval_shape(lambda s: nnx.merge(graph, s, copy=True)(*inputs), state)
+    cotangents = random_like(outputs, 1)
+    results = []
+    for adapted in (ours, theirs):
+        adalora.nnx.set_adapters(adapted, adapters)
+        graph, params, rest = nnx.split(adapted, nnx.Param, ...)
+        run = lambda p, _, *xs, graph=graph, rest=rest: nnx.merge(graph, p, rest, copy=True)(*xs)
+        results.append(gradients(run, cotangents)(params, {}, inputs))
+    ((_, found), grads), ((_, expected), expected_grads) = results
+    close(found, expected, 1e-6)
+    have = dict(named(nnx.as_pure(expected_grads[0])))
+    own = named(nnx.as_pure(grads[0]))
+    close(dict(own), {k: have[k] for k, _ in own}, 2e-6)
+    close(grads[2], expected_grads[2], 2e-6)
+    assert any("lam" in k for k, _ in own)
+
+
+def filled(params, packed):
+    """The state of the float model with the dequantised weights of the quantised one."""
+    flat = dict(nnx.to_flat_state(packed))
+    new = [
+        (path, variable.replace(dequantised(flat[path].get_raw_value())))
+        for path, variable in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(new)

@@ -1,0 +1,125 @@
+"""Name maps: both directions, what they refuse, and that the families contradict nobody."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adalora_jax.peft.names import IDENTITY, NameMap, Place, as_names, hf_names
+
+FAMILIES = ["bert", "gpt2", "llama", "gemma", "qwen2", "qwen3", "vit", "vit_v4"]
+WHOLE = (0, 1)
+
+
+def place_of(pair):
+    """A concrete place for the Flax side of a pair, all numbers 3."""
+    flax = re.sub(r"\{[a-z]\}", "3", pair[0])
+    flax = re.sub(r"\{\w+\}", "query", flax)
+    found = re.fullmatch(r"([^\[:]+)(?:\[([\d,]+)\])?(?::(\d)/(\d))?", flax)
+    index = tuple(map(int, found[2].split(","))) if found[2] else ()
+    return found[1], index, (int(found[3]), int(found[4])) if found[3] else WHOLE
+
+
+@pytest.mark.parametrize("prefix", [None, ""])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_pair_of_a_family_is_what_a_path_leads_to(family, prefix):
+    """No earlier pair shadows a later one with another name."""
+    names = hf_names(family, prefix=prefix)
+    for pair in names.pairs:
+        path, index, part = place_of(pair)
+        want = re.sub(r"\{\w+\}", lambda f: "3" if len(f[0]) == 3 else "query", pair[1])
+        ways = names.to_hf(path, index)
+        name, _, hf_part = want.partition(":")
+        mine = next(way for way in ways if way[1] == part)
+        assert mine[0] == name, pair
+        assert mine[2] == (tuple(map(int, hf_part.split("/"))) if hf_part else WHOLE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_takes_the_names_that_the_pytorch_model_has(family):
+    names = hf_names(family)
+    for _, hf in names.pairs:
+        name = re.sub(r"\{\w+\}", lambda f: "3" if len(f[0]) == 3 else "query", hf.split(":")[0])
+        for place, part in names.to_flax(name):
+            assert place.at == ()
+            assert part == WHOLE
+            assert names.to_hf(place.path)[0][0] == name
+
+
+def test_a_path_that_is_stacked_is_another_than_one_that_is_not():
+    llama = hf_names("llama")
+    assert llama.to_hf("layers/attn/q_proj", (4,))[0][0] == "model.layers.4.self_attn.q_proj"
+    with pytest.raises(ValueError, match="has no name on the other side; the nearest"):
+        llama.to_hf("layers/attn/q_proj")
+    with pytest.raises(ValueError, match="with 2 stack axes"):
+        llama.to_hf("layers/attn/q_proj", (4, 1))
+
+
+def test_root_and_prefix_are_the_models():
+    names = hf_names("llama", root="decoder", prefix="language_model.model")
+    assert names.to_hf("decoder/layers_0/mlp/up_proj")[0][0] == (
+        "language_model.model.layers.0.mlp.up_proj"
+    )
+    assert hf_names("bert", prefix="").to_hf("encoder/layer/1/output/dense")[0][0] == (
+        "encoder.layer.1.output.dense"
+    )
+
+
+def test_maps_of_ones_own_are_values():
+    pairs = {"blocks_{i}/att/q": "model.layers.{i}.self_attn.q_proj", "head": "lm_head"}
+    names = as_names(pairs)
+    assert names == as_names(list(pairs.items())) == NameMap(pairs)
+    assert len({names, NameMap(tuple(pairs.items()))}) == 1
+    assert names.to_flax("model.layers.12.self_attn.q_proj") == [(Place("blocks_12/att/q"), WHOLE)]
+    assert as_names(None) is IDENTITY
+    assert as_names("bert") is hf_names("bert")
+
+
+parts = st.text("abc_019", min_size=1, max_size=5)
+
+
+@settings(deadline=None)
+@given(st.lists(parts, min_size=1, max_size=6))
+def test_without_a_map_every_path_comes_back(path):
+    path = "/".join(path)
+    ((name, *_),) = IDENTITY.to_hf(path)
+    assert IDENTITY.to_flax(name) == [(Place(path), WHOLE)]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 99_999), st.integers(0, 9), parts)
+def test_numbers_and_words_come_back_from_any_place(i, j, word):
+    names = NameMap([("a_{i}/{word}[{j},1]", "x.{j}.y.{i}.{word}.k")])
+    ((name, *_),) = names.to_hf(f"a_{i}/{word}", (j, 1))
+    assert name == f"x.{j}.y.{i}.{word}.k"
+    assert names.to_flax(name) == [(Place(f"a_{i}/{word}", (j, 1)), WHOLE)]
+    with pytest.raises(ValueError, match="no name"):
+        names.to_hf(f"a_{i}/{word}", (j, 2))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "says"),
+    [
+        ([("a/{i}", "b")], "same placeholders"),
+        ([("a", "b.{i}")], "same placeholders"),
+        ([("a[{i}]", "b[{i}]")], "only on the first"),
+        ([("a[i]", "b")], "cannot be read"),
+        ([("a{", "b")], "cannot be read"),
+        ([("a:3/3", "b")], "cannot be read"),
+        ([("", "b")], "cannot be read"),
+        ([("a", "b", "c")], "must be pairs"),
+        ([1], "must be pairs"),
+        (5, "must be pairs"),
+    ],
+)
+def test_what_is_no_map_is_refused(pairs, says):
+    with pytest.raises(ValueError, match=says):
+        as_names(pairs)
+
+
+def test_the_nearest_names_are_named():
+    with pytest.raises(ValueError, match=r"layers/\{i\}/attn/q_proj.*names=\["):
+        hf_names("llama").to_hf("layers/3/attn/q_porj")
+    with pytest.raises(ValueError, match="none of bert, gpt2, llama"):
+        hf_names("t5")

@@ -1,0 +1,490 @@
+"""Files from strangers: whatever is in them, the answer is a ValueError that names the file.
+
+What a damaged file is, is checked against the package ``safetensors``: it must accept whatever is
+accepted here, with the same contents. The marker ``slow`` has the same tests with more cases.
+"""
+
+import json
+import os
+import struct
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import adalora_jax as adalora
+from adalora_jax import peft, tensorfile
+from adalora_jax.peft import matrices as peft_matrices
+
+FEW = settings(
+    max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+MANY = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+CONFIG = {
+    "peft_type": "ADALORA",
+    "total_step": 10,
+    "init_r": 3,
+    "target_r": 1,
+    "lora_alpha": 4,
+    "target_modules": ["a.query"],
+    "rank_pattern": {"a.query.lora_E": [True, False, True]},
+}
+KEY = "base_model.model.a.query"
+TENSORS = {
+    f"{KEY}.lora_A": np.arange(8, dtype=np.float32).reshape(2, 4),
+    f"{KEY}.lora_B": np.arange(10, dtype=ml_dtypes.bfloat16).reshape(5, 2),
+    f"{KEY}.lora_E": np.ones((2, 1), np.float16),
+    "base_model.model.head.weight": np.ones((3, 4), np.float32),
+}
+VALID = safetensors.numpy.save(TENSORS, metadata={"format": "pt"})
+
+
+def file_of(header, data=b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def write(folder, config=CONFIG, weights=VALID):
+    Path(folder).mkdir(exist_ok=True)
+    text = config if isinstance(config, bytes) else json.dumps(config).encode()
+    (Path(folder) / "adapter_config.json").write_bytes(text)
+    (Path(folder) / "adapter_model.safetensors").write_bytes(weights)
+    return folder
+
+
+def attempt(folder):
+    """Loads it, or None where a clear error says why not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that are unknown
+        try:
+            return peft.load_pretrained(folder)
+        except (ValueError, FileNotFoundError) as error:
+            message = str(error)
+    assert str(folder) in message
+    assert len(message) < 2500
+    return None
+
+
+def read_here(data, path):
+    path.write_bytes(data)
+    try:
+        with tensorfile.TensorFile(path) as file:
+            known = [n for n, spec in file.specs.items() if spec.dtype in tensorfile.FLOATS]
+            return {name: file.read(name) for name in known}
+    except ValueError as error:
+        message = str(error)
+    assert str(path) in message
+    return None
+
+
+def judge(data, path):
+    """What is accepted here the package accepts too, and reads alike."""
+    mine = read_here(data, path)
+    if mine is not None:
+        with safetensors.safe_open(path, "np") as file:
+            assert set(mine) <= set(file.keys())
+            for name, array in mine.items():
+                theirs = file.get_tensor(name)
+                assert (array.dtype, array.shape) == (theirs.dtype, theirs.shape)
+                assert array.tobytes() == theirs.tobytes()
+    return mine
+
+
+@pytest.fixture(scope="module")
+def spot(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+# Bytes of a valid file changed, taken out, put in, or cut off.
+edits = st.lists(
+    st.tuples(
+        st.integers(0, len(VALID)),
+        st.sampled_from(["set", "cut", "insert", "end"]),
+        st.binary(min_size=1, max_size=9),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def edited(data: bytes, changes) -> bytes:
+    for at, what, new in changes:
+        keep = {"set": at + len(new), "cut": at + len(new), "insert": at, "end": len(data)}[what]
+        data = data[:at] + (new if what in ("set", "insert") else b"") + data[keep:]
+    return data
+
+
+numbers = st.one_of(
+    st.integers(-2, 40),
+    st.sampled_from([2**31, 2**40, 2**62, 2**63, 2**64, -(2**63), 10**30, 1.5, True, None, "4"]),
+)
+values = st.recursive(
+    st.one_of(numbers, st.text(max_size=8), st.floats(), st.booleans(), st.none()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=6,
+)
+names = st.one_of(
+    st.sampled_from(
+        [
+            *TENSORS,
+            "base_model.model.../../etc/passwd.lora_A",
+            "base_model.model.a/b.lora_A",
+            "../../../x",
+            "__metadata__",
+            f"{KEY}.lora_A.weight",
+            f"{KEY}.lora_embedding_A",
+            "base_model.model..lora_E",
+            "\ud800",
+            "x" * 2000,
+        ]
+    ),
+    st.text(max_size=12),
+)
+dtypes = st.one_of(st.sampled_from(["F32", "BF16", "F16", "F64", "I64", "F4", "U8", "X9"]), values)
+entries = st.one_of(
+    values,
+    st.fixed_dictionaries(
+        {
+            "dtype": dtypes,
+            "shape": st.one_of(st.lists(numbers, max_size=4), values),
+            "data_offsets": st.one_of(st.lists(numbers, min_size=2, max_size=2), values),
+        }
+    ),
+)
+headers = st.one_of(st.dictionaries(names, entries, max_size=4), values)
+
+
+@st.composite
+def consistent_files(draw):
+    """Headers that describe their data rightly, with odd names, shapes and dtypes."""
+    header, offset = {}, 0
+    for name in draw(st.lists(names, max_size=6, unique=True)):
+        dtype = draw(st.sampled_from(["F32", "BF16", "F16", "F64", "I8"]))
+        shape = draw(st.lists(st.integers(0, 4), max_size=4))
+        size = {"F32": 4, "F64": 8, "I8": 1}.get(dtype, 2) * int(np.prod(shape, dtype=int))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    return file_of(header, bytes(offset))
+
+
+other_numbers = st.tuples(st.integers(len(VALID) - 60, len(VALID) - 9), st.binary(max_size=9))
+files = st.one_of(
+    other_numbers.map(lambda change: edited(VALID, [(change[0], "set", change[1])])),
+    edits.map(lambda changes: edited(VALID, changes)),
+    st.builds(file_of, headers, st.binary(max_size=64)),
+    consistent_files(),
+    st.binary(max_size=64),
+)
+CONFIG_KEYS = [
+    *("peft_type", "total_step", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1"),
+    *("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "modules_to_save", "init_lora_weights", "fan_in_fan_out", "rank_pattern"),
+    *("use_dora", "loftq_config", "bias", "alpha_pattern", "use_rslora", "r", "orth_reg_weight"),
+    *("layer_replication", "target_parameters", "auto_mapping", "revision", "surprise"),
+]
+patterns = st.dictionaries(
+    st.one_of(names, st.sampled_from(["a.query.lora_E", "b.lora_E", "(a+)+$", "a.query"])),
+    st.one_of(st.lists(st.one_of(st.booleans(), values), max_size=5), values),
+    max_size=3,
+)
+configs = st.builds(
+    lambda changes, gone: {k: v for k, v in (CONFIG | changes).items() if k not in gone},
+    st.dictionaries(st.sampled_from(CONFIG_KEYS), st.one_of(values, patterns), max_size=3),
+    st.lists(st.sampled_from(list(CONFIG)), max_size=2),
+)
+
+
+def check_file(data, spot):
+    judge(data, spot / "any.safetensors")
+    attempt(write(spot / "weights", weights=data))
+
+
+def check_config(config, lora, spot):
+    if lora:
+        config = {"rank_pattern": {}, **config, "peft_type": "LORA"}
+        tensors = {f"{KEY}.lora_A.weight": np.ones((2, 4), np.float32)}
+        tensors[f"{KEY}.lora_B.weight"] = np.ones((5, 2), np.float32)
+        attempt(write(spot / "config", config, safetensors.numpy.save(tensors)))
+    else:
+        attempt(write(spot / "config", config))
+
+
+def check_text(text, spot):
+    attempt(write(spot / "text", text))
+
+
+@FEW
+@given(data=files)
+def test_any_weights_are_read_or_refused(data, spot):
+    check_file(data, spot)
+
+
+@FEW
+@given(config=configs, lora=st.booleans())
+def test_any_config_is_read_or_refused(config, lora, spot):
+    check_config(config, lora, spot)
+
+
+texts = st.one_of(
+    st.binary(max_size=40),
+    edits.map(lambda changes: edited(json.dumps(CONFIG).encode(), changes)),
+    st.integers(1, 200_000).map(lambda depth: b'{"a": ' + b"[" * depth),
+    st.sampled_from(
+        [b'{"r": 1, "r": 2}', b'{"r": NaN}', b'{"r": 1e999}', b"9" * 5000, b"\xff\xfe"]
+    ),
+)
+
+
+@FEW
+@given(text=texts)
+def test_any_text_of_a_config_is_read_or_refused(text, spot):
+    check_text(text, spot)
+
+
+@pytest.mark.slow
+@MANY
+@given(data=files)
+def test_thousands_of_weights_are_read_or_refused(data, spot):
+    check_file(data, spot)
+
+
+@pytest.mark.slow
+@MANY
+@given(config=configs, lora=st.booleans())
+def test_thousands_of_configs_are_read_or_refused(config, lora, spot):
+    check_config(config, lora, spot)
+
+
+@pytest.mark.slow
+@MANY
+@given(text=texts)
+def test_thousands_of_texts_are_read_or_refused(text, spot):
+    check_text(text, spot)
+
+
+def test_the_valid_file_is_read(tmp_path):
+    """Without it the tests above could pass on refusals alone."""
+    assert set(judge(VALID, tmp_path / "x.safetensors")) == set(TENSORS)
+    loaded = attempt(write(tmp_path / "valid"))
+    assert loaded.adapters["a/query"].p.shape == (2, 5)
+    assert str(loaded.adapters["a/query"].p.dtype) == "bfloat16"
+    assert loaded.adapters["head"]["kernel"].shape == (4, 3)
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+DAMAGED = {
+    "empty": b"",
+    "short": b"\x00" * 7,
+    "a header beyond the file": struct.pack("<Q", 2**63) + b"{}",
+    "a header of a gigabyte": struct.pack("<Q", 2**30) + b"{}",
+    "a hole": file_of({"x": {**F32, "data_offsets": [4, 12]}}, bytes(12)),
+    "an overlap": file_of({"x": F32, "y": F32}, bytes(8)),
+    "data left over": file_of({"x": F32}, bytes(9)),
+    "data missing": file_of({"x": F32}, bytes(7)),
+    "a huge shape": file_of({"x": {**F32, "shape": [2**39, 2**39]}}, bytes(8)),
+    "zero times huge": file_of({"x": {**F32, "shape": [0, 2**62], "data_offsets": [0, 0]}}),
+    "a negative size": file_of({"x": {**F32, "shape": [-2]}}, bytes(8)),
+    "an unknown dtype": file_of({"x": {**F32, "dtype": "F128"}}, bytes(8)),
+    "offsets turned round": file_of({"x": {**F32, "data_offsets": [8, 0]}}, bytes(8)),
+    "a float for a size": file_of({"x": {**F32, "shape": [2.0]}}, bytes(8)),
+    "a key twice": file_of(b'{"x": 1, "x": 2}'),
+    "too many axes": file_of({"x": {**F32, "shape": [1] * 70 + [2]}}, bytes(8)),
+    "deep nesting": file_of(b"[" * 100_000),
+    "no object": file_of(b"[]"),
+    "metadata of numbers": file_of({"__metadata__": {"a": 1}}),
+    "a pickle": b"\x80\x04\x95" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_weights_are_refused_by_both(what, tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    assert judge(DAMAGED[what], path) is None
+    if what not in ("a key twice", "too many axes", "zero times huge"):  # we are stricter
+        with pytest.raises(safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
+            file.keys()
+
+
+def test_memory_is_not_taken_for_what_a_file_only_announces(tmp_path):
+    data = file_of({"x": {"dtype": "F64", "shape": [2**37], "data_offsets": [0, 2**40]}}, bytes(8))
+    stack = {
+        f"base_model.model.l.{i}.{key}": np.ones(shape, np.float32)
+        for i, rank in ((0, 1), (15, 3000))
+        for key, shape in (("lora_A", (rank, 9)), ("lora_B", (9, rank)), ("lora_E", (rank, 1)))
+    }
+    pattern = {f"l.{i}.lora_E": [n < rank for n in range(3000)] for i, rank in ((0, 1), (15, 3000))}
+    config = CONFIG | {"init_r": 3000, "rank_pattern": pattern}
+    write(tmp_path / "stack", config, safetensors.numpy.save(stack))
+    (tmp_path / "x.safetensors").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"x\.safetensors"):
+            tensorfile.TensorFile(tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=r"stack of 16 matrices, of which the file has 2"):
+            peft.load_pretrained(tmp_path / "stack", names=[("l[{i}]", "l.{i}")])
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["..", "a/../../b", "a\\b", "a b", "a..b", ".a", "a.", "a\nb"])
+def test_names_that_are_no_modules_are_refused(name, tmp_path):
+    tensors = {key.replace("a.query", name): value for key, value in TENSORS.items()}
+    write(tmp_path, CONFIG, safetensors.numpy.save(tensors))
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors"):
+        peft.load_pretrained(tmp_path)
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    write(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    os.mkfifo(tmp_path / "adapter_config.json")
+    with pytest.raises(ValueError, match="no regular file"):
+        peft.load_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "adapter_config.json").mkdir()
+    with pytest.raises(ValueError, match=r"no regular file|cannot be opened"):
+        peft.load_pretrained(tmp_path)
+
+
+def test_links_out_of_the_folder_are_not_followed_but_into_the_hub_cache(tmp_path):
+    write(tmp_path / "elsewhere")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).symlink_to(tmp_path / "elsewhere" / name)
+    with pytest.raises(ValueError, match="link that leads out of its folder"):
+        peft.load_pretrained(folder)
+    # The cache of huggingface_hub: models--x/snapshots/<commit>/<file> -> ../../blobs/<hash>.
+    snapshot, blobs = tmp_path / "models--x/snapshots/1a2b", tmp_path / "models--x/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "elsewhere" / name).rename(blobs / name[:9])
+        (snapshot / name).symlink_to(f"../../blobs/{name[:9]}")
+    assert "a/query" in peft.load_pretrained(snapshot).adapters
+
+
+def test_a_config_of_many_megabytes_is_refused(tmp_path):
+    write(tmp_path, b'{"a": "' + b"x" * (17 * 2**20) + b'"}')
+    with pytest.raises(ValueError, match="bytes"):
+        peft.load_pretrained(tmp_path)
+
+
+DEEP: list = [True]
+for _ in range(300):
+    DEEP = [DEEP]
+CONTRADICTIONS = {
+    "a pattern nested beyond reason": CONFIG | {"rank_pattern": {"a.query.lora_E": DEEP}},
+    "a rank that is not init_r": CONFIG | {"rank_pattern": None},
+    "a pattern of another length": CONFIG | {"rank_pattern": {"a.query.lora_E": [True, True]}},
+    "a pattern of another rank": CONFIG
+    | {"rank_pattern": {"a.query.lora_E": [True, False, False]}},
+    "a pattern of no module": CONFIG | {"rank_pattern": {"a.key.lora_E": [True, False, True]}},
+    "another kind": CONFIG | {"peft_type": "IA3"},
+    "plain LoRA": CONFIG | {"peft_type": "LORA", "rank_pattern": None},
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_files_that_contradict_each_other_are_refused(what, tmp_path):
+    write(tmp_path, CONTRADICTIONS[what])
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        peft.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("letter", "shape"),
+    [
+        ("A", (3, 4)),
+        ("A", (2, 4, 1)),
+        ("A", (8,)),
+        ("B", (5, 3)),
+        ("B", (10,)),
+        ("E", (2,)),
+        ("E", (2, 2)),
+        ("E", None),
+    ],
+)
+def test_factors_that_do_not_belong_together_are_refused(letter, shape, tmp_path):
+    tensors = dict(TENSORS)
+    if shape is None:
+        del tensors[f"{KEY}.lora_{letter}"]
+    else:
+        tensors[f"{KEY}.lora_{letter}"] = np.ones(shape, np.float32)
+    write(tmp_path, CONFIG, safetensors.numpy.save(tensors))
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: 'a.query'"):
+        peft.load_pretrained(tmp_path)
+
+
+def test_a_few_bytes_do_not_become_a_large_stack():
+    """One layer of a high rank would have all others filled up to it."""
+    shapes = lambda rank: ((rank, 9), (rank,), (rank, 9))
+    matrices = {
+        f"l.{i}": peft_matrices.Matrix(
+            *(np.ones(shape, np.float32) for shape in shapes(rank)), np.ones(rank, bool)
+        )
+        for i, rank in enumerate([4000] + [1] * 299)
+    }
+    names = peft.NameMap([("l[{i}]", "l.{i}")])
+    with pytest.raises(ValueError, match="its ranks are too different"):
+        peft_matrices.from_matrices(matrices, names, None, {})
+
+
+def test_the_regexes_of_a_stranger_are_not_run(tmp_path):
+    tensors = {
+        f"base_model.model.{'a' * 40}!.lora_A.weight": np.ones((2, 4), np.float32),
+        f"base_model.model.{'a' * 40}!.lora_B.weight": np.ones((5, 2), np.float32),
+    }
+    config = {"peft_type": "LORA", "r": 2, "alpha_pattern": {"(a+)+": 4}}
+    write(tmp_path, config, safetensors.numpy.save(tensors))
+    with pytest.raises(ValueError, match="is a regex"):
+        peft.load_pretrained(tmp_path)
+
+
+def test_null_means_that_a_value_was_left_out(tmp_path):
+    tensors = {
+        f"{KEY}.lora_A.weight": np.ones((2, 4), np.float32),
+        f"{KEY}.lora_B.weight": np.ones((5, 2), np.float32),
+    }
+    config = dict.fromkeys(["lora_alpha", "alpha_pattern", "rank_pattern", "bias", "r"])
+    write(tmp_path, config | {"peft_type": "LORA"}, safetensors.numpy.save(tensors))
+    loaded = peft.load_pretrained(tmp_path)
+    np.testing.assert_array_equal(loaded.adapters["a/query"].lam, [4.0, 4.0])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        peft.load_pretrained(tmp_path / "nowhere")
+    write(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_config.json"):
+        peft.load_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors"):
+        peft.load_pretrained(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle"):
+        peft.load_pretrained(tmp_path)
+
+
+def test_float64_is_refused_where_it_would_be_rounded(tmp_path):
+    tensors = {name: value.astype(np.float64) for name, value in TENSORS.items()}
+    write(tmp_path, CONFIG, safetensors.numpy.save(tensors))
+    with pytest.raises(ValueError, match="jax_enable_x64"):
+        peft.load_pretrained(tmp_path)
+
+
+def test_loaded_config_is_one_for_adapt(tmp_path):
+    loaded = peft.load_pretrained(write(tmp_path))
+    assert isinstance(loaded.config, adalora.AdaLoraConfig)
+    assert loaded.config.target_modules == ("a/query",)
+    assert loaded.config.rank_pattern == (("a/query", (True, False, True)),)
+    assert loaded.config.modules_to_save == ("head",)

@@ -1,0 +1,475 @@
+"""A quantised base: Qwix's numbers, the gradients people take, memory, and merging."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import qwix
+from flax import nnx, traverse_util
+
+import adalora_jax as adalora
+from adalora_jax import packed, quantized
+from adalora_jax.tree import is_packed
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compile"),
+    pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),  # Qwix's
+]
+WIDTH = 64
+
+
+class Block(nn.Module):
+    width: int = WIDTH
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, name="attn")(nn.LayerNorm(name="n")(x))
+        h = nn.gelu(nn.Dense(2 * self.width, name="up")(x))
+        return x + nn.Dense(self.width, use_bias=False, name="down")(h)
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = Block(name=f"layers_{i}")(x)
+        return nn.Dense(3, name="head")(x.mean(axis=1))
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.attn = nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
+        self.down = nnx.Linear(2 * WIDTH, WIDTH, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attn(x)
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([NnxBlock(rngs) for _ in range(2)])
+        self.head = nnx.Linear(WIDTH, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(axis=1))
+
+
+X = jax.random.normal(jax.random.key(0), (6, 4, WIDTH))
+Y = jnp.array([0, 1, 2, 2, 1, 0])
+RECIPES = ("int8", "int4", "nf4")
+ONE_SHORT = [pytest.param(r, marks=() if r == "nf4" else pytest.mark.slow) for r in RECIPES]
+
+
+def config(**changes):
+    options = {"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 6, "lora_alpha": 16}
+    return adalora.AdaLoraConfig(
+        **{"total_step": 20, "target_modules": ["query", "value", "up"], **options, **changes}
+    )
+
+
+@functools.cache
+def linen(recipe="nf4"):
+    """A quantised model with its variables, and the float ones it was made from."""
+    variables = Model().init(jax.random.key(1), X)
+    return *quantized.quantize_linen(Model(), variables, recipe, X), variables
+
+
+def dequantised(tree):
+    dense = lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf
+    return jax.tree.map(dense, tree, is_leaf=is_packed)
+
+
+def task(logits):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
+
+
+def integers(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.integer)]
+
+
+# What Qwix does -------------------------------------------------------------------------------
+
+
+class Kinds(nn.Module):
+    """The layers that Qwix quantises."""
+
+    @nn.compact
+    def __call__(self, x, image):
+        x = nn.MultiHeadDotProductAttention(num_heads=2, name="attn")(x)
+        x = nn.DenseGeneral((4, 32), name="general")(x)
+        x = nn.DenseGeneral(WIDTH, axis=(-2, -1), name="back")(x)
+        x = nn.Einsum((WIDTH, 4, 32), "btd,dnh->btnh", name="einsum")(x)
+        image = nn.Conv(8, (3, 3), name="conv")(image)
+        return nn.Dense(128, name="dense")(x), image
+
+
+QWIXS = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4"}
+# Of several contracted axes Qwix splits the last and shares scales over the others, where we do
+# not; without blocks there is no difference.
+SEVERAL = ["out", "back"]
+
+
+def both_ways(module, variables, qtype, *inputs):
+    """The same model quantised by Qwix itself, and by us: ``((module, variables), ...)``."""
+    block = None if qtype == "int8" else 32
+    whole = {"weight_qtype": QWIXS[qtype]}
+    rules = [
+        # Qwix quantises a convolution's weight only if the input is quantised, too.
+        qwix.QuantizationRule(module_path="conv", **whole, act_qtype=QWIXS[qtype]),
+        qwix.QuantizationRule(module_path=f".*({'|'.join(SEVERAL)})", **whole),
+        qwix.QuantizationRule(**whole, tile_size=block),
+    ]
+    theirs = qwix.quantize_model(module, qwix.PtqProvider(rules))
+    abstract = jax.eval_shape(theirs.init, jax.random.key(0), *inputs)
+    params = qwix.quantize_params(variables["params"], abstract["params"])
+    others = r".*(out|back|conv)"
+    for recipe in (
+        quantized.Recipe(qtype=qtype, block=block, exclude_modules=others),
+        quantized.Recipe(qtype=qtype, block=None, target_modules=others),
+    ):
+        module, variables = quantized.quantize_linen(module, variables, recipe, *inputs)
+    return (theirs, {"params": params}), (module, variables)
+
+
+@pytest.mark.parametrize("qtype", RECIPES)
+def test_the_integers_and_scales_are_those_of_qwixs_own_quantised_model(qtype):
+    image = jnp.ones((2, 8, 8, 4))
+    variables = Kinds().init(jax.random.key(0), X, image)
+    (_, theirs), (_, ours) = both_ways(Kinds(), variables, qtype, X, image)
+    theirs = traverse_util.flatten_dict(theirs["params"], sep="/")
+    ours = traverse_util.flatten_dict(ours["quantized"], sep="/")
+    assert set(ours) == {path for path, leaf in theirs.items() if hasattr(leaf, "how")}
+    assert {path.split("/")[0] for path in ours} == set(variables["params"])
+    for path, weight in ours.items():
+        want = theirs[path].array
+        as_int = lambda values: np.asarray(values.astype(jnp.int32))
+        np.testing.assert_array_equal(as_int(weight.array.qvalue), as_int(want.qvalue), path)
+        np.testing.assert_array_equal(weight.scale, want.scale, path)
+        np.testing.assert_allclose(weight.dequantize(), qwix.dequantize(want), rtol=1e-6)
+
+
+@pytest.mark.parametrize("qtype", ONE_SHORT)
+def test_outputs_are_those_of_qwixs_own_model(qtype):
+    """Qwix multiplies before it scales where it can, so these differ by rounding."""
+    (theirs, params), (ours, variables) = both_ways(Model(), linen()[2], qtype, X)
+    np.testing.assert_allclose(
+        ours.apply(variables, X), theirs.apply(params, X), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "layer", "scales"),
+    [
+        ((256, 8), ("dense", (), (0,), (1,)), (4, 8)),
+        ((96, 8), ("dense", (), (0,), (1,)), (2, 8)),  # 48 divides, 64 does not
+        ((3, 256, 8), ("dense", (), (0,), (1,)), (3, 4, 8)),  # stacked
+        ((4, 16, 8), ("general", (), (0, 1), (2,)), (1, 1, 8)),  # 4 x 16 are a block
+        ((8, 16, 8), ("general", (), (0, 1), (2,)), (2, 1, 8)),  # and here two
+        ((4, 128, 8), ("general", (), (0, 1), (2,)), (4, 2, 8)),
+        ((3, 3, 4, 8), ("conv", (), (0, 1, 2), (3,)), (1, 1, 1, 8)),
+        ((3, 3, 32, 8), ("conv", (), (0, 1, 2), (3,)), (3, 3, 1, 8)),
+    ],
+)
+def test_a_block_of_64_is_made_of_the_last_inputs(shape, layer, scales):
+    kind, *axes = layer
+    layer = adalora.layers.Layer(kind, "kernel", *axes)
+    weight = jax.random.normal(jax.random.key(0), shape)
+    found = quantized.quantize(weight, "nf4", layer)
+    assert found.scale.shape == scales
+    assert found.qvalue.size == weight.size / 2
+    assert np.abs(found.dequantize() - weight).max() < 0.2 * np.abs(weight).max()
+
+
+def test_an_axis_of_odd_size_is_packed_along_another_or_not_at_all():
+    layer = adalora.layers.Layer("dense", "kernel", (), (0,), (1,))
+    for shape, size in (((5, 4), 10), ((5, 3), 15)):
+        weight = jax.random.normal(jax.random.key(0), shape)
+        found = quantized.quantize(weight, "int4", layer)
+        assert found.qvalue.size == size
+        assert found.shape == shape
+        np.testing.assert_allclose(found.dequantize(), weight, atol=0.2)
+
+
+# Training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ONE_SHORT)
+def test_adapters_train_in_linen_and_the_base_stays_bit_for_bit(recipe):
+    chex.clear_trace_counter()
+    model, variables, _ = linen(recipe)
+    options = config(modules_to_save=["head"], lora_dropout=0.2)
+    adapted = adalora.linen.adapt(model, options)
+    trainable = adapted.init(jax.random.key(2), variables, X)
+    assert set(trainable["head"]) == {"kernel", "bias"}
+    tx = adalora.adalora(optax.adamw(1e-2), options)
+    before = jax.tree.map(np.array, variables)
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(variables, trainable, opt, key):
+        def loss(trainable):
+            logits = adapted.apply(variables, trainable, X, rngs={"dropout": key})
+            return task(logits) + adalora.orthogonality(trainable, options)
+
+        value, grads = jax.value_and_grad(loss)(trainable)
+        updates, opt = tx.update(grads, opt, trainable)
+        return optax.apply_updates(trainable, updates), opt, value
+
+    opt, values = tx.init(trainable), []
+    for i in range(20):
+        trainable, opt, value = step(variables, trainable, opt, jax.random.key(i))
+        values.append(float(value))
+    assert values[-1] < values[0]
+    assert sum(adalora.ranks(adalora.allocator_state(opt)).values()) == 2 * 6
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, variables))
+    # What is saved of such a run holds neither an integer of the base nor anything of its size.
+    assert integers(variables)
+    saved = jax.tree.leaves((trainable, opt))
+    assert {leaf.dtype for leaf in integers(saved)} <= {np.dtype(np.int32)}  # counts
+    assert all(leaf.size < WIDTH * WIDTH for leaf in saved)
+
+
+def test_adapters_train_in_nnx_and_the_base_stays_bit_for_bit():
+    options = config()
+    quantised = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "nf4", X)
+    adapted = adalora.nnx.adapt(quantised, options, nnx.Rngs(1))
+    tx = adalora.adalora(optax.adamw(1e-2), options)
+    optimizer = nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)
+    is_base = lambda path, leaf: not isinstance(leaf, nnx.LoRAParam)
+    before = jax.tree.map(np.array, nnx.state(adapted, is_base))
+
+    @nnx.jit
+    @chex.assert_max_traces(1)
+    def step(model, optimizer):
+        loss = lambda model: task(model(X))
+        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        optimizer.update(model, grads)
+        return value
+
+    values = [float(step(adapted, optimizer)) for _ in range(20)]
+    assert values[-1] < values[0]
+    assert sum(adalora.ranks(adalora.allocator_state(optimizer.opt_state)).values()) == 2 * 6
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(adapted, is_base)))
+    assert integers(before)
+    assert not integers(nnx.state(adapted, nnx.LoRAParam))
+    assert isinstance(adapted.layers[0].up, nnx.Linear)
+
+
+def test_params_and_adapters_together_are_differentiated_without_a_filter_in_linen():
+    model, variables, _ = linen()
+    adapted = adalora.linen.adapt(model, config())
+    adapters = adapted.init(jax.random.key(2), variables, X)
+    adapters = {path: a._replace(lam=jnp.ones_like(a.lam)) for path, a in adapters.items()}
+    apply = lambda params, adapters: adapted.apply({**variables, "params": params}, adapters, X)
+    grads = jax.grad(lambda tree: task(apply(*tree)))((variables["params"], adapters))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads[1]))
+    assert np.any(grads[0]["layers_0"]["up"]["bias"])
+    assert np.any(grads[0]["layers_0"]["n"]["scale"])
+    # Asked for everything, the integers have the tangents JAX gives integers, the scales zeros.
+    whole = jax.grad(lambda variables: task(adapted.apply(variables, adapters, X)), allow_int=True)(
+        variables
+    )
+    for leaf in jax.tree.leaves(whole["quantized"]):
+        assert leaf.dtype == jax.dtypes.float0 or not np.any(leaf)
+    chex.assert_trees_all_close(whole["params"], grads[0], rtol=1e-5)
+
+
+def test_all_params_are_differentiated_without_a_filter_in_nnx():
+    quantised = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int4", X)
+    adapted = adalora.nnx.adapt(quantised, config(init_lora_weights=False))
+    grads = nnx.as_pure(nnx.grad(lambda model: task(model(X)))(adapted))
+    graph, params, rest = nnx.split(adapted, nnx.Param, ...)
+    same = jax.grad(lambda params: task(nnx.merge(graph, params, rest)(X)))(params)
+    chex.assert_trees_all_close(grads, nnx.as_pure(same), rtol=1e-5)
+    assert set(grads["layers"][0]["up"]) == {"adalora", "bias"}
+    assert np.any(grads["layers"][0]["up"]["adalora"]["q"])
+    assert np.any(grads["layers"][0]["up"]["bias"])
+
+
+def test_quantising_under_eval_shape_allocates_nothing_and_adapts():
+    abstract = jax.eval_shape(Model().init, jax.random.key(0), X)
+    variables = jax.eval_shape(
+        lambda v: quantized.quantize_linen(Model(), v, "nf4", X)[1], abstract
+    )
+    model, concrete, floats = linen("nf4")
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, concrete)
+    options = config(target_modules="all-linear", modules_to_save=["head"])
+    table = adalora.linen.describe(model, options, variables, X)
+    assert table == adalora.linen.describe(Model(), options, floats, X)
+    adapters = jax.eval_shape(
+        adalora.linen.adapt(model, options).init, jax.random.key(0), variables, X
+    )
+    assert adapters["head"]["kernel"].dtype == jnp.float32
+
+
+def test_a_bf16_base_stays_bf16():
+    floats = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), linen()[2])
+    model, variables = quantized.quantize_linen(Model(), floats, "int8", X)
+    assert variables["quantized"]["head"]["kernel"].scale.dtype == jnp.bfloat16
+    assert model.apply(variables, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    recipe = quantized.Recipe(qtype="int8", dtype="bfloat16")
+    cast = quantized.quantize_linen(Model(), linen()[2], recipe, X)[1]
+    chex.assert_trees_all_equal(cast, variables)
+    plain = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), recipe, X)
+    assert plain.head.bias.dtype == plain.head.kernel.dtype == jnp.bfloat16
+
+
+def test_jit_and_vmap_are_as_eager():
+    model, variables, _ = linen()
+    apply = lambda x: model.apply(variables, x[None])[0]
+    want = model.apply(variables, X)
+    np.testing.assert_allclose(jax.vmap(apply)(X), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(apply))(X), want, rtol=1e-4, atol=1e-5)
+
+
+def test_params_that_the_model_changes_come_back_with_the_packed_ones_apart():
+    model, variables, _ = linen()
+    output, mutated = model.apply(variables, X, mutable=True)
+    chex.assert_trees_all_equal(mutated, variables)
+    adapted = adalora.linen.adapt(model, config())
+    adapters = adapted.init(jax.random.key(2), variables, X)
+    again, mutated = adapted.apply(variables, adapters, X, mutable=True)
+    chex.assert_trees_all_equal(mutated, variables)
+    chex.assert_trees_all_equal(output, again)
+
+
+# Merging --------------------------------------------------------------------------------------
+
+
+def trained(adapters):
+    """Adapters with an increment of the size of training's."""
+    lam = lambda a: jnp.linspace(0.5, 1.0, a.lam.size).reshape(a.lam.shape)
+    return {path: a._replace(lam=lam(a)) for path, a in adapters.items()}
+
+
+@pytest.mark.parametrize("recipe", ONE_SHORT)
+def test_merging_into_a_dtype_gives_the_adapted_function_to_the_float_model(recipe):
+    model, variables, floats = linen(recipe)
+    adapted = adalora.linen.adapt(model, config())
+    adapters = trained(adapted.init(jax.random.key(2), variables, X))
+    merged, errors = quantized.merge_linen(adapted, variables, adapters, X, to="float32")
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, floats)
+    want = adapted.apply(variables, adapters, X)
+    np.testing.assert_allclose(Model().apply(merged, X), want, rtol=1e-4, atol=1e-4)
+    assert set(errors) == set(adapters)
+    assert max(error.weight for error in errors.values()) == 0
+    lower, errors = quantized.merge_linen(adapted, variables, adapters, X, to="bfloat16")
+    assert lower["params"]["layers_0"]["down"]["kernel"].dtype == jnp.bfloat16
+    assert all(1e-4 < error.weight < 2**-8 for error in errors.values())
+
+
+@pytest.mark.parametrize("to", ["requantize", "int8"])
+def test_merging_into_integers_says_what_it_costs(to):
+    model, variables, _ = linen("nf4")
+    adapted = adalora.linen.adapt(model, config())
+    adapters = trained(adapted.init(jax.random.key(2), variables, X))
+    merged, errors = quantized.merge_linen(adapted, variables, adapters, X, to=to)
+    path = "layers_0/up"
+    weight = merged["quantized"]["layers_0"]["up"]["kernel"]
+    assert weight.qtype == ("nf4" if to == "requantize" else "int8")
+    old = np.asarray(variables["quantized"]["layers_0"]["up"]["kernel"].dequantize())
+    delta = np.asarray(adalora.delta_weight(adapters[path], scale=adapted.config.scale_of(path)))
+    lost = np.linalg.norm(weight.dequantize() - (old + delta))
+    np.testing.assert_allclose(errors[path].weight, lost / np.linalg.norm(old + delta), rtol=1e-3)
+    np.testing.assert_allclose(errors[path].increment, lost / np.linalg.norm(delta), rtol=1e-3)
+    assert errors[path].weight > 1e-3
+    want, base = adapted.apply(variables, adapters, X), model.apply(variables, X)
+    found = model.apply(merged, X)
+    if to == "int8":
+        assert np.abs(found - want).max() < 0.5 * np.abs(base - want).max()
+    same = lambda tree: tree["quantized"]["layers_0"]["down"]
+    chex.assert_trees_all_equal(same(merged), same(variables))
+
+
+def test_merging_in_nnx_is_merging_in_linen():
+    base = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int4", X)
+    adapted = adalora.nnx.adapt(base, config(modules_to_save=["head"]))
+    adalora.nnx.set_adapters(adapted, trained(adalora.nnx.adapters(adapted)))
+    want = adapted(X)
+    merged, errors = quantized.merge_nnx(adapted, to="float32")
+    assert type(merged.layers[0].up) is nnx.Linear
+    assert type(merged.layers[0].attn.query) is nnx.LinearGeneral
+    assert type(merged.layers[0].up.kernel) is nnx.Param
+    np.testing.assert_allclose(merged(X), want, rtol=1e-4, atol=1e-4)
+    assert list(errors) == sorted(adalora.nnx.adapters(adapted))
+    again, errors = quantized.merge_nnx(adapted)
+    assert again.layers[0].up.kernel.get_raw_value().qtype == "int4"
+    assert type(again.layers[0].up) is type(base.layers[0].up)
+    assert all(error.weight > 1e-3 for error in errors.values())
+    np.testing.assert_array_equal(adapted(X), want)
+
+
+def test_layers_that_stayed_float_merge_as_on_a_float_base():
+    recipe = quantized.Recipe(qtype="int8", exclude_modules=["up"])
+    variables = linen()[2]
+    model, mixed = quantized.quantize_linen(Model(), variables, recipe, X)
+    assert "kernel" in mixed["params"]["layers_0"]["up"]
+    adapted = adalora.linen.adapt(model, config(modules_to_save=["head"]))
+    adapters = adapted.init(jax.random.key(2), mixed, X)
+    adapters |= trained({path: adapters[path] for path in adapters if path != "head"})
+    merged, errors = quantized.merge_linen(adapted, mixed, adapters, X, to="float32")
+    assert not any("up" in path for path in errors)
+    want = adapted.apply(mixed, adapters, X)
+    np.testing.assert_allclose(Model().apply(merged, X), want, rtol=1e-4, atol=1e-4)
+
+
+# Refusals -------------------------------------------------------------------------------------
+
+
+def test_a_merge_in_place_is_refused():
+    model, variables, _ = linen()
+    adapted = adalora.linen.adapt(model, config())
+    adapters = adapted.init(jax.random.key(2), variables, X)
+    for merge in (
+        lambda: adalora.merge(variables, adapters, config()),
+        lambda: adalora.unmerge(variables, adapters, config()),
+        lambda: adapted.merge(variables, adapters, X),
+    ):
+        with pytest.raises(ValueError, match=r"query' is quantised.*quantized\.merge_linen"):
+            merge()
+    base = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int8", X)
+    with pytest.raises(ValueError, match=r"is quantised and cannot.*quantized\.merge_nnx"):
+        adalora.nnx.merge(adalora.nnx.adapt(base, config()))
+    with pytest.raises(ValueError, match=r"to='int16' must be a floating-point dtype"):
+        quantized.merge_linen(adapted, variables, adapters, X, to="int16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qtype": "int3"}, "qtype='int3' must be one of"),
+        ({"block": -1}, "block=-1 must be at least 1"),
+        ({"dtype": "int8"}, "dtype='int8' must be a floating-point dtype"),
+        ({"target_modules": ["querry"]}, "'querry' matches no module"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        quantized.quantize_linen(
+            Model(), linen()[2], quantized.Recipe(**{"qtype": "nf4", **change}), X
+        )
+
+
+def test_quantising_twice_and_other_things_are_refused():
+    model, variables, floats = linen()
+    with pytest.raises(ValueError, match="is quantised already"):
+        quantized.quantize_linen(model, variables, "int8", X)
+    base = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int8", X)
+    with pytest.raises(ValueError, match="is quantised already"):
+        quantized.quantize_nnx(base, "int8", X)
+    with pytest.raises(TypeError, match="quantize_nnx takes NNX"):
+        quantized.quantize_linen(NnxModel(nnx.Rngs(0)), floats, "int8", X)
+    with pytest.raises(TypeError, match="quantize_linen takes linen"):
+        quantized.quantize_nnx(Model(), "int8", X)
+    weight = variables["quantized"]["layers_0"]["up"]["kernel"]
+    with pytest.raises(ValueError, match=r"weights\['head/kernel'\] has shape \(64, 128\)"):
+        packed.pack_linen(Model(), floats, {"head/kernel": weight})
