@@ -25,6 +25,7 @@ from adalora_jax.config import AdaLoraConfig
 from adalora_jax.importance import Evidence, combine
 from adalora_jax.orthogonality import orthogonality
 from adalora_jax.rankspec import RankSpec
+from adalora_jax.sharding import shardings
 from adalora_jax.transform import AdaLoraOptState, adalora, allocator_state
 from adalora_jax.tree import adapters, labels
 
@@ -62,6 +63,7 @@ __all__ = [
     "per_example",
     "rank_pattern",
     "ranks",
+    "shardings",
     "summary",
     "truncate",
     "unmerge",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -360,7 +360,7 @@ def _cut(path: tuple[Any, ...], leaf: Any, masks: Mapping[str, np.ndarray]) -> A
     name = tree.leaf_name(path)
     head, _, field = name.rpartition("/")
     is_mask = leaf.dtype == bool and "masks" in name.split("/")
-    owner = _owner(name if is_mask else head, masks)
+    owner = tree.owner(name if is_mask else head, masks)
     if owner is None or not (is_mask or field in Adapter._fields):
         return leaf
     rows, live = _kept(masks[owner])
@@ -379,12 +379,6 @@ def _cut(path: tuple[Any, ...], leaf: Any, masks: Mapping[str, np.ndarray]) -> A
         )
     index = rows.reshape(*(1,) * before, *rows.shape, *(1,) * after)
     return jnp.take_along_axis(leaf, index, axis=leaf.ndim - after - 1)
-
-
-def _owner(name: str, paths: Iterable[str]) -> str | None:
-    """The longest of the adapters' paths that ``name`` ends with."""
-    fitting = [path for path in paths if f"/{name}".endswith(f"/{path}" if path else "")]
-    return max(fitting, key=len, default=None)
 
 
 def _without_gone(node: PyTree) -> PyTree:

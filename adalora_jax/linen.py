@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta, unfreeze
+from flax.linen.spmd import logical_to_mesh_axes
+from jax.sharding import NamedSharding
 
-from adalora_jax import compaction, layers, targets, tree
+from adalora_jax import compaction, layers, sharding, targets, tree
 from adalora_jax.adapter import Adapter, dropout
 from adalora_jax.config import AdaLoraConfig
 
@@ -32,6 +34,7 @@ class AdaptedModule:
 
     module: nn.Module
     config: AdaLoraConfig
+    rules: sharding.Rules | None = dataclasses.field(default=None, hash=False)
 
     def init(
         self, key: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -48,18 +51,53 @@ class AdaptedModule:
 
         Returns:
           A dict by path, ``layers/attn/query``: an :class:`~adalora_jax.Adapter` each, and for
-          each of ``modules_to_save`` a copy of its parameters.
+          each of ``modules_to_save`` a copy of its parameters. On the mesh that the base is on, or
+          else that of ``jax.set_mesh``, they lie as :meth:`specs` says.
 
         Raises:
           ValueError: the config selects nothing, or something that cannot be adapted.
         """
         chosen = self._targets(variables, *args, **kwargs)
-        params = meta.unbox(unfreeze(whole(variables)["params"]))
+        at = sharding.on_mesh(self._specs(variables, chosen), _where(variables))
+        fresh = targets.init_all(
+            key, chosen, self.config, at and {path: at[path] for path in chosen}
+        )
+        params, kept = _unboxed(variables), {}
+        for root in self._saved_roots(params):
+            node = tree.at(params, root.split("/"))
+            node = jax.tree.map(_trainable_copy, node, is_leaf=tree.is_packed)
+            move = at and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(node))
+            kept[root] = sharding.placed(lambda node: node, at[root], node) if move else node
+        return {**fresh, **kept}
+
+    def specs(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The PartitionSpecs of what :meth:`init` makes, derived from where the base lies.
+
+        A weight lies as its array's NamedSharding says, or else as its metadata does:
+        ``nn.with_partitioning``, or ``nn.with_logical_partitioning`` with rules of its own or those
+        of ``nn.logical_axis_rules``. For :func:`adalora_jax.shardings`.
+
+        Args:
+          variables, *args, **kwargs: as in :meth:`init`; shapes are enough.
+
+        Returns:
+          ``{path: Adapter of PartitionSpecs}``, and trees of them for ``modules_to_save``.
+        """
+        return self._specs(variables, self._targets(variables, *args, **kwargs))
+
+    def _specs(self, variables, chosen):
+        where, saved = _where(variables), {}
+        at = lambda path, name: tree.at(where, [*filter(None, path.split("/")), name])
+        weights = {p: (t.layer, t.shape, at(p, t.layer.weight)) for p, t in chosen.items()}
+        spec = lambda leaf, at: sharding.full(sharding.spec_of(at), len(leaf.shape))
+        for root in self._saved_roots(where):
+            nodes = (tree.at(node, root.split("/")) for node in (_unboxed(variables), where))
+            saved[root] = jax.tree.map(spec, *nodes, is_leaf=tree.is_packed)
+        return {**sharding.derive(weights, self.rules), **saved}
+
+    def _saved_roots(self, params):
         flat = traverse_util.flatten_dict(params, sep="/")
-        roots = targets.saved_roots(list(flat), self.config)
-        saved = {root: tree.at(params, root.split("/")) for root in roots}
-        kept = jax.tree.map(_trainable_copy, saved, is_leaf=tree.is_packed)
-        return {**targets.init_all(key, chosen, self.config), **kept}
+        return targets.saved_roots(list(flat), self.config)
 
     def apply(
         self,
@@ -151,7 +189,9 @@ class AdaptedModule:
         return {**variables, "params": params}
 
 
-def adapt(model: nn.Module, config: AdaLoraConfig) -> AdaptedModule:
+def adapt(
+    model: nn.Module, config: AdaLoraConfig, *, rules: sharding.Rules | None = None
+) -> AdaptedModule:
     """Gives a linen model AdaLoRA adapters without changing its code, class or parameters.
 
     Which layers are adapted is decided in :meth:`AdaptedModule.init`, when their shapes are known.
@@ -161,6 +201,9 @@ def adapt(model: nn.Module, config: AdaLoraConfig) -> AdaptedModule:
     Args:
       model: any linen module, unbound.
       config: the targets, ranks and scale.
+      rules: where adapters are to lie on a mesh, if not as :meth:`AdaptedModule.specs` derives it:
+        ``{pattern: Adapter of PartitionSpecs}`` or a function, see
+        :func:`adalora_jax.sharding.derive`.
 
     Raises:
       TypeError: ``model`` is no linen module, or ``config`` no :class:`AdaLoraConfig`.
@@ -180,7 +223,7 @@ def adapt(model: nn.Module, config: AdaLoraConfig) -> AdaptedModule:
         )
     if not isinstance(config, AdaLoraConfig):
         raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
-    return AdaptedModule(model, config)
+    return AdaptedModule(model, config, rules)
 
 
 def describe(
@@ -250,7 +293,7 @@ def apart(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]:
     """All modules the model calls, by path, seen in a trace of it."""
-    params = meta.unbox(unfreeze(whole(variables)["params"]))
+    params = _unboxed(variables)
     found: dict[str, targets.Candidate] = {}
 
     def record(call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
@@ -274,6 +317,29 @@ def candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]:
     with nn.intercept_methods(record):
         jax.eval_shape(trace, variables, jax.random.key(0), data)
     return found
+
+
+def _unboxed(variables):
+    """The parameters without their metadata, where they are: unboxing by Flax may move them."""
+    value = lambda box: box.value if isinstance(box, nn.Partitioned) else box.unbox()
+    return meta.map_axis_meta(value, unfreeze(whole(variables)["params"]))
+
+
+def _where(variables):
+    """Where each parameter lies: a NamedSharding, or what the metadata says, or None."""
+
+    def where(node):
+        if not isinstance(node, nn.Partitioned):
+            return sharding.sharding_of(node)
+        spec = node.get_partition_spec()
+        if isinstance(node, nn.LogicallyPartitioned):
+            spec = logical_to_mesh_axes(tuple(spec), node.rules)
+        if spec is not None and node.mesh is not None:
+            spec = NamedSharding(node.mesh, spec)
+        return sharding.sharding_of(node.value, spec)
+
+    is_leaf = lambda node: not isinstance(node, Mapping)
+    return jax.tree.map(where, unfreeze(whole(variables)["params"]), is_leaf=is_leaf)
 
 
 def _whole_shape(module, layer, params) -> tuple[int, ...]:

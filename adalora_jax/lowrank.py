@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -65,24 +67,44 @@ def wide(dtype: Any) -> Any:
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def explicit_sharding(like: jax.Array, spec: Iterable[Any]) -> NamedSharding | None:
+    """What to tell JAX of a product's sharding where mesh axes are explicit; None where not.
+
+    >>> explicit_sharding(jnp.ones((2, 3)), ("data", None)) is None
+    True
+    """
+    mesh = jax.typeof(like).sharding.mesh
+    if not mesh.axis_names or not mesh.are_all_axes_explicit:
+        return None
+    used, kept = set(), []
+    for entry in spec:  # a mesh axis splits one axis only: the first that it can
+        names = set(entry if isinstance(entry, tuple) else (entry,)) - {None}
+        kept.append(None if names & used else entry)
+        used |= names
+    return NamedSharding(mesh, PartitionSpec(*kept))
+
+
 def _forward(x, p, c, q, precision):
     dtype = wide(x.dtype)
-    h = _contract(x, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype)
+    at = lambda of: explicit_sharding(x, (*_spec(x)[:-1], *of))
+    h = _contract(x, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype, at(_spec(q)[:1]))
     scaled = (h * _row(c, h)).astype(x.dtype)
-    y = _contract(scaled, p.astype(x.dtype), x.ndim - 1, 0, precision, x.dtype)
+    at_y = at(_spec(p)[1:])
+    y = _contract(scaled, p.astype(x.dtype), x.ndim - 1, 0, precision, x.dtype, at_y)
     return y, (x, p, c, q, h)
 
 
 def _backward(precision, residuals, g):
     x, p, c, q, h = residuals
     dtype, last, tokens = h.dtype, x.ndim - 1, tuple(range(x.ndim - 1))
-    gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype)
+    at = lambda like: explicit_sharding(like, _spec(like))
+    gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype, at(h))
     scaled = (h * _row(c, h)).astype(x.dtype)
     dh = (gc * _row(c, h)).astype(x.dtype)
-    dp = _contract(scaled, g, tokens, tokens, precision, dtype)
+    dp = _contract(scaled, g, tokens, tokens, precision, dtype, at(p))
     dc = jnp.sum(h * gc, axis=tokens)
-    dq = _contract(dh, x, tokens, tokens, precision, dtype)
-    dx = _contract(dh, q.astype(x.dtype), last, 0, precision, x.dtype)
+    dq = _contract(dh, x, tokens, tokens, precision, dtype, at(q))
+    dx = _contract(dh, q.astype(x.dtype), last, 0, precision, x.dtype, at(x))
     return dx, dp.astype(p.dtype), dc.astype(c.dtype), dq.astype(q.dtype)
 
 
@@ -94,7 +116,11 @@ def _row(c, like):
     return jnp.expand_dims(c.astype(like.dtype), range(like.ndim - 1))
 
 
-def _contract(a, b, a_axes, b_axes, precision, dtype):
+def _spec(array):
+    return tuple(jax.typeof(array).sharding.spec)
+
+
+def _contract(a, b, a_axes, b_axes, precision, dtype, out_sharding):
     """``dot_general`` over the named axes, without batch axes."""
     as_tuple = lambda axes: axes if isinstance(axes, tuple) else (axes,)
     return lax.dot_general(
@@ -103,4 +129,5 @@ def _contract(a, b, a_axes, b_axes, precision, dtype):
         ((as_tuple(a_axes), as_tuple(b_axes)), ((), ())),
         precision=precision,
         preferred_element_type=dtype,
+        out_sharding=out_sharding,
     )

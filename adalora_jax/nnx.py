@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from adalora_jax import compaction, layers, targets, tree
+from adalora_jax import compaction, layers, sharding, targets, tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.nnx_layers import (
+    PLACED,
     Adaptation,
     Adapted,
     AdapterParam,
@@ -30,7 +32,13 @@ from adalora_jax.nnx_layers import (
 )
 
 
-def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | jax.Array | int = 0) -> Any:
+def adapt(
+    model: nnx.Module,
+    config: AdaLoraConfig,
+    rngs: nnx.Rngs | jax.Array | int = 0,
+    *,
+    rules: sharding.Rules | None = None,
+) -> Any:
     """A copy of ``model`` with AdaLoRA adapters in the layers that ``config`` selects.
 
     The copy shares the base's arrays and leaves ``model`` as it is. The adapters' variables are
@@ -44,6 +52,9 @@ def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | jax.Array |
       config: the targets, ranks and scale.
       rngs: where the initial values come from, and the dropout of the adapters: an ``nnx.Rngs``
         (stream ``params``, and ``dropout``), a PRNG key, or a seed.
+      rules: where adapters are to lie on a mesh, see :func:`adalora_jax.sharding.derive`. By
+        default as the base's arrays do, or as its ``out_sharding`` metadata says, which an
+        adapter's variables have then, too.
 
     Returns:
       A module of the same class as ``model``, or of a subclass where ``model`` is itself adapted.
@@ -70,12 +81,16 @@ def adapt(model: nnx.Module, config: AdaLoraConfig, rngs: nnx.Rngs | jax.Array |
         rngs = nnx.Rngs(rngs)
     adapted = nnx.clone(model)
     by_path: dict[str, Any] = dict(modules(adapted))
-    fresh = targets.init_all(rngs.params(), chosen, config)
+    weights = {path: getattr(by_path[path], t.layer.weight) for path, t in chosen.items()}
+    where = {p: (t.layer, t.shape, _where(weights[p])) for p, t in chosen.items()}
+    specs = sharding.derive(where, rules)
+    fresh = targets.init_all(rngs.params(), chosen, config, sharding.on_mesh(specs, where))
     for path, target in chosen.items():
         module = by_path[path]
         stack = target.layer.matrix(target.shape)[0][: len(target.shape) - own_axes(target.layer)]
         dropout = _dropout(config, rngs, stack)
         module.adalora = Adaptation(fresh[path], config.scale_of(path), dropout)
+        _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
         module.__class__ = adapted_class(type(module))
     for path, owner in tied.items():
         by_path[path].adalora = by_path[owner].adalora
@@ -206,7 +221,8 @@ def with_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> Any:
             module.__class__ = base_class(type(module))
             continue
         for name, value in zip(Adapter._fields, new[path]):
-            setattr(module.adalora, name, AdapterParam(value))
+            metadata = getattr(module.adalora, name).get_metadata()
+            setattr(module.adalora, name, AdapterParam(value, **metadata))
     return copy
 
 
@@ -374,6 +390,27 @@ def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> n
     return dropout
 
 
+def _where(variable: Any) -> Any:
+    """Where a variable's array lies, or is to lie by its metadata."""
+    named, mesh = variable.get_metadata("out_sharding", None), variable.get_metadata("mesh", None)
+    if named and not isinstance(named, NamedSharding):
+        named = nnx.spmd.get_var_pspec(variable)
+        named = NamedSharding(mesh, named) if mesh and named else named
+    return sharding.sharding_of(variable.get_value(), named or None)
+
+
+def _annotate(adaptation: Any, target: targets.Target, weight: Any, specs: Adapter | None) -> None:
+    """The base's sharding metadata for its adapter: the names that it has, by its own rules."""
+    named = weight.get_metadata("out_sharding", None)
+    if not named:
+        return
+    named = named.spec if isinstance(named, NamedSharding) else PartitionSpec(*named)
+    specs = specs or sharding.adapter_specs(target.layer, target.shape, named)
+    rest = {n: v for n, v in weight.get_metadata().items() if n in ("mesh", "sharding_rules")}
+    for name, spec in zip(Adapter._fields, specs):
+        getattr(adaptation, name).set_metadata(out_sharding=tuple(spec), **rest)
+
+
 def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     """Makes the parameters named by ``modules_to_save`` trainable: a copy, of another type."""
     if not config.modules_to_save:
@@ -388,5 +425,6 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     for path, variable in nodes.items():
         if targets.saved(path, config):
             parent, _, name = path.rpartition("/")
-            copied = SavedParam(jax.numpy.copy(variable[...]), **variable.get_metadata())
+            metadata = variable.get_metadata() | PLACED
+            copied = SavedParam(jax.numpy.copy(variable[...]), **metadata)
             setattr(by_path[parent], name, copied)

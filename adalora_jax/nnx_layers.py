@@ -11,6 +11,9 @@ from flax import nnx
 from adalora_jax import layers, tree
 from adalora_jax.adapter import Adapter
 
+# Values are made where they belong; Flax would need the mesh again to see to it, at every copy.
+PLACED = {"eager_sharding": False}
+
 
 class AdapterParam(nnx.LoRAParam):
     """p, lam or q of an adapter."""
@@ -30,7 +33,7 @@ class Adaptation(nnx.Module):
     """
 
     def __init__(self, adapter: Adapter, scale: float, dropout: nnx.Dropout | None):
-        self.p, self.lam, self.q = (AdapterParam(leaf) for leaf in adapter)
+        self.p, self.lam, self.q = (AdapterParam(leaf, **PLACED) for leaf in adapter)
         self.scale = scale
         self.dropout = dropout
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from adalora_jax import tree
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.lowrank import wide
+from adalora_jax.lowrank import explicit_sharding, wide
 from adalora_jax.tree import PyTree
 
 
@@ -80,7 +80,12 @@ def _gram_deviation(m):
     largest = jnp.max(jnp.abs(m), axis=(-2, -1), initial=1)
     size = jax.lax.stop_gradient(largest)[..., None, None]
     small = m / size
-    gram = jnp.einsum("...ri,...si->...rs", small, small, precision=jax.lax.Precision.HIGHEST)
+    gram = jnp.einsum(
+        "...ri,...si->...rs",
+        *(small, small),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=explicit_sharding(m, (*jax.typeof(m).sharding.spec[:-2], None, None)),
+    )
     d = gram - jnp.broadcast_to(jnp.eye(m.shape[-2], dtype=m.dtype), gram.shape) / (size * size)
     square = jnp.sum(d * d, axis=(-2, -1))
     # The square root has an infinite slope at 0, also where it is not used.

@@ -73,11 +73,17 @@ def find(limits: Iterable[tuple[str, RankSpec]], path: str) -> RankSpec:
     >>> find((("query", RankSpec(init_r=8)),), "layers/0/query").init_r
     8
     """
+    return next((spec for pattern, spec in limits if matches(pattern, path)), RankSpec())
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regex is that of the path, or of its end at a separator.
+
+    >>> matches("query", "layers/0/query"), matches("query", "layers/0/subquery")
+    (True, False)
+    """
     forms = path.replace(".", "/"), path.replace("/", ".")
-    for pattern, spec in limits:
-        if any(re.fullmatch(rf"(?:.*[/.])?(?:{pattern})", form) for form in forms):
-            return spec
-    return RankSpec()
+    return any(re.fullmatch(rf"(?:.*[/.])?(?:{pattern})", form) for form in forms)
 
 
 def _as_spec(pattern: str, value: Any, init_r: int) -> RankSpec:

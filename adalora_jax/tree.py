@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -156,6 +156,16 @@ def leaf_name(path: tuple[Any, ...]) -> str:
         path = path[:-1]
     parts = (tree_util.keystr((key,), simple=True) for key in path)
     return "/".join(part for part in parts if part not in ("", HOLDER))
+
+
+def owner(name: str, paths: Iterable[str]) -> str | None:
+    """The longest of ``paths`` that the name of a leaf ends with: what an average belongs to.
+
+    >>> owner("0/mu/layers/query/p", ["query/p", "layers/query/p"])
+    'layers/query/p'
+    """
+    fitting = [path for path in paths if f"/{name}".endswith(f"/{path}" if path else "")]
+    return max(fitting, key=len, default=None)
 
 
 def _nodes(tree):

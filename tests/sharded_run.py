@@ -37,6 +37,42 @@ def run(config, params):
     return [*carries, carry], len(traces)
 
 
+def check_layer(axis_type):
+    """An increment and its penalty, differentiated, with every axis split in several ways.
+
+    Explicit axes have to be told where a product lies, and keep a gradient where its value is.
+    """
+    config = al.AdaLoraConfig(total_step=8, init_r=4, target_r=2, init_lora_weights=False)
+    adapter = al.init_adapter(jax.random.key(0), 8, 12, config)
+    values = adapter, jnp.cos(jnp.arange(32.0)).reshape(4, 8)
+
+    def loss(adapter, x):
+        y = al.forward(adapter, x, scale=0.5)
+        return jnp.sum(y**2) + al.orthogonality({"layer": adapter}, config)
+
+    loss = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    wanted = loss(*values)
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType[axis_type],) * 2)
+    for x, ins, outs in (
+        (P("d", None), None, None),
+        (P("d", None), "d", "m"),
+        (P("d", None), "m", "d"),
+        (P("d", "m"), "m", None),
+        (P(("d", "m"), None), "m", "d"),
+    ):
+        specs = al.Adapter(p=P(None, outs), lam=P(None), q=P(None, ins)), x
+        place = lambda value, spec: jax.device_put(value, NamedSharding(mesh, spec))
+        placed = jax.tree.map(place, values, specs)
+        with jax.set_mesh(mesh):
+            ours = loss(*placed)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, wanted
+        )
+        for leaf, value in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(placed)):
+            same = leaf.sharding.is_equivalent_to(value.sharding, leaf.ndim)
+            assert same or axis_type == "Auto", f"{leaf.sharding} is not {value.sharding}"
+
+
 def main(axis_type):
     config = al.AdaLoraConfig(total_step=8, init_r=4, target_r=2, tfinal=2, deltaT=2)
     init = lambda seed, stack=(): al.init_adapter(jax.random.key(seed), 6, 8, config, stack=stack)
@@ -75,3 +111,4 @@ if __name__ == "__main__":
     assert jax.device_count() == 4
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         main(sys.argv[1])
+        check_layer(sys.argv[1])

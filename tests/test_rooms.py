@@ -23,6 +23,7 @@ ROOMS = [
     "allocator",
     "transform",
     "layers",
+    "sharding",
     "compaction",
     "bank",
     "targets",

@@ -1,0 +1,236 @@
+"""What a large model on a large mesh would need, from its compiled train step and no arrays.
+
+    python benchmarks/planning.py [NAME ...]
+
+Shapes as of models of 7 and 70 billion parameters, and two with experts, the second of them with a
+million triplets. Layers are scanned and rematerialised, the frozen base is bfloat16 and split over
+both axes of a mesh of 256 or 512 devices (FSDP along data, tensor or expert parallel along model),
+adapters are float32 on every kernel, AdamW inside. Everything is lowered from shapes and compiled
+by XLA for that many virtual CPU devices; nothing is allocated.
+
+A collective counts by the bytes of its result on one device, times the trips of the loop it is in.
+Other back ends choose other collectives, and overlap them with work: this is about sizes, not time.
+The allocator's are all those of the optimizer's update, since AdamW itself has none. The table goes
+to ``planning.md`` and the numbers to ``planning.json`` beside this file. Takes about a minute a
+model.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import timing
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import adalora_jax as adalora
+
+# For XLA: more devices than there are, and programs that nobody runs.
+FLAGS = (
+    "--xla_force_host_platform_device_count=512 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
+TOKENS = 2048  # of one sequence; one sequence on each device along data
+
+
+class Shape(NamedTuple):
+    layers: int
+    width: int
+    hidden: int
+    kv: int  # width of keys and values
+    experts: int  # 0: a plain MLP
+    rank: int
+    mesh: tuple[int, int]
+
+
+MODELS = {
+    "7B": Shape(32, 4096, 11008, 4096, 0, 16, (64, 4)),
+    "70B": Shape(80, 8192, 28672, 1024, 0, 16, (64, 8)),
+    "8 experts": Shape(32, 4096, 14336, 1024, 8, 16, (64, 8)),
+    "128 experts": Shape(60, 4096, 1536, 512, 128, 44, (64, 8)),
+}
+
+
+class Block(nn.Module):
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x, _):
+        s, heads = self.shape, self.shape.width // 128
+        dense = lambda n, name: nn.Dense(n, use_bias=False, name=name, dtype=x.dtype)
+        split = lambda y: y.reshape(*y.shape[:-1], -1, 128)
+        q, k, v = split(dense(s.width, "q")(x)), *(split(dense(s.kv, n)(x)) for n in "kv")
+        k, v = (jnp.repeat(a, heads // a.shape[-2], axis=-2) for a in (k, v))
+        mixed = nn.dot_product_attention(q, k, v).reshape(x.shape)
+        x = x + dense(s.width, "o")(mixed)
+        if not s.experts:
+            h = nn.silu(dense(s.hidden, "gate")(x)) * dense(s.hidden, "up")(x)
+            return x + dense(s.width, "down")(h), None
+        # Each expert takes its equal share of the tokens.
+        tokens = x.reshape(-1, s.experts, s.width).swapaxes(0, 1)
+        each = lambda i, o, name: nn.Einsum(
+            (s.experts, i, o), "etd,edf->etf", use_bias=False, name=name, dtype=x.dtype
+        )
+        h = nn.silu(each(s.width, s.hidden, "gate")(tokens)) * each(s.width, s.hidden, "up")(tokens)
+        h = each(s.hidden, s.width, "down")(h)
+        return x + h.swapaxes(0, 1).reshape(x.shape), None
+
+
+class Model(nn.Module):
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            nn.remat(Block),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.shape.layers,
+        )
+        return layers(self.shape, name="layers")(x, None)[0]
+
+
+def base_spec(path, ndim):
+    """Output features along model, input features along data; the other way round on the way back.
+
+    Experts along model, and their input features along data.
+    """
+    if ndim == 4:
+        return P(None, "model", "data", None)
+    return P(None, "model", "data") if path[-2] in ("o", "down") else P(None, "data", "model")
+
+
+def plan(shape):
+    """One row of the table."""
+    mesh = jax.make_mesh(shape.mesh, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    config = adalora.AdaLoraConfig(
+        total_step=1000, init_r=shape.rank, target_r=shape.rank // 2, target_modules="all-linear"
+    )
+    model = Model(shape)
+    at = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    batch = NamedSharding(mesh, P("data"))
+    x = jax.ShapeDtypeStruct((shape.mesh[0], TOKENS, shape.width), jnp.bfloat16, sharding=batch)
+    base = jax.eval_shape(model.init, jax.random.key(0), x)
+    base = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape,
+            jnp.bfloat16,
+            sharding=NamedSharding(mesh, base_spec([k.key for k in path], leaf.ndim)),
+        ),
+        base,
+    )
+    adapted = adalora.linen.adapt(model, config)
+    tx = adalora.adalora(optax.adamw(1e-3), config)
+    adapters = jax.eval_shape(adapted.init, jax.random.key(0), base, x)
+    opt_state = jax.eval_shape(tx.init, adapters)
+    placed = adalora.shardings((adapters, opt_state), adapted.specs(base, x), mesh=mesh)
+    adapters, opt_state = jax.tree.map(at, (adapters, opt_state), placed)
+
+    def step(base, adapters, opt_state, x):
+        def loss(adapters):
+            y = adapted.apply(base, adapters, x).astype(jnp.float32)
+            return jnp.mean(y**2) + adalora.orthogonality(adapters, config)
+
+        grads = jax.grad(loss)(adapters)
+        updates, opt_state = tx.update(grads, opt_state, adapters)
+        return optax.apply_updates(adapters, updates), opt_state
+
+    start = time.perf_counter()
+    whole = jax.jit(step, out_shardings=placed).lower(base, adapters, opt_state, x).compile()
+    seconds = time.perf_counter() - start
+    update = jax.jit(tx.update, out_shardings=placed).lower(adapters, opt_state, adapters).compile()
+    moved, counted = collectives(whole.as_text()), collectives(update.as_text())
+    allocator = opt_state.allocator
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(base)),
+        "matrices": sum(int(np.prod(a.lam.shape[:-1])) for a in adapters.values()),
+        "triplets": sum(a.lam.size for a in adapters.values()),
+        "devices": int(np.prod(shape.mesh)),
+        "base": on_a_device(base),
+        "adapters": on_a_device(adapters),
+        "averages": on_a_device((allocator.sensitivity, allocator.uncertainty)),
+        "masks": on_a_device(allocator.masks),
+        "moments": on_a_device(opt_state.inner),
+        "collectives of a step": sum(moved),
+        "of the allocator": sum(counted),
+        "allocator's number": len(counted),
+        "allocator's share": sum(counted) / sum(moved),
+        "seconds to compile": round(seconds, 1),
+    }
+
+
+def on_a_device(tree):
+    """Bytes of one device's part."""
+    part = lambda leaf: int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
+    return sum(part(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+def collectives(text):
+    """Bytes of the result of every collective of a program, each as often as it runs."""
+    bodies = dict(re.findall(r"^(?:ENTRY )?%([\w.-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    (entry,) = re.findall(r"^ENTRY %([\w.-]+) ", text, re.M)
+    operation = r"= (.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
+
+    def size(shapes):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        return sum(
+            BYTES[kind] * int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
+            for kind, dims in arrays
+        )
+
+    def of(name):
+        result = []
+        for line in bodies[name].splitlines():
+            if found := re.search(operation, line):
+                result.append(size(found[1]))
+            if found := re.search(r" while\(.*body=%([\w.-]+)", line):
+                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                if inside := of(found[1]):
+                    result += inside * int(trips[1])
+            elif found := re.search(r" conditional\(", line):
+                branches = re.findall(r"(?:true|false)_computation=%([\w.-]+)", line)
+                listed = re.search(r"branch_computations=\{(.*?)\}", line)
+                branches += re.findall(r"%([\w.-]+)", listed[1]) if listed else []
+                result += max(map(of, branches), key=sum)
+            elif found := re.search(r" call\(.*to_apply=%([\w.-]+)", line):
+                result += of(found[1])
+        return result
+
+    return of(entry)
+
+
+def human(value):
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}P"
+
+
+def main(names):
+    os.environ |= {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}  # before JAX's first use
+    file = Path(__file__).with_suffix(".json")
+    before = json.loads(file.read_text()) if file.exists() else {}
+    plans = {name: plan for name, plan in before.items() if name in MODELS}
+    plans |= {name: plan(MODELS[name]) for name in names}
+    rows = [["", *plans]]
+    for field in next(iter(plans.values())):
+        show = "{:.1e}".format if "share" in field else human
+        rows.append([field, *(show(numbers[field]) for numbers in plans.values())])
+    timing.save(__file__, plans, timing.markdown(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or MODELS)

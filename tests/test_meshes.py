@@ -1,0 +1,74 @@
+"""On 8 virtual devices: every mesh trains as one device does, with one decision everywhere."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+TRIPLETS = 4 * (4 * 8 + 1)  # init_r, of four stacks of eight and of one layer by itself
+SOME = ["data:1:1", "tensor:1:2", "both:2:4"]
+ALL = [
+    "data:1:1",
+    *(f"{layout}:{n}:1" for layout in ("data", "fsdp", "stack") for n in (2, 4, 8)),
+    *(f"tensor:1:{n}" for n in (2, 4, 8)),
+    *("both:2:2", "both:4:2", "both:2:4"),
+]
+
+
+def run(layouts, *flags):
+    """``{layout: what came of it}`` of runs in one process."""
+    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    command = [sys.executable, str(HERE / "mesh_run.py"), *layouts, *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def check(runs):
+    alone = runs.pop("data:1:1")
+    live = [sum(np.sum(mask) for mask in masks.values()) for masks in alone["masks"]]
+    assert (live[0], live[-1]) == (TRIPLETS, TRIPLETS // 2)
+    assert len(set(live)) >= 3
+    for name, result in runs.items():
+        assert result["masks"] == alone["masks"], name
+        for path, adapter in alone["adapters"].items():
+            for ours, theirs in zip(result["adapters"][path], adapter):
+                np.testing.assert_allclose(ours, theirs, atol=3e-5, err_msg=f"{name} {path}")
+        assert result["astray"] == [], name
+        assert result["elsewhere"] == [], name
+        assert result["traces"] == 1, name
+        assert (result["split"] > 0) == (not name.startswith("data")), name
+
+
+def check_collectives(runs, most):
+    """All of them together move about one number a triplet for each axis of the mesh."""
+    for name, result in runs.items():
+        sizes = [size for _, size in result["collectives"]]
+        assert len(sizes) <= most, f"{name}: {result['collectives']}"
+        assert max(sizes, default=0) <= TRIPLETS, f"{name}: {result['collectives']}"
+        assert bool(sizes) == (result["split"] > 0), name
+
+
+def test_meshes_of_one_two_and_eight_devices_train_alike():
+    """Four are in test_sharding.py."""
+    runs = run(SOME, "--collectives")
+    check_collectives(runs, most=4)
+    check(runs)
+
+
+@pytest.mark.slow
+def test_every_layout_on_every_mesh():
+    runs = run(ALL, "--collectives")
+    check_collectives(runs, most=4)
+    check(runs)

@@ -1,0 +1,92 @@
+"""Several processes that train together, one of which is killed: the result has the same bits."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+from multiprocess_run import CONFIG
+
+import adalora_jax as adalora
+from adalora_jax import checkpoint
+
+HERE = pathlib.Path(__file__).parent
+
+
+def start(count, folder, result, *kill_at):
+    """Processes that find each other on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    command = [sys.executable, str(HERE / "multiprocess_run.py"), str(port), str(count)]
+    return [
+        subprocess.Popen(
+            [*command, str(index), str(folder), str(result), *map(str, kill_at)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
+def finish(processes):
+    """The step that each of them started from."""
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    for process, text in zip(processes, said):
+        assert process.returncode == 0, text[-3000:]
+    return [int(text.rpartition("from ")[2].split()[0]) for text in said]
+
+
+def check(count, tmp_path):
+    undisturbed, broken = tmp_path / "undisturbed", tmp_path / "broken"
+    jobs = start(count, undisturbed, tmp_path / "undisturbed.npz")
+    *others, victim = start(count, broken, tmp_path / "broken.npz", 5)
+    try:
+        assert victim.wait(timeout=300) == -signal.SIGKILL, victim.communicate()[0][-3000:]
+    finally:  # what runs a job takes the rest of it down
+        for process in others:
+            process.kill()
+        for process in (victim, *others):
+            process.communicate()
+    assert not (tmp_path / "broken.npz").exists()
+    assert finish(jobs) == [0] * count
+    (since,) = set(finish(start(count, broken, tmp_path / "broken.npz")))
+    assert since in (2, 4)
+
+    with np.load(tmp_path / "undisturbed.npz") as one, np.load(tmp_path / "broken.npz") as other:
+        assert one.files == other.files
+        whole = [one[name] for name in one.files]
+        assert all(one[name].tobytes() == other[name].tobytes() for name in one.files)
+
+    # On one device of one process the checkpoint says the same.
+    tx = adalora.adalora(optax.adamw(0.02), CONFIG)
+    saved = checkpoint.restore(broken / str(CONFIG.total_step), tx, config=CONFIG)
+    leaves = jax.tree.leaves((saved.adapters, saved.opt_state))
+    assert len(leaves) == len(whole)
+    assert all(np.asarray(a).tobytes() == b.tobytes() for a, b in zip(leaves, whole))
+    live = sum(int(mask.sum()) for mask in jax.tree.leaves(saved.allocator.masks))
+    assert live == CONFIG.target_r * 5
+    assert len({int(mask.sum()) for mask in saved.allocator.masks["layers"]}) > 1
+
+
+def test_two_processes_of_which_one_is_killed_end_as_two_that_were_not(tmp_path):
+    check(2, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_processes_of_which_one_is_killed_end_as_four_that_were_not(tmp_path):
+    check(4, tmp_path)

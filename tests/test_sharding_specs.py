@@ -1,0 +1,307 @@
+"""Where adapters are to lie: derived from the base in each way that JAX and Flax can say it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import adalora_jax as adalora
+from adalora_jax.layers import Layer
+from adalora_jax.sharding import adapter_specs
+
+CONFIG = adalora.AdaLoraConfig(
+    total_step=8, init_r=4, target_r=2, target_modules=".*(up|out|conv|table)", tfinal=2
+)
+ABSTRACT = AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh(*sizes):
+    names = ("data", "model")[: len(sizes)]
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "spec"),
+    [
+        (Layer("dense", "kernel", (), (0,), (1,)), (8, 16), P("data", "model")),
+        (Layer("dense", "kernel", (), (0,), (1,)), (4, 8, 16), P("data", None, "model")),
+        (Layer("general", "kernel", (), (0,), (1, 2)), (8, 4, 6), P("data", "model", None)),
+        (Layer("general", "kernel", (), (0, 1), (2,)), (4, 6, 8), P("model", "data")),
+        (Layer("einsum", "kernel", (0,), (1,), (2,)), (4, 8, 16), P("model", "data")),
+        (Layer("einsum", "kernel", (1,), (2,), (0,)), (3, 16, 4, 8), P(None, "data", "model")),
+        (Layer("conv", "kernel", (), (0, 1), (2,)), (3, 8, 16), P(None, "data", "model")),
+        (Layer("conv", "kernel", (), (0, 1), (2,)), (1, 8, 16), P(None, "data", "model")),
+        (Layer("dense", "kernel", (), (0,), (1,)), (16, 8), P(("data", "model"))),
+    ],
+)
+def test_every_device_has_the_part_of_the_increment_that_goes_with_its_part_of_the_weight(
+    layer, shape, spec
+):
+    """Checked entry by entry, with NumPy alone: which rows and columns of ΔW a device can see."""
+    sizes = dict(ABSTRACT.shape)
+    specs = adapter_specs(layer, shape, spec)
+    stack, n_in, n_out = layer.matrix(shape)
+    numbers = np.arange(int(np.prod([*stack, n_in, n_out]))).reshape(*stack, n_in, n_out)
+    weight = np.asarray(layer.to_weight(jnp.asarray(numbers), shape))
+
+    def piece(array, spec, at):
+        """What the device at these coordinates of the mesh holds of an array."""
+        for axis, names in enumerate(spec):
+            names = names if isinstance(names, tuple) else (names,) if names else ()
+            index, count = 0, 1
+            for name in names:
+                index, count = index * sizes[name] + at[name], count * sizes[name]
+            array = np.split(array, count, axis=axis)[index]
+        return array
+
+    rank = 3
+    spread = lambda shape: np.zeros((*stack, rank, shape), int)
+    columns = spread(n_out) + np.arange(n_out)
+    rows = spread(n_in) + np.arange(n_in)
+    split = 0
+    for coordinates in np.ndindex(*sizes.values()):
+        at = dict(zip(sizes, coordinates))
+        own = set(piece(weight, spec, at).ravel().tolist())
+        p, q = piece(columns, specs.p, at), piece(rows, specs.q, at)
+        assert p.shape[:-1] == q.shape[:-1] == piece(spread(1)[..., 0], specs.lam, at).shape
+        index = piece(np.arange(max(1, int(np.prod(stack)))).reshape(stack), P(*specs.lam[:-1]), at)
+        held = numbers.reshape(-1, n_in, n_out)[index.ravel()]
+        held = held[:, q.reshape(-1, q.shape[-1])[0]][:, :, p.reshape(-1, p.shape[-1])[0]]
+        assert own <= set(held.ravel().tolist())
+        split += held.size < weight.size
+    assert split or (layer.kind == "conv" and shape[0] > 1)
+
+
+def Dense(features, names, **kwargs):
+    init = nn.initializers.lecun_normal()
+    return nn.Dense(features, kernel_init=nn.with_partitioning(init, names), **kwargs)
+
+
+class Stacked(nn.Module):
+    """Layers under nn.scan beside one of their own, with metadata on both."""
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.scan(
+            lambda up, x, _: (up(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=4,
+            metadata_params={nn.PARTITION_NAME: "data"},
+        )
+        up = Dense(8, (None, "model"), name="up")
+        return Dense(16, ("data", "model"), name="out")(block(up, x, None)[0])
+
+
+EXPECTED = {
+    "out": adalora.Adapter(P(None, "model"), P(None), P(None, "data")),
+    "up": adalora.Adapter(P("data", None, "model"), P("data", None), P("data", None, None)),
+}
+
+
+def test_linen_metadata():
+    model, x = Stacked(), jnp.ones((2, 8))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert adalora.linen.adapt(model, CONFIG).specs(variables, x) == EXPECTED
+
+
+def test_linen_logical_metadata_with_rules_of_either_kind():
+    class Model(nn.Module):
+        rules: tuple | None = None
+
+        @nn.compact
+        def __call__(self, x):
+            init = nn.initializers.lecun_normal()
+            init = nn.with_logical_partitioning(init, ("embed", "hidden"), rules=self.rules)
+            return nn.Dense(16, kernel_init=init, name="up")(x)
+
+    rules, x = (("embed", "data"), ("hidden", ("model",))), jnp.ones((2, 8))
+    wanted = adalora.Adapter(P(None, ("model",)), P(None), P(None, "data"))
+    for own, context in ((rules, ()), (None, rules)):
+        model = Model(own)
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        with nn.logical_axis_rules(context):
+            assert adalora.linen.adapt(model, CONFIG).specs(variables, x) == {"up": wanted}
+
+
+def test_where_the_arrays_lie_counts_before_what_the_metadata_says():
+    model, x = Stacked(), jnp.ones((2, 8))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    at = NamedSharding(ABSTRACT, P("model"))
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+    placed = jax.tree.map(place, variables)
+    assert adalora.linen.adapt(model, CONFIG).specs(placed, x) == {
+        "out": adalora.Adapter(P(None, None), P(None), P(None, "model")),
+        "up": adalora.Adapter(P("model", None, None), P("model", None), P("model", None, None)),
+    }
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_linen_adapters_are_made_on_the_mesh_with_the_values_they_have_without(boxed):
+    model, x, key = Stacked(), jnp.ones((2, 8)), jax.random.key(1)
+    config = CONFIG.replace(modules_to_save=["out"], target_modules=["up"])
+    variables = model.init(jax.random.key(0), x)
+    plain = adalora.linen.adapt(model, config).init(key, nn.meta.unbox(variables), x)
+    one = mesh(1, 1)
+    if boxed:  # metadata and a context, and arrays that lie anywhere
+        with jax.set_mesh(one):
+            placed = adalora.linen.adapt(model, config).init(key, variables, x)
+    else:
+        sharded = jax.device_put(nn.meta.unbox(variables), nn.get_sharding(variables, one))
+        placed = adalora.linen.adapt(model, config).init(key, sharded, x)
+    assert placed["up"].p.sharding == NamedSharding(one, EXPECTED["up"].p)
+    assert placed["out"]["kernel"].sharding == NamedSharding(one, P("data", "model"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, plain, placed))
+    specs = adalora.linen.adapt(model, config).specs(variables, x)
+    assert specs["out"] == {"bias": P(None), "kernel": P("data", "model")}
+
+
+def test_a_rule_overrides():
+    model, x = Stacked(), jnp.ones((2, 8))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    whole = adalora.Adapter(P(), P(), P())
+    by_pattern = adalora.linen.adapt(model, CONFIG, rules={"o.t": whole})
+    everywhere = adalora.Adapter(P(None, None), P(None), P(None, None))
+    assert by_pattern.specs(variables, x) == EXPECTED | {"out": everywhere}
+    hash(by_pattern)
+    function = lambda path, spec: spec._replace(q=P()) if path == "up" else spec
+    by_function = adalora.linen.adapt(model, CONFIG, rules=function)
+    changed = EXPECTED["up"]._replace(q=P(None, None, None))
+    assert by_function.specs(variables, x) == EXPECTED | {"up": changed}
+    for rules, words in (
+        ({"down": whole}, "'down' matches no adapted layer; they are out, up"),
+        ({"out": P()}, r"gave P\(\) for 'out': it must be an Adapter"),
+        ({"out": whole._replace(lam=P(None, None))}, "more axes than the adapter has"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            adalora.linen.adapt(model, CONFIG, rules=rules).specs(variables, x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs, names=(None, "model"), **metadata):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), names, **metadata)
+        make = lambda rngs: nnx.Linear(8, 8, kernel_init=init, rngs=rngs)
+        stacked = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "data"})
+        self.up = stacked(rngs.split(4))
+        self.out = nnx.Linear(8, 16, rngs=rngs)
+
+    def __call__(self, x):
+        layers = nnx.scan(
+            lambda x, up: up(x),
+            in_axes=(nnx.Carry, 0),
+            out_axes=nnx.Carry,
+            transform_metadata={nnx.PARTITION_NAME: "data"},
+        )
+        return self.out(layers(x, self.up))
+
+
+def nnx_model(*args, **metadata):
+    """On a mesh, as its metadata says."""
+    one = mesh(1, 1)
+    with jax.set_mesh(one):
+        model = Nnx(nnx.Rngs(0), *args, **metadata)
+    state = nnx.state(model)
+    nnx.update(model, jax.device_put(state, nnx.get_named_sharding(state, one)))
+    return model
+
+
+def test_nnx_metadata_goes_on_to_adapters_and_optimizer():
+    x = jnp.ones((2, 8))
+    model = nnx_model()
+    adapted = adalora.nnx.adapt(model, CONFIG)  # outside: the arrays know their mesh
+    state = nnx.state(adapted, nnx.LoRAParam)
+    named = nnx.get_partition_spec(state)["up"]["adalora"]
+    specs = [named[name].get_value() for name in adalora.Adapter._fields]
+    assert specs == [*EXPECTED["up"]]
+    assert adapted.up.adalora.p.get_value().sharding.spec == EXPECTED["up"].p
+    assert np.array_equal(adapted(x), model(x))
+    optimizer = nnx.Optimizer(adapted, adalora.adalora(optax.adam(1e-3), CONFIG), wrt=nnx.LoRAParam)
+    placed = adalora.shardings(nnx.state(optimizer), state)
+    assert placed["opt_state"]["inner"][0]["mu"]["up"]["adalora"]["p"].get_value().spec == (
+        EXPECTED["up"].p
+    )
+    assert placed["opt_state"]["allocator"]["masks"]["up"]["adalora"].get_value().spec == (
+        EXPECTED["up"].lam
+    )
+    other = adalora.nnx.with_adapters(adapted, adalora.nnx.adapters(adapted))
+    assert other.up.adalora.p.get_metadata("out_sharding") == (tuple(EXPECTED["up"].p))
+
+
+def test_nnx_rules_and_logical_names():
+    rules = (("hidden", "model"),)
+    model = nnx_model((None, "hidden"), sharding_rules=rules)
+    param = adalora.nnx.adapt(model, CONFIG).up.adalora.p
+    assert param.get_value().sharding.spec == EXPECTED["up"].p
+    assert param.get_metadata("out_sharding") == ("data", None, "hidden")
+    assert nnx.spmd.get_var_pspec(param) == EXPECTED["up"].p
+    whole = adalora.Adapter(P("data"), P("data"), P("data"))
+    adapted = adalora.nnx.adapt(model, CONFIG, rules={"up": whole})
+    assert adapted.up.adalora.p.get_value().sharding.spec == P("data", None, None)
+    assert adapted.up.adalora.p.get_metadata("out_sharding") == ("data", None, None)
+
+
+def inner_states():
+    """Optimizers that keep arrays of the parameters' shapes, fewer axes, more axes, or none."""
+    return {
+        "adamw": optax.adamw(1e-3),
+        "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=4),
+        "lbfgs": optax.scale_by_lbfgs(memory_size=3),
+        "masked": optax.masked(optax.trace(0.9), {"up": True, "head": {"kernel": False}}),
+    }
+
+
+@pytest.mark.parametrize("name", inner_states())
+def test_shardings_of_a_state_are_those_of_what_its_leaves_belong_to(name):
+    config = CONFIG.replace(target_modules=["up"])
+    adapter = jax.eval_shape(
+        lambda key: adalora.init_adapter(key, 8, 16, config, stack=(2,)), jax.random.key(0)
+    )
+    params = {"up": adapter, "head": {"kernel": jax.ShapeDtypeStruct((16, 4), jnp.float32)}}
+    like = {
+        "up": adalora.Adapter(P("data", None, "model"), P("data", None), P("data", None, None)),
+        "head": {"kernel": P("model", None)},
+    }
+    tx = optax.chain(optax.clip(1.0), adalora.adalora(inner_states()[name], config))
+    state = jax.eval_shape(tx.init, params)
+    placed = adalora.shardings((params, state), like, mesh=ABSTRACT)
+    assert jax.tree.structure(placed) == jax.tree.structure((params, state))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    by_shape = dict(zip(shapes, jax.tree.leaves(like)))
+    split = 0
+    for leaf, at in zip(jax.tree.leaves((params, state)), jax.tree.leaves(placed)):
+        at.shard_shape(leaf.shape)  # refuses what does not divide
+        own = next((s for s in by_shape if leaf.shape[max(0, leaf.ndim - len(s)) :] == s), None)
+        wanted = P(*[None] * (leaf.ndim - len(own)), *by_shape[own]) if own else P()
+        # The factored moments of p have the shape of λ by chance.
+        assert at.spec == wanted or (name == "adafactor" and at.spec == P()), leaf.shape
+        split += at.spec != P()
+    assert split >= 4 + 3 * 2 + 1
+
+
+def test_a_short_spec_is_that_of_the_first_axes_of_a_parameter():
+    adapters = {"up": adalora.init_adapter(jax.random.key(0), 8, 16, CONFIG, stack=(2,))}
+    tx = adalora.adalora(optax.scale_by_lbfgs(memory_size=2), CONFIG)
+    at = NamedSharding(mesh(1), P("data"))
+    placed = adalora.shardings(jax.device_put(adapters, at))
+    for like in (jax.device_put(adapters, at), placed):
+        state = adalora.shardings(jax.eval_shape(tx.init, adapters), like)
+        assert state.allocator.sensitivity["up"].p.spec == P("data", None, None)
+        assert state.inner.diff_params_memory["up"].p.spec == P(None, "data", None, None)
+
+
+def test_shardings_need_a_mesh_and_take_it_from_where_there_is_one():
+    adapters = {"up": adalora.init_adapter(jax.random.key(0), 8, 16, CONFIG)}
+    assert isinstance(adapters["up"].p.sharding, SingleDeviceSharding)
+    with pytest.raises(ValueError, match=r"mesh=None.*jax\.set_mesh"):
+        adalora.shardings(adapters)
+    one = mesh(1)
+    with jax.set_mesh(one):
+        assert adalora.shardings(adapters)["up"].p == NamedSharding(one, P(None, None))
+    at = NamedSharding(one, P(None, "data"))
+    placed = adapters | {"up": adapters["up"]._replace(p=jax.device_put(adapters["up"].p, at))}
+    assert adalora.shardings(placed)["up"].p == at
