@@ -209,6 +209,8 @@ def importance_history(
 ) -> Figure:
     """How much every adapter matters over time: the sum of its triplets' scores, in log colours.
 
+    The colours span six orders of magnitude at most; what is below has the darkest one.
+
     Above it the scores a triplet is up against: the highest, the mean of those that live, and the
     lowest of those, below which triplets are pruned.
 
@@ -246,10 +248,11 @@ def importance_history(
     top = table[np.isfinite(table)].max(initial=0) or 1.0
     colours = {"norm": LogNorm(max(top * 1e-6, table[table > 0].min(initial=top) / 2), top)}
     shares = table[:, -1] / (table[:, -1].sum() or 1)
-    names = [f"{path}  {share:.0%}" for path, share in zip(sums[0], shares)]
+    digits = 0 if len(table) < 30 else 1
+    names = [f"{path}  {share:.{digits}%}" for path, share in zip(sums[0], shares)]
     image = _coloured(rows, edges, table, names, colours)
     rows.set_ylabel("adapter and its last share")
-    figure.colorbar(image, ax=rows, label="sum of its scores", pad=0.02, extend="min")
+    figure.colorbar(image, ax=rows, label="sum of its scores", pad=0.02)
     return figure
 
 
