@@ -22,6 +22,7 @@ from adalora_jax.compaction import (
     unmerge,
 )
 from adalora_jax.config import AdaLoraConfig
+from adalora_jax.diagnostics import AllocatorInfo, info
 from adalora_jax.importance import Evidence, combine
 from adalora_jax.orthogonality import orthogonality
 from adalora_jax.rankspec import RankSpec
@@ -37,6 +38,7 @@ __all__ = [
     "AdaLoraState",
     "Adapter",
     "AdapterBank",
+    "AllocatorInfo",
     "AllocatorState",
     "Evidence",
     "RankSpec",
@@ -53,6 +55,7 @@ __all__ = [
     "compact_train_state",
     "delta_weight",
     "forward",
+    "info",
     "init_adapter",
     "init_state",
     "labels",

@@ -16,6 +16,7 @@ from adalora_jax import tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.allocator import AdaLoraState, AllocatorState
 from adalora_jax.config import AdaLoraConfig
+from adalora_jax.diagnostics import AllocatorInfo
 from adalora_jax.layers import Layer, add_increment, check_fit, finite, weight_increment
 from adalora_jax.transform import allocator_state
 from adalora_jax.tree import PyTree
@@ -25,7 +26,8 @@ def ranks(state_or_masks: Any) -> dict[str, int]:
     """``{path: rank}``: the live triplets of every adapter, a slice of a stack on its own row.
 
     Args:
-      state_or_masks: an :class:`AllocatorState`, an :class:`AdaLoraState`, or masks.
+      state_or_masks: an :class:`AllocatorState`, an :class:`AllocatorInfo`, an
+        :class:`AdaLoraState`, or masks.
 
     >>> import jax.numpy as jnp
     >>> ranks({"query": jnp.array([True, False]), "up": jnp.array([[True, True], [False, True]])})
@@ -35,7 +37,7 @@ def ranks(state_or_masks: Any) -> dict[str, int]:
     for path, mask in _masks(state_or_masks).items():
         live = mask.sum(axis=-1)
         for index in np.ndindex(live.shape):
-            result[_row_name(path, index)] = int(live[index])
+            result[tree.row_name(path, index)] = int(live[index])
     return result
 
 
@@ -312,7 +314,7 @@ def summary(adapters: PyTree, state_or_masks: Any = None) -> str:
         *stack, rank = adapter.lam.shape
         sizes = adapter.q.shape[-1], adapter.p.shape[-1]
         for index in np.ndindex(*stack):
-            row = _row_name(path, index)
+            row = tree.row_name(path, index)
             rows.append((row, *sizes, live[row], rank, live[row] * (sum(sizes) + 1)))
     totals = [sum(row[column] for row in rows) for column in (3, 4, 5)]
     header = ("adapter", "in", "out", "rank", "of", "parameters")
@@ -340,7 +342,7 @@ def table(rows: Sequence[Sequence[Any]], left: int = 1) -> str:
 def _masks(state_or_masks: Any) -> dict[str, np.ndarray]:
     if isinstance(state_or_masks, AdaLoraState):
         state_or_masks = state_or_masks.allocator
-    if isinstance(state_or_masks, AllocatorState):
+    if isinstance(state_or_masks, (AllocatorState, AllocatorInfo)):
         state_or_masks = state_or_masks.masks
     return tree.leaves_with_path(jax.device_get(state_or_masks))
 
@@ -391,7 +393,3 @@ def _without_gone(node: PyTree) -> PyTree:
         kept: Any = {key.key: _without_gone(c) for (key,), c in children if not gone(c)}
         return type(node)(kept)  # pyright: ignore[reportCallIssue]
     return treedef.unflatten([_without_gone(child) for _, child in children])
-
-
-def _row_name(path: str, index: tuple[int, ...]) -> str:
-    return f"{path}[{','.join(map(str, index))}]" if index else path

@@ -146,6 +146,15 @@ def path_name(path: tuple[Any, ...]) -> str:
     return tree_util.keystr(path, simple=True, separator="/")
 
 
+def row_name(path: str, index: tuple[int, ...]) -> str:
+    """What a matrix is called: its path, with its index where it is a slice of a stack.
+
+    >>> row_name("layers/up", (0, 3)), row_name("head", ())
+    ('layers/up[0,3]', 'head')
+    """
+    return f"{path}[{','.join(map(str, index))}]" if index else path
+
+
 def leaf_name(path: tuple[Any, ...]) -> str:
     """A leaf's key path as ``a/b/c``, the same for a dict, a Flax dict and an NNX State.
 

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import pytest
 
+import adalora_jax as adalora
 from adalora_jax import plot
 
 RANKS = {
@@ -88,9 +91,115 @@ def test_notebooks_get_a_picture():
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+LIVES = {
+    "layers/9": [(1, 1, 1), (1, 0, 1), (1, 1, 0), (1, 0, 0)],
+    "layers/10": [(1, 1), (1, 1), (0, 1), (0, 1)],
+    "stack": [((1, 1), (1, 1)), ((0, 1), (1, 1)), ((0, 1), (1, 1)), ((0, 1), (0, 0))],
+}
+
+
+def infos(steps=(1, 11, 21, 41)):
+    """Four looks at three adapters of different ranks, one of them a stack of two."""
+    result = []
+    for i, step in enumerate(steps):
+        masks = {path: jnp.array(lives[i], bool) for path, lives in LIVES.items()}
+        scores = {path: (2.0 + mask) / (i + 1) for path, mask in masks.items()}
+        live = sum(int(mask.sum()) for mask in masks.values())
+        scalars = map(jnp.int32, (step, live + 1, live))
+        result.append(adalora.AllocatorInfo(*scalars, masks, scores))
+    return result
+
+
+def stairs(axes):
+    return {patch.get_label(): patch.get_data() for patch in axes.patches}
+
+
+def test_a_history_of_infos_brings_its_steps_and_budgets():
+    figure = plot.rank_history(infos())
+    curves, rows = figure.axes[:2]
+    drawn = stairs(curves)
+    np.testing.assert_array_equal(drawn["live triplets"].values, [9, 7, 6, 3])
+    np.testing.assert_array_equal(drawn["budget"].values, [10, 8, 7, 4])
+    np.testing.assert_array_equal(drawn["budget"].edges, [1, 11, 21, 41, 61])
+    names = ["layers/9  1", "layers/10  1", "stack[0]  1", "stack[1]  0"]
+    assert texts(rows.get_yticklabels()) == names
+    assert rows.collections[0].get_array()[:, 1].tolist() == [2, 2, 1, 2]
+    assert texts(plot.rank_heatmap(infos()[-1]).axes[0].texts) == ["1", "0", "1", "1"]
+
+
+def test_rank_curves_show_the_spread_of_the_ranks():
+    totals, spread = plot.rank_curves(infos()).axes
+    np.testing.assert_array_equal(stairs(totals)["live triplets"].values, [9, 7, 6, 3])
+    np.testing.assert_array_equal(stairs(totals)["budget"].values, [10, 8, 7, 4])
+    drawn = stairs(spread)  # of the ranks 3 2 2 2, 2 2 1 2, 2 1 1 2, 1 1 1 0
+    np.testing.assert_array_equal(drawn["mean"].values, [2.25, 1.75, 1.5, 0.75])
+    np.testing.assert_array_equal(drawn["lowest to highest"].baseline, [2, 1, 1, 0])
+    np.testing.assert_array_equal(drawn["lowest to highest"].values, [3, 2, 2, 1])
+    np.testing.assert_array_equal(drawn["middle half"].baseline, [2, 1.75, 1, 0.75])
+    np.testing.assert_array_equal(drawn["middle half"].values, [2.25, 2, 2, 1])
+
+
+def test_importance_is_the_sum_of_an_adapters_scores():
+    curves, rows, _ = plot.importance_history(infos()).axes
+    last = [7 / 4, 5 / 4, 5 / 4, 4 / 4]
+    table = rows.collections[0].get_array()
+    np.testing.assert_allclose(table[:, 0], [9, 6, 6, 6])
+    np.testing.assert_allclose(table[:, -1], last)
+    shares = [label.split()[-1] for label in texts(rows.get_yticklabels())]
+    assert shares == [f"{value / sum(last):.0%}" for value in last]
+    drawn = stairs(curves)
+    np.testing.assert_allclose(drawn["lowest of the live"].values, [3, 1.5, 1, 0.75])
+    np.testing.assert_allclose(drawn["highest"].values, [3, 1.5, 1, 0.75])
+    assert curves.get_yscale() == "log"
+
+
+def test_importance_of_nothing_is_drawn_as_well():
+    none = [info._replace(scores=jax.tree.map(jnp.zeros_like, info.scores)) for info in infos()]
+    dead = [info._replace(masks=jax.tree.map(jnp.zeros_like, info.masks)) for info in infos()]
+    for history in (none, dead):
+        assert plot.importance_history(history)._repr_png_().startswith(b"\x89PNG")
+
+
+def test_every_death_has_its_step_and_revived_ones_a_star():
+    axes = plot.lifetimes(infos()).axes[0]
+    table = axes.images[0].get_array().filled(0)
+    expected = [[0, 41, 21], [21, 0, 0], [11, 0, 0], [41, 41, 0]]
+    np.testing.assert_array_equal(table, expected)
+    shown = np.reshape(texts(axes.texts), (4, 3)).tolist()
+    assert shown == [["", "41*", "21"], ["21", "", ""], ["11", "", ""], ["41", "41", ""]]
+    grey = [patch.get_bbox().bounds for patch in axes.patches]  # what is no triplet
+    assert grey == [(1.5, row - 0.5, 1, 1) for row in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "draw", [plot.rank_history, plot.rank_curves, plot.importance_history, plot.lifetimes]
+)
+def test_one_info_and_stacked_ones_will_do(draw):
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *infos())
+    assert draw(stacked)._repr_png_() == draw(infos())._repr_png_()
+    assert draw(infos()[0])._repr_png_() == draw(infos()[:1])._repr_png_()
+
+
+def test_runs_of_a_large_model_stay_within_a_screenful():
+    masks = {f"layers/{m}": jnp.ones((80, 12), bool) for m in ("query", "value", "up")}
+    scores = jax.tree.map(lambda mask: mask * 1.0, masks)
+    history = [adalora.AllocatorInfo(i, 2880, 2880, masks, scores) for i in range(3)]
+    for draw in (plot.rank_curves, plot.importance_history, plot.lifetimes):
+        width, height = draw(history).get_size_inches()
+        assert width <= 16
+        assert height <= 17
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: plot.rank_curves([]), "infos must be .* it is empty"),
+        (lambda: plot.lifetimes([{"a": 1}]), "infos must be .* not dict"),
+        (lambda: plot.importance_history(infos((1, 2, 2, 3))), "order of their steps"),
+        (
+            lambda: plot.lifetimes([infos()[0], infos()[1]._replace(masks={})]),
+            "infos name different adapters",
+        ),
         (lambda: plot.rank_heatmap({}), "ranks={} is empty"),
         (lambda: plot.rank_history([]), "history is empty"),
         (lambda: plot.rank_history([{}]), "history is empty"),

@@ -22,6 +22,7 @@ ROOMS = [
     "importance",
     "allocator",
     "transform",
+    "diagnostics",
     "layers",
     "sharding",
     "compaction",

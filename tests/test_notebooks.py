@@ -1,0 +1,147 @@
+"""The notebooks: their code runs, and what they show is what it says when it runs.
+
+The cells run one after the other in this process, which takes a fraction of what a kernel each
+takes. Cells tagged ``peft`` run where PEFT is installed, in the parity environment.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# What they take is mostly training, so the others are left to the slow tests.
+SLOW = {"02-nnx", "03-what-it-decides"}
+# A machine's folders, addresses and names; dates and times of day.
+PRIVATE = re.compile(
+    r"/(tmp|home|root|work|usr|opt|mnt|Users)/|\b0x[0-9a-f]{6,}|localhost|"
+    r"\b20\d\d-\d\d-\d\d\b|\b\d\d:\d\d:\d\d\b|site-packages"
+)
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def code_cells(path):
+    return [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]
+
+
+def tagged(cell):
+    return "peft" in cell["metadata"].get("tags", [])
+
+
+def shape_of(text):
+    """A text without what another processor, which rounds differently, may say: numbers, lists."""
+    text = re.sub(r"\{.*?\}|\[.*?\]", "{}", text, flags=re.DOTALL)
+    return re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "0", re.sub(r"\s+", " ", text)).strip()
+
+
+def shown(cell):
+    """``(printed text, whether there is a picture)`` of the outputs that the file keeps."""
+    texts = ["".join(output["text"]) for output in cell["outputs"] if "text" in output]
+    pictures = [o for o in cell["outputs"] if "image/png" in o.get("data", {})]
+    return "".join(texts), bool(pictures)
+
+
+def run(source, name, namespace):
+    """Runs a cell as a kernel does, and gives the same as :func:`shown`."""
+    body = ast.parse(source, name)
+    value, printed = None, io.StringIO()
+    last = ast.Expression(body.body.pop().value) if isinstance(body.body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(printed):
+        exec(compile(body, name, "exec"), namespace)
+        if last:
+            value = eval(compile(last, name, "eval"), namespace)
+    picture = value is not None and value._repr_png_().startswith(b"\x89PNG")
+    return printed.getvalue(), picture
+
+
+def check(path, with_peft):
+    namespace = {"__name__": "__main__"}
+    with jax.numpy_rank_promotion("allow"):  # as in a reader's own session
+        for number, cell in enumerate(code_cells(path), 1):
+            if tagged(cell) and not with_peft:
+                continue
+            where = f"{path.name}, code cell {number}"
+            (printed, picture), kept = run("".join(cell["source"]), where, namespace), shown(cell)
+            assert shape_of(printed) == shape_of(kept[0]), f"{where} prints something else"
+            assert picture == kept[1], f"{where}: a picture is missing or too many"
+    return namespace
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """What a notebook writes is gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
+        for path in NOTEBOOKS
+    ],
+)
+def test_it_runs_and_shows_what_it_keeps(path, elsewhere):
+    check(path, with_peft=False)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem) for path in NOTEBOOKS if any(map(tagged, code_cells(path)))],
+)
+def test_the_cells_about_peft_run_as_well(path, elsewhere):
+    if not importlib.util.find_spec("peft"):
+        pytest.skip("needs peft: pip install adalora-jax[parity]")
+    check(path, with_peft=True)
+
+
+def test_there_are_notebooks_and_some_of_their_cells_need_peft():
+    assert len(NOTEBOOKS) >= 6
+    assert any(tagged(cell) for path in NOTEBOOKS for cell in code_cells(path))
+
+
+@each_notebook
+def test_its_outputs_come_from_one_run_without_errors(path):
+    cells = code_cells(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {(o["output_type"], o.get("name")) for cell in cells for o in cell["outputs"]}
+    assert kinds <= {("stream", "stdout"), ("execute_result", None)}
+    assert any(cell["outputs"] for cell in cells)
+
+
+@each_notebook
+def test_nothing_in_it_belongs_to_one_machine(path):
+    notebook = read(path)
+    for cell in notebook["cells"]:
+        text, _ = shown(cell) if cell["cell_type"] == "code" else ("", False)
+        assert not PRIVATE.search(text + "".join(cell["source"])), text
+        assert set(cell["metadata"]) <= {"tags"}, "no times of execution"
+    assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+
+@each_notebook
+def test_it_is_small_and_opens_with_what_one_will_have(path):
+    assert path.stat().st_size < 500_000
+    title, _, opening = "".join(read(path)["cells"][0]["source"]).partition("\n\n")
+    assert re.fullmatch(rf"# {int(path.stem[:2])}\. .+", title)
+    assert opening.startswith("At the end ")
+
+
+@each_notebook
+def test_its_links_lead_somewhere(path):
+    text = "".join("".join(c["source"]) for c in read(path)["cells"] if c["cell_type"] != "code")
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert [link for link in links if not (FOLDER / link).exists()] == []
