@@ -1,5 +1,8 @@
 """AdaLoRA for JAX: adapters ``ΔW = P Λ Q`` for any Flax model, with rank where it matters."""
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from adalora_jax import linen, nnx
 from adalora_jax.adapter import Adapter, delta_weight, forward, init_adapter
 from adalora_jax.allocator import (
@@ -71,3 +74,16 @@ __all__ = [
     "truncate",
     "unmerge",
 ]
+
+# Rooms that bring further packages along, imported when they are first asked for.
+_LATER = ("checkpoint", "peft", "plot", "quantized")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LATER:
+        return _import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -98,6 +98,17 @@ def test_importing_the_package_leaves_the_optional_packages_alone():
     assert not set(optional) & set(loaded.stdout.split())
 
 
+def test_rooms_with_further_packages_are_there_when_asked_for():
+    code = (
+        "import sys, adalora_jax as adalora; assert 'orbax' not in sys.modules; "
+        "print(adalora.checkpoint.save.__module__, adalora.peft.save_pretrained.__module__); "
+        "assert 'orbax' in sys.modules and 'quantized' in dir(adalora); adalora.budget_of"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["adalora_jax.checkpoint", "adalora_jax.peft.adapters"]
+    assert "AttributeError: module 'adalora_jax' has no attribute 'budget_of'" in done.stderr
+
+
 def test_all_lists_exactly_the_public_names():
     import adalora_jax
 
