@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pathlib
@@ -234,6 +235,12 @@ def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _key(entry: list[Any], kind: str) -> Any:
+    """The abstract random key that an array as described is the data of."""
+    wrap = functools.partial(jax.random.wrap_key_data, impl=kind)
+    return jax.eval_shape(wrap, jax.ShapeDtypeStruct(tuple(entry[0]), entry[1]))
+
+
 def _data(leaf: Any) -> jax.Array:
     """What is stored of a leaf: orbax takes arrays of numbers."""
     return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
@@ -292,9 +299,10 @@ def _about(folder: pathlib.Path) -> dict[str, Any]:
         well_formed = (
             isinstance(about["step"], int)
             and isinstance(about["config"], Mapping)
-            and isinstance(about["allocator"], str)
+            and f"{about['allocator']}/step" in about["arrays"]
+            and f"{about['allocator']}/budget" in about["arrays"]
             and isinstance(about["version"], str)
-            and set(about["keys"]) <= set(about["arrays"])
+            and all(_is_key(_key(about["arrays"][n], kind)) for n, kind in about["keys"].items())
         )
     except (KeyError, TypeError, AttributeError, ValueError):
         sizes, well_formed = [], False

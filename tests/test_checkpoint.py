@@ -283,7 +283,13 @@ def forge(saved, change):
         (lambda a: a["config"].update(init_r=0), "init_r=0 must be an integer"),
         (lambda a: a["config"].update(extra=1), "unknown here: extra"),
         (lambda a: a.update(keys={"nothing": "fry"}), "not as saved"),
+        (lambda a: a.update(keys={"adapters/down/p": "nonsense"}), "not as saved"),
+        (lambda a: a.update(keys=["adapters/down/p"]), "not as saved"),
+        (lambda a: a.update(allocator="opt_state/elsewhere"), "not as saved"),
         (lambda a: a.update(step="3"), "not as saved"),
+        (lambda a: a.update(config=[]), "not as saved"),
+        (lambda a: a["config"].update(rank_limits=[[1]]), "rank_limits="),
+        (lambda a: a.update(keys={"adapters/down/p": "threefry2x32"}), "not as saved"),
     ],
 )
 def test_a_forged_description_is_refused(saved, change, message):
