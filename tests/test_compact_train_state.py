@@ -40,7 +40,7 @@ OPTIMIZERS = {
     "accumulating": lambda tx: optax.MultiSteps(tx(optax.adam(0.02)), 1).gradient_transformation(),
 }
 
-RARE = ("schedule-free", "if-finite", "adafactor")
+RARE = ("momentum", "schedule-free", "if-finite", "adafactor")
 
 
 def run(tx, params, state, data, start, stop):

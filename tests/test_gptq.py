@@ -16,7 +16,7 @@ import adalora_jax as adalora
 from adalora_jax import gptq, quantized
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-PINNED = np.load(Path(__file__).parent / "pinned" / "gptq.npz")
+PINNED = np.load(Path(__file__).parent / "gptq_tensors" / "packed.npz")
 CASES = [
     f"{bits}-{sym}-{order}"
     for bits in (4, 8)

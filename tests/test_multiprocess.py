@@ -83,6 +83,7 @@ def check(count, tmp_path):
     assert len({int(mask.sum()) for mask in saved.allocator.masks["layers"]}) > 1
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_end_as_two_that_were_not(tmp_path):
     check(2, tmp_path)
 

@@ -103,6 +103,7 @@ def test_a_training_step_in_linen_holds_one_dequantised_kernel_at_a_time(scanned
     assert found < linen_step_memory(scanned, None) + 1.1 * KERNEL
 
 
+@pytest.mark.slow
 def test_a_training_step_in_nnx_holds_one_dequantised_kernel_at_a_time():
     found = []
     for recipe in (None, "nf4"):

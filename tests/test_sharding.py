@@ -10,7 +10,7 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+@pytest.mark.parametrize("axis_type", ["Explicit", pytest.param("Auto", marks=pytest.mark.slow)])
 def test_shardings_never_change_and_the_run_is_the_unsharded_one(axis_type):
     """On a mesh of either kind, with adapters that are sharded in different ways."""
     paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]

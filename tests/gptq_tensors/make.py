@@ -1,10 +1,10 @@
 """Quantises layers with GPTQModel and writes what it packed, for ``tests/test_gptq.py``.
 
-GPTQModel needs PyTorch; a CPU is enough. From the folder ``tests``, where it is installed::
+GPTQModel needs PyTorch; a CPU is enough. Where it is installed::
 
-    python -m pinned.make_gptq
+    python tests/gptq_tensors/make.py
 
-Writes ``gptq.npz``: for each case the tensors of the checkpoint, with the zero points of both
+Writes ``packed.npz``: for each case the tensors of the checkpoint, with the zero points of both
 formats, and the weight ``[in, out]`` as GPTQModel itself dequantises it.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
         case = f"{bits}-{'sym' if sym else 'asym'}-{'act' if act_order else 'plain'}"
         for name, tensor in quantised(bits, sym, act_order).items():
             result[f"{case}/{name}"] = tensor.detach().numpy()
-    np.savez_compressed(pathlib.Path(__file__).parent / "gptq.npz", **result)
+    np.savez_compressed(pathlib.Path(__file__).parent / "packed.npz", **result)
 
 
 def quantised(bits: int, sym: bool, act_order: bool):
