@@ -417,6 +417,7 @@ def _add(config, context, args, kwargs, output, dropout_off):
 
 
 def layer_of(module: nn.Module, equation: str | None) -> layers.Layer | None:
+    """How a bound module's weight reads as matrices; None for one that cannot be adapted."""
     own = meta.unbox(dict(module.variables.get("params", {})))
     weights = {name: leaf.ndim for name, leaf in own.items() if not isinstance(leaf, Mapping)}
     return layers.layer_of(module, weights, equation)

@@ -140,6 +140,11 @@ def is_weight(value: Any) -> bool:
 
 
 def own_axes(layer: layers.Layer) -> int:
+    """How many axes a layer's weight has, without those that a lifted transform stacks on it.
+
+    >>> own_axes(layers.Layer("dense", "kernel", (), (0,), (1,)))
+    2
+    """
     return len(layer.stack) + len(layer.ins) + len(layer.outs)
 
 

@@ -267,12 +267,11 @@ def _write(
                 change = changes.get(tensor)
                 if change is None:
                     yield from source.chunks(tensor)
-                elif change.matrix is None:
-                    assert change.value is not None
-                    yield to_bytes(change.value)
-                else:
+                elif change.matrix is not None:
                     weight = source.read(tensor)
                     yield to_bytes(_merged(weight, change, change.matrix, scale, tensor, safe))
+                elif change.value is not None:
+                    yield to_bytes(change.value)
 
             stream_tensors(target, specs, data, base.metadata[name])
             sync(target)
