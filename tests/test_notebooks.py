@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # What they take is mostly training, so the others are left to the slow tests.
-SLOW = {"01-quick-start", "02-nnx", "03-what-it-decides"}
+SLOW = {"01-quick-start", "02-nnx", "03-what-it-decides", "04-resume-compact-export"}
 # A machine's folders, addresses and names; dates and times of day.
 PRIVATE = re.compile(
     r"/(tmp|home|root|work|usr|opt|mnt|Users)/|\b0x[0-9a-f]{6,}|localhost|"
