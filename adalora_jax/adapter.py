@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.lowrank import low_rank, wide
+from adalora_jax.lowrank import low_rank, low_rank_plain, wide
 
 _STD = 0.02  # of p and q at the start: PEFT's and loralib's
 
@@ -81,14 +81,24 @@ def init_adapter(
 
 
 def increment(
-    adapter: Adapter, x: jax.Array, *, scale: chex.Numeric, precision: Any = None
+    adapter: Adapter,
+    x: jax.Array,
+    key: chex.PRNGKey | None = None,
+    *,
+    scale: chex.Numeric,
+    dropout_rate: float = 0.0,
+    forward_mode: bool = False,
+    precision: Any = None,
 ) -> jax.Array:
     """``s · ((x qᵀ) · lam) p``: what the adapter adds to its layer's output.
 
     Args:
       adapter: with leading axes, x has the same ones in front.
       x: ``[*stack, ..., in]``; the dtype of the computation and of the result.
+      key: for the dropout of x; without it there is none.
       scale: s, usually ``config.scale``.
+      dropout_rate: in [0, 1); static.
+      forward_mode: leave the derivative to JAX, which is slower and has ``jax.jvp``.
       precision: as in ``jax.lax.dot_general``.
 
     >>> import jax, jax.numpy as jnp
@@ -96,14 +106,35 @@ def increment(
     >>> increment(adapter, jnp.ones((5, 3)), scale=0.5).shape
     (5, 4)
     """
-    term = functools.partial(_increment, scale=scale, precision=precision)
-    for _ in range(adapter.lam.ndim - 1):
+    stack = adapter.lam.shape[:-1]
+    key = key if dropout_rate else None
+    product = low_rank_plain if forward_mode else low_rank
+
+    def term(adapter, x, key):
+        c = _scaled(adapter.lam, scale if key is None else scale / (1 - dropout_rate))
+        return product(x, adapter.p, c, adapter.q, seed_of(key), dropout_rate, precision)
+
+    for _ in stack:
         term = jax.vmap(term)
-    return term(adapter, x)
+    return term(adapter, x, keys_of(key, stack))
 
 
-def _increment(adapter, x, scale, precision):
-    return low_rank(x, adapter.p, _scaled(adapter.lam, scale), adapter.q, precision)
+def seed_of(key: chex.PRNGKey | None) -> jax.Array | None:
+    """What :func:`~adalora_jax.lowrank.keep` makes a mask from; None without a key.
+
+    >>> seed_of(jax.random.key(0)).shape
+    (2,)
+    """
+    return None if key is None else jax.random.bits(key, (2,), jnp.uint32)
+
+
+def keys_of(key: chex.PRNGKey | None, stack: tuple[int, ...]) -> jax.Array | None:
+    """A key for each slice of a stack; None without a key.
+
+    >>> keys_of(jax.random.key(0), (2, 3)).shape, keys_of(None, (2, 3))
+    ((2, 3), None)
+    """
+    return jax.random.split(key, stack) if key is not None and stack else key
 
 
 def _scaled(lam, scale):
@@ -111,7 +142,7 @@ def _scaled(lam, scale):
     return lam.astype(dtype) * jnp.asarray(scale, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("dropout_rate", "precision"))
+@functools.partial(jax.jit, static_argnames=("dropout_rate", "forward_mode", "precision"))
 def forward(
     adapter: Adapter,
     x: jax.Array,
@@ -122,6 +153,7 @@ def forward(
     mask: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: chex.PRNGKey | None = None,
+    forward_mode: bool = False,
     precision: Any = None,
 ) -> jax.Array:
     """The adapted layer's output, ``y = x W + b + s · ((x qᵀ) · lam) p``. Jitted.
@@ -135,6 +167,7 @@ def forward(
       mask: ``[r]`` booleans; a triplet whose entry is false does not count.
       dropout_rate: of the adapter's input, in [0, 1); static.
       dropout_key: needed when ``dropout_rate > 0``; without it there is no dropout.
+      forward_mode: leave the derivative to JAX, which is slower and has ``jax.jvp``; static.
       precision: as in ``jax.lax.dot_general``; static.
 
     Returns:
@@ -168,8 +201,13 @@ def forward(
     dtype = x.dtype if kernel is None else jnp.result_type(x, kernel)
     if mask is not None:
         adapter = adapter._replace(lam=jnp.where(mask, adapter.lam, 0))
-    dropped = dropout(x, dropout_rate, dropout_key)
-    y = increment(adapter, dropped.astype(dtype), scale=scale, precision=precision)
+    y = increment(
+        *(adapter, x.astype(dtype), dropout_key),
+        scale=scale,
+        dropout_rate=dropout_rate,
+        forward_mode=forward_mode,
+        precision=precision,
+    )
     spread = (*stack, *[1] * (x.ndim - len(stack) - 1), out_features)
     if kernel is not None:
         product = functools.partial(jnp.matmul, precision=precision)
@@ -177,19 +215,6 @@ def forward(
             product = jax.vmap(product)
         y = product(x.astype(dtype), kernel.astype(dtype)) + y
     return y if bias is None else y + bias.astype(dtype).reshape(spread)
-
-
-def dropout(x: jax.Array, rate: float, key: chex.PRNGKey | None) -> jax.Array:
-    """Inverted dropout of an adapter's input; x itself without a key or at rate 0.
-
-    >>> import jax, jax.numpy as jnp
-    >>> dropout(jnp.ones(4), 0.5, None)
-    Array([1., 1., 1., 1.], dtype=float32)
-    """
-    if rate == 0 or key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 def delta_weight(adapter: Adapter, *, scale: chex.Numeric) -> jax.Array:

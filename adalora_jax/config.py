@@ -127,6 +127,7 @@ prunes to target_r, so init_r must be at least 8.
     orthogonality: Literal["frobenius", "squared"] = "frobenius"  # PEFT's norm, or paper's Eq. 4
     param_dtype: Any = "float32"  # dtype of p, lam and q
     sensitivity_at: Literal["updated", "current"] = "updated"  # |w g| at w after or before update
+    forward_mode: bool = False  # True: jvp and hessian work, but training steps are slower
     hold_mask: bool = False  # True: a pruned lam stays 0 until a later mask revives it
     use_dora: bool = False  # PEFT's name, refused: AdaLoRA has no DoRA form
     loftq_config: Any = None  # PEFT's name, refused: quantise the base instead
@@ -175,7 +176,7 @@ prunes to target_r, so init_r must be at least 8.
                 "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
                 "rank_limits have no meaning: leave them out, or allocate globally."
             )
-        for name in ("init_lora_weights", "fan_in_fan_out", "hold_mask"):
+        for name in ("init_lora_weights", "fan_in_fan_out", "hold_mask", "forward_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
 
@@ -398,6 +399,7 @@ _OURS = {
     "param_dtype": "float32",
     "sensitivity_at": "updated",
     "hold_mask": False,
+    "forward_mode": False,
 }
 
 

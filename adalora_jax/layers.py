@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adalora_jax.adapter import Adapter, delta_weight, increment
-from adalora_jax.lowrank import wide
+from adalora_jax.adapter import Adapter, delta_weight, increment, keys_of, seed_of
+from adalora_jax.lowrank import dropped, on_dropped, wide
 
 _KINDS = {
     "Dense": "dense",
@@ -190,6 +190,9 @@ def term(
     scale: float | jax.Array,
     dtype: Any,
     *,
+    key: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    forward_mode: bool = False,
     equation: str | None = None,
     attend: bool = False,
     convolve: Callable[[Any, jax.Array, jax.Array, int], jax.Array],
@@ -204,6 +207,9 @@ def term(
       shape: of the layer's own weight.
       scale: s of the increment.
       dtype: of the layer's output; the computation's dtype.
+      key: for the dropout of x; without it there is none. Embeddings have none at all.
+      dropout_rate: in [0, 1).
+      forward_mode: leave derivatives to JAX, see :func:`adalora_jax.lowrank.low_rank_plain`.
       equation: of an einsum, where it is given at the call.
       attend: an embedding is used as an output layer, ``x Eᵀ``.
       convolve: ``(module, x, kernel, features)``: the module's convolution with another kernel.
@@ -214,24 +220,32 @@ def term(
     precision = getattr(module, "precision", None)
     # NumPy arrays would pass through vmap as they are, which custom derivatives do not take.
     adapter, x = Adapter(*map(jnp.asarray, adapter)), jnp.asarray(x)
+    how = {"scale": scale, "forward_mode": forward_mode, "precision": precision}
     if layer.kind == "embed":
         if attend:  # the transposed increment swaps the two factors
             turned = Adapter(p=adapter.q, lam=adapter.lam, q=adapter.p)
-            return increment(turned, x.astype(dtype), scale=scale, precision=precision)
+            return increment(turned, x.astype(dtype), **how)
         return _lookup(adapter, x, scale, dtype)
-    x = x.astype(dtype)
+    x, how = x.astype(dtype), {**how, "dropout_rate": dropout_rate}
     if layer.kind == "dense":
-        return increment(adapter, x, scale=scale, precision=precision)
+        return increment(adapter, x, key, **how)
     if layer.kind == "conv":
-        h = convolve(module, x, *_conv_kernel(layer, module, adapter, shape, dtype))
+        kernel, features = _conv_kernel(layer, module, adapter, shape, dtype)
+        product = lambda x, kernel: convolve(module, x, kernel, features)
+        seed = seed_of(key) if dropout_rate else None
+        if seed is None or forward_mode:
+            h = product(dropped(x, seed, dropout_rate), kernel)
+        else:
+            h = on_dropped(product, x, kernel, seed, dropout_rate)
+        scale = scale if seed is None else scale / (1 - dropout_rate)
         return _mix(adapter, h, getattr(module, "feature_group_count", 1), scale, precision)
     if layer.kind == "general":
         equation = _general_equation(module, x.ndim)
     labels = _labels(equation or _equation(module) or "", x.ndim)
-    return _contraction(layer, labels, adapter, x, shape, scale, precision)
+    return _contraction(layer, labels, adapter, x, key, shape, how)
 
 
-def _contraction(layer, labels, adapter, x, shape, scale, precision):
+def _contraction(layer, labels, adapter, x, key, shape, how):
     """The term of ``y = einsum(x, W)``: x as ``[stack, free, in]``, low-rank, and back."""
     xs, ws, ys = labels
     stack, ins, outs = ("".join(ws[axis] for axis in axes) for axes in layer[2:])
@@ -239,11 +253,13 @@ def _contraction(layer, labels, adapter, x, shape, scale, precision):
     size = dict(zip(xs, x.shape)) | dict(zip(ws, shape))
     x = x.transpose([xs.index(a) for a in (*(a for a in stack if a in xs), *free, *ins)])
     x = x.reshape(*x.shape[: x.ndim - len(ins)], -1)
-    function = functools.partial(increment, scale=scale, precision=precision)
+    function = functools.partial(increment, **how)
+    keys = keys_of(key, tuple(size[a] for a in stack if a in xs))
     for label in reversed(stack):
-        function = jax.vmap(function, in_axes=(0, 0 if label in xs else None))
+        own = 0 if label in xs else None  # an input of all matrices is dropped alike for all
+        function = jax.vmap(function, in_axes=(0, own, own))
     order = [*stack, *free, *outs]
-    y = function(adapter, x).reshape([size[a] for a in order])
+    y = function(adapter, x, keys).reshape([size[a] for a in order])
     return y.transpose([order.index(a) for a in ys])
 
 

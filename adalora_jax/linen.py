@@ -21,7 +21,7 @@ from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import NamedSharding
 
 from adalora_jax import compaction, layers, sharding, targets, tree
-from adalora_jax.adapter import Adapter, dropout
+from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
 
 _FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
@@ -406,10 +406,12 @@ def _add(config, context, args, kwargs, output, dropout_off):
         delta = layers.weight_increment(layer, adapter, shape, scale)
         return output[0] + delta.astype(output[0].dtype), *output[1:]
     dropping = config.lora_dropout > 0 and not dropout_off and layer.kind != "embed"
-    if dropping and module.has_rng("dropout"):
-        x = dropout(x, config.lora_dropout, module.make_rng("dropout"))
+    dropping = dropping and module.has_rng("dropout")
     return output + layers.term(
         *(layer, module, adapter, x, shape, scale, output.dtype),
+        key=module.make_rng("dropout") if dropping else None,
+        dropout_rate=config.lora_dropout,
+        forward_mode=config.forward_mode,
         equation=equation,
         attend=context.method_name == "attend",
         convolve=_convolve,

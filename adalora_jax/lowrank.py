@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,15 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def low_rank(
-    x: jax.Array, p: jax.Array, c: jax.Array, q: jax.Array, precision: Any = None
+    x: jax.Array,
+    p: jax.Array,
+    c: jax.Array,
+    q: jax.Array,
+    seed: jax.Array | None = None,
+    rate: float = 0.0,
+    precision: Any = None,
 ) -> jax.Array:
     """``y = ((x qᵀ) · c) p``, the product with a rank-r matrix in SVD form.
 
@@ -24,14 +30,17 @@ def low_rank(
 
         gc = g pᵀ,  dp = (h · c)ᵀ g,  dc = Σ_tokens h · gc,  dq = (gc · c)ᵀ x,  dx = (gc · c) q
 
-    with ``h = x qᵀ``. What is kept for it is x and h. Sums over tokens are accumulated in at
-    least float32, because sums in bfloat16 stall. Forward-mode differentiation is not defined;
-    :func:`low_rank_plain` has it.
+    with ``h = x qᵀ``. What is kept for it is x and h. With a seed, ``x · keep`` takes the place of
+    x, with the zeros and ones of :func:`keep`, which are made anew for the derivative. Sums over
+    tokens are accumulated in at least float32, because sums in bfloat16 stall. Forward-mode
+    differentiation is not defined; :func:`low_rank_plain` has it.
 
     Args:
       x: ``[..., in]``; its dtype is the dtype of the computation and of the result.
       p: ``[r, out]``. c: ``[r]``. q: ``[r, in]``; any float dtypes.
-      precision: as in ``jax.lax.dot_general``.
+      seed: ``[2]`` uint32, for dropout of x, without the factor ``1 / (1 - rate)``: scale c by it.
+      rate: of the dropout; static.
+      precision: as in ``jax.lax.dot_general``; static.
 
     Returns:
       ``[..., out]`` in the dtype of x.
@@ -41,20 +50,116 @@ def low_rank(
     >>> low_rank(x, p, jnp.array([1.0, 0.5]), q)[0]
     Array([4.5, 4.5, 4.5, 4.5], dtype=float32)
     """
-    return _forward(x, p, c, q, precision)[0]
+    return _forward(x, p, c, q, seed, rate, precision)[0]
 
 
 def low_rank_plain(
-    x: jax.Array, p: jax.Array, c: jax.Array, q: jax.Array, precision: Any = None
+    x: jax.Array,
+    p: jax.Array,
+    c: jax.Array,
+    q: jax.Array,
+    seed: jax.Array | None = None,
+    rate: float = 0.0,
+    precision: Any = None,
 ) -> jax.Array:
     """:func:`low_rank` left to JAX to differentiate, for forward mode (``jax.jvp``, ``hessian``).
+
+    ``AdaLoraConfig(forward_mode=True)`` takes it for all layers of a model.
 
     >>> import jax, jax.numpy as jnp
     >>> x, p, c, q = jnp.ones((5, 3)), jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3))
     >>> jax.jvp(lambda c: low_rank_plain(x, p, c, q), (c,), (c,))[1].shape
     (5, 4)
     """
-    return _forward(x, p, c, q, precision)[0]
+    return _forward(x, p, c, q, seed, rate, precision)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def on_dropped(
+    function: Callable[[jax.Array, Any], Any], x: jax.Array, weights: Any, seed: Any, rate: float
+) -> Any:
+    """``function(x · keep, weights)``, keeping x and not its product with the mask.
+
+    For layers whose low-rank term is no :func:`low_rank`. The function must be linear in each of
+    its arguments, or else what it computes is computed again for the derivative.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x, seed = jnp.ones(4), jnp.zeros(2, jnp.uint32)
+    >>> on_dropped(lambda x, w: x * w, x, 2 * x, seed, 0.0)
+    Array([2., 2., 2., 2.], dtype=float32)
+    """
+    return function(dropped(x, seed, rate), weights)
+
+
+def dropped(x: jax.Array, seed: jax.Array | None, rate: float) -> jax.Array:
+    """x where :func:`keep` says so and 0 elsewhere; x itself without a seed.
+
+    >>> dropped(jnp.ones(3), None, 0.5)
+    Array([1., 1., 1.], dtype=float32)
+    """
+    if seed is None:
+        return x
+    kept = keep(seed, x.shape, rate)
+    if (sharding := explicit_sharding(x, _spec(x))) is not None:
+        kept = jax.sharding.reshard(kept, sharding)
+    return jnp.where(kept, x, jnp.zeros((), x.dtype))
+
+
+def keep(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
+    """Booleans that are False with the probability ``rate``, each by its own place alone.
+
+    Every index is hashed into 32 bits, axis after axis. That takes 4 % of the time of
+    ``jax.random.bernoulli`` on a CPU and is fused into whatever uses it, so it is cheaper to
+    compute twice than to keep; and sharded arrays get the same values as whole ones. The function
+    that mixes is Wellons's ``lowbias32``, of the family of MurmurHash3's finalizer. It is meant for
+    dropout; for anything else there is ``jax.random``.
+
+    Args:
+      seed: ``[2]`` uint32, random: ``jax.random.bits(key, (2,), "uint32")``.
+      shape: of the result.
+      rate: in [0, 1).
+
+    >>> kept = keep(jnp.array([1, 2], jnp.uint32), (100, 100), 0.25)
+    >>> 0.73 < float(kept.mean()) < 0.77
+    True
+    """
+    bits = seed[0]
+    for axis in range(len(shape)):
+        own = [size if axis == other else 1 for other, size in enumerate(shape)]
+        index = lax.broadcasted_iota(jnp.uint32, own, axis) * jnp.uint32(0x9E3779B9)
+        bits = bits ^ seed[1] if axis == len(shape) - 1 else bits
+        bits = _mixed(jnp.broadcast_to(bits, jnp.broadcast_shapes(jnp.shape(bits), own)) ^ index)
+    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def _mixed(bits):
+    """A permutation of the 32-bit integers in which every bit in changes every bit out."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)
+
+
+def never(after: jax.Array) -> jax.Array:
+    """A false that depends on the value of a float array, which the compiler cannot know.
+
+    What is computed with it is computed after that array, and not merged with the same computation
+    earlier in the program. An optimization_barrier would say the same, but XLA removes those before
+    it merges common subexpressions and schedules on a CPU. Elsewhere it is the barrier, since to
+    read an element of a sharded array is to wait for a message.
+
+    >>> never(jnp.ones(3))
+    Array(False, dtype=bool)
+    """
+
+    def on_cpu(array):
+        element = array[(0,) * array.ndim]
+        return (element != element) & (element == element)
+
+    def elsewhere(array):
+        false, _ = lax.optimization_barrier((jnp.zeros((), bool), array))
+        return false
+
+    return lax.platform_dependent(after, cpu=on_cpu, default=elsewhere)
 
 
 def wide(dtype: Any) -> Any:
@@ -84,31 +189,53 @@ def explicit_sharding(like: jax.Array, spec: Iterable[Any]) -> NamedSharding | N
     return NamedSharding(mesh, PartitionSpec(*kept))
 
 
-def _forward(x, p, c, q, precision):
+def _forward(x, p, c, q, seed, rate, precision):
     dtype = wide(x.dtype)
     at = lambda of: explicit_sharding(x, (*_spec(x)[:-1], *of))
-    h = _contract(x, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype, at(_spec(q)[:1]))
+    seen = dropped(x, seed, rate)
+    h = _contract(seen, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype, at(_spec(q)[:1]))
     scaled = (h * _row(c, h)).astype(x.dtype)
     at_y = at(_spec(p)[1:])
     y = _contract(scaled, p.astype(x.dtype), x.ndim - 1, 0, precision, x.dtype, at_y)
-    return y, (x, p, c, q, h)
+    return y, (x, p, c, q, seed, h)
 
 
-def _backward(precision, residuals, g):
-    x, p, c, q, h = residuals
+def _backward(rate, precision, residuals, g):
+    x, p, c, q, seed, h = residuals
     dtype, last, tokens = h.dtype, x.ndim - 1, tuple(range(x.ndim - 1))
     at = lambda like: explicit_sharding(like, _spec(like))
+    seed = _later(seed, g)
     gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype, at(h))
     scaled = (h * _row(c, h)).astype(x.dtype)
     dh = (gc * _row(c, h)).astype(x.dtype)
     dp = _contract(scaled, g, tokens, tokens, precision, dtype, at(p))
     dc = jnp.sum(h * gc, axis=tokens)
-    dq = _contract(dh, x, tokens, tokens, precision, dtype, at(q))
+    dq = _contract(dh, dropped(x, seed, rate), tokens, tokens, precision, dtype, at(q))
     dx = _contract(dh, q.astype(x.dtype), last, 0, precision, x.dtype, at(x))
-    return dx, dp.astype(p.dtype), dc.astype(c.dtype), dq.astype(q.dtype)
+    dx = dropped(dx, seed, rate)
+    return dx, dp.astype(p.dtype), dc.astype(c.dtype), dq.astype(q.dtype), None
 
 
 low_rank.defvjp(_forward, _backward)
+
+
+def _on_dropped_forward(function, x, weights, seed, rate):
+    return function(dropped(x, seed, rate), weights), (x, weights, seed)
+
+
+def _on_dropped_backward(function, rate, residuals, g):
+    x, weights, seed = residuals
+    seed = _later(seed, g)
+    _, pull = jax.vjp(lambda x, weights: function(dropped(x, seed, rate), weights), x, weights)
+    return *pull(g), None
+
+
+on_dropped.defvjp(_on_dropped_forward, _on_dropped_backward)
+
+
+def _later(seed, g):
+    """The seed, known only when g is: the mask is made again instead of kept."""
+    return None if seed is None or g.size == 0 else seed ^ never(g).astype(seed.dtype)
 
 
 def _row(c, like):

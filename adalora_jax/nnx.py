@@ -89,7 +89,9 @@ def adapt(
         module = by_path[path]
         stack = target.layer.matrix(target.shape)[0][: len(target.shape) - own_axes(target.layer)]
         dropout = _dropout(config, rngs, stack)
-        module.adalora = Adaptation(fresh[path], config.scale_of(path), dropout)
+        module.adalora = Adaptation(
+            fresh[path], config.scale_of(path), dropout, config.forward_mode
+        )
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
         module.__class__ = adapted_class(type(module))
     for path, owner in tied.items():

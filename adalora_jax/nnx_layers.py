@@ -29,13 +29,22 @@ class Adaptation(nnx.Module):
     Attributes:
       p, lam, q: the factors, see :class:`adalora_jax.Adapter`.
       scale: s of the increment.
-      dropout: of the layer's input on its way into the adapter, or None.
+      dropout: of the layer's input on its way into the adapter, or None. It holds the rate, the
+        random numbers and the mode; the mask is made where it is used.
+      forward_mode: as in the config.
     """
 
-    def __init__(self, adapter: Adapter, scale: float, dropout: nnx.Dropout | None):
+    def __init__(
+        self,
+        adapter: Adapter,
+        scale: float,
+        dropout: nnx.Dropout | None = None,
+        forward_mode: bool = False,
+    ):
         self.p, self.lam, self.q = (AdapterParam(leaf, **PLACED) for leaf in adapter)
         self.scale = scale
         self.dropout = dropout
+        self.forward_mode = forward_mode
 
     @property
     def adapter(self) -> Adapter:
@@ -49,10 +58,13 @@ class Adaptation(nnx.Module):
         spec = layers.known(layer_of(layer, equation), layer)
         shape = getattr(layer, spec.weight).shape
         layers.check_fit(spec, adapter, shape, type(layer).__name__)
-        if self.dropout is not None and spec.kind != "embed":
-            x = self.dropout(x)
+        dropout = self.dropout if spec.kind != "embed" else None
+        dropping = dropout is not None and not dropout.deterministic
         return output + layers.term(
             *(spec, layer, adapter, x, shape, self.scale, output.dtype),
+            key=dropout.rngs() if dropping else None,
+            dropout_rate=dropout.rate if dropping else 0.0,
+            forward_mode=self.forward_mode,
             equation=equation,
             attend=call.get("attend", False),
             convolve=_convolve,

@@ -26,6 +26,7 @@ from flax import core, nnx, traverse_util
 from flax.core import meta, unfreeze
 
 from adalora_jax import linen, nnx_layers, tree
+from adalora_jax.lowrank import never
 from adalora_jax.tree import is_packed
 
 
@@ -106,26 +107,10 @@ def _dense(packed: Any, after: Any) -> Any:
 
 
 def _false(after: Any) -> jax.Array:
-    """A false that depends on the value of an array, which the compiler cannot know.
-
-    An optimization_barrier would say the same, but XLA removes those before it merges common
-    subexpressions and schedules on a CPU. Elsewhere it is the barrier, since to read an element of
-    a sharded array is to wait for a message.
-    """
+    """:func:`~adalora_jax.lowrank.never` of a layer's operands."""
     arrays = [leaf for leaf in jax.tree.leaves(after) if _is_float(leaf)]
-    if not arrays:
-        return jnp.zeros((), bool)
-    array = arrays[-1]  # of a layer's operands the input, which comes after the parameters
-
-    def on_cpu(array):
-        element = array[(0,) * array.ndim]
-        return (element != element) & (element == element)
-
-    def elsewhere(array):
-        false, _ = jax.lax.optimization_barrier((jnp.zeros((), bool), array))
-        return false
-
-    return jax.lax.platform_dependent(array, cpu=on_cpu, default=elsewhere)
+    # The input comes after the parameters.
+    return never(arrays[-1]) if arrays else jnp.zeros((), bool)
 
 
 def _is_float(leaf: Any) -> bool:

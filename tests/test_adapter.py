@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import adalora_jax as adalora
-from adalora_jax.adapter import dropout
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -80,18 +79,35 @@ def test_the_output_has_the_dtype_of_the_base_layer():
     np.testing.assert_allclose(got, want, rtol=0.03, atol=0.1)
 
 
-def test_dropout_keeps_the_mean_and_needs_a_key():
-    x = jnp.ones((100, 100))
-    dropped = dropout(x, 0.25, jax.random.key(0))
+def test_dropout_is_of_the_input_keeps_the_mean_and_needs_a_key():
+    x, key = jnp.ones((100, 100)), jax.random.key(0)
+    identity = adalora.Adapter(jnp.eye(100), jnp.ones(100), jnp.eye(100))
+    run = lambda key: adalora.forward(identity, x, scale=1.0, dropout_rate=0.25, dropout_key=key)
+    dropped = run(key)
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
-    adapter, key = random_adapter(), jax.random.key(0)
-    plain = adalora.forward(adapter, x[:, :5], scale=1.0)
-    run = lambda key: adalora.forward(
-        adapter, x[:, :5], scale=1.0, dropout_rate=0.5, dropout_key=key
+    chex.assert_trees_all_equal(run(None), x)
+
+
+def test_stacked_adapters_drop_differently():
+    one = random_adapter()
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), one)
+    y = adalora.forward(
+        *(stacked, jnp.ones((2, 6, 5))),
+        scale=1.0,
+        dropout_rate=0.5,
+        dropout_key=jax.random.key(0),
     )
-    chex.assert_trees_all_equal(run(None), plain)
-    assert not np.allclose(run(key), plain)
+    assert np.any(y[0] != y[1])
+
+
+def test_forward_mode_differentiates_the_same_output():
+    adapter, x = random_adapter(), jnp.ones((2, 5))
+    options = {"scale": 2.0, "dropout_rate": 0.5, "dropout_key": jax.random.key(1)}
+    run = lambda adapter: adalora.forward(adapter, x, forward_mode=True, **options)
+    y, tangent = jax.jvp(run, (adapter,), (adapter,))
+    chex.assert_trees_all_equal(y, adalora.forward(adapter, x, **options))
+    np.testing.assert_allclose(tangent, 3 * y, rtol=1e-5)  # of degree 3 in the factors
 
 
 @pytest.mark.parametrize(

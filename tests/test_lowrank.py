@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from adalora_jax.lowrank import low_rank, low_rank_plain
+from adalora_jax.lowrank import dropped, keep, low_rank, low_rank_plain, on_dropped
 
 NAMES = ("x", "p", "c", "q")
 
@@ -116,6 +116,105 @@ def test_second_derivatives_are_autodiffs():
         for row, expected in zip(ours, theirs):
             assert_close(row, expected)
         assert all(np.abs(ours[i][j]).max() > 0.01 for i in range(4) for j in range(4))
+
+
+SEED = np.array([0x12345678, 0x9ABCDEF0], np.uint32)
+
+
+def numpy_keep(seed, shape, rate):
+    """The mask by the definition, an element at a time, in Python's integers."""
+
+    def mixed(v):
+        v = ((v ^ (v >> 16)) * 0x7FEB352D) % 2**32
+        v = ((v ^ (v >> 15)) * 0x846CA68B) % 2**32
+        return v ^ (v >> 16)
+
+    kept = np.zeros(shape, bool)
+    for place in np.ndindex(*shape):
+        bits = int(seed[0])
+        for axis, index in enumerate(place):
+            bits ^= int(seed[1]) if axis == len(shape) - 1 else 0
+            bits = mixed(bits ^ (index * 0x9E3779B9) % 2**32)
+        kept[place] = bits >= rate * 2**32
+    return kept
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)])
+def test_the_mask_is_the_one_defined(shape):
+    kept = jax.jit(lambda seed: keep(seed, shape, 0.4))(SEED)
+    np.testing.assert_array_equal(kept, numpy_keep(SEED, shape, 0.4))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.001, 0.1, 0.5, 0.97])
+def test_the_mask_is_random(rate):
+    """Frequency, and correlation between places, axes and seeds, within five standard errors."""
+    seeds = jax.random.bits(jax.random.key(0), (3, 2), jnp.uint32)
+    masks = np.stack([keep(seed, (400, 300), rate) for seed in seeds]).astype(float)
+    error = 5 * np.sqrt(rate * (1 - rate))
+    assert abs(masks.mean() - (1 - rate)) <= error / np.sqrt(masks.size)
+    centred = masks - (1 - rate)
+    one, pairs = centred[0], []
+    pairs += [(one[shift:], one[:-shift]) for shift in (1, 2, 16)]
+    pairs += [(one[:, shift:], one[:, :-shift]) for shift in (1, 2, 16)]
+    pairs += [(one[:300, :300], one[:300, :300].T), (one, centred[1]), (centred[1], centred[2])]
+    for a, b in pairs:
+        off = np.mean(a * b) if a is not b.T else np.mean((a * b)[np.triu_indices(300, 1)])
+        assert abs(off) <= error**2 / 5 / np.sqrt(a.size / 2)
+    for axis in (0, 1):  # counts along rows and columns spread as independent draws do
+        counts = masks[0].sum(axis)
+        expected = masks.shape[1 + axis] * rate * (1 - rate)
+        assert abs(counts.var() - expected) <= 6 * expected * np.sqrt(2 / counts.size)
+
+
+def with_mask(product, rate=0.4):
+    return lambda *operands: product(*operands, SEED, rate)
+
+
+def test_dropout_has_the_derivative_of_the_masked_product():
+    with jax.enable_x64(True):
+        arguments = operands(tokens=(6,))
+        mask = jnp.asarray(numpy_keep(SEED, (6, 5), 0.4), float)
+        written_out = lambda x, p, c, q: ((x * mask) @ q.T * c[None]) @ p
+        expected = gradient(scalar(written_out))(*arguments)
+        for product in (low_rank, low_rank_plain):
+            assert_close(gradient(scalar(with_mask(product)))(*arguments), expected)
+        second = lambda f: jax.jacrev(gradient(scalar(f)), argnums=(0, 1, 2, 3))(*arguments)
+        for row, wanted in zip(second(with_mask(low_rank)), second(written_out)):
+            assert_close(row, wanted)
+
+
+def test_dropout_of_another_product_has_the_derivative_of_the_masked_product():
+    with jax.enable_x64(True):
+        x, _, _, q = operands(tokens=(6,))
+        product = lambda x, q: x @ q.T
+        loss = lambda f: jax.grad(lambda x, q: jnp.sum(jnp.sin(f(x, q))), argnums=(0, 1))
+        ours = loss(lambda x, q: on_dropped(product, x, q, SEED, 0.4))(x, q)
+        theirs = loss(lambda x, q: product(dropped(x, SEED, 0.4), q))(x, q)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, theirs)
+
+
+def test_the_mask_is_made_again_and_not_kept():
+    """What is kept for the derivative of a layer is x and ``[tokens, r]``, with dropout too."""
+    tokens, width, rank, depth = 256, 64, 2, 8
+    rng = np.random.default_rng(0)
+    layer = lambda *shape: jnp.asarray(rng.normal(size=(depth, *shape)), jnp.float32)
+    factors = layer(rank, width), layer(rank), layer(rank, width)
+    x = jnp.ones((tokens, width))
+
+    def loss(factors, seeds, rate):
+        h = x
+        for i in range(depth):
+            h = h + low_rank(h, *(f[i] for f in factors), None if seeds is None else seeds[i], rate)
+        return jnp.sum(h * h)
+
+    seeds = jax.random.bits(jax.random.key(0), (depth, 2), jnp.uint32)
+    needed = []
+    for rate, arrays in ((0.0, None), (0.5, seeds)):
+        step = jax.jit(jax.grad(functools.partial(loss, rate=rate)))
+        compiled = step.lower(factors, arrays).compile()
+        needed.append(compiled.memory_analysis().temp_size_in_bytes)
+    activation = 4 * tokens * width
+    assert needed[1] - needed[0] < 3 * activation  # not one for each of the eight layers
 
 
 def test_plain_has_forward_mode_and_low_rank_says_no():
