@@ -108,7 +108,7 @@ def increment(
     """
     stack = adapter.lam.shape[:-1]
     key = key if dropout_rate else None
-    product = low_rank_plain if forward_mode else low_rank
+    product: Any = low_rank_plain if forward_mode else low_rank
 
     def term(adapter, x, key):
         c = _scaled(adapter.lam, scale if key is None else scale / (1 - dropout_rate))
@@ -125,7 +125,11 @@ def seed_of(key: chex.PRNGKey | None) -> jax.Array | None:
     >>> seed_of(jax.random.key(0)).shape
     (2,)
     """
-    return None if key is None else jax.random.bits(key, (2,), jnp.uint32)
+    if key is None:
+        return None
+    # The words of the key itself: drawing numbers from it would take longer than the mask does.
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return (jax.random.key_data(key) if typed else key).ravel()[:2]
 
 
 def keys_of(key: chex.PRNGKey | None, stack: tuple[int, ...]) -> jax.Array | None:

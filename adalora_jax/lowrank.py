@@ -115,7 +115,7 @@ def keep(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
     dropout; for anything else there is ``jax.random``.
 
     Args:
-      seed: ``[2]`` uint32, random: ``jax.random.bits(key, (2,), "uint32")``.
+      seed: ``[2]`` uint32, any two numbers, such as ``jax.random.key_data(key)``.
       shape: of the result.
       rate: in [0, 1).
 
@@ -126,7 +126,7 @@ def keep(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
     bits = seed[0]
     for axis in range(len(shape)):
         own = [size if axis == other else 1 for other, size in enumerate(shape)]
-        index = lax.broadcasted_iota(jnp.uint32, own, axis) * jnp.uint32(0x9E3779B9)
+        index = (lax.broadcasted_iota(jnp.uint32, own, axis) + 1) * jnp.uint32(0x9E3779B9)
         bits = bits ^ seed[1] if axis == len(shape) - 1 else bits
         bits = _mixed(jnp.broadcast_to(bits, jnp.broadcast_shapes(jnp.shape(bits), own)) ^ index)
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -58,17 +58,28 @@ class Adaptation(nnx.Module):
         spec = layers.known(layer_of(layer, equation), layer)
         shape = getattr(layer, spec.weight).shape
         layers.check_fit(spec, adapter, shape, type(layer).__name__)
-        dropout = self.dropout if spec.kind != "embed" else None
-        dropping = dropout is not None and not dropout.deterministic
+        key, rate, dropout = None, 0.0, self.dropout
+        if dropout is not None and not dropout.deterministic and spec.kind != "embed":
+            key, rate = next_key(dropout), dropout.rate
         return output + layers.term(
             *(spec, layer, adapter, x, shape, self.scale, output.dtype),
-            key=dropout.rngs() if dropping else None,
-            dropout_rate=dropout.rate if dropping else 0.0,
+            key=key,
+            dropout_rate=rate,
             forward_mode=self.forward_mode,
             equation=equation,
             attend=call.get("attend", False),
             convolve=_convolve,
         )
+
+
+def next_key(dropout: nnx.Dropout) -> jax.Array | None:
+    """The key that this call of a dropout has; None for one without random numbers.
+
+    >>> next_key(nnx.Dropout(0.1)) is None
+    True
+    """
+    stream = dropout.rngs
+    return None if stream is None else stream()
 
 
 class Adapted(nnx.Module):

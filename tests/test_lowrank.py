@@ -134,7 +134,7 @@ def numpy_keep(seed, shape, rate):
         bits = int(seed[0])
         for axis, index in enumerate(place):
             bits ^= int(seed[1]) if axis == len(shape) - 1 else 0
-            bits = mixed(bits ^ (index * 0x9E3779B9) % 2**32)
+            bits = mixed(bits ^ ((index + 1) * 0x9E3779B9) % 2**32)
         kept[place] = bits >= rate * 2**32
     return kept
 
@@ -148,7 +148,7 @@ def test_the_mask_is_the_one_defined(shape):
 @pytest.mark.parametrize("rate", [0.0, 0.001, 0.1, 0.5, 0.97])
 def test_the_mask_is_random(rate):
     """Frequency, and correlation between places, axes and seeds, within five standard errors."""
-    seeds = jax.random.bits(jax.random.key(0), (3, 2), jnp.uint32)
+    seeds = [jax.random.key_data(jax.random.key(number)) for number in range(3)]
     masks = np.stack([keep(seed, (400, 300), rate) for seed in seeds]).astype(float)
     error = 5 * np.sqrt(rate * (1 - rate))
     assert abs(masks.mean() - (1 - rate)) <= error / np.sqrt(masks.size)
