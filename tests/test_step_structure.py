@@ -1,0 +1,111 @@
+"""What a compiled training step is made of: no wall clock, but what the time is spent on."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import adalora_jax as adalora
+
+RANK, TOKENS, WIDTH, HIDDEN = 4, 96, 40, 56
+CONFIG = adalora.AdaLoraConfig(
+    total_step=10, init_r=RANK, target_r=2, target_modules="all-linear", init_lora_weights=False
+)
+COPIES = ("copy", "transpose", "reverse", "concatenate")
+
+
+class Dense(nn.Module):
+    matrices = 2 * ((WIDTH, HIDDEN), (HIDDEN, WIDTH))
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = x + nn.Dense(WIDTH)(nn.gelu(nn.Dense(HIDDEN)(x)))
+        return x
+
+
+class Heads(nn.Module):
+    """Kernels with several output and several input axes."""
+
+    matrices = 2 * ((WIDTH, HIDDEN), (HIDDEN, WIDTH))
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            heads = nn.gelu(nn.DenseGeneral((7, HIDDEN // 7))(x))
+            x = x + nn.DenseGeneral(WIDTH, axis=(-2, -1))(heads)
+        return x
+
+
+class Equations(nn.Module):
+    matrices = ((WIDTH, HIDDEN), (HIDDEN, WIDTH))
+
+    @nn.compact
+    def __call__(self, x):
+        up = nn.gelu(nn.Einsum((WIDTH, HIDDEN), "btd,df->btf")(x))
+        return x + nn.Einsum((HIDDEN, WIDTH), "btf,fd->btd")(up)
+
+
+MODELS = [Dense, Heads, Equations]
+
+
+def lowered(make, dropout):
+    """The adapters' training gradient, and the frozen model's gradient of its input."""
+    model, x = make(), jax.random.normal(jax.random.key(0), (4, TOKENS // 4, WIDTH))
+    variables = model.init(jax.random.key(1), x)
+    adapted = adalora.linen.adapt(model, CONFIG.replace(lora_dropout=dropout))
+    adapters = adapted.init(jax.random.key(2), variables, x)
+    rngs = {"rngs": {"dropout": jax.random.key(3)}} if dropout else {}
+
+    def ours(adapters, x):
+        # A gradient of x as well: in a deep model there is always a layer below.
+        return jnp.sum(adapted.apply(variables, adapters, x, **rngs) ** 2)
+
+    frozen = lambda x: jnp.sum(model.apply(variables, x) ** 2)
+    step = jax.jit(jax.grad(ours, argnums=(0, 1))).lower(adapters, x)
+    return step, jax.jit(jax.grad(frozen)).lower(x)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_the_arithmetic_is_that_of_six_small_products(make):
+    """h, y and four of the derivative; all else is a few operations an element."""
+    step, frozen = (program.cost_analysis()["flops"] for program in lowered(make, 0.0))
+    products = sum(6 * 2 * TOKENS * RANK * (a + b) // 2 for a, b in make.matrices)
+    elements = sum(TOKENS * (a + b) for a, b in make.matrices)
+    assert products <= step - frozen <= products + 4 * elements
+
+
+def elements_of(line):
+    shape = re.match(r"\(?\w+\[([\d,]*)\]", line)
+    return math.prod(int(size) for size in shape[1].split(",") if size) if shape else 0
+
+
+def copies(program):
+    """Copies of arrays as large as an activation, in the whole compiled program."""
+    found = re.findall(r"= (\S+) ([\w\-]+)\(", program.compile().as_text())
+    return [
+        f"{kind} {shape}"
+        for shape, kind in found
+        if kind in COPIES and elements_of(shape) >= TOKENS * WIDTH
+    ]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("make", MODELS)
+def test_no_activation_is_copied_or_transposed_for_an_adapter(make, dropout):
+    step, frozen = lowered(make, dropout)
+    assert len(copies(step)) <= len(copies(frozen))
+
+
+def test_autodiff_would_transpose_one():
+    """The test above can fail: the usual way to write it, with the derivative left to JAX."""
+    x, a, b = (
+        jnp.ones(shape) for shape in ((4, TOKENS // 4, WIDTH), (WIDTH, RANK), (RANK, HIDDEN))
+    )
+    loss = lambda x, a, b: jnp.sum(nn.gelu(x @ a @ b) ** 2)
+    assert copies(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, a, b))
