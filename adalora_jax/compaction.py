@@ -219,10 +219,12 @@ def _merged(variables, adapters, config, layers, safe, sign):
     params = _copied(variables["params"])
     for path, node in adapters.items():
         parts = path.split("/") if path else []
-        holder = _node(params, parts)
+        holder = own = _node(params, parts)
         if not tree.is_adapter(node):
             _node(params, parts[:-1])[parts[-1]] = node
             continue
+        if not isinstance(holder, dict):  # the weight itself, of a module with several
+            holder, own = _node(params, parts[:-1]), {parts[-1]: holder}
         if tree.PACKED in variables and tree.at(variables[tree.PACKED], parts):
             raise ValueError(
                 f"the weight of {path!r} is quantised, and no increment can be added to integers "
@@ -230,7 +232,7 @@ def _merged(variables, adapters, config, layers, safe, sign):
                 "says what error that makes."
             )
         adapter = tree.adapters(node)[""]
-        name, layer = _weight_of(holder, adapter, path, (layers or {}).get(path))
+        name, layer = _weight_of(own, adapter, path, (layers or {}).get(path))
         (weight,), treedef = jax.tree.flatten(holder[name])
         delta = weight_increment(layer, adapter, weight.shape, sign * config.scale_of(path))
         merged = add_increment(weight, delta)
@@ -238,11 +240,11 @@ def _merged(variables, adapters, config, layers, safe, sign):
     return {**variables, "params": params}
 
 
-def _weight_of(holder, adapter, path, layer):
+def _weight_of(own, adapter, path, layer):
     """The parameter of a module that the adapter fits, and how it reads as a matrix."""
     shapes = {
         name: jax.tree.leaves(leaf)[0].shape
-        for name, leaf in (holder.items() if isinstance(holder, Mapping) else ())
+        for name, leaf in own.items()
         if not isinstance(leaf, Mapping)
     }
     if layer is not None:

@@ -16,16 +16,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from flax.core import meta, unfreeze
+from flax.core import unfreeze
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import NamedSharding
 
 from adalora_jax import compaction, layers, sharding, targets, tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
+from adalora_jax.linen_layers import (
+    METHODS,
+    apart,
+    candidates,
+    input_of,
+    layer_of,
+    own_shape,
+    unboxed,
+    whole,
+)
 
 _FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
-METHODS = ("__call__", "attend")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +71,7 @@ class AdaptedModule:
         fresh = targets.init_all(
             key, chosen, self.config, at and {path: at[path] for path in chosen}
         )
-        params, kept = _unboxed(variables), {}
+        params, kept = unboxed(variables), {}
         for root in self._saved_roots(params):
             node = tree.at(params, root.split("/"))
             node = jax.tree.map(_trainable_copy, node, is_leaf=tree.is_packed)
@@ -87,11 +96,11 @@ class AdaptedModule:
 
     def _specs(self, variables, chosen):
         where, saved = _where(variables), {}
-        at = lambda path, name: tree.at(where, [*filter(None, path.split("/")), name])
-        weights = {p: (t.layer, t.shape, at(p, t.layer.weight)) for p, t in chosen.items()}
+        at = lambda path, t: tree.at(where, tree.weight_path(where, path, t.layer.weight))
+        weights = {p: (t.layer, t.shape, at(p, t)) for p, t in chosen.items()}
         spec = lambda leaf, at: sharding.full(sharding.spec_of(at), len(leaf.shape))
         for root in self._saved_roots(where):
-            nodes = (tree.at(node, root.split("/")) for node in (_unboxed(variables), where))
+            nodes = (tree.at(node, root.split("/")) for node in (unboxed(variables), where))
             saved[root] = jax.tree.map(spec, *nodes, is_leaf=tree.is_packed)
         return {**sharding.derive(weights, self.rules), **saved}
 
@@ -125,8 +134,8 @@ class AdaptedModule:
         Raises:
           ValueError: an adapter belongs to no layer of this model, or to one of another shape.
         """
-        joined = self._join(variables, adapters)
-        with nn.intercept_methods(_adding(self.config)):
+        joined, sharing = self._join(variables, adapters)
+        with nn.intercept_methods(_adding(sharing)):
             result = self.module.apply(joined, *args, mutable=mutable, **kwargs)
         if mutable is False:
             return result
@@ -172,21 +181,32 @@ class AdaptedModule:
         return targets.select(candidates(self.module, variables, args, kwargs), self.config)
 
     def _join(self, variables, adapters):
-        """The variables with each adapter, and each saved module, in its place in ``params``."""
+        """The variables with each adapter, and each saved module, in its place in ``params``.
+
+        And the paths of the modules that share their scope, and so its adapters, with others.
+        """
         variables = whole(variables)
         params = unfreeze(variables["params"])
+        sharing: set[tuple[str, ...]] = set()
         for path, node in adapters.items():
             parts = path.split("/") if path else []
-            *parents, last = [*parts, tree.HOLDER] if tree.is_adapter(node) else parts
-            parent = tree.at(params, parents)
-            if not isinstance(parent, dict) or (last != tree.HOLDER and last not in parent):
+            there = tree.at(params, parts)
+            if there is None:
                 raise ValueError(
                     f"adapters[{path!r}] belongs to no layer of {type(self.module).__name__}, "
                     f"whose parameters are {', '.join(sorted(params))}: it was made for another "
                     "model."
                 )
-            parent[last] = node._asdict() if isinstance(node, Adapter) else node
-        return {**variables, "params": params}
+            if not tree.is_adapter(node):
+                tree.at(params, parts[:-1])[parts[-1]] = node
+                continue
+            held = _Held.of(node, self.config, path)
+            if isinstance(there, dict):
+                there[tree.HOLDER] = held
+            else:  # the weight itself, of a scope with several
+                tree.at(params, parts[:-1])[_of_weight(parts[-1])] = held
+                sharing.add(tuple(parts[:-1]))
+        return {**variables, "params": params}, sharing
 
 
 def adapt(
@@ -273,58 +293,6 @@ def resolve(
     return targets.resolve(candidates(model, variables, args, kwargs), config)
 
 
-def whole(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The variables with the weights of a quantised model in their places in ``params``.
-
-    >>> whole({"params": {"up": {"bias": 0}}, "quantized": {"up": {"kernel": 1}}})
-    {'params': {'up': {'bias': 0, 'kernel': 1}}}
-    """
-    if tree.PACKED not in variables:
-        return variables
-    rest = {name: leaf for name, leaf in variables.items() if name != tree.PACKED}
-    return {**rest, "params": _overlaid(variables["params"], variables[tree.PACKED])}
-
-
-def apart(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of :func:`whole`."""
-    params, packed = _apart(unfreeze(variables["params"]))
-    return {**variables, "params": params, **({tree.PACKED: packed} if packed else {})}
-
-
-def candidates(module, variables, args, kwargs) -> dict[str, targets.Candidate]:
-    """All modules the model calls, by path, seen in a trace of it."""
-    params = _unboxed(variables)
-    found: dict[str, targets.Candidate] = {}
-
-    def record(call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
-        output = call(*call_args, **call_kwargs)
-        path = "/".join(context.module.path)
-        if context.method_name in METHODS and path not in found:
-            layer = layer_of(context.module, _input(call_args, call_kwargs)[1])
-            shape = _whole_shape(context.module, layer, params) if layer else ()
-            found[path] = targets.Candidate(context.module, layer, shape)
-        return output
-
-    is_data = lambda value: all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
-    flat, treedef = jax.tree.flatten((args, {**kwargs, "mutable": nn.DenyList("params")}))
-    data = {i: leaf for i, leaf in enumerate(flat) if is_data(leaf)}
-
-    def trace(variables, rng, data):
-        args, kwargs = treedef.unflatten([data.get(i, leaf) for i, leaf in enumerate(flat)])
-        # A stream named params is flax's default for every stream a model may ask for.
-        return module.apply(variables, *args, **{"rngs": {"params": rng}, **kwargs})
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(trace, variables, jax.random.key(0), data)
-    return found
-
-
-def _unboxed(variables):
-    """The parameters without their metadata, where they are: unboxing by Flax may move them."""
-    value = lambda box: box.value if isinstance(box, nn.Partitioned) else box.unbox()
-    return meta.map_axis_meta(value, unfreeze(whole(variables)["params"]))
-
-
 def _where(variables):
     """Where each parameter lies: a NamedSharding, or what the metadata says, or None."""
 
@@ -342,24 +310,6 @@ def _where(variables):
     return jax.tree.map(where, unfreeze(whole(variables)["params"]), is_leaf=is_leaf)
 
 
-def _whole_shape(module, layer, params) -> tuple[int, ...]:
-    """The shape of a layer's weight, with the axes that lifted transforms stacked in front."""
-    stacked = tuple(tree.at(params, (*module.path, layer.weight)).shape)
-    own = _own_shape(module, layer)
-    if stacked[len(stacked) - len(own) :] != own:
-        raise ValueError(
-            f"{'/'.join(module.path)!r} has a weight of shape {stacked} for layers of shape {own}: "
-            "adapters need stacked layers along leading axes; give nn.scan or nn.vmap "
-            "variable_axes={'params': 0}."
-        )
-    return stacked
-
-
-def _own_shape(module, layer) -> tuple[int, ...]:
-    """The shape of a layer's weight as the layer itself sees it."""
-    return tuple(meta.unbox(module.get_variable("params", layer.weight)).shape)
-
-
 class _Frame(NamedTuple):
     """A method call that is under way."""
 
@@ -368,7 +318,31 @@ class _Frame(NamedTuple):
     inner: set[Any]  # names of the calls within that have added their term
 
 
-def _adding(config: AdaLoraConfig) -> Callable:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """An adapter among the parameters of a model that runs, with what else its term depends on.
+
+    That is part of its type, for what ``nn.jit`` has traced is used again where types are equal.
+    """
+
+    adapter: Adapter
+    scale: float = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(metadata={"static": True})
+    forward_mode: str = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, node: Any, config: AdaLoraConfig, path: str) -> _Held:
+        adapter = node if isinstance(node, Adapter) else Adapter(**node)
+        return cls(adapter, config.scale_of(path), config.lora_dropout, config.forward_mode)
+
+
+def _of_weight(name: str) -> str:
+    """The holder of an adapter of one of several weights in a scope."""
+    return f"{tree.HOLDER}_{name}"
+
+
+def _adding(sharing: set[tuple[str, ...]]) -> Callable:
     """The interceptor that adds the adapters' terms; one for each run of the model."""
     frames: list[_Frame] = []
 
@@ -384,53 +358,48 @@ def _adding(config: AdaLoraConfig) -> Callable:
         finally:
             frames.pop()
         # Where a subclass's method calls the layer's own, the term belongs to the inner call.
-        if not _holds_adapter(context) or frame.name in frame.inner:
+        held = _held(context, args, kwargs, sharing)
+        if held is None or frame.name in frame.inner:
             return output
         for outer in frames:
             outer.inner.add(frame.name)
-        return _add(config, context, args, kwargs, output, off)
+        return _add(held, context, args, kwargs, output, off)
 
     return intercept
 
 
-def _add(config, context, args, kwargs, output, dropout_off):
+def _held(context: Any, args: tuple, kwargs: dict, sharing: set[tuple[str, ...]]) -> _Held | None:
+    """The adapter of the layer that was called, if it was one that has an adapter."""
+    module = context.module
+    if context.method_name not in METHODS or module.scope is None:
+        return None
+    name = tree.HOLDER
+    if module.path in sharing:
+        layer = layer_of(module, input_of(args, kwargs)[1])
+        name = _of_weight(layer.weight) if layer else name
+    return module.get_variable("params", name) if module.has_variable("params", name) else None
+
+
+def _add(held, context, args, kwargs, output, dropout_off):
     """The output of a layer with its adapter's term added."""
-    module, (x, equation) = context.module, _input(args, kwargs)
+    module, (x, equation) = context.module, input_of(args, kwargs)
     layer = layers.known(layer_of(module, equation), module)
-    adapter = Adapter(**module.get_variable("params", tree.HOLDER))
-    shape = _own_shape(module, layer)
-    path = "/".join(module.path)
-    layers.check_fit(layer, adapter, shape, path)
-    scale = config.scale_of(path)
+    shape = own_shape(module, layer)
+    layers.check_fit(layer, held.adapter, shape, "/".join(module.path))
     if layer.kind == "weight":  # the module's output is its weight
-        delta = layers.weight_increment(layer, adapter, shape, scale)
+        delta = layers.weight_increment(layer, held.adapter, shape, held.scale)
         return output[0] + delta.astype(output[0].dtype), *output[1:]
-    dropping = config.lora_dropout > 0 and not dropout_off and layer.kind != "embed"
+    dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
     dropping = dropping and module.has_rng("dropout")
     return output + layers.term(
-        *(layer, module, adapter, x, shape, scale, output.dtype),
+        *(layer, module, held.adapter, x, shape, held.scale, output.dtype),
         key=module.make_rng("dropout") if dropping else None,
-        dropout_rate=config.lora_dropout,
-        forward_mode=config.forward_mode,
+        dropout_rate=held.dropout,
+        forward_mode=held.forward_mode,
         equation=equation,
         attend=context.method_name == "attend",
         convolve=_convolve,
     )
-
-
-def layer_of(module: nn.Module, equation: str | None) -> layers.Layer | None:
-    """How a bound module's weight reads as matrices; None for one that cannot be adapted."""
-    own = meta.unbox(dict(module.variables.get("params", {})))
-    weights = {name: leaf.ndim for name, leaf in own.items() if not isinstance(leaf, Mapping)}
-    return layers.layer_of(module, weights, equation)
-
-
-def _input(args: tuple, kwargs: dict) -> tuple[Any, str | None]:
-    """The array a layer was called with, and the equation if it was given one."""
-    values = [*args, *kwargs.values()]
-    equations = [value for value in values if isinstance(value, str) and "->" in value]
-    arrays = [value for value in values if hasattr(value, "shape")]
-    return (arrays or [None])[0], (equations or [None])[0]
 
 
 def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> Any:
@@ -460,37 +429,9 @@ def _trainable_copy(leaf: Any) -> Any:
     return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
 
 
-def _apart(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Nested parameters without the packed weights, and these alone."""
-    rest: dict[str, Any] = {}
-    packed: dict[str, Any] = {}
-    for name, node in params.items():
-        if isinstance(node, Mapping):
-            rest[name], inside = _apart(node)
-            packed |= {name: inside} if inside else {}
-        else:
-            (packed if tree.is_packed(node) else rest)[name] = node
-    return rest, packed
-
-
-def _overlaid(below: Any, above: Any) -> Any:
-    """Nested dicts, with the leaves of both."""
-    if not isinstance(above, Mapping):
-        return above
-    return {**below, **{name: _overlaid(below.get(name, {}), above[name]) for name in above}}
-
-
-def _holds_adapter(context: Any) -> bool:
-    module = context.module
-    return (
-        context.method_name in METHODS
-        and module.scope is not None
-        and module.has_variable("params", tree.HOLDER)
-    )
-
-
 def _strip(params: Any) -> Any:
     """Without adapters."""
     if not isinstance(params, Mapping):
         return params
-    return {name: _strip(node) for name, node in params.items() if name != tree.HOLDER}
+    kept = {name: node for name, node in params.items() if not isinstance(node, _Held)}
+    return {name: _strip(node) for name, node in kept.items()}

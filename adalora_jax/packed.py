@@ -213,11 +213,15 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     collections = unfreeze(dict(module.variables))
     params = collections.get("params", {})
     packed = {name: leaf.packed for name, leaf in params.items() if isinstance(leaf, _Box)}
+    layer = linen.layer_of(module, linen.input_of(args, kwargs)[1]) if packed else None
+    if layer is not None:  # others may have their weights in the same scope
+        packed = {name: weight for name, weight in packed.items() if name == layer.weight}
     method = _method(context) if packed else None
     if method is None:
         return call(*args, **kwargs)
-    # The adapter's term is added around this call, to what it gives.
-    params = {n: leaf for n, leaf in params.items() if n not in (*packed, tree.HOLDER)}
+    # A layer's adapter adds its term around this call, to what it gives.
+    holds = lambda name: layer is not None and name.startswith(tree.HOLDER)
+    params = {n: leaf for n, leaf in params.items() if n not in packed and not holds(n)}
     collections = meta.unbox({**collections, "params": params})
     flat, treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(flat) if hasattr(leaf, "shape")}

@@ -21,7 +21,7 @@ from adalora_jax.gptq import load_gptq
 from adalora_jax.layers import Layer, known, weight_increment
 from adalora_jax.packed import Packed
 from adalora_jax.tree import adapters as found_adapters
-from adalora_jax.tree import at, is_packed
+from adalora_jax.tree import at, is_packed, weight_path
 
 __all__ = [
     "MergeError",
@@ -220,8 +220,8 @@ def quantize_linen(
     params = linen.whole(variables)["params"]
     weights: dict[str, Packed] = {}
     for path, target in _targets(linen.candidates(module, variables, inputs, kwargs), recipe):
-        place = f"{path}/{target.layer.weight}".lstrip("/")
-        weight = meta.unbox(at(params, place.split("/")))
+        parts = weight_path(params, path, target.layer.weight)
+        place, weight = "/".join(parts), meta.unbox(at(params, parts))
         weights[place] = quantize(_floats(weight, place), recipe, target.layer)
     module, variables = packed.pack_linen(module, variables, weights)
     return module, {**variables, "params": _cast(variables["params"], recipe.dtype)}
@@ -331,7 +331,8 @@ def merge_linen(
     merged, errors = {}, {}
     for path, adapter in found_adapters(dict(adapters)).items():
         layer = layers.get(path)
-        place = f"{path}/{layer.weight}".lstrip("/") if layer else ""
+        parts = weight_path(whole["params"], path, layer.weight) if layer else []
+        place = "/".join(parts)
         if layer is not None and place in weights:
             weight, scale = weights[place], adapted.config.scale_of(path)
             delta = weight_increment(layer, adapter, weight.shape, scale)

@@ -48,6 +48,20 @@ def at(nested: Any, path: Sequence[str]) -> Any:
     return nested
 
 
+def weight_path(params: Any, path: str, weight: str) -> list[str]:
+    """The parts of the path of a layer's weight among nested parameters.
+
+    The path of a layer is that of its module, or that of its weight where a scope has several.
+
+    >>> params = {"up": {"kernel": 1}, "mlp": {"gate": 2, "linear": 3}}
+    >>> weight_path(params, "up", "kernel"), weight_path(params, "mlp/linear", "linear")
+    (['up', 'kernel'], ['mlp', 'linear'])
+    """
+    parts = [*filter(None, path.split("/"))]
+    node = at(params, parts)
+    return [*parts, weight] if node is None or isinstance(node, Mapping) else parts
+
+
 def canonical(tree: PyTree) -> PyTree:
     """The same containers with an :class:`Adapter` at each adapter and None at all else.
 

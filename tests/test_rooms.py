@@ -28,6 +28,7 @@ ROOMS = [
     "compaction",
     "bank",
     "targets",
+    "linen_layers",
     "linen",
     "nnx_layers",
     "nnx",
@@ -43,7 +44,7 @@ ROOMS = [
 ]
 # The one room that may import each outside package; jax, numpy and chex are everybody's.
 OUTSIDE = {
-    "flax": {"linen", "nnx_layers", "nnx", "packed", "gptq", "quantized", "demo"},
+    "flax": {"linen_layers", "linen", "nnx_layers", "nnx", "packed", "gptq", "quantized", "demo"},
     "optax": {"transform", "demo"},
     "orbax": {"checkpoint"},
     "qwix": {"quantized"},
