@@ -10,6 +10,7 @@ model has to pass through tensor by tensor.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -104,8 +105,11 @@ class TensorFile:
                 f"{self.path}: {name!r} has dtype {spec.dtype}; only {', '.join(FLOATS)} can be "
                 "computed with: convert or dequantise it first."
             )
-        data = b"".join(self.chunks(name))
-        return np.frombuffer(data, FLOATS[spec.dtype]).reshape(spec.shape)
+        array = np.empty(spec.shape, FLOATS[spec.dtype])
+        self._file.seek(spec.start)
+        if self._file.readinto(array.reshape(-1).view(np.uint8).data) < array.nbytes:
+            raise self._ends_inside(name)
+        return array
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of the tensor ``name``, some megabytes at a time."""
@@ -115,12 +119,15 @@ class TensorFile:
         while left:
             data = self._file.read(min(left, _CHUNK))
             if not data:
-                raise ValueError(f"{self.path} ends inside {name!r}: it changed while being read.")
+                raise self._ends_inside(name)
             left -= len(data)
             yield data
 
+    def _ends_inside(self, name: str) -> ValueError:
+        return ValueError(f"{self.path} ends inside {name!r}: it changed while being read.")
 
-def open_regular(path: Path) -> BinaryIO:
+
+def open_regular(path: Path) -> io.BufferedReader:
     """Opens a regular file for reading; not a pipe or a device, which may never end.
 
     Raises:

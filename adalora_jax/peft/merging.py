@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
-import functools
 import json
 import math
 import os
@@ -20,6 +18,7 @@ from adalora_jax.peft.files import read_adapter
 from adalora_jax.peft.matrices import KernelSizes, Matrix, to_matrices
 from adalora_jax.peft.names import as_names, hf_names
 from adalora_jax.peft.saved import saved_to_torch
+from adalora_jax.peft.weights import INDEX, Weights, read_weights
 from adalora_jax.tensorfile import (
     FLOATS,
     Spec,
@@ -27,33 +26,16 @@ from adalora_jax.tensorfile import (
     inside,
     new_folder,
     open_regular,
-    read_json,
     stream_tensors,
     sync,
     to_bytes,
 )
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What else a checkpoint's folder may hold of weights; it would be the base's, not merged.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 _OTHER_WEIGHTS += (".onnx", ".onnx_data", ".ot", ".tflite")
-_CONV1D = {"gpt2": frozenset(hf_names("gpt2").conv1d)}  # by model_type
 # Models whose modules and whose checkpoints have different names, or had once.
 _RENAMED = (("vit", "vit_v4"), ("vit_v4", "vit"))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Base:
-    """The weights of a checkpoint by what their headers say."""
-
-    folder: Path
-    files: dict[str, dict[str, Spec]]  # {file: {tensor: Spec}}
-    metadata: dict[str, dict[str, str]]  # of each file
-    index: dict[str, Any] | None  # of a sharded checkpoint
-
-    @functools.cached_property
-    def specs(self) -> dict[str, Spec]:
-        return {name: spec for specs in self.files.values() for name, spec in specs.items()}
 
 
 class _Change(NamedTuple):
@@ -126,10 +108,10 @@ def merge_pretrained(
         file = read_adapter(adapter)
         matrices, saved, scale = file.matrices, file.saved, file.config.scale
         conv1d = set(matrices) if file.config.fan_in_fan_out else set()
-    base, out = _read_base(Path(base_directory)), Path(out_directory)
+    base, out = read_weights(Path(base_directory)), Path(out_directory)
     if out.resolve().is_relative_to(base.folder.resolve()):
         raise ValueError(f"out_directory={str(out)!r} lies in the base's folder: name another.")
-    conv1d |= _conv1d_by_type(base.folder, matrices)
+    conv1d |= base.conv1d(matrices)
     live = {name: matrix.live() for name, matrix in matrices.items() if matrix.mask.any()}
     changes = _changes(base, live, saved, conv1d)
     with new_folder(out) as folder:
@@ -137,53 +119,8 @@ def merge_pretrained(
         _write(base, changes, scale, folder, safe, progress or (lambda tensors: tensors))
 
 
-def _read_base(folder: Path) -> _Base:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: pass that of the base model.")
-    index = None
-    if (folder / INDEX).exists():
-        path = inside(folder, INDEX)
-        index = read_json(path)
-        places = index.get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise ValueError(f"{path} has no weight_map of tensors to files.")
-        names = list(dict.fromkeys(map(str, places.values())))
-        if wrong := [name for name in names if not name.endswith(".safetensors")]:
-            raise ValueError(f"{path} names {wrong[0][:99]!r}, which is no safetensors file.")
-    elif (folder / SINGLE).exists():
-        names, places = [SINGLE], None
-    else:
-        raise FileNotFoundError(
-            f"{folder} has neither {SINGLE} nor {INDEX}. Pickled weights are not opened here: "
-            "load and save the base with transformers, which writes safetensors."
-        )
-    files, metadata = {}, {}
-    for name in names:
-        with TensorFile(inside(folder, name)) as file:
-            files[name], metadata[name] = file.specs, file.metadata
-    base = _Base(folder, files, metadata, index)
-    if places is not None:
-        found = {tensor: name for name, specs in files.items() for tensor in specs}
-        if found != places or len(found) != sum(map(len, files.values())):
-            odd = sorted(t for t in {*found, *places} if found.get(t) != places.get(t))
-            raise ValueError(
-                f"{folder / INDEX} and the files it names differ in what is where: "
-                f"{', '.join(repr(name[:99]) for name in odd[:3]) or 'a tensor is there twice'}."
-            )
-    return base
-
-
-def _conv1d_by_type(folder: Path, matrices: Iterable[str]) -> set[str]:
-    """The modules that are a Conv1D by what the base's config says it is."""
-    if not (folder / "config.json").exists():
-        return set()
-    kind = read_json(inside(folder, "config.json")).get("model_type")
-    known = _CONV1D.get(kind, frozenset()) if isinstance(kind, str) else frozenset()
-    return {name for name in matrices if name.rpartition(".")[2] in known}
-
-
 def _changes(
-    base: _Base,
+    base: Weights,
     matrices: Mapping[str, Matrix],
     saved: Mapping[str, np.ndarray],
     conv1d: set[str],
@@ -192,7 +129,7 @@ def _changes(
     specs = base.specs
     changes: dict[str, _Change] = {}
     for name, matrix in matrices.items():
-        key = next(filter(None, (_find(f"{n}.weight", specs) for n in _names(name))), None)
+        key = next(filter(None, (base.find(f"{n}.weight") for n in _names(name))), None)
         if key is None:
             near = difflib.get_close_matches(f"{name}.weight", specs, 3, 0.3)
             raise ValueError(
@@ -214,7 +151,7 @@ def _changes(
             )
         changes[key] = _Change(matrix, turned and (not straight or name in conv1d))
     for name, value in saved.items():
-        key = _find(name, specs) or name
+        key = base.find(name) or name
         if key in changes:
             raise ValueError(f"{key!r} is both adapted and saved.")
         spec = specs.get(key)
@@ -238,16 +175,8 @@ def _names(module: str) -> list[str]:
     return result
 
 
-def _find(key: str, specs: Mapping[str, Spec]) -> str | None:
-    """The tensor of that name; or of that name with or without a prefix, if there is one such."""
-    if key in specs:
-        return key
-    near = [name for name in specs if key.endswith(f".{name}") or name.endswith(f".{key}")]
-    return near[0] if len(near) == 1 else None
-
-
 def _write(
-    base: _Base,
+    base: Weights,
     changes: Mapping[str, _Change],
     scale: float,
     folder: Path,
@@ -308,7 +237,7 @@ def _dtype(array: np.ndarray) -> str:
     return next(name for name, dtype in FLOATS.items() if dtype == array.dtype)
 
 
-def _copy_others(base: _Base, folder: Path) -> None:
+def _copy_others(base: Weights, folder: Path) -> None:
     """All files that are no weights, hidden ones left out; links that lead out are refused."""
     for root, folders, names in os.walk(base.folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
