@@ -24,15 +24,13 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.core import meta
 from safetensors import safe_open
 
-from adalora_jax import linen, nnx_layers, packed
+from adalora_jax import nnx_layers, packed
 from adalora_jax.packed import Packed
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -262,7 +260,7 @@ def load_gptq(
         checkpoint, or a shape is another.
     """
     layers = read_gptq(directory, dtype)
-    params = _parameters(model, variables)
+    params = packed.parameters(model, variables)
     named = _named(params, layers, names)
     kernels, biases = {}, {}
     for path, parts in named.items():
@@ -318,21 +316,6 @@ def _with_groups(weight: GptqWeight) -> GptqWeight:
         return weight
     ins, count = weight.qweight.shape[0] * 32 // weight.bits, weight.scales.shape[0]
     return dataclasses.replace(weight, groups=jnp.arange(ins, dtype=jnp.int32) // (ins // count))
-
-
-def _parameters(model: Any, variables: Any) -> dict[str, Any]:
-    """Every parameter of a model by its path."""
-    if isinstance(model, nnx.Module):
-        return {
-            "/".join(map(str, path)): variable
-            for path, variable in nnx.to_flat_state(nnx.state(model))
-        }
-    if not isinstance(model, nn.Module) or variables is None:
-        raise TypeError(
-            f"model is a {type(model).__name__} with variables={type(variables).__name__}: it must "
-            "be an NNX module, or a linen module with its variables."
-        )
-    return packed.by_path(meta.unbox(linen.whole(variables)["params"]))
 
 
 def _named(params, layers, names) -> dict[str, list[dict[str, Any]]]:

@@ -67,7 +67,7 @@ class AdaptedModule:
           ValueError: the config selects nothing, or something that cannot be adapted.
         """
         chosen = self._targets(variables, *args, **kwargs)
-        at = sharding.on_mesh(self._specs(variables, chosen), _where(variables))
+        at = sharding.on_mesh(self._specs(variables, chosen), placement(variables))
         fresh = targets.init_all(
             key, chosen, self.config, at and {path: at[path] for path in chosen}
         )
@@ -95,7 +95,7 @@ class AdaptedModule:
         return self._specs(variables, self._targets(variables, *args, **kwargs))
 
     def _specs(self, variables, chosen):
-        where, saved = _where(variables), {}
+        where, saved = placement(variables), {}
         at = lambda path, t: tree.at(where, tree.weight_path(where, path, t.layer.weight))
         weights = {p: (t.layer, t.shape, at(p, t)) for p, t in chosen.items()}
         spec = lambda leaf, at: sharding.full(sharding.spec_of(at), len(leaf.shape))
@@ -293,7 +293,7 @@ def resolve(
     return targets.resolve(candidates(model, variables, args, kwargs), config)
 
 
-def _where(variables):
+def placement(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Where each parameter lies: a NamedSharding, or what the metadata says, or None."""
 
     def where(node):

@@ -82,7 +82,7 @@ def adapt(
     adapted = nnx.clone(model)
     by_path: dict[str, Any] = dict(modules(adapted))
     weights = {path: getattr(by_path[path], t.layer.weight) for path, t in chosen.items()}
-    where = {p: (t.layer, t.shape, _where(weights[p])) for p, t in chosen.items()}
+    where = {p: (t.layer, t.shape, placement(weights[p])) for p, t in chosen.items()}
     specs = sharding.derive(where, rules)
     fresh = targets.init_all(rngs.params(), chosen, config, sharding.on_mesh(specs, where))
     for path, target in chosen.items():
@@ -392,7 +392,36 @@ def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> n
     return dropout
 
 
-def _where(variable: Any) -> Any:
+def parameters(model: nnx.Module) -> dict[str, Any]:
+    """``{path: variable}`` of the base's parameters, adapters left out.
+
+    >>> list(parameters(nnx.Linear(6, 4, rngs=nnx.Rngs(0))))
+    ['bias', 'kernel']
+    """
+    return {
+        "/".join(map(str, path)): variable
+        for path, variable in nnx.iter_graph(model)
+        if is_weight(variable) and not isinstance(variable, AdapterParam)
+    }
+
+
+def with_parameters(model: nnx.Module, new: Mapping[str, Any]) -> Any:
+    """A copy of ``model`` with other values in the parameters at some paths.
+
+    >>> model = with_parameters(
+    ...     nnx.Linear(6, 4, rngs=nnx.Rngs(0)), {"bias": jax.numpy.ones(4)}
+    ... )
+    >>> model.bias[0]
+    Array(1., dtype=float32)
+    """
+    copy = nnx.clone(model)
+    for path, variable in parameters(copy).items():
+        if path in new:
+            variable.set_value(new[path])
+    return copy
+
+
+def placement(variable: Any) -> Any:
     """Where a variable's array lies, or is to lie by its metadata."""
     named, mesh = variable.get_metadata("out_sharding", None), variable.get_metadata("mesh", None)
     if named and not isinstance(named, NamedSharding):
@@ -417,11 +446,7 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     """Makes the parameters named by ``modules_to_save`` trainable: a copy, of another type."""
     if not config.modules_to_save:
         return
-    nodes = {
-        "/".join(map(str, path)): variable
-        for path, variable in nnx.iter_graph(model)
-        if is_weight(variable) and not isinstance(variable, AdapterParam)
-    }
+    nodes = parameters(model)
     targets.saved_roots(list(nodes), config)
     by_path = dict(modules(model))
     for path, variable in nodes.items():

@@ -26,6 +26,7 @@ from flax import core, nnx, traverse_util
 from flax.core import meta, unfreeze
 
 from adalora_jax import linen, nnx_layers, tree
+from adalora_jax import nnx as front
 from adalora_jax.lowrank import never
 from adalora_jax.tree import is_packed
 
@@ -281,6 +282,26 @@ def pack_linen(
         module = module.copy()
         object.__setattr__(module, "__class__", _packed_class(type(module)))
     return module, linen.apart({**linen.whole(variables), "params": params})
+
+
+def parameters(model: Any, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Every parameter of a model by its path: arrays or shapes for linen, variables for NNX.
+
+    Args:
+      model: an NNX module, or a linen module.
+      variables: of the linen module.
+
+    Raises:
+      TypeError: it is neither, or a linen module without variables.
+    """
+    if isinstance(model, nnx.Module) and variables is None:
+        return front.parameters(model)
+    if not isinstance(model, nn.Module) or variables is None:
+        raise TypeError(
+            f"model is a {type(model).__name__} with variables={type(variables).__name__}: it must "
+            "be an NNX module, or a linen module with its variables."
+        )
+    return by_path(linen.unboxed(variables))
 
 
 def by_path(params: Mapping[str, Any]) -> dict[str, Any]:

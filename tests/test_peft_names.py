@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from adalora_jax.peft.names import IDENTITY, NameMap, Place, as_names, hf_names
 
-FAMILIES = ["bert", "gpt2", "llama", "gemma", "qwen2", "qwen3", "vit", "vit_v4"]
+FAMILIES = ["bert", "gpt2", "llama", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3"]
+FAMILIES += ["vit", "vit_v4"]
 WHOLE = (0, 1)
 
 

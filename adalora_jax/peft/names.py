@@ -89,6 +89,15 @@ class NameMap:
                 f"{path!r} has a dot in a name, which means a new level in PyTorch: pass the "
                 "adapters under other paths."
             )
+        found = self.match(path, index)
+        if not found:
+            raise ValueError(self._unmapped(path, index, 0))
+        return found
+
+    def match(
+        self, path: str, index: tuple[int, ...] = ()
+    ) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        """As :meth:`to_hf`, but nothing where no pair fits."""
         found: dict[int, tuple[str, tuple[int, int], tuple[int, int]]] = {}
         count = 0
         for ours, theirs in self._templates:
@@ -97,9 +106,7 @@ class NameMap:
                 continue
             count = ours.part[1]
             found.setdefault(ours.part[0], (theirs.fill(values, "."), ours.part, theirs.part))
-        if not found or len(found) != count:
-            raise ValueError(self._unmapped(path, index, 0))
-        return [found[part] for part in sorted(found)]
+        return [found[part] for part in sorted(found)] if len(found) == count else []
 
     def to_flax(self, name: str) -> list[tuple[Place, tuple[int, int]]]:
         """Where the outputs of the PyTorch module ``name`` go.
@@ -219,6 +226,8 @@ _BERT = (
     ("attention/key", "attention.self.key"),
     ("attention/value", "attention.self.value"),
     ("attention/out", "attention.output.dense"),
+    ("attention/output/LayerNorm", "attention.output.LayerNorm"),
+    ("output/LayerNorm", "output.LayerNorm"),
 )
 _VIT_V4 = {
     "q": "attention.attention.query",
@@ -241,6 +250,8 @@ _VIT = {
     **{f"attention/{n}_proj": (f"attention.{n}_proj", hf) for n, hf in _VIT_V4.items()},
     "mlp/fc1": ("mlp.fc1", "intermediate.dense"),
     "mlp/fc2": ("mlp.fc2", "output.dense"),
+    "layernorm_before": ("layernorm_before", "layernorm_before"),
+    "layernorm_after": ("layernorm_after", "layernorm_after"),
 }
 _GPT2 = (
     ("attn/c_attn", "attn.c_attn"),
@@ -251,12 +262,17 @@ _GPT2 = (
     *((f"{attn}/key", "attn.c_attn:1/3") for attn in ("attn", "attention")),
     *((f"{attn}/value", "attn.c_attn:2/3") for attn in ("attn", "attention")),
     *((f"{attn}/out", "attn.c_proj") for attn in ("attn", "attention")),
+    ("ln_1", "ln_1"),
+    ("ln_2", "ln_2"),
 )
 _PROJECTIONS = tuple(f"{name}_proj" for name in "qkvo")
 _LLAMA = (
     *((f"self_attn/{name}", f"self_attn.{name}") for name in _PROJECTIONS),
     *((f"mlp/{name}_proj", f"mlp.{name}_proj") for name in ("gate", "up", "down")),
     *((f"attn/{name}", f"self_attn.{name}") for name in _PROJECTIONS),  # Tunix
+    *((f"{a}/{n}_norm", f"self_attn.{n}_norm") for a in ("self_attn", "attn") for n in "qk"),
+    ("input_layernorm", "input_layernorm"),
+    ("post_attention_layernorm", "post_attention_layernorm"),
 )
 _GEMMA = (
     *_LLAMA,
@@ -270,8 +286,30 @@ _GEMMA = (
     ("mlp/gating_einsum:0/2", "mlp.gate_proj"),
     ("mlp/gating_einsum:1/2", "mlp.up_proj"),
     ("mlp/linear", "mlp.down_proj"),
+    ("pre_attention_norm", "input_layernorm"),
 )
-_HEADS = ("classifier", "score", "qa_outputs", "lm_head", "pooler.dense")
+_GEMMA1 = (*_GEMMA, ("pre_ffw_norm", "post_attention_layernorm"))
+_GEMMA3 = (  # and Gemma 2
+    *_GEMMA,
+    *((name, name) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("post_attn_norm", "post_attention_layernorm"),
+    ("pre_ffw_norm", "pre_feedforward_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+    ("attn/_query_norm", "self_attn.q_norm"),
+    ("attn/_key_norm", "self_attn.k_norm"),
+)
+# What is beside the list of layers.
+_BESIDE_BERT = (("embeddings/{word}", "embeddings.{word}"),)
+_BESIDE_VIT = (*_BESIDE_BERT, ("layernorm", "layernorm"))
+_BESIDE_GPT2 = tuple((name, name) for name in ("wte", "wpe", "ln_f"))
+_BESIDE_LLAMA = (
+    ("embed_tokens", "embed_tokens"),
+    ("norm", "norm"),
+    ("embedder", "embed_tokens"),
+    ("final_norm", "norm"),
+)
+_HEADS = ("classifier", "score", "qa_outputs", "lm_head", "pooler.dense", "cls.{word}")
 
 
 class _Family(NamedTuple):
@@ -279,22 +317,32 @@ class _Family(NamedTuple):
     prefix: str  # what a model with a head puts in front
     parts: tuple[tuple[str, str], ...]
     flax_layers: tuple[str, ...]  # names of the list in Flax models
+    beside: tuple[tuple[str, str], ...]
     conv1d: tuple[str, ...] = ()
 
 
+_ENCODER = ("encoder/layer", "encoder/layers")
 _FAMILIES = {
-    "bert": _Family("encoder.layer", "bert", _BERT, ("encoder/layer", "encoder/layers")),
-    "gpt2": _Family("h", "transformer", _GPT2, ("h", "layers"), ("c_attn", "c_proj", "c_fc")),
-    "llama": _Family("layers", "model", _LLAMA, ("layers",)),
-    "gemma": _Family("layers", "model", _GEMMA, ("layers", "layer")),
-    "qwen2": _Family("layers", "model", _LLAMA, ("layers",)),
-    "qwen3": _Family("layers", "model", _LLAMA, ("layers",)),
+    "bert": _Family("encoder.layer", "bert", _BERT, _ENCODER, _BESIDE_BERT),
+    "gpt2": _Family(
+        *("h", "transformer", _GPT2, ("h", "layers"), _BESIDE_GPT2), ("c_attn", "c_proj", "c_fc")
+    ),
+    **{
+        name: _Family("layers", "model", parts, lists, _BESIDE_LLAMA)
+        for name, parts, lists in (
+            ("llama", _LLAMA, ("layers",)),
+            ("gemma", _GEMMA1, ("layers", "layer")),
+            ("gemma2", _GEMMA3, ("layers", "layer")),
+            ("gemma3", _GEMMA3, ("layers", "layer")),
+            ("mistral", _LLAMA, ("layers",)),
+            ("qwen2", _LLAMA, ("layers",)),
+            ("qwen3", _LLAMA, ("layers",)),
+        )
+    },
     **{
         name: _Family(
-            layers,
-            "vit",
-            tuple((flax, hf[version]) for flax, hf in _VIT.items()),
-            ("encoder/layer", "encoder/layers", "layers"),
+            *(layers, "vit", tuple((flax, hf[version]) for flax, hf in _VIT.items())),
+            *((*_ENCODER, "layers"), _BESIDE_VIT),
         )
         for version, (name, layers) in enumerate((("vit", "layers"), ("vit_v4", "encoder.layer")))
     },
@@ -303,7 +351,7 @@ _FAMILIES = {
 
 @functools.lru_cache(maxsize=256)
 def hf_names(family: str, *, root: str | None = None, prefix: str | None = None) -> NameMap:
-    """The map for a family of models: bert, gpt2, llama, gemma, qwen2, qwen3, vit or vit_v4.
+    """The map for a family of models, such as bert, llama or gemma3.
 
     It knows the names of the Flax models in transformers (up to version 4), of Tunix, of
     google-deepmind/gemma, and of layers built on Flax's own attention, each with its layers as
@@ -316,7 +364,7 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
     order, too.
 
     Args:
-      family: the name.
+      family: bert, gpt2, llama, mistral, gemma, gemma2, gemma3, qwen2, qwen3, vit or vit_v4.
       root: what is in front of the list of layers in the Flax model. None: nothing, or what the
         PyTorch model has there.
       prefix: what the PyTorch model has in front of it: None for that of a model with a head,
@@ -342,6 +390,11 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
         for part, hf in known.parts:
             name = f"{ours}{stack}{part}" if "{i}" in stack else _stacked(f"{ours}/{part}")
             pairs.append((name, f"{theirs}.{{i}}.{hf}"))
+    for r in roots:
+        pairs += [
+            ("/".join(filter(None, (r, ours))), ".".join(filter(None, (prefix, theirs))))
+            for ours, theirs in known.beside
+        ]
     for head in _HEADS:
         name = head.replace(".", "/")
         pairs.append((name, head))
