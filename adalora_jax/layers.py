@@ -201,7 +201,7 @@ def term(
 
     Args:
       layer: of ``module``, as :func:`layer_of` gave it.
-      module: read for axes, groups and precision.
+      module: read for axes, groups, precision, and what it multiplies its weight by.
       adapter: with the layer's own stack axes in front.
       x: the layer's input; token ids for an embedding.
       shape: of the layer's own weight.
@@ -220,6 +220,7 @@ def term(
     precision = getattr(module, "precision", None)
     # NumPy arrays would pass through vmap as they are, which custom derivatives do not take.
     adapter, x = Adapter(*map(jnp.asarray, adapter)), jnp.asarray(x)
+    scale = scale * _weight_scale(layer, module)
     how = {"scale": scale, "forward_mode": forward_mode, "precision": precision}
     if layer.kind == "embed":
         if attend:  # the transposed increment swaps the two factors
@@ -307,6 +308,16 @@ def _equation(module: Any) -> str | None:
         if isinstance(getattr(module, name, None), str):
             return getattr(module, name)
     return None
+
+
+def _weight_scale(layer: Layer, module: Any) -> float:
+    """What an einsum module of a model zoo multiplies its weight by before it uses it.
+
+    Gemma's hold it as ``w_scale``. An increment of W is then one of ``w_scale · W``, whether it is
+    merged or computed beside it.
+    """
+    scale = getattr(module, "w_scale", None) if layer.kind == "einsum" else None
+    return scale if isinstance(scale, (int, float)) else 1.0
 
 
 def _general(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
