@@ -181,6 +181,53 @@ def test_merging_gives_the_float_model_or_qwixs_own_again():
     np.testing.assert_array_equal(adapted(X), want)
 
 
+class Grouped(nnx.Module):
+    """Keys and values in one weight, as in Gemma, and a layer with several axes in and out."""
+
+    def __init__(self, rngs):
+        self.q = Einsum("BTD,NDH->BTNH", (4, 16, 4), rngs)
+        self.kv = Einsum("BSD,CKDH->CBSKH", (2, 4, 16, 4), rngs)
+        self.o = nnx.LinearGeneral((4, 4), (2, 8), axis=(-2, -1), rngs=rngs)
+
+    def __call__(self, x):
+        k, v = self.kv(x)
+        return self.o(self.q(x) * k + v)
+
+
+@pytest.mark.parametrize("make", [Model, Grouped])
+def test_as_lora_is_what_qwix_computes_as_its_lora(make):
+    config = CONFIG.replace(rank_limits=[("q", adalora.RankSpec(init_r=3))])
+    adapted = trained(adalora.nnx.adapt(make(nnx.Rngs(0)), config))
+    adapters = adalora.nnx.adapters(adapted)
+    masks = {path: jnp.arange(a.lam.shape[-1]) % 2 == 0 for path, a in adapters.items()}
+    masks = {p: jnp.broadcast_to(mask, adapters[p].lam.shape) for p, mask in masks.items()}
+    small = adalora.nnx.with_adapters(adapted, adalora.compact(adapters, masks))
+    lora = adalora.nnx.as_lora(small)
+    assert type(lora) is make
+    chex.assert_trees_all_equal(lora(X), make(nnx.Rngs(0))(X))
+    ranks = {
+        path: value.shape[0]
+        for path, module in nnx_layers.modules(lora)
+        for name, value in vars(module).items()
+        if name.endswith("_lora_b")
+    }
+    assert set(ranks) == set(adapters)
+    rules = [qwix.LoraRule(module_path=path, rank=r, alpha=r) for path, r in ranks.items()]
+    by = qwix.apply_lora_to_model(lora, qwix.LoraProvider(rules), X, rngs=nnx.Rngs(0))
+    want = small(X)
+    assert np.abs(want - lora(X)).max() > 0.1
+    np.testing.assert_allclose(by(X), want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_has_no_lora_of_qwixs_is_refused():
+    experts = nnx.Sequential(nnx.Einsum("ecd,edf->ecf", (4, 16, 5), rngs=nnx.Rngs(0)))
+    embed = nnx.Sequential(nnx.Embed(7, 5, rngs=nnx.Rngs(0)))
+    for model in (experts, embed):
+        adapted = adalora.nnx.adapt(model, CONFIG.replace(target_modules=".*"))
+        with pytest.raises(ValueError, match=r"has no LoRA of Qwix's.*merge them"):
+            adalora.nnx.as_lora(adapted)
+
+
 def test_what_cannot_be_is_refused():
     base = by_qwix(Model(nnx.Rngs(0)))
     adapted = adalora.nnx.adapt(base, CONFIG)
