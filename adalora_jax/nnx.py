@@ -278,41 +278,6 @@ def merge(model: nnx.Module, *, safe: bool = False) -> Any:
     return merged
 
 
-def as_lora(model: nnx.Module) -> Any:
-    """A copy of an adapted model with the adapters as Qwix names and lays out a LoRA.
-
-    Each becomes two ``nnx.LoRAParam`` of its layer, such as ``kernel_lora_a`` and
-    ``kernel_lora_b``, whose product is the whole increment: α / rank is 1 for them. This is for
-    what looks for such parameters in a model, as Tunix's export does. The copy itself computes
-    what the base does, unless Qwix runs it. For the ranks that training left, give the model
-    those first: ``with_adapters(model, compact(adapters(model), masks))``.
-
-    Args:
-      model: as :func:`adapt` made it; not changed.
-
-    Raises:
-      ValueError: a layer whose increment is no LoRA of Qwix's, such as an embedding.
-
-    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
-    >>> config = AdaLoraConfig(total_step=10, init_r=2, target_r=1, target_modules="all-linear")
-    >>> layer = as_lora(adapt(base, config)).layers[0]
-    >>> layer.kernel_lora_a.shape, layer.kernel_lora_b.shape
-    ((6, 2), (2, 4))
-    """
-    copy = nnx.clone(model)
-    for _, module in modules(copy):
-        if not isinstance(module, Adapted):
-            continue
-        layer, own = layers.known(layer_of(module), module), module.adalora
-        shape = getattr(module, layer.weight).shape
-        a, b = layers.lora_pair(layer, module, own.adapter, shape, own.scale)
-        setattr(module, f"{layer.weight}_lora_a", nnx.LoRAParam(a))
-        setattr(module, f"{layer.weight}_lora_b", nnx.LoRAParam(b))
-        del module.adalora
-        module.__class__ = base_class(type(module))
-    return copy
-
-
 def unmerge(model: nnx.Module, adapted: nnx.Module, *, safe: bool = False) -> Any:
     """A copy of a merged model with the increments of ``adapted`` taken off its weights again.
 

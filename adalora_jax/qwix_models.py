@@ -1,8 +1,8 @@
-"""NNX models that Qwix itself quantised, with ``qwix.quantize_model``: their weights, seen as ours.
+"""NNX models as Qwix has them: quantised by ``qwix.quantize_model``, or with its LoRA.
 
-Such a model keeps each weight as integers and scales in one object, and its root has a class of
-Qwix's, which puts products for quantised weights in place of JAX's while the model runs.
-``nnx.adapt`` takes it as it is.
+A model that Qwix quantised keeps each weight as integers and scales in one object, and its root has
+a class of Qwix's, which puts products for quantised weights in place of JAX's while the model runs.
+``nnx.adapt`` takes it as it is; what is here sees its weights as ours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import qwix
 from flax import nnx
 
-from adalora_jax import nnx_layers
+from adalora_jax import layers, nnx_layers
 from adalora_jax.packed import Packed
 
 # What Qwix writes into the modules of a model.
@@ -94,3 +94,41 @@ def release(model: nnx.Module) -> None:
             delattr(module, name)
     cls = type(model)
     model.__class__ = vars(cls).get(nnx_layers.UNQUANTIZED, cls)
+
+
+def as_lora(model: nnx.Module) -> Any:
+    """A copy of an adapted model with the adapters as Qwix names and lays out a LoRA.
+
+    Each becomes two ``nnx.LoRAParam`` of its layer, such as ``kernel_lora_a`` and
+    ``kernel_lora_b``, whose product is the whole increment: α / rank is 1 for them. This is for
+    what looks for such parameters in a model, as Tunix's export does. The copy itself computes
+    what the base does, unless Qwix runs it. For the ranks that training left, give the model
+    those first, with ``nnx.with_adapters`` and ``compact``.
+
+    Args:
+      model: as :func:`adalora_jax.nnx.adapt` made it; not changed.
+
+    Raises:
+      ValueError: a layer whose increment is no LoRA of Qwix's, such as an embedding.
+
+    >>> import adalora_jax as adalora
+    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = adalora.AdaLoraConfig(
+    ...     total_step=10, init_r=2, target_r=1, target_modules="all-linear"
+    ... )
+    >>> layer = as_lora(adalora.nnx.adapt(base, config)).layers[0]
+    >>> layer.kernel_lora_a.shape, layer.kernel_lora_b.shape
+    ((6, 2), (2, 4))
+    """
+    copy = nnx.clone(model)
+    for _, module in nnx_layers.modules(copy):
+        if not isinstance(module, nnx_layers.Adapted):
+            continue
+        layer, own = layers.known(nnx_layers.layer_of(module), module), module.adalora
+        shape = getattr(module, layer.weight).shape
+        a, b = layers.lora_pair(layer, module, own.adapter, shape, own.scale)
+        setattr(module, f"{layer.weight}_lora_a", nnx.LoRAParam(a))
+        setattr(module, f"{layer.weight}_lora_b", nnx.LoRAParam(b))
+        del module.adalora
+        module.__class__ = nnx_layers.base_class(type(module))
+    return copy

@@ -10,7 +10,7 @@ import qwix
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax import nnx_layers, quantized
+from adalora_jax import nnx_layers, quantized, qwix_models
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compile"),
@@ -202,7 +202,7 @@ def test_as_lora_is_what_qwix_computes_as_its_lora(make):
     masks = {path: jnp.arange(a.lam.shape[-1]) % 2 == 0 for path, a in adapters.items()}
     masks = {p: jnp.broadcast_to(mask, adapters[p].lam.shape) for p, mask in masks.items()}
     small = adalora.nnx.with_adapters(adapted, adalora.compact(adapters, masks))
-    lora = adalora.nnx.as_lora(small)
+    lora = qwix_models.as_lora(small)
     assert type(lora) is make
     chex.assert_trees_all_equal(lora(X), make(nnx.Rngs(0))(X))
     ranks = {
@@ -225,7 +225,7 @@ def test_what_has_no_lora_of_qwixs_is_refused():
     for model in (experts, embed):
         adapted = adalora.nnx.adapt(model, CONFIG.replace(target_modules=".*"))
         with pytest.raises(ValueError, match=r"has no LoRA of Qwix's.*merge them"):
-            adalora.nnx.as_lora(adapted)
+            qwix_models.as_lora(adapted)
 
 
 def test_what_cannot_be_is_refused():
