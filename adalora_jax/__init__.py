@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 # Rooms that bring further packages along, imported when they are first asked for.
-_LATER = ("checkpoint", "peft", "plot", "quantized")
+_LATER = ("checkpoint", "peft", "plot", "quantized", "qwix_models")
 
 
 def __getattr__(name: str) -> _Any:

@@ -157,6 +157,50 @@ def weight_increment(
     return layer.to_weight(delta_weight(adapter, scale=scale), shape)
 
 
+def lora_pair(
+    layer: Layer, module: Any, adapter: Adapter, shape: Sequence[int], scale: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The increment of a weight as a LoRA in Qwix's layout: ``ΔW = A B``, with s and λ in B.
+
+    A has the axes that the layer sums over and then the rank, B the rank and then the other axes;
+    those of an einsum in the weight's order, those of the other kinds as one axis. Matrices that
+    see one input, as in a weight for keys and values, have one A there, so their ranks add up.
+
+    Raises:
+      ValueError: an embedding, a convolution, or matrices that see an input each.
+
+    >>> kv = Layer("einsum", "w", (0,), (2,), (1, 3))  # BSD,CKDH->CBSKH
+    >>> adapter = Adapter(jnp.ones((2, 4, 15)), jnp.ones((2, 4)), jnp.ones((2, 4, 6)))
+    >>> a, b = lora_pair(kv, None, adapter, (2, 3, 6, 5), 1.0)
+    >>> a.shape, b.shape
+    ((6, 8), (8, 2, 3, 5))
+    """
+    lifted, own = layer._split(shape)
+    (xs, ws), _ = _operands(_equation(module) or ",->")
+    each_own = bool(lifted) or any(axis < len(ws) and ws[axis] in xs for axis in layer.stack)
+    flat = layer.kind in ("dense", "general")
+    if each_own or not (layer.kind == "einsum" or (flat and not layer.stack)):
+        raise ValueError(
+            f"a {type(module).__name__} with a weight of shape {tuple(shape)} has no LoRA of "
+            "Qwix's that computes the same: leave it out of the adapters, or merge them."
+        )
+    sizes = lambda axes: [own[axis] for axis in axes]
+    n, rank = math.prod(sizes(layer.stack)), adapter.lam.shape[-1]
+    dtype = wide(adapter.p.dtype)
+    c = (adapter.lam.astype(dtype) * jnp.asarray(scale, dtype)).reshape(n, rank, 1)
+    p = (adapter.p.astype(dtype).reshape(n, rank, -1) * c).astype(adapter.p.dtype)
+    a, b = (
+        adapter.q.reshape(n * rank, -1).T,
+        jnp.einsum("nro,nm->nrmo", p, jnp.eye(n, dtype=p.dtype)),
+    )
+    if flat:
+        return a, b.reshape(rank, -1)
+    others = (*layer.stack, *layer.outs)
+    order = [1 + others.index(axis) for axis in sorted(others)]
+    b = b.reshape(n * rank, *sizes(others)).transpose(0, *order)
+    return a.reshape(*sizes(layer.ins), n * rank), b
+
+
 def add_increment(weight: jax.Array, delta: jax.Array) -> jax.Array:
     """``W + ΔW``, summed in at least float32 and rounded once, to the weight's dtype.
 
@@ -201,7 +245,7 @@ def term(
 
     Args:
       layer: of ``module``, as :func:`layer_of` gave it.
-      module: read for axes, groups and precision.
+      module: read for axes, groups, precision, and what it multiplies its weight by.
       adapter: with the layer's own stack axes in front.
       x: the layer's input; token ids for an embedding.
       shape: of the layer's own weight.
@@ -220,6 +264,7 @@ def term(
     precision = getattr(module, "precision", None)
     # NumPy arrays would pass through vmap as they are, which custom derivatives do not take.
     adapter, x = Adapter(*map(jnp.asarray, adapter)), jnp.asarray(x)
+    scale = scale * _weight_scale(layer, module)
     how = {"scale": scale, "forward_mode": forward_mode, "precision": precision}
     if layer.kind == "embed":
         if attend:  # the transposed increment swaps the two factors
@@ -307,6 +352,16 @@ def _equation(module: Any) -> str | None:
         if isinstance(getattr(module, name, None), str):
             return getattr(module, name)
     return None
+
+
+def _weight_scale(layer: Layer, module: Any) -> float:
+    """What an einsum module of a model zoo multiplies its weight by before it uses it.
+
+    Gemma's hold it as ``w_scale``. An increment of W is then one of ``w_scale · W``, whether it is
+    merged or computed beside it.
+    """
+    scale = getattr(module, "w_scale", None) if layer.kind == "einsum" else None
+    return scale if isinstance(scale, (int, float)) else 1.0
 
 
 def _general(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

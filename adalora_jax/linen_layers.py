@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from flax.core import meta, unfreeze
 from adalora_jax import layers, targets, tree
 
 METHODS = ("__call__", "attend")
-_traces = itertools.count()
 
 
 @jax.tree_util.register_static
@@ -27,7 +25,7 @@ class _Here:
     """
 
     path: tuple[str, ...]
-    trace: int
+    trace: object
 
 
 def candidates(
@@ -64,7 +62,7 @@ def candidates(
         # A stream named params is flax's default for every stream a model may ask for.
         return module.apply(variables, *args, **{"rngs": {"params": rng}, **kwargs})
 
-    marked = {**variables, "params": _marked(unfreeze(variables["params"]), (), next(_traces))}
+    marked = {**variables, "params": _marked(unfreeze(variables["params"]), (), object())}
     with nn.intercept_methods(record):
         jax.eval_shape(run, marked, jax.random.key(0), data)
     result = {}
@@ -75,7 +73,7 @@ def candidates(
     return result
 
 
-def _marked(params: Any, path: tuple[str, ...], trace: int) -> Any:
+def _marked(params: Any, path: tuple[str, ...], trace: object) -> Any:
     if not isinstance(params, Mapping):
         return params
     inside = {name: _marked(node, (*path, name), trace) for name, node in params.items()}

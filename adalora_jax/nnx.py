@@ -25,10 +25,12 @@ from adalora_jax.nnx_layers import (
     SavedParam,
     adapted_class,
     base_class,
+    by_qwix,
     is_weight,
     layer_of,
     modules,
     own_axes,
+    stored,
 )
 
 
@@ -48,7 +50,7 @@ def adapt(
     takes the weight out of a module and computes with it sees the base.
 
     Args:
-      model: any NNX module.
+      model: any NNX module; also one whose weights ``qwix.quantize_model`` quantised.
       config: the targets, ranks and scale.
       rngs: where the initial values come from, and the dropout of the adapters: an ``nnx.Rngs``
         (stream ``params``, and ``dropout``), a PRNG key, or a seed.
@@ -81,7 +83,7 @@ def adapt(
         rngs = nnx.Rngs(rngs)
     adapted = nnx.clone(model)
     by_path: dict[str, Any] = dict(modules(adapted))
-    weights = {path: getattr(by_path[path], t.layer.weight) for path, t in chosen.items()}
+    weights = {p: stored(getattr(by_path[p], t.layer.weight)) for p, t in chosen.items()}
     where = {p: (t.layer, t.shape, placement(weights[p])) for p, t in chosen.items()}
     specs = sharding.derive(where, rules)
     fresh = targets.init_all(rngs.params(), chosen, config, sharding.on_mesh(specs, where))
@@ -310,6 +312,11 @@ def _add_increments(model: nnx.Module, adapted: nnx.Module, sign: int, safe: boo
         weight = getattr(own.get(path), layer.weight, None)
         if weight is None:
             raise ValueError(f"model has no layer {path!r}: it is another one than was adapted.")
+        if by_qwix(weight):
+            raise ValueError(
+                f"the weight of {path!r} is quantised: adalora_jax.quantized.merge_nnx merges into "
+                "such a model, and says what error that makes."
+            )
         if id(weight) in done:
             continue
         done.add(id(weight))
@@ -452,6 +459,11 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     for path, variable in nodes.items():
         if targets.saved(path, config):
             parent, _, name = path.rpartition("/")
+            if parent not in by_path:  # inside of what Qwix made of a weight
+                raise ValueError(
+                    f"modules_to_save: {path!r} is quantised, so it cannot train: leave it as it "
+                    "is in the rules for Qwix, or do not name it."
+                )
             metadata = variable.get_metadata() | PLACED
             copied = SavedParam(jax.numpy.copy(variable[...]), **metadata)
             setattr(by_path[parent], name, copied)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ from flax import nnx
 from adalora_jax import layers, tree
 from adalora_jax.adapter import Adapter
 
+# Where the class that Qwix gives a model's root keeps the class that it was.
+UNQUANTIZED = "_unquantized_type"
 # Values are made where they belong; Flax would need the mesh again to see to it, at every copy.
 PLACED = {"eager_sharding": False}
 
@@ -89,8 +93,8 @@ class Adapted(nnx.Module):
 
     def __call__(self, inputs, *args, **kwargs):
         output = super().__call__(inputs, *args, **kwargs)
-        named = dict(enumerate(args)) | kwargs
-        return self.adalora.add(self, output, inputs, **{str(k): v for k, v in named.items()})
+        named = {str(name): value for name, value in (dict(enumerate(args)) | kwargs).items()}
+        return _unintercepted(self.adalora.add)(self, output, inputs, **named)
 
 
 class _AdaptedEmbed(Adapted):
@@ -98,7 +102,17 @@ class _AdaptedEmbed(Adapted):
 
     def attend(self, query, *args, **kwargs):
         output = super().attend(query, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return self.adalora.add(self, output, query, attend=True)
+        return _unintercepted(self.adalora.add)(self, output, query, attend=True)
+
+
+def _unintercepted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as it is in a model that Qwix quantised, too.
+
+    While such a model runs, Qwix puts its own in place of JAX's products. It would take p and q for
+    weights that are still to be quantised.
+    """
+    qwix = sys.modules.get("qwix._src.interception")  # there is no such model without it
+    return function if qwix is None else qwix.disable_interceptions(function)
 
 
 _FLAX_LAYERS = (
@@ -127,8 +141,13 @@ def extended_class(cls: type, mixin: type, prefix: str) -> type:
     >>> [c.__name__ for c in extended_class(nnx.Linear, Adapted, "AdaLora").__mro__[:3]]
     ['AdaLoraLinear', 'Adapted', 'Linear']
     """
-    # A layer that runs on a packed weight counts as the Flax layer that it is.
-    is_layer = lambda base: base in _FLAX_LAYERS or vars(base).get("stands_for_its_layer", False)
+
+    def is_layer(base):
+        # A layer that runs on a packed weight counts as the Flax layer that it is; and so does one
+        # that Qwix gave a class of its own, which goes past what stands between it and its layer.
+        own = vars(base)
+        return base in _FLAX_LAYERS or "stands_for_its_layer" in own or UNQUANTIZED in own
+
     base = next((base for base in cls.__mro__ if is_layer(base)), cls)
     inner = type(f"{prefix}{base.__name__}", (mixin, base), {"__module__": __name__})
     if base is cls:
@@ -157,9 +176,23 @@ def layer_of(module: nnx.Module, equation: str | None = None) -> layers.Layer | 
 
 
 def is_weight(value: Any) -> bool:
-    """True for a parameter, or a variable that holds a weight in packed integers."""
+    """True for a parameter, or what holds a weight in integers."""
     packed = isinstance(value, nnx.Variable) and tree.is_packed(value.get_raw_value())
-    return packed or isinstance(value, nnx.Param)
+    return packed or isinstance(value, nnx.Param) or by_qwix(value)
+
+
+def by_qwix(value: Any) -> bool:
+    """True for a weight as ``qwix.quantize_model`` leaves it: integers and scales in one object.
+
+    >>> by_qwix(nnx.Param(1.0))
+    False
+    """
+    return hasattr(value, "how") and hasattr(getattr(value, "array", None), "qvalue")
+
+
+def stored(weight: Any) -> nnx.Variable:
+    """The variable that says where a weight lies."""
+    return weight.array.qvalue if by_qwix(weight) else weight
 
 
 def own_axes(layer: layers.Layer) -> int:

@@ -14,7 +14,7 @@ import qwix
 from flax import nnx
 from flax.core import meta
 
-from adalora_jax import compaction, linen, nnx_layers, packed, targets
+from adalora_jax import compaction, linen, nnx_layers, packed, qwix_models, targets
 from adalora_jax import nnx as front
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.gptq import load_gptq
@@ -261,7 +261,8 @@ def quantize_nnx(model: nnx.Module, recipe: str | Recipe, *inputs: Any, **kwargs
     for path, target in _targets(front.candidates(model, of_adapted=True), recipe):
         place = f"{path}/{target.layer.weight}".lstrip("/")
         variable = getattr(dict(nnx_layers.modules(model))[path], target.layer.weight)
-        weights[place] = quantize(_floats(variable.get_raw_value(), place), recipe, target.layer)
+        value = nnx_layers.stored(variable).get_raw_value()
+        weights[place] = quantize(_floats(value, place), recipe, target.layer)
     model = packed.pack_nnx(model, weights)
     if recipe.dtype is not None:
         is_base = lambda path, leaf: type(leaf) is nnx.Param
@@ -349,6 +350,9 @@ def merge_linen(
 def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
     """:func:`merge_linen` for an adapted NNX model on a quantised base, which is left as it is.
 
+    The base may be one that ``qwix.quantize_model`` made, too. With a dtype it is of its own class
+    again afterwards; with ``"requantize"`` it is still Qwix's.
+
     >>> import adalora_jax
     >>> base = quantize_nnx(nnx.Sequential(nnx.Linear(64, 4, rngs=nnx.Rngs(0))), "nf4")
     >>> options = {"target_modules": "all-linear", "init_lora_weights": False}
@@ -362,7 +366,7 @@ def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
     model = nnx.clone(model)
     dtype = _dtype(to)
     dense: dict[int, Any] = {}  # a tied weight has several layers
-    errors = {}
+    errors = _merge_by_qwix(model, to)
     for path, module in nnx_layers.modules(model):
         if not isinstance(module, packed.PackedLayer):
             continue
@@ -384,6 +388,29 @@ def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
         else:
             packed.unpack_layer(module, layer.weight, new)
     return Merged(front.merge(model), errors)
+
+
+def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeError]:
+    """Merges into the weights that Qwix itself quantised, in place; what that cost."""
+    dtype, errors = _dtype(to), {}
+    held = qwix_models.weights(model)
+    if held and dtype is None and to != "requantize":
+        raise ValueError(
+            f"to={to!r}: Qwix quantised this model, and would take it for one of its own still. "
+            "Merge to='requantize', or to a dtype and quantise that with quantize_nnx."
+        )
+    for path, module, name, weight in held:
+        adaptation, layer = getattr(module, "adalora", None), nnx_layers.layer_of(module)
+        new: Any = weight if dtype is None else weight.dequantize(dtype)
+        if adaptation is not None and layer is not None and layer.weight == name:
+            delta = weight_increment(layer, adaptation.adapter, weight.shape, adaptation.scale)
+            new, errors[path] = _put(weight, delta, layer, to)
+            del module.adalora
+            module.__class__ = nnx_layers.base_class(type(module))
+        setattr(module, name, weight.variable(new))
+    if held and dtype is not None:
+        qwix_models.release(model)
+    return errors
 
 
 def _put(weight: Packed, delta: jax.Array, layer: Layer, to: Any) -> tuple[Any, MergeError]:

@@ -78,7 +78,7 @@ def adalora(
         # Some optimizers keep the first parameters; callers donate both, so it must be a copy.
         own = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
         inner_state = jax.tree.map(own, inner.init(params))
-        return AdaLoraOptState(inner_state, init_allocator(params, config))
+        return AdaLoraOptState(inner_state, _in_variables(init_allocator(params, config), params))
 
     def update(
         updates: optax.Updates,
@@ -97,11 +97,11 @@ def adalora(
         weights = current
         if config.sensitivity_at == "updated":
             weights = optax.apply_updates(current, moves)
-        step = state.allocator.step
-        allocator = update_allocator(state.allocator, weights, gradients, step, config)
-        keep = enforced(allocator.masks, state.allocator, step, config)
+        before = tree.bare(state.allocator)
+        allocator = update_allocator(before, weights, gradients, before.step, config)
+        keep = enforced(allocator.masks, before, before.step, config)
         pruned = tree.insert(updates, tree.each(_prune, current, moves, keep))
-        return pruned, AdaLoraOptState(inner_state, allocator)
+        return pruned, AdaLoraOptState(inner_state, _like(state.allocator, allocator))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -127,11 +127,26 @@ def allocator_state(opt_state: PyTree) -> AllocatorState:
             f"opt_state holds {len(found)} AllocatorStates instead of one: pass the state of an "
             "optimizer that was wrapped by adalora(...) once."
         )
-    # nnx.Optimizer keeps every leaf in a Variable.
-    is_variable = lambda node: hasattr(node, "get_value")
-    return jax.tree.map(
-        lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, found[0], is_leaf=is_variable
+    return tree.bare(found[0])  # nnx.Optimizer keeps every leaf in a Variable
+
+
+def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState:
+    """The averages and masks in NNX Variables of the kind that their parameters are in, if any.
+
+    As other optimizers' moments are: the metadata of a Variable says where on a mesh it is to lie,
+    and what places an optimizer's state goes by that.
+    """
+    own = tree.canonical(params, variables=True)
+    return state._replace(
+        masks=_like(tree.each(lambda adapter: adapter.lam, own), state.masks),
+        sensitivity=_like(own, state.sensitivity),
+        uncertainty=_like(own, state.uncertainty),
     )
+
+
+def _like(own: PyTree, bare: PyTree) -> Any:
+    """The arrays of ``bare`` in the containers and Variables of ``own``."""
+    return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(bare))
 
 
 def _prune(adapter: Adapter, move: Adapter, keep: jax.Array) -> Adapter:

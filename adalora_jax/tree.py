@@ -62,10 +62,33 @@ def weight_path(params: Any, path: str, weight: str) -> list[str]:
     return [*parts, weight] if node is None or isinstance(node, Mapping) else parts
 
 
-def canonical(tree: PyTree) -> PyTree:
+def is_variable(node: Any) -> bool:
+    """True for an NNX Variable, which holds an array and says where it lies.
+
+    >>> is_variable(1.0)
+    False
+    """
+    return hasattr(node, "get_value")
+
+
+def bare(tree: PyTree) -> PyTree:
+    """``tree`` with the arrays of NNX Variables in place of the Variables.
+
+    >>> bare({"a": 1.0})
+    {'a': 1.0}
+    """
+    get = lambda node: node.get_value() if is_variable(node) else node
+    return jax.tree.map(get, tree, is_leaf=is_variable)
+
+
+def canonical(tree: PyTree, *, variables: bool = False) -> PyTree:
     """The same containers with an :class:`Adapter` at each adapter and None at all else.
 
     Everything that is computed over adapters is computed on this form, with ``jax.tree.map``.
+
+    Args:
+      tree: containers of any kind.
+      variables: leave NNX Variables as they are; otherwise their arrays are taken.
 
     Raises:
       ValueError: an adapter's shapes do not belong together.
@@ -76,7 +99,8 @@ def canonical(tree: PyTree) -> PyTree:
     ((2,), None)
     """
     nodes, treedef = _nodes(tree)
-    return treedef.unflatten([_as_adapter(node, path) for path, node in nodes])
+    is_leaf = is_variable if variables else None
+    return treedef.unflatten([_as_adapter(node, path, is_leaf) for path, node in nodes])
 
 
 def each(function: Callable[..., Any], adapters: PyTree, *rest: PyTree) -> Any:
@@ -192,14 +216,19 @@ def owner(name: str, paths: Iterable[str]) -> str | None:
 
 
 def _nodes(tree):
-    """The adapters and the other leaves of ``tree``, each with its path, and what holds them."""
-    return tree_util.tree_flatten_with_path(tree, is_leaf=is_adapter)
+    """The adapters and the other leaves of ``tree``, each with its path, and what holds them.
+
+    A Variable counts as one leaf, so that what stands at its place does not depend on whether the
+    parameters come in Variables, as to an optimizer's ``init``, or as arrays, as to its ``update``.
+    """
+    is_leaf = lambda node: is_adapter(node) or is_variable(node)
+    return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
 
 
-def _as_adapter(node: Any, path: tuple[Any, ...]) -> Adapter | None:
+def _as_adapter(node: Any, path: tuple[Any, ...], is_leaf: Any = None) -> Adapter | None:
     if not is_adapter(node):
         return None
-    named = tree_util.tree_flatten_with_path(node)[0]
+    named = tree_util.tree_flatten_with_path(node, is_leaf)[0]
     adapter = Adapter(**{_field(key): leaf for key, leaf in named})
     if all(hasattr(leaf, "shape") for leaf in adapter):
         check_adapter(adapter, path_name(path) or "adapter")

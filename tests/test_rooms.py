@@ -35,6 +35,7 @@ ROOMS = [
     "checkpoint",
     "tensorfile",
     "packed",
+    "qwix_models",
     "gptq",
     "quantized",
     "peft",
@@ -44,10 +45,20 @@ ROOMS = [
 ]
 # The one room that may import each outside package; jax, numpy and chex are everybody's.
 OUTSIDE = {
-    "flax": {"linen_layers", "linen", "nnx_layers", "nnx", "packed", "gptq", "quantized", "demo"},
+    "flax": {
+        "linen_layers",
+        "linen",
+        "nnx_layers",
+        "nnx",
+        "packed",
+        "qwix_models",
+        "gptq",
+        "quantized",
+        "demo",
+    },
     "optax": {"transform", "demo"},
     "orbax": {"checkpoint"},
-    "qwix": {"quantized"},
+    "qwix": {"qwix_models", "quantized"},
     "safetensors": {"gptq"},
     "matplotlib": {"plot"},
     "sklearn": {"demo"},

@@ -30,13 +30,15 @@ def _wide() -> dict[str, Any]:
 class TunixEinsum(nnx.Module):
     """The einsum module of a model zoo."""
 
-    def __init__(self, einsum_str, shape, rngs):
+    def __init__(self, einsum_str, shape, rngs, w_scale=None):
         self.einsum_str = einsum_str
         self.shape = shape
+        self.w_scale = w_scale
         self.w = nnx.Param(jax.random.normal(rngs.params(), shape))
 
     def __call__(self, x):
-        return jnp.einsum(self.einsum_str, x, self.w[...])
+        w = self.w[...] if self.w_scale is None else self.w[...] * self.w_scale
+        return jnp.einsum(self.einsum_str, x, w)
 
 
 class Projections(nnx.Module):
@@ -187,6 +189,9 @@ CELLS = {
             "q": ordered("dnh", "ndh", d=5, n=2, h=3),
             "kv": ordered("cdkh", "ckdh", c=2, k=2, d=5, h=3),
         },
+    ),
+    "custom-einsum-scaled": Cell(
+        lambda r: TunixEinsum("BTD,DNP->BTNP", (5, 2, 3), r, w_scale=0.25), ((2, 3, 5),)
     ),
     "embed": Cell(lambda r: nnx.Embed(11, 4, **_wide(), rngs=r), (_ids(2, 3),)),
     "tied-head": Cell(TiedHead, (_ids(2, 3),)),
