@@ -1,7 +1,12 @@
 """Strict arithmetic for the tests."""
 
+import os
+
+import compiling
 import jax
 import pytest
+
+os.environ.setdefault("XLA_FLAGS", compiling.FLAGS)  # XLA reads it when it first compiles
 
 
 @pytest.fixture(autouse=True)
@@ -16,12 +21,3 @@ def strict_dtypes():
     """No silent promotion of dtypes: for tests without optax, whose own code promotes."""
     with jax.numpy_dtype_promotion("strict"):
         yield
-
-
-@pytest.fixture
-def quick_compile():
-    """For tests that run many small programs once: compiling them is what takes the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

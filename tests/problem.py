@@ -10,8 +10,6 @@ import adalora_jax as al
 # {name: (in, out, stack)}: different shapes, one of them two stacked layers. In JAX's order.
 SHAPES = {"down": (5, 3, ()), "key": (4, 4, ()), "layers": (3, 5, (2,))}
 MATRICES = 4
-# Compiled without LLVM's optimizations: the programs are large and run for microseconds.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def adapters(config, seed=0, shapes=SHAPES, ranks=None):

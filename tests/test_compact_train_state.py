@@ -53,7 +53,6 @@ def run(tx, params, state, data, start, stop):
     return params, state, losses
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] if name in RARE else []) for name in OPTIMIZERS],

@@ -16,8 +16,6 @@ from flax import nnx
 import adalora_jax as adalora
 from adalora_jax import AdaLoraConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = AdaLoraConfig(total_step=24, init_r=4, target_r=2, tinit=3, tfinal=4, deltaT=3)
 SCORES = ["sensitivity_uncertainty", "smoothed_sensitivity", "upper_confidence"]
 ROWS = ["down", "key", "layers[0]", "layers[1]"]  # the problem's matrices

@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 import adalora_jax as adalora
 from adalora_jax import gptq, quantized
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 PINNED = np.load(Path(__file__).parent / "gptq_tensors" / "packed.npz")
 CASES = [
     f"{bits}-{sym}-{order}"

@@ -11,8 +11,6 @@ from flax.training.train_state import TrainState
 
 import adalora_jax as adalora
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class Block(nn.Module):
     @nn.compact

@@ -1,13 +1,13 @@
 """On 8 virtual devices: every mesh trains as one device does, with one decision everywhere."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from compiling import environment
 
 HERE = pathlib.Path(__file__).parent
 TRIPLETS = 4 * (4 * 8 + 1)  # init_r, of four stacks of eight and of one layer by itself
@@ -22,15 +22,10 @@ ALL = [
 
 def run(layouts, *flags):
     """``{layout: what came of it}`` of runs in one process."""
-    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
     command = [sys.executable, str(HERE / "mesh_run.py"), *layouts, *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, env=environment(devices=8), capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

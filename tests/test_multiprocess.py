@@ -1,6 +1,5 @@
 """Several processes that train together, one of which is killed: the result has the same bits."""
 
-import os
 import pathlib
 import signal
 import socket
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from compiling import environment
 from multiprocess_run import CONFIG
 
 import adalora_jax as adalora
@@ -24,17 +24,11 @@ def start(count, folder, result, *kill_at):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
     command = [sys.executable, str(HERE / "multiprocess_run.py"), str(port), str(count)]
     return [
         subprocess.Popen(
             [*command, str(index), str(folder), str(result), *map(str, kill_at)],
-            env=environment,
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -10,8 +10,6 @@ from flax import nnx
 
 import adalora_jax as adalora
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class Block(nnx.Module):
     def __init__(self, rngs):

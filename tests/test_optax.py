@@ -14,8 +14,6 @@ from optax import contrib
 
 import adalora_jax as al
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = al.AdaLoraConfig(total_step=8, init_r=3, target_r=2, tinit=1, tfinal=2, deltaT=2)
 SHAPES = {"a": (2, 3, ()), "b": (3, 2, ())}
 MASKED = (2, 4, 6, 7)  # a new mask every second step after the first, the final one at 8 − 2
@@ -64,10 +62,6 @@ def train_step(tx, **extra):
     return step
 
 
-def quick(function):
-    return jax.jit(function, compiler_options=problem.QUICK)
-
-
 def describe(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
 
@@ -77,8 +71,8 @@ def test_a_run_traces_once_and_prunes_exactly(name):
     tx = al.adalora(make(name), CONFIG)
     extra = {"value": jnp.float32(1), "an_argument_nobody_expects": 1}
     chex.clear_trace_counter()
-    step = quick(chex.assert_max_traces(train_step(tx, **extra), n=1))
-    carry = (params, state) = parameters(), quick(tx.init)(parameters())
+    step = jax.jit(chex.assert_max_traces(train_step(tx, **extra), n=1))
+    carry = (params, state) = parameters(), jax.jit(tx.init)(parameters())
     for t in range(CONFIG.total_step):
         carry = (after, state) = step(*carry)
         assert describe(carry) == describe((params, tx.init(params)))
@@ -100,7 +94,7 @@ def test_other_parameters_get_exactly_the_inner_optimizers_update(name):
     tx = al.adalora(inner, CONFIG)
     params, state = parameters(), tx.init(parameters())
 
-    @quick
+    @jax.jit
     def two_ways(params, state):
         grads = gradients(params)
         plain, _ = inner.update(grads, state.inner, params)
@@ -152,7 +146,7 @@ def test_a_schedule_may_be_injected_and_is_read_back(name):
         injected = optax.inject_hyperparams(factory)(learning_rate=schedule)
         plain = factory(schedule)
 
-        @quick
+        @jax.jit
         def both(ours, theirs):
             return train_step(injected)(*ours), train_step(plain)(*theirs)
 
@@ -190,7 +184,7 @@ def test_accumulation_with_multisteps_counts_applied_updates(name):
     """Three mini-steps make one step; in between nothing moves."""
     with jax.numpy_dtype_promotion("standard"):
         tx = optax.MultiSteps(al.adalora(make(name), CONFIG), every_k_schedule=3)
-        step = quick(train_step(tx))
+        step = jax.jit(train_step(tx))
         params = parameters()
         carry = (params, tx.init(params))
         for mini in range(1, 3 * CONFIG.total_step + 1):
@@ -244,10 +238,9 @@ def test_a_scan_over_steps_is_the_loop():
     tx = al.adalora(make("adamw"), CONFIG)
     step = train_step(tx)
     start = (parameters(), tx.init(parameters()))
-    scanned, _ = quick(lambda carry: jax.lax.scan(lambda c, _: (step(*c), None), carry, length=8))(
-        start
-    )
-    looped, jitted = start, quick(step)
+    scan = lambda carry: jax.lax.scan(lambda c, _: (step(*c), None), carry, length=8)
+    scanned, _ = jax.jit(scan)(start)
+    looped, jitted = start, jax.jit(step)
     for _ in range(8):
         looped = jitted(*looped)
     problem.assert_same_bits(scanned[1].allocator.masks, looped[1].allocator.masks)
@@ -268,7 +261,7 @@ def test_pruned_is_exactly_zero_where_updates_and_parameters_differ_in_precision
     tx = al.adalora(problem.lenient(optax.chain(optax.sgd(0.3), cast)), CONFIG)
     drawn = CONFIG.replace(param_dtype=params_in, init_lora_weights=False)  # λ with all its digits
     params = {"block": problem.adapters(drawn, shapes=SHAPES)}
-    state, update = tx.init(params), quick(tx.update)
+    state, update = tx.init(params), jax.jit(tx.update)
     for t in range(CONFIG.total_step):
         updates, state = update(gradients(params), state, params)
         with jax.numpy_dtype_promotion("standard"):  # apply_updates adds the one to the other
@@ -310,7 +303,7 @@ def test_an_inner_optimizer_that_needs_the_loss_gets_it():
 def test_schedule_free_evaluates_pruned_once_the_masks_are_applied():
     """Its evaluation point mixes in another sequence, in which a pruned λ is not zero."""
     tx = al.adalora(make("schedule_free"), CONFIG)
-    carry, step = (parameters(), tx.init(parameters())), quick(train_step(tx))
+    carry, step = (parameters(), tx.init(parameters())), jax.jit(train_step(tx))
     for _ in range(CONFIG.total_step):
         carry = step(*carry)
     params, state = carry

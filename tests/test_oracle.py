@@ -13,8 +13,6 @@ import pytest
 
 import adalora_jax as al
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SEEDS = (0, 1, 2)
 
 
@@ -80,7 +78,7 @@ def runs(config, inner, seeds):
     data = [problem.batches(config, seed) for seed in seeds]
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     tx = al.adalora(inner, config)
-    step = jax.jit(jax.vmap(problem.train_step(tx, config)), compiler_options=problem.QUICK)
+    step = jax.jit(jax.vmap(problem.train_step(tx, config)))
     params, batches, records = stack(starts), stack(data), []
     state = jax.vmap(tx.init)(params)
     for t in range(config.total_step):

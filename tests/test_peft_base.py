@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from compiling import environment
 from flax import nnx
 from hf_flax import NNX_LLAMA, Bert, Llama, NnxLlama, Sizes
 from safetensors.numpy import save_file
@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 import adalora_jax as adalora
 from adalora_jax import peft, quantized
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "_flax_ranks")
+pytestmark = pytest.mark.usefixtures("_flax_ranks")
 SIZES = Sizes(layers=3)
 IDS = np.arange(14).reshape(2, 7) * 5 % SIZES.vocabulary
 LLAMA = peft.NameMap((*NNX_LLAMA, *peft.hf_names("llama").pairs))
@@ -366,14 +366,10 @@ def test_one_file_by_its_name(tmp_path):
 def test_on_eight_devices_and_within_memory(what, tmp_path):
     """``loading_run.py``, which says what it checks."""
     here = pathlib.Path(__file__).parent
-    paths = [str(here.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
     command = [sys.executable, str(here / "loading_run.py"), what, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment(devices=8), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

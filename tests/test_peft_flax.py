@@ -45,7 +45,6 @@ class Kinds(nn.Module):
         return y.sum() + z.sum() + c.sum()
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("writer", [peft.save_pretrained, peft.save_as_lora])
 def test_weights_of_many_axes_are_reshaped_as_converters_of_checkpoints_do(writer, tmp_path):
     """The merged weights (the base is zero), brought into PyTorch's form by hand."""
@@ -174,7 +173,6 @@ def test_a_trained_model_computes_the_same_after_save_and_load(run, tmp_path):
         )
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_adapters_of_nnx_are_written_alike(tmp_path):
     model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 5, rngs=nnx.Rngs(1)))
     config = CONFIG.replace(target_modules="all-linear")

@@ -75,7 +75,7 @@ CONFIG = al.AdaLoraConfig(
     total_step=10, init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=2, orth_reg_weight=0.1
 )
 TX = al.adalora(problem.lenient(optax.adam(0.03)), CONFIG)
-STEP = jax.jit(problem.train_step(TX, CONFIG), compiler_options=problem.QUICK)
+STEP = jax.jit(problem.train_step(TX, CONFIG))
 
 
 @functools.cache
@@ -223,9 +223,7 @@ def test_a_run_split_at_any_step_and_resumed_is_bit_identical(split):
 
 
 def test_donated_runs_are_bit_identical():
-    donating = jax.jit(
-        problem.train_step(TX, CONFIG), donate_argnums=(0, 1), compiler_options=problem.QUICK
-    )
+    donating = jax.jit(problem.train_step(TX, CONFIG), donate_argnums=(0, 1))
     carry = start()
     for t in range(CONFIG.total_step):
         given_away = carry
@@ -302,7 +300,7 @@ def test_jit_is_eager_is_vmap():
 def test_x64_changes_neither_the_dtypes_nor_the_masks_of_a_float32_run():
     with jax.enable_x64(True):
         tx = al.adalora(problem.lenient(optax.adam(0.03)), CONFIG)
-        step = jax.jit(problem.train_step(tx, CONFIG), compiler_options=problem.QUICK)
+        step = jax.jit(problem.train_step(tx, CONFIG))
         carry = jax.tree.map(jnp.asarray, whole_run()[0])
         assert_like(tx.init(carry[0]), carry[1])
         for t in range(CONFIG.total_step):

@@ -17,7 +17,6 @@ from adalora_jax import packed, quantized
 from adalora_jax.tree import is_packed
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
     pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),  # Qwix's
 ]
 WIDTH = 64

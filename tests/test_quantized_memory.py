@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from compiling import AS_USERS
 from flax import nnx
 
 import adalora_jax as adalora
@@ -50,7 +51,8 @@ CONFIG = adalora.AdaLoraConfig(total_step=9, init_r=2, target_r=1, target_module
 
 def temporaries(step, *arguments):
     """Bytes that the compiled step needs beside its arguments and results."""
-    return jax.jit(step).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    program = jax.jit(step).lower(*arguments).compile(AS_USERS)
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def linen_step_memory(scanned, recipe):

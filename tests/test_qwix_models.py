@@ -13,7 +13,6 @@ import adalora_jax as adalora
 from adalora_jax import nnx_layers, quantized, qwix_models
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
     # Qwix's own.
     pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning"),

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from compiling import AS_USERS
 
 import adalora_jax as adalora
 
@@ -87,7 +88,7 @@ def elements_of(line):
 
 def copies(program):
     """Copies of arrays as large as an activation, in the whole compiled program."""
-    found = re.findall(r"= (\S+) ([\w\-]+)\(", program.compile().as_text())
+    found = re.findall(r"= (\S+) ([\w\-]+)\(", program.compile(AS_USERS).as_text())
     return [
         f"{kind} {shape}"
         for shape, kind in found

@@ -10,8 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = adalora.AdaLoraConfig(
     total_step=5,
     tfinal=1,

@@ -11,8 +11,6 @@ from flax import nnx
 
 import adalora_jax as al
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = al.AdaLoraConfig(total_step=6, init_r=3, target_r=2, tinit=1, tfinal=2)
 SHAPES = {"a": (2, 3, ()), "b": (3, 2, ())}
 

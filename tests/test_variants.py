@@ -13,8 +13,6 @@ import adalora_jax as al
 from adalora_jax.allocator import keep_best
 from adalora_jax.importance import triplet_scores
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = al.AdaLoraConfig(total_step=1000, init_r=12, target_r=8)
 LINEAR = CONFIG.replace(budget_schedule="linear")
 

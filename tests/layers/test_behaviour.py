@@ -13,7 +13,6 @@ from flax import nnx
 
 import adalora_jax as adalora
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = adalora.AdaLoraConfig(
     total_step=10, init_r=4, target_r=2, target_modules="all-linear", init_lora_weights=False
 )

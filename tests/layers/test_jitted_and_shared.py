@@ -12,7 +12,6 @@ import pytest
 import adalora_jax as adalora
 from adalora_jax import quantized
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = adalora.AdaLoraConfig(
     total_step=4, init_r=3, target_r=1, target_modules="all-linear", init_lora_weights=False
 )

@@ -7,7 +7,6 @@ from linen_cells import CELLS
 from linen_subject import subject
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
     pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated"),
 ]
 

@@ -6,8 +6,6 @@ import pytest
 from nnx_cells import CELLS
 from nnx_subject import subject
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # One of every sort; the others in float32, and trained, are for the long run.
 QUICK = [
     "linear",

@@ -19,7 +19,6 @@ from adalora_jax import quantized
 from adalora_jax.tree import is_packed
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
     pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated"),
 ]
 

@@ -15,8 +15,6 @@ from flax import nnx
 import adalora_jax as adalora
 from adalora_jax.allocator import keep_best
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class Attention(nn.Module):
     @nn.compact

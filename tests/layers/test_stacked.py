@@ -19,8 +19,6 @@ from nnx_cells import Cell as NnxCell
 
 import adalora_jax as adalora
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class Block(nn.Module):
     """A residual block with three kinds of layers."""

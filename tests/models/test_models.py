@@ -15,7 +15,6 @@ from flax import nnx
 import adalora_jax as adalora
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
     pytest.mark.filterwarnings("ignore:Using 'Module.sow"),
 ]
 IDS = jnp.arange(10, dtype=jnp.int32).reshape(2, 5) * 3 % 11

@@ -1,0 +1,31 @@
+"""How the tests compile: quickly, to slower programs that compute the same.
+
+Most of what the tests take is compilation, of programs that then run for a millisecond. So the
+compiler is told to leave out what only makes programs faster, unless ``XLA_FLAGS`` says otherwise
+already: ``XLA_FLAGS= python -m pytest`` compiles as users do, and takes three times as long.
+"""
+
+import os
+import pathlib
+
+QUICK = {
+    "xla_backend_optimization_level": (0, 3),
+    "xla_llvm_disable_expensive_passes": (True, False),
+    # An element-wise operation is emitted as it stands, not lowered through several dialects.
+    "xla_cpu_use_fusion_emitters": (False, True),
+    # One module for LLVM. To split it pays with many cores.
+    "xla_cpu_parallel_codegen_split_count": (1, 32),
+}
+FLAGS = " ".join(f"--{name}={str(quick).lower()}" for name, (quick, _) in QUICK.items())
+# For ``.compile(AS_USERS)``: where a test is about the compiled program itself.
+AS_USERS = {name: usual for name, (_, usual) in QUICK.items()}
+
+
+def environment(devices=1):
+    """For a process that a test starts: it finds the package, and so many devices of a CPU."""
+    paths = [str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {os.environ['XLA_FLAGS']}",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
