@@ -329,7 +329,7 @@ class _Held:
     adapter: Adapter
     scale: float = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
-    forward_mode: str = dataclasses.field(metadata={"static": True})
+    forward_mode: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, node: Any, config: AdaLoraConfig, path: str) -> _Held:
