@@ -1,0 +1,371 @@
+"""The ways to fine-tune a model that the benchmarks compare, each as one jitted training step.
+
+All have the model, its weights, the batch, the optimizer and the first values of the adapters in
+common, so those that compute the same lose the same. A :class:`Peer` says what trains, and how
+that becomes a loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from networks import Linen, Nnx, Shape, cross_entropy, data
+
+import adalora_jax as adalora
+
+ADAMW = optax.adamw(1e-3)
+RANK = 12
+
+
+class Peer(NamedTuple):
+    """A way to fine-tune."""
+
+    frozen: Any  # never differentiated
+    trainable: Any
+    loss: Callable[[Any, Any, jax.Array, Any], jax.Array]  # of frozen, trainable, key, batch
+    tx: optax.GradientTransformation = ADAMW
+
+
+class Step:
+    """A compiled training step with its state; a call takes one step and gives its loss.
+
+    Attributes:
+      tracing_s, compile_s: what it took to make.
+    """
+
+    def __init__(self, peer: Peer, batch: Any, seed: int = 0):
+        self.frozen, self.batch = peer.frozen, jax.device_put(batch)
+        trainable = jax.tree.map(jnp.copy, peer.trainable)  # its own: the step donates it
+        self.state = trainable, peer.tx.init(trainable), jax.random.key(seed)
+        self.compiled, self.tracing_s, self.compile_s = compiled(
+            peer, (self.frozen, *self.state, self.batch)
+        )
+
+    def __call__(self) -> jax.Array:
+        *state, loss = self.compiled(self.frozen, *self.state, self.batch)
+        self.state = tuple(state)
+        return loss
+
+
+def compiled(peer: Peer, arguments: tuple[Any, ...]) -> tuple[Any, float, float]:
+    """The peer's step for arrays, or shapes: compiled, and the seconds to trace and compile it."""
+
+    def step(frozen, trainable, opt, key, batch):
+        key, use = jax.random.split(key)
+        loss, grads = jax.value_and_grad(peer.loss, argnums=1)(frozen, trainable, use, batch)
+        updates, opt = peer.tx.update(grads, opt, trainable)
+        return optax.apply_updates(trainable, updates), opt, key, loss
+
+    start = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=(1, 2, 3)).lower(*arguments)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    return program, traced - start, time.perf_counter() - traced
+
+
+def build(name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0) -> Any:
+    """The step of a peer, ready to run; of PyTorch's, too.
+
+    Raises:
+      Unsupported: the peer cannot do this, or is not installed.
+    """
+    try:
+        if name not in TORCH:
+            return Step(PEERS[name](shape, rank, dropout), data(shape))
+        import torch_peers
+    except ModuleNotFoundError as error:
+        raise Unsupported(f"{error.name} is not installed") from error
+    return torch_peers.Step(name, shape, rank, dropout)
+
+
+def abstract(name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0):
+    """A peer, and the arguments of its step, of which there are only the shapes."""
+    found = []
+
+    def make(key):
+        peer = PEERS[name](shape, rank, dropout)
+        found.append(peer)
+        return peer.frozen, peer.trainable, peer.tx.init(peer.trainable), key
+
+    caches = (base, first)
+    for cache in caches:  # what they hold must not be of another trace
+        cache.cache_clear()
+    arguments = jax.eval_shape(make, jax.random.key(0))
+    for cache in caches:
+        cache.cache_clear()
+    return found[0], (*arguments, data(shape))
+
+
+def config(shape: Shape, rank: int, dropout: float) -> adalora.AdaLoraConfig:
+    """AdaLoRA at its busiest: new averages, and a new mask, at every step."""
+    return adalora.AdaLoraConfig(
+        total_step=100_000,
+        init_r=rank,
+        target_r=max(1, rank * 2 // 3),
+        lora_alpha=rank,  # a scale of 1
+        lora_dropout=dropout,
+        target_modules=pattern(shape),
+        init="lambda_one",
+        param_dtype=shape.dtype,
+    )
+
+
+def pattern(shape: Shape) -> str:
+    """All linear layers of the blocks, by their paths."""
+    return rf"layer.*/({'|'.join(shape.adapted)})"
+
+
+@functools.lru_cache(maxsize=1)
+def base(shape: Shape) -> dict[str, Any]:
+    """The weights, the same arrays for all peers."""
+    return Linen(shape).init(jax.random.key(0), data(shape)[0])["params"]
+
+
+@functools.lru_cache(maxsize=1)
+def first(shape: Shape, rank: int) -> dict[str, adalora.Adapter]:
+    """The adapters before the first step: q random, p 0 and λ 1, which makes them LoRA's."""
+    adapted = adalora.linen.adapt(Linen(shape), config(shape, rank, 0.0))
+    return adapted.init(jax.random.key(1), {"params": base(shape)}, data(shape)[0])
+
+
+def products(shape: Shape, rank: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The same as LoRA's ``A [in, r]`` and ``B [r, out]``."""
+    return {path: (a.q.swapaxes(-1, -2), a.p) for path, a in first(shape, rank).items()}
+
+
+def joined(params: Any, pairs: Any, names: tuple[str, str]) -> dict[str, Any]:
+    """The parameters with ``{path: (A, B)}`` beside the kernels, under these names."""
+    params = copy.copy(params)
+    for path, pair in pairs.items():
+        node = params
+        for name in path.split("/"):
+            node[name] = node = copy.copy(node[name])
+        node |= zip(names, pair)
+    return params
+
+
+def linen_loss(module, params, batch, key, dropout):
+    rngs = {"dropout": key} if dropout else {}
+    return cross_entropy(module.apply({"params": params}, batch[0], rngs=rngs), batch[1])
+
+
+# Without adapters
+
+
+def frozen(shape: Shape, rank: int, dropout: float) -> Peer:
+    """The floor: forward, and backward to the activations, down to what embeds the inputs."""
+
+    def loss(params, probe, key, batch):
+        def add(call, args, kwargs, context):
+            output = call(*args, **kwargs)
+            here = (context.module.path, context.method_name) == (("embed",), "__call__")
+            return output + probe if here else output
+
+        with nn.intercept_methods(add):
+            return linen_loss(Linen(shape), params, batch, key, 0)
+
+    side = shape.image // shape.patch
+    places = (side, side) if side else (shape.length,)
+    probe = jnp.zeros((shape.batch, *places, shape.width), shape.dtype)
+    return Peer(base(shape), probe, loss, optax.sgd(1e-3))  # an optimizer that costs nothing
+
+
+def full(shape: Shape, rank: int, dropout: float) -> Peer:
+    loss = lambda _, params, key, batch: linen_loss(Linen(shape), params, batch, key, 0)
+    return Peer((), base(shape), loss)
+
+
+# flax.linen
+
+
+def ours(shape: Shape, rank: int, dropout: float, form: str) -> Peer:
+    """This library: "lora" is with λ held at 1, "svd" with λ trained, "adalora" is all of it."""
+    found = config(shape, rank, dropout)
+    adapted = adalora.linen.adapt(Linen(shape), found)
+
+    def task(params, adapters, key, batch):
+        rngs = {"dropout": key} if dropout else {}
+        logits = adapted.apply({"params": params}, adapters, batch[0], rngs=rngs)
+        return cross_entropy(logits, batch[1])
+
+    def lora(params, factors, key, batch):
+        ones = lambda p: jnp.ones(p.shape[:-1], p.dtype)
+        adapters = {path: adalora.Adapter(p, ones(p), q) for path, (p, q) in factors.items()}
+        return task(params, adapters, key, batch)
+
+    def with_penalty(params, adapters, key, batch):
+        return task(params, adapters, key, batch) + adalora.orthogonality(adapters, found)
+
+    adapters = first(shape, rank)
+    if form == "lora":
+        return Peer(base(shape), {path: (a.p, a.q) for path, a in adapters.items()}, lora)
+    if form == "svd":
+        return Peer(base(shape), adapters, task)
+    return Peer(base(shape), adapters, with_penalty, adalora.adalora(ADAMW, found))
+
+
+def autodiff(shape: Shape, rank: int, dropout: float) -> Peer:
+    """LoRA as one writes it by hand, ``y + x A B``, and its derivative as JAX finds it."""
+    names = ("lora_a", "lora_b")
+
+    def add(call, args, kwargs, context):
+        output, module = call(*args, **kwargs), context.module
+        if context.method_name != "__call__" or not module.has_variable("params", names[0]):
+            return output
+        (x,), (a, b) = args, (module.get_variable("params", name) for name in names)
+        if dropout:
+            kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - dropout, x.shape)
+            x = jnp.where(kept, x / jnp.asarray(1 - dropout, x.dtype), jnp.zeros((), x.dtype))
+        return output + x @ a @ b
+
+    def loss(params, pairs, key, batch):
+        with nn.intercept_methods(add):
+            params = joined(params, pairs, names)
+            return linen_loss(Linen(shape), params, batch, key, dropout)
+
+    return Peer(base(shape), products(shape, rank), loss)
+
+
+def qwix_linen(shape: Shape, rank: int, dropout: float) -> Peer:
+    import qwix
+
+    model = qwix.apply_lora_to_model(Linen(shape), _provider(shape, rank, dropout))
+
+    def loss(params, pairs, key, batch):
+        params = joined(params, pairs, ("kernel_lora_a", "kernel_lora_b"))
+        return linen_loss(model, params, batch, key, dropout)
+
+    return Peer(base(shape), products(shape, rank), loss)
+
+
+def _provider(shape, rank, dropout):
+    import qwix
+
+    rule = qwix.LoraRule(module_path=pattern(shape), rank=rank, alpha=rank, dropout=dropout)
+    return qwix.LoraProvider([rule])
+
+
+# flax.nnx
+
+
+def nnx_base(shape: Shape) -> Nnx:
+    """The model with the weights that all have."""
+    model = nnx.eval_shape(lambda: Nnx(shape, nnx.Rngs(0)))
+    state = nnx.state(model)
+    nnx.replace_by_pure_dict(state, base(shape))
+    nnx.update(model, state)
+    return model
+
+
+def nnx_peer(model, wrt, reseed, penalty=lambda trainable: 0.0, tx=ADAMW) -> Peer:
+    """Trains what ``wrt`` selects. Split and merged by hand: a compiled step is all there is."""
+    graph, trainable, rest = nnx.split(model, wrt, ...)
+
+    def loss(rest, trainable, key, batch):
+        model = nnx.merge(graph, trainable, rest, copy=True)  # of this trace, to be changed
+        reseed(model, key)
+        return cross_entropy(model(batch[0]), batch[1]) + penalty(trainable)
+
+    return Peer(rest, trainable, loss, tx)
+
+
+def nnx_ours(shape: Shape, rank: int, dropout: float, form: str) -> Peer:
+    found = config(shape, rank, dropout)
+    model = adalora.nnx.adapt(nnx_base(shape), found, nnx.Rngs(1))
+    adalora.nnx.set_adapters(model, first(shape, rank))
+    reseed = lambda model, key: nnx.reseed(model, dropout=key, policy="match_shape")
+    if form == "lora":
+        factors = lambda path, value: isinstance(value, nnx.LoRAParam) and path[-1] != "lam"
+        return nnx_peer(model, factors, reseed)
+    penalty = lambda trainable: adalora.orthogonality(trainable, found)
+    return nnx_peer(model, nnx.LoRAParam, reseed, penalty, adalora.adalora(ADAMW, found))
+
+
+def flax_lora(shape: Shape, rank: int, dropout: float) -> Peer:
+    """``nnx.LoRA`` around each layer. It has neither a scale nor dropout."""
+    if dropout:
+        raise Unsupported("nnx.LoRA has no dropout")
+    model = nnx_base(shape)
+    for path, (a, b) in products(shape, rank).items():
+        *above, name = path.split("/")
+        block = functools.reduce(getattr, above, model)
+        layer = getattr(block, name)
+        lora = nnx.LoRA(*a.shape[-2:], b.shape[-1], base_module=layer, rngs=nnx.Rngs(0))
+        lora.lora_a, lora.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        setattr(block, name, lora)
+    return nnx_peer(model, nnx.LoRAParam, lambda model, key: None)
+
+
+def qwix_nnx(shape: Shape, rank: int, dropout: float) -> Peer:
+    import qwix
+
+    if shape.scan:
+        raise Unsupported("Qwix's LoRA of NNX models does not run under nnx.scan")
+    inputs = data(shape)[0]
+    # Dropout is set on its own for what follows: a first run has keys for nothing but this.
+    model = nnx_base(shape)
+    model = qwix.apply_lora_to_model(
+        model, _provider(shape, rank, dropout), inputs, rngs=nnx.Rngs(1)
+    )
+    for path, (a, b) in products(shape, rank).items():
+        layer = functools.reduce(getattr, path.split("/"), model)
+        layer.kernel_lora_a[...], layer.kernel_lora_b[...] = a, b
+
+    def reseed(model, key):
+        if dropout:
+            model.set_attributes(qwix_rngs=nnx.Rngs(dropout=key))
+
+    return nnx_peer(model, nnx.LoRAParam, reseed)
+
+
+class Unsupported(Exception):
+    """A peer that cannot do what is asked, and why."""
+
+
+def _form(make, form):
+    return lambda shape, rank, dropout: make(shape, rank, dropout, form)
+
+
+PEERS: dict[str, Callable[[Shape, int, float], Peer]] = {
+    "frozen": frozen,
+    "lora": _form(ours, "lora"),
+    "svd": _form(ours, "svd"),
+    "adalora": _form(ours, "adalora"),
+    "autodiff": autodiff,
+    "qwix": qwix_linen,
+    "full": full,
+    "nnx-lora": _form(nnx_ours, "lora"),
+    "nnx-adalora": _form(nnx_ours, "adalora"),
+    "flax-lora": flax_lora,
+    "qwix-nnx": qwix_nnx,
+}
+TORCH = {
+    "torch-frozen": "PyTorch: frozen model",
+    "peft-lora": "PEFT: LoRA",
+    "peft-adalora": "PEFT: AdaLoRA",
+    "peft-lora-compiled": "PEFT: LoRA, torch.compile",
+    "peft-adalora-compiled": "PEFT: AdaLoRA, torch.compile",
+}
+TITLES = {
+    "frozen": "frozen model, forward and backward",
+    "lora": "ours: LoRA",
+    "svd": "ours: LoRA in SVD form",
+    "adalora": "ours: AdaLoRA",
+    "autodiff": "LoRA by hand, autodiff",
+    "qwix": "Qwix: LoRA",
+    "full": "full fine-tuning",
+    "nnx-lora": "ours, NNX: LoRA",
+    "nnx-adalora": "ours, NNX: AdaLoRA",
+    "flax-lora": "Flax: nnx.LoRA",
+    "qwix-nnx": "Qwix, NNX: LoRA",
+    **TORCH,
+}

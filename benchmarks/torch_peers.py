@@ -1,0 +1,216 @@
+"""What PyTorch offers: transformers' models in the shapes of ours, adapted by PEFT.
+
+Needs ``pip install ".[parity]"``. Runs on a GPU where PyTorch has one. AdamW is the fused one,
+attention is ``sdpa``, GELU is the same approximation, and AdaLoRA allocates at every step, as ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import re
+import tempfile
+import warnings
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from networks import Shape, data
+from peers import RANK, Unsupported
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Step:
+    """A training step with its state; a call takes one step and gives its loss."""
+
+    def __init__(self, name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0):
+        torch.manual_seed(0)
+        self.steps, self.allocate, self.optimizer = 0, None, None
+        self.batch, self.model = batch(shape), model(shape)
+        if name == "torch-frozen":
+            self.model.requires_grad_(False)
+            # What comes out of the embedding is where the backward pass ends.
+            _embedding(self.model).register_forward_hook(lambda *call: call[-1].requires_grad_())
+            self.forward = self.model
+            return
+        settings = _config(name, shape, _targets(self.model), rank, dropout)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            adapted = peft.get_peft_model(self.model, settings, **_as_base)
+        # Not the PeftModel, whose forward leaves out the penalty where no task type is given.
+        self.model = self.forward = adapted.base_model
+        for key, parameter in self.model.named_parameters():
+            if "ranknum" in key:  # the scale, which PEFT trains where it is not float32
+                parameter.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-3, weight_decay=1e-4, fused=True)
+        if "adalora" in name:
+            self.allocate = self.model.update_and_allocate
+        if name.endswith("compiled"):
+            torch.compiler.reset()
+            self.forward = torch.compile(self.model, dynamic=False)
+            try:
+                self()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise Unsupported(f"torch.compile: {str(error).splitlines()[0]}") from error
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def __call__(self) -> torch.Tensor:
+        loss = self.forward(**self.batch).loss
+        loss.backward()
+        if self.optimizer:
+            self.optimizer.step()
+        if self.allocate:
+            self.allocate(self.steps)
+        if self.optimizer:
+            self.optimizer.zero_grad()
+        self.steps += 1
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return loss.detach()
+
+
+_as_base = {"autocast_adapter_dtype": False}  # adapters in the precision of the base
+
+
+def model(shape: Shape) -> Any:
+    """A model of transformers, with random weights and no dropout."""
+    sizes = {
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.hidden,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_labels": shape.classes,
+        **_sdpa,
+    }
+    text = {"vocab_size": shape.vocabulary, "max_position_embeddings": shape.length}
+    none = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    if shape.kind == "bert":
+        config = transformers.BertConfig(**sizes, **text, **dict.fromkeys(none, 0.0))
+        found = transformers.BertForSequenceClassification(config)
+    elif shape.kind == "vit":
+        image = {"image_size": shape.image, "patch_size": shape.patch}
+        config = transformers.ViTConfig(**sizes, **image, **dict.fromkeys(none, 0.0))
+        found = transformers.ViTForImageClassification(config)
+    elif shape.kind == "gpt":
+        config = transformers.GPT2Config(
+            vocab_size=shape.vocabulary,
+            n_positions=shape.length,
+            n_embd=shape.width,
+            n_layer=shape.depth,
+            n_head=shape.heads,
+            n_inner=shape.hidden,
+            activation_function="gelu_pytorch_tanh",
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            **_sdpa,
+            **_causal,
+        )
+        found = transformers.GPT2LMHeadModel(config)
+    else:
+        sizes["hidden_act"] = "silu"
+        config = transformers.LlamaConfig(
+            **sizes, **text, num_key_value_heads=shape.heads, **_causal
+        )
+        found = transformers.LlamaForCausalLM(config)
+    if shape.scan:  # where ours recomputes
+        name = "activation_checkpointing_enable"  # by its name in newer releases
+        enable = getattr(found, name, found.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    return found.to(DEVICE, getattr(torch, shape.dtype)).train()
+
+
+_sdpa = {"attn_implementation": "sdpa"}
+_causal = {
+    "tie_word_embeddings": False,
+    "use_cache": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def batch(shape: Shape) -> dict[str, torch.Tensor]:
+    inputs, labels = data(shape)
+    if shape.kind == "vit":
+        images = torch.tensor(inputs.transpose(0, 3, 1, 2).astype(np.float32))
+        found = {"pixel_values": images.to(getattr(torch, shape.dtype)), "labels": labels}
+    else:  # a causal model shifts the labels itself
+        found = {"input_ids": inputs, "labels": labels if shape.kind == "bert" else inputs}
+    as_tensor = lambda x: x if torch.is_tensor(x) else torch.from_numpy(x.astype(np.int64))
+    return {name: as_tensor(x).to(DEVICE) for name, x in found.items()}
+
+
+def memory(step: Step) -> dict[str, int]:
+    """The bytes of what is trained, of all its training state, and of what a step needs beside."""
+    step(), step()  # until then the state is not all there
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    adapters = size(step.trainable)
+    state = adapters + size(t for s in step.optimizer.state.values() for t in s.values())
+    if step.allocate:
+        allocator = step.model.rankallocator
+        averages = (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc)
+        state += sum(size(kept.values()) for kept in averages)
+    return {"adapters": adapters, "training state": state, "temporaries": _temporaries(step)}
+
+
+def _temporaries(step: Step) -> int:
+    """The most that is allocated during a step on top of what was there before."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    events = [event for event in events if event["name"] == "[memory]"]
+    changes = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def _targets(model) -> list[str]:
+    """The linear layers of the blocks; their names differ between releases of transformers."""
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, linear) and re.search(r"\.(layer|layers|h)\.\d+\.", name)
+    ]
+
+
+def _config(name, shape, targets, rank, dropout):
+    how = {
+        "target_modules": targets,
+        "lora_alpha": rank,
+        "lora_dropout": dropout,
+        "fan_in_fan_out": shape.kind == "gpt",
+    }
+    if "adalora" not in name:
+        return peft.LoraConfig(r=rank, **how)
+    return peft.AdaLoraConfig(
+        total_step=100_000,
+        init_r=rank,
+        target_r=max(1, rank * 2 // 3),
+        tinit=0,
+        tfinal=0,
+        deltaT=1,
+        **{**how, "lora_alpha": rank * rank},  # PEFT divides by the rank once more
+    )
+
+
+def _embedding(model):
+    """The module whose output is the first that depends on no weight of a block."""
+    name = "patch_embeddings.projection" if model.config.model_type == "vit" else None
+    if name:
+        return next(m for key, m in model.named_modules() if key.endswith(name))
+    return model.get_input_embeddings()

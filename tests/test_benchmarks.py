@@ -1,0 +1,172 @@
+"""The benchmarks of training: peers that compute the same, tables, targets, every script."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import compile_time  # noqa: E402
+import memory  # noqa: E402
+import networks  # noqa: E402
+import peers  # noqa: E402
+import scaling  # noqa: E402
+import timing  # noqa: E402
+import training  # noqa: E402
+
+SMALL = {"depth": 1, "width": 16, "hidden": 32, "heads": 2, "batch": 2, "vocabulary": 20}
+SHAPES = {
+    "bert": networks.Shape("bert", **SMALL, length=6),
+    "vit": networks.Shape("vit", **SMALL, image=8, patch=4),
+    "gpt": networks.Shape("gpt", **SMALL, length=6, scan=True),
+    "llama": networks.Shape("llama", **SMALL, length=6),
+}
+
+
+def losses(name, shape, dropout=0.0, steps=3):
+    step = peers.build(name, shape, rank=3, dropout=dropout)
+    return [float(step()) for _ in range(steps)]
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_ours_and_autodiff_lose_the_same():
+    ours, by_hand = (losses(name, SHAPES["bert"]) for name in ("lora", "autodiff"))
+    np.testing.assert_allclose(ours, by_hand, rtol=1e-5)
+    assert ours[2] < ours[1] < ours[0]  # it trains
+    training.compare({"lora": ours, "autodiff": by_hand, "frozen": [9, 9, 9]}, "float32", 0.0)
+    with pytest.raises(RuntimeError, match="should have the same losses"):
+        training.compare({"lora": ours, "autodiff": [1.001 * v for v in by_hand]}, "float32", 0.0)
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_the_floor_trains_nothing_and_loses_what_the_model_loses():
+    step = peers.build("frozen", SHAPES["gpt"])
+    probe = step.state[0]
+    assert probe.shape == (2, 6, 16)
+    assert not probe.any()
+    model = networks.Linen(SHAPES["gpt"])
+    inputs, labels = networks.data(SHAPES["gpt"])
+    logits = model.apply({"params": peers.base(SHAPES["gpt"])}, inputs)
+    np.testing.assert_allclose(step(), networks.cross_entropy(logits, labels), rtol=1e-5)
+    assert step.state[0].any()  # so its gradient was computed
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("kind", SHAPES)
+def test_linen_and_nnx_are_one_model(kind):
+    shape = SHAPES[kind]
+    inputs, _ = networks.data(shape)
+    linen = jax.jit(networks.Linen(shape).apply)({"params": peers.base(shape)}, inputs)
+    np.testing.assert_allclose(peers.nnx_base(shape)(inputs), linen, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_all_linear_layers_are_adapted(kind):
+    found = peers.abstract("adalora", SHAPES[kind])[1][1]
+    matrices = {"bert": 6, "vit": 6, "gpt": 4, "llama": 7}
+    assert len(found) == matrices[kind]
+    stack = (1,) if kind == "gpt" else ()  # the GPT's are stacked
+    assert all(adapter.lam.shape == (*stack, peers.RANK) for adapter in found.values())
+
+
+def test_targets_are_judged_by_the_ratios_of_the_rounds():
+    times = {"adalora": [2.0, 4.0, 30.0], "lora": [1.0, 4.0, 30.0], "frozen": [1.0, 2.0, 10.0]}
+    times["autodiff"] = [4.0, 8.0, 60.0]
+    found = training.targets("bert", 0.1, times, "cpu")
+    assert [(row["measured"], row["reached"]) for row in found] == [
+        (1.0, True),  # to LoRA, in the median round
+        (2.0, False),  # to the floor
+        (0.5, True),  # to autodiff
+    ]
+    assert len(training.targets("bert", 0.0, times, "cpu")) == 2
+    assert "| bert, dropout 0.1: ours: AdaLoRA / frozen" in timing.judgements(found)
+    assert "| 2.00 | 1.15 | **no** |" in timing.judgements(found)
+    slow = {"adalora": [3.0], "peft-adalora": [4.0]}
+    assert [row["reached"] for row in training.targets("llama", 0, slow, "gpu")] == [True]
+    assert [row["reached"] for row in training.targets("bert", 0, slow, "gpu")] == [False]
+
+
+def test_who_cannot_take_part_is_in_the_table():
+    with pytest.raises(peers.Unsupported, match="has no dropout"):
+        peers.build("flax-lora", SHAPES["bert"], dropout=0.1)
+    result = {"milliseconds": {"frozen": [1.0], "adalora": [2.0]}, "missing": {"qwix": "why"}}
+    table = training.table(result).splitlines()
+    assert table[2] == "| frozen model, forward and backward | 1.0 | 1.00 | 0.50 |"
+    assert table[4] == "| Qwix: LoRA | why |  |  |"
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_memory_is_read_off_shapes():
+    found = {name: memory.of_jax(name, SHAPES["bert"], 0.0) for name in ("lora", "svd", "adalora")}
+    adapters = found["adalora"]["adapters"]
+    triplets = 6 * peers.RANK
+    assert found["lora"]["adapters"] == adapters - 4 * triplets
+    # AdamW's count, and then its and the allocator's averages, the masks, a step and a budget
+    assert found["svd"]["training state"] == 3 * adapters + 4
+    assert found["adalora"]["training state"] == 5 * adapters + 4 + triplets + 8
+    state, _ = memory.targets("bert", found)
+    assert state["measured"] == pytest.approx(2.0, abs=0.1)
+    assert "| ours: AdaLoRA | " in memory.table(found, {"qwix": "not installed"})
+
+
+def test_compile_time_and_scaling_say_what_they_compare():
+    seconds = {
+        "adalora": {"trace": [1.0], "compile": [2.0]},
+        "lora": {"trace": [1], "compile": [1]},
+    }
+    rows = [{"depth": 6, "form": "one by one", "seconds": seconds}]
+    assert [(row["measured"], row["reached"]) for row in compile_time.targets(rows)] == [
+        (1.5, False)
+    ]
+    assert compile_time.table(rows).endswith("| 6 | one by one | 1.0 + 2.0 | 1.0 + 1.0 |")
+    shape, rank = scaling.at("adapters a layer", 2, SHAPES["bert"])
+    assert (shape.adapted, rank) == (("query", "value"), peers.RANK)
+    assert scaling.at("rank", 4, shape) == (shape, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("training", ["--depth", "1", "--rounds", "1", "--dropout", "0"]),
+        ("memory", ["--depth", "1"]),
+        ("compile_time", ["--depth", "1", "2", "--repeats", "1"]),
+        ("scaling", ["--width", "32", "--rounds", "1"]),
+    ],
+)
+def test_script_runs(script, arguments, tmp_path):
+    subprocess.run(
+        [sys.executable, ROOT / f"benchmarks/{script}.py", *arguments, "--out", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    results = json.loads((tmp_path / f"{script}.json").read_text())
+    assert results["machine"]["jax"] == jax.__version__
+    assert all(row["measured"] > 0 for row in results.get("targets", []) if script != "memory")
+    assert "| ours: AdaLoRA" in (tmp_path / f"{script}.md").read_text()
+    assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", SHAPES)
+def test_transformers_model_is_of_our_shape(kind):
+    pytest.importorskip("torch", reason="needs torch: pip install adalora-jax[parity]")
+    import torch_peers
+
+    shape = SHAPES[kind]
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    theirs = sum(parameter.numel() for parameter in torch_peers.model(shape).parameters())
+    types = 2 * shape.width if kind == "bert" else 0  # BERT's kinds of token
+    assert theirs == count(peers.base(shape)) + types
+    step = peers.build("peft-adalora", shape, rank=3, dropout=0.1)
+    assert sum(p.numel() for p in step.trainable) == count(peers.first(shape, 3))
+    values = [float(step()) for _ in range(3)]
+    assert values[2] < values[0]
