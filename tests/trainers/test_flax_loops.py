@@ -17,7 +17,7 @@ from flax.training.train_state import TrainState
 
 import adalora_jax as adalora
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "_flax_ranks")
+pytestmark = pytest.mark.usefixtures("_flax_ranks")
 SLOW = pytest.mark.slow
 STEPS, LAYERS = 10, 4
 CONFIG = adalora.AdaLoraConfig(
