@@ -35,7 +35,6 @@ def losses(name, shape, dropout=0.0, steps=3):
     return [float(step()) for _ in range(steps)]
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_ours_and_autodiff_lose_the_same():
     ours, by_hand = (losses(name, SHAPES["bert"]) for name in ("lora", "autodiff"))
     np.testing.assert_allclose(ours, by_hand, rtol=1e-5)
@@ -45,7 +44,6 @@ def test_ours_and_autodiff_lose_the_same():
         training.compare({"lora": ours, "autodiff": [1.001 * v for v in by_hand]}, "float32", 0.0)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_the_floor_trains_nothing_and_loses_what_the_model_loses():
     step = peers.build("frozen", SHAPES["gpt"])
     probe = step.state[0]
@@ -58,7 +56,6 @@ def test_the_floor_trains_nothing_and_loses_what_the_model_loses():
     assert step.state[0].any()  # so its gradient was computed
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("kind", SHAPES)
 def test_linen_and_nnx_are_one_model(kind):
     shape = SHAPES[kind]
@@ -102,7 +99,6 @@ def test_who_cannot_take_part_is_in_the_table():
     assert table[4] == "| Qwix: LoRA | why |  |  |"
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_memory_is_read_off_shapes():
     found = {name: memory.of_jax(name, SHAPES["bert"], 0.0) for name in ("lora", "svd", "adalora")}
     adapters = found["adalora"]["adapters"]
