@@ -20,6 +20,7 @@ import peers
 import timing
 import training
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 PEERS = ("frozen", "lora", "adalora", "autodiff")
 FORMS = {"one by one": False, "scanned": True}
@@ -75,7 +76,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def picture(results: list[dict[str, Any]]) -> Figure:
     """Seconds over layers; tracing on the left, compiling on the right."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     names = list(results[0]["seconds"])
     for axes, part in zip(figure.subplots(1, 2), ("trace", "compile")):
         for form, line in zip(FORMS, ("-", "--")):
@@ -91,9 +92,11 @@ def picture(results: list[dict[str, Any]]) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel="layers", ylabel=f"seconds to {part}")
         depths = sorted({row["depth"] for row in results})
         axes.set_xticks(depths, list(map(str, depths)), minor=False)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

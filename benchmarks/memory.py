@@ -116,7 +116,7 @@ def picture(results: list[dict[str, Any]]) -> Figure:
             widths = [found[name][column] / 1e6 for name in names]
             axes.barh(labels, widths, left=start, color=colour, label=column)
             start = [a + b for a, b in zip(start, widths)]
-        axes.set_title(training.title(result), fontsize=11)
+        axes.set_title(training.title(result, "\n"), fontsize=10)
         axes.set_xlabel("MB, the frozen base left out")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, loc="lower right")

@@ -356,7 +356,7 @@ TORCH = {
     "peft-adalora-compiled": "PEFT: AdaLoRA, torch.compile",
 }
 TITLES = {
-    "frozen": "frozen model, forward and backward",
+    "frozen": "frozen model",
     "lora": "ours: LoRA",
     "svd": "ours: LoRA in SVD form",
     "adalora": "ours: AdaLoRA",

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
+import time
 from typing import Any
 
 import jax
@@ -68,13 +70,17 @@ SAME = {"lora", "autodiff", "qwix", "nnx-lora", "flax-lora", "qwix-nnx"}  # LoRA
 
 def measure(shape: Shape, names, dropout: float, rounds: int) -> dict[str, Any]:
     """Milliseconds of each peer in each round, its first losses, and who cannot take part."""
-    steps, missing = {}, {}
+    steps, losses, missing = {}, {}, {}
     for name in names:
+        start = time.perf_counter()
         try:
             steps[name] = peers.build(name, shape, peers.RANK, dropout)
         except peers.Unsupported as why:
             missing[name] = str(why)
-    losses = {name: [float(step()) for _ in range(3)] for name, step in steps.items()}
+            continue
+        losses[name] = [float(steps[name]()) for _ in range(3)]
+        seconds = time.perf_counter() - start
+        print(f"{shape.kind}, {name}: ready in {seconds:.0f} s", file=sys.stderr, flush=True)
     compare(losses, shape.dtype, dropout)
     times = timing.in_rounds(steps, rounds, warm_up=1)
     return {"milliseconds": times, "first losses": losses, "missing": missing}
@@ -137,7 +143,7 @@ def picture(results: list[dict[str, Any]]) -> Figure:
         colours = [_colour(name) for name in names]
         bars = axes.barh([peers.TITLES[n] for n in names], [times[n] for n in names], color=colours)
         axes.bar_label(bars, [f"{times[n]:.3g}" for n in names], padding=3, fontsize=9)
-        axes.set_title(title(result), fontsize=11)
+        axes.set_title(title(result, "\n"), fontsize=10)
         axes.set_xlabel("milliseconds a training step")
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
@@ -154,12 +160,13 @@ def _colour(name: str) -> str:
     return "tab:red" if name in peers.TORCH else "black" if name == "frozen" else "darkgrey"
 
 
-def title(result: dict[str, Any]) -> str:
+def title(result: dict[str, Any], end: str = " ") -> str:
     shape = Shape(**result["shape"])
-    how = ", layers scanned and recomputed" if shape.scan else ""
+    layers = "layer" if shape.depth == 1 else "layers"
+    how = ", scanned and recomputed" if shape.scan else ""
     return (
-        f"{result['model']}: {shape.depth} layers of width {shape.width}{how}, "
-        f"{shape.batch} × {shape.tokens} tokens, dropout {result['dropout']:g}, {shape.dtype}"
+        f"{result['model']}, dropout {result['dropout']:g}:{end}{shape.depth} {layers} of width "
+        f"{shape.width}{how}, {shape.batch} × {shape.tokens} tokens, {shape.dtype}"
     )
 
 

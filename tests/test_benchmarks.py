@@ -83,7 +83,7 @@ def test_targets_are_judged_by_the_ratios_of_the_rounds():
         (0.5, True),  # to autodiff
     ]
     assert len(training.targets("bert", 0.0, times, "cpu")) == 2
-    assert "| bert, dropout 0.1: ours: AdaLoRA / frozen" in timing.judgements(found)
+    assert "| bert, dropout 0.1: ours: AdaLoRA / frozen model" in timing.judgements(found)
     assert "| 2.00 | 1.15 | **no** |" in timing.judgements(found)
     slow = {"adalora": [3.0], "peft-adalora": [4.0]}
     assert [row["reached"] for row in training.targets("llama", 0, slow, "gpu")] == [True]
@@ -95,7 +95,7 @@ def test_who_cannot_take_part_is_in_the_table():
         peers.build("flax-lora", SHAPES["bert"], dropout=0.1)
     result = {"milliseconds": {"frozen": [1.0], "adalora": [2.0]}, "missing": {"qwix": "why"}}
     table = training.table(result).splitlines()
-    assert table[2] == "| frozen model, forward and backward | 1.0 | 1.00 | 0.50 |"
+    assert table[2] == "| frozen model | 1.0 | 1.00 | 0.50 |"
     assert table[4] == "| Qwix: LoRA | why |  |  |"
 
 

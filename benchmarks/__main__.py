@@ -1,0 +1,41 @@
+"""All benchmarks, or the named ones, one after the other.
+
+    python benchmarks [NAME ...]
+
+Each runs in a process of its own, as ``python benchmarks/NAME.py``. All together take about an hour
+on two cores.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The scripts beside this file; the others have nothing to run."""
+    found = sorted(path for path in HERE.glob("*.py") if path.name != "__main__.py")
+    return [path.stem for path in found if 'if __name__ == "__main__"' in path.read_text("utf-8")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("name", nargs="*", help=", ".join(names()))
+    chosen = parser.parse_args(arguments).name
+    if unknown := set(chosen) - set(names()):
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
+    failed = []
+    for name in chosen or names():
+        print(f"\n== {name}", flush=True)
+        if subprocess.run([sys.executable, HERE / f"{name}.py"], check=False).returncode:
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
