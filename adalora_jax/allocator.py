@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -17,8 +16,11 @@ from adalora_jax import tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.budget import budget
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.importance import Evidence, raw_sensitivity, smooth, triplet_scores
+from adalora_jax.importance import Evidence, finite_batch, smooth_batch, triplet_scores
+from adalora_jax.ranking import in_a_row, kept, split
 from adalora_jax.tree import PyTree
+
+_MANY = 4 * tree.BATCH  # adapters from which on one program for all takes too long to compile
 
 
 class AllocatorState(NamedTuple):
@@ -87,7 +89,6 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     )
 
 
-@jax.jit
 def allocate(state: AdaLoraState, grads: PyTree, step: chex.Numeric) -> tuple[AdaLoraState, PyTree]:
     """One update of the allocator: importance, budget, masks. Jitted.
 
@@ -122,14 +123,27 @@ def allocate(state: AdaLoraState, grads: PyTree, step: chex.Numeric) -> tuple[Ad
     >>> int(masks["query"].sum())
     2
     """
+    given = (state, grads, step)
+    many = len(jax.tree.leaves(state.allocator.masks)) > _MANY
+    if many and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+        return _allocate(*given)
+    return _allocate_in_one(*given)
+
+
+def _allocate(state, grads, step):
     config = state.config
     adapters = tree.canonical(state.adapters)
     gradients = matching_gradients(grads, state.adapters)
     step = jnp.asarray(step, jnp.int32)
     allocator = update_allocator(state.allocator, adapters, gradients, step, config)
-    keep = enforced(allocator.masks, state.allocator, step, config)
-    adapters = tree.insert(state.adapters, apply_masks(adapters, keep))
+    now = enforced(state.allocator, step, config)
+    columns = (tree.listed(adapters), tree.listed(allocator.masks))
+    masked = tree.batched(functools.partial(_masked_batch, now), tree.alike(*columns), *columns)
+    adapters = tree.insert(state.adapters, tree.filled(adapters, masked))
     return AdaLoraState(adapters, allocator, config), allocator.masks
+
+
+_allocate_in_one = jax.jit(_allocate)
 
 
 def update_allocator(
@@ -144,33 +158,34 @@ def update_allocator(
     Before the final phase the averages take in ``|w · g|``; when a mask is due the best b(t)
     triplets of all adapters are kept. Nothing changes where a gradient (or weight) is not finite.
     """
-    raw = jax.tree.map(raw_sensitivity, weights, gradients)
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(raw)]))
-    accumulate = finite & (step < config.total_step - config.tfinal)
+    given = tree.listed(weights), tree.listed(gradients)
+    batches = tree.alike(*given)
+    finite = [finite_batch(*tree.pick(batch, *given)) for batch in batches]
+    finite = jnp.all(jnp.stack(finite))
 
     def new_averages():
-        update = functools.partial(smooth, config=config)
-        pairs = jax.tree.map(update, raw, state.sensitivity, state.uncertainty)
-        return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], raw, pairs) for i in range(2))
+        averages = tree.listed(state.sensitivity), tree.listed(state.uncertainty)
+        update = functools.partial(smooth_batch, config=config)
+        pairs = tree.batched(update, batches, *given, *averages)
+        return tuple(tree.filled(weights, [pair[i] for pair in pairs]) for i in range(2))
 
-    # Not jnp.where: XLA would copy the test of all gradients into the kernel of every leaf, so
-    # that compilation takes time in the square of the number of adapters, a minute for 72.
-    sensitivity, uncertainty = jax.lax.cond(
-        accumulate, new_averages, lambda: (state.sensitivity, state.uncertainty)
+    # Not jnp.where, which reads and writes all averages also when they are to stay as they are.
+    sensitivity, uncertainty = _when(
+        finite & (step < config.total_step - config.tfinal),
+        new_averages,
+        lambda: (state.sensitivity, state.uncertainty),
     )
     allowed = _budget(config, step, weights)
 
     def new_masks():
-        scores = tree.each(
-            lambda *evidence: triplet_scores(Evidence(*evidence), config),
-            *(weights, gradients, sensitivity, uncertainty),
-        )
-        best = keep_best(scores, allowed, _limits(config, weights, allowed))
-        return jax.tree.map(_sharded_like, best, state.masks)
+        evidence = (*given, tree.listed(sensitivity), tree.listed(uncertainty))
+        limits = _limits(config, weights, allowed)
+        columns = (*evidence, limits or [None] * len(given[0]))
+        scored = [_scored(*tree.pick(batch, *columns), config) for batch in batches]
+        row, turn = (part[0] if part[0] is None else jnp.concatenate(part) for part in zip(*scored))
+        return _masks(batches, state.masks, row, turn, allowed)
 
-    masks = jax.lax.cond(
-        finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
-    )
+    masks = _when(finite & mask_due(config, step, state.step), new_masks, lambda: state.masks)
     return AllocatorState(
         step=jnp.where(finite, step + 1, state.step),
         # Final when the mask is: compaction may leave fewer adapters to reckon with.
@@ -179,6 +194,44 @@ def update_allocator(
         sensitivity=sensitivity,
         uncertainty=uncertainty,
     )
+
+
+def _when(condition, yes, no):
+    """``lax.cond``; where nothing is traced, Python's own choice, which compiles nothing."""
+    if isinstance(condition, jax.core.Tracer):
+        return jax.lax.cond(condition, yes, no)
+    return yes() if condition else no()
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _scored(weights, gradients, sensitivity, uncertainty, limits, config):
+    """The scores of a batch in a row, and their turns."""
+    rows = zip(weights, gradients, sensitivity, uncertainty)
+    scores = [triplet_scores(Evidence(*row), config) for row in rows]
+    return in_a_row(scores, None if limits[0] is None else limits)
+
+
+def _masks(batches, before, row, turn, allowed):
+    """The new masks from the scores of one batch after the other."""
+    masks = tree.listed(before)
+    ends = np.cumsum([mask.size for mask in masks])
+    pieces = [np.arange(end - mask.size, end) for end, mask in zip(ends, masks)]
+    places = np.concatenate([pieces[index] for batch in batches for index in batch])
+    order = np.argsort(places)  # the adapters' own, by which ties are broken
+    keep = kept(row[order], turn if turn is None else turn[order], allowed)[places]
+    result, start = [None] * len(masks), 0
+    for batch in batches:
+        (like,) = tree.pick(batch, masks)
+        size = sum(mask.size for mask in like)
+        for index, mask in zip(batch, _split_like(keep[start : start + size], like)):
+            result[index] = mask
+        start += size
+    return jax.tree.structure(before).unflatten(result)
+
+
+@jax.jit
+def _split_like(keep, masks):
+    return [_sharded_like(*pair) for pair in zip(split(keep, masks), masks)]
 
 
 def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
@@ -190,79 +243,9 @@ def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> ja
     return budgeting | ((step >= config.final_step) & (next_step <= config.final_step))
 
 
-def enforced(
-    masks: PyTree, before: AllocatorState, step: jax.Array, config: AdaLoraConfig
-) -> PyTree:
-    """The masks where they are to be applied at ``step``; all True where λ may grow back."""
-    now = mask_due(config, step, before.step) | (step >= config.final_step) | config.hold_mask
-    return jax.tree.map(lambda mask: mask | ~now, masks)
-
-
-def keep_best(
-    scores: PyTree,
-    count: chex.Numeric,
-    limits: Sequence[tuple[chex.Numeric, chex.Numeric]] | None = None,
-) -> PyTree:
-    """Masks that keep exactly the ``count`` highest scores over all leaves together.
-
-    Ties are broken by position: earlier leaves, then earlier rows. NaN ranks below every number.
-
-    With ``limits``, every matrix (row of a leaf) keeps its ``least`` best scores first; what is
-    left of ``count`` goes to the highest of the others, at most ``most`` in a matrix. No other
-    masks within the limits keep a higher sum. If the limits leave no room for ``count``, the
-    number nearest to it that they allow is kept.
-
-    Args:
-      scores: a tree of arrays of any shapes.
-      count: how many to keep; may be traced.
-      limits: ``(least, most)`` for the matrices of each leaf, in the order of the leaves.
-
-    >>> keep_best({"a": jnp.array([1.0, 3.0]), "b": jnp.array([jnp.nan, 1.0])}, 2)
-    {'a': Array([ True,  True], dtype=bool), 'b': Array([False, False], dtype=bool)}
-    >>> keep_best({"a": jnp.array([2.0, 3.0]), "b": jnp.array([0.0, 1.0])}, 2, [(0, 2), (1, 2)])
-    {'a': Array([False,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
-    """
-    leaves, treedef = jax.tree.flatten(scores)
-    sizes = [math.prod(leaf.shape) for leaf in leaves]
-    rows = [_gathered(leaf) for leaf in leaves]
-    flat = jnp.concatenate(rows)
-    if limits is None:
-        order = jnp.argsort(-flat, stable=True)  # JAX sorts NaN to the end
-    else:
-        turns = [
-            _turn(row.reshape(leaf.shape), *bounds).ravel()
-            for row, leaf, bounds in zip(rows, leaves, limits)
-        ]
-        turn = jnp.concatenate(turns)
-        order = jnp.lexsort((-flat, turn))
-        count = jnp.clip(count, jnp.sum(turn == 0), jnp.sum(turn < 2))
-    kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size, dtype=jnp.int32) < count)
-    ends = np.cumsum(sizes)
-    return treedef.unflatten(
-        [kept[jnp.arange(e - n, e)].reshape(leaf.shape) for e, n, leaf in zip(ends, sizes, leaves)]
-    )
-
-
-def _turn(scores: jax.Array, least: chex.Numeric, most: chex.Numeric) -> jax.Array:
-    """0 for the scores of a matrix that are kept first, 1 for those that compete, 2 for never."""
-    order = jnp.argsort(-scores, axis=-1, stable=True)
-    place = jnp.argsort(order, axis=-1)  # the inverse permutation: each score's place in its row
-    least = jnp.minimum(least, most)
-    return (place >= least).astype(jnp.int32) + (place >= most).astype(jnp.int32)
-
-
-def _gathered(scores: jax.Array) -> jax.Array:
-    """The scores in one row, on every device.
-
-    Adapters may be sharded differently. Explicit mesh axes want one sharding for what is
-    concatenated; automatic ones would spread the sharding of one adapter to the others, which
-    indexing with an array does not.
-    """
-    mesh = jax.typeof(scores).sharding.mesh
-    if mesh.are_all_axes_explicit:
-        everywhere = jax.sharding.PartitionSpec(*[None] * scores.ndim)
-        scores = jax.sharding.reshard(scores, jax.sharding.NamedSharding(mesh, everywhere))
-    return scores.ravel()[jnp.arange(scores.size)]
+def enforced(before: AllocatorState, step: jax.Array, config: AdaLoraConfig) -> jax.Array:
+    """Whether the masks are to be applied at ``step``; otherwise λ may grow back."""
+    return mask_due(config, step, before.step) | (step >= config.final_step) | config.hold_mask
 
 
 def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
@@ -281,14 +264,18 @@ def apply_masks(adapters: PyTree, masks: PyTree) -> PyTree:
     >>> apply_masks({"query": adapter}, {"query": jnp.array([True, False])})["query"].lam
     Array([1., 0.], dtype=float32)
     """
-    masked = tree.each(
-        lambda adapter, mask: adapter._replace(
-            lam=jnp.where(mask, adapter.lam, jnp.zeros((), adapter.lam.dtype))
-        ),
-        tree.canonical(adapters),
-        masks,
-    )
+    masked = tree.each(functools.partial(_masked, True), tree.canonical(adapters), masks)
     return tree.insert(adapters, masked)
+
+
+def _masked(now, adapter, mask):
+    lam = jnp.where(mask | ~jnp.asarray(now), adapter.lam, jnp.zeros((), adapter.lam.dtype))
+    return adapter._replace(lam=lam)
+
+
+@jax.jit
+def _masked_batch(now, adapters, masks):
+    return [_masked(now, *pair) for pair in zip(adapters, masks)]
 
 
 def matching_gradients(grads: PyTree, params: PyTree) -> PyTree:

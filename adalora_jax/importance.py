@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
+
+_TOGETHER = 8  # leaves in one test: more streams of memory than that no processor reads ahead
 
 
 class Evidence(NamedTuple):
@@ -48,6 +51,44 @@ def smooth(
     sensitivity = config.beta1 * sensitivity + (1 - config.beta1) * raw
     deviation = jnp.abs(raw - sensitivity)
     return sensitivity, config.beta2 * uncertainty + (1 - config.beta2) * deviation
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def smooth_batch(
+    weights: Sequence[Adapter],
+    gradients: Sequence[Adapter],
+    sensitivity: Sequence[Adapter],
+    uncertainty: Sequence[Adapter],
+    config: AdaLoraConfig,
+) -> list[tuple[Adapter, Adapter]]:
+    """``(Ī, Ū)`` of each adapter after :func:`smooth` took in its ``|w · g|``."""
+    pairs = [
+        [_smooth_leaf(*leaves, config=config) for leaves in zip(*adapter)]
+        for adapter in zip(weights, gradients, sensitivity, uncertainty)
+    ]
+    return [(Adapter(*(s for s, _ in pair)), Adapter(*(u for _, u in pair))) for pair in pairs]
+
+
+@functools.partial(jax.jit, static_argnames="config")  # one trace for all leaves that are alike
+def _smooth_leaf(weight, gradient, sensitivity, uncertainty, config):
+    return smooth(raw_sensitivity(weight, gradient), sensitivity, uncertainty, config)
+
+
+@jax.jit
+def finite_batch(weights: Sequence[Adapter], gradients: Sequence[Adapter]) -> jax.Array:
+    """Whether ``w · g`` is finite in every element of adapters that are :func:`tree.alike`.
+
+    A finite number times 0 is 0, any other is NaN, and so is a sum in which there is a NaN. One
+    kernel reads several leaves at once where there is one device; on more, leaves of one shape may
+    lie differently, and joining them would move them.
+    """
+    together = _TOGETHER if jax.device_count() == 1 else 1
+    tests = []
+    for field in zip(*(zip(*pair) for pair in zip(weights, gradients))):
+        zeros = [0 * raw_sensitivity(*pair) for pair in field]
+        groups = [zeros[start : start + together] for start in range(0, len(zeros), together)]
+        tests += [jnp.all(functools.reduce(jnp.add, group) == 0) for group in groups]
+    return jnp.all(jnp.stack(tests))
 
 
 def combine(element_scores: Adapter) -> jax.Array:

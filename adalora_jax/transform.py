@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -99,8 +100,10 @@ def adalora(
             weights = optax.apply_updates(current, moves)
         before = tree.bare(state.allocator)
         allocator = update_allocator(before, weights, gradients, before.step, config)
-        keep = enforced(allocator.masks, before, before.step, config)
-        pruned = tree.insert(updates, tree.each(_prune, current, moves, keep))
+        now = enforced(before, before.step, config)
+        columns = [tree.listed(part) for part in (current, moves, allocator.masks)]
+        pruned = tree.batched(functools.partial(_prune, now), tree.alike(*columns), *columns)
+        pruned = tree.insert(updates, tree.filled(moves, pruned))
         return pruned, AdaLoraOptState(inner_state, _like(state.allocator, allocator))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -149,11 +152,18 @@ def _like(own: PyTree, bare: PyTree) -> Any:
     return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(bare))
 
 
-def _prune(adapter: Adapter, move: Adapter, keep: jax.Array) -> Adapter:
-    """The update with which a pruned λ becomes 0: λ + (−λ)."""
-    dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
-    lam = jnp.where(keep, move.lam.astype(dtype), -adapter.lam.astype(dtype))
-    return move._replace(lam=lam)
+@jax.jit
+def _prune(
+    now: jax.Array, adapters: list[Adapter], moves: list[Adapter], masks: list[jax.Array]
+) -> list[Adapter]:
+    """The updates with which a pruned λ becomes 0, λ + (−λ), if masks are to be applied now."""
+    result = []
+    for adapter, move, mask in zip(adapters, moves, masks):
+        dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
+        keep = mask | ~now
+        lam = jnp.where(keep, move.lam.astype(dtype), -adapter.lam.astype(dtype))
+        result.append(move._replace(lam=lam))
+    return result
 
 
 def _is_placeholder(params: Any) -> bool:

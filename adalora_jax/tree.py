@@ -14,6 +14,7 @@ PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in t
 
 HOLDER = "adalora"  # the name under which a Flax module holds its adapter's p, lam and q
 PACKED = "quantized"  # the linen collection of weights that are packed integers
+BATCH = 128  # adapters that one traced function takes, at most
 _FIELDS = frozenset(Adapter._fields)
 
 
@@ -113,6 +114,70 @@ def each(function: Callable[..., Any], adapters: PyTree, *rest: PyTree) -> Any:
     """
     is_leaf = lambda node: isinstance(node, Adapter)
     return jax.tree.map(function, adapters, *rest, is_leaf=is_leaf)
+
+
+def listed(adapters: PyTree) -> list[Any]:
+    """The adapters of a canonical tree in their fixed order; or what there is one of an adapter.
+
+    >>> listed({"key": None, "query": Adapter(1, 2, 3)}), listed({"key": None, "query": True})
+    ([Adapter(p=1, lam=2, q=3)], [True])
+    """
+    return jax.tree.leaves(adapters, is_leaf=lambda node: isinstance(node, Adapter))
+
+
+def filled(adapters: PyTree, values: Sequence[Any]) -> PyTree:
+    """A canonical tree with other values in its adapters' places, in their order.
+
+    >>> filled({"key": None, "query": Adapter(1, 2, 3)}, [True])
+    {'key': None, 'query': True}
+    """
+    is_leaf = lambda node: isinstance(node, Adapter)
+    return jax.tree.structure(adapters, is_leaf=is_leaf).unflatten(values)
+
+
+def alike(*columns: Sequence[Any]) -> list[list[int]]:
+    """Which adapters agree in the shapes and dtypes of all columns: their indices, in batches.
+
+    A jitted function that takes one batch is traced for each kind of adapter, not for each
+    adapter, so that thousands of them are traced in seconds.
+
+    >>> import numpy as np
+    >>> alike([np.ones(2), np.ones(3), np.ones(2)])
+    [[0, 2], [1]]
+    """
+    kinds: dict[Any, list[int]] = {}
+    for index, row in enumerate(zip(*columns)):
+        kind = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(row))
+        kinds.setdefault(kind, []).append(index)
+    return [
+        members[start : start + BATCH]
+        for members in kinds.values()
+        for start in range(0, len(members), BATCH)
+    ]
+
+
+def pick(batch: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
+    """The entries of a batch, in each column.
+
+    >>> pick([0, 2], "abc", "xyz")
+    [['a', 'c'], ['x', 'z']]
+    """
+    return [[column[index] for index in batch] for column in columns]
+
+
+def batched(
+    function: Callable[..., Any], batches: Iterable[Sequence[int]], *columns: Sequence[Any]
+) -> list[Any]:
+    """``[function(*row) for row in zip(*columns)]`` by a function that takes and returns lists.
+
+    >>> batched(lambda a, b: [x + y for x, y in zip(a, b)], [[0, 2], [1]], "abc", "xyz")
+    ['ax', 'by', 'cz']
+    """
+    results: list[Any] = [None] * len(columns[0])
+    for batch in batches:
+        for index, value in zip(batch, function(*pick(batch, *columns))):
+            results[index] = value
+    return results
 
 
 def insert(tree: PyTree, adapters: PyTree) -> PyTree:

@@ -20,6 +20,7 @@ ROOMS = [
     "orthogonality",
     "budget",
     "importance",
+    "ranking",
     "allocator",
     "transform",
     "diagnostics",

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax.allocator import keep_best
+from adalora_jax.ranking import keep_best
 
 
 class Attention(nn.Module):
