@@ -195,6 +195,17 @@ def stored(weight: Any) -> nnx.Variable:
     return weight.array.qvalue if by_qwix(weight) else weight
 
 
+def pure(state: Any) -> Any:
+    """A pytree with the values of its variables in their places; ``nnx.as_pure`` of newer Flax.
+
+    >>> pure({"scale": nnx.Param(2.0)})
+    {'scale': 2.0}
+    """
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    value = lambda node: pure(node.get_raw_value()) if is_variable(node) else node
+    return jax.tree.map(value, state, is_leaf=is_variable)
+
+
 def own_axes(layer: layers.Layer) -> int:
     """How many axes a layer's weight has, without those that a lifted transform stacks on it.
 

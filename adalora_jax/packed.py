@@ -381,7 +381,7 @@ class _PackedEmbed(PackedLayer):
 
 def _call_dense(layer, method, args, kwargs):
     graph, packed, rest = nnx.split(layer, PackedWeight, ...)
-    packed, rest = nnx.as_pure(packed), nnx.as_pure(rest)
+    packed, rest = nnx_layers.pure(packed), nnx_layers.pure(rest)
     flat, treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(flat) if hasattr(leaf, "shape")}
 

@@ -30,9 +30,7 @@ class QwixHeld(Packed):
 
     def __init__(self, held: Any):
         self.held = held
-        is_variable = lambda node: isinstance(node, nnx.Variable)
-        value = lambda node: node.get_raw_value() if is_variable(node) else node
-        self.array: qwix.QArray = jax.tree.map(value, held.array, is_leaf=is_variable)
+        self.array: qwix.QArray = nnx_layers.pure(held.array)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 import adalora_jax as adalora
 from adalora_jax import gptq, quantized
+from adalora_jax.nnx_layers import pure
 
 PINNED = np.load(Path(__file__).parent / "gptq_tensors" / "packed.npz")
 CASES = [
@@ -199,7 +200,7 @@ def test_a_checkpoint_goes_into_an_nnx_model_whose_kernels_are_mere_shapes(check
     variables = {"params": dense_params(params)}
     chex.assert_trees_all_close(filled(X), Model().apply(variables, X), atol=2e-3)
     adapted = adalora.nnx.adapt(filled, CONFIG)
-    grads = nnx.as_pure(nnx.jit(nnx.grad(lambda model: jnp.sum(model(X) ** 2)))(adapted))
+    grads = pure(nnx.jit(nnx.grad(lambda model: jnp.sum(model(X) ** 2)))(adapted))
     assert np.any(grads["query"]["adalora"]["lam"])
     assert "kernel" not in grads["query"]
 

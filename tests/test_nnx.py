@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import adalora_jax as adalora
+from adalora_jax.nnx_layers import pure
 
 
 class Block(nnx.Module):
@@ -135,9 +136,7 @@ def test_the_functional_api_gives_the_same_run():
     for _ in range(12):
         trainable, opt_state = step(trainable, opt_state)
         nnx_step(adapted, optimizer)
-    chex.assert_trees_all_close(
-        nnx.as_pure(trainable), nnx.as_pure(nnx.state(adapted, nnx.LoRAParam)), atol=1e-4
-    )
+    chex.assert_trees_all_close(pure(trainable), pure(nnx.state(adapted, nnx.LoRAParam)), atol=1e-4)
     masks = [adalora.allocator_state(s).masks for s in (opt_state, optimizer.opt_state)]
     assert adalora.rank_pattern(masks[0]) == adalora.rank_pattern(masks[1])
 

@@ -14,6 +14,7 @@ from flax import nnx, traverse_util
 
 import adalora_jax as adalora
 from adalora_jax import packed, quantized
+from adalora_jax.nnx_layers import pure
 from adalora_jax.tree import is_packed
 
 pytestmark = [
@@ -286,10 +287,10 @@ def test_params_and_adapters_together_are_differentiated_without_a_filter_in_lin
 def test_all_params_are_differentiated_without_a_filter_in_nnx():
     quantised = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int4", X)
     adapted = adalora.nnx.adapt(quantised, config(init_lora_weights=False))
-    grads = nnx.as_pure(nnx.jit(nnx.grad(lambda model: task(model(X))))(adapted))
+    grads = pure(nnx.jit(nnx.grad(lambda model: task(model(X))))(adapted))
     graph, params, rest = nnx.split(adapted, nnx.Param, ...)
     same = jax.jit(jax.grad(lambda params: task(nnx.merge(graph, params, rest)(X))))(params)
-    chex.assert_trees_all_close(grads, nnx.as_pure(same), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(grads, pure(same), rtol=1e-4, atol=1e-6)
     assert set(grads["layers"][0]["up"]) == {"adalora", "bias"}
     assert np.any(grads["layers"][0]["up"]["adalora"]["q"])
     assert np.any(grads["layers"][0]["up"]["bias"])

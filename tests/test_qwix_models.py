@@ -11,6 +11,7 @@ from flax import nnx
 
 import adalora_jax as adalora
 from adalora_jax import nnx_layers, quantized, qwix_models
+from adalora_jax.nnx_layers import pure
 
 pytestmark = [
     # Qwix's own.
@@ -81,7 +82,7 @@ def in_floats(model):
         for name, value in vars(module).items():
             own = dict(nnx_layers.modules(plain))[path]
             if nnx_layers.by_qwix(value):
-                array = jax.tree.map(lambda leaf: jnp.asarray(leaf), nnx.as_pure(value.array))
+                array = jax.tree.map(lambda leaf: jnp.asarray(leaf), pure(value.array))
                 getattr(own, name)[...] = qwix.dequantize(array)
             elif isinstance(value, nnx.Param):
                 getattr(own, name)[...] = value[...]
@@ -105,7 +106,7 @@ def test_an_adapted_model_starts_as_qwixs_and_computes_the_increment_beside_it(p
     loss = lambda model: (model(X) ** 2).mean()
     grads = lambda model: nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-    jax.tree.map(close, nnx.as_pure(grads(adapted)), nnx.as_pure(grads(reference)))
+    jax.tree.map(close, pure(grads(adapted)), pure(grads(reference)))
 
 
 def test_it_makes_no_difference_which_comes_first():
@@ -174,7 +175,7 @@ def test_merging_gives_the_float_model_or_qwixs_own_again():
         again.layers[0].up.kernel.array.qvalue.dtype == base.layers[0].up.kernel.array.qvalue.dtype
     )
     assert all(0 < error.weight < 0.2 for error in errors.values())
-    same = lambda model: nnx.as_pure(model.layers[1].down.kernel.array)
+    same = lambda model: pure(model.layers[1].down.kernel.array)
     chex.assert_trees_all_equal(same(again), same(base))
     assert np.abs(again(X) - want).max() < 0.5 * np.abs(base(X) - want).max()
     np.testing.assert_array_equal(adapted(X), want)

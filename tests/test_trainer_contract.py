@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
+from adalora_jax.nnx_layers import pure
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=5,
@@ -71,8 +72,8 @@ def test_the_state_keeps_its_structure_and_dtypes_and_can_be_iterated(dtype):
     model, config = adapted(dtype)
     # Not MultiSteps: that one multiplies bfloat16 by a float32 itself.
     tx = adalora.adalora(optax.adamw(1e-2), config)
-    params = nnx.as_pure(nnx.state(model, nnx.LoRAParam))
-    state = nnx.as_pure(nnx.Optimizer(model, tx, wrt=nnx.LoRAParam).opt_state)
+    params = pure(nnx.state(model, nnx.LoRAParam))
+    state = pure(nnx.Optimizer(model, tx, wrt=nnx.LoRAParam).opt_state)
     updates, after = jax.eval_shape(tx.update, params, state, params)
     kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert kinds(after) == kinds(state)
@@ -110,7 +111,7 @@ def test_parameters_in_variables_train_as_their_arrays_do():
     model, config = adapted()
     tx = adalora.adalora(optax.adamw(1e-2), config)
     variables = nnx.state(model, nnx.LoRAParam)
-    arrays = nnx.as_pure(variables)
+    arrays = pure(variables)
     step = jax.jit(lambda grads, state, params: tx.update(grads, state, params))
     ends = []
     for params in (variables, arrays):

@@ -16,6 +16,7 @@ from test_stacked import LINEN, NNX
 
 import adalora_jax as adalora
 from adalora_jax import quantized
+from adalora_jax.nnx_layers import pure
 from adalora_jax.tree import is_packed
 
 pytestmark = [
@@ -148,9 +149,9 @@ def test_an_nnx_layer(kind, qtype):
         results.append(gradients(run, cotangents)(params, {}, inputs))
     ((_, found), grads), ((_, expected), expected_grads) = results
     close(found, expected, 1e-6)
-    close_together(nnx.as_pure(grads[0]), nnx.as_pure(expected_grads[0]))
+    close_together(pure(grads[0]), pure(expected_grads[0]))
     close(grads[2], expected_grads[2], 2e-6)
-    assert any("lam" in path for path in named(nnx.as_pure(grads[0])))
+    assert any("lam" in path for path in named(pure(grads[0])))
 
 
 def filled(params, packed):

@@ -1,0 +1,1 @@
+"""Other people's trainers and models, unchanged, with our adapters and optimizer."""

@@ -1,0 +1,307 @@
+"""Tunix's ``PeftTrainer`` on Tunix's own models, with adapters in them and our optimizer.
+
+Nothing of Tunix's is changed. Some families train once, each with other options, and what such a
+run left is looked at from all sides.
+"""
+
+import functools
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from flax import nnx
+from safetensors.numpy import save_file
+
+import adalora_jax as adalora
+from adalora_jax import peft, quantized, qwix_models, tree
+from trainers import tunix_models as tunix
+
+pytestmark = [
+    pytest.mark.trainers,
+    pytest.mark.usefixtures("as_tunix_is"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Tunix, of JAX, Flax and Optax
+]
+HERE = pathlib.Path(__file__).parent
+CONFIG = adalora.AdaLoraConfig(
+    total_step=6,
+    tinit=1,
+    tfinal=2,
+    init_r=4,
+    target_r=2,
+    lora_alpha=8,
+    target_modules="all-linear",
+)
+# What the checkpoints of Hugging Face have of every layer.
+BLOCKS = r"layers/\d+/(attn|mlp)/.*"
+# Gemma 3 has keys and values in one weight; Gemma 4 scales a weight before it uses it.
+RUNS = {
+    "llama3": ({}, {}),
+    "gemma3": ({"target_modules": BLOCKS}, {"gradient_accumulation_steps": 2}),
+    "gemma4": ({"modules_to_save": ["final_norm"]}, {"gradient_accumulation_steps": 3}),
+}
+
+
+@pytest.fixture
+def as_tunix_is():
+    """Without our strictness about ranks: Tunix's code broadcasts."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory):
+    """Every trainer has a jitted function of its own; what it compiles to is often the same."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def train(family, base=None, **options):
+    changes, settings = RUNS.get(family, ({}, {}))
+    base = tunix.build(family) if base is None else base
+    return tunix.train(base, CONFIG.replace(**changes), **settings, **options)
+
+
+@functools.cache
+def run_of(family):
+    return train(family, evaluate=True)
+
+
+def each_run(families=tuple(RUNS)):
+    return pytest.mark.parametrize("family", families)
+
+
+def close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def disturbed(model, seed=0):
+    """In place: λ, and everything else, away from where they start."""
+    rng = np.random.default_rng(seed)
+    noise = lambda leaf: leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+    adalora.nnx.set_adapters(model, jax.tree.map(noise, adalora.nnx.adapters(model)))
+    return model
+
+
+@pytest.mark.parametrize("family", tunix.models)
+def test_every_family_starts_as_its_base_and_merges_to_what_it_was_adapted_to(family):
+    base = tunix.build(family)
+    adapted = adalora.nnx.adapt(base, CONFIG, nnx.Rngs(1))
+    assert isinstance(adapted, type(base))
+    start = tunix.logits(base)
+    np.testing.assert_array_equal(tunix.logits(adapted), start)
+    found = tunix.logits(disturbed(adapted))
+    assert np.abs(found - start).max() > 0.1
+    close(tunix.logits(adalora.nnx.merge(adapted)), found)
+
+
+# Training -------------------------------------------------------------------------------------
+
+
+@each_run()
+def test_ranks_shrink_to_the_budget(family):
+    run = run_of(family)
+    adapters, state = adalora.nnx.adapters(run.model), run.allocator
+    matrices = sum(a.lam[..., 0].size for a in adapters.values())
+    assert (run.watch.live[0], sum(adalora.ranks(state).values())) == (4 * matrices, 2 * matrices)
+    assert run.watch.live == sorted(run.watch.live, reverse=True)
+    assert len({*adalora.ranks(state).values()}) > 1, "some layers are worth more than others"
+    masks = tree.leaves_with_path(state.masks)
+    assert set(masks) == set(adapters)
+    for path, adapter in adapters.items():
+        np.testing.assert_array_equal(adapter.lam != 0, masks[path], err_msg=path)
+
+
+@each_run()
+def test_the_base_stays_bit_for_bit_and_the_rest_learns(family):
+    run, base = run_of(family), tunix.build(family)
+    found, original = tunix.base_bits(run.model), tunix.base_bits(base)
+    saved = {"final_norm/scale/value"} if family == "gemma4" else set()
+    assert set(original) - set(found) == saved
+    for path, value in found.items():
+        np.testing.assert_array_equal(value, original[path], err_msg=path)
+    if saved:
+        assert np.any(run.model.final_norm.scale[...] != original["final_norm/scale/value"])
+    metrics = run.trainer.metrics_logger
+    losses = metrics.get_metric_history("", "loss", "eval")
+    assert losses[-1] < losses[0]
+
+
+@each_run()
+def test_an_update_that_is_applied_is_a_step(family):
+    run = run_of(family)
+    every = RUNS[family][1].get("gradient_accumulation_steps", 1)
+    assert run.trainer.train_steps == CONFIG.total_step
+    assert run.trainer.iter_steps == CONFIG.total_step * every
+    assert run.watch.steps == [i // every for i in range(CONFIG.total_step * every)]
+    assert int(run.allocator.step) == CONFIG.total_step
+
+
+@each_run()
+def test_training_and_evaluation_are_compiled_once_each(family):
+    assert run_of(family).loss.traces == 2
+
+
+@each_run(["llama3", "gemma4"])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(family, tmp_path):
+    stopped = train(family, folder=tmp_path, steps=3)
+    assert stopped.trainer.train_steps == 3
+    resumed = train(family, folder=tmp_path)
+    every = RUNS[family][1].get("gradient_accumulation_steps", 1)
+    assert resumed.watch.steps == [i // every for i in range(3 * every, 6 * every)]
+    whole = run_of(family)
+    assert [leaf.dtype for leaf in resumed.end] == [leaf.dtype for leaf in whole.end]
+    for ours, theirs in zip(resumed.end, whole.end, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    averages = jax.tree.leaves(resumed.allocator.sensitivity)
+    assert any(np.any(leaf) for leaf in averages)
+
+
+def test_on_a_mesh_it_trains_as_on_one_device_and_averages_lie_as_their_parameters():
+    """On 4 x 2 virtual devices, with Tunix's sharding of its models."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)]),
+    }
+    command = [sys.executable, "-W", "ignore", str(HERE / "tunix_mesh_run.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (alone, spread), places = json.loads(done.stdout.splitlines()[-1])
+    assert alone["masks"] == spread["masks"]
+    assert sum(map(sum, spread["masks"].values())) == 2 * len(spread["masks"])
+    for path, adapter in alone["adapters"].items():
+        for ours, theirs in zip(spread["adapters"][path], adapter):
+            np.testing.assert_allclose(ours, theirs, atol=3e-5, err_msg=path)
+    own = places.pop("parameter")
+    assert own == {"p": [None, "tp"], "q": [None, "fsdp"]}
+    assert places == dict.fromkeys(["moments", "sensitivity", "uncertainty"], own)
+
+
+# A quantised base -----------------------------------------------------------------------------
+
+
+def by_qwix(model, qtype):
+    """As Tunix's own QLoRA has it: the base quantised by Qwix's interception."""
+    rule = qwix.QuantizationRule(module_path=BLOCKS, weight_qtype=qtype, tile_size=8)
+    inputs = tunix.model_inputs(tunix.batches(1)[0])
+    arguments = inputs["input_tokens"], inputs["positions"], None, inputs["attention_mask"]
+    return qwix.quantize_model(model, qwix.PtqProvider([rule]), *arguments)
+
+
+QUANTISED = {
+    "nf4": lambda model: quantized.quantize_nnx(model, "nf4"),
+    "int8-by-qwix": lambda model: by_qwix(model, "int8"),
+    "nf4-by-qwix": lambda model: by_qwix(model, "nf4"),
+}
+
+
+@pytest.mark.parametrize("how", QUANTISED)
+def test_the_same_over_a_quantised_base(how):
+    base = QUANTISED[how](tunix.build("qwen3"))
+    before, start = tunix.base_bits(base), tunix.logits(base)
+    assert any(value.dtype.name in ("uint8", "int8", "uint4") for value in before.values())
+    fresh = adalora.nnx.adapt(base, CONFIG, nnx.Rngs(1))
+    np.testing.assert_array_equal(tunix.logits(fresh), start)
+
+    run = train("qwen3", base)
+    matrices = len(adalora.nnx.adapters(run.model))
+    assert matrices == 2 * 7 + 1
+    assert sum(adalora.ranks(run.allocator).values()) == 2 * matrices
+    assert run.loss.traces == 1
+    after = tunix.base_bits(run.model)
+    assert set(after) == set(before)
+    for path, value in before.items():
+        np.testing.assert_array_equal(after[path], value, err_msg=path)
+
+    found = tunix.logits(run.model)
+    assert np.abs(found - start).max() > 1e-3
+    merged, errors = quantized.merge_nnx(run.model, to="float32")
+    assert type(merged) is type(tunix.build("qwen3"))
+    assert len(errors) >= matrices - 1
+    close(tunix.logits(merged), found)
+
+
+# Export ---------------------------------------------------------------------------------------
+
+
+@each_run()
+def test_the_merged_model_is_one_of_tunixs_own_and_goes_into_a_fresh_one(family):
+    run = run_of(family)
+    merged = adalora.nnx.merge(run.model)
+    found = tunix.logits(run.model)
+    assert np.abs(found - tunix.logits(tunix.build(family))).max() > 1e-3
+    close(tunix.logits(merged), found)
+    fresh = nnx.clone(tunix.build(family, seed=3))
+    assert type(merged) is type(fresh)
+    assert {p for p, _ in nnx.to_flat_state(nnx.state(merged))} == {
+        p for p, _ in nnx.to_flat_state(nnx.state(fresh))
+    }
+    nnx.update(fresh, nnx.state(merged))
+    np.testing.assert_array_equal(tunix.logits(fresh), tunix.logits(merged))
+    close(tunix.logits(run.small()), found)
+
+
+def save_base(model, folder):
+    folder.mkdir()
+    save_file(tunix.to_hugging_face(model), folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def load(family, folder):
+    """With Tunix's own reader of Hugging Face's checkpoints."""
+    name = "params_safetensors" if family == "gemma3" else "params"
+    reader = importlib.import_module(f"tunix.models.{family}.{name}")
+    # A mesh to put the tensors on is an option there; the plain one needs none.
+    return reader.create_model_from_safe_tensors(
+        str(folder), tunix.config_of(family), dtype=jnp.float32, mode="original"
+    )
+
+
+def test_files_for_and_from_hugging_face_give_tunix_the_adapted_model(tmp_path):
+    run = run_of("llama3")
+    base = save_base(tunix.build("llama3"), tmp_path / "base")
+    adapters, state = adalora.nnx.adapters(run.model), run.allocator
+    options = {"masks": state.masks, "names": "llama"}
+    peft.save_as_lora(tmp_path / "lora", adapters, CONFIG, **options)
+    peft.merge_pretrained(tmp_path / "lora", base, tmp_path / "merged")
+    close(tunix.logits(load("llama3", base)), tunix.logits(tunix.build("llama3")))
+    close(tunix.logits(load("llama3", tmp_path / "merged")), tunix.logits(run.model))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
+def test_tunixs_own_export_of_lora_saves_the_adapted_model(family, tmp_path):
+    base = save_base(tunix.build(family), tmp_path / "base")
+    if family in RUNS:
+        small = run_of(family).small()
+    else:
+        config = CONFIG.replace(target_modules=BLOCKS)
+        small = disturbed(adalora.nnx.adapt(tunix.build(family), config))
+    writer = importlib.import_module(f"tunix.models.{family}.params")
+    writer.save_lora_merged_model_as_safetensors(
+        local_model_path=str(base),
+        output_dir=str(tmp_path / "merged"),
+        lora_model=qwix_models.as_lora(small),
+        rank=1,
+        alpha=1.0,
+    )
+    found = tunix.logits(small)
+    assert np.abs(found - tunix.logits(tunix.build(family))).max() > 1e-3
+    close(tunix.logits(load(family, tmp_path / "merged")), found)

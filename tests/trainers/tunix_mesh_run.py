@@ -1,0 +1,57 @@
+"""A training run on one device and on a mesh of 4 x 2, started by test_tunix.py by itself."""
+
+import json
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+
+import adalora_jax as adalora
+from adalora_jax import tree
+from trainers import tunix_models as tunix
+
+CONFIG = adalora.AdaLoraConfig(
+    total_step=4, tinit=1, tfinal=1, init_r=4, target_r=2, target_modules="all-linear"
+)
+
+
+def spread(model, mesh):
+    """As in Tunix's examples: every weight where its metadata says."""
+    model = nnx.clone(model)
+    state = nnx.state(model)
+    nnx.update(model, jax.device_put(state, nnx.get_named_sharding(state, mesh)))
+    return model
+
+
+def results(run):
+    as_lists = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
+    masks = as_lists(tree.leaves_with_path(run.allocator.masks))
+    return {"masks": masks, "adapters": as_lists(adalora.nnx.adapters(run.model))}
+
+
+def places(run):
+    """Where an adapter, and what belongs to it, lies at the end."""
+    at = lambda variable: list(variable[...].sharding.spec)
+    pick = lambda node: {name: at(getattr(node, name)) for name in ("p", "q")}
+    layer = lambda state: state["layers"][0]["mlp"]["up_proj"]["adalora"]
+    named = lambda node: {name: at(node[name]) for name in ("p", "q")}
+    state = run.trainer.optimizer.opt_state
+    return {
+        "parameter": pick(run.model.layers[0].mlp.up_proj.adalora),
+        "moments": named(layer(state.inner[0].mu)),
+        "sensitivity": pick(layer(state.allocator.sensitivity)),
+        "uncertainty": pick(layer(state.allocator.uncertainty)),
+    }
+
+
+def main():
+    alone = tunix.train(tunix.build("llama3", num_layers=1), CONFIG)
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    with mesh:
+        run = tunix.train(spread(tunix.build("llama3", num_layers=1), mesh), CONFIG)
+    print(json.dumps([[results(alone), results(run)], places(run)]))
+
+
+if __name__ == "__main__":
+    main()
