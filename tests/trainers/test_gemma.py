@@ -21,7 +21,7 @@ from adalora_jax import peft
 
 pytestmark = [
     pytest.mark.trainers,
-    pytest.mark.usefixtures("quick_compile", "_other_peoples_rules"),
+    pytest.mark.usefixtures("_other_peoples_rules"),
     pytest.mark.filterwarnings("ignore"),  # gemma's own, and those of what it imports
 ]
 IDS = jnp.arange(14).reshape(2, 7) * 3 % 31 + 1
