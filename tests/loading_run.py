@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from adalora_jax import peft
 from adalora_jax.tensorfile import Spec, stream_tensors
 
-FOLDER = pathlib.Path(sys.argv[2])
+FOLDER = pathlib.Path(sys.argv[-1])
 SIZES = Sizes(layers=4, groups=2)
 IDS = np.zeros((1, 5), np.int32)
 
