@@ -1,7 +1,8 @@
 """The notebooks: their code runs, and what they show is what it says when it runs.
 
 The cells run one after the other in this process, which takes a fraction of what a kernel each
-takes. Cells tagged ``peft`` run where PEFT is installed, in the parity environment.
+takes. Cells that need somebody else's package have its name as a tag and run where it is
+installed, in an environment of its own.
 """
 
 import ast
@@ -20,6 +21,11 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # What they take is mostly training, so the others are left to the slow tests.
 SLOW = {"01-quick-start", "02-nnx", "03-what-it-decides", "04-resume-compact-export"}
+PACKAGES = {
+    "peft": pytest.mark.parity,
+    "tunix": pytest.mark.trainers,
+    "gemma": pytest.mark.trainers,
+}
 # A machine's folders, addresses and names; dates and times of day.
 PRIVATE = re.compile(
     r"/(tmp|home|root|work|usr|opt|mnt|Users)/|\b0x[0-9a-f]{6,}|localhost|"
@@ -35,8 +41,9 @@ def code_cells(path):
     return [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]
 
 
-def tagged(cell):
-    return "peft" in cell["metadata"].get("tags", [])
+def needs(cell):
+    """The names of the packages without which a cell does not run."""
+    return set(cell["metadata"].get("tags", []))
 
 
 def shape_of(text):
@@ -65,11 +72,11 @@ def run(source, name, namespace):
     return printed.getvalue(), picture
 
 
-def check(path, with_peft):
+def check(path, packages=frozenset()):
     namespace = {"__name__": "__main__"}
     with jax.numpy_rank_promotion("allow"):  # as in a reader's own session
         for number, cell in enumerate(code_cells(path), 1):
-            if tagged(cell) and not with_peft:
+            if not needs(cell) <= packages:
                 continue
             where = f"{path.name}, code cell {number}"
             (printed, picture), kept = run("".join(cell["source"]), where, namespace), shown(cell)
@@ -90,26 +97,33 @@ def elsewhere(tmp_path, monkeypatch):
     [
         pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
         for path in NOTEBOOKS
+        if not all(map(needs, code_cells(path)))
     ],
 )
 def test_it_runs_and_shows_what_it_keeps(path, elsewhere):
-    check(path, with_peft=False)
+    check(path)
 
 
-@pytest.mark.parity
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.stem) for path in NOTEBOOKS if any(map(tagged, code_cells(path)))],
+    ("path", "package"),
+    [
+        pytest.param(path, package, id=f"{path.stem}-{package}", marks=marker)
+        for path in NOTEBOOKS
+        for package, marker in PACKAGES.items()
+        if any(package in needs(cell) for cell in code_cells(path))
+    ],
 )
-def test_the_cells_about_peft_run_as_well(path, elsewhere):
-    if not importlib.util.find_spec("peft"):
-        pytest.skip("needs peft: pip install adalora-jax[parity]")
-    check(path, with_peft=True)
+@pytest.mark.filterwarnings("ignore")  # those of the packages, which a reader would see, too
+def test_the_cells_about_a_package_run_as_well(path, package, elsewhere):
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"needs {package}: pip install its extra of adalora-jax")
+    check(path, {package})
 
 
-def test_there_are_notebooks_and_some_of_their_cells_need_peft():
-    assert len(NOTEBOOKS) >= 6
-    assert any(tagged(cell) for path in NOTEBOOKS for cell in code_cells(path))
+def test_there_are_notebooks_and_some_of_their_cells_need_a_package():
+    assert len(NOTEBOOKS) >= 8
+    tags = set().union(*(needs(cell) for path in NOTEBOOKS for cell in code_cells(path)))
+    assert tags == set(PACKAGES)
 
 
 @each_notebook
