@@ -20,8 +20,6 @@ from adalora_jax.importance import Evidence, finite_batch, smooth_batch, triplet
 from adalora_jax.ranking import in_a_row, kept, split
 from adalora_jax.tree import PyTree
 
-_MANY = 4 * tree.BATCH  # adapters from which on one program for all takes too long to compile
-
 
 class AllocatorState(NamedTuple):
     """What the allocator carries from step to step; every leaf keeps its shape and dtype.
@@ -89,6 +87,7 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     )
 
 
+@jax.jit
 def allocate(state: AdaLoraState, grads: PyTree, step: chex.Numeric) -> tuple[AdaLoraState, PyTree]:
     """One update of the allocator: importance, budget, masks. Jitted.
 
@@ -123,14 +122,6 @@ def allocate(state: AdaLoraState, grads: PyTree, step: chex.Numeric) -> tuple[Ad
     >>> int(masks["query"].sum())
     2
     """
-    given = (state, grads, step)
-    many = len(jax.tree.leaves(state.allocator.masks)) > _MANY
-    if many and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
-        return _allocate(*given)
-    return _allocate_in_one(*given)
-
-
-def _allocate(state, grads, step):
     config = state.config
     adapters = tree.canonical(state.adapters)
     gradients = matching_gradients(grads, state.adapters)
@@ -141,9 +132,6 @@ def _allocate(state, grads, step):
     masked = tree.batched(functools.partial(_masked_batch, now), tree.alike(*columns), *columns)
     adapters = tree.insert(state.adapters, tree.filled(adapters, masked))
     return AdaLoraState(adapters, allocator, config), allocator.masks
-
-
-_allocate_in_one = jax.jit(_allocate)
 
 
 def update_allocator(
@@ -170,7 +158,7 @@ def update_allocator(
         return tuple(tree.filled(weights, [pair[i] for pair in pairs]) for i in range(2))
 
     # Not jnp.where, which reads and writes all averages also when they are to stay as they are.
-    sensitivity, uncertainty = _when(
+    sensitivity, uncertainty = jax.lax.cond(
         finite & (step < config.total_step - config.tfinal),
         new_averages,
         lambda: (state.sensitivity, state.uncertainty),
@@ -185,7 +173,9 @@ def update_allocator(
         row, turn = (part[0] if part[0] is None else jnp.concatenate(part) for part in zip(*scored))
         return _masks(batches, state.masks, row, turn, allowed)
 
-    masks = _when(finite & mask_due(config, step, state.step), new_masks, lambda: state.masks)
+    masks = jax.lax.cond(
+        finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
+    )
     return AllocatorState(
         step=jnp.where(finite, step + 1, state.step),
         # Final when the mask is: compaction may leave fewer adapters to reckon with.
@@ -194,13 +184,6 @@ def update_allocator(
         sensitivity=sensitivity,
         uncertainty=uncertainty,
     )
-
-
-def _when(condition, yes, no):
-    """``lax.cond``; where nothing is traced, Python's own choice, which compiles nothing."""
-    if isinstance(condition, jax.core.Tracer):
-        return jax.lax.cond(condition, yes, no)
-    return yes() if condition else no()
 
 
 @functools.partial(jax.jit, static_argnames="config")
