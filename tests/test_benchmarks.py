@@ -127,6 +127,17 @@ def test_compile_time_and_scaling_say_what_they_compare():
     assert scaling.at("rank", 4, shape) == (shape, 4)
 
 
+def test_one_command_runs_all_of_them():
+    command = [sys.executable, ROOT / "benchmarks"]
+    told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    for name in ("compile_time", "memory", "merging", "planning", "quantized", "scaling"):
+        assert name in told
+    for name in ("networks", "peers", "timing", "__main__"):  # these have nothing to run
+        assert name not in told
+    wrong = subprocess.run([*command, "speed"], capture_output=True, text=True, check=False)
+    assert "no benchmark is called speed" in wrong.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments"),
