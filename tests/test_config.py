@@ -216,7 +216,7 @@ def test_the_rank_pattern_of_a_stack_keeps_its_slices():
         {"param_dtype": jnp.bfloat16, "hold_mask": True, "beta1": 0.5, "lora_alpha": -1},
         {"allocation": "per_adapter", "score": "magnitude", "budget_schedule": "linear"},
     ],
-    ids=str,
+    ids=lambda changes: ",".join(changes) or "defaults",
 )
 def test_a_config_comes_back_from_json(changes):
     config = AdaLoraConfig(total_step=10, **changes)
