@@ -205,7 +205,7 @@ def by_qwix(model, qtype):
     return qwix.quantize_model(model, qwix.PtqProvider([rule]), *arguments)
 
 
-# Qwix 0.1.8 cannot run Tunix's Llama and Qwen, which call jnp.astype on their weights.
+# Qwix 0.1.8 cannot run Tunix's Qwen, which calls jnp.astype on its weights.
 QUANTISED = {
     "nf4": ("qwen3", lambda model: quantized.quantize_nnx(model, "nf4")),
     "int8-by-qwix": ("gemma", lambda model: by_qwix(model, "int8")),
