@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -126,6 +127,8 @@ def picture(results: list[dict[str, Any]]) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some, too
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler says when it starts
     shapes = training.CPU if jax.default_backend() == "cpu" else training.GPU
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", nargs="+", choices=shapes, default=list(shapes))

@@ -36,19 +36,13 @@ class Peer(NamedTuple):
 
 
 class Step:
-    """A compiled training step with its state; a call takes one step and gives its loss.
-
-    Attributes:
-      tracing_s, compile_s: what it took to make.
-    """
+    """A compiled training step with its state; a call takes one step and gives its loss."""
 
     def __init__(self, peer: Peer, batch: Any, seed: int = 0):
         self.frozen, self.batch = peer.frozen, jax.device_put(batch)
         trainable = jax.tree.map(jnp.copy, peer.trainable)  # its own: the step donates it
         self.state = trainable, peer.tx.init(trainable), jax.random.key(seed)
-        self.compiled, self.tracing_s, self.compile_s = compiled(
-            peer, (self.frozen, *self.state, self.batch)
-        )
+        self.compiled, _, _ = compiled(peer, (self.frozen, *self.state, self.batch))
 
     def __call__(self) -> jax.Array:
         *state, loss = self.compiled(self.frozen, *self.state, self.batch)

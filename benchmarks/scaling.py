@@ -65,7 +65,8 @@ def table(axis: str, results: list[dict[str, Any]]) -> str:
 def picture(results: list[dict[str, Any]]) -> Figure:
     """One panel an axis."""
     figure = Figure(figsize=(11, 7), layout="constrained")
-    for axes, axis in zip(figure.subplots(2, 2).ravel(), AXES):
+    shown = dict.fromkeys(result["axis"] for result in results)
+    for axes, axis in zip(figure.subplots(2, -(-len(shown) // 2), squeeze=False).ravel(), shown):
         rows = [result for result in results if result["axis"] == axis]
         values = [row["value"] for row in rows]
         for name in PEERS:
@@ -82,6 +83,7 @@ def picture(results: list[dict[str, Any]]) -> Figure:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--axis", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--width", type=int, help="of the model, instead of 384")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
     chosen = parser.parse_args(arguments)
@@ -92,12 +94,12 @@ def main(arguments: list[str] | None = None) -> None:
         shape = shape.replace(width=chosen.width, hidden=4 * chosen.width, heads=heads)
     results = [
         {"axis": axis, "value": value, "milliseconds": measure(axis, value, shape, chosen.rounds)}
-        for axis, values in AXES.items()
-        for value in values
+        for axis in chosen.axis
+        for value in AXES[axis]
     ]
     about, along = timing.machine(), lambda axis: [r for r in results if r["axis"] == axis]
     parts = [
-        *(table(axis, along(axis)) for axis in AXES),
+        *(table(axis, along(axis)) for axis in chosen.axis),
         f"Medians of {chosen.rounds} rounds in which all take turns. {about['processor']}, "
         f"{about['cores']} cores, {about['device']}, JAX {about['jax']}.",
     ]

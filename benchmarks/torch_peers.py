@@ -22,6 +22,8 @@ from networks import Shape, data
 from peers import RANK, Unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Every peer of every model is a compilation of the same few functions.
+torch._dynamo.config.recompile_limit = 64
 
 
 class Step:
@@ -49,7 +51,6 @@ class Step:
         if "adalora" in name:
             self.allocate = self.model.update_and_allocate
         if name.endswith("compiled"):
-            torch.compiler.reset()
             self.forward = torch.compile(self.model, dynamic=False)
             try:
                 self()

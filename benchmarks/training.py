@@ -21,6 +21,7 @@ this file when nothing is left out, or else to ``--out``. Takes up to 15 minutes
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 import time
@@ -172,6 +173,8 @@ def title(result: dict[str, Any], end: str = " ") -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    # PyTorch needs some of a GPU's memory, too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = jax.default_backend()
     shapes = CPU if device == "cpu" else GPU
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])

@@ -142,15 +142,19 @@ def test_one_command_runs_all_of_them():
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        ("training", ["--depth", "1", "--rounds", "1", "--dropout", "0"]),
-        ("memory", ["--depth", "1"]),
-        ("compile_time", ["--depth", "1", "2", "--repeats", "1"]),
-        ("scaling", ["--width", "32", "--rounds", "1"]),
+        (
+            "training",
+            "--model bert gpt --depth 1 --rounds 1 --dropout 0 "
+            "--peers frozen lora adalora autodiff flax-lora qwix-nnx peft-adalora",
+        ),
+        ("memory", "--model bert --depth 1"),
+        ("compile_time", "--depth 1 2 --repeats 1"),
+        ("scaling", "--width 32 --rounds 1 --axis rank"),
     ],
 )
 def test_script_runs(script, arguments, tmp_path):
     subprocess.run(
-        [sys.executable, ROOT / f"benchmarks/{script}.py", *arguments, "--out", tmp_path],
+        [sys.executable, ROOT / f"benchmarks/{script}.py", *arguments.split(), "--out", tmp_path],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
     )
