@@ -16,6 +16,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import adalora_jax as adalora
+from adalora_jax.nnx_layers import pure
 
 pytestmark = pytest.mark.usefixtures("_flax_ranks")
 SLOW = pytest.mark.slow
@@ -258,7 +259,7 @@ def loss_of(model):
 
 
 def copied(tree):
-    return jax.tree.map(np.array, nnx.as_pure(tree))
+    return jax.tree.map(np.array, pure(tree))
 
 
 def changed(before, after):
