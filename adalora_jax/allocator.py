@@ -10,14 +10,13 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adalora_jax import tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.budget import budget
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.importance import Evidence, finite_batch, smooth_batch, triplet_scores
-from adalora_jax.ranking import in_a_row, kept, split
+from adalora_jax.ranking import Entry, cut, entry, in_a_row, kept
 from adalora_jax.tree import PyTree
 
 
@@ -168,10 +167,15 @@ def update_allocator(
     def new_masks():
         evidence = (*given, tree.listed(sensitivity), tree.listed(uncertainty))
         limits = _limits(config, weights, allowed)
-        columns = (*evidence, limits or [None] * len(given[0]))
-        scored = [_scored(*tree.pick(batch, *columns), config) for batch in batches]
-        row, turn = (part[0] if part[0] is None else jnp.concatenate(part) for part in zip(*scored))
-        return _masks(batches, state.masks, row, turn, allowed)
+        scores = tree.batched(functools.partial(_scored, config=config), batches, *evidence)
+        dtype = jnp.result_type(*{score.dtype for score in scores})
+        columns = (scores, limits or [()] * len(scores))
+        parts = [_entered(*tree.pick(batch, *columns), dtype) for batch in batches]
+        where = cut(*in_a_row([row for row, _ in parts]), allowed)
+        entries = tree.spread(batches, [entries for _, entries in parts])
+        before = tree.listed(state.masks)
+        masks = [_sharded_like(*pair) for pair in zip(kept(entries, where), before)]
+        return jax.tree.structure(state.masks).unflatten(masks)
 
     masks = jax.lax.cond(
         finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
@@ -187,34 +191,16 @@ def update_allocator(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _scored(weights, gradients, sensitivity, uncertainty, limits, config):
-    """The scores of a batch in a row, and their turns."""
+def _scored(weights, gradients, sensitivity, uncertainty, config):
     rows = zip(weights, gradients, sensitivity, uncertainty)
-    scores = [triplet_scores(Evidence(*row), config) for row in rows]
-    return in_a_row(scores, None if limits[0] is None else limits)
+    return [triplet_scores(Evidence(*row), config) for row in rows]
 
 
-def _masks(batches, before, row, turn, allowed):
-    """The new masks from the scores of one batch after the other."""
-    masks = tree.listed(before)
-    ends = np.cumsum([mask.size for mask in masks])
-    pieces = [np.arange(end - mask.size, end) for end, mask in zip(ends, masks)]
-    places = np.concatenate([pieces[index] for batch in batches for index in batch])
-    order = np.argsort(places)  # the adapters' own, by which ties are broken
-    keep = kept(row[order], turn if turn is None else turn[order], allowed)[places]
-    result, start = [None] * len(masks), 0
-    for batch in batches:
-        (like,) = tree.pick(batch, masks)
-        size = sum(mask.size for mask in like)
-        for index, mask in zip(batch, _split_like(keep[start : start + size], like)):
-            result[index] = mask
-        start += size
-    return jax.tree.structure(before).unflatten(result)
-
-
-@jax.jit
-def _split_like(keep, masks):
-    return [_sharded_like(*pair) for pair in zip(split(keep, masks), masks)]
+@functools.partial(jax.jit, static_argnames="dtype")
+def _entered(scores, limits, dtype):
+    """A batch for the ranking: in a row, and one by one."""
+    entries = [entry(score.astype(dtype), *own) for score, own in zip(scores, limits)]
+    return Entry(*in_a_row(entries)), entries
 
 
 def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
