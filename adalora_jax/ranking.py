@@ -108,8 +108,9 @@ def cut(keys: jax.Array, turns: jax.Array | None, count: chex.Numeric) -> Cut:
         return jnp.where(number(among & (keys >= lowest | bit)) >= count, lowest | bit, lowest)
 
     lowest = jax.lax.fori_loop(0, width, settle, jnp.zeros((), keys.dtype))
-    equal = count - number(among & (keys > lowest))
-    return Cut(lowest, equal, equal >= number(among & (keys == lowest)))
+    equal = jnp.asarray(count - number(among & (keys > lowest)))
+    all_equal = jnp.asarray(equal >= number(among & (keys == lowest)))
+    return Cut(lowest, equal, all_equal)
 
 
 def kept(entries: Sequence[Entry], cut: Cut) -> list[jax.Array]:
