@@ -41,8 +41,12 @@ def init_adapter(
     """A fresh adapter whose increment is zero.
 
     ``init="gaussian"``: λ = 0, p and q normal with standard deviation 0.02 (PEFT, loralib).
-    ``init="lambda_one"``: λ = 1, p = 0, q as before. ``init_lora_weights=False`` draws all three
-    from the standard normal, so that the increment is not zero (PEFT's switch for tests).
+    ``init="lambda_one"``: λ = 1, p = 0, q as before. ``init="orthonormal"``: λ = 0, p and q with
+    orthonormal rows, ``p pᵀ = q qᵀ = I``, drawn evenly from all such; more rows than a row is long
+    cannot be that, and of those the columns are orthonormal (the penalty of
+    ``orthogonality="squared"`` is smooth there, ``"frobenius"`` has a kink).
+    ``init_lora_weights=False`` draws all three from the standard normal, so that the increment is
+    not zero (PEFT's switch for tests).
 
     Args:
       key: a PRNG key.
@@ -77,7 +81,19 @@ def init_adapter(
         return Adapter(p, lam, q)
     if config.init == "lambda_one":
         return Adapter(jnp.zeros_like(p), jnp.ones_like(lam), _STD * q)
+    if config.init == "orthonormal":
+        return Adapter(_orthonormal(p), jnp.zeros_like(lam), _orthonormal(q))
     return Adapter(_STD * p, jnp.zeros_like(lam), _STD * q)
+
+
+def _orthonormal(normal: jax.Array) -> jax.Array:
+    """The rows of each normal matrix made orthonormal, or its columns where those are shorter."""
+    wide_matrix = normal.shape[-2] < normal.shape[-1]
+    tall = jnp.swapaxes(normal, -1, -2) if wide_matrix else normal
+    q, r = jnp.linalg.qr(tall.astype(wide(normal.dtype)))
+    # With the signs that make r's diagonal positive the distribution is even (Mezzadri 2007).
+    q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+    return (jnp.swapaxes(q, -1, -2) if wide_matrix else q).astype(normal.dtype)
 
 
 def increment(

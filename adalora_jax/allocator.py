@@ -95,7 +95,8 @@ def allocate(state: AdaLoraState, grads: PyTree, step: chex.Numeric) -> tuple[Ad
     ``sensitivity_at="current"``: before). The masks are the standing decision, at every step. They
     are applied to the returned adapters (pruned λ exactly 0) whenever a new mask was due, at all
     steps from the final mask on, and with ``hold_mask`` at all steps; between two masks of the
-    budgeting phase a pruned λ may otherwise grow back, so that it can be revived.
+    budgeting phase a pruned λ may otherwise grow back, so that it can be revived. With
+    ``revive=False`` a mask chooses among those that live, and pruned λ stay 0.
 
     If any gradient is not finite the allocator's state stays as it was.
 
@@ -168,7 +169,9 @@ def update_allocator(
     def new_masks():
         evidence = (*given, tree.listed(sensitivity), tree.listed(uncertainty))
         limits = _limits(config, weights, allowed)
-        columns = (*evidence, limits or [None] * len(given[0]))
+        none = [None] * len(given[0])
+        alive = none if config.revive else tree.listed(state.masks)
+        columns = (*evidence, limits or none, alive)
         scored = [_scored(*tree.pick(batch, *columns), config) for batch in batches]
         row, turn = (part[0] if part[0] is None else jnp.concatenate(part) for part in zip(*scored))
         return _masks(batches, state.masks, row, turn, allowed)
@@ -187,11 +190,12 @@ def update_allocator(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _scored(weights, gradients, sensitivity, uncertainty, limits, config):
+def _scored(weights, gradients, sensitivity, uncertainty, limits, alive, config):
     """The scores of a batch in a row, and their turns."""
     rows = zip(weights, gradients, sensitivity, uncertainty)
     scores = [triplet_scores(Evidence(*row), config) for row in rows]
-    return in_a_row(scores, None if limits[0] is None else limits)
+    limits, alive = (None if column[0] is None else column for column in (limits, alive))
+    return in_a_row(scores, limits, alive)
 
 
 def _masks(batches, before, row, turn, allowed):
@@ -228,7 +232,8 @@ def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> ja
 
 def enforced(before: AllocatorState, step: jax.Array, config: AdaLoraConfig) -> jax.Array:
     """Whether the masks are to be applied at ``step``; otherwise λ may grow back."""
-    return mask_due(config, step, before.step) | (step >= config.final_step) | config.hold_mask
+    held = config.hold_mask or not config.revive
+    return mask_due(config, step, before.step) | (step >= config.final_step) | held
 
 
 def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ _CHOICES = {
     ),
     "score_over": ("triplet", "lam"),
     "allocation": ("global", "per_adapter"),
-    "init": ("gaussian", "lambda_one"),
+    "init": ("gaussian", "lambda_one", "orthonormal"),
     "orthogonality": ("frobenius", "squared"),
     "sensitivity_at": ("updated", "current"),
 }
@@ -111,6 +111,7 @@ prunes to target_r, so init_r must be at least 8.
     rank_pattern: Any = None  # {path: rank or booleans}: start from an earlier run's ranks
     rank_limits: Any = None  # {pattern: RankSpec, its fields as a dict, or init_r}; first match
     lora_alpha: float = 8  # the increment is scaled by lora_alpha / init_r; <= 0 means init_r
+    scale: Any = None  # or by this number, of each triplet, whatever the rank; None: as above
     lora_dropout: float = 0.0  # dropout on an adapter's input while training
     target_modules: Any = None  # suffixes, a regex, "all-linear", (path, module) -> bool | RankSpec
     exclude_modules: Any = None  # suffixes or regex of modules left alone
@@ -123,15 +124,18 @@ prunes to target_r, so init_r must be at least 8.
     score: str | Callable[..., Any] = "sensitivity_uncertainty"  # what ranks the triplets
     score_over: Literal["triplet", "lam"] = "triplet"  # the whole triplet counts, or lam alone
     allocation: Literal["global", "per_adapter"] = "global"  # all compete, or equal ranks for each
-    init: Literal["gaussian", "lambda_one"] = "gaussian"  # lam = 0, or lam = 1 with p = 0
+    init: str = "gaussian"  # or "lambda_one" or "orthonormal", see init_adapter
     orthogonality: Literal["frobenius", "squared"] = "frobenius"  # PEFT's norm, or paper's Eq. 4
     param_dtype: Any = "float32"  # dtype of p, lam and q
     sensitivity_at: Literal["updated", "current"] = "updated"  # |w g| at w after or before update
+    lam_lr_multiplier: float = 1.0  # of the inner optimizer's update of lam
     forward_mode: bool = False  # True: jvp and hessian work, but training steps are slower
     hold_mask: bool = False  # True: a pruned lam stays 0 until a later mask revives it
+    revive: bool = True  # False: no later mask does, and a pruned lam stays 0 for good
     use_dora: bool = False  # PEFT's name, refused: AdaLoRA has no DoRA form
     loftq_config: Any = None  # PEFT's name, refused: quantise the base instead
     r: int | None = None  # PEFT's name, refused: AdaLoRA starts at init_r
+    scale_given: bool = dataclasses.field(init=False, repr=False, default=False)  # not derived
 
     def __post_init__(self) -> None:
         _refuse_foreign(self)
@@ -160,6 +164,12 @@ prunes to target_r, so init_r must be at least 8.
         self._check("orth_reg_weight", checks.number, "0 or more", lambda v: 0 <= v < math.inf)
         self._check("lora_dropout", checks.number, "at least 0 and below 1", lambda v: 0 <= v < 1)
         self._check("lora_alpha", checks.number, "a finite number", math.isfinite)
+        self._check("lam_lr_multiplier", checks.number, "0 or more", lambda v: 0 <= v < math.inf)
+        self._set("scale_given", self.scale is not None)
+        if self.scale_given:
+            self._check("scale", checks.number, "above 0, or None", lambda v: 0 < v < math.inf)
+        else:
+            self._set("scale", self.lora_alpha / self.init_r if self.lora_alpha > 0 else 1.0)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             self._check(name, checks.names)
         self._check("layers_to_transform", checks.indices)
@@ -176,7 +186,8 @@ prunes to target_r, so init_r must be at least 8.
                 "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
                 "rank_limits have no meaning: leave them out, or allocate globally."
             )
-        for name in ("init_lora_weights", "fan_in_fan_out", "hold_mask", "forward_mode"):
+        flags = ("init_lora_weights", "fan_in_fan_out", "hold_mask", "revive", "forward_mode")
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
 
@@ -186,22 +197,17 @@ prunes to target_r, so init_r must be at least 8.
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    @property
-    def scale(self) -> float:
-        """The factor s of every increment, ``lora_alpha / init_r``; 1 where lora_alpha <= 0.
-
-        It belongs to the adapter for life: neither pruning nor compaction changes it. Where
-        ``rank_limits`` may give layers an alpha or init_r of their own, see :meth:`scale_of`.
-        """
-        return self.lora_alpha / self.init_r if self.lora_alpha > 0 else 1.0
-
     def scale_of(self, path: str) -> float:
         """The factor s of the adapter at ``path``, ``alpha / init_r`` by what holds for it.
+
+        With a ``scale`` given that is s, but where ``rank_limits`` gives the layer an alpha.
 
         >>> config = AdaLoraConfig(total_step=9, rank_limits={"query": RankSpec(alpha=24)})
         >>> config.scale_of("encoder/query"), config.scale_of("encoder/key") == config.scale
         (2.0, True)
         """
+        if self.scale_given and rankspec.find(self.rank_limits or (), path).alpha is None:
+            return self.scale
         spec = self.spec_of(path)
         return spec.alpha / spec.init_r if spec.alpha > 0 else 1.0
 
@@ -233,8 +239,17 @@ prunes to target_r, so init_r must be at least 8.
         return min(self.total_step - self.tfinal, self.total_step - 1)
 
     def replace(self, **changes: Any) -> AdaLoraConfig:
-        """A copy with some fields changed, checked like a new one."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed, checked like a new one.
+
+        A scale that was not given follows ``lora_alpha`` and ``init_r``, which it would not with
+        ``dataclasses.replace``.
+
+        >>> config = AdaLoraConfig(total_step=10, lora_alpha=24)
+        >>> config.replace(init_r=8).scale, config.replace(scale=1.5).replace(init_r=8).scale
+        (3.0, 1.5)
+        """
+        scale = self.scale if self.scale_given else None
+        return dataclasses.replace(self, **{"scale": scale, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values, for checkpoints; :meth:`from_dict` reads them back.
@@ -245,8 +260,8 @@ prunes to target_r, so init_r must be at least 8.
         >>> AdaLoraConfig.from_dict(config.to_dict()) == config
         True
         """
-        names = [field.name for field in dataclasses.fields(self) if field.name not in _REFUSED]
-        return {name: _to_json(getattr(self, name)) for name in names}
+        result = {name: _to_json(getattr(self, name)) for name in _DEFAULTS}
+        return result | {"scale": self.scale if self.scale_given else None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaLoraConfig:
@@ -261,8 +276,7 @@ prunes to target_r, so init_r must be at least 8.
         >>> AdaLoraConfig.from_dict(saved | {"score": min}).score
         <built-in function min>
         """
-        known = {field.name for field in dataclasses.fields(cls)}.difference(_REFUSED)
-        if unknown := sorted(map(str, set(values) - known)):
+        if unknown := sorted(map(str, set(values) - set(_DEFAULTS))):
             raise ValueError(
                 f"the config has fields that are unknown here: {', '.join(unknown)}. It was made "
                 "by another version of adalora_jax, or by another library."
@@ -276,7 +290,7 @@ prunes to target_r, so init_r must be at least 8.
 
     def missing_functions(self) -> dict[str, str]:
         """``{field: name}`` of the functions that :meth:`from_dict` could not bring back."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name in _DEFAULTS}
         return {n: v.name for n, v in values.items() if isinstance(v, MissingFunction)}
 
     @classmethod
@@ -321,7 +335,7 @@ works without it.
                     f"{key}={source[key]!r} of the PEFT config is not supported here: remove it "
                     "if the adapter works without it."
                 )
-        fields = {field.name for field in dataclasses.fields(cls)} - {"r", *_OURS}
+        fields = {*_DEFAULTS, "use_dora", "loftq_config"} - _OURS
         values = {key: value for key, value in source.items() if key in fields}
         ignored = [k for k, unused in _PEFT_IGNORED.items() if source.get(k) not in (None, *unused)]
         if isinstance(init := values.get("init_lora_weights"), str) and init != "loftq":
@@ -356,8 +370,8 @@ works without it.
         Raises:
           ValueError: a field is set to something that PEFT cannot do.
         """
-        for name, default in _OURS.items():
-            value = getattr(self, name)
+        for name in (name for name in _DEFAULTS if name in _OURS and name != "scale"):
+            value, default = getattr(self, name), _DEFAULTS[name]
             if value != default:
                 raise ValueError(
                     f"{name}={value!r} has no counterpart in PEFT: use {default!r} there, or keep "
@@ -377,29 +391,38 @@ works without it.
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform in PEFT."
             )
         result: dict[str, Any] = {"peft_type": "ADALORA"}
-        for field in dataclasses.fields(self):
-            if field.name not in _OURS and field.name not in _REFUSED:
-                value = getattr(self, field.name)
-                result[field.name] = list(value) if isinstance(value, tuple) else value
+        for name in (name for name in _DEFAULTS if name not in _OURS):
+            value = getattr(self, name)
+            result[name] = list(value) if isinstance(value, tuple) else value
+        if self.scale_given:
+            result["lora_alpha"] = self.scale * self.init_r
         if self.rank_pattern is not None:
             result["rank_pattern"] = _rank_pattern_to_peft(self.rank_pattern)
         # PEFT's own spelling of the options that are refused here.
         return result | {"use_dora": False, "loftq_config": {}, "bias": "none"}
 
 
-# The fields PEFT does not have and which change the computation, with PEFT's behaviour.
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(AdaLoraConfig)
+    if field.init and field.name not in _REFUSED
+}
+# The fields PEFT does not have and which change the computation; the defaults are its behaviour.
 _OURS = {
-    "rank_limits": None,
-    "budget_schedule": "cubic",
-    "score": "sensitivity_uncertainty",
-    "score_over": "triplet",
-    "allocation": "global",
-    "init": "gaussian",
-    "orthogonality": "frobenius",
-    "param_dtype": "float32",
-    "sensitivity_at": "updated",
-    "hold_mask": False,
-    "forward_mode": False,
+    "rank_limits",
+    "scale",
+    "budget_schedule",
+    "score",
+    "score_over",
+    "allocation",
+    "init",
+    "orthogonality",
+    "param_dtype",
+    "sensitivity_at",
+    "lam_lr_multiplier",
+    "forward_mode",
+    "hold_mask",
+    "revive",
 }
 
 

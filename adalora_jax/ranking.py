@@ -40,23 +40,27 @@ def keep_best(scores: PyTree, count: chex.Numeric, limits: Limits | None = None)
 
 
 def in_a_row(
-    leaves: Sequence[jax.Array], limits: Limits | None = None
+    leaves: Sequence[jax.Array],
+    limits: Limits | None = None,
+    alive: Sequence[jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """All scores in one row, on every device, and the turn of each where there are limits.
 
     A turn is 0 for the scores of a matrix that are kept first, 1 for those that compete for what
-    is left, and 2 for those that are never kept.
+    is left, and 2 for those that are never kept. With ``alive``, booleans of the leaves' shapes,
+    those that are not alive are never kept.
 
     >>> in_a_row([jnp.array([2.0, 3.0]), jnp.array([0.0])])
     (Array([2., 3., 0.], dtype=float32), None)
     """
     rows = [_gathered(leaf) for leaf in leaves]
-    if limits is None:
+    if limits is None and alive is None:
         return jnp.concatenate(rows), None
-    turns = [
-        _turn(row.reshape(leaf.shape), *bounds).ravel()
-        for row, leaf, bounds in zip(rows, leaves, limits)
-    ]
+    shaped = [row.reshape(leaf.shape) for row, leaf in zip(rows, leaves)]
+    fit = [_gathered(leaf).reshape(leaf.shape) for leaf in alive or ()]
+    fit = fit or [jnp.ones_like(leaf, bool) for leaf in shaped]
+    limits = limits or [(0, leaf.shape[-1]) for leaf in shaped]
+    turns = [_turn(leaf, ok, *bounds).ravel() for leaf, ok, bounds in zip(shaped, fit, limits)]
     return jnp.concatenate(rows), jnp.concatenate(turns)
 
 
@@ -133,11 +137,14 @@ def _ascending(scores: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(scores), jnp.zeros((), bits.dtype), bits)
 
 
-def _turn(scores: jax.Array, least: chex.Numeric, most: chex.Numeric) -> jax.Array:
-    order = jnp.argsort(-scores, axis=-1, stable=True)
+def _turn(
+    scores: jax.Array, alive: jax.Array, least: chex.Numeric, most: chex.Numeric
+) -> jax.Array:
+    order = jnp.lexsort((-scores, ~alive), axis=-1)
     place = jnp.argsort(order, axis=-1)  # the inverse permutation: each score's place in its row
     least = jnp.minimum(least, most)
-    return (place >= least).astype(jnp.int32) + (place >= most).astype(jnp.int32)
+    turn = (place >= least).astype(jnp.int32) + (place >= most).astype(jnp.int32)
+    return jnp.where(alive, turn, 2)
 
 
 def _gathered(scores: jax.Array) -> jax.Array:

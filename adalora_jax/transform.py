@@ -35,7 +35,8 @@ def adalora(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that each of its updates also allocates the rank budget.
 
-    One update is: the inner optimizer's step, then the importance of every triplet from the
+    One update is: the inner optimizer's step, in which the moves of λ are multiplied by
+    ``lam_lr_multiplier``, then the importance of every triplet from the
     gradient that came in and the parameters that come out (PEFT's order; the parameters that went
     in with ``sensitivity_at="current"``), then, when one is due, a new mask over all adapters.
     After ``optax.apply_updates`` a pruned λ is exactly 0. Steps are counted in the state, one an
@@ -95,6 +96,9 @@ def adalora(
         gradients = matching_gradients(updates, params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         current, moves = tree.canonical(params), tree.canonical(updates)
+        if config.lam_lr_multiplier != 1:
+            faster = lambda move: move._replace(lam=config.lam_lr_multiplier * move.lam)
+            moves = tree.each(faster, moves)
         weights = current
         if config.sensitivity_at == "updated":
             weights = optax.apply_updates(current, moves)

@@ -26,12 +26,15 @@ class Settings:
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
     lora_alpha: float = 8.0
+    scale: float | None = None
     budget_schedule: str = "cubic"
     score: str = "sensitivity_uncertainty"
     score_over: str = "triplet"
     orthogonality: str = "frobenius"
     sensitivity_at: str = "updated"
     hold_mask: bool = False
+    revive: bool = True
+    lam_lr_multiplier: float = 1.0
 
 
 # The model -----------------------------------------------------------------------------------
@@ -70,7 +73,7 @@ def regulariser(m, form):
 
 def objective(matrices, batches, settings):
     """The training objective, the layers' errors and γ times Eq. 4, with its gradients."""
-    scale = settings.lora_alpha / settings.init_r
+    scale = settings.scale or settings.lora_alpha / settings.init_r
     weight = settings.orth_reg_weight
     if settings.orthogonality == "frobenius":
         weight = weight / (2 * len(matrices))  # the mean over all P and Q, where Eq. 4 has the sum
@@ -210,7 +213,7 @@ class Allocator:
                 self.decide(weights, raw)
                 self.finalised = final
             self.step += 1
-        if due or final or settings.hold_mask:
+        if due or final or settings.hold_mask or not settings.revive:
             return self.masks
         return [np.ones_like(mask) for mask in self.masks]
 
@@ -223,11 +226,14 @@ class Allocator:
                 uncertainty[name] = b2 * uncertainty[name] + (1 - b2) * deviation  # Eq. 10
 
     def decide(self, weights, raw):
+        settings = self.settings
         evidence = zip(weights, raw, self.sensitivity, self.uncertainty)
         scores = [
-            [triplet_score(self.settings, *one, i) for i in range(rank)]
+            [triplet_score(settings, *one, i) for i in range(rank)]
             for one, rank in zip(evidence, self.ranks)
         ]
+        if not settings.revive:  # those that died rank below all that live
+            scores = [np.where(mask, row, -np.inf) for row, mask in zip(scores, self.masks)]
         self.masks, self.margin = top(scores, self.budget)
 
 
@@ -256,6 +262,7 @@ def train(matrices, batches, settings, optimizer):
             new = {}
             for name in matrix:
                 states[k, name], move = optimizer(states.get((k, name)), gradient[name])
+                move = settings.lam_lr_multiplier * move if name == "lam" else move
                 new[name] = matrix[name] + move
             updated.append(new)
         seen = updated if settings.sensitivity_at == "updated" else matrices

@@ -145,6 +145,8 @@ def test_other_kinds_of_adapter_and_other_files_are_refused(tmp_path):
         ("budget_schedule", {"budget_schedule": "linear"}),
         ("score", {"score": "magnitude"}),
         ("hold_mask", {"hold_mask": True}),
+        ("revive", {"revive": False}),
+        ("lam_lr_multiplier", {"lam_lr_multiplier": 2.0}),
         ("target_modules", {"target_modules": lambda path, module: True}),
         ("target_modules", {"target_modules": ".*query", "layers_to_transform": 3}),
         ("layers_pattern", {"target_modules": ["query"], "layers_pattern": ["layers"]}),

@@ -39,6 +39,9 @@ CHOICES = {
     "score_over": ("triplet", "lam"),
     "orthogonality": ("frobenius", "squared"),
     "hold_mask": (False, True),
+    "revive": (True, False),
+    "lam_lr_multiplier": (1.0, 3.0),
+    "scale": (None, 0.7),
     "inner": ("sgd", "adam"),
     "tinit": (0, 3),
     "tfinal": (0, 4),
@@ -49,7 +52,7 @@ CHOICES = {
 def covering_cases():
     """Every score with every init and ``sensitivity_at``; the other options drawn beside them."""
     names = list(CHOICES)
-    rest = np.random.default_rng(76)
+    rest = np.random.default_rng(5830)
     return [
         dict(zip(names, [*fixed, *(CHOICES[name][rest.integers(2)] for name in names[3:])]))
         for fixed in itertools.product(*(CHOICES[name] for name in names[:3]))

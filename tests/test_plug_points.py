@@ -1,0 +1,212 @@
+"""Options for λ, initial values and masks, each against its formula."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+
+import adalora_jax as al
+
+CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
+
+
+def gradients(params, seed):
+    """Gradients at random, others at each step."""
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), leaf.dtype), params)
+
+
+def steps(config, inner, params=None, jit=jax.jit):
+    """``(params, allocator)`` after each step of a run with gradients at random."""
+    params = problem.adapters(config) if params is None else params
+    tx = al.adalora(problem.lenient(inner), config)
+    state, update = tx.init(params), jit(tx.update)
+    for seed in range(config.total_step):
+        updates, state = update(gradients(params, seed), state, params)
+        params = optax.apply_updates(params, updates)
+        yield params, state.allocator
+
+
+# The scale ------------------------------------------------------------------------------------
+
+
+def test_a_scale_that_is_given_does_not_depend_on_the_rank():
+    given, derived = CONFIG.replace(scale=1.5), CONFIG
+    assert (given.scale, derived.scale) == (1.5, 1.5)
+    assert given != derived
+    assert given.replace(init_r=6).scale == 1.5
+    assert given.replace(lora_alpha=1).scale == 1.5
+    assert derived.replace(init_r=6).scale == 1.0
+    assert given.replace(scale=None) == derived
+    assert derived.replace(scale=derived.scale, init_r=6).scale == 1.5
+
+
+def test_a_layer_with_an_alpha_of_its_own_keeps_it():
+    limits = {"query": al.RankSpec(init_r=8), "key": al.RankSpec(alpha=20)}
+    config = CONFIG.replace(rank_limits=limits)
+    paths = ("a/query", "a/key", "a/up")
+    assert [config.scale_of(path) for path in paths] == [6 / 8, 20 / 4, 6 / 4]
+    assert [config.replace(scale=0.25).scale_of(path) for path in paths] == [0.25, 5.0, 0.25]
+
+
+def test_a_scale_comes_back_from_json_given_or_not():
+    for config in (CONFIG, CONFIG.replace(scale=1.5)):
+        back = al.AdaLoraConfig.from_dict(config.to_dict())
+        assert back == config
+        assert back.replace(init_r=6) == config.replace(init_r=6)
+    # A checkpoint from before there was the option says the same as one without it.
+    old = {name: value for name, value in CONFIG.to_dict().items() if name != "scale"}
+    assert al.AdaLoraConfig.from_dict(old) == CONFIG
+
+
+def test_peft_gets_a_given_scale_as_its_alpha():
+    config = CONFIG.replace(scale=0.75)
+    assert config.to_peft()["lora_alpha"] == 3
+    assert "scale" not in config.to_peft()
+    assert al.AdaLoraConfig.from_peft(config.to_peft()).scale == config.scale
+
+
+@pytest.mark.parametrize("limits", [None, {"b": {"alpha": 3}}])
+def test_what_is_exported_to_peft_computes_with_the_given_scale(limits, tmp_path):
+    config = CONFIG.replace(scale=0.75, rank_limits=limits, init_lora_weights=False)
+    shapes = {"a": (3, 4, ()), "b": (4, 3, ())}
+    adapters = problem.adapters(config, shapes=shapes)
+    al.peft.save_pretrained(tmp_path, adapters, config)
+    loaded = al.peft.load_pretrained(tmp_path)
+    for name, adapter in adapters.items():
+        ours = al.delta_weight(adapter, scale=config.scale_of(name))
+        theirs = al.delta_weight(loaded.adapters[name], scale=loaded.config.scale_of(name))
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+        if limits is None:
+            problem.assert_same_bits(loaded.adapters[name], adapter)
+
+
+# The steps of λ -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.adam, optax.lion, optax.adafactor], ids=lambda o: o.__name__
+)
+@pytest.mark.parametrize("params", [None, "beside others"])
+def test_the_updates_of_lam_are_those_of_the_inner_optimizer_times_the_multiplier(inner, params):
+    config = CONFIG.replace(lam_lr_multiplier=2.5, init_lora_weights=False)
+    trees = problem.adapters(config)
+    trees = trees if params is None else {"block": trees, "head": jnp.ones((2, 3))}
+    grads = gradients(trees, 0)
+    inner = problem.lenient(inner(0.1))
+    alone, _ = inner.update(grads, inner.init(trees), trees)
+    tx = al.adalora(inner, config)
+    ours, state = tx.update(grads, tx.init(trees), trees)
+    new = optax.apply_updates(trees, ours)
+    for name, adapter in al.adapters(ours).items():
+        plain = al.adapters(alone)[name]
+        np.testing.assert_array_equal(adapter.p, plain.p)
+        np.testing.assert_array_equal(adapter.lam, np.float32(2.5) * plain.lam)
+        # Importance is that of the λ that came of it.
+        raw = abs(al.adapters(new)[name].lam * al.adapters(grads)[name].lam)
+        average = al.adapters(state.allocator.sensitivity)[name].lam
+        np.testing.assert_allclose(average, 0.15 * raw, rtol=1e-5)
+    if params is not None:
+        np.testing.assert_array_equal(ours["head"], alone["head"])
+
+
+def test_the_multiplier_prunes_alike_compiled_or_not():
+    config = CONFIG.replace(lam_lr_multiplier=4.0, revive=False)
+    runs = [list(steps(config, optax.adam(0.03), jit=jit)) for jit in (jax.jit, lambda f: f)]
+    for compiled, eager in zip(*runs):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), compiled, eager
+        )
+
+
+def test_a_multiplier_of_one_leaves_the_program_as_it_is():
+    params = problem.adapters(CONFIG)
+
+    def program(config):
+        tx = al.adalora(optax.adam(0.1), config)
+        return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+
+    config = CONFIG.replace(lam_lr_multiplier=1, revive=True)
+    assert program(config) == program(CONFIG)
+    assert program(CONFIG.replace(lam_lr_multiplier=2.0)) != program(CONFIG)
+
+
+# Orthonormal rows -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stack", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("ins", "outs"), [(9, 7), (9, 3), (4, 4)])
+def test_rows_are_orthonormal_or_columns_where_there_are_too_many_rows(stack, dtype, ins, outs):
+    config = CONFIG.replace(init="orthonormal", param_dtype=dtype)
+    adapter = al.init_adapter(jax.random.key(0), ins, outs, config, stack=stack)
+    assert {leaf.dtype for leaf in adapter} == {jnp.dtype(dtype)}
+    assert not np.any(adapter.lam)
+    for matrix in (adapter.p, adapter.q):
+        matrix = np.asarray(matrix, np.float64).reshape(-1, *matrix.shape[-2:])
+        for one, other in itertools.pairwise([*matrix, matrix[0] + 1]):
+            short = one if len(one) <= one.shape[1] else one.T
+            np.testing.assert_allclose(
+                short @ short.T, np.eye(len(short)), atol=1e-6 if dtype == "float32" else 2e-2
+            )
+            assert not np.allclose(one, other)
+
+
+def test_no_direction_is_preferred():
+    """Over many draws, each entry of 2 orthonormal rows of 3 has mean 0 and variance 1/3."""
+    config = CONFIG.replace(init="orthonormal")
+    q = al.init_adapter(jax.random.key(1), 3, 3, config, rank=2, stack=(20000,)).q
+    np.testing.assert_allclose(q.mean(axis=0), np.zeros((2, 3)), atol=0.02)
+    np.testing.assert_allclose(q.var(axis=0), np.full((2, 3), 1 / 3), atol=0.01)
+
+
+# The dead stay dead ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [None, {"key": {"min_r": 1, "max_r": 2}, "down": {"min_r": 2}}])
+@pytest.mark.parametrize("allocation", ["global", "per_adapter"])
+def test_without_revival_ranks_only_fall_and_the_budget_is_met(limits, allocation):
+    if limits and allocation == "per_adapter":
+        pytest.skip("refused by the config")
+    config = CONFIG.replace(rank_limits=limits, allocation=allocation, score="sensitivity")
+
+    def run(config):
+        """How many triplets each mask revived, and how many live after the last one."""
+        before, revived = None, 0
+        for t, (params, state) in enumerate(steps(config, optax.sgd(0.5))):
+            masks = problem.rows(state.masks)
+            assert sum(map(np.sum, masks)) == int(state.budget), f"step {t}"
+            if before is not None:
+                revived += sum(int((now & ~then).sum()) for now, then in zip(masks, before))
+            if not config.revive:
+                for adapter, mask in zip(problem.matrices(params), masks):
+                    assert not adapter["lam"][~mask].any(), f"step {t}"
+            before = masks
+        return revived, sum(map(np.sum, masks))
+
+    assert run(config.replace(revive=False)) == (0, 2 * problem.MATRICES)
+    revived, live = run(config)
+    assert revived > 0, "nothing was at stake"
+    assert live == 2 * problem.MATRICES
+
+
+def test_the_dead_keep_no_place_among_the_best_of_their_matrix():
+    """min_r counts those that live: a dead triplet of the highest score takes no one's place."""
+    limits = {"a": {"min_r": 1}}
+    config = al.AdaLoraConfig(
+        total_step=4, init_r=3, target_r=1, score="magnitude", rank_limits=limits, revive=False
+    )
+    make = lambda lam: al.Adapter(jnp.ones((3, 2)), jnp.asarray(lam), jnp.ones((3, 2)))
+    adapters = {"a": make([1.0, 2.0, 3.0]), "b": make([9.0, 8.0, 7.0])}
+    state = al.init_state(adapters, config)
+    dead = {"a": jnp.array([True, True, False]), "b": jnp.ones(3, bool)}
+    state = al.AdaLoraState(adapters, state.allocator._replace(masks=dead), config)
+    _, masks = al.allocate(state, adapters, 3)
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "a": [False, True, False],
+        "b": [True, False, False],
+    }
