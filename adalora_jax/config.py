@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from adalora_jax import checks, rankspec
+from adalora_jax import checks, config_peft, rankspec
 from adalora_jax.checks import MissingFunction
 from adalora_jax.rankspec import RankSpec
 
@@ -31,48 +28,6 @@ _CHOICES = {
     "sensitivity_at": ("updated", "current"),
 }
 _REFUSED = ("r", "use_dora", "loftq_config")  # PEFT's names that no AdaLoRA can give a meaning
-
-# Keys of a PEFT `adapter_config.json` that say where a model came from or how PEFT runs it. They
-# do not change what AdaLoRA computes.
-_PEFT_BOOKKEEPING = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "r",  # AdaLoRA starts at init_r
-    "revision",
-    "runtime_config",
-    "task_type",
-}
-# Keys that change what PEFT's AdaLoRA trains, with the values that mean "not used".
-_PEFT_UNSUPPORTED = {
-    "bias": ("none",),
-    "ensure_weight_tying": (False,),
-    "layer_replication": ([],),
-    "target_parameters": ([],),
-    "trainable_token_indices": ([], {}),
-}
-# Keys of PEFT's LoRA, inherited by its AdaLoRA config and without effect there, with the values
-# that ask for nothing.
-_PEFT_IGNORED = {
-    "alora_invocation_tokens": ([],),
-    "alpha_pattern": ({},),
-    "arrow_config": (),
-    "corda_config": (),
-    "eva_config": (),
-    "kasa_config": (),
-    "lora_bias": (False,),
-    "lora_ga_config": (),
-    "megatron_config": ({},),
-    "megatron_core": ("megatron.core",),
-    "monteclora_config": (),
-    "qalora_group_size": (16,),
-    "use_bdlora": (False,),
-    "use_qalora": (False,),
-    "use_rslora": (False,),
-    "velora_config": (),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,44 +273,8 @@ prunes to target_r, so init_r must be at least 8.
         ValueError: bias='all' of the PEFT config is not supported here: remove it if the adapter \
 works without it.
         """
-        if not isinstance(source, Mapping):
-            path = os.fspath(source)
-            if os.path.isdir(path):
-                path = os.path.join(path, "adapter_config.json")
-            with open(path, encoding="utf-8") as file:
-                source = json.load(file)
-            if not isinstance(source, Mapping):
-                raise ValueError(f"{path} holds no JSON object: it is not a PEFT adapter config.")
-        kind = str(getattr(source.get("peft_type"), "value", source.get("peft_type", "ADALORA")))
-        if kind.upper() != "ADALORA":
-            raise ValueError(f"peft_type={kind!r} is not 'ADALORA': convert that adapter first.")
-        for key, unused in _PEFT_UNSUPPORTED.items():
-            if source.get(key) not in (None, *unused):
-                raise ValueError(
-                    f"{key}={source[key]!r} of the PEFT config is not supported here: remove it "
-                    "if the adapter works without it."
-                )
         fields = {*_DEFAULTS, "use_dora", "loftq_config"} - _OURS
-        values = {key: value for key, value in source.items() if key in fields}
-        ignored = [k for k, unused in _PEFT_IGNORED.items() if source.get(k) not in (None, *unused)]
-        if isinstance(init := values.get("init_lora_weights"), str) and init != "loftq":
-            ignored.append("init_lora_weights")
-            values["init_lora_weights"] = True
-        if ignored:
-            settings = ", ".join(f"{key}={source[key]!r}" for key in sorted(ignored))
-            warnings.warn(f"left out, PEFT's AdaLoRA does not use them: {settings}", stacklevel=2)
-        known = fields.union(_PEFT_BOOKKEEPING, _PEFT_UNSUPPORTED, _PEFT_IGNORED)
-        if unknown := sorted(map(str, set(source) - known)):
-            warnings.warn(
-                f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=2
-            )
-        # PEFT holds them as sets, and saves those in any order.
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(values.get(name), (list, tuple)):
-                values[name] = set(values[name])
-        if values.get("rank_pattern") is not None:
-            values["rank_pattern"] = _rank_pattern_from_peft(values["rank_pattern"])
-        return cls(**values)
+        return cls(**config_peft.read(source, fields))
 
     def to_peft(self) -> dict[str, Any]:
         """The keyword arguments of ``peft.AdaLoraConfig`` for this config, as plain JSON values.
@@ -397,7 +316,7 @@ works without it.
         if self.scale_given:
             result["lora_alpha"] = self.scale * self.init_r
         if self.rank_pattern is not None:
-            result["rank_pattern"] = _rank_pattern_to_peft(self.rank_pattern)
+            result["rank_pattern"] = config_peft.written_pattern(self.rank_pattern)
         # PEFT's own spelling of the options that are refused here.
         return result | {"use_dora": False, "loftq_config": {}, "bias": "none"}
 
@@ -456,28 +375,3 @@ def _to_json(value: Any) -> Any:
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return {"function": f"{getattr(value, '__module__', '')}.{name}"}
     return value
-
-
-def _rank_pattern_from_peft(value: Any) -> dict[str, list[bool]]:
-    """PEFT's keys end in ``.lora_E``; while it trains, the adapter's name follows."""
-    form = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_E(?:\.[^.]+)?")
-    result = {}
-    for key, keep in value.items() if isinstance(value, Mapping) else [("", value)]:
-        path = form.fullmatch(str(key))
-        if path is None or not isinstance(keep, (list, tuple)):
-            raise ValueError(
-                f"rank_pattern={value!r} is not what PEFT's AdaLoRA saves, "
-                "{'<path>.lora_E': [True, False, ...]}: leave it out."
-            )
-        result[path[1].replace(".", "/")] = list(keep)
-    return result
-
-
-def _rank_pattern_to_peft(pattern: tuple[tuple[str, Any], ...]) -> dict[str, list[bool]]:
-    for path, keep in pattern:
-        if not isinstance(keep, tuple):
-            raise ValueError(
-                f"rank_pattern gives {path!r} the rank {keep}, but PEFT asks which triplets live: "
-                "give it a list of booleans."
-            )
-    return {path.replace("/", ".") + ".lora_E": list(keep) for path, keep in pattern}
