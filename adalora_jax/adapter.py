@@ -38,7 +38,7 @@ def init_adapter(
     rank: int | None = None,
     stack: tuple[int, ...] = (),
 ) -> Adapter:
-    """A fresh adapter whose increment is zero.
+    """A fresh adapter, whose increment is zero with each of the built-in initial values.
 
     ``init="gaussian"``: λ = 0, p and q normal with standard deviation 0.02 (PEFT, loralib).
     ``init="lambda_one"``: λ = 1, p = 0, q as before. ``init="orthonormal"``: λ = 0, p and q with
@@ -47,6 +47,10 @@ def init_adapter(
     ``orthogonality="squared"`` is smooth there, ``"frobenius"`` has a kink).
     ``init_lora_weights=False`` draws all three from the standard normal, so that the increment is
     not zero (PEFT's switch for tests).
+
+    A function as ``config.init`` is called, once for each matrix of a stack, as
+    ``init(key, in_features, out_features, rank, dtype)`` and gives ``(p, lam, q)``. If their
+    product is not zero, the adapted model does not start as the base model.
 
     Args:
       key: a PRNG key.
@@ -59,7 +63,7 @@ def init_adapter(
       An :class:`Adapter` with ``p [*stack, r, out]``, ``lam [*stack, r]``, ``q [*stack, r, in]``.
 
     Raises:
-      ValueError: a size is not positive.
+      ValueError: a size is not positive, or a function gave other shapes.
 
     >>> import jax
     >>> adapter = init_adapter(jax.random.key(0), 6, 4, AdaLoraConfig(total_step=10, init_r=8))
@@ -73,6 +77,8 @@ def init_adapter(
     if rank < 0:
         raise ValueError(f"rank={rank} must be at least 0.")
     dtype = jnp.dtype(config.param_dtype)
+    if callable(config.init):
+        return _own_init(key, in_features, out_features, rank, stack, config)
     shapes = ((*stack, rank, out_features), (*stack, rank), (*stack, rank, in_features))
     p, lam, q = (
         jax.random.normal(k, shape, dtype) for k, shape in zip(jax.random.split(key, 3), shapes)
@@ -84,6 +90,25 @@ def init_adapter(
     if config.init == "orthonormal":
         return Adapter(_orthonormal(p), jnp.zeros_like(lam), _orthonormal(q))
     return Adapter(_STD * p, jnp.zeros_like(lam), _STD * q)
+
+
+def _own_init(key, in_features, out_features, rank, stack, config):
+    """What a function gives, once for each matrix of a stack."""
+    dtype = jnp.dtype(config.param_dtype)
+
+    def one(key):
+        leaves = [*config.init(key, in_features, out_features, rank, dtype)]
+        wanted = [(rank, out_features), (rank,), (rank, in_features)]
+        if (shapes := [jnp.shape(leaf) for leaf in leaves]) != wanted:
+            raise ValueError(
+                f"init={config.init!r} returned the shapes {shapes} for p, lam and q: they must be "
+                f"{wanted}."
+            )
+        return Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves))
+
+    for _ in stack:
+        one = jax.vmap(one)
+    return one(keys_of(key, stack))
 
 
 def _orthonormal(normal: jax.Array) -> jax.Array:

@@ -20,13 +20,17 @@ _CHOICES = {
         "sensitivity",
         "magnitude",
         "upper_confidence",
+        "sensitivity_over_uncertainty",
+        "signal_to_noise",
     ),
     "score_over": ("triplet", "lam"),
     "allocation": ("global", "per_adapter"),
     "init": ("gaussian", "lambda_one", "orthonormal"),
     "orthogonality": ("frobenius", "squared"),
     "sensitivity_at": ("updated", "current"),
+    "prox": (None, "soft_threshold"),
 }
+_OR_A_FUNCTION = ("budget_schedule", "score", "init", "prox")
 _REFUSED = ("r", "use_dora", "loftq_config")  # PEFT's names that no AdaLoRA can give a meaning
 
 
@@ -79,11 +83,13 @@ prunes to target_r, so init_r must be at least 8.
     score: str | Callable[..., Any] = "sensitivity_uncertainty"  # what ranks the triplets
     score_over: Literal["triplet", "lam"] = "triplet"  # the whole triplet counts, or lam alone
     allocation: Literal["global", "per_adapter"] = "global"  # all compete, or equal ranks for each
-    init: str = "gaussian"  # or "lambda_one" or "orthonormal", see init_adapter
+    init: str | Callable[..., Any] = "gaussian"  # initial values, see init_adapter
     orthogonality: Literal["frobenius", "squared"] = "frobenius"  # PEFT's norm, or paper's Eq. 4
     param_dtype: Any = "float32"  # dtype of p, lam and q
     sensitivity_at: Literal["updated", "current"] = "updated"  # |w g| at w after or before update
     lam_lr_multiplier: float = 1.0  # of the inner optimizer's update of lam
+    prox: str | Callable[..., Any] | None = None  # what lam goes through then, see adalora
+    prox_weight: float = 0.0  # by how much
     forward_mode: bool = False  # True: jvp and hessian work, but training steps are slower
     hold_mask: bool = False  # True: a pruned lam stays 0 until a later mask revives it
     revive: bool = True  # False: no later mask does, and a pruned lam stays 0 for good
@@ -116,10 +122,10 @@ prunes to target_r, so init_r must be at least 8.
             )
         for name in ("beta1", "beta2"):
             self._check(name, checks.number, "strictly between 0 and 1", lambda v: 0 < v < 1)
-        self._check("orth_reg_weight", checks.number, "0 or more", lambda v: 0 <= v < math.inf)
         self._check("lora_dropout", checks.number, "at least 0 and below 1", lambda v: 0 <= v < 1)
         self._check("lora_alpha", checks.number, "a finite number", math.isfinite)
-        self._check("lam_lr_multiplier", checks.number, "0 or more", lambda v: 0 <= v < math.inf)
+        for name in ("orth_reg_weight", "lam_lr_multiplier", "prox_weight"):
+            self._check(name, checks.number, "0 or more", lambda v: 0 <= v < math.inf)
         self._set("scale_given", self.scale is not None)
         if self.scale_given:
             self._check("scale", checks.number, "above 0, or None", lambda v: 0 < v < math.inf)
@@ -132,8 +138,7 @@ prunes to target_r, so init_r must be at least 8.
         self._set("rank_limits", rankspec.parse(self.rank_limits, self.init_r))
         self._check("param_dtype", checks.dtype_name)
         for name, allowed in _CHOICES.items():
-            or_callable = name in ("budget_schedule", "score")
-            checks.choice(name, getattr(self, name), allowed, or_callable)
+            checks.choice(name, getattr(self, name), allowed, name in _OR_A_FUNCTION)
         if self.allocation == "per_adapter" and any(
             spec.min_r is not None or spec.max_r is not None for _, spec in self.rank_limits or ()
         ):
@@ -339,6 +344,8 @@ _OURS = {
     "param_dtype",
     "sensitivity_at",
     "lam_lr_multiplier",
+    "prox",
+    "prox_weight",
     "forward_mode",
     "hold_mask",
     "revive",

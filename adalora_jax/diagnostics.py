@@ -14,7 +14,11 @@ from adalora_jax.importance import Evidence, triplet_scores
 from adalora_jax.transform import allocator_state
 from adalora_jax.tree import PyTree
 
-_NEEDS = {"magnitude": ("params",), "sensitivity": ("params", "grads")}  # of the built-in scores
+_NEEDS = {  # of the built-in scores
+    "magnitude": ("params",),
+    "signal_to_noise": ("params",),
+    "sensitivity": ("params", "grads"),
+}
 
 
 class AllocatorInfo(NamedTuple):

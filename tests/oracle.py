@@ -35,6 +35,8 @@ class Settings:
     hold_mask: bool = False
     revive: bool = True
     lam_lr_multiplier: float = 1.0
+    prox: str | None = None
+    prox_weight: float = 0.0
 
 
 # The model -----------------------------------------------------------------------------------
@@ -134,13 +136,17 @@ def final_step(settings):
     return min(settings.total_step - settings.tfinal, settings.total_step - 1)
 
 
-def element_score(settings, raw, sensitivity, uncertainty):
+def element_score(settings, weight, raw, sensitivity, uncertainty):
     """s(w) for one element."""
     return {
         "sensitivity_uncertainty": sensitivity * uncertainty,  # Eq. 11
         "smoothed_sensitivity": sensitivity,  # Eq. 9, the ablation of Table 4
         "sensitivity": raw,  # Eq. 8
         "upper_confidence": sensitivity + uncertainty,
+        "sensitivity_over_uncertainty": (
+            0 if sensitivity == 0 else min(sensitivity / max(uncertainty, 1e-300), 1e6)
+        ),
+        "signal_to_noise": math.sqrt(sensitivity**2 + 1e-4 * weight**2),
     }[settings.score]
 
 
@@ -150,9 +156,8 @@ def triplet_score(settings, weight, raw, sensitivity, uncertainty, i):
         return abs(weight["lam"][i])
 
     def score(name, index):
-        return element_score(
-            settings, raw[name][index], sensitivity[name][index], uncertainty[name][index]
-        )
+        evidence = (weight, raw, sensitivity, uncertainty)
+        return element_score(settings, *(values[name][index] for values in evidence))
 
     total = score("lam", i)
     if settings.score_over == "triplet":
@@ -264,6 +269,9 @@ def train(matrices, batches, settings, optimizer):
                 states[k, name], move = optimizer(states.get((k, name)), gradient[name])
                 move = settings.lam_lr_multiplier * move if name == "lam" else move
                 new[name] = matrix[name] + move
+            if settings.prox:  # of η ‖λ‖₁
+                shrunk = np.maximum(np.abs(new["lam"]) - settings.prox_weight, 0)
+                new["lam"] = np.sign(new["lam"]) * shrunk
             updated.append(new)
         seen = updated if settings.sensitivity_at == "updated" else matrices
         keep = allocator.update(seen, gradients)

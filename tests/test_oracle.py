@@ -59,6 +59,24 @@ def covering_cases():
     ]
 
 
+PLAIN = {
+    "init": "gaussian",
+    "sensitivity_at": "updated",
+    "inner": "sgd",
+    "tinit": 2,
+    "tfinal": 3,
+    "total_step": 20,
+}
+BEYOND = [  # what the paper does not have
+    {"score": "sensitivity_over_uncertainty"},
+    {"score": "sensitivity_over_uncertainty", "init": "lambda_one", "inner": "adam"},
+    {"score": "signal_to_noise", "inner": "adam"},
+    {"score": "signal_to_noise", "score_over": "lam", "hold_mask": True},
+    {"prox": "soft_threshold", "prox_weight": 1e-3, "inner": "adam", "deltaT": 2},
+    {"prox": "soft_threshold", "prox_weight": 1e-4, "lam_lr_multiplier": 2.0, "revive": False},
+]
+
+
 def case_id(case):
     return "-".join(str(value) for value in case.values())
 
@@ -114,7 +132,7 @@ def compare(history, record, closest, rtol, atol):
         assert_close(state.uncertainty, expected.uncertainty, f"step {t}: Ū", **coarse)
 
 
-@pytest.mark.parametrize("case", covering_cases(), ids=case_id)
+@pytest.mark.parametrize("case", [*covering_cases(), *(PLAIN | c for c in BEYOND)], ids=case_id)
 def test_whole_runs_are_the_papers_at_every_step(case):
     with jax.enable_x64(True):
         config, settings, inner, theirs = both(case)

@@ -10,6 +10,8 @@ import problem
 import pytest
 
 import adalora_jax as al
+from adalora_jax.importance import triplet_scores
+from adalora_jax.transform import soft_threshold
 
 CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
 
@@ -133,6 +135,103 @@ def test_a_multiplier_of_one_leaves_the_program_as_it_is():
     config = CONFIG.replace(lam_lr_multiplier=1, revive=True)
     assert program(config) == program(CONFIG)
     assert program(CONFIG.replace(lam_lr_multiplier=2.0)) != program(CONFIG)
+
+
+# A proximal step on λ -------------------------------------------------------------------------
+
+
+def test_soft_threshold_is_the_minimum_that_defines_it():
+    """``argmin_y ½ (y − x)² + η |y|``, by trying."""
+    grid, eta = np.linspace(-3, 3, 60001), 0.7
+    x = np.array([-2.5, -0.7, -0.3, 0.0, 0.699, 0.8, 2.0])
+    best = [grid[np.argmin(0.5 * (grid - one) ** 2 + eta * abs(grid))] for one in x]
+    np.testing.assert_allclose(soft_threshold(jnp.asarray(x), eta), best, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lam_is_what_prox_makes_of_it_and_importance_sees_that(dtype):
+    config = CONFIG.replace(
+        prox="soft_threshold",
+        prox_weight=0.75,
+        lam_lr_multiplier=2.0,
+        init_lora_weights=False,
+        param_dtype=dtype,
+    )
+    params = problem.adapters(config)
+    grads = gradients(params, 3)
+    tx = al.adalora(optax.sgd(0.1), config)
+    updates, state = tx.update(grads, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    sparse = 0
+    for name, adapter in params.items():
+        lam = (adapter.lam - 2 * jnp.asarray(0.1, dtype) * grads[name].lam).astype("float32")
+        want = np.sign(lam) * np.maximum(abs(lam) - 0.75, 0)
+        close = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 0.05, "atol": 0.02}
+        np.testing.assert_allclose(new[name].lam.astype("float32"), want, **close)
+        np.testing.assert_array_equal(new[name].lam == 0, want == 0)
+        average = state.allocator.sensitivity[name].lam
+        np.testing.assert_array_equal(average == 0, want == 0)
+        sparse += int((want == 0).sum())
+    assert sparse > 0, "nothing was thresholded"
+
+
+def test_a_prox_of_ones_own_sees_each_adapter_and_has_to_keep_its_shape():
+    """Here: no more than the two largest |λ| of each matrix, whatever the masks say."""
+
+    def two_largest(lam, weight):
+        return jnp.where(abs(lam) >= jnp.sort(abs(lam), axis=-1)[..., -2:-1], lam, 0)
+
+    for params, _ in steps(CONFIG.replace(prox=two_largest), optax.sgd(0.1)):
+        assert {int((m["lam"] != 0).sum()) for m in problem.matrices(params)} <= {0, 1, 2}
+    config = CONFIG.replace(prox=lambda lam, weight: lam.sum())
+    with pytest.raises(ValueError, match=r"prox=.*returned shape \(\).*one λ for each"):
+        next(steps(config, optax.sgd(0.1)))
+
+
+# Initial values of one's own ------------------------------------------------------------------
+
+
+def test_a_function_gives_the_initial_values_of_each_matrix():
+    def ones(key, ins, outs, rank, dtype):
+        value = jax.random.uniform(key)
+        return (value * jnp.ones((rank, outs)), jnp.zeros(rank), jnp.ones((rank, ins)))
+
+    config = CONFIG.replace(init=ones, param_dtype="bfloat16")
+    one = al.init_adapter(jax.random.key(0), 3, 5, config)
+    assert [(leaf.shape, leaf.dtype) for leaf in one] == [
+        (shape, jnp.bfloat16) for shape in ((4, 5), (4,), (4, 3))
+    ]
+    many = al.init_adapter(jax.random.key(0), 3, 5, config, stack=(2, 3), rank=2)
+    assert [leaf.shape for leaf in many] == [(2, 3, 2, 5), (2, 3, 2), (2, 3, 2, 3)]
+    assert len(set(np.asarray(many.p[..., 0, 0], np.float32).ravel().tolist())) == 6
+
+
+def test_initial_values_of_other_shapes_are_refused():
+    config = CONFIG.replace(init=lambda key, ins, outs, rank, dtype: [jnp.ones((ins, rank))] * 3)
+    with pytest.raises(ValueError, match=r"returned the shapes .*must be \[\(4, 5\), \(4,\)"):
+        al.init_adapter(jax.random.key(0), 3, 5, config)
+
+
+# Scores ---------------------------------------------------------------------------------------
+
+
+def test_the_ratio_of_average_and_uncertainty_is_finite_where_that_is_zero():
+    make = lambda lam: al.Adapter(jnp.zeros((4, 2)), jnp.asarray(lam), jnp.zeros((4, 3)))
+    evidence = al.Evidence(
+        *(make([1.0] * 4),) * 2, make([3.0, 0.0, 2.0, 0.0]), make([0.5, 0.5, 0.0, 0.0])
+    )
+    config = CONFIG.replace(score="sensitivity_over_uncertainty")
+    np.testing.assert_allclose(triplet_scores(evidence, config), [6, 0, 1e6, 0], rtol=1e-6)
+
+
+def test_signal_to_noise_is_that_of_the_posterior():
+    """σ⁻² is the squared gradient plus the prior's precision, where gradients do not change."""
+    rng = np.random.default_rng(0)
+    w, g = rng.normal(size=(2, 5)).astype("float32")
+    lam = lambda values: al.Adapter(jnp.zeros((5, 2)), jnp.asarray(values), jnp.zeros((5, 3)))
+    evidence = al.Evidence(lam(w), lam(g), lam(abs(w * g)), lam(0 * w))
+    scores = triplet_scores(evidence, CONFIG.replace(score="signal_to_noise"))
+    np.testing.assert_allclose(scores, abs(w) / (1 / np.sqrt(g**2 + 1e-4)), rtol=1e-5)
 
 
 # Orthonormal rows -----------------------------------------------------------------------------
