@@ -14,7 +14,7 @@ import numpy as np
 
 from adalora_jax import tree
 from adalora_jax.adapter import Adapter
-from adalora_jax.budget import budget
+from adalora_jax.budget import budget, cost
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.importance import Evidence, finite_batch, smooth_batch, triplet_scores
 from adalora_jax.ranking import in_a_row, kept, split
@@ -30,7 +30,7 @@ class AllocatorState(NamedTuple):
     """
 
     step: jax.Array  # int32 scalar: updates so far, so the number of the next step
-    budget: jax.Array  # int32 scalar: triplets allowed at the last step
+    budget: jax.Array  # int32 scalar: allowed at the last step, in config.budget_unit
     masks: PyTree  # the standing decision: True where a triplet lives
     sensitivity: PyTree  # Ī
     uncertainty: PyTree  # Ū
@@ -144,8 +144,9 @@ def update_allocator(
 ) -> AllocatorState:
     """The allocator's next state, from adapters and gradients in canonical form.
 
-    Before the final phase the averages take in ``|w · g|``; when a mask is due the best b(t)
-    triplets of all adapters are kept. Nothing changes where a gradient (or weight) is not finite.
+    Before the final phase the averages take in ``|w · g|``; when a mask is due the best triplets of
+    all adapters are kept, as many as b(t) pays for. Nothing changes where a gradient (or weight) is
+    not finite.
     """
     given = tree.listed(weights), tree.listed(gradients)
     batches = tree.alike(*given)
@@ -174,7 +175,8 @@ def update_allocator(
         columns = (*evidence, limits or none, alive)
         scored = [_scored(*tree.pick(batch, *columns), config) for batch in batches]
         row, turn = (part[0] if part[0] is None else jnp.concatenate(part) for part in zip(*scored))
-        return _masks(batches, state.masks, row, turn, allowed)
+        costs = None if config.budget_unit == "triplets" else _costs(config, weights)
+        return _masks(batches, state.masks, row, turn, allowed, costs)
 
     masks = jax.lax.cond(
         finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
@@ -198,14 +200,16 @@ def _scored(weights, gradients, sensitivity, uncertainty, limits, alive, config)
     return in_a_row(scores, limits, alive)
 
 
-def _masks(batches, before, row, turn, allowed):
+def _masks(batches, before, row, turn, allowed, costs):
     """The new masks from the scores of one batch after the other."""
     masks = tree.listed(before)
     ends = np.cumsum([mask.size for mask in masks])
     pieces = [np.arange(end - mask.size, end) for end, mask in zip(ends, masks)]
     places = np.concatenate([pieces[index] for batch in batches for index in batch])
     order = np.argsort(places)  # the adapters' own, by which ties are broken
-    keep = kept(row[order], turn if turn is None else turn[order], allowed)[places]
+    if costs is not None:
+        costs = jnp.concatenate([jnp.full(m.size, c, jnp.int32) for m, c in zip(masks, costs)])
+    keep = kept(row[order], turn if turn is None else turn[order], allowed, costs)[places]
     result, start = [None] * len(masks), 0
     for batch in batches:
         (like,) = tree.pick(batch, masks)
@@ -299,7 +303,7 @@ def _limits(
     not divide among them to the best of the next triplets, one a matrix.
     """
     if config.allocation == "per_adapter":
-        share = allowed // _matrices(adapters)
+        share = allowed // _one_each(config, adapters)
         return [(share, share + 1) for _ in tree.adapters(adapters)]
     if not config.rank_limits:
         return None
@@ -308,9 +312,22 @@ def _limits(
 
 
 def _budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> jax.Array:
-    initial = sum(adapter.lam.size for adapter in tree.adapters(adapters).values())
-    return budget(config, step, _matrices(adapters), initial=initial)
+    costs, found = _costs(config, adapters), tree.adapters(adapters).values()
+    initial = sum(c * adapter.lam.size for c, adapter in zip(costs, found))
+    if initial >= 2**31:
+        raise ValueError(
+            f"budget_unit={config.budget_unit!r}: all triplets together cost {initial}, more than "
+            "an int32 can count; give a function that counts in thousands."
+        )
+    return budget(config, step, _one_each(config, adapters), initial=initial)
 
 
-def _matrices(adapters: PyTree) -> int:
-    return sum(math.prod(a.lam.shape[:-1]) for a in tree.adapters(adapters).values())
+def _one_each(config: AdaLoraConfig, adapters: PyTree) -> int:
+    """What one triplet of every matrix costs: their number, in triplets."""
+    costs, found = _costs(config, adapters), tree.adapters(adapters).values()
+    return sum(c * math.prod(a.lam.shape[:-1]) for c, a in zip(costs, found))
+
+
+def _costs(config: AdaLoraConfig, adapters: PyTree) -> list[int]:
+    found = tree.adapters(adapters).items()
+    return [cost(config, path, a.q.shape[-1], a.p.shape[-1]) for path, a in found]

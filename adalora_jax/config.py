@@ -29,8 +29,9 @@ _CHOICES = {
     "orthogonality": ("frobenius", "squared"),
     "sensitivity_at": ("updated", "current"),
     "prox": (None, "soft_threshold"),
+    "budget_unit": ("triplets", "parameters", "flops"),
 }
-_OR_A_FUNCTION = ("budget_schedule", "score", "init", "prox")
+_OR_A_FUNCTION = ("budget_schedule", "budget_unit", "score", "init", "prox")
 _REFUSED = ("r", "use_dora", "loftq_config")  # PEFT's names that no AdaLoRA can give a meaning
 
 
@@ -80,6 +81,7 @@ prunes to target_r, so init_r must be at least 8.
     init_lora_weights: bool = True  # False draws p, lam and q from N(0, 1): no identity at step 0
     fan_in_fan_out: bool = False  # kept for PEFT files; Flax kernels are always [in, out]
     budget_schedule: str | Callable[..., Any] = "cubic"  # how many may live when, see budget
+    budget_unit: str | Callable[..., Any] = "triplets"  # what is counted, see cost
     score: str | Callable[..., Any] = "sensitivity_uncertainty"  # what ranks the triplets
     score_over: Literal["triplet", "lam"] = "triplet"  # the whole triplet counts, or lam alone
     allocation: Literal["global", "per_adapter"] = "global"  # all compete, or equal ranks for each
@@ -341,6 +343,7 @@ _OURS = {
     "rank_limits",
     "scale",
     "budget_schedule",
+    "budget_unit",
     "score",
     "score_over",
     "allocation",

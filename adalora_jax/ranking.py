@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -64,20 +65,35 @@ def in_a_row(
     return jnp.concatenate(rows), jnp.concatenate(turns)
 
 
-def kept(row: jax.Array, turn: jax.Array | None, count: chex.Numeric) -> jax.Array:
-    """Which scores of a row are kept, as :func:`keep_best` says.
+def kept(
+    row: jax.Array,
+    turn: jax.Array | None,
+    count: chex.Numeric,
+    costs: jax.Array | None = None,
+) -> jax.Array:
+    """Which scores of a row are kept, as :func:`keep_best` says; with costs, :func:`highest`.
 
     >>> kept(jnp.array([2.0, 3.0, 0.0]), None, 1)
     Array([False,  True, False], dtype=bool)
     """
     if turn is None:
-        return highest(row, count, jnp.ones_like(row, bool))
+        return highest(row, count, jnp.ones_like(row, bool), costs)
     first = turn == 0
-    return first | highest(row, count - jnp.sum(first, dtype=jnp.int32), turn == 1)
+    return first | highest(row, count - _total(first, costs), turn == 1, costs)
 
 
-def highest(row: jax.Array, count: chex.Numeric, among: jax.Array) -> jax.Array:
+def _total(mask: jax.Array, costs: jax.Array | None) -> jax.Array:
+    """What is in a mask costs together: as many as there are without costs."""
+    return jnp.sum(mask if costs is None else jnp.where(mask, costs, 0), dtype=jnp.int32)
+
+
+def highest(
+    row: jax.Array, count: chex.Numeric, among: jax.Array, costs: jax.Array | None = None
+) -> jax.Array:
     """Which scores are the ``count`` highest of those ``among``; all of those if there are fewer.
+
+    With ``costs``, the most of them that ``count`` pays for, from the highest down: up to the first
+    that is too dear, also where a cheaper one behind it would fit.
 
     The lowest score that survives is found bit by bit, from the highest down: a bit belongs to it
     if enough scores are as high with that bit set. That is 32 sums over the row, whatever its
@@ -87,13 +103,14 @@ def highest(row: jax.Array, count: chex.Numeric, among: jax.Array) -> jax.Array:
       row: ``[n]`` scores.
       count: how many; may be traced.
       among: ``[n]`` booleans.
+      costs: ``[n]`` int32, positive, with a sum below 2³¹; one each without them.
 
     >>> highest(jnp.array([1.0, 5.0, 5.0, 5.0]), 2, jnp.array([True, True, False, True]))
     Array([False,  True, False,  True], dtype=bool)
     """
     keys = _ascending(row)
     width = 8 * keys.dtype.itemsize
-    number = lambda mask: jnp.sum(mask, dtype=jnp.int32)
+    number = functools.partial(_total, costs=costs)
 
     def settle(place, lowest):
         bit = jax.lax.shift_left(jnp.ones((), keys.dtype), (width - 1 - place).astype(keys.dtype))
@@ -101,7 +118,8 @@ def highest(row: jax.Array, count: chex.Numeric, among: jax.Array) -> jax.Array:
 
     lowest = jax.lax.fori_loop(0, width, settle, jnp.zeros((), keys.dtype))
     above, tied = among & (keys > lowest), among & (keys == lowest)
-    return above | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= count - number(above)))
+    spent = jnp.cumsum(tied if costs is None else jnp.where(tied, costs, 0), dtype=jnp.int32)
+    return above | (tied & (spent <= count - number(above)))
 
 
 def split(row: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:

@@ -28,6 +28,7 @@ class Settings:
     lora_alpha: float = 8.0
     scale: float | None = None
     budget_schedule: str = "cubic"
+    budget_unit: str = "triplets"
     score: str = "sensitivity_uncertainty"
     score_over: str = "triplet"
     orthogonality: str = "frobenius"
@@ -170,19 +171,31 @@ def triplet_score(settings, weight, raw, sensitivity, uncertainty, i):
     return total
 
 
-def top(scores, count):
-    """Masks of the ``count`` best triplets of all matrices; among equals the first ones live.
+def cost(settings, matrix):
+    """What a triplet of a matrix takes from the budget."""
+    sizes = matrix["p"].shape[1] + matrix["q"].shape[1]
+    return {"triplets": 1, "parameters": sizes + 1, "flops": 2 * sizes + 1}[settings.budget_unit]
 
-    Also returns by how much the worst survivor beats the best of the rest, relative to it:
-    infinite where they are equal, so that only the order decides.
+
+def top(scores, budget, costs=None):
+    """Masks of the best triplets that a budget pays for; among equals the first ones live.
+
+    The best of all matrices are taken one by one until one is too dear. Also returns by how much
+    the worst survivor beats the best of the rest, relative to it: infinite where they are equal,
+    so that only the order decides.
     """
     ranked = sorted(
         ((k, i) for k, row in enumerate(scores) for i in range(len(row))),
         key=lambda place: (-scores[place[0]][place[1]], place),
     )
     masks = [np.zeros(len(row), bool) for row in scores]
-    for k, i in ranked[:count]:
+    costs = costs or [1] * len(scores)
+    count = 0
+    for k, i in ranked:
+        if costs[k] > budget:
+            break
         masks[k][i] = True
+        budget, count = budget - costs[k], count + 1
     if not 0 < count < len(ranked):
         return masks, math.inf
     last, first_out = (scores[k][i] for k, i in ranked[count - 1 : count + 1])
@@ -197,11 +210,16 @@ class Allocator:
         self.settings = settings
         self.step = 0
         self.ranks = [len(matrix["lam"]) for matrix in matrices]
-        self.budget = budget(settings, 0, len(matrices), sum(self.ranks))
+        self.costs = [cost(settings, matrix) for matrix in matrices]
+        self.budget = self.allowed()
         self.masks = [np.ones(rank, bool) for rank in self.ranks]
         self.sensitivity, self.uncertainty = zeros(), zeros()
         self.finalised = False
         self.margin = math.inf  # how clear-cut the last decision was
+
+    def allowed(self):
+        initial = sum(rank * each for rank, each in zip(self.ranks, self.costs))
+        return budget(self.settings, self.step, sum(self.costs), initial)
 
     def update(self, weights, gradients):
         """One step. Returns the masks to multiply λ by: all true where λ may grow back."""
@@ -216,7 +234,7 @@ class Allocator:
         if all(np.isfinite(values).all() for row in raw for values in row.values()):
             if step < settings.total_step - settings.tfinal:
                 self.accumulate(raw)
-            self.budget = budget(settings, step, len(weights), sum(self.ranks))
+            self.budget = self.allowed()
             if due:
                 self.decide(weights, raw)
                 self.finalised = final
@@ -242,7 +260,7 @@ class Allocator:
         ]
         if not settings.revive:  # those that died rank below all that live
             scores = [np.where(mask, row, -np.inf) for row, mask in zip(scores, self.masks)]
-        self.masks, self.margin = top(scores, self.budget)
+        self.masks, self.margin = top(scores, self.budget, self.costs)
 
 
 # The whole run -------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ REFUSED = [
     ({"r": 8}, "r=8", "set init_r"),
     ({"r": 0}, "r=0", "set init_r"),
     ({"budget_schedule": "cosine"}, "budget_schedule='cosine'", "'linear', 'grow', or a function"),
+    ({"budget_unit": "bytes"}, "budget_unit='bytes'", "'parameters', 'flops', or a function"),
     ({"budget_schedule": "grow", "revive": False}, "revive=False", "leave revive=True"),
     (
         {"score": "sensitivty"},
@@ -224,6 +225,7 @@ def test_the_rank_pattern_of_a_stack_keeps_its_slices():
         {"rank_limits": [("z", {"min_r": 1, "alpha": 2.5}), ("a", 4), (".*", 3)]},
         {"param_dtype": jnp.bfloat16, "hold_mask": True, "beta1": 0.5, "lora_alpha": -1},
         {"scale": 2, "lam_lr_multiplier": 0.5, "init": "orthonormal", "revive": False},
+        {"budget_unit": "flops", "budget_schedule": "grow"},
         {"prox": "soft_threshold", "prox_weight": 0.1, "score": "signal_to_noise"},
         {"allocation": "per_adapter", "score": "magnitude", "budget_schedule": "linear"},
     ],
@@ -239,11 +241,11 @@ def test_a_config_comes_back_from_json(changes):
 
 
 def test_a_function_has_to_be_given_again():
-    functions = {"score": max, "prox": min, "init": len}
+    functions = {"score": max, "prox": min, "init": len, "budget_unit": sum}
     config = AdaLoraConfig(total_step=10, **functions, target_modules=lambda path, module: True)
     saved = json.loads(json.dumps(config.to_dict()))
     bare = AdaLoraConfig.from_dict(saved)
-    assert sorted(bare.missing_functions()) == ["init", "prox", "score", "target_modules"]
+    assert sorted(bare.missing_functions()) == sorted([*functions, "target_modules"])
     assert bare.to_dict() == config.to_dict()
     with pytest.raises(ValueError, match=r"function builtins\.max was not saved .*config\.replace"):
         bare.score(1, 2)

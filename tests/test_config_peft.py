@@ -147,6 +147,7 @@ def test_other_kinds_of_adapter_and_other_files_are_refused(tmp_path):
         ("hold_mask", {"hold_mask": True}),
         ("revive", {"revive": False}),
         ("prox", {"prox": "soft_threshold"}),
+        ("budget_unit", {"budget_unit": "parameters"}),
         ("lam_lr_multiplier", {"lam_lr_multiplier": 2.0}),
         ("target_modules", {"target_modules": lambda path, module: True}),
         ("target_modules", {"target_modules": ".*query", "layers_to_transform": 3}),

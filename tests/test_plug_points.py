@@ -10,7 +10,9 @@ import problem
 import pytest
 
 import adalora_jax as al
+from adalora_jax.budget import cost
 from adalora_jax.importance import triplet_scores
+from adalora_jax.ranking import kept
 from adalora_jax.transform import soft_threshold
 
 CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
@@ -232,6 +234,93 @@ def test_signal_to_noise_is_that_of_the_posterior():
     evidence = al.Evidence(lam(w), lam(g), lam(abs(w * g)), lam(0 * w))
     scores = triplet_scores(evidence, CONFIG.replace(score="signal_to_noise"))
     np.testing.assert_allclose(scores, abs(w) / (1 / np.sqrt(g**2 + 1e-4)), rtol=1e-5)
+
+
+# What a triplet costs -------------------------------------------------------------------------
+
+
+def greedy(scores, turns, costs, budget):
+    """Those of turn 0, then the best of turn 1, one by one, until one is too dear."""
+    keep = turns == 0
+    left = budget - costs[keep].sum()
+    for i in sorted(np.flatnonzero(turns == 1), key=lambda i: (-scores[i], i)):
+        if costs[i] > left:
+            break
+        keep[i], left = True, left - costs[i]
+    return keep
+
+
+@pytest.mark.parametrize("kinds", [3, 10**6])
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_best_that_the_budget_pays_for_survive(kinds, limited):
+    """With scores of three values all is ties; with a million there are none."""
+    ours = jax.jit(jax.vmap(kept, in_axes=(None, None, 0, None)))
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        scores = rng.integers(kinds, size=50).astype("float32")
+        costs = rng.choice([3, 7, 1000], size=50).astype("int32")
+        turns = rng.choice(3, size=50, p=[0.2, 0.6, 0.2]) if limited else np.ones(50, int)
+        budgets = np.array([0, costs.sum(), *rng.integers(0, costs.sum() + 1, size=20)])
+        found = ours(scores, jnp.asarray(turns) if limited else None, budgets, costs)
+        for budget, keep in zip(budgets, found):
+            np.testing.assert_array_equal(keep, greedy(scores, turns, costs, budget))
+
+
+def test_a_triplet_costs_by_the_size_of_its_layer():
+    config = CONFIG.replace(budget_unit="parameters")
+    assert cost(CONFIG, "up", 512, 2048) == 1
+    assert cost(config, "up", 512, 2048) == 512 + 1 + 2048
+    assert cost(config.replace(budget_unit="flops"), "up", 8, 32) == (2 * 8) + 1 + (2 * 32)
+    own = config.replace(budget_unit=lambda path, ins, outs: 100 * len(path) + ins - outs)
+    assert cost(own, "up", 8, 32) == 176
+    with pytest.raises(ValueError, match=r"for 'up': 0.5=0.5 must be an integer of at least 1"):
+        cost(config.replace(budget_unit=lambda *_: 0.5), "up", 8, 32)
+
+
+@pytest.mark.parametrize("unit", ["parameters", "flops"])
+@pytest.mark.parametrize("changes", [{}, {"allocation": "per_adapter"}, {"revive": False}], ids=str)
+def test_what_lives_costs_what_the_budget_says_or_less_by_less_than_one_triplet(unit, changes):
+    """The budget goes from what init_r of each matrix cost to what target_r of each do."""
+    config = CONFIG.replace(budget_unit=unit, **changes)
+    params = problem.adapters(config)
+    each = {"down": 5 + 3, "key": 4 + 4, "layers": 3 + 5}
+    each = {name: (2 if unit == "flops" else 1) * n + 1 for name, n in each.items()}
+    one = each["down"] + each["key"] + 2 * each["layers"]
+    budgets = []
+    for _, state in steps(config, optax.sgd(0.5), params):
+        spent = sum(each[name] * int(mask.sum()) for name, mask in state.masks.items())
+        budgets.append(int(state.budget))
+        assert 0 <= budgets[-1] - spent < max(each.values())
+    assert (budgets[0], budgets[-1]) == (4 * one, 2 * one)
+    assert budgets == sorted(budgets, reverse=True)
+
+
+def test_a_dear_layer_gives_way_to_several_cheap_triplets():
+    make = lambda lam, n: al.Adapter(jnp.ones((3, n)), jnp.asarray(lam), jnp.ones((3, n)))
+    adapters = {"narrow": make([1.0, 2.0, 3.0], 5), "wide": make([9.0, 8.0, 7.0], 50)}
+    config = al.AdaLoraConfig(total_step=1, init_r=3, target_r=1, score="magnitude")
+
+    def masks(config):
+        _, masks = al.allocate(al.init_state(adapters, config), adapters, 0)
+        return {name: mask.tolist() for name, mask in masks.items()}
+
+    assert masks(config) == {"narrow": [False] * 3, "wide": [True, True, False]}
+    # 11 and 101 a triplet, so 112 in all: one of the wide layer, and then 11 are left for none.
+    assert masks(config.replace(budget_unit="parameters")) == {
+        "narrow": [False] * 3,
+        "wide": [True, False, False],
+    }
+    by_price = lambda e: abs(e.weight.lam) / (e.weight.p.shape[-1] + e.weight.q.shape[-1] + 1)
+    assert masks(config.replace(budget_unit="parameters", score=by_price)) == {
+        "narrow": [True, True, True],
+        "wide": [False] * 3,
+    }
+
+
+def test_a_budget_beyond_what_can_be_counted_is_refused():
+    config = CONFIG.replace(budget_unit=lambda path, ins, outs: 10**9)
+    with pytest.raises(ValueError, match=r"budget_unit=.*more than an int32 can count"):
+        al.init_state(problem.adapters(config), config)
 
 
 # Ranks that rise ------------------------------------------------------------------------------
