@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.lowrank import low_rank, low_rank_plain, wide
+from adalora_jax.lowrank import low_rank, low_rank_plain, observed, wide
 
 _STD = 0.02  # of p and q at the start: PEFT's and loralib's
 
@@ -29,6 +29,15 @@ class Adapter(NamedTuple):
     q: jax.Array  # [..., r, in]: right singular vectors
 
 
+class Observer(Adapter):
+    """An adapter that adds nothing; the gradient of its q, of any loss, is ``q Σ xᵀx``.
+
+    The sum is over all inputs x of its layer, as :func:`~adalora_jax.lowrank.observed` has it.
+    """
+
+    __slots__ = ()
+
+
 def init_adapter(
     key: chex.PRNGKey,
     in_features: int,
@@ -38,11 +47,19 @@ def init_adapter(
     rank: int | None = None,
     stack: tuple[int, ...] = (),
 ) -> Adapter:
-    """A fresh adapter whose increment is zero.
+    """A fresh adapter, whose increment is zero with each of the built-in initial values.
 
     ``init="gaussian"``: λ = 0, p and q normal with standard deviation 0.02 (PEFT, loralib).
-    ``init="lambda_one"``: λ = 1, p = 0, q as before. ``init_lora_weights=False`` draws all three
-    from the standard normal, so that the increment is not zero (PEFT's switch for tests).
+    ``init="lambda_one"``: λ = 1, p = 0, q as before. ``init="orthonormal"``: λ = 0, p and q with
+    orthonormal rows, ``p pᵀ = q qᵀ = I``, drawn evenly from all such; more rows than a row is long
+    cannot be that, and of those the columns are orthonormal (the penalty of
+    ``orthogonality="squared"`` is smooth there, ``"frobenius"`` has a kink).
+    ``init_lora_weights=False`` draws all three from the standard normal, so that the increment is
+    not zero (PEFT's switch for tests).
+
+    A function as ``config.init`` is called, once for each matrix of a stack, as
+    ``init(key, in_features, out_features, rank, dtype)`` and gives ``(p, lam, q)``. If their
+    product is not zero, the adapted model does not start as the base model.
 
     Args:
       key: a PRNG key.
@@ -55,7 +72,7 @@ def init_adapter(
       An :class:`Adapter` with ``p [*stack, r, out]``, ``lam [*stack, r]``, ``q [*stack, r, in]``.
 
     Raises:
-      ValueError: a size is not positive.
+      ValueError: a size is not positive, or a function gave other shapes.
 
     >>> import jax
     >>> adapter = init_adapter(jax.random.key(0), 6, 4, AdaLoraConfig(total_step=10, init_r=8))
@@ -69,6 +86,8 @@ def init_adapter(
     if rank < 0:
         raise ValueError(f"rank={rank} must be at least 0.")
     dtype = jnp.dtype(config.param_dtype)
+    if callable(config.init):
+        return _own_init(key, in_features, out_features, rank, stack, config)
     shapes = ((*stack, rank, out_features), (*stack, rank), (*stack, rank, in_features))
     p, lam, q = (
         jax.random.normal(k, shape, dtype) for k, shape in zip(jax.random.split(key, 3), shapes)
@@ -77,7 +96,38 @@ def init_adapter(
         return Adapter(p, lam, q)
     if config.init == "lambda_one":
         return Adapter(jnp.zeros_like(p), jnp.ones_like(lam), _STD * q)
+    if config.init == "orthonormal":
+        return Adapter(_orthonormal(p), jnp.zeros_like(lam), _orthonormal(q))
     return Adapter(_STD * p, jnp.zeros_like(lam), _STD * q)
+
+
+def _own_init(key, in_features, out_features, rank, stack, config):
+    """What a function gives, once for each matrix of a stack."""
+    dtype = jnp.dtype(config.param_dtype)
+
+    def one(key):
+        leaves = [*config.init(key, in_features, out_features, rank, dtype)]
+        wanted = [(rank, out_features), (rank,), (rank, in_features)]
+        if (shapes := [jnp.shape(leaf) for leaf in leaves]) != wanted:
+            raise ValueError(
+                f"init={config.init!r} returned the shapes {shapes} for p, lam and q: they must be "
+                f"{wanted}."
+            )
+        return Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves))
+
+    for _ in stack:
+        one = jax.vmap(one)
+    return one(keys_of(key, stack))
+
+
+def _orthonormal(normal: jax.Array) -> jax.Array:
+    """The rows of each normal matrix made orthonormal, or its columns where those are shorter."""
+    wide_matrix = normal.shape[-2] < normal.shape[-1]
+    tall = jnp.swapaxes(normal, -1, -2) if wide_matrix else normal
+    q, r = jnp.linalg.qr(tall.astype(wide(normal.dtype)))
+    # With the signs that make r's diagonal positive the distribution is even (Mezzadri 2007).
+    q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+    return (jnp.swapaxes(q, -1, -2) if wide_matrix else q).astype(normal.dtype)
 
 
 def increment(
@@ -111,6 +161,8 @@ def increment(
     product: Any = low_rank_plain if forward_mode else low_rank
 
     def term(adapter, x, key):
+        if isinstance(adapter, Observer):
+            return observed(x, adapter.q, adapter.p.shape[-1])
         c = _scaled(adapter.lam, scale if key is None else scale / (1 - dropout_rate))
         return product(x, adapter.p, c, adapter.q, seed_of(key), dropout_rate, precision)
 

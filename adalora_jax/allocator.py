@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from adalora_jax import tree
 from adalora_jax.adapter import Adapter
-from adalora_jax.budget import budget
+from adalora_jax.budget import budget, cost
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.importance import Evidence, finite_batch, smooth_batch, triplet_scores
-from adalora_jax.ranking import Entry, cut, entry, in_a_row, kept
+from adalora_jax.ranking import cut, entry, in_a_row, kept
 from adalora_jax.tree import PyTree
 
 
@@ -29,7 +29,7 @@ class AllocatorState(NamedTuple):
     """
 
     step: jax.Array  # int32 scalar: updates so far, so the number of the next step
-    budget: jax.Array  # int32 scalar: triplets allowed at the last step
+    budget: jax.Array  # int32 scalar: allowed at the last step, in config.budget_unit
     masks: PyTree  # the standing decision: True where a triplet lives
     sensitivity: PyTree  # Ī
     uncertainty: PyTree  # Ū
@@ -94,7 +94,8 @@ def allocate(state: AdaLoraState, grads: PyTree, step: chex.Numeric) -> tuple[Ad
     ``sensitivity_at="current"``: before). The masks are the standing decision, at every step. They
     are applied to the returned adapters (pruned λ exactly 0) whenever a new mask was due, at all
     steps from the final mask on, and with ``hold_mask`` at all steps; between two masks of the
-    budgeting phase a pruned λ may otherwise grow back, so that it can be revived.
+    budgeting phase a pruned λ may otherwise grow back, so that it can be revived. With
+    ``revive=False`` a mask chooses among those that live, and pruned λ stay 0.
 
     If any gradient is not finite the allocator's state stays as it was.
 
@@ -142,8 +143,9 @@ def update_allocator(
 ) -> AllocatorState:
     """The allocator's next state, from adapters and gradients in canonical form.
 
-    Before the final phase the averages take in ``|w · g|``; when a mask is due the best b(t)
-    triplets of all adapters are kept. Nothing changes where a gradient (or weight) is not finite.
+    Before the final phase the averages take in ``|w · g|``; when a mask is due the best triplets of
+    all adapters are kept, as many as b(t) pays for. Nothing changes where a gradient (or weight) is
+    not finite.
     """
     given = tree.listed(weights), tree.listed(gradients)
     batches = tree.alike(*given)
@@ -166,14 +168,16 @@ def update_allocator(
 
     def new_masks():
         evidence = (*given, tree.listed(sensitivity), tree.listed(uncertainty))
-        limits = _limits(config, weights, allowed)
         scores = tree.batched(functools.partial(_scored, config=config), batches, *evidence)
         dtype = jnp.result_type(*{score.dtype for score in scores})
-        columns = (scores, limits or [()] * len(scores))
+        none, before = [None] * len(scores), tree.listed(state.masks)
+        limits = _limits(config, weights, allowed) or none
+        alive = none if config.revive else before
+        costs = none if config.budget_unit == "triplets" else _costs(config, weights)
+        columns = (scores, limits, alive, costs)
         parts = [_entered(*tree.pick(batch, *columns), dtype) for batch in batches]
-        where = cut(*in_a_row([row for row, _ in parts]), allowed)
+        where = cut(in_a_row([row for row, _ in parts]), allowed)
         entries = tree.spread(batches, [entries for _, entries in parts])
-        before = tree.listed(state.masks)
         masks = [_sharded_like(*pair) for pair in zip(kept(entries, where), before)]
         return jax.tree.structure(state.masks).unflatten(masks)
 
@@ -197,10 +201,11 @@ def _scored(weights, gradients, sensitivity, uncertainty, config):
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _entered(scores, limits, dtype):
+def _entered(scores, limits, alive, costs, dtype):
     """A batch for the ranking: in a row, and one by one."""
-    entries = [entry(score.astype(dtype), *own) for score, own in zip(scores, limits)]
-    return Entry(*in_a_row(entries)), entries
+    rows = zip(scores, limits, alive, costs)
+    entries = [entry(score.astype(dtype), *rest) for score, *rest in rows]
+    return in_a_row(entries), entries
 
 
 def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
@@ -214,7 +219,8 @@ def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> ja
 
 def enforced(before: AllocatorState, step: jax.Array, config: AdaLoraConfig) -> jax.Array:
     """Whether the masks are to be applied at ``step``; otherwise λ may grow back."""
-    return mask_due(config, step, before.step) | (step >= config.final_step) | config.hold_mask
+    held = config.hold_mask or not config.revive
+    return mask_due(config, step, before.step) | (step >= config.final_step) | held
 
 
 def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
@@ -280,7 +286,7 @@ def _limits(
     not divide among them to the best of the next triplets, one a matrix.
     """
     if config.allocation == "per_adapter":
-        share = allowed // _matrices(adapters)
+        share = allowed // _one_each(config, adapters)
         return [(share, share + 1) for _ in tree.adapters(adapters)]
     if not config.rank_limits:
         return None
@@ -289,9 +295,22 @@ def _limits(
 
 
 def _budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> jax.Array:
-    initial = sum(adapter.lam.size for adapter in tree.adapters(adapters).values())
-    return budget(config, step, _matrices(adapters), initial=initial)
+    costs, found = _costs(config, adapters), tree.adapters(adapters).values()
+    initial = sum(c * adapter.lam.size for c, adapter in zip(costs, found))
+    if initial >= 2**31:
+        raise ValueError(
+            f"budget_unit={config.budget_unit!r}: all triplets together cost {initial}, more than "
+            "an int32 can count; give a function that counts in thousands."
+        )
+    return budget(config, step, _one_each(config, adapters), initial=initial)
 
 
-def _matrices(adapters: PyTree) -> int:
-    return sum(math.prod(a.lam.shape[:-1]) for a in tree.adapters(adapters).values())
+def _one_each(config: AdaLoraConfig, adapters: PyTree) -> int:
+    """What one triplet of every matrix costs: their number, in triplets."""
+    costs, found = _costs(config, adapters), tree.adapters(adapters).values()
+    return sum(c * math.prod(a.lam.shape[:-1]) for c, a in zip(costs, found))
+
+
+def _costs(config: AdaLoraConfig, adapters: PyTree) -> list[int]:
+    found = tree.adapters(adapters).items()
+    return [cost(config, path, a.q.shape[-1], a.p.shape[-1]) for path, a in found]

@@ -1,4 +1,4 @@
-"""The budget b(t): how many triplets may live in all adapters together at step t."""
+"""The budget b(t): how many triplets may live in all adapters together, and what each costs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adalora_jax import checks
 from adalora_jax.config import AdaLoraConfig
 
 
@@ -27,9 +28,13 @@ def budget(
 
         cubic    b = ⌊(b0 − bT) c³ + bT⌋        (the code of the paper and of PEFT)
         linear   b = ⌊b0 − (1 − c)(b0 − bT)⌋
+        grow     b = ⌊b1 + (1 − c)(bT − b1)⌋    b1 = min(n, bT): rises from one triplet a matrix
 
     b0 up to and including ``tinit``, bT from the final step on. The values are those of Python's
     float64, at any ``step`` type and precision setting, so they are PEFT's to the last triplet.
+
+    In a run that grows, as in IncreLoRA, ``init_r`` is what a matrix can rise to. It starts with
+    the best triplets of the warm-up; the others are there all the time, with λ = 0 and a gradient.
 
     A function as ``config.budget_schedule`` is called as ``schedule(config, step, n_adapters)``
     with a traced step and gives b in between; it is rounded down and kept within 0 and b0.
@@ -37,7 +42,8 @@ def budget(
     Args:
       config: the schedule and its phases.
       step: optimizer step counted from 0; a Python int or an integer array, traced or not.
-      n_adapters: matrices that share the budget; every slice of a stack is one.
+      n_adapters: matrices that share the budget; every slice of a stack is one. Where the budget
+        is counted in another unit, what one triplet of each costs together, see :func:`cost`.
       initial: b0 where the adapters do not all start at ``init_r``.
 
     Returns:
@@ -54,14 +60,41 @@ def budget(
         between = jnp.floor(jnp.asarray(config.budget_schedule(config, step, n_adapters)))
         between = jnp.clip(between, 0, initial).astype(jnp.int32)
     else:
-        starts, values = _staircase(config, initial, target)
+        starts, values = _staircase(config, initial, target, min(n_adapters, target))
         between = jnp.asarray(values)[jnp.searchsorted(starts, step, side="right") - 1]
     between = jnp.where(step <= config.tinit, jnp.int32(initial), between)
     return jnp.where(step >= config.final_step, jnp.int32(target), between)
 
 
+def cost(config: AdaLoraConfig, path: str, in_features: int, out_features: int) -> int:
+    """What one triplet of the adapter at ``path`` takes from the budget, by ``config.budget_unit``.
+
+    ``"triplets"``: 1. ``"parameters"``: ``in + out + 1``, so a triplet of a wide layer costs more
+    than one of a narrow layer. ``"flops"``: ``2 in + 2 out + 1``, its additions and multiplications
+    for one input of a dense layer. Where layers are run differently often, as convolutions or
+    experts are, a function says it: ``(path, in_features, out_features)`` → a whole number.
+
+    The budget is then what ``init_r`` triplets of each matrix cost, falling to what ``target_r`` of
+    each cost, and a schedule of one's own gets the cost of one of each as ``n_adapters``.
+
+    Raises:
+      ValueError: a function gave something else than a whole number of at least 1.
+
+    >>> config = AdaLoraConfig(total_step=10, budget_unit="parameters")
+    >>> cost(config, "mlp/up", 512, 2048), cost(config, "attn/query", 512, 512)
+    (2561, 1025)
+    """
+    unit, both = config.budget_unit, in_features + out_features
+    if callable(unit):
+        value = unit(path, in_features, out_features)
+        return checks.integer(f"budget_unit={unit!r} for {path!r}: {value!r}", value, minimum=1)
+    return {"triplets": 1, "parameters": both + 1, "flops": 2 * both + 1}[unit]
+
+
 @functools.lru_cache(maxsize=128)
-def _staircase(config: AdaLoraConfig, initial: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+def _staircase(
+    config: AdaLoraConfig, initial: int, target: int, first: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The steps at which a built-in schedule changes and its values from there on.
 
     Computed in float64 ahead of time: in float32 the floor falls on the other side at some steps.
@@ -72,6 +105,8 @@ def _staircase(config: AdaLoraConfig, initial: int, target: int) -> tuple[np.nda
         c = 1 - (step - config.tinit) / span
         if config.budget_schedule == "cubic":
             value = math.floor((initial - target) * c**3 + target)
+        elif config.budget_schedule == "grow":
+            value = math.floor(first + (1 - c) * (target - first))
         else:
             value = math.floor(initial - (1 - c) * (initial - target))
         if value != values[-1]:

@@ -341,7 +341,7 @@ def _config(
                 "config that has them, restore(..., config=config)."
             )
         return config
-    given = config.to_dict()
+    saved, given = AdaLoraConfig.from_dict(saved).to_dict(), config.to_dict()
     differing = [
         f"{name} is {saved.get(name)!r} there and {given.get(name)!r} here"
         for name in sorted({*saved, *given})

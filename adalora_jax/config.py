@@ -3,76 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from adalora_jax import checks, rankspec
+from adalora_jax import checks, config_peft, rankspec
 from adalora_jax.checks import MissingFunction
 from adalora_jax.rankspec import RankSpec
 
 _CHOICES = {
-    "budget_schedule": ("cubic", "linear"),
+    "budget_schedule": ("cubic", "linear", "grow"),
     "score": (
         "sensitivity_uncertainty",
         "smoothed_sensitivity",
         "sensitivity",
         "magnitude",
         "upper_confidence",
+        "sensitivity_over_uncertainty",
+        "signal_to_noise",
     ),
     "score_over": ("triplet", "lam"),
     "allocation": ("global", "per_adapter"),
-    "init": ("gaussian", "lambda_one"),
+    "init": ("gaussian", "lambda_one", "orthonormal"),
     "orthogonality": ("frobenius", "squared"),
     "sensitivity_at": ("updated", "current"),
+    "prox": (None, "soft_threshold"),
+    "budget_unit": ("triplets", "parameters", "flops"),
 }
+_OR_A_FUNCTION = ("budget_schedule", "budget_unit", "score", "init", "prox")
 _REFUSED = ("r", "use_dora", "loftq_config")  # PEFT's names that no AdaLoRA can give a meaning
-
-# Keys of a PEFT `adapter_config.json` that say where a model came from or how PEFT runs it. They
-# do not change what AdaLoRA computes.
-_PEFT_BOOKKEEPING = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "r",  # AdaLoRA starts at init_r
-    "revision",
-    "runtime_config",
-    "task_type",
-}
-# Keys that change what PEFT's AdaLoRA trains, with the values that mean "not used".
-_PEFT_UNSUPPORTED = {
-    "bias": ("none",),
-    "ensure_weight_tying": (False,),
-    "layer_replication": ([],),
-    "target_parameters": ([],),
-    "trainable_token_indices": ([], {}),
-}
-# Keys of PEFT's LoRA, inherited by its AdaLoRA config and without effect there, with the values
-# that ask for nothing.
-_PEFT_IGNORED = {
-    "alora_invocation_tokens": ([],),
-    "alpha_pattern": ({},),
-    "arrow_config": (),
-    "corda_config": (),
-    "eva_config": (),
-    "kasa_config": (),
-    "lora_bias": (False,),
-    "lora_ga_config": (),
-    "megatron_config": ({},),
-    "megatron_core": ("megatron.core",),
-    "monteclora_config": (),
-    "qalora_group_size": (16,),
-    "use_bdlora": (False,),
-    "use_qalora": (False,),
-    "use_rslora": (False,),
-    "velora_config": (),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +71,7 @@ prunes to target_r, so init_r must be at least 8.
     rank_pattern: Any = None  # {path: rank or booleans}: start from an earlier run's ranks
     rank_limits: Any = None  # {pattern: RankSpec, its fields as a dict, or init_r}; first match
     lora_alpha: float = 8  # the increment is scaled by lora_alpha / init_r; <= 0 means init_r
+    scale: Any = None  # or by this number, of each triplet, whatever the rank; None: as above
     lora_dropout: float = 0.0  # dropout on an adapter's input while training
     target_modules: Any = None  # suffixes, a regex, "all-linear", (path, module) -> bool | RankSpec
     exclude_modules: Any = None  # suffixes or regex of modules left alone
@@ -119,19 +80,25 @@ prunes to target_r, so init_r must be at least 8.
     modules_to_save: Any = None  # suffixes of further base parameters that train along
     init_lora_weights: bool = True  # False draws p, lam and q from N(0, 1): no identity at step 0
     fan_in_fan_out: bool = False  # kept for PEFT files; Flax kernels are always [in, out]
-    budget_schedule: Literal["cubic", "linear"] | Callable[..., Any] = "cubic"
+    budget_schedule: str | Callable[..., Any] = "cubic"  # how many may live when, see budget
+    budget_unit: str | Callable[..., Any] = "triplets"  # what is counted, see cost
     score: str | Callable[..., Any] = "sensitivity_uncertainty"  # what ranks the triplets
     score_over: Literal["triplet", "lam"] = "triplet"  # the whole triplet counts, or lam alone
     allocation: Literal["global", "per_adapter"] = "global"  # all compete, or equal ranks for each
-    init: Literal["gaussian", "lambda_one"] = "gaussian"  # lam = 0, or lam = 1 with p = 0
+    init: str | Callable[..., Any] = "gaussian"  # initial values, see init_adapter
     orthogonality: Literal["frobenius", "squared"] = "frobenius"  # PEFT's norm, or paper's Eq. 4
     param_dtype: Any = "float32"  # dtype of p, lam and q
     sensitivity_at: Literal["updated", "current"] = "updated"  # |w g| at w after or before update
+    lam_lr_multiplier: float = 1.0  # of the inner optimizer's update of lam
+    prox: str | Callable[..., Any] | None = None  # what lam goes through then, see adalora
+    prox_weight: float = 0.0  # by how much
     forward_mode: bool = False  # True: jvp and hessian work, but training steps are slower
     hold_mask: bool = False  # True: a pruned lam stays 0 until a later mask revives it
+    revive: bool = True  # False: no later mask does, and a pruned lam stays 0 for good
     use_dora: bool = False  # PEFT's name, refused: AdaLoRA has no DoRA form
     loftq_config: Any = None  # PEFT's name, refused: quantise the base instead
     r: int | None = None  # PEFT's name, refused: AdaLoRA starts at init_r
+    scale_given: bool = dataclasses.field(init=False, repr=False, default=False)  # not derived
 
     def __post_init__(self) -> None:
         _refuse_foreign(self)
@@ -157,9 +124,15 @@ prunes to target_r, so init_r must be at least 8.
             )
         for name in ("beta1", "beta2"):
             self._check(name, checks.number, "strictly between 0 and 1", lambda v: 0 < v < 1)
-        self._check("orth_reg_weight", checks.number, "0 or more", lambda v: 0 <= v < math.inf)
         self._check("lora_dropout", checks.number, "at least 0 and below 1", lambda v: 0 <= v < 1)
         self._check("lora_alpha", checks.number, "a finite number", math.isfinite)
+        for name in ("orth_reg_weight", "lam_lr_multiplier", "prox_weight"):
+            self._check(name, checks.number, "0 or more", lambda v: 0 <= v < math.inf)
+        self._set("scale_given", self.scale is not None)
+        if self.scale_given:
+            self._check("scale", checks.number, "above 0, or None", lambda v: 0 < v < math.inf)
+        else:
+            self._set("scale", self.lora_alpha / self.init_r if self.lora_alpha > 0 else 1.0)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             self._check(name, checks.names)
         self._check("layers_to_transform", checks.indices)
@@ -167,8 +140,7 @@ prunes to target_r, so init_r must be at least 8.
         self._set("rank_limits", rankspec.parse(self.rank_limits, self.init_r))
         self._check("param_dtype", checks.dtype_name)
         for name, allowed in _CHOICES.items():
-            or_callable = name in ("budget_schedule", "score")
-            checks.choice(name, getattr(self, name), allowed, or_callable)
+            checks.choice(name, getattr(self, name), allowed, name in _OR_A_FUNCTION)
         if self.allocation == "per_adapter" and any(
             spec.min_r is not None or spec.max_r is not None for _, spec in self.rank_limits or ()
         ):
@@ -176,7 +148,13 @@ prunes to target_r, so init_r must be at least 8.
                 "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
                 "rank_limits have no meaning: leave them out, or allocate globally."
             )
-        for name in ("init_lora_weights", "fan_in_fan_out", "hold_mask", "forward_mode"):
+        if self.budget_schedule == "grow" and not self.revive:
+            raise ValueError(
+                "revive=False with budget_schedule='grow': a rank can only rise by triplets that "
+                "come to life again, so leave revive=True."
+            )
+        flags = ("init_lora_weights", "fan_in_fan_out", "hold_mask", "revive", "forward_mode")
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
 
@@ -186,22 +164,17 @@ prunes to target_r, so init_r must be at least 8.
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    @property
-    def scale(self) -> float:
-        """The factor s of every increment, ``lora_alpha / init_r``; 1 where lora_alpha <= 0.
-
-        It belongs to the adapter for life: neither pruning nor compaction changes it. Where
-        ``rank_limits`` may give layers an alpha or init_r of their own, see :meth:`scale_of`.
-        """
-        return self.lora_alpha / self.init_r if self.lora_alpha > 0 else 1.0
-
     def scale_of(self, path: str) -> float:
         """The factor s of the adapter at ``path``, ``alpha / init_r`` by what holds for it.
+
+        With a ``scale`` given that is s, but where ``rank_limits`` gives the layer an alpha.
 
         >>> config = AdaLoraConfig(total_step=9, rank_limits={"query": RankSpec(alpha=24)})
         >>> config.scale_of("encoder/query"), config.scale_of("encoder/key") == config.scale
         (2.0, True)
         """
+        if self.scale_given and rankspec.find(self.rank_limits or (), path).alpha is None:
+            return self.scale
         spec = self.spec_of(path)
         return spec.alpha / spec.init_r if spec.alpha > 0 else 1.0
 
@@ -233,8 +206,17 @@ prunes to target_r, so init_r must be at least 8.
         return min(self.total_step - self.tfinal, self.total_step - 1)
 
     def replace(self, **changes: Any) -> AdaLoraConfig:
-        """A copy with some fields changed, checked like a new one."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed, checked like a new one.
+
+        A scale that was not given follows ``lora_alpha`` and ``init_r``, which it would not with
+        ``dataclasses.replace``.
+
+        >>> config = AdaLoraConfig(total_step=10, lora_alpha=24)
+        >>> config.replace(init_r=8).scale, config.replace(scale=1.5).replace(init_r=8).scale
+        (3.0, 1.5)
+        """
+        scale = self.scale if self.scale_given else None
+        return dataclasses.replace(self, **{"scale": scale, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values, for checkpoints; :meth:`from_dict` reads them back.
@@ -245,8 +227,8 @@ prunes to target_r, so init_r must be at least 8.
         >>> AdaLoraConfig.from_dict(config.to_dict()) == config
         True
         """
-        names = [field.name for field in dataclasses.fields(self) if field.name not in _REFUSED]
-        return {name: _to_json(getattr(self, name)) for name in names}
+        result = {name: _to_json(getattr(self, name)) for name in _DEFAULTS}
+        return result | {"scale": self.scale if self.scale_given else None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaLoraConfig:
@@ -261,8 +243,7 @@ prunes to target_r, so init_r must be at least 8.
         >>> AdaLoraConfig.from_dict(saved | {"score": min}).score
         <built-in function min>
         """
-        known = {field.name for field in dataclasses.fields(cls)}.difference(_REFUSED)
-        if unknown := sorted(map(str, set(values) - known)):
+        if unknown := sorted(map(str, set(values) - set(_DEFAULTS))):
             raise ValueError(
                 f"the config has fields that are unknown here: {', '.join(unknown)}. It was made "
                 "by another version of adalora_jax, or by another library."
@@ -276,7 +257,7 @@ prunes to target_r, so init_r must be at least 8.
 
     def missing_functions(self) -> dict[str, str]:
         """``{field: name}`` of the functions that :meth:`from_dict` could not bring back."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name in _DEFAULTS}
         return {n: v.name for n, v in values.items() if isinstance(v, MissingFunction)}
 
     @classmethod
@@ -304,44 +285,8 @@ prunes to target_r, so init_r must be at least 8.
         ValueError: bias='all' of the PEFT config is not supported here: remove it if the adapter \
 works without it.
         """
-        if not isinstance(source, Mapping):
-            path = os.fspath(source)
-            if os.path.isdir(path):
-                path = os.path.join(path, "adapter_config.json")
-            with open(path, encoding="utf-8") as file:
-                source = json.load(file)
-            if not isinstance(source, Mapping):
-                raise ValueError(f"{path} holds no JSON object: it is not a PEFT adapter config.")
-        kind = str(getattr(source.get("peft_type"), "value", source.get("peft_type", "ADALORA")))
-        if kind.upper() != "ADALORA":
-            raise ValueError(f"peft_type={kind!r} is not 'ADALORA': convert that adapter first.")
-        for key, unused in _PEFT_UNSUPPORTED.items():
-            if source.get(key) not in (None, *unused):
-                raise ValueError(
-                    f"{key}={source[key]!r} of the PEFT config is not supported here: remove it "
-                    "if the adapter works without it."
-                )
-        fields = {field.name for field in dataclasses.fields(cls)} - {"r", *_OURS}
-        values = {key: value for key, value in source.items() if key in fields}
-        ignored = [k for k, unused in _PEFT_IGNORED.items() if source.get(k) not in (None, *unused)]
-        if isinstance(init := values.get("init_lora_weights"), str) and init != "loftq":
-            ignored.append("init_lora_weights")
-            values["init_lora_weights"] = True
-        if ignored:
-            settings = ", ".join(f"{key}={source[key]!r}" for key in sorted(ignored))
-            warnings.warn(f"left out, PEFT's AdaLoRA does not use them: {settings}", stacklevel=2)
-        known = fields.union(_PEFT_BOOKKEEPING, _PEFT_UNSUPPORTED, _PEFT_IGNORED)
-        if unknown := sorted(map(str, set(source) - known)):
-            warnings.warn(
-                f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=2
-            )
-        # PEFT holds them as sets, and saves those in any order.
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(values.get(name), (list, tuple)):
-                values[name] = set(values[name])
-        if values.get("rank_pattern") is not None:
-            values["rank_pattern"] = _rank_pattern_from_peft(values["rank_pattern"])
-        return cls(**values)
+        fields = {*_DEFAULTS, "use_dora", "loftq_config"} - _OURS
+        return cls(**config_peft.read(source, fields))
 
     def to_peft(self) -> dict[str, Any]:
         """The keyword arguments of ``peft.AdaLoraConfig`` for this config, as plain JSON values.
@@ -356,8 +301,8 @@ works without it.
         Raises:
           ValueError: a field is set to something that PEFT cannot do.
         """
-        for name, default in _OURS.items():
-            value = getattr(self, name)
+        for name in (name for name in _DEFAULTS if name in _OURS and name != "scale"):
+            value, default = getattr(self, name), _DEFAULTS[name]
             if value != default:
                 raise ValueError(
                     f"{name}={value!r} has no counterpart in PEFT: use {default!r} there, or keep "
@@ -377,29 +322,41 @@ works without it.
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform in PEFT."
             )
         result: dict[str, Any] = {"peft_type": "ADALORA"}
-        for field in dataclasses.fields(self):
-            if field.name not in _OURS and field.name not in _REFUSED:
-                value = getattr(self, field.name)
-                result[field.name] = list(value) if isinstance(value, tuple) else value
+        for name in (name for name in _DEFAULTS if name not in _OURS):
+            value = getattr(self, name)
+            result[name] = list(value) if isinstance(value, tuple) else value
+        if self.scale_given:
+            result["lora_alpha"] = self.scale * self.init_r
         if self.rank_pattern is not None:
-            result["rank_pattern"] = _rank_pattern_to_peft(self.rank_pattern)
+            result["rank_pattern"] = config_peft.written_pattern(self.rank_pattern)
         # PEFT's own spelling of the options that are refused here.
         return result | {"use_dora": False, "loftq_config": {}, "bias": "none"}
 
 
-# The fields PEFT does not have and which change the computation, with PEFT's behaviour.
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(AdaLoraConfig)
+    if field.init and field.name not in _REFUSED
+}
+# The fields PEFT does not have and which change the computation; the defaults are its behaviour.
 _OURS = {
-    "rank_limits": None,
-    "budget_schedule": "cubic",
-    "score": "sensitivity_uncertainty",
-    "score_over": "triplet",
-    "allocation": "global",
-    "init": "gaussian",
-    "orthogonality": "frobenius",
-    "param_dtype": "float32",
-    "sensitivity_at": "updated",
-    "hold_mask": False,
-    "forward_mode": False,
+    "rank_limits",
+    "scale",
+    "budget_schedule",
+    "budget_unit",
+    "score",
+    "score_over",
+    "allocation",
+    "init",
+    "orthogonality",
+    "param_dtype",
+    "sensitivity_at",
+    "lam_lr_multiplier",
+    "prox",
+    "prox_weight",
+    "forward_mode",
+    "hold_mask",
+    "revive",
 }
 
 
@@ -433,28 +390,3 @@ def _to_json(value: Any) -> Any:
         name = getattr(value, "__qualname__", type(value).__qualname__)
         return {"function": f"{getattr(value, '__module__', '')}.{name}"}
     return value
-
-
-def _rank_pattern_from_peft(value: Any) -> dict[str, list[bool]]:
-    """PEFT's keys end in ``.lora_E``; while it trains, the adapter's name follows."""
-    form = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_E(?:\.[^.]+)?")
-    result = {}
-    for key, keep in value.items() if isinstance(value, Mapping) else [("", value)]:
-        path = form.fullmatch(str(key))
-        if path is None or not isinstance(keep, (list, tuple)):
-            raise ValueError(
-                f"rank_pattern={value!r} is not what PEFT's AdaLoRA saves, "
-                "{'<path>.lora_E': [True, False, ...]}: leave it out."
-            )
-        result[path[1].replace(".", "/")] = list(keep)
-    return result
-
-
-def _rank_pattern_to_peft(pattern: tuple[tuple[str, Any], ...]) -> dict[str, list[bool]]:
-    for path, keep in pattern:
-        if not isinstance(keep, tuple):
-            raise ValueError(
-                f"rank_pattern gives {path!r} the rank {keep}, but PEFT asks which triplets live: "
-                "give it a list of booleans."
-            )
-    return {path.replace("/", ".") + ".lora_E": list(keep) for path, keep in pattern}

@@ -14,7 +14,11 @@ from adalora_jax.importance import Evidence, triplet_scores
 from adalora_jax.transform import allocator_state
 from adalora_jax.tree import PyTree
 
-_NEEDS = {"magnitude": ("params",), "sensitivity": ("params", "grads")}  # of the built-in scores
+_NEEDS = {  # of the built-in scores
+    "magnitude": ("params",),
+    "signal_to_noise": ("params",),
+    "sensitivity": ("params", "grads"),
+}
 
 
 class AllocatorInfo(NamedTuple):
@@ -26,7 +30,7 @@ class AllocatorInfo(NamedTuple):
     """
 
     step: jax.Array  # int32 scalar: updates so far
-    budget: jax.Array  # int32 scalar: triplets allowed
+    budget: jax.Array  # int32 scalar: allowed, in config.budget_unit
     live: jax.Array  # int32 scalar: triplets that live
     masks: dict[str, jax.Array]  # {path: [..., r] booleans}: True where a triplet lives
     scores: dict[str, jax.Array]  # {path: [..., r] float32}: what triplets are ranked by
@@ -35,7 +39,8 @@ class AllocatorInfo(NamedTuple):
         """The same as ``{name: scalar}``, for TensorBoard or whatever takes a dict of metrics.
 
         ============================================  ===========================================
-        ``budget``, ``live``                          triplets allowed, and alive
+        ``budget``, ``live``                          what is allowed, in the config's unit, and
+                                                      triplets alive
         ``rank_min``, ``rank_mean``, ``rank_max``     over all matrices
         ``score_mean``, ``score_max``                 over all triplets
         ``score_threshold``                           the lowest score of a triplet that lives;
@@ -100,8 +105,9 @@ def info(
     returned by every step and read when it suits.
 
     Right after a new mask, the ``budget`` highest ``scores`` (within ``rank_limits``) are the
-    triplets that live. Between two masks scores move on. From the final mask on the averages, and
-    so the scores made of them, stay.
+    triplets that live; in another ``budget_unit``, the highest that the budget pays for. Between
+    two masks scores move on. From the final mask on the averages, and so the scores made of them,
+    stay.
 
     Args:
       opt_state: anything with one :class:`AllocatorState` in it: the state of an optax optimizer

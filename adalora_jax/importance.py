@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
 
+_MOST = 1e6  # of Ī ÷ Ū, where there is no uncertainty
+_PRIOR = 1e-4  # δ, the precision of a prior: that of a weight decay of 1e-4
 _TOGETHER = 8  # leaves in one test: more streams of memory than that no processor reads ahead
 
 
@@ -116,6 +118,10 @@ def triplet_scores(evidence: Evidence, config: AdaLoraConfig) -> jax.Array:
     * ``"smoothed_sensitivity"``: ``Ī``;
     * ``"sensitivity"``: ``I``, of this step alone;
     * ``"upper_confidence"``: ``Ī + Ū``;
+    * ``"sensitivity_over_uncertainty"``: ``Ī ÷ Ū``, at most 1e6, and 0 where ``Ī = 0``: what is
+      steadily useful (IGU-LoRA);
+    * ``"signal_to_noise"``: ``|w| / σ`` of a weight's posterior (Chen and Garner 2024), with
+      ``σ⁻² = h + δ`` and the Fisher information ``(Ī / w)²`` as h, so ``√(Ī² + δ w²)``; δ is 1e-4;
     * ``"magnitude"``: ``|λ|``, whatever ``score_over`` says;
 
     summed over the triplet by :func:`combine`, or of λ alone with ``score_over="lam"``; or it is a
@@ -148,4 +154,10 @@ def _element_score(score, weight, gradient, sensitivity, uncertainty):
         return sensitivity + uncertainty
     if score == "smoothed_sensitivity":
         return sensitivity
+    if score == "sensitivity_over_uncertainty":
+        known = uncertainty > 0
+        ratio = jnp.minimum(sensitivity / jnp.where(known, uncertainty, 1), _MOST)
+        return jnp.where(known | (sensitivity == 0), ratio, _MOST)
+    if score == "signal_to_noise":
+        return jnp.sqrt(sensitivity**2 + _PRIOR * weight.astype(jnp.float32) ** 2)
     return raw_sensitivity(weight, gradient)

@@ -35,11 +35,17 @@ def adalora(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that each of its updates also allocates the rank budget.
 
-    One update is: the inner optimizer's step, then the importance of every triplet from the
+    One update is: the inner optimizer's step, in which the moves of λ are multiplied by
+    ``lam_lr_multiplier`` and λ goes through ``prox``; then the importance of every triplet from the
     gradient that came in and the parameters that come out (PEFT's order; the parameters that went
     in with ``sensitivity_at="current"``), then, when one is due, a new mask over all adapters.
     After ``optax.apply_updates`` a pruned λ is exactly 0. Steps are counted in the state, one an
     applied update.
+
+    The proximal step makes λ sparse on its own, beside the masks: with ``η = prox_weight``,
+
+    * ``prox="soft_threshold"``: ``λ ← sign(λ) max(|λ| − η, 0)``, that of ``η ‖λ‖₁`` (SoRA);
+    * a function: ``λ ← prox(λ, η)``, called for each adapter with ``lam [..., r]``.
 
     The parameters may be the adapters' dict, a bigger tree in which adapters sit beside other
     trainables (those are the inner optimizer's business alone), or an NNX State. Nothing that
@@ -95,6 +101,11 @@ def adalora(
         gradients = matching_gradients(updates, params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         current, moves = tree.canonical(params), tree.canonical(updates)
+        if config.lam_lr_multiplier != 1:
+            faster = lambda move: move._replace(lam=config.lam_lr_multiplier * move.lam)
+            moves = tree.each(faster, moves)
+        if config.prox is not None:
+            moves = tree.each(functools.partial(_through_prox, config), current, moves)
         weights = current
         if config.sensitivity_at == "updated":
             weights = optax.apply_updates(current, moves)
@@ -150,6 +161,29 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
 def _like(own: PyTree, bare: PyTree) -> Any:
     """The arrays of ``bare`` in the containers and Variables of ``own``."""
     return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(bare))
+
+
+def soft_threshold(lam: jax.Array, weight: float) -> jax.Array:
+    """``sign(λ) max(|λ| − η, 0)``: the proximal operator of ``η ‖λ‖₁``.
+
+    >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0)
+    Array([-2.,  0.,  1.], dtype=float32)
+    """
+    return jnp.sign(lam) * jnp.maximum(jnp.abs(lam) - weight, 0)
+
+
+def _through_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Adapter:
+    """The update with which λ becomes what ``config.prox`` makes of it after its move."""
+    prox = config.prox if callable(config.prox) else soft_threshold
+    dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
+    before = adapter.lam.astype(dtype)
+    after = jnp.asarray(prox(before + move.lam.astype(dtype), config.prox_weight))
+    if after.shape != before.shape:
+        raise ValueError(
+            f"prox={config.prox!r} returned shape {after.shape} for a lam of shape {before.shape}: "
+            "it must return one λ for each."
+        )
+    return move._replace(lam=after.astype(dtype) - before)
 
 
 @jax.jit

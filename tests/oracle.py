@@ -26,12 +26,18 @@ class Settings:
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
     lora_alpha: float = 8.0
+    scale: float | None = None
     budget_schedule: str = "cubic"
+    budget_unit: str = "triplets"
     score: str = "sensitivity_uncertainty"
     score_over: str = "triplet"
     orthogonality: str = "frobenius"
     sensitivity_at: str = "updated"
     hold_mask: bool = False
+    revive: bool = True
+    lam_lr_multiplier: float = 1.0
+    prox: str | None = None
+    prox_weight: float = 0.0
 
 
 # The model -----------------------------------------------------------------------------------
@@ -70,7 +76,7 @@ def regulariser(m, form):
 
 def objective(matrices, batches, settings):
     """The training objective, the layers' errors and γ times Eq. 4, with its gradients."""
-    scale = settings.lora_alpha / settings.init_r
+    scale = settings.scale or settings.lora_alpha / settings.init_r
     weight = settings.orth_reg_weight
     if settings.orthogonality == "frobenius":
         weight = weight / (2 * len(matrices))  # the mean over all P and Q, where Eq. 4 has the sum
@@ -121,6 +127,9 @@ def budget(settings, step, matrices, initial=None):
         return target
     start, end = settings.tinit, settings.total_step - settings.tfinal
     remaining = 1 - (step - start) / (end - start)
+    if settings.budget_schedule == "grow":
+        first = min(matrices, target)
+        return math.floor(first + (1 - remaining) * (target - first))
     if settings.budget_schedule == "linear":
         return math.floor(initial - (1 - remaining) * (initial - target))
     return math.floor((initial - target) * remaining**3 + target)
@@ -131,13 +140,17 @@ def final_step(settings):
     return min(settings.total_step - settings.tfinal, settings.total_step - 1)
 
 
-def element_score(settings, raw, sensitivity, uncertainty):
+def element_score(settings, weight, raw, sensitivity, uncertainty):
     """s(w) for one element."""
     return {
         "sensitivity_uncertainty": sensitivity * uncertainty,  # Eq. 11
         "smoothed_sensitivity": sensitivity,  # Eq. 9, the ablation of Table 4
         "sensitivity": raw,  # Eq. 8
         "upper_confidence": sensitivity + uncertainty,
+        "sensitivity_over_uncertainty": (
+            0 if sensitivity == 0 else min(sensitivity / max(uncertainty, 1e-300), 1e6)
+        ),
+        "signal_to_noise": math.sqrt(sensitivity**2 + 1e-4 * weight**2),
     }[settings.score]
 
 
@@ -147,9 +160,8 @@ def triplet_score(settings, weight, raw, sensitivity, uncertainty, i):
         return abs(weight["lam"][i])
 
     def score(name, index):
-        return element_score(
-            settings, raw[name][index], sensitivity[name][index], uncertainty[name][index]
-        )
+        evidence = (weight, raw, sensitivity, uncertainty)
+        return element_score(settings, *(values[name][index] for values in evidence))
 
     total = score("lam", i)
     if settings.score_over == "triplet":
@@ -159,19 +171,31 @@ def triplet_score(settings, weight, raw, sensitivity, uncertainty, i):
     return total
 
 
-def top(scores, count):
-    """Masks of the ``count`` best triplets of all matrices; among equals the first ones live.
+def cost(settings, matrix):
+    """What a triplet of a matrix takes from the budget."""
+    sizes = matrix["p"].shape[1] + matrix["q"].shape[1]
+    return {"triplets": 1, "parameters": sizes + 1, "flops": 2 * sizes + 1}[settings.budget_unit]
 
-    Also returns by how much the worst survivor beats the best of the rest, relative to it:
-    infinite where they are equal, so that only the order decides.
+
+def top(scores, budget, costs=None):
+    """Masks of the best triplets that a budget pays for; among equals the first ones live.
+
+    The best of all matrices are taken one by one until one is too dear. Also returns by how much
+    the worst survivor beats the best of the rest, relative to it: infinite where they are equal,
+    so that only the order decides.
     """
     ranked = sorted(
         ((k, i) for k, row in enumerate(scores) for i in range(len(row))),
         key=lambda place: (-scores[place[0]][place[1]], place),
     )
     masks = [np.zeros(len(row), bool) for row in scores]
-    for k, i in ranked[:count]:
+    costs = costs or [1] * len(scores)
+    count = 0
+    for k, i in ranked:
+        if costs[k] > budget:
+            break
         masks[k][i] = True
+        budget, count = budget - costs[k], count + 1
     if not 0 < count < len(ranked):
         return masks, math.inf
     last, first_out = (scores[k][i] for k, i in ranked[count - 1 : count + 1])
@@ -186,11 +210,16 @@ class Allocator:
         self.settings = settings
         self.step = 0
         self.ranks = [len(matrix["lam"]) for matrix in matrices]
-        self.budget = budget(settings, 0, len(matrices), sum(self.ranks))
+        self.costs = [cost(settings, matrix) for matrix in matrices]
+        self.budget = self.allowed()
         self.masks = [np.ones(rank, bool) for rank in self.ranks]
         self.sensitivity, self.uncertainty = zeros(), zeros()
         self.finalised = False
         self.margin = math.inf  # how clear-cut the last decision was
+
+    def allowed(self):
+        initial = sum(rank * each for rank, each in zip(self.ranks, self.costs))
+        return budget(self.settings, self.step, sum(self.costs), initial)
 
     def update(self, weights, gradients):
         """One step. Returns the masks to multiply λ by: all true where λ may grow back."""
@@ -205,12 +234,12 @@ class Allocator:
         if all(np.isfinite(values).all() for row in raw for values in row.values()):
             if step < settings.total_step - settings.tfinal:
                 self.accumulate(raw)
-            self.budget = budget(settings, step, len(weights), sum(self.ranks))
+            self.budget = self.allowed()
             if due:
                 self.decide(weights, raw)
                 self.finalised = final
             self.step += 1
-        if due or final or settings.hold_mask:
+        if due or final or settings.hold_mask or not settings.revive:
             return self.masks
         return [np.ones_like(mask) for mask in self.masks]
 
@@ -223,12 +252,15 @@ class Allocator:
                 uncertainty[name] = b2 * uncertainty[name] + (1 - b2) * deviation  # Eq. 10
 
     def decide(self, weights, raw):
+        settings = self.settings
         evidence = zip(weights, raw, self.sensitivity, self.uncertainty)
         scores = [
-            [triplet_score(self.settings, *one, i) for i in range(rank)]
+            [triplet_score(settings, *one, i) for i in range(rank)]
             for one, rank in zip(evidence, self.ranks)
         ]
-        self.masks, self.margin = top(scores, self.budget)
+        if not settings.revive:  # those that died rank below all that live
+            scores = [np.where(mask, row, -np.inf) for row, mask in zip(scores, self.masks)]
+        self.masks, self.margin = top(scores, self.budget, self.costs)
 
 
 # The whole run -------------------------------------------------------------------------------
@@ -256,7 +288,11 @@ def train(matrices, batches, settings, optimizer):
             new = {}
             for name in matrix:
                 states[k, name], move = optimizer(states.get((k, name)), gradient[name])
+                move = settings.lam_lr_multiplier * move if name == "lam" else move
                 new[name] = matrix[name] + move
+            if settings.prox:  # of η ‖λ‖₁
+                shrunk = np.maximum(np.abs(new["lam"]) - settings.prox_weight, 0)
+                new["lam"] = np.sign(new["lam"]) * shrunk
             updated.append(new)
         seen = updated if settings.sensitivity_at == "updated" else matrices
         keep = allocator.update(seen, gradients)

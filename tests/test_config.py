@@ -52,15 +52,25 @@ REFUSED = [
     ({"loftq_config": {"bits": 4}}, "loftq_config={'bits': 4}", "leave loftq_config out"),
     ({"r": 8}, "r=8", "set init_r"),
     ({"r": 0}, "r=0", "set init_r"),
-    ({"budget_schedule": "cosine"}, "budget_schedule='cosine'", "'cubic', 'linear', or a function"),
+    ({"budget_schedule": "cosine"}, "budget_schedule='cosine'", "'linear', 'grow', or a function"),
+    ({"budget_unit": "bytes"}, "budget_unit='bytes'", "'parameters', 'flops', or a function"),
+    ({"budget_schedule": "grow", "revive": False}, "revive=False", "leave revive=True"),
     (
         {"score": "sensitivty"},
         "score='sensitivty'",
-        "'magnitude', 'upper_confidence', or a function",
+        "'sensitivity_over_uncertainty', 'signal_to_noise', or a function",
     ),
     ({"score_over": "p"}, "score_over='p'", "'triplet', 'lam'"),
     ({"score_over": len}, "score_over=<built-in function len>", "'triplet', 'lam'"),
-    ({"init": "zeros"}, "init='zeros'", "'gaussian', 'lambda_one'"),
+    ({"init": "zeros"}, "init='zeros'", "'gaussian', 'lambda_one', 'orthonormal'"),
+    ({"scale": 0}, "scale=0", "above 0, or None"),
+    ({"scale": float("inf")}, "scale=inf", "above 0, or None"),
+    ({"scale": "2"}, "scale='2'", "above 0, or None"),
+    ({"lam_lr_multiplier": -1}, "lam_lr_multiplier=-1", "0 or more"),
+    ({"lam_lr_multiplier": None}, "lam_lr_multiplier=None", "0 or more"),
+    ({"prox": "l1"}, "prox='l1'", "None, 'soft_threshold', or a function"),
+    ({"prox_weight": -0.1}, "prox_weight=-0.1", "0 or more"),
+    ({"revive": "never"}, "revive='never'", "True or False"),
     ({"orthogonality": "l2"}, "orthogonality='l2'", "'frobenius', 'squared'"),
     ({"sensitivity_at": "both"}, "sensitivity_at='both'", "'updated', 'current'"),
     ({"hold_mask": 1}, "hold_mask=1", "True or False"),
@@ -214,6 +224,9 @@ def test_the_rank_pattern_of_a_stack_keeps_its_slices():
         {"rank_pattern": {"b": 2, "a": [[True, False], [False, True]]}, "init_r": 9},
         {"rank_limits": [("z", {"min_r": 1, "alpha": 2.5}), ("a", 4), (".*", 3)]},
         {"param_dtype": jnp.bfloat16, "hold_mask": True, "beta1": 0.5, "lora_alpha": -1},
+        {"scale": 2, "lam_lr_multiplier": 0.5, "init": "orthonormal", "revive": False},
+        {"budget_unit": "flops", "budget_schedule": "grow"},
+        {"prox": "soft_threshold", "prox_weight": 0.1, "score": "signal_to_noise"},
         {"allocation": "per_adapter", "score": "magnitude", "budget_schedule": "linear"},
     ],
     ids=lambda changes: ",".join(changes) or "defaults",
@@ -228,14 +241,15 @@ def test_a_config_comes_back_from_json(changes):
 
 
 def test_a_function_has_to_be_given_again():
-    config = AdaLoraConfig(total_step=10, score=max, target_modules=lambda path, module: True)
+    functions = {"score": max, "prox": min, "init": len, "budget_unit": sum}
+    config = AdaLoraConfig(total_step=10, **functions, target_modules=lambda path, module: True)
     saved = json.loads(json.dumps(config.to_dict()))
     bare = AdaLoraConfig.from_dict(saved)
-    assert sorted(bare.missing_functions()) == ["score", "target_modules"]
+    assert sorted(bare.missing_functions()) == sorted([*functions, "target_modules"])
     assert bare.to_dict() == config.to_dict()
     with pytest.raises(ValueError, match=r"function builtins\.max was not saved .*config\.replace"):
         bare.score(1, 2)
-    again = {"score": config.score, "target_modules": config.target_modules}
+    again = {**functions, "target_modules": config.target_modules}
     assert AdaLoraConfig.from_dict(saved | again) == bare.replace(**again) == config
     assert not config.missing_functions()
 

@@ -17,7 +17,12 @@ import adalora_jax as adalora
 from adalora_jax import AdaLoraConfig
 
 CONFIG = AdaLoraConfig(total_step=24, init_r=4, target_r=2, tinit=3, tfinal=4, deltaT=3)
-SCORES = ["sensitivity_uncertainty", "smoothed_sensitivity", "upper_confidence"]
+SCORES = [
+    "sensitivity_uncertainty",
+    "smoothed_sensitivity",
+    "upper_confidence",
+    "sensitivity_over_uncertainty",
+]
 ROWS = ["down", "key", "layers[0]", "layers[1]"]  # the problem's matrices
 
 
@@ -58,7 +63,7 @@ def papers_scores(config, params, allocator, grads):
 
 @pytest.mark.parametrize(
     ("score", "score_over"),
-    [(score, "triplet") for score in (*SCORES, "sensitivity", "magnitude")]
+    [(score, "triplet") for score in (*SCORES, "sensitivity", "magnitude", "signal_to_noise")]
     + [("sensitivity_uncertainty", "lam")],
 )
 def test_scores_are_the_papers_and_metrics_their_summaries(score, score_over):

@@ -362,7 +362,7 @@ def test_averages_of_bfloat16_parameters_do_not_stall():
     assert abs(float(stalled) - target) > 0.1 * target
 
 
-@pytest.mark.parametrize("init", ["gaussian", "lambda_one"])
+@pytest.mark.parametrize("init", ["gaussian", "lambda_one", "orthonormal"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stack", [(), (2,)])
 def test_the_adapted_layer_is_the_base_layer_at_init(init, dtype, stack):
@@ -381,5 +381,5 @@ def test_the_adapted_layer_is_the_base_layer_at_init(init, dtype, stack):
         atol=5e-2,
     )
     assert not np.any(al.delta_weight(adapter, scale=config.scale))
-    trained = adapter.p if init == "gaussian" else adapter.lam
+    trained = adapter.lam if init == "lambda_one" else adapter.p
     assert np.any(np.asarray(trained, "float32")), "an adapter of zeros alone could not learn"

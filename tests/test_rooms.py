@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "adalora_jax"
 ROOMS = [
     "checks",
     "rankspec",
+    "config_peft",
     "config",
     "lowrank",
     "adapter",
@@ -33,6 +34,7 @@ ROOMS = [
     "linen",
     "nnx_layers",
     "nnx",
+    "inits",
     "checkpoint",
     "tensorfile",
     "packed",

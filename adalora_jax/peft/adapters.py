@@ -94,7 +94,7 @@ def save_pretrained(
     }
     saved = saved_to_torch(adapters, names, sizes)
     tensors |= {f"{PREFIX}{name}": array for name, array in saved.items()}
-    same = most == config.init_r and config.lora_alpha > 0
+    same = most == config.init_r and config.lora_alpha > 0 and not config.scale_given
     kept = {name: getattr(config, name) for name in _KEPT}
     pattern = None
     if masks is not None or any(len(m.lam) < most or not m.mask.all() for m in matrices.values()):

@@ -1,0 +1,137 @@
+"""The hyper-parameters as Hugging Face PEFT writes them: what its keys mean here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+# Keys of a PEFT `adapter_config.json` that say where a model came from or how PEFT runs it. They
+# do not change what AdaLoRA computes.
+_PEFT_BOOKKEEPING = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "r",  # AdaLoRA starts at init_r
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Keys that change what PEFT's AdaLoRA trains, with the values that mean "not used".
+_PEFT_UNSUPPORTED = {
+    "bias": ("none",),
+    "ensure_weight_tying": (False,),
+    "layer_replication": ([],),
+    "target_parameters": ([],),
+    "trainable_token_indices": ([], {}),
+}
+# Keys of PEFT's LoRA, inherited by its AdaLoRA config and without effect there, with the values
+# that ask for nothing.
+_PEFT_IGNORED = {
+    "alora_invocation_tokens": ([],),
+    "alpha_pattern": ({},),
+    "arrow_config": (),
+    "corda_config": (),
+    "eva_config": (),
+    "kasa_config": (),
+    "lora_bias": (False,),
+    "lora_ga_config": (),
+    "megatron_config": ({},),
+    "megatron_core": ("megatron.core",),
+    "monteclora_config": (),
+    "qalora_group_size": (16,),
+    "use_bdlora": (False,),
+    "use_qalora": (False,),
+    "use_rslora": (False,),
+    "velora_config": (),
+}
+
+
+def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -> dict[str, Any]:
+    """The keyword arguments that a PEFT AdaLoRA config gives, see ``AdaLoraConfig.from_peft``.
+
+    Args:
+      source: a mapping, an ``adapter_config.json``, or its folder.
+      fields: the keys that mean the same here.
+
+    Raises:
+      ValueError: the config is not AdaLoRA's, or asks for something that is not done here.
+
+    >>> read({"peft_type": "ADALORA", "init_r": 8, "revision": None}, {"init_r"})
+    {'init_r': 8}
+    """
+    if not isinstance(source, Mapping):
+        path = os.fspath(source)
+        if os.path.isdir(path):
+            path = os.path.join(path, "adapter_config.json")
+        with open(path, encoding="utf-8") as file:
+            source = json.load(file)
+        if not isinstance(source, Mapping):
+            raise ValueError(f"{path} holds no JSON object: it is not a PEFT adapter config.")
+    kind = str(getattr(source.get("peft_type"), "value", source.get("peft_type", "ADALORA")))
+    if kind.upper() != "ADALORA":
+        raise ValueError(f"peft_type={kind!r} is not 'ADALORA': convert that adapter first.")
+    for key, unused in _PEFT_UNSUPPORTED.items():
+        if source.get(key) not in (None, *unused):
+            raise ValueError(
+                f"{key}={source[key]!r} of the PEFT config is not supported here: remove it "
+                "if the adapter works without it."
+            )
+    values = {key: value for key, value in source.items() if key in fields}
+    ignored = [k for k, unused in _PEFT_IGNORED.items() if source.get(k) not in (None, *unused)]
+    if isinstance(init := values.get("init_lora_weights"), str) and init != "loftq":
+        ignored.append("init_lora_weights")
+        values["init_lora_weights"] = True
+    if ignored:
+        settings = ", ".join(f"{key}={source[key]!r}" for key in sorted(ignored))
+        warnings.warn(f"left out, PEFT's AdaLoRA does not use them: {settings}", stacklevel=3)
+    known = fields.union(_PEFT_BOOKKEEPING, _PEFT_UNSUPPORTED, _PEFT_IGNORED)
+    if unknown := sorted(map(str, set(source) - known)):
+        warnings.warn(
+            f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=3
+        )
+    # PEFT holds them as sets, and saves those in any order.
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(name), (list, tuple)):
+            values[name] = set(values[name])
+    if values.get("rank_pattern") is not None:
+        values["rank_pattern"] = _read_pattern(values["rank_pattern"])
+    return values
+
+
+def written_pattern(pattern: tuple[tuple[str, Any], ...]) -> dict[str, list[bool]]:
+    """A ``rank_pattern`` with PEFT's keys.
+
+    Raises:
+      ValueError: it gives a rank alone.
+
+    >>> written_pattern((("encoder/query", (True, False)),))
+    {'encoder.query.lora_E': [True, False]}
+    """
+    for path, keep in pattern:
+        if not isinstance(keep, tuple):
+            raise ValueError(
+                f"rank_pattern gives {path!r} the rank {keep}, but PEFT asks which triplets live: "
+                "give it a list of booleans."
+            )
+    return {path.replace("/", ".") + ".lora_E": list(keep) for path, keep in pattern}
+
+
+def _read_pattern(value: Any) -> dict[str, list[bool]]:
+    """PEFT's keys end in ``.lora_E``; while it trains, the adapter's name follows."""
+    form = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_E(?:\.[^.]+)?")
+    result = {}
+    for key, keep in value.items() if isinstance(value, Mapping) else [("", value)]:
+        path = form.fullmatch(str(key))
+        if path is None or not isinstance(keep, (list, tuple)):
+            raise ValueError(
+                f"rank_pattern={value!r} is not what PEFT's AdaLoRA saves, "
+                "{'<path>.lora_E': [True, False, ...]}: leave it out."
+            )
+        result[path[1].replace(".", "/")] = list(keep)
+    return result

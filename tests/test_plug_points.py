@@ -1,0 +1,445 @@
+"""Options for λ, initial values and masks, each against its formula."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+
+import adalora_jax as al
+from adalora_jax.budget import cost
+from adalora_jax.importance import triplet_scores
+from adalora_jax.ranking import Entry, cut, entry, kept
+from adalora_jax.transform import soft_threshold
+
+CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
+
+
+def gradients(params, seed):
+    """Gradients at random, others at each step."""
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), leaf.dtype), params)
+
+
+def steps(config, inner, params=None, jit=jax.jit):
+    """``(params, allocator)`` after each step of a run with gradients at random."""
+    params = problem.adapters(config) if params is None else params
+    tx = al.adalora(problem.lenient(inner), config)
+    state, update = tx.init(params), jit(tx.update)
+    for seed in range(config.total_step):
+        updates, state = update(gradients(params, seed), state, params)
+        params = optax.apply_updates(params, updates)
+        yield params, state.allocator
+
+
+# The scale ------------------------------------------------------------------------------------
+
+
+def test_a_scale_that_is_given_does_not_depend_on_the_rank():
+    given, derived = CONFIG.replace(scale=1.5), CONFIG
+    assert (given.scale, derived.scale) == (1.5, 1.5)
+    assert given != derived
+    assert given.replace(init_r=6).scale == 1.5
+    assert given.replace(lora_alpha=1).scale == 1.5
+    assert derived.replace(init_r=6).scale == 1.0
+    assert given.replace(scale=None) == derived
+    assert derived.replace(scale=derived.scale, init_r=6).scale == 1.5
+
+
+def test_a_layer_with_an_alpha_of_its_own_keeps_it():
+    limits = {"query": al.RankSpec(init_r=8), "key": al.RankSpec(alpha=20)}
+    config = CONFIG.replace(rank_limits=limits)
+    paths = ("a/query", "a/key", "a/up")
+    assert [config.scale_of(path) for path in paths] == [6 / 8, 20 / 4, 6 / 4]
+    assert [config.replace(scale=0.25).scale_of(path) for path in paths] == [0.25, 5.0, 0.25]
+
+
+def test_a_scale_comes_back_from_json_given_or_not():
+    for config in (CONFIG, CONFIG.replace(scale=1.5)):
+        back = al.AdaLoraConfig.from_dict(config.to_dict())
+        assert back == config
+        assert back.replace(init_r=6) == config.replace(init_r=6)
+    # A checkpoint from before there was the option says the same as one without it.
+    old = {name: value for name, value in CONFIG.to_dict().items() if name != "scale"}
+    assert al.AdaLoraConfig.from_dict(old) == CONFIG
+
+
+def test_peft_gets_a_given_scale_as_its_alpha():
+    config = CONFIG.replace(scale=0.75)
+    assert config.to_peft()["lora_alpha"] == 3
+    assert "scale" not in config.to_peft()
+    assert al.AdaLoraConfig.from_peft(config.to_peft()).scale == config.scale
+
+
+@pytest.mark.parametrize("limits", [None, {"b": {"alpha": 3}}])
+def test_what_is_exported_to_peft_computes_with_the_given_scale(limits, tmp_path):
+    config = CONFIG.replace(scale=0.75, rank_limits=limits, init_lora_weights=False)
+    shapes = {"a": (3, 4, ()), "b": (4, 3, ())}
+    adapters = problem.adapters(config, shapes=shapes)
+    al.peft.save_pretrained(tmp_path, adapters, config)
+    loaded = al.peft.load_pretrained(tmp_path)
+    for name, adapter in adapters.items():
+        ours = al.delta_weight(adapter, scale=config.scale_of(name))
+        theirs = al.delta_weight(loaded.adapters[name], scale=loaded.config.scale_of(name))
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+        if limits is None:
+            problem.assert_same_bits(loaded.adapters[name], adapter)
+
+
+# The steps of λ -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.adam, optax.lion, optax.adafactor], ids=lambda o: o.__name__
+)
+@pytest.mark.parametrize("params", [None, "beside others"])
+def test_the_updates_of_lam_are_those_of_the_inner_optimizer_times_the_multiplier(inner, params):
+    config = CONFIG.replace(lam_lr_multiplier=2.5, init_lora_weights=False)
+    trees = problem.adapters(config)
+    trees = trees if params is None else {"block": trees, "head": jnp.ones((2, 3))}
+    grads = gradients(trees, 0)
+    inner = problem.lenient(inner(0.1))
+    alone, _ = inner.update(grads, inner.init(trees), trees)
+    tx = al.adalora(inner, config)
+    ours, state = tx.update(grads, tx.init(trees), trees)
+    new = optax.apply_updates(trees, ours)
+    for name, adapter in al.adapters(ours).items():
+        plain = al.adapters(alone)[name]
+        np.testing.assert_array_equal(adapter.p, plain.p)
+        np.testing.assert_array_equal(adapter.lam, np.float32(2.5) * plain.lam)
+        # Importance is that of the λ that came of it.
+        raw = abs(al.adapters(new)[name].lam * al.adapters(grads)[name].lam)
+        average = al.adapters(state.allocator.sensitivity)[name].lam
+        np.testing.assert_allclose(average, 0.15 * raw, rtol=1e-5)
+    if params is not None:
+        np.testing.assert_array_equal(ours["head"], alone["head"])
+
+
+def test_the_multiplier_prunes_alike_compiled_or_not():
+    config = CONFIG.replace(lam_lr_multiplier=4.0, revive=False)
+    runs = [list(steps(config, optax.adam(0.03), jit=jit)) for jit in (jax.jit, lambda f: f)]
+    for compiled, eager in zip(*runs):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), compiled, eager
+        )
+
+
+def test_a_multiplier_of_one_leaves_the_program_as_it_is():
+    params = problem.adapters(CONFIG)
+
+    def program(config):
+        tx = al.adalora(optax.adam(0.1), config)
+        return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+
+    config = CONFIG.replace(lam_lr_multiplier=1, revive=True)
+    assert program(config) == program(CONFIG)
+    assert program(CONFIG.replace(lam_lr_multiplier=2.0)) != program(CONFIG)
+
+
+# A proximal step on λ -------------------------------------------------------------------------
+
+
+def test_soft_threshold_is_the_minimum_that_defines_it():
+    """``argmin_y ½ (y − x)² + η |y|``, by trying."""
+    grid, eta = np.linspace(-3, 3, 60001), 0.7
+    x = np.array([-2.5, -0.7, -0.3, 0.0, 0.699, 0.8, 2.0])
+    best = [grid[np.argmin(0.5 * (grid - one) ** 2 + eta * abs(grid))] for one in x]
+    np.testing.assert_allclose(soft_threshold(jnp.asarray(x), eta), best, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lam_is_what_prox_makes_of_it_and_importance_sees_that(dtype):
+    config = CONFIG.replace(
+        prox="soft_threshold",
+        prox_weight=0.75,
+        lam_lr_multiplier=2.0,
+        init_lora_weights=False,
+        param_dtype=dtype,
+    )
+    params = problem.adapters(config)
+    grads = gradients(params, 3)
+    tx = al.adalora(optax.sgd(0.1), config)
+    updates, state = tx.update(grads, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    sparse = 0
+    for name, adapter in params.items():
+        lam = (adapter.lam - 2 * jnp.asarray(0.1, dtype) * grads[name].lam).astype("float32")
+        want = np.sign(lam) * np.maximum(abs(lam) - 0.75, 0)
+        close = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 0.05, "atol": 0.02}
+        np.testing.assert_allclose(new[name].lam.astype("float32"), want, **close)
+        np.testing.assert_array_equal(new[name].lam == 0, want == 0)
+        average = state.allocator.sensitivity[name].lam
+        np.testing.assert_array_equal(average == 0, want == 0)
+        sparse += int((want == 0).sum())
+    assert sparse > 0, "nothing was thresholded"
+
+
+def test_a_prox_of_ones_own_sees_each_adapter_and_has_to_keep_its_shape():
+    """Here: no more than the two largest |λ| of each matrix, whatever the masks say."""
+
+    def two_largest(lam, weight):
+        return jnp.where(abs(lam) >= jnp.sort(abs(lam), axis=-1)[..., -2:-1], lam, 0)
+
+    for params, _ in steps(CONFIG.replace(prox=two_largest), optax.sgd(0.1)):
+        assert {int((m["lam"] != 0).sum()) for m in problem.matrices(params)} <= {0, 1, 2}
+    config = CONFIG.replace(prox=lambda lam, weight: lam.sum())
+    with pytest.raises(ValueError, match=r"prox=.*returned shape \(\).*one λ for each"):
+        next(steps(config, optax.sgd(0.1)))
+
+
+# Initial values of one's own ------------------------------------------------------------------
+
+
+def test_a_function_gives_the_initial_values_of_each_matrix():
+    def ones(key, ins, outs, rank, dtype):
+        value = jax.random.uniform(key)
+        return (value * jnp.ones((rank, outs)), jnp.zeros(rank), jnp.ones((rank, ins)))
+
+    config = CONFIG.replace(init=ones, param_dtype="bfloat16")
+    one = al.init_adapter(jax.random.key(0), 3, 5, config)
+    assert [(leaf.shape, leaf.dtype) for leaf in one] == [
+        (shape, jnp.bfloat16) for shape in ((4, 5), (4,), (4, 3))
+    ]
+    many = al.init_adapter(jax.random.key(0), 3, 5, config, stack=(2, 3), rank=2)
+    assert [leaf.shape for leaf in many] == [(2, 3, 2, 5), (2, 3, 2), (2, 3, 2, 3)]
+    assert len(set(np.asarray(many.p[..., 0, 0], np.float32).ravel().tolist())) == 6
+
+
+def test_initial_values_of_other_shapes_are_refused():
+    config = CONFIG.replace(init=lambda key, ins, outs, rank, dtype: [jnp.ones((ins, rank))] * 3)
+    with pytest.raises(ValueError, match=r"returned the shapes .*must be \[\(4, 5\), \(4,\)"):
+        al.init_adapter(jax.random.key(0), 3, 5, config)
+
+
+# Scores ---------------------------------------------------------------------------------------
+
+
+def test_the_ratio_of_average_and_uncertainty_is_finite_where_that_is_zero():
+    make = lambda lam: al.Adapter(jnp.zeros((4, 2)), jnp.asarray(lam), jnp.zeros((4, 3)))
+    evidence = al.Evidence(
+        *(make([1.0] * 4),) * 2, make([3.0, 0.0, 2.0, 0.0]), make([0.5, 0.5, 0.0, 0.0])
+    )
+    config = CONFIG.replace(score="sensitivity_over_uncertainty")
+    np.testing.assert_allclose(triplet_scores(evidence, config), [6, 0, 1e6, 0], rtol=1e-6)
+
+
+def test_signal_to_noise_is_that_of_the_posterior():
+    """σ⁻² is the squared gradient plus the prior's precision, where gradients do not change."""
+    rng = np.random.default_rng(0)
+    w, g = rng.normal(size=(2, 5)).astype("float32")
+    lam = lambda values: al.Adapter(jnp.zeros((5, 2)), jnp.asarray(values), jnp.zeros((5, 3)))
+    evidence = al.Evidence(lam(w), lam(g), lam(abs(w * g)), lam(0 * w))
+    scores = triplet_scores(evidence, CONFIG.replace(score="signal_to_noise"))
+    np.testing.assert_allclose(scores, abs(w) / (1 / np.sqrt(g**2 + 1e-4)), rtol=1e-5)
+
+
+# What a triplet costs -------------------------------------------------------------------------
+
+
+def greedy(scores, turns, costs, budget):
+    """Those of turn 0, then the best of turn 1, one by one, until one is too dear."""
+    keep = turns == 0
+    left = budget - costs[keep].sum()
+    for i in sorted(np.flatnonzero(turns == 1), key=lambda i: (-scores[i], i)):
+        if costs[i] > left:
+            break
+        keep[i], left = True, left - costs[i]
+    return keep
+
+
+@pytest.mark.parametrize("kinds", [3, 10**6])
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_best_that_the_budget_pays_for_survive(kinds, limited):
+    """With scores of three values all is ties; with a million there are none."""
+
+    def best(scores, turns, budget, costs):
+        row = Entry(entry(scores).keys, turns, costs)
+        return kept([row], cut(row, budget))[0]
+
+    ours = jax.jit(jax.vmap(best, in_axes=(None, None, 0, None)))
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        scores = rng.integers(kinds, size=50).astype("float32")
+        costs = rng.choice([3, 7, 1000], size=50).astype("int32")
+        turns = rng.choice(3, size=50, p=[0.2, 0.6, 0.2]) if limited else np.ones(50, int)
+        budgets = np.array([0, costs.sum(), *rng.integers(0, costs.sum() + 1, size=20)])
+        found = ours(scores, jnp.asarray(turns) if limited else None, budgets, costs)
+        for budget, keep in zip(budgets, found):
+            np.testing.assert_array_equal(keep, greedy(scores, turns, costs, budget))
+
+
+def test_a_triplet_costs_by_the_size_of_its_layer():
+    config = CONFIG.replace(budget_unit="parameters")
+    assert cost(CONFIG, "up", 512, 2048) == 1
+    assert cost(config, "up", 512, 2048) == 512 + 1 + 2048
+    assert cost(config.replace(budget_unit="flops"), "up", 8, 32) == (2 * 8) + 1 + (2 * 32)
+    own = config.replace(budget_unit=lambda path, ins, outs: 100 * len(path) + ins - outs)
+    assert cost(own, "up", 8, 32) == 176
+    with pytest.raises(ValueError, match=r"for 'up': 0.5=0.5 must be an integer of at least 1"):
+        cost(config.replace(budget_unit=lambda *_: 0.5), "up", 8, 32)
+
+
+@pytest.mark.parametrize("unit", ["parameters", "flops"])
+@pytest.mark.parametrize("changes", [{}, {"allocation": "per_adapter"}, {"revive": False}], ids=str)
+def test_what_lives_costs_what_the_budget_says_or_less_by_less_than_one_triplet(unit, changes):
+    """The budget goes from what init_r of each matrix cost to what target_r of each do."""
+    config = CONFIG.replace(budget_unit=unit, **changes)
+    params = problem.adapters(config)
+    each = {"down": 5 + 3, "key": 4 + 4, "layers": 3 + 5}
+    each = {name: (2 if unit == "flops" else 1) * n + 1 for name, n in each.items()}
+    one = each["down"] + each["key"] + 2 * each["layers"]
+    budgets = []
+    for _, state in steps(config, optax.sgd(0.5), params):
+        spent = sum(each[name] * int(mask.sum()) for name, mask in state.masks.items())
+        budgets.append(int(state.budget))
+        assert 0 <= budgets[-1] - spent < max(each.values())
+    assert (budgets[0], budgets[-1]) == (4 * one, 2 * one)
+    assert budgets == sorted(budgets, reverse=True)
+
+
+def test_a_dear_layer_gives_way_to_several_cheap_triplets():
+    make = lambda lam, n: al.Adapter(jnp.ones((3, n)), jnp.asarray(lam), jnp.ones((3, n)))
+    adapters = {"narrow": make([1.0, 2.0, 3.0], 5), "wide": make([9.0, 8.0, 7.0], 50)}
+    config = al.AdaLoraConfig(total_step=1, init_r=3, target_r=1, score="magnitude")
+
+    def masks(config):
+        _, masks = al.allocate(al.init_state(adapters, config), adapters, 0)
+        return {name: mask.tolist() for name, mask in masks.items()}
+
+    assert masks(config) == {"narrow": [False] * 3, "wide": [True, True, False]}
+    # 11 and 101 a triplet, so 112 in all: one of the wide layer, and then 11 are left for none.
+    assert masks(config.replace(budget_unit="parameters")) == {
+        "narrow": [False] * 3,
+        "wide": [True, False, False],
+    }
+    by_price = lambda e: abs(e.weight.lam) / (e.weight.p.shape[-1] + e.weight.q.shape[-1] + 1)
+    assert masks(config.replace(budget_unit="parameters", score=by_price)) == {
+        "narrow": [True, True, True],
+        "wide": [False] * 3,
+    }
+
+
+def test_a_budget_beyond_what_can_be_counted_is_refused():
+    config = CONFIG.replace(budget_unit=lambda path, ins, outs: 10**9)
+    with pytest.raises(ValueError, match=r"budget_unit=.*more than an int32 can count"):
+        al.init_state(problem.adapters(config), config)
+
+
+# Ranks that rise ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hold_mask", [False, True])
+@pytest.mark.parametrize("init", ["gaussian", "lambda_one", "orthonormal"])
+def test_ranks_rise_from_one_a_matrix_and_what_comes_to_life_trains(hold_mask, init):
+    """A problem that needs rank: in the end triplets live that were dead, and they do something."""
+    config = CONFIG.replace(
+        total_step=60,
+        init_r=3,
+        tfinal=20,
+        deltaT=4,
+        budget_schedule="grow",
+        hold_mask=hold_mask,
+        init=init,
+    )
+    params, data = problem.adapters(config), problem.batches(config)
+    tx = al.adalora(problem.lenient(optax.adam(0.03)), config)
+    state, step = tx.init(params), jax.jit(problem.train_step(tx, config))
+    budgets, masks = [], []
+    for t in range(config.total_step):
+        params, state, _ = step(params, state, jax.tree.map(lambda leaf, t=t: leaf[t], data))
+        budgets.append(int(state.allocator.budget))
+        masks.append(problem.rows(state.allocator.masks))
+        if t > config.tinit and t % config.deltaT == 0 and t < config.final_step:
+            assert problem.live(state.allocator.masks) == budgets[-1]
+    growing = budgets[2 : config.final_step + 1]
+    assert (growing[0], growing[-1]) == (problem.MATRICES, 2 * problem.MATRICES)
+    assert growing == sorted(growing)
+    assert problem.live(state.allocator.masks) == 2 * problem.MATRICES
+    early, late = masks[8], masks[-1]
+    grown = [now & ~then for now, then in zip(late, early)]
+    assert sum(map(np.sum, grown)) >= problem.MATRICES
+    moves = []
+    for adapter, new in zip(problem.matrices(params), grown):
+        assert np.all(adapter["lam"][new] != 0)
+        moves.extend(np.abs(adapter["lam"][new, None] * adapter["p"][new]).max(axis=-1))
+    assert np.mean(np.array(moves) > 1e-3) > 0.7
+
+
+# Orthonormal rows -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stack", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("ins", "outs"), [(9, 7), (9, 3), (4, 4)])
+def test_rows_are_orthonormal_or_columns_where_there_are_too_many_rows(stack, dtype, ins, outs):
+    config = CONFIG.replace(init="orthonormal", param_dtype=dtype)
+    adapter = al.init_adapter(jax.random.key(0), ins, outs, config, stack=stack)
+    assert {leaf.dtype for leaf in adapter} == {jnp.dtype(dtype)}
+    assert not np.any(adapter.lam)
+    for matrix in (adapter.p, adapter.q):
+        matrix = np.asarray(matrix, np.float64).reshape(-1, *matrix.shape[-2:])
+        for one, other in itertools.pairwise([*matrix, matrix[0] + 1]):
+            short = one if len(one) <= one.shape[1] else one.T
+            np.testing.assert_allclose(
+                short @ short.T, np.eye(len(short)), atol=1e-6 if dtype == "float32" else 2e-2
+            )
+            assert not np.allclose(one, other)
+
+
+def test_no_direction_is_preferred():
+    """Over many draws, each entry of 2 orthonormal rows of 3 has mean 0 and variance 1/3."""
+    config = CONFIG.replace(init="orthonormal")
+    q = al.init_adapter(jax.random.key(1), 3, 3, config, rank=2, stack=(20000,)).q
+    np.testing.assert_allclose(q.mean(axis=0), np.zeros((2, 3)), atol=0.02)
+    np.testing.assert_allclose(q.var(axis=0), np.full((2, 3), 1 / 3), atol=0.01)
+
+
+# The dead stay dead ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [None, {"key": {"min_r": 1, "max_r": 2}, "down": {"min_r": 2}}])
+@pytest.mark.parametrize("allocation", ["global", "per_adapter"])
+def test_without_revival_ranks_only_fall_and_the_budget_is_met(limits, allocation):
+    if limits and allocation == "per_adapter":
+        pytest.skip("refused by the config")
+    config = CONFIG.replace(rank_limits=limits, allocation=allocation, score="sensitivity")
+
+    def run(config):
+        """How many triplets each mask revived, and how many live after the last one."""
+        before, revived = None, 0
+        for t, (params, state) in enumerate(steps(config, optax.sgd(0.5))):
+            masks = problem.rows(state.masks)
+            assert sum(map(np.sum, masks)) == int(state.budget), f"step {t}"
+            if before is not None:
+                revived += sum(int((now & ~then).sum()) for now, then in zip(masks, before))
+            if not config.revive:
+                for adapter, mask in zip(problem.matrices(params), masks):
+                    assert not adapter["lam"][~mask].any(), f"step {t}"
+            before = masks
+        return revived, sum(map(np.sum, masks))
+
+    assert run(config.replace(revive=False)) == (0, 2 * problem.MATRICES)
+    revived, live = run(config)
+    assert revived > 0, "nothing was at stake"
+    assert live == 2 * problem.MATRICES
+
+
+def test_the_dead_keep_no_place_among_the_best_of_their_matrix():
+    """min_r counts those that live: a dead triplet of the highest score takes no one's place."""
+    limits = {"a": {"min_r": 1}}
+    config = al.AdaLoraConfig(
+        total_step=4, init_r=3, target_r=1, score="magnitude", rank_limits=limits, revive=False
+    )
+    make = lambda lam: al.Adapter(jnp.ones((3, 2)), jnp.asarray(lam), jnp.ones((3, 2)))
+    adapters = {"a": make([1.0, 2.0, 3.0]), "b": make([9.0, 8.0, 7.0])}
+    state = al.init_state(adapters, config)
+    dead = {"a": jnp.array([True, True, False]), "b": jnp.ones(3, bool)}
+    state = al.AdaLoraState(adapters, state.allocator._replace(masks=dead), config)
+    _, masks = al.allocate(state, adapters, 3)
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "a": [False, True, False],
+        "b": [True, False, False],
+    }
