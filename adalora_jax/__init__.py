@@ -75,8 +75,8 @@ __all__ = [
     "unmerge",
 ]
 
-# Rooms that bring further packages along, imported when they are first asked for.
-_LATER = ("checkpoint", "peft", "plot", "quantized", "qwix_models")
+# Rooms for some runs only, most with further packages, imported when they are first asked for.
+_LATER = ("checkpoint", "inits", "peft", "plot", "quantized", "qwix_models")
 
 
 def __getattr__(name: str) -> _Any:

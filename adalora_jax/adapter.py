@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.lowrank import low_rank, low_rank_plain, wide
+from adalora_jax.lowrank import low_rank, low_rank_plain, observed, wide
 
 _STD = 0.02  # of p and q at the start: PEFT's and loralib's
 
@@ -27,6 +27,15 @@ class Adapter(NamedTuple):
     p: jax.Array  # [..., r, out]: left singular vectors, the paper's P transposed
     lam: jax.Array  # [..., r]: singular values, the part that is pruned
     q: jax.Array  # [..., r, in]: right singular vectors
+
+
+class Observer(Adapter):
+    """An adapter that adds nothing; the gradient of its q, of any loss, is ``q Σ xᵀx``.
+
+    The sum is over all inputs x of its layer, as :func:`~adalora_jax.lowrank.observed` has it.
+    """
+
+    __slots__ = ()
 
 
 def init_adapter(
@@ -152,6 +161,8 @@ def increment(
     product: Any = low_rank_plain if forward_mode else low_rank
 
     def term(adapter, x, key):
+        if isinstance(adapter, Observer):
+            return observed(x, adapter.q, adapter.p.shape[-1])
         c = _scaled(adapter.lam, scale if key is None else scale / (1 - dropout_rate))
         return product(x, adapter.p, c, adapter.q, seed_of(key), dropout_rate, precision)
 

@@ -27,9 +27,13 @@ def budget(
 
         cubic    b = ⌊(b0 − bT) c³ + bT⌋        (the code of the paper and of PEFT)
         linear   b = ⌊b0 − (1 − c)(b0 − bT)⌋
+        grow     b = ⌊b1 + (1 − c)(bT − b1)⌋    b1 = min(n, bT): rises from one triplet a matrix
 
     b0 up to and including ``tinit``, bT from the final step on. The values are those of Python's
     float64, at any ``step`` type and precision setting, so they are PEFT's to the last triplet.
+
+    In a run that grows, as in IncreLoRA, ``init_r`` is what a matrix can rise to. It starts with
+    the best triplets of the warm-up; the others are there all the time, with λ = 0 and a gradient.
 
     A function as ``config.budget_schedule`` is called as ``schedule(config, step, n_adapters)``
     with a traced step and gives b in between; it is rounded down and kept within 0 and b0.
@@ -54,14 +58,16 @@ def budget(
         between = jnp.floor(jnp.asarray(config.budget_schedule(config, step, n_adapters)))
         between = jnp.clip(between, 0, initial).astype(jnp.int32)
     else:
-        starts, values = _staircase(config, initial, target)
+        starts, values = _staircase(config, initial, target, min(n_adapters, target))
         between = jnp.asarray(values)[jnp.searchsorted(starts, step, side="right") - 1]
     between = jnp.where(step <= config.tinit, jnp.int32(initial), between)
     return jnp.where(step >= config.final_step, jnp.int32(target), between)
 
 
 @functools.lru_cache(maxsize=128)
-def _staircase(config: AdaLoraConfig, initial: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+def _staircase(
+    config: AdaLoraConfig, initial: int, target: int, first: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The steps at which a built-in schedule changes and its values from there on.
 
     Computed in float64 ahead of time: in float32 the floor falls on the other side at some steps.
@@ -72,6 +78,8 @@ def _staircase(config: AdaLoraConfig, initial: int, target: int) -> tuple[np.nda
         c = 1 - (step - config.tinit) / span
         if config.budget_schedule == "cubic":
             value = math.floor((initial - target) * c**3 + target)
+        elif config.budget_schedule == "grow":
+            value = math.floor(first + (1 - c) * (target - first))
         else:
             value = math.floor(initial - (1 - c) * (initial - target))
         if value != values[-1]:

@@ -13,7 +13,7 @@ from adalora_jax.checks import MissingFunction
 from adalora_jax.rankspec import RankSpec
 
 _CHOICES = {
-    "budget_schedule": ("cubic", "linear"),
+    "budget_schedule": ("cubic", "linear", "grow"),
     "score": (
         "sensitivity_uncertainty",
         "smoothed_sensitivity",
@@ -79,7 +79,7 @@ prunes to target_r, so init_r must be at least 8.
     modules_to_save: Any = None  # suffixes of further base parameters that train along
     init_lora_weights: bool = True  # False draws p, lam and q from N(0, 1): no identity at step 0
     fan_in_fan_out: bool = False  # kept for PEFT files; Flax kernels are always [in, out]
-    budget_schedule: Literal["cubic", "linear"] | Callable[..., Any] = "cubic"
+    budget_schedule: str | Callable[..., Any] = "cubic"  # how many may live when, see budget
     score: str | Callable[..., Any] = "sensitivity_uncertainty"  # what ranks the triplets
     score_over: Literal["triplet", "lam"] = "triplet"  # the whole triplet counts, or lam alone
     allocation: Literal["global", "per_adapter"] = "global"  # all compete, or equal ranks for each
@@ -145,6 +145,11 @@ prunes to target_r, so init_r must be at least 8.
             raise ValueError(
                 "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
                 "rank_limits have no meaning: leave them out, or allocate globally."
+            )
+        if self.budget_schedule == "grow" and not self.revive:
+            raise ValueError(
+                "revive=False with budget_schedule='grow': a rank can only rise by triplets that "
+                "come to life again, so leave revive=True."
             )
         flags = ("init_lora_weights", "fan_in_fan_out", "hold_mask", "revive", "forward_mode")
         for name in flags:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 # Keys of a PEFT `adapter_config.json` that say where a model came from or how PEFT runs it. They
@@ -52,7 +52,7 @@ _PEFT_IGNORED = {
 }
 
 
-def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: Set[str]) -> dict[str, Any]:
+def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -> dict[str, Any]:
     """The keyword arguments that a PEFT AdaLoRA config gives, see ``AdaLoraConfig.from_peft``.
 
     Args:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adalora_jax.adapter import Adapter, delta_weight, increment, keys_of, seed_of
-from adalora_jax.lowrank import dropped, on_dropped, wide
+from adalora_jax.adapter import Adapter, Observer, delta_weight, increment, keys_of, seed_of
+from adalora_jax.lowrank import dropped, on_dropped, silent, wide
 
 _KINDS = {
     "Dense": "dense",
@@ -71,6 +71,17 @@ class Layer(NamedTuple):
         delta = delta.reshape(*lifted, *(own[axis] for axis in order))
         back = [len(lifted) + order.index(axis) for axis in range(len(own))]
         return delta.transpose(*range(len(lifted)), *back)
+
+    def to_matrix(self, weight: jax.Array) -> jax.Array:
+        """A weight as ``[*stack, in, out]``, the reverse of :meth:`to_weight`.
+
+        >>> Layer("conv", "kernel", (), (0, 1), (2,)).to_matrix(jnp.zeros((3, 2, 4))).shape
+        (6, 4)
+        """
+        stack, *sizes = self.matrix(weight.shape)
+        lifted = weight.ndim - len(self.stack) - len(self.ins) - len(self.outs)
+        order = [lifted + axis for axis in (*self.stack, *self.ins, *self.outs)]
+        return weight.transpose(*range(lifted), *order).reshape(*stack, *sizes)
 
     def _split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         own = len(self.stack) + len(self.ins) + len(self.outs)
@@ -263,7 +274,7 @@ def term(
     """
     precision = getattr(module, "precision", None)
     # NumPy arrays would pass through vmap as they are, which custom derivatives do not take.
-    adapter, x = Adapter(*map(jnp.asarray, adapter)), jnp.asarray(x)
+    adapter, x = type(adapter)(*map(jnp.asarray, adapter)), jnp.asarray(x)
     scale = scale * _weight_scale(layer, module)
     how = {"scale": scale, "forward_mode": forward_mode, "precision": precision}
     if layer.kind == "embed":
@@ -329,6 +340,9 @@ def _conv_kernel(layer, module, adapter, shape, dtype):
 
 def _mix(adapter, h, groups, scale, precision):
     """The 1 x 1 convolution that ends a low-rank convolution: ``h [..., groups · r]`` to out."""
+    if isinstance(adapter, Observer):
+        zeros: Any = silent(h, adapter.p.shape[-1])
+        return zeros
     rank, out = adapter.p.shape
     dtype = wide(h.dtype)
     c = adapter.lam.astype(dtype) * jnp.asarray(scale, dtype)

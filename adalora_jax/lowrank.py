@@ -74,6 +74,36 @@ def low_rank_plain(
     return _forward(x, p, c, q, seed, rate, precision)[0]
 
 
+def observed(x: jax.Array, q: jax.Array, out_features: int) -> jax.Array:
+    """Zeros ``[..., out]``, with ``q Σ xᵀx`` as the derivative for q whatever comes back to them.
+
+    So the gradient of a model's output sees what goes into its layers, through any scan or map.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x, loss = jnp.arange(6.0).reshape(3, 2), lambda q: jnp.sum(observed(x, q, 4))
+    >>> bool((jax.grad(loss)(jnp.eye(2)) == x.T @ x).all())
+    True
+    """
+    exact = lax.stop_gradient(x).astype(wide(x.dtype))
+    h = jnp.matmul(exact, q.astype(exact.dtype).T, precision=lax.Precision.HIGHEST)
+    zeros: Any = silent(h, out_features)
+    return zeros.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def silent(h: jax.Array, out_features: int) -> jax.Array:
+    """Zeros in place of what is made of h, with h itself, ``∂ ½‖h‖² / ∂h``, as the derivative.
+
+    >>> silent(jnp.ones((5, 2)), 3).shape
+    (5, 3)
+    """
+    return jnp.zeros((*h.shape[:-1], out_features), h.dtype)
+
+
+# What comes back says nothing of h, and is let go.
+silent.defvjp(lambda h, out: (silent(h, out), h), lambda out, h, g: (h,))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def on_dropped(
     function: Callable[[jax.Array, Any], Any], x: jax.Array, weights: Any, seed: Any, rate: float

@@ -36,7 +36,10 @@ class Adaptation(nnx.Module):
       dropout: of the layer's input on its way into the adapter, or None. It holds the rate, the
         random numbers and the mode; the mask is made where it is used.
       forward_mode: as in the config.
+      kind: Adapter, or Observer where the layer's inputs are looked at.
     """
+
+    kind: type[Adapter] = Adapter
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class Adaptation(nnx.Module):
     @property
     def adapter(self) -> Adapter:
         """The three factors as they are now."""
-        return Adapter(self.p[...], self.lam[...], self.q[...])
+        return self.kind(self.p[...], self.lam[...], self.q[...])
 
     def add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
         """The layer's output with the adapter's term added."""

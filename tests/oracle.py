@@ -126,6 +126,9 @@ def budget(settings, step, matrices, initial=None):
         return target
     start, end = settings.tinit, settings.total_step - settings.tfinal
     remaining = 1 - (step - start) / (end - start)
+    if settings.budget_schedule == "grow":
+        first = min(matrices, target)
+        return math.floor(first + (1 - remaining) * (target - first))
     if settings.budget_schedule == "linear":
         return math.floor(initial - (1 - remaining) * (initial - target))
     return math.floor((initial - target) * remaining**3 + target)

@@ -52,7 +52,8 @@ REFUSED = [
     ({"loftq_config": {"bits": 4}}, "loftq_config={'bits': 4}", "leave loftq_config out"),
     ({"r": 8}, "r=8", "set init_r"),
     ({"r": 0}, "r=0", "set init_r"),
-    ({"budget_schedule": "cosine"}, "budget_schedule='cosine'", "'cubic', 'linear', or a function"),
+    ({"budget_schedule": "cosine"}, "budget_schedule='cosine'", "'linear', 'grow', or a function"),
+    ({"budget_schedule": "grow", "revive": False}, "revive=False", "leave revive=True"),
     (
         {"score": "sensitivty"},
         "score='sensitivty'",

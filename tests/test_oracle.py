@@ -72,6 +72,8 @@ BEYOND = [  # what the paper does not have
     {"score": "sensitivity_over_uncertainty", "init": "lambda_one", "inner": "adam"},
     {"score": "signal_to_noise", "inner": "adam"},
     {"score": "signal_to_noise", "score_over": "lam", "hold_mask": True},
+    {"budget_schedule": "grow", "init_r": 4},
+    {"budget_schedule": "grow", "hold_mask": True, "inner": "adam", "init": "lambda_one"},
     {"prox": "soft_threshold", "prox_weight": 1e-3, "inner": "adam", "deltaT": 2},
     {"prox": "soft_threshold", "prox_weight": 1e-4, "lam_lr_multiplier": 2.0, "revive": False},
 ]
@@ -237,7 +239,7 @@ SCHEDULED = [  # total_step, tinit, tfinal, init_r, target_r, matrices, the sum 
 ]
 
 
-@pytest.mark.parametrize("schedule", CHOICES["budget_schedule"])
+@pytest.mark.parametrize("schedule", [*CHOICES["budget_schedule"], "grow"])
 @pytest.mark.parametrize("case", SCHEDULED, ids=str)
 def test_the_budget_is_the_schedules_at_every_step(case, schedule):
     names = ("total_step", "tinit", "tfinal", "init_r", "target_r")

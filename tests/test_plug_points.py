@@ -234,6 +234,46 @@ def test_signal_to_noise_is_that_of_the_posterior():
     np.testing.assert_allclose(scores, abs(w) / (1 / np.sqrt(g**2 + 1e-4)), rtol=1e-5)
 
 
+# Ranks that rise ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hold_mask", [False, True])
+@pytest.mark.parametrize("init", ["gaussian", "lambda_one", "orthonormal"])
+def test_ranks_rise_from_one_a_matrix_and_what_comes_to_life_trains(hold_mask, init):
+    """A problem that needs rank: in the end triplets live that were dead, and they do something."""
+    config = CONFIG.replace(
+        total_step=60,
+        init_r=3,
+        tfinal=20,
+        deltaT=4,
+        budget_schedule="grow",
+        hold_mask=hold_mask,
+        init=init,
+    )
+    params, data = problem.adapters(config), problem.batches(config)
+    tx = al.adalora(problem.lenient(optax.adam(0.03)), config)
+    state, step = tx.init(params), jax.jit(problem.train_step(tx, config))
+    budgets, masks = [], []
+    for t in range(config.total_step):
+        params, state, _ = step(params, state, jax.tree.map(lambda leaf, t=t: leaf[t], data))
+        budgets.append(int(state.allocator.budget))
+        masks.append(problem.rows(state.allocator.masks))
+        if t > config.tinit and t % config.deltaT == 0 and t < config.final_step:
+            assert problem.live(state.allocator.masks) == budgets[-1]
+    growing = budgets[2 : config.final_step + 1]
+    assert (growing[0], growing[-1]) == (problem.MATRICES, 2 * problem.MATRICES)
+    assert growing == sorted(growing)
+    assert problem.live(state.allocator.masks) == 2 * problem.MATRICES
+    early, late = masks[8], masks[-1]
+    grown = [now & ~then for now, then in zip(late, early)]
+    assert sum(map(np.sum, grown)) >= problem.MATRICES
+    moves = []
+    for adapter, new in zip(problem.matrices(params), grown):
+        assert np.all(adapter["lam"][new] != 0)
+        moves.extend(np.abs(adapter["lam"][new, None] * adapter["p"][new]).max(axis=-1))
+    assert np.mean(np.array(moves) > 1e-3) > 0.7
+
+
 # Orthonormal rows -----------------------------------------------------------------------------
 
 

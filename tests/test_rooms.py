@@ -34,6 +34,7 @@ ROOMS = [
     "linen",
     "nnx_layers",
     "nnx",
+    "inits",
     "checkpoint",
     "tensorfile",
     "packed",
