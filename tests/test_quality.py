@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -45,7 +46,7 @@ def test_equal_budgets_tables_and_going_on(folder, monkeypatch):
         begun.append(method.title)
         raise RuntimeError("not again")
 
-    monkeypatch.setattr(train, "compiled", refuse)
+    monkeypatch.setattr(train, "lowered", refuse)
     assert run(folder, "--method", "lora", "adalora") == results  # nothing is left to do
     assert not begun
     again = run(folder, "--method", "lora", "frozen")  # one is left, and fails alone
@@ -57,7 +58,7 @@ def test_equal_budgets_tables_and_going_on(folder, monkeypatch):
 
 def test_a_study_stops_when_its_time_is_over(folder, tmp_path, monkeypatch):
     found = {"digits": tasks.shortened(tasks.load("digits", folder, 1), 2)}
-    monkeypatch.setattr(train, "compiled", lambda *_: None)
+    monkeypatch.setattr(train, "lowered", lambda *_: jax.jit(lambda: 0).lower())
     path, about = tmp_path / "quality.json", {"study": {}, "machine": {}}
     results = study.run(found, study.cells(found, ["lora"]), 1, path, about, seconds=-1)
     assert results["cells"] == {}

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     option("--seeds", type=int, default=10)
     option("--rates", type=int, default=7, help="learning rates for each cell")
     option("--quick", action="store_true", help="a handful of steps, to see that it runs")
-    option("--budget-seconds", type=float, default=float("inf"), help="begin no cell after that")
+    option("--budget-seconds", type=float, default=study.FOREVER, help="begin no cell after that")
     option("--threads", type=int, help="that compile at a time; as many as there are cores")
     option("--prepare", action="store_true", help="make the files of the tasks, and no more")
     option("--report", action="store_true", help="tables and picture of what is there already")

@@ -82,10 +82,11 @@ BASELINES = {
     "pruned-lora": Method("LoRA pruned by magnitude", "lora", 2, {"score": triplet_size}),
     "adalora": Method("AdaLoRA as in PEFT", "svd", 2),
 }
-# What the paper's Tables 4 and 5 take away.
+# What the paper's Tables 4 and 5 take away, and another score.
 ABLATIONS = {
     "score-smoothed": _adalora("score: smoothed sensitivity", score="smoothed_sensitivity"),
     "score-sensitivity": _adalora("score: sensitivity", score="sensitivity"),
+    "score-signal": _adalora("score: signal to noise", score="signal_to_noise"),
     "score-magnitude": _adalora("score: |λ|", score="magnitude"),
     "no-orthogonality": _adalora("no orthogonality", orth_reg_weight=0.0),
     "squared-orthogonality": _adalora("squared orthogonality", orthogonality="squared"),

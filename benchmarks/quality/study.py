@@ -6,9 +6,10 @@ import json
 import os
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,9 @@ import numpy as np
 
 from benchmarks.quality import methods, train
 from benchmarks.quality.tasks import Task
+
+FOREVER = 1e7  # seconds
+_TRACING = threading.Lock()  # Python does one at a time anyway, and the first is wanted first
 
 
 class Cell(NamedTuple):
@@ -84,7 +88,7 @@ def run(
     count: int,
     path: pathlib.Path,
     about: Mapping[str, Any],
-    seconds: float = float("inf"),
+    seconds: float = FOREVER,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Runs the cells that are not in the file, and writes it after each of them.
@@ -105,45 +109,54 @@ def run(
     results = _resumed(path, about)
     left = [cell for cell in wanted if cell.key not in results["cells"]]
     print(f"{len(wanted)} cells, of which {len(wanted) - len(left)} are there.", file=sys.stderr)
+    stop, failed = threading.Event(), []
     pool = ThreadPoolExecutor(threads or os.cpu_count())
-    programs = [pool.submit(_compile, tasks[cell.task], cell, count) for cell in left]
-    failed = []
+    programs = {c: pool.submit(_compile, tasks[c.task], c, count, stop) for c in left}
     try:
-        for number, (cell, program) in enumerate(zip(left, programs), 1):
-            if time.perf_counter() - started > seconds:
-                print(f"Stopped after {seconds:g} s, before {cell.key}.", file=sys.stderr)
-                return results
+        for number, cell in enumerate(left, 1):
+            spent = time.perf_counter() - started
             try:
-                found = _run(tasks[cell.task], cell, count, program)
+                program, took = programs.pop(cell).result(max(0.0, seconds - spent))
+                found = _run(tasks[cell.task], cell, count, program, took)
+            except TimeoutError:
+                print(f"Stopped after {seconds:g} s, before {cell.key}.", file=sys.stderr)
+                break
             except Exception as error:  # the others can do without it
                 failed.append(cell.key)
                 print(f"{cell.key} failed: {str(error)[:500]}", file=sys.stderr)
                 continue
-            programs[number - 1] = Future()  # the program is not needed any more
             results["cells"][cell.key] = found
             _write(path, results)
             spent = time.perf_counter() - started
             print(f"{spent:5.0f} s  {number}/{len(left)}  {_line(cell, found)}", file=sys.stderr)
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
     if failed:
         print(f"{len(failed)} cells failed: {', '.join(failed)}.", file=sys.stderr)
     return results
 
 
-def _compile(task: Task, cell: Cell, count: int) -> tuple[Any, float]:
-    start = time.perf_counter()
-    program = train.compiled(task, methods.METHODS[cell.method], cell.rank, count)
-    return program, time.perf_counter() - start
+def _compile(task: Task, cell: Cell, count: int, stop: threading.Event) -> tuple[Any, Any]:
+    """The program, and the seconds that it took."""
+    with _TRACING:
+        if stop.is_set():
+            raise CancelledError
+        start = time.perf_counter()
+        lowered = train.lowered(task, methods.METHODS[cell.method], cell.rank, count)
+        traced = time.perf_counter()
+    program = lowered.compile()
+    return program, {"trace": traced - start, "compile": time.perf_counter() - traced}
 
 
-def _run(task: Task, cell: Cell, count: int, future: Future) -> dict[str, Any]:
-    program, compiling = future.result()
+def _run(
+    task: Task, cell: Cell, count: int, program: Any, took: dict[str, float]
+) -> dict[str, Any]:
     method = methods.METHODS[cell.method]
     start = time.perf_counter()
     outcome = jax.device_get(program(*train.arguments(task, method, count)))
     found = record(outcome, train.rates(task, method, count), task.sign)
-    seconds = {"compile": compiling, "run": time.perf_counter() - start}
+    seconds = {**took, "run": time.perf_counter() - start}
     return found | {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
 
 
@@ -152,7 +165,7 @@ def _line(cell: Cell, found: Mapping[str, Any]) -> str:
     edge = " (edge)" if found["at an edge"] else ""
     return (
         f"{cell.key}: test {np.mean(found['test of seeds']):.2f} at {found['rate']:g}{edge}, "
-        f"compiled in {seconds['compile']:g} s, ran {seconds['run']:g} s"
+        + ", ".join(f"{name} {value:g} s" for name, value in seconds.items())
     )
 
 
@@ -185,5 +198,6 @@ def _write(path: pathlib.Path, results: Mapping[str, Any]) -> None:
     part.replace(path)
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return [round(float(value), 4) for value in values]
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """None for what diverged."""
+    return [round(float(value), 4) if np.isfinite(value) else None for value in values]

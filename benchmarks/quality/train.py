@@ -12,7 +12,7 @@ import optax
 
 import adalora_jax as adalora
 from benchmarks.quality.methods import Method
-from benchmarks.quality.tasks import Task
+from benchmarks.quality.tasks import Splits, Task
 
 # Three a decade, of which a cell has so many that follow one another.
 RATES = tuple(round(a * 10.0**e, 10) for e in range(-5, 1) for a in (1, 2, 5))
@@ -34,56 +34,74 @@ def rates(task: Task, method: Method, count: int) -> list[float]:
     return list(RATES[start : start + count])
 
 
-def compiled(task: Task, method: Method, rank: int, count: int) -> Any:
-    """The program of a cell, compiled; call it with :func:`arguments`."""
+def lowered(task: Task, method: Method, rank: int, count: int) -> Any:
+    """The program of a cell, to be compiled and called with :func:`arguments`."""
 
-    def all_runs(base, splits, rates):
+    def program(base, splits, rates):
         seeds = len(splits.number)
         each = jax.tree.map(lambda rows: jnp.repeat(rows, count, axis=0), splits)
-        one = lambda *run_of: run(task, method, rank, base, *run_of)
-        outcome = jax.vmap(one)(each, jnp.tile(rates, seeds))
+        outcome = all_runs(task, method, rank, base, each, jnp.tile(rates, seeds))
         return jax.tree.map(lambda values: values.reshape(seeds, count), outcome)
 
-    return jax.jit(all_runs).lower(*arguments(task, method, count)).compile()
+    return jax.jit(program).lower(*arguments(task, method, count))
 
 
 def arguments(task: Task, method: Method, count: int) -> tuple[Any, ...]:
     return task.base, task.splits, np.array(rates(task, method, count), np.float32)
 
 
-def run(task: Task, method: Method, rank: int, base: Any, splits: Any, rate: jax.Array) -> Outcome:
-    """One training run and its scores; ``splits`` of one seed."""
+def all_runs(
+    task: Task, method: Method, rank: int, base: Any, splits: Splits, rates: jax.Array
+) -> Outcome:
+    """Trains and scores; the leading axis of ``splits`` and ``rates`` is that of the runs.
+
+    Loops are outside, runs inside: a loop under ``vmap`` takes longer to trace.
+    """
     config = method.adalora_config(rank, task.steps, task.targets, task.head)
-    key = jax.random.fold_in(jax.random.key(7), splits.number)
-    tx = optimizer(task, method, config, rate)
-    if method.form == "full":
-        trainable = base
-        apply = lambda trainable, x: task.module.apply(trainable, x)
-    else:
-        adapted = adalora.linen.adapt(task.module, config)
-        trainable = adapted.init(key, base, jnp.asarray(task.inputs[:1]))
-        apply = lambda trainable, x: adapted.apply(base, trainable, x)
+    adapted = adalora.linen.adapt(task.module, config)
+
+    def start(number):
+        if method.form == "full":
+            trainable = base
+        else:
+            key = jax.random.fold_in(jax.random.key(7), number)
+            trainable = adapted.init(key, base, jnp.asarray(task.inputs[:1]))
+        return trainable, optimizer(task, method, config, jnp.zeros(())).init(trainable)
+
+    def model(trainable, x) -> Any:
+        if method.form == "full":
+            return task.module.apply(trainable, x)
+        return adapted.apply(base, trainable, x)
 
     def objective(trainable, rows):
-        loss = task.loss(lambda x: apply(trainable, x), rows)
+        loss = task.loss(lambda x: model(trainable, x), rows)
         if method.form == "svd" and config.orth_reg_weight:
             loss += adalora.orthogonality(trainable, config)
         return loss
 
-    def step(carry, rows):
-        trainable, state = carry
+    def step(trainable, state, rows, rate):
+        tx = optimizer(task, method, config, rate)
         updates, state = tx.update(jax.grad(objective)(trainable, rows), state, trainable)
-        return (optax.apply_updates(trainable, updates), state), None
+        return optax.apply_updates(trainable, updates), state
 
-    (trainable, state), _ = jax.lax.scan(step, (trainable, tx.init(trainable)), splits.batches)
+    def score(trainable, rows):
+        return task.score(lambda x: model(trainable, x), rows)
 
-    rows = jnp.concatenate([splits.validation, splits.test])
-    size_of = math.gcd(len(splits.validation), len(splits.test), CHUNK)
-    one = lambda rows: task.score(lambda x: apply(trainable, x), rows)
-    scores = jax.lax.map(one, rows.reshape(-1, size_of))
-    first = len(splits.validation) // size_of
-    triplets, parameters = size(method, trainable, state)
-    return Outcome(scores[:first].mean(), scores[first:].mean(), triplets, parameters)
+    def steps(carry, rows):
+        trainable, state = carry
+        return jax.vmap(step)(trainable, state, rows, rates), None
+
+    # Full fine-tuning starts from one base for all runs, which is copied for each.
+    first = jax.vmap(start, axis_size=len(rates))(splits.number)
+    (trainable, state), _ = jax.lax.scan(steps, first, jnp.swapaxes(splits.batches, 0, 1))
+    rows = jnp.concatenate([splits.validation, splits.test], axis=1)
+    size = math.gcd(splits.validation.shape[1], splits.test.shape[1], CHUNK)
+    chunks = rows.reshape(len(rates), -1, size).swapaxes(0, 1)
+    scores = jax.lax.map(lambda rows: jax.vmap(score)(trainable, rows), chunks)
+    ends = splits.validation.shape[1] // size
+    triplets, parameters = jax.vmap(lambda *run: live(method, *run))(trainable, state)
+    validation, test = scores[:ends].mean(axis=0), scores[ends:].mean(axis=0)
+    return Outcome(validation, test, triplets, parameters)
 
 
 def optimizer(task: Task, method: Method, config: Any, rate: jax.Array) -> Any:
@@ -113,7 +131,7 @@ def optimizer(task: Task, method: Method, config: Any, rate: jax.Array) -> Any:
     return adalora.adalora(tx, config) if method.allocates else tx
 
 
-def size(method: Method, trainable: Any, state: Any) -> tuple[Any, Any]:
+def live(method: Method, trainable: Any, state: Any) -> tuple[Any, Any]:
     """Live triplets, and the numbers in them; λ counts where it is trained."""
     if method.form == "full":
         return jnp.zeros(()), jnp.asarray(sum(leaf.size for leaf in jax.tree.leaves(trainable)))
@@ -121,6 +139,6 @@ def size(method: Method, trainable: Any, state: Any) -> tuple[Any, Any]:
         return jnp.zeros(()), jnp.zeros(())
     found = adalora.adapters(trainable)
     masks = adalora.allocator_state(state).masks if method.allocates else None
-    live = {p: jnp.asarray(masks[p].sum() if masks else a.lam.size) for p, a in found.items()}
+    count = {p: jnp.asarray(masks[p].sum() if masks else a.lam.size) for p, a in found.items()}
     each = {p: a.p.shape[-1] + a.q.shape[-1] + ("lam" in method.trained) for p, a in found.items()}
-    return sum(live.values()), sum(live[path] * each[path] for path in found)
+    return sum(count.values()), sum(count[path] * each[path] for path in found)
