@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import methods, paired, prepare, report, study, tasks, train

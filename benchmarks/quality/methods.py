@@ -87,7 +87,7 @@ ABLATIONS = {
     "score-smoothed": _adalora("score: smoothed sensitivity", score="smoothed_sensitivity"),
     "score-sensitivity": _adalora("score: sensitivity", score="sensitivity"),
     "score-signal": _adalora("score: signal to noise", score="signal_to_noise"),
-    "score-magnitude": _adalora("score: |λ|", score="magnitude"),
+    "score-magnitude": _adalora("score: magnitude of λ", score="magnitude"),
     "no-orthogonality": _adalora("no orthogonality", orth_reg_weight=0.0),
     "squared-orthogonality": _adalora("squared orthogonality", orthogonality="squared"),
 }

@@ -177,7 +177,10 @@ def picture(results: Mapping[str, Any]) -> Any:
             if cell:
                 mean, _ = mean_and_deviation(cell["test of seeds"])
                 axes.axhline(mean, color="black", lw=1, ls=style, label=methods.METHODS[name].title)
+        shares = [share for share, *_ in _line(results["cells"], task, "lora", about)]
         axes.set_xscale("log")
+        axes.set_xticks(shares, [f"{share:.2g}" for share in shares])
+        axes.minorticks_off()
         axes.set_xlabel("numbers in the adapters, % of the base")
         axes.set_ylabel(about["measure"])
         axes.set_title(task)

@@ -115,7 +115,7 @@ _PLANS = {
         steps=200,
         batch=16,
         ranks=(1, 2),
-        rates={"full": -2, "lora": 1, "adalora": 2},
+        rates={"full": -2, "lora": 1, "adalora": 3},
     ),
     "docstrings": _Plan(
         title="Docstrings: MiniLM learns which package a docstring is from, of 200",
@@ -128,7 +128,7 @@ _PLANS = {
         steps=120,
         batch=16,
         ranks=(1, 2, 4),
-        rates={"full": -2, "lora": 2, "adalora": 2},
+        rates={"full": -2, "lora": 2, "adalora": 3},
     ),
 }
 NAMES = tuple(_PLANS)
