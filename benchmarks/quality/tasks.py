@@ -128,7 +128,7 @@ _PLANS = {
         steps=120,
         batch=16,
         ranks=(1, 2, 4),
-        rates={"full": -2, "lora": 2, "adalora": 3},
+        rates={"full": -2, "lora": 2, "adalora": 2},
     ),
 }
 NAMES = tuple(_PLANS)
