@@ -10,14 +10,13 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adalora_jax import tree
 from adalora_jax.adapter import Adapter
 from adalora_jax.budget import budget, cost
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.importance import Evidence, finite_batch, smooth_batch, triplet_scores
-from adalora_jax.ranking import in_a_row, kept, split
+from adalora_jax.ranking import cut, entry, in_a_row, kept
 from adalora_jax.tree import PyTree
 
 
@@ -170,13 +169,18 @@ def update_allocator(
     def new_masks():
         evidence = (*given, tree.listed(sensitivity), tree.listed(uncertainty))
         limits = _limits(config, weights, allowed)
-        none = [None] * len(given[0])
+        scores = tree.batched(functools.partial(_scored, config=config), batches, *evidence)
+        dtype = jnp.result_type(*{score.dtype for score in scores})
+        none = [None] * len(scores)
         alive = none if config.revive else tree.listed(state.masks)
-        columns = (*evidence, limits or none, alive)
-        scored = [_scored(*tree.pick(batch, *columns), config) for batch in batches]
-        row, turn = (part[0] if part[0] is None else jnp.concatenate(part) for part in zip(*scored))
-        costs = None if config.budget_unit == "triplets" else _costs(config, weights)
-        return _masks(batches, state.masks, row, turn, allowed, costs)
+        costs = none if config.budget_unit == "triplets" else _costs(config, weights)
+        columns = (scores, limits or [()] * len(scores), alive, costs)
+        parts = [_entered(*tree.pick(batch, *columns), dtype) for batch in batches]
+        where = cut(in_a_row([row for row, _ in parts]), allowed)
+        entries = tree.spread(batches, [entries for _, entries in parts])
+        before = tree.listed(state.masks)
+        masks = [_sharded_like(*pair) for pair in zip(kept(entries, where), before)]
+        return jax.tree.structure(state.masks).unflatten(masks)
 
     masks = jax.lax.cond(
         finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
@@ -192,37 +196,19 @@ def update_allocator(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _scored(weights, gradients, sensitivity, uncertainty, limits, alive, config):
-    """The scores of a batch in a row, and their turns."""
+def _scored(weights, gradients, sensitivity, uncertainty, config):
     rows = zip(weights, gradients, sensitivity, uncertainty)
-    scores = [triplet_scores(Evidence(*row), config) for row in rows]
-    limits, alive = (None if column[0] is None else column for column in (limits, alive))
-    return in_a_row(scores, limits, alive)
+    return [triplet_scores(Evidence(*row), config) for row in rows]
 
 
-def _masks(batches, before, row, turn, allowed, costs):
-    """The new masks from the scores of one batch after the other."""
-    masks = tree.listed(before)
-    ends = np.cumsum([mask.size for mask in masks])
-    pieces = [np.arange(end - mask.size, end) for end, mask in zip(ends, masks)]
-    places = np.concatenate([pieces[index] for batch in batches for index in batch])
-    order = np.argsort(places)  # the adapters' own, by which ties are broken
-    if costs is not None:
-        costs = jnp.concatenate([jnp.full(m.size, c, jnp.int32) for m, c in zip(masks, costs)])
-    keep = kept(row[order], turn if turn is None else turn[order], allowed, costs)[places]
-    result, start = [None] * len(masks), 0
-    for batch in batches:
-        (like,) = tree.pick(batch, masks)
-        size = sum(mask.size for mask in like)
-        for index, mask in zip(batch, _split_like(keep[start : start + size], like)):
-            result[index] = mask
-        start += size
-    return jax.tree.structure(before).unflatten(result)
-
-
-@jax.jit
-def _split_like(keep, masks):
-    return [_sharded_like(*pair) for pair in zip(split(keep, masks), masks)]
+@functools.partial(jax.jit, static_argnames="dtype")
+def _entered(scores, limits, alive, costs, dtype):
+    """A batch for the ranking: in a row, and one by one."""
+    entries = [
+        entry(score.astype(dtype), *own, alive=mask, cost=cost)
+        for score, own, mask, cost in zip(scores, limits, alive, costs)
+    ]
+    return in_a_row(entries), entries
 
 
 def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:

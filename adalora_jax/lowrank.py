@@ -28,7 +28,7 @@ def low_rank(
     products, and XLA's CPU back end then transposes it. The derivative here always puts the small
     ``[tokens, r]`` operand on the left::
 
-        gc = g pᵀ,  dp = (h · c)ᵀ g,  dc = Σ_tokens h · gc,  dq = (gc · c)ᵀ x,  dx = (gc · c) q
+        gc = g pᵀ,  m = hᵀ g,  dp = c · m,  dc = Σ_out p · m,  dq = (gc · c)ᵀ x,  dx = (gc · c) q
 
     with ``h = x qᵀ``. What is kept for it is x and h. With a seed, ``x · keep`` takes the place of
     x, with the zeros and ones of :func:`keep`, which are made anew for the derivative. Sums over
@@ -236,10 +236,11 @@ def _backward(rate, precision, residuals, g):
     at = lambda like: explicit_sharding(like, _spec(like))
     seed = _later(seed, g)
     gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype, at(h))
-    scaled = (h * _row(c, h)).astype(x.dtype)
     dh = (gc * _row(c, h)).astype(x.dtype)
-    dp = _contract(scaled, g, tokens, tokens, precision, dtype, at(p))
-    dc = jnp.sum(h * gc, axis=tokens)
+    # Both derivatives are in hᵀ g: a row is summed for c, which is no sum down columns of tokens.
+    m = _contract(h.astype(x.dtype), g, tokens, tokens, precision, dtype, at(p))
+    dp = m * c.astype(dtype)[:, None]
+    dc = jnp.sum(m * p.astype(dtype), axis=1)
     dq = _contract(dh, dropped(x, seed, rate), tokens, tokens, precision, dtype, at(q))
     dx = _contract(dh, q.astype(x.dtype), last, 0, precision, x.dtype, at(x))
     dx = dropped(dx, seed, rate)

@@ -41,53 +41,81 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
             f"no adapter was found in the {type(adapters).__name__} given as adapters: pass the "
             "adapters, or an NNX state filtered by nnx.LoRAParam."
         )
-    deviations = jnp.concatenate([deviation(m).ravel() for m in matrices])
+    one_by_one = lambda: jnp.concatenate([_deviations(m) for m in matrices])
+    if jax.device_count() == 1:
+        deviations = jax.lax.platform_dependent(cpu=one_by_one, default=lambda: _joined(matrices))
+    else:
+        deviations = one_by_one()
     if config.orthogonality == "squared":
         return config.orth_reg_weight * jnp.sum(deviations**2)
     return config.orth_reg_weight * jnp.mean(deviations)
+
+
+def _joined(matrices: list[jax.Array]) -> jax.Array:
+    """The deviations from stacks of matrices of one shape: a few kernels instead of many.
+
+    Where to start a kernel is quick, as on a CPU, that takes longer to compile. On more than one
+    device, those of one shape may lie differently, and joining would move them.
+    """
+    stacks = [m.reshape(-1, *m.shape[-2:]) for m in matrices]
+    batches = tree.alike([jax.ShapeDtypeStruct(m.shape[1:], m.dtype) for m in stacks])
+    together = [jnp.concatenate(*tree.pick(batch, stacks)) for batch in batches]
+    return jnp.concatenate([deviation(stack) for stack in together])
+
+
+@jax.jit  # one trace for all matrices that are alike
+def _deviations(m):
+    return deviation(m).ravel()
 
 
 def deviation(m: jax.Array) -> jax.Array:
     """``‖M Mᵀ − I‖_F`` for ``m [..., r, d]``, one value a matrix, in at least float32.
 
     Its gradient ``2 (D / ‖D‖) M``, ``D = M Mᵀ − I``, is finite everywhere: 0 where M is exactly
-    orthonormal, and computed from M divided by its largest entry where M Mᵀ would overflow.
+    orthonormal, and where M Mᵀ is beyond the dtype, with infinity as the value.
 
     >>> import jax.numpy as jnp
     >>> deviation(2 * jnp.eye(3))
     Array(5.196152, dtype=float32)
     """
-    return _deviation(m.astype(wide(m.dtype)))
+    gram = _gram(m.astype(wide(m.dtype)))
+    d = gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    finite = jnp.all(jnp.isfinite(d), axis=(-2, -1))
+    norm = _norm(jnp.where(finite[..., None, None], d, jnp.zeros((), d.dtype)))
+    return jnp.where(finite, norm, jnp.full((), jnp.inf, norm.dtype))
 
 
 @jax.custom_jvp
-def _deviation(m):
-    size, norm, _ = _gram_deviation(m)
-    return size * size * norm
+def _gram(m):
+    """``M Mᵀ``, whose derivative is one product instead of two, because the result is symmetric."""
+    return _rows_by_rows(m, m)
 
 
-@_deviation.defjvp
-def _deviation_jvp(primals, tangents):
+@_gram.defjvp
+def _gram_jvp(primals, tangents):
     (m,), (tangent,) = primals, tangents
-    size, norm, d = _gram_deviation(m)
-    unit = d / jnp.where(norm > 0, norm, 1)[..., None, None]
-    slope = 2 * (unit @ m)
-    return size * size * norm, jnp.sum(slope * tangent, axis=(-2, -1))
+    half = _rows_by_rows(tangent, m)
+    return _gram(m), half + half.swapaxes(-1, -2)
 
 
-def _gram_deviation(m):
-    """``a``, ``‖D‖ / a²`` and ``D / a²`` for ``D = M Mᵀ − I`` and ``a = max(1, max |M|)``."""
-    largest = jnp.max(jnp.abs(m), axis=(-2, -1), initial=1)
-    size = jax.lax.stop_gradient(largest)[..., None, None]
-    small = m / size
-    gram = jnp.einsum(
+def _rows_by_rows(a, b):
+    spec = (*jax.typeof(b).sharding.spec[:-2], None, None)
+    return jnp.einsum(
         "...ri,...si->...rs",
-        *(small, small),
+        *(a, b),
         precision=jax.lax.Precision.HIGHEST,
-        out_sharding=explicit_sharding(m, (*jax.typeof(m).sharding.spec[:-2], None, None)),
+        out_sharding=explicit_sharding(b, spec),
     )
-    d = gram - jnp.broadcast_to(jnp.eye(m.shape[-2], dtype=m.dtype), gram.shape) / (size * size)
-    square = jnp.sum(d * d, axis=(-2, -1))
+
+
+def _norm(d):
+    """``‖D‖_F`` of each matrix, with slope 0 at 0; by its largest entry, which keeps squares apart
+    from the ends of the dtype.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(d), axis=(-2, -1), initial=0))
+    some = largest > 0
+    largest = jnp.where(some, largest, jnp.ones((), d.dtype))
+    squares = jnp.sum((d / largest[..., None, None]) ** 2, axis=(-2, -1))
     # The square root has an infinite slope at 0, also where it is not used.
-    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-    return size[..., 0, 0], norm, d
+    root = jnp.sqrt(jnp.where(some, squares, jnp.ones((), d.dtype)))
+    return jnp.where(some, largest * root, jnp.zeros((), d.dtype))

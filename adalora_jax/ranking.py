@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adalora_jax.tree import PyTree
 
@@ -37,103 +35,157 @@ def keep_best(scores: PyTree, count: chex.Numeric, limits: Limits | None = None)
     {'a': Array([False,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
     """
     leaves, treedef = jax.tree.flatten(scores)
-    return treedef.unflatten(split(kept(*in_a_row(leaves, limits), count), leaves))
+    dtype = jnp.result_type(*leaves)
+    bounds = limits or [()] * len(leaves)
+    entries = [entry(leaf.astype(dtype), *own) for leaf, own in zip(leaves, bounds)]
+    return treedef.unflatten(kept(entries, cut(in_a_row(entries), count)))
 
 
-def in_a_row(
-    leaves: Sequence[jax.Array],
-    limits: Limits | None = None,
-    alive: Sequence[jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """All scores in one row, on every device, and the turn of each where there are limits.
+class Entry(NamedTuple):
+    """The scores of one leaf as they take part, on every device.
 
     A turn is 0 for the scores of a matrix that are kept first, 1 for those that compete for what
-    is left, and 2 for those that are never kept. With ``alive``, booleans of the leaves' shapes,
-    those that are not alive are never kept.
-
-    >>> in_a_row([jnp.array([2.0, 3.0]), jnp.array([0.0])])
-    (Array([2., 3., 0.], dtype=float32), None)
+    is left, and 2 for those that are never kept. Without limits all compete, and it is None.
     """
-    rows = [_gathered(leaf) for leaf in leaves]
-    if limits is None and alive is None:
-        return jnp.concatenate(rows), None
-    shaped = [row.reshape(leaf.shape) for row, leaf in zip(rows, leaves)]
-    fit = [_gathered(leaf).reshape(leaf.shape) for leaf in alive or ()]
-    fit = fit or [jnp.ones_like(leaf, bool) for leaf in shaped]
-    limits = limits or [(0, leaf.shape[-1]) for leaf in shaped]
-    turns = [_turn(leaf, ok, *bounds).ravel() for leaf, ok, bounds in zip(shaped, fit, limits)]
-    return jnp.concatenate(rows), jnp.concatenate(turns)
+
+    keys: jax.Array  # unsigned integers in the order of the scores
+    turns: jax.Array | None
+    cost: jax.Array | None  # int32, positive: what each takes of the count; 1 where it is None
 
 
-def kept(
-    row: jax.Array,
-    turn: jax.Array | None,
-    count: chex.Numeric,
-    costs: jax.Array | None = None,
-) -> jax.Array:
-    """Which scores of a row are kept, as :func:`keep_best` says; with costs, :func:`highest`.
+class Cut(NamedTuple):
+    """What a score needs to survive: more than ``lowest``, or being of the first that equal it."""
 
-    >>> kept(jnp.array([2.0, 3.0, 0.0]), None, 1)
-    Array([False,  True, False], dtype=bool)
+    lowest: jax.Array  # a key
+    equal: jax.Array  # how many of those that equal it are kept, or for how much
+    all_equal: jax.Array  # whether those are all that there are
+
+
+def entry(
+    scores: jax.Array,
+    least: chex.Numeric | None = None,
+    most: chex.Numeric = 0,
+    *,
+    alive: jax.Array | None = None,
+    cost: chex.Numeric | None = None,
+) -> Entry:
+    """The scores of one leaf, with the limits of its matrices if there are any.
+
+    All that are ranked together must have one dtype, and costs if any of them has one. With
+    ``alive``, booleans in the shape of the scores, those that are not alive are never kept.
+
+    >>> entry(jnp.array([2.0, 3.0, 4.0]), 1, 2).turns
+    Array([2, 1, 0], dtype=int32)
     """
-    if turn is None:
-        return highest(row, count, jnp.ones_like(row, bool), costs)
-    first = turn == 0
-    return first | highest(row, count - _total(first, costs), turn == 1, costs)
+    scores, turns = _everywhere(scores), None
+    if alive is not None:
+        bounds = (0, scores.shape[-1]) if least is None else (least, most)
+        turns = _turn(scores, *bounds, _everywhere(alive))
+    elif least is not None:
+        turns = _turn(scores, least, most)
+    return Entry(_ascending(scores), turns, None if cost is None else jnp.asarray(cost, jnp.int32))
 
 
-def _total(mask: jax.Array, costs: jax.Array | None) -> jax.Array:
-    """What is in a mask costs together: as many as there are without costs."""
-    return jnp.sum(mask if costs is None else jnp.where(mask, costs, 0), dtype=jnp.int32)
+def in_a_row(entries: Sequence[Entry]) -> Entry:
+    """All keys in one row, with the turn of each where there are limits, and the cost of each.
+
+    >>> in_a_row([entry(jnp.array([2, 3])), entry(jnp.array([0]))])[0] - jnp.uint32(2**31)
+    Array([2, 3, 0], dtype=uint32)
+    """
+    keys, turns, costs = zip(*entries)
+    flat = lambda parts: jnp.concatenate([part.ravel() for part in parts])
+    if costs[0] is not None:
+        costs = [jnp.broadcast_to(cost, key.shape) for cost, key in zip(costs, keys)]
+    turns, costs = (None if part[0] is None else flat(part) for part in (turns, costs))
+    return Entry(flat(keys), turns, costs)
 
 
-def highest(
-    row: jax.Array, count: chex.Numeric, among: jax.Array, costs: jax.Array | None = None
-) -> jax.Array:
-    """Which scores are the ``count`` highest of those ``among``; all of those if there are fewer.
+def cut(row: Entry, count: chex.Numeric) -> Cut:
+    """Where to cut so that ``count`` survive, or all that may if there are fewer.
 
-    With ``costs``, the most of them that ``count`` pays for, from the highest down: up to the first
-    that is too dear, also where a cheaper one behind it would fit.
+    With costs, so many survive as ``count`` pays for, from the highest down: up to the first that
+    is too dear, also where a cheaper one behind it would fit.
 
-    The lowest score that survives is found bit by bit, from the highest down: a bit belongs to it
-    if enough scores are as high with that bit set. That is 32 sums over the row, whatever its
-    length, and needs neither a sort nor the scatter that turns its order into a mask.
+    The lowest key that survives is found bit by bit, from the highest down: a bit belongs to it if
+    enough keys are as high with that bit set. That is 32 sums over the row, whatever its length,
+    and needs neither a sort nor the scatter that turns its order into a mask.
 
     Args:
-      row: ``[n]`` scores.
-      count: how many; may be traced.
-      among: ``[n]`` booleans.
-      costs: ``[n]`` int32, positive, with a sum below 2³¹; one each without them.
+      row: ``[n]`` keys, turns and costs; the costs have a sum below 2³¹.
+      count: how many, or for how much; may be traced.
 
-    >>> highest(jnp.array([1.0, 5.0, 5.0, 5.0]), 2, jnp.array([True, True, False, True]))
-    Array([False,  True, False,  True], dtype=bool)
+    >>> cut(Entry(jnp.array([1, 5, 5, 5], jnp.uint32), None, None), 2)[:2]
+    (Array(5, dtype=uint32), Array(2, dtype=int32))
     """
-    keys = _ascending(row)
+    keys, turns, costs = row
+    among = jnp.ones_like(keys, bool) if turns is None else turns == 1
+
+    def number(mask) -> Any:
+        return jnp.sum(mask if costs is None else jnp.where(mask, costs, 0), dtype=jnp.int32)
+
+    if turns is not None:
+        count = count - number(turns == 0)
     width = 8 * keys.dtype.itemsize
-    number = functools.partial(_total, costs=costs)
 
     def settle(place, lowest):
         bit = jax.lax.shift_left(jnp.ones((), keys.dtype), (width - 1 - place).astype(keys.dtype))
         return jnp.where(number(among & (keys >= lowest | bit)) >= count, lowest | bit, lowest)
 
     lowest = jax.lax.fori_loop(0, width, settle, jnp.zeros((), keys.dtype))
-    above, tied = among & (keys > lowest), among & (keys == lowest)
-    spent = jnp.cumsum(tied if costs is None else jnp.where(tied, costs, 0), dtype=jnp.int32)
-    return above | (tied & (spent <= count - number(above)))
+    equal = count - number(among & (keys > lowest))
+    return Cut(lowest, equal, equal >= number(among & (keys == lowest)))
 
 
-def split(row: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
-    """What :func:`in_a_row` joined, in its pieces again.
+def kept(entries: Sequence[Entry], cut: Cut) -> list[jax.Array]:
+    """The masks of all leaves. Equal scores at the cut are rare, and are only then counted.
 
-    >>> split(jnp.arange(3), [jnp.zeros(2), jnp.zeros(1)])
-    [Array([0, 1], dtype=int32), Array([2], dtype=int32)]
+    >>> entries = [entry(jnp.array([2, 3])), entry(jnp.array([2, 2]))]
+    >>> kept(entries, Cut(jnp.uint32(2 + 2**31), jnp.int32(2), jnp.bool(False)))
+    [Array([ True,  True], dtype=bool), Array([ True, False], dtype=bool)]
     """
-    sizes = [math.prod(leaf.shape) for leaf in like]
-    ends = np.cumsum(sizes)
-    return [
-        row[jnp.arange(end - size, end)].reshape(leaf.shape)
-        for end, size, leaf in zip(ends, sizes, like)
-    ]
+
+    def in_order():
+        left, masks = cut.equal, []
+        for one in entries:
+            mask, left = _first(one, cut.lowest, left)
+            masks.append(mask)
+        return masks
+
+    return jax.lax.cond(
+        cut.all_equal, lambda: [_from(one, cut.lowest) for one in entries], in_order
+    )
+
+
+# Jitted, so that leaves of one shape are traced once; and the same program for each of them,
+# without its place in a row, so that they are compiled once.
+
+
+@jax.jit
+def _from(entry, lowest):
+    return _by_turn(entry, entry.keys >= lowest)
+
+
+@jax.jit
+def _first(entry, lowest, left):
+    """The mask where ``left`` of the keys that equal the lowest may stay, and what then is left."""
+    above, tied = entry.keys > lowest, _by_turn(entry, entry.keys == lowest, first=False)
+
+    def count():
+        place = jnp.cumsum(tied.ravel(), dtype=jnp.int32).reshape(tied.shape)
+        stay = jnp.sum(tied, dtype=jnp.int32)
+        if entry.cost is not None:
+            place, stay = entry.cost * place, entry.cost * stay
+        return _by_turn(entry, above | (tied & (place <= left))), jnp.maximum(left - stay, 0)
+
+    # A branch, or XLA would put what was left before each leaf into the program of the leaf.
+    return jax.lax.cond(left > 0, count, lambda: (_by_turn(entry, above), jnp.zeros_like(left)))
+
+
+def _by_turn(entry, mask, first=True):
+    if entry.turns is None:
+        return mask
+    mask = (entry.turns == 1) & mask
+    return mask | (entry.turns == 0) if first else mask
 
 
 def _ascending(scores: jax.Array) -> jax.Array:
@@ -156,17 +208,18 @@ def _ascending(scores: jax.Array) -> jax.Array:
 
 
 def _turn(
-    scores: jax.Array, alive: jax.Array, least: chex.Numeric, most: chex.Numeric
+    scores: jax.Array, least: chex.Numeric, most: chex.Numeric, alive: jax.Array | None = None
 ) -> jax.Array:
-    order = jnp.lexsort((-scores, ~alive), axis=-1)
+    by = (-scores,) if alive is None else (-scores, ~alive)
+    order = jnp.lexsort(by, axis=-1)
     place = jnp.argsort(order, axis=-1)  # the inverse permutation: each score's place in its row
     least = jnp.minimum(least, most)
     turn = (place >= least).astype(jnp.int32) + (place >= most).astype(jnp.int32)
-    return jnp.where(alive, turn, 2)
+    return turn if alive is None else jnp.where(alive, turn, 2)
 
 
-def _gathered(scores: jax.Array) -> jax.Array:
-    """The scores in one row, on every device.
+def _everywhere(scores: jax.Array) -> jax.Array:
+    """The scores on every device, in one row of their own.
 
     Adapters may be sharded differently. Explicit mesh axes want one sharding for what is
     concatenated; automatic ones would spread the sharding of one adapter to the others, which
@@ -176,4 +229,4 @@ def _gathered(scores: jax.Array) -> jax.Array:
     if mesh.are_all_axes_explicit:
         everywhere = jax.sharding.PartitionSpec(*[None] * scores.ndim)
         scores = jax.sharding.reshard(scores, jax.sharding.NamedSharding(mesh, everywhere))
-    return scores.ravel()[jnp.arange(scores.size)]
+    return scores.ravel()[jnp.arange(scores.size)].reshape(scores.shape)

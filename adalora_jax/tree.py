@@ -173,10 +173,20 @@ def batched(
     >>> batched(lambda a, b: [x + y for x, y in zip(a, b)], [[0, 2], [1]], "abc", "xyz")
     ['ax', 'by', 'cz']
     """
-    results: list[Any] = [None] * len(columns[0])
-    for batch in batches:
-        for index, value in zip(batch, function(*pick(batch, *columns))):
-            results[index] = value
+    batches = list(batches)
+    return spread(batches, [function(*pick(batch, *columns)) for batch in batches])
+
+
+def spread(batches: Sequence[Sequence[int]], values: Sequence[Sequence[Any]]) -> list[Any]:
+    """What was made of each batch, in the adapters' own order.
+
+    >>> spread([[0, 2], [1]], ["ac", "b"])
+    ['a', 'b', 'c']
+    """
+    results: list[Any] = [None] * sum(map(len, batches))
+    for batch, value in zip(batches, values):
+        for index, one in zip(batch, value):
+            results[index] = one
     return results
 
 

@@ -42,16 +42,16 @@ class Step:
         self.frozen, self.batch = peer.frozen, jax.device_put(batch)
         trainable = jax.tree.map(jnp.copy, peer.trainable)  # its own: the step donates it
         self.state = trainable, peer.tx.init(trainable), jax.random.key(seed)
-        self.compiled, _, _ = compiled(peer, (self.frozen, *self.state, self.batch))
+        self.jitted = jitted(peer)
 
     def __call__(self) -> jax.Array:
-        *state, loss = self.compiled(self.frozen, *self.state, self.batch)
+        *state, loss = self.jitted(self.frozen, *self.state, self.batch)
         self.state = tuple(state)
         return loss
 
 
-def compiled(peer: Peer, arguments: tuple[Any, ...]) -> tuple[Any, float, float]:
-    """The peer's step for arrays, or shapes: compiled, and the seconds to trace and compile it."""
+def jitted(peer: Peer) -> Any:
+    """The peer's step of frozen, trainable, optimizer's state, key and batch."""
 
     def step(frozen, trainable, opt, key, batch):
         key, use = jax.random.split(key)
@@ -59,8 +59,13 @@ def compiled(peer: Peer, arguments: tuple[Any, ...]) -> tuple[Any, float, float]
         updates, opt = peer.tx.update(grads, opt, trainable)
         return optax.apply_updates(trainable, updates), opt, key, loss
 
+    return jax.jit(step, donate_argnums=(1, 2, 3))
+
+
+def compiled(peer: Peer, arguments: tuple[Any, ...]) -> tuple[Any, float, float]:
+    """The peer's step for arrays, or shapes: compiled, and the seconds to trace and compile it."""
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=(1, 2, 3)).lower(*arguments)
+    lowered = jitted(peer).lower(*arguments)
     traced = time.perf_counter()
     program = lowered.compile()
     return program, traced - start, time.perf_counter() - traced

@@ -12,7 +12,7 @@ import pytest
 import adalora_jax as al
 from adalora_jax.budget import cost
 from adalora_jax.importance import triplet_scores
-from adalora_jax.ranking import kept
+from adalora_jax.ranking import cut, entry, in_a_row, kept
 from adalora_jax.transform import soft_threshold
 
 CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
@@ -254,16 +254,26 @@ def greedy(scores, turns, costs, budget):
 @pytest.mark.parametrize("limited", [False, True])
 def test_the_best_that_the_budget_pays_for_survive(kinds, limited):
     """With scores of three values all is ties; with a million there are none."""
-    ours = jax.jit(jax.vmap(kept, in_axes=(None, None, 0, None)))
+
+    def ours(scores, turns, budget, costs):
+        """Ten leaves of five scores, each leaf at a price of its own."""
+        entries = [
+            entry(row, cost=cost)._replace(turns=turn)
+            for row, turn, cost in zip(scores.reshape(10, 5), turns.reshape(10, 5), costs)
+        ]
+        return jnp.concatenate(kept(entries, cut(in_a_row(entries), budget)))
+
+    ours = jax.jit(jax.vmap(ours, in_axes=(None, None, 0, None)))
     for seed in range(40):
         rng = np.random.default_rng(seed)
         scores = rng.integers(kinds, size=50).astype("float32")
-        costs = rng.choice([3, 7, 1000], size=50).astype("int32")
+        costs = rng.choice([3, 7, 1000], size=10).astype("int32")
+        each = np.repeat(costs, 5)
         turns = rng.choice(3, size=50, p=[0.2, 0.6, 0.2]) if limited else np.ones(50, int)
-        budgets = np.array([0, costs.sum(), *rng.integers(0, costs.sum() + 1, size=20)])
-        found = ours(scores, jnp.asarray(turns) if limited else None, budgets, costs)
+        budgets = np.array([0, each.sum(), *rng.integers(0, each.sum() + 1, size=20)])
+        found = ours(jnp.asarray(scores), jnp.asarray(turns), budgets, jnp.asarray(costs))
         for budget, keep in zip(budgets, found):
-            np.testing.assert_array_equal(keep, greedy(scores, turns, costs, budget))
+            np.testing.assert_array_equal(keep, greedy(scores, turns, each, budget))
 
 
 def test_a_triplet_costs_by_the_size_of_its_layer():

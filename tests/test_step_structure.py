@@ -12,6 +12,7 @@ import pytest
 from compiling import AS_USERS
 
 import adalora_jax as adalora
+from adalora_jax import importance
 
 RANK, TOKENS, WIDTH, HIDDEN = 4, 96, 40, 56
 CONFIG = adalora.AdaLoraConfig(
@@ -110,3 +111,54 @@ def test_autodiff_would_transpose_one():
     )
     loss = lambda x, a, b: jnp.sum(nn.gelu(x @ a @ b) ** 2)
     assert copies(jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, a, b))
+
+
+LARGER = CONFIG.replace(init_r=12)
+
+
+def many(count, stack=()):
+    """Adapters of a usual size: small arrays are compiled otherwise."""
+    sizes = [(384, 1536), (1536, 384)]
+    make = lambda i: adalora.init_adapter(jax.random.key(i), *sizes[i % 2], LARGER, stack=stack)
+    return {f"layer_{i:03d}": make(i) for i in range(count)}
+
+
+def allocating(count, stack=()):
+    """The allocator's update in place, lowered; nothing is allocated."""
+    adapters = jax.eval_shape(lambda: many(count, stack))
+    state = jax.eval_shape(lambda adapters: adalora.init_state(adapters, LARGER), adapters)
+    return jax.jit(adalora.allocate, donate_argnums=0).lower(state, adapters, 3)
+
+
+def test_the_allocator_works_in_place():
+    """Averages and adapters are overwritten, and what is needed beside them is small."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(many(6)))
+    memory = allocating(6).compile(AS_USERS).memory_analysis()
+    assert memory.alias_size_in_bytes >= 3 * size
+    assert memory.temp_size_in_bytes < size / 4
+
+
+def test_averages_and_ranking_are_only_computed_when_due():
+    """Outside of the two conditionals nothing is searched for, and no p or q is written."""
+    program = re.sub(r"/\*.*?\*/", "", allocating(6).compile(AS_USERS).as_text())
+    entry = program[program.index("\nENTRY") :]
+    found = re.findall(r"= (\([^=]*?\)|\S+) ([\w\-]+)\(", entry[: entry.index("\n}")])
+    kinds = [kind for _, kind in found]
+    assert kinds.count("conditional") == 2
+    assert "while" not in kinds
+    written = [(s, k) for s, k in found if k in (*COPIES, "fusion", "dot") and s.startswith("f")]
+    assert max(elements_of(shape) for shape, _ in written) < 12 * 384
+
+
+def test_a_stack_of_any_height_is_one_array():
+    """100,000 slices are hardly more kernels than 10; long sums are split into a few."""
+    kernels = lambda height: allocating(1, (height,)).compile(AS_USERS).as_text().count(" fusion(")
+    assert kernels(100_000) < 2 * kernels(10)
+
+
+def test_adapters_that_are_alike_are_traced_once(monkeypatch):
+    traced, plain = [], importance.smooth
+    monkeypatch.setattr(importance, "smooth", lambda *args: traced.append(1) or plain(*args))
+    jax.clear_caches()
+    allocating(60)
+    assert len(traced) == 3  # [12, 384], [12, 1536] and [12]
