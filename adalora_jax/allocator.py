@@ -168,17 +168,16 @@ def update_allocator(
 
     def new_masks():
         evidence = (*given, tree.listed(sensitivity), tree.listed(uncertainty))
-        limits = _limits(config, weights, allowed)
         scores = tree.batched(functools.partial(_scored, config=config), batches, *evidence)
         dtype = jnp.result_type(*{score.dtype for score in scores})
-        none = [None] * len(scores)
-        alive = none if config.revive else tree.listed(state.masks)
+        none, before = [None] * len(scores), tree.listed(state.masks)
+        limits = _limits(config, weights, allowed) or none
+        alive = none if config.revive else before
         costs = none if config.budget_unit == "triplets" else _costs(config, weights)
-        columns = (scores, limits or [()] * len(scores), alive, costs)
+        columns = (scores, limits, alive, costs)
         parts = [_entered(*tree.pick(batch, *columns), dtype) for batch in batches]
         where = cut(in_a_row([row for row, _ in parts]), allowed)
         entries = tree.spread(batches, [entries for _, entries in parts])
-        before = tree.listed(state.masks)
         masks = [_sharded_like(*pair) for pair in zip(kept(entries, where), before)]
         return jax.tree.structure(state.masks).unflatten(masks)
 
@@ -204,10 +203,8 @@ def _scored(weights, gradients, sensitivity, uncertainty, config):
 @functools.partial(jax.jit, static_argnames="dtype")
 def _entered(scores, limits, alive, costs, dtype):
     """A batch for the ranking: in a row, and one by one."""
-    entries = [
-        entry(score.astype(dtype), *own, alive=mask, cost=cost)
-        for score, own, mask, cost in zip(scores, limits, alive, costs)
-    ]
+    rows = zip(scores, limits, alive, costs)
+    entries = [entry(score.astype(dtype), *rest) for score, *rest in rows]
     return in_a_row(entries), entries
 
 

@@ -59,7 +59,7 @@ def _joined(matrices: list[jax.Array]) -> jax.Array:
     """
     stacks = [m.reshape(-1, *m.shape[-2:]) for m in matrices]
     batches = tree.alike([jax.ShapeDtypeStruct(m.shape[1:], m.dtype) for m in stacks])
-    together = [jnp.concatenate(*tree.pick(batch, stacks)) for batch in batches]
+    together = [jnp.concatenate([stacks[index] for index in batch]) for batch in batches]
     return jnp.concatenate([deviation(stack) for stack in together])
 
 

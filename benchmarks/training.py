@@ -25,6 +25,7 @@ import os
 import pathlib
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -69,19 +70,28 @@ ON_GPU = {
 SAME = {"lora", "autodiff", "qwix", "nnx-lora", "flax-lora", "qwix-nnx"}  # LoRA, all of them
 
 
-def measure(shape: Shape, names, dropout: float, rounds: int) -> dict[str, Any]:
+def measure(shape: Shape, names, dropout: float, rounds: int, threads: int = 1) -> dict[str, Any]:
     """Milliseconds of each peer in each round, its first losses, and who cannot take part."""
     steps, losses, missing = {}, {}, {}
-    for name in names:
+    peers.first(shape, peers.RANK)  # what all have in common is made once
+
+    def prepare(name):
         start = time.perf_counter()
         try:
             steps[name] = peers.build(name, shape, peers.RANK, dropout)
         except peers.Unsupported as why:
             missing[name] = str(why)
-            continue
+            return
         losses[name] = [float(steps[name]()) for _ in range(3)]
         seconds = time.perf_counter() - start
         print(f"{shape.kind}, {name}: ready in {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(prepare, [name for name in names if name not in peers.TORCH]))
+    for name in names:
+        if name in peers.TORCH:
+            prepare(name)
+    steps = {name: steps[name] for name in names if name in steps}
     compare(losses, shape.dtype, dropout)
     times = timing.in_rounds(steps, rounds, warm_up=1)
     return {"milliseconds": times, "first losses": losses, "missing": missing}
@@ -182,6 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="+", choices=peers.TITLES)
     parser.add_argument("--dropout", nargs="+", type=float)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="so many compile at a time")
     parser.add_argument("--depth", type=int, help="layers, instead of what the model has")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     chosen = parser.parse_args(arguments)
@@ -191,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
         shape = shapes[model].replace(**{"depth": chosen.depth} if chosen.depth else {})
         default = [n for n in peers.TITLES if model == "bert" or n not in BERT_ONLY]
         for dropout in chosen.dropout or DROPOUTS.get(model, (0.0,)):
-            result = measure(shape, chosen.peers or default, dropout, chosen.rounds)
+            result = measure(shape, chosen.peers or default, dropout, chosen.rounds, chosen.threads)
             about = {"model": model, "dropout": dropout, "shape": vars(shape)}
             results.append({**about, **result})
             found += targets(model, dropout, result["milliseconds"], device)

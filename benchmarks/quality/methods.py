@@ -1,0 +1,113 @@
+"""What is compared: each a config of the library, and what of the adapters is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+import adalora_jax as adalora
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to adapt a model. The learning rate is the only thing that is tuned."""
+
+    title: str
+    form: Literal["full", "frozen", "lora", "svd"] = "svd"  # what is trained
+    start: int = 2  # the rank at first, as a multiple of that in the end
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # other than the base's
+    p_rate: float = 1.0  # the learning rate of p as a multiple of q's
+    only_main: bool = False  # is it tried at one budget only?
+
+    @property
+    def family(self) -> str:
+        """Whose learning rates it has."""
+        return {"full": "full", "frozen": "lora", "lora": "lora", "svd": "adalora"}[self.form]
+
+    @property
+    def shift(self) -> int:
+        """Where its learning rates begin, in steps from where those of its family do.
+
+        A larger scale, or a factor with a rate that is a multiple, takes smaller ones.
+        """
+        return -1 if self.p_rate > 1 or "scale" in self.config else 0
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The factors that the optimizer changes."""
+        return {"svd": ("p", "lam", "q"), "lora": ("p", "q")}.get(self.form, ())
+
+    @property
+    def allocates(self) -> bool:
+        return self.start > 1 and self.form in ("lora", "svd")
+
+    def adalora_config(self, rank: int, steps: int, targets, head) -> adalora.AdaLoraConfig:
+        """The schedule of all of them: a tenth of warm-up, three tenths with the final mask."""
+        init_r = rank * self.start
+        fields = {
+            "total_step": steps,
+            "init_r": init_r,
+            "target_r": rank,
+            "tinit": steps // 10,
+            "tfinal": 3 * steps // 10,
+            "lora_alpha": init_r,  # a scale of 1 for all
+            "target_modules": list(targets),
+            "modules_to_save": list(head) or None,
+            "init": "gaussian" if self.form == "svd" else "lambda_one",
+            "orth_reg_weight": 0.5 if self.form == "svd" else 0.0,
+        }
+        return adalora.AdaLoraConfig(**fields | self.config)
+
+
+def triplet_size(evidence: adalora.Evidence) -> jax.Array:
+    """``|λ| ‖p‖ ‖q‖``: the magnitude of a triplet, 0 of one that was pruned."""
+    p, lam, q = evidence.weight
+    return jnp.abs(lam) * jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)
+
+
+def _adalora(title: str, start: int = 2, **config: Any) -> Method:
+    return Method(f"AdaLoRA, {title}", start=start, config=config, only_main=True)
+
+
+# The comparison: all with a scale of 1, at every budget.
+BASELINES = {
+    "frozen": Method("frozen base", "frozen", 1, only_main=True),
+    "full": Method("full fine-tuning", "full", 1, only_main=True),
+    "lora": Method("LoRA", "lora", 1),
+    "lora-plus": Method("LoRA+, p at 16 × the rate", "lora", 1, p_rate=16),
+    "svd-lora": Method("SVD-LoRA: trained λ, no pruning", "svd", 1),
+    "pruned-lora": Method("LoRA pruned by magnitude", "lora", 2, {"score": triplet_size}),
+    "adalora": Method("AdaLoRA as in PEFT", "svd", 2),
+}
+# What the paper's Tables 4 and 5 take away, and another score.
+ABLATIONS = {
+    "score-smoothed": _adalora("score: smoothed sensitivity", score="smoothed_sensitivity"),
+    "score-sensitivity": _adalora("score: sensitivity", score="sensitivity"),
+    "score-signal": _adalora("score: signal to noise", score="signal_to_noise"),
+    "score-magnitude": _adalora("score: magnitude of λ", score="magnitude"),
+    "no-orthogonality": _adalora("no orthogonality", orth_reg_weight=0.0),
+    "squared-orthogonality": _adalora("squared orthogonality", orthogonality="squared"),
+}
+_COMBINED = {"init": "orthonormal", "lam_lr_multiplier": 10}
+# What might make it better, and what of that LoRA can have, too.
+IMPROVEMENTS = {
+    "lora-x4": Method("LoRA, scale × 4", "lora", 1, {"scale": 4}),
+    "lora-x8": Method("LoRA, scale × 8", "lora", 1, {"scale": 8}, only_main=True),
+    "x4": _adalora("scale × 4", scale=4),
+    "x8": _adalora("scale × 8", scale=8),
+    "lam10": _adalora("λ at 10 × the rate", lam_lr_multiplier=10),
+    "orthonormal": _adalora("orthonormal init", init="orthonormal"),
+    "orthonormal-lam10": Method("AdaLoRA, orthonormal, λ × 10", config=_COMBINED),
+    "x4-lam10": Method("AdaLoRA, scale × 4, λ × 10", config={"scale": 4, "lam_lr_multiplier": 10}),
+    "orthonormal-x4-lam10": _adalora("orthonormal, scale × 4, λ × 10", **_COMBINED, scale=4),
+    "start4": _adalora("from 4 × the rank", start=4),
+    "start4-orthonormal-lam10": _adalora("from 4 ×, orthonormal, λ × 10", start=4, **_COMBINED),
+    "start4-x4-lam10": _adalora("from 4 ×, scale × 4, λ × 10", 4, scale=4, lam_lr_multiplier=10),
+    "every10": _adalora("a mask every 10 steps", deltaT=10),
+    "every10-held": _adalora("a mask every 10 steps, held", deltaT=10, hold_mask=True),
+    "unrevived": _adalora("pruned for good", revive=False),
+}
+METHODS = {**BASELINES, **ABLATIONS, **IMPROVEMENTS}

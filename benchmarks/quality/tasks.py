@@ -1,0 +1,178 @@
+"""A task in memory: what is adapted to what, for how long, and what counts."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from benchmarks.quality.models import DIGITS, MINILM, PROSE, SentenceEncoder, Transformer
+
+
+class Splits(NamedTuple):
+    """The rows of the examples that each seed has, ``[seeds, ...]``, and its numbers."""
+
+    batches: np.ndarray  # [seeds, steps, batch]
+    validation: np.ndarray  # [seeds, n]
+    test: np.ndarray  # [seeds, n]; never looked at to choose anything
+    number: np.ndarray  # [seeds]; of its adapters, too
+
+
+class Task(NamedTuple):
+    """A frozen model, and what it is to learn."""
+
+    name: str
+    title: str
+    measure: str
+    sign: int  # 1 if more of the measure is better, -1 if less is
+    module: nn.Module
+    base: Any  # the pre-trained variables
+    inputs: np.ndarray
+    labels: np.ndarray
+    splits: Splits
+    targets: tuple[str, ...]
+    head: tuple[str, ...]  # what trains beside the adapters
+    head_rate: float  # its learning rate, the same for all methods
+    steps: int
+    ranks: tuple[int, ...]  # budgets: average ranks in the end
+    rates: dict[str, int]  # of a family: where its learning rates begin, in steps from 1e-4
+
+    def logits(self, apply: Any, rows: jax.Array) -> jax.Array:
+        return apply(jnp.asarray(self.inputs)[rows])
+
+    def loss(self, apply: Any, rows: jax.Array) -> jax.Array:
+        """The mean cross-entropy of these examples."""
+        wanted = jnp.asarray(self.labels)[rows].astype(jnp.int32)
+        logits = self.logits(apply, rows)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
+
+    def score(self, apply: Any, rows: jax.Array) -> jax.Array:
+        """The measure of these examples: accuracy in %, or bits a character."""
+        if self.sign < 0:
+            return self.loss(apply, rows) / jnp.log(2.0)
+        right = self.logits(apply, rows).argmax(-1) == jnp.asarray(self.labels)[rows]
+        return 100 * right.mean()
+
+
+class _Plan(NamedTuple):
+    title: str
+    measure: str
+    sign: int
+    module: Callable[[dict[str, np.ndarray]], nn.Module]
+    targets: tuple[str, ...]
+    head: tuple[str, ...]
+    head_rate: float
+    steps: int
+    batch: int
+    ranks: tuple[int, ...]
+    rates: dict[str, int]
+
+
+_OURS = ("query", "key", "value", "out", "up", "down")
+_BERTS = tuple(f"attention_self_{name}" for name in ("query", "key", "value"))
+_BERTS += ("attention_output_dense", "intermediate_dense", "output_dense")
+
+
+def _minilm(file: dict[str, np.ndarray]) -> nn.Module:
+    size = lambda name, axis: file[f"base/{name}"].shape[axis]
+    return SentenceEncoder(
+        **MINILM,
+        outputs=size("head/bias", 0),
+        vocabulary=size("word_embeddings/embedding", 0),
+        positions=size("position_embeddings/embedding", 0),
+    )
+
+
+_PLANS = {
+    "digits": _Plan(
+        title="Digits: a ViT that has learned 0-4 learns 5-9, of 50 images",
+        measure="test accuracy, %",
+        sign=1,
+        module=lambda _: Transformer(**DIGITS),
+        targets=_OURS,
+        head=("head",),
+        head_rate=1e-2,
+        steps=200,
+        batch=25,
+        ranks=(1, 2, 4),
+        rates={"full": 0, "lora": 3, "adalora": 3},
+    ),
+    "prose": _Plan(
+        title="Prose: a language model of Python's source learns its reference, of 300 passages",
+        measure="bits a character of test passages",
+        sign=-1,
+        module=lambda _: Transformer(**PROSE),
+        targets=_OURS,
+        head=(),
+        head_rate=0.0,
+        steps=200,
+        batch=16,
+        ranks=(1, 2),
+        rates={"full": -2, "lora": 1, "adalora": 3},
+    ),
+    "docstrings": _Plan(
+        title="Docstrings: MiniLM learns which package a docstring is from, of 200",
+        measure="test accuracy, %",
+        sign=1,
+        module=_minilm,
+        targets=_BERTS,
+        head=("head",),
+        head_rate=1e-2,
+        steps=120,
+        batch=16,
+        ranks=(1, 2, 4),
+        rates={"full": -2, "lora": 2, "adalora": 2},
+    ),
+}
+NAMES = tuple(_PLANS)
+_AS_PLANNED = set(_Plan._fields) - {"module", "batch"}
+
+
+def load(name: str, folder: pathlib.Path, seeds: int) -> Task:
+    """The task of this name, from its file."""
+    with np.load(folder / f"{name}.npz") as opened:
+        file = {key: opened[key] for key in opened.files}
+    plan = _PLANS[name]
+    batches = []
+    for seed in range(seeds):
+        random = np.random.default_rng(seed)
+        rows = file["train"][seed]
+        order = [random.permutation(rows) for _ in range(1 + plan.steps * plan.batch // len(rows))]
+        order = np.concatenate(order)[: plan.steps * plan.batch]
+        batches.append(order.reshape(plan.steps, plan.batch))
+    splits = Splits(
+        np.stack(batches), file["validation"][:seeds], file["test"][:seeds], np.arange(seeds)
+    )
+    base = {key[5:]: value for key, value in file.items() if key.startswith("base/")}
+    base = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in base.items()}
+    return Task(
+        name=name,
+        module=plan.module(file),
+        base={"params": traverse_util.unflatten_dict(base, sep="/")},
+        inputs=file["inputs"] if file["inputs"].dtype.kind == "f" else file["inputs"].astype("i4"),
+        labels=file["labels"].astype("i4"),
+        splits=splits,
+        **{key: value for key, value in plan._asdict().items() if key in _AS_PLANNED},
+    )
+
+
+def shortened(task: Task, steps: int) -> Task:
+    """The task with fewer steps, fewer examples, and one budget: to see that it runs."""
+    batches, validation, test, number = task.splits
+    splits = Splits(batches[:, :steps, :8], validation[:, :50], test[:, :50], number)
+    return task._replace(splits=splits, steps=steps, ranks=task.ranks[:1])
+
+
+def python_of(names: Iterable[str], folder: pathlib.Path) -> str:
+    """The Python whose standard library the files are of."""
+    found = {str(np.load(folder / f"{name}.npz")["python"]) for name in names}
+    if len(found) > 1:
+        raise ValueError(f"{folder} has tasks of Python {', '.join(sorted(found))}: remove some.")
+    return found.pop()

@@ -1,0 +1,144 @@
+"""One cell of the study as one program: every seed at every learning rate, start to end."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adalora_jax as adalora
+from benchmarks.quality.methods import Method
+from benchmarks.quality.tasks import Splits, Task
+
+# Three a decade, of which a cell has so many that follow one another.
+RATES = tuple(round(a * 10.0**e, 10) for e in range(-5, 1) for a in (1, 2, 5))
+CHUNK = 100  # examples that are scored at once
+
+
+class Outcome(NamedTuple):
+    """Of each run; ``[seeds, rates]``."""
+
+    validation: Any
+    test: Any
+    triplets: Any  # live in the end, in all matrices together
+    parameters: Any  # in live triplets; or of the base, if that is trained
+
+
+def rates(task: Task, method: Method, count: int) -> list[float]:
+    """The learning rates of a cell."""
+    start = RATES.index(1e-4) + task.rates[method.family] + method.shift
+    return list(RATES[start : start + count])
+
+
+def lowered(task: Task, method: Method, rank: int, count: int) -> Any:
+    """The program of a cell, to be compiled and called with :func:`arguments`."""
+
+    def program(base, splits, rates):
+        seeds = len(splits.number)
+        each = jax.tree.map(lambda rows: jnp.repeat(rows, count, axis=0), splits)
+        outcome = all_runs(task, method, rank, base, each, jnp.tile(rates, seeds))
+        return jax.tree.map(lambda values: values.reshape(seeds, count), outcome)
+
+    return jax.jit(program).lower(*arguments(task, method, count))
+
+
+def arguments(task: Task, method: Method, count: int) -> tuple[Any, ...]:
+    return task.base, task.splits, np.array(rates(task, method, count), np.float32)
+
+
+def all_runs(
+    task: Task, method: Method, rank: int, base: Any, splits: Splits, rates: jax.Array
+) -> Outcome:
+    """Trains and scores; the leading axis of ``splits`` and ``rates`` is that of the runs.
+
+    Loops are outside, runs inside: a loop under ``vmap`` takes longer to trace.
+    """
+    config = method.adalora_config(rank, task.steps, task.targets, task.head)
+    adapted = adalora.linen.adapt(task.module, config)
+
+    def start(number):
+        if method.form == "full":
+            trainable = base
+        else:
+            key = jax.random.fold_in(jax.random.key(7), number)
+            trainable = adapted.init(key, base, jnp.asarray(task.inputs[:1]))
+        return trainable, optimizer(task, method, config, jnp.zeros(())).init(trainable)
+
+    def model(trainable, x) -> Any:
+        if method.form == "full":
+            return task.module.apply(trainable, x)
+        return adapted.apply(base, trainable, x)
+
+    def objective(trainable, rows):
+        loss = task.loss(lambda x: model(trainable, x), rows)
+        if method.form == "svd" and config.orth_reg_weight:
+            loss += adalora.orthogonality(trainable, config)
+        return loss
+
+    def step(trainable, state, rows, rate):
+        tx = optimizer(task, method, config, rate)
+        updates, state = tx.update(jax.grad(objective)(trainable, rows), state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    def score(trainable, rows):
+        return task.score(lambda x: model(trainable, x), rows)
+
+    def steps(carry, rows):
+        trainable, state = carry
+        return jax.vmap(step)(trainable, state, rows, rates), None
+
+    # Full fine-tuning starts from one base for all runs, which is copied for each.
+    first = jax.vmap(start, axis_size=len(rates))(splits.number)
+    (trainable, state), _ = jax.lax.scan(steps, first, jnp.swapaxes(splits.batches, 0, 1))
+    rows = jnp.concatenate([splits.validation, splits.test], axis=1)
+    size = math.gcd(splits.validation.shape[1], splits.test.shape[1], CHUNK)
+    chunks = rows.reshape(len(rates), -1, size).swapaxes(0, 1)
+    scores = jax.lax.map(lambda rows: jax.vmap(score)(trainable, rows), chunks)
+    ends = splits.validation.shape[1] // size
+    triplets, parameters = jax.vmap(lambda *run: live(method, *run))(trainable, state)
+    validation, test = scores[:ends].mean(axis=0), scores[ends:].mean(axis=0)
+    return Outcome(validation, test, triplets, parameters)
+
+
+def optimizer(task: Task, method: Method, config: Any, rate: jax.Array) -> Any:
+    """Adam, its rate up over a tenth of the steps and down to 0; wrapped where ranks are chosen.
+
+    The head has a rate of its own, which is not tuned: it is the same for all methods.
+    """
+    warm = max(1, task.steps // 10)
+
+    def adam(peak):
+        up = lambda t: (t + 1) / warm
+        down = lambda t: (task.steps - t) / (task.steps - warm)
+        return optax.adam(lambda t: peak * jnp.minimum(1.0, jnp.minimum(up(t), down(t))))
+
+    still, head = optax.set_to_zero(), adam(task.head_rate)
+    if method.form == "full":
+        return optax.partition(
+            {"head": head, "base": adam(rate)},
+            lambda variables: jax.tree_util.tree_map_with_path(
+                lambda path, _: "head" if task.head and path[1].key in task.head else "base",
+                variables,
+            ),
+        )
+    parts = {"p": adam(rate * method.p_rate), "q": adam(rate), "lam": adam(rate)}
+    parts = {name: part if name in method.trained else still for name, part in parts.items()}
+    tx = optax.partition({**parts, "other": head}, adalora.labels)
+    return adalora.adalora(tx, config) if method.allocates else tx
+
+
+def live(method: Method, trainable: Any, state: Any) -> tuple[Any, Any]:
+    """Live triplets, and the numbers in them; λ counts where it is trained."""
+    if method.form == "full":
+        return jnp.zeros(()), jnp.asarray(sum(leaf.size for leaf in jax.tree.leaves(trainable)))
+    if method.form == "frozen":
+        return jnp.zeros(()), jnp.zeros(())
+    found = adalora.adapters(trainable)
+    masks = adalora.allocator_state(state).masks if method.allocates else None
+    count = {p: jnp.asarray(masks[p].sum() if masks else a.lam.size) for p, a in found.items()}
+    each = {p: a.p.shape[-1] + a.q.shape[-1] + ("lam" in method.trained) for p, a in found.items()}
+    return sum(count.values()), sum(count[path] * each[path] for path in found)

@@ -1,0 +1,128 @@
+"""The quality study: what it runs, how it chooses, compares and goes on, on a few steps."""
+
+import itertools
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import methods, paired, prepare, report, study, tasks, train
+
+QUICK = ["--quick", "--task", "digits", "--seeds", "2", "--rates", "2", "--threads", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quality")
+    prepare.prepare("digits", folder, steps=2)
+    return folder
+
+
+def run(folder, *arguments):
+    return command.main([*QUICK, "--data", str(folder), "--out", str(folder), *arguments])
+
+
+def test_equal_budgets_tables_and_going_on(folder, monkeypatch):
+    results = run(folder, "--method", "lora", "adalora")
+    cells = results["cells"]
+    assert set(cells) == {"digits/lora/1", "digits/adalora/1"}
+    assert all(cell["triplets"] == [24, 24] for cell in cells.values())
+    # Both have 24 triplets of 64 + 64 numbers, and λ counts where it is trained.
+    assert [cells[f"digits/{name}/1"]["parameters"] for name in ("lora", "adalora")] == [3072, 3096]
+    assert "| AdaLoRA as in PEFT |" in (folder / "quality.md").read_text("utf-8")
+    assert (folder / "quality.png").stat().st_size > 10_000
+    assert json.loads((folder / "quality.json").read_text("utf-8")) == results
+
+    begun = []
+
+    def refuse(task, method, *_):
+        begun.append(method.title)
+        raise RuntimeError("not again")
+
+    monkeypatch.setattr(train, "lowered", refuse)
+    assert run(folder, "--method", "lora", "adalora") == results  # nothing is left to do
+    assert not begun
+    again = run(folder, "--method", "lora", "frozen")  # one is left, and fails alone
+    assert again["cells"] == cells
+    assert begun == ["frozen base"]
+    with pytest.raises(ValueError, match="study with other seeds"):
+        run(folder, "--method", "lora", "--seeds", "3")
+
+
+def test_a_study_stops_when_its_time_is_over(folder, tmp_path, monkeypatch):
+    found = {"digits": tasks.shortened(tasks.load("digits", folder, 1), 2)}
+    monkeypatch.setattr(train, "lowered", lambda *_: jax.jit(lambda: 0).lower())
+    path, about = tmp_path / "quality.json", {"study": {}, "machine": {}}
+    results = study.run(found, study.cells(found, ["lora"]), 1, path, about, seconds=-1)
+    assert results["cells"] == {}
+    assert not path.exists()
+
+
+def test_the_learning_rate_is_chosen_by_validation_alone():
+    validation = np.array([[70.0, 80.0, 90.0], [70.0, 81.0, np.nan]])  # one diverged
+    test = np.array([[99.0, 50.0, 60.0], [99.0, 51.0, 60.0]])
+    same = np.ones((2, 3))
+    found = study.record(train.Outcome(validation, test, same, same), [0.1, 0.2, 0.5], sign=1)
+    assert (found["rate"], found["test of seeds"], found["at an edge"]) == (0.2, [50, 51], False)
+    found = study.record(train.Outcome(validation, test, same, same), [0.1, 0.2, 0.5], sign=-1)
+    assert (found["rate"], found["test of seeds"], found["at an edge"]) == (0.1, [99, 99], True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_paired_test_goes_through_all_signs(seed):
+    random = np.random.default_rng(seed)
+    a, b = random.normal(0.5, 1.0, 7), random.normal(0.0, 1.0, 7)
+    means = [np.mean(signs * (a - b)) for signs in itertools.product([1, -1], repeat=7)]
+    by_hand = np.mean(np.abs(means) >= abs(np.mean(a - b)) - 1e-12)
+    assert paired.sign_flip(a, b) == pytest.approx(by_hand)
+    scipys = stats.permutation_test((a - b,), np.mean, permutation_type="samples", n_resamples=200)
+    assert paired.sign_flip(a, b) == pytest.approx(scipys.pvalue)
+    assert paired.sign_flip(a, a) == 1
+
+
+def test_holm_against_its_definition():
+    p = np.array([0.03, 0.001, 0.2, 0.012])
+    corrected = paired.holm(dict(enumerate(p)))
+    for level in np.linspace(0.001, 1, 500):  # reject the smallest while p ≤ level / (m − k)
+        ordered = np.argsort(p)
+        fails = [p[i] > level / (len(p) - k) for k, i in enumerate(ordered)]
+        rejected = ordered[: fails.index(True) if any(fails) else len(p)]
+        assert set(rejected) == {i for i, value in corrected.items() if value <= level + 1e-12}
+
+
+def test_no_example_is_in_two_parts(folder):
+    task = tasks.load("digits", folder, 3)
+    for train_rows, validation, test, _ in zip(*task.splits):
+        parts = [set(np.ravel(rows)) for rows in (train_rows, validation, test)]
+        assert [len(part) for part in parts] == [50, 200, 600]
+        assert len(set.union(*parts)) == 850
+    blocks = prepare._in_blocks(500, {"train": 60, "validation": 100, "test": 200}, seed=1)
+    assert len(set(np.concatenate(list(blocks.values())))) == 360
+
+
+def test_every_method_is_a_config_of_the_library():
+    for name, method in methods.METHODS.items():
+        config = method.adalora_config(2, 100, ["query"], ["head"])
+        assert config.target_r == 2, name
+        assert config.init_r == 2 * method.start
+        assert config.scale == method.config.get("scale", 1)
+    assert not set(methods.BASELINES) & (set(methods.ABLATIONS) | set(methods.IMPROVEMENTS))
+
+
+def test_only_what_is_significant_is_called_better():
+    scores = {"lora": range(10), "x4": [2 + n for n in range(10)], "adalora": [*range(9), 100]}
+    cells = {f"digits/{name}/1": {"test of seeds": list(s)} for name, s in scores.items()}
+    about = {"measure": "accuracy", "sign": 1, "ranks": [1]}
+    results = {"cells": cells, "study": {"tasks": {"digits": about}}}
+    better = report.verdict(results)
+    assert "| AdaLoRA, scale × 4 | **+2.0** |" in better
+    assert "| AdaLoRA as in PEFT | +9.1 |" in better  # by one seed alone
+    about["sign"] = -1
+    assert "| AdaLoRA, scale × 4 | +2.000 *(worse)* |" in report.verdict(results)
