@@ -10,17 +10,22 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
+from compiling import environment
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # What they take is mostly training, so the others are left to the slow tests.
 SLOW = {"01-quick-start", "02-nnx", "03-what-it-decides", "04-resume-compact-export"}
+DEVICES = {"06-sharded-training": 8}  # run in a process that has so many
 PACKAGES = {
     "peft": pytest.mark.parity,
     "tunix": pytest.mark.trainers,
@@ -97,11 +102,20 @@ def elsewhere(tmp_path, monkeypatch):
     [
         pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
         for path in NOTEBOOKS
-        if not all(map(needs, code_cells(path)))
+        if not all(map(needs, code_cells(path))) and path.stem not in DEVICES
     ],
 )
 def test_it_runs_and_shows_what_it_keeps(path, elsewhere):
     check(path)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_it_runs_on_several_devices(name, tmp_path):
+    code = f"import test_notebooks as t; t.check(t.FOLDER / {name + '.ipynb'!r})"
+    env = environment(DEVICES[name])
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env["PYTHONPATH"]])
+    env["TMPDIR"] = str(tmp_path)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +135,7 @@ def test_the_cells_about_a_package_run_as_well(path, package, elsewhere):
 
 
 def test_there_are_notebooks_and_some_of_their_cells_need_a_package():
-    assert len(NOTEBOOKS) >= 8
+    assert [int(path.stem[:2]) for path in NOTEBOOKS] == list(range(1, 11))
     tags = set().union(*(needs(cell) for path in NOTEBOOKS for cell in code_cells(path)))
     assert tags == set(PACKAGES)
 
