@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -49,7 +49,7 @@ def keep_best(
     """
     leaves, treedef = jax.tree.flatten(scores)
     dtype, none = jnp.result_type(*leaves), [None] * len(leaves)
-    rows = zip(leaves, limits or none, none, costs or none)
+    rows: Any = zip(leaves, limits or none, none, costs or none)
     entries = [entry(leaf.astype(dtype), *rest) for leaf, *rest in rows]
     return treedef.unflatten(kept(entries, cut(in_a_row(entries), count)))
 
@@ -107,7 +107,8 @@ def in_a_row(entries: Sequence[Entry]) -> Entry:
     Array([2, 3, 0], dtype=uint32)
     """
     flat = lambda parts: jnp.concatenate([part.ravel() for part in parts])
-    return Entry(*(None if parts[0] is None else flat(parts) for parts in zip(*entries)))
+    fields: Any = (None if parts[0] is None else flat(parts) for parts in zip(*entries))
+    return Entry(*fields)
 
 
 def cut(row: Entry, count: chex.Numeric) -> Cut:

@@ -12,7 +12,7 @@ import pytest
 import adalora_jax as al
 from adalora_jax.budget import cost
 from adalora_jax.importance import triplet_scores
-from adalora_jax.ranking import Entry, cut, entry, kept
+from adalora_jax.ranking import Entry, cut, entry, keep_best, kept
 from adalora_jax.transform import soft_threshold
 
 CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
@@ -269,6 +269,23 @@ def test_the_best_that_the_budget_pays_for_survive(kinds, limited):
         found = ours(scores, jnp.asarray(turns) if limited else None, budgets, costs)
         for budget, keep in zip(budgets, found):
             np.testing.assert_array_equal(keep, greedy(scores, turns, costs, budget))
+
+
+@pytest.mark.parametrize("kinds", [3, 10**6])
+def test_leaves_of_different_costs_are_ranked_as_one_row(kinds):
+    ours = jax.jit(
+        jax.vmap(lambda s, b, c: keep_best(list(s), b, costs=list(c)), in_axes=(None, 0, None))
+    )
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        scores = rng.integers(kinds, size=(8, 5)).astype("float32")
+        costs = rng.choice([3, 7, 1000], size=8).astype("int32")
+        each = np.repeat(costs, 5)
+        budgets = np.array([0, each.sum(), *rng.integers(0, each.sum() + 1, size=20)])
+        found = np.concatenate(ours(jnp.asarray(scores), budgets, jnp.asarray(costs)), axis=-1)
+        for budget, keep in zip(budgets, found):
+            expected = greedy(scores.ravel(), np.ones(40, int), each, budget)
+            np.testing.assert_array_equal(keep, expected)
 
 
 def test_a_triplet_costs_by_the_size_of_its_layer():
