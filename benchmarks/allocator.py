@@ -17,7 +17,6 @@ Takes a few minutes on two cores. Needs ``pip install ".[parity]"`` for PEFT.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import pathlib
 import sys
@@ -69,8 +68,7 @@ class Ours:
     """``allocate``, compiled, with its state."""
 
     def __init__(self, case: Case):
-        adapters = jax.jit(functools.partial(_adapters, case))(0)
-        self.grads = jax.jit(functools.partial(_adapters, case))(1)
+        adapters, self.grads = (_adapters(case, seed) for seed in range(2))
         self.state = adalora.init_state(adapters, CONFIG)
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(adapters))
         self.kept = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.allocator))
