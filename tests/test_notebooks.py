@@ -24,7 +24,13 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # What they take is mostly training, so the others are left to the slow tests.
-SLOW = {"01-quick-start", "02-nnx", "03-what-it-decides", "04-resume-compact-export"}
+SLOW = {
+    "01-quick-start",
+    "02-nnx",
+    "03-what-it-decides",
+    "04-resume-compact-export",
+    "05-quantised-base",
+}
 DEVICES = {"06-sharded-training": 8}  # run in a process that has so many
 PACKAGES = {
     "peft": pytest.mark.parity,

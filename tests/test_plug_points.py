@@ -417,11 +417,15 @@ def test_no_direction_is_preferred():
 # The dead stay dead ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limits", [None, {"key": {"min_r": 1, "max_r": 2}, "down": {"min_r": 2}}])
-@pytest.mark.parametrize("allocation", ["global", "per_adapter"])
-def test_without_revival_ranks_only_fall_and_the_budget_is_met(limits, allocation):
-    if limits and allocation == "per_adapter":
-        pytest.skip("refused by the config")
+@pytest.mark.parametrize(
+    ("allocation", "limits"),
+    [
+        ("global", None),
+        ("global", {"key": {"min_r": 1, "max_r": 2}, "down": {"min_r": 2}}),
+        ("per_adapter", None),  # with limits it is refused
+    ],
+)
+def test_without_revival_ranks_only_fall_and_the_budget_is_met(allocation, limits):
     config = CONFIG.replace(rank_limits=limits, allocation=allocation, score="sensitivity")
 
     def run(config):

@@ -29,6 +29,7 @@ def run(folder, *arguments):
     return command.main([*QUICK, "--data", str(folder), "--out", str(folder), *arguments])
 
 
+@pytest.mark.slow  # it compiles two whole trainings
 def test_equal_budgets_tables_and_going_on(folder, monkeypatch):
     results = run(folder, "--method", "lora", "adalora")
     cells = results["cells"]
