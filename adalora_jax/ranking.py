@@ -159,7 +159,9 @@ def kept(entries: Sequence[Entry], cut: Cut) -> list[jax.Array]:
         return masks
 
     at_once = lambda: [_from(one, cut.lowest) for one in entries]
-    return jax.lax.cond(cut.all_equal, at_once, in_order)
+    masks = jax.lax.cond(cut.all_equal, at_once, in_order)
+    # Or how a mask is to lie would spread to the scores, and they would have to be sent twice.
+    return masks if jax.device_count() == 1 else [_everywhere(mask) for mask in masks]
 
 
 # Jitted, so that leaves of one shape are traced once; and the same program for each of them,
