@@ -109,8 +109,9 @@ def _rows_by_rows(a, b):
 
 
 def _norm(d):
-    """``‖D‖_F`` of each matrix, with slope 0 at 0; by its largest entry, which keeps squares apart
-    from the ends of the dtype.
+    """``‖D‖_F`` of each matrix, with slope 0 at 0.
+
+    D is divided by its largest entry, so that its squares stay within the dtype.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(d), axis=(-2, -1), initial=0))
     some = largest > 0

@@ -13,6 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import allocator  # noqa: E402
 import compile_time  # noqa: E402
 import memory  # noqa: E402
 import networks  # noqa: E402
@@ -90,6 +91,21 @@ def test_targets_are_judged_by_the_ratios_of_the_rounds():
     assert [row["reached"] for row in training.targets("bert", 0, slow, "gpu")] == [False]
 
 
+def test_the_allocator_is_measured_at_each_kind_of_step():
+    case = allocator.Case("small", ((5, 4, 3, 3), (4, 5, 6, 1)))
+    ours = allocator.Ours(case)
+    assert ours.bytes == 4 * 12 * (3 * (5 + 4 + 1) + 6 * (4 + 5 + 1))
+    live = {}
+    for moment, step in allocator.MOMENTS.items():
+        live[moment] = sum(int(mask.sum()) for mask in ours.at(step)().values())
+    # The budget falls over the run, and ends at 8 of 12 triplets in each of the 9 matrices.
+    assert live["averages"] == 9 * 12 > live["averages and mask"] >= live["after the end"] == 9 * 8
+    times = {"ours": [4.0], "floor": [1.0], "peft": [12.0]}
+    result = {"case": "small", "milliseconds": dict.fromkeys(allocator.MOMENTS, times)}
+    found = allocator.targets([result], "cpu")
+    assert [round(row["measured"], 2) for row in found] == [4.0, 0.33, 4.0, 0.33, 0.33]
+
+
 def test_who_cannot_take_part_is_in_the_table():
     with pytest.raises(peers.Unsupported, match="has no dropout"):
         peers.build("flax-lora", SHAPES["bert"], dropout=0.1)
@@ -147,6 +163,7 @@ def test_one_command_runs_all_of_them():
             "--model bert gpt --depth 1 --rounds 1 --dropout 0 "
             "--peers frozen lora adalora autodiff flax-lora qwix-nnx peft-adalora",
         ),
+        ("allocator", "--case bert --rounds 1"),
         ("memory", "--model bert --depth 1"),
         ("compile_time", "--depth 1 2 --repeats 1"),
         ("scaling", "--width 32 --rounds 1 --axis rank"),

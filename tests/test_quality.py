@@ -50,8 +50,9 @@ def test_equal_budgets_tables_and_going_on(folder, monkeypatch):
     monkeypatch.setattr(train, "lowered", refuse)
     assert run(folder, "--method", "lora", "adalora") == results  # nothing is left to do
     assert not begun
-    again = run(folder, "--method", "lora", "frozen")  # one is left, and fails alone
-    assert again["cells"] == cells
+    with pytest.raises(SystemExit, match="1 cells failed: digits/frozen/1"):
+        run(folder, "--method", "lora", "frozen")  # one is left, and fails alone
+    assert json.loads((folder / "quality.json").read_text("utf-8"))["cells"] == cells
     assert begun == ["frozen base"]
     with pytest.raises(ValueError, match="study with other seeds"):
         run(folder, "--method", "lora", "--seeds", "3")
@@ -61,8 +62,9 @@ def test_a_study_stops_when_its_time_is_over(folder, tmp_path, monkeypatch):
     found = {"digits": tasks.shortened(tasks.load("digits", folder, 1), 2)}
     monkeypatch.setattr(train, "lowered", lambda *_: jax.jit(lambda: 0).lower())
     path, about = tmp_path / "quality.json", {"study": {}, "machine": {}}
-    results = study.run(found, study.cells(found, ["lora"]), 1, path, about, seconds=-1)
+    results, failed = study.run(found, study.cells(found, ["lora"]), 1, path, about, seconds=-1)
     assert results["cells"] == {}
+    assert not failed
     assert not path.exists()
 
 

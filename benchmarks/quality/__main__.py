@@ -72,7 +72,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     wanted = study.cells(found, chosen.method)
     limits = chosen.budget_seconds, chosen.threads
-    return _report(study.run(found, wanted, chosen.rates, path, about, *limits), path)
+    results, failed = study.run(found, wanted, chosen.rates, path, about, *limits)
+    _report(results, path)
+    if failed:
+        sys.exit(f"{len(failed)} cells failed: {', '.join(failed)}")
+    return results
 
 
 def _report(results: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:

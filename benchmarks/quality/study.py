@@ -90,7 +90,7 @@ def run(
     about: Mapping[str, Any],
     seconds: float = FOREVER,
     threads: int | None = None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Runs the cells that are not in the file, and writes it after each of them.
 
     Args:
@@ -101,6 +101,9 @@ def run(
       about: what else is in the file; it must be the same as before.
       seconds: after so many no further cell is begun.
       threads: that compile at a time.
+
+    Returns:
+      What is in the file then, and which cells failed.
 
     Raises:
       ValueError: the file has results of another study.
@@ -121,7 +124,7 @@ def run(
             except TimeoutError:
                 print(f"Stopped after {seconds:g} s, before {cell.key}.", file=sys.stderr)
                 break
-            except Exception as error:  # the others can do without it
+            except Exception as error:  # the others can do without it; the caller is told
                 failed.append(cell.key)
                 print(f"{cell.key} failed: {str(error)[:500]}", file=sys.stderr)
                 continue
@@ -132,9 +135,7 @@ def run(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-    if failed:
-        print(f"{len(failed)} cells failed: {', '.join(failed)}.", file=sys.stderr)
-    return results
+    return results, failed
 
 
 def _compile(task: Task, cell: Cell, count: int, stop: threading.Event) -> tuple[Any, Any]:
