@@ -2,16 +2,16 @@
 
     python benchmarks/allocator.py [--case bert ...] [--rounds 15]
 
-``allocate`` on the adapters of a BERT-small (36), of a model with 7 billion parameters (224)
-and of 10,000 experts (as two stacks), with its state donated: at steps that take in a gradient, at
+``allocate`` on the adapters of a BERT-small (36), of a model with 7 billion parameters (224) and
+of 10,000 experts (as two stacks), with its state donated: at steps that take in a gradient, at
 those that make a new mask besides, and after the final mask. In the same rounds:
 
 - the floor: as many bytes read and written as 4 reads and 2 writes of all adapters, in one array
 - PEFT's ``update_and_allocate`` on as many adapters of the same sizes, where it is installed
 
 Also the seconds to trace and to compile it, and the bytes of the state. A ratio is the median over
-the rounds. Table and numbers go beside this file when nothing is left out, or else to ``--out``.
-Takes a few minutes on two cores. Needs ``pip install ".[parity]"`` for PEFT.
+the rounds. Table, numbers and picture go beside this file when nothing is left out, or else to
+``--out``. Takes a few minutes on two cores. Needs ``pip install ".[parity]"`` for PEFT.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import peers
 import timing
+from matplotlib.figure import Figure
 
 import adalora_jax as adalora
 
@@ -225,6 +226,28 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return f"{timing.markdown(rows)}\n\n{timing.markdown(kept)}"
 
 
+def picture(results: Sequence[dict[str, Any]]) -> Figure:
+    """One panel a case: what it takes at each kind of step, on a logarithmic axis."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    looks = {"floor": ("floor", "black"), "ours": ("ours", "tab:blue"), "peft": ("PEFT", "tab:red")}
+    for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results):
+        moments = list(result["milliseconds"])
+        for row, (name, (label, colour)) in enumerate(looks.items()):
+            if name not in result["milliseconds"][moments[0]]:
+                continue
+            times = [timing.medians(result["milliseconds"][moment])[name] for moment in moments]
+            places = [place + 0.27 * (row - 1) for place in range(len(moments))]
+            bars = axes.bar(places, times, width=0.25, color=colour, label=label)
+            axes.bar_label(bars, [f"{time:.3g}" for time in times], fontsize=8)
+        axes.set_xticks(range(len(moments)), moments, fontsize=9)
+        axes.set(yscale="log", ylabel="milliseconds")
+        axes.set_title(f"{result['adapters']:,} adapters: {result['case']}", fontsize=10)
+        axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
 def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some, too
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -247,7 +270,9 @@ def main(arguments: list[str] | None = None) -> None:
     if folder is None:
         print(text)
         return
-    timing.save(timing.place(folder, "allocator"), {"results": results, "targets": found}, text)
+    place = timing.place(folder, "allocator")
+    timing.save(place, {"results": results, "targets": found}, text)
+    picture(results).savefig(place.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
