@@ -15,7 +15,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import methods, paired, prepare, report, study, tasks, train
 
-QUICK = ["--quick", "--task", "digits", "--seeds", "2", "--rates", "2", "--threads", "2"]
+QUICK = ["--quick", "--task", "digits", "--seeds", "2", "--rates", "2"]
+QUICK += ["--beyond", "0", "--threads", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,72 @@ def test_the_learning_rate_is_chosen_by_validation_alone():
     assert (found["rate"], found["test of seeds"], found["at an edge"]) == (0.2, [50, 51], False)
     found = study.record(train.Outcome(validation, test, same, same), [0.1, 0.2, 0.5], sign=-1)
     assert (found["rate"], found["test of seeds"], found["at an edge"]) == (0.1, [99, 99], True)
+
+
+def test_more_learning_rates_where_the_best_was_the_last(folder, tmp_path, monkeypatch):
+    """Here a larger rate is better up to 0.5, except for LoRA, which is best at 0.01."""
+    found = {"digits": tasks.shortened(tasks.load("digits", folder, 2), 2)}
+    tried = []
+
+    def outcome(rates, method):
+        best = 0.01 if method == "LoRA" else 0.5
+        tried.append((method, [round(float(rate), 4) for rate in rates]))
+        score = np.tile(-np.abs(np.log(rates / best)), (2, 1))
+        return train.Outcome(score, 100 + score, score, score)
+
+    def lowered(task, method, rank, count):
+        class Program:
+            compile = lambda self: lambda base, splits, rates: outcome(rates, method.title)
+
+        return Program()
+
+    monkeypatch.setattr(train, "lowered", lowered)
+    names = ["lora", "adalora", "score-magnitude"]
+    about = {"study": {}, "machine": {"device": "here"}}
+    cells = study.cells(found, names)
+    arguments = (found, cells, 7, tmp_path / "quality.json", about, 100, 1)
+    results, failed = study.run(*arguments)
+    assert not failed
+    first = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1]
+    assert tried[:3] == [(methods.METHODS[name].title, first) for name in names]
+    further = [methods.METHODS[name].title for name in names[1:]]
+    assert tried[3:] == [(t, rates) for rates in ([0.2, 0.5], [1, 2]) for t in further]
+    cell = results["cells"]["digits/adalora/1"]
+    assert (cell["rate"], cell["at an edge"], cell["device"]) == (0.5, False, "here")
+    assert cell["rates"] == [*first, 0.2, 0.5, 1, 2]
+    assert cell["test of seeds"] == [100, 100]
+    assert study.run(*arguments)[0]["cells"] == results["cells"]
+    assert len(tried) == 7
+
+    del results["cells"]["digits/score-magnitude/1"]
+    study._write(arguments[3], results)
+    cell = study.run(*arguments, near=3)[0]["cells"]["digits/score-magnitude/1"]
+    assert cell["rates"] == [0.2, 0.5, 1]
+
+
+def test_tasks_may_be_added_to_a_study_but_not_changed(tmp_path):
+    about = lambda **steps: {"study": {"seeds": 2, "tasks": steps}}
+    path = tmp_path / "quality.json"
+    study._write(path, study._resumed(path, about(digits=200)))
+    study._write(path, study._resumed(path, about(prose=100)))
+    assert study._resumed(path, about(digits=200))["study"]["tasks"] == {
+        "digits": 200,
+        "prose": 100,
+    }
+    with pytest.raises(ValueError, match="study with other tasks: give another --out"):
+        study._resumed(path, about(digits=100))
+    with pytest.raises(ValueError, match="study with other seeds"):
+        study._resumed(path, {"study": {"seeds": 3, "tasks": {}}})
+
+
+def test_two_records_of_a_cell_become_one():
+    one = {"rates": [0.1, 0.2], "validation": [3.0, 2.0], "rate": 0.2, "test of seeds": [5]}
+    other = {"rates": [0.5, 1], "validation": [None, 2.5], "rate": 1, "test of seeds": [6]}
+    less = study.joined(one, other, -1)
+    assert (less["rate"], less["at an edge"], less["test of seeds"]) == (0.2, False, [5])
+    assert less["validation"] == [3.0, 2.0, None, 2.5]
+    one["rate"] = 0.1
+    assert study.joined(one, other, 1)["at an edge"]
 
 
 @pytest.mark.parametrize("seed", range(4))

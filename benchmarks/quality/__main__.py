@@ -37,8 +37,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     option = parser.add_argument
     option("--task", nargs="+", choices=tasks.NAMES, default=list(tasks.NAMES))
     option("--method", nargs="+", choices=methods.METHODS, help="only these")
+    option("--rank", nargs="+", type=int, help="only at these budgets")
     option("--seeds", type=int, default=10)
     option("--rates", type=int, default=7, help="learning rates for each cell")
+    option("--near", type=int, metavar="N", help="ablations: only N rates, around AdaLoRA's best")
+    option("--beyond", type=int, default=2, metavar="N", help="N more where the best was at an end")
     option("--quick", action="store_true", help="a handful of steps, to see that it runs")
     option("--budget-seconds", type=float, default=study.FOREVER, help="begin no cell after that")
     option("--threads", type=int, help="that compile at a time; as many as there are cores")
@@ -71,7 +74,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "machine": timing.machine(),
     }
     wanted = study.cells(found, chosen.method)
-    limits = chosen.budget_seconds, chosen.threads
+    wanted = [cell for cell in wanted if not chosen.rank or cell.rank in chosen.rank]
+    limits = chosen.budget_seconds, chosen.threads, chosen.near, chosen.beyond
     results, failed = study.run(found, wanted, chosen.rates, path, about, *limits)
     _report(results, path)
     if failed:

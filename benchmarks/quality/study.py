@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -82,6 +83,24 @@ def record(outcome: train.Outcome, rates: Sequence[float], sign: int) -> dict[st
     }
 
 
+def joined(one: Mapping[str, Any], other: Mapping[str, Any], sign: int) -> dict[str, Any]:
+    """Two records of one cell, at different learning rates, as one: the better, of all rates."""
+    found = dict(
+        sorted(zip(one["rates"] + other["rates"], one["validation"] + other["validation"]))
+    )
+    best = max((one, other), key=lambda record: _goodness(found[record["rate"]], sign))
+    return {
+        **best,
+        "rates": list(found),
+        "validation": list(found.values()),
+        "at an edge": best["rate"] in (min(found), max(found)),
+    }
+
+
+def _goodness(validation: float | None, sign: int) -> float:
+    return -math.inf if validation is None else sign * validation
+
+
 def run(
     tasks: Mapping[str, Task],
     wanted: Sequence[Cell],
@@ -90,17 +109,24 @@ def run(
     about: Mapping[str, Any],
     seconds: float = FOREVER,
     threads: int | None = None,
+    near: int | None = None,
+    beyond: int = 2,
 ) -> tuple[dict[str, Any], list[str]]:
     """Runs the cells that are not in the file, and writes it after each of them.
+
+    Then, twice, those of which the best learning rate is the first or the last, at more beyond it.
 
     Args:
       tasks: by name.
       wanted: in the order in which they are run.
       count: of learning rates.
       path: the file. If it is there, it is gone on with.
-      about: what else is in the file; it must be the same as before.
+      about: the study, which must be the same as before, and the machine.
       seconds: after so many no further cell is begun.
       threads: that compile at a time.
+      near: ablations have only so many rates, around AdaLoRA's best; others, and where AdaLoRA has
+        not run, all of them.
+      beyond: that many more where the best was the first or the last.
 
     Returns:
       What is in the file then, and which cells failed.
@@ -108,34 +134,74 @@ def run(
     Raises:
       ValueError: the file has results of another study.
     """
-    started = time.perf_counter()
     results = _resumed(path, about)
-    left = [cell for cell in wanted if cell.key not in results["cells"]]
+    known, machine = results["cells"], about["machine"]
+    end = time.perf_counter() + seconds
+
+    def first(cell):
+        task, method = tasks[cell.task], methods.METHODS[cell.method]
+        main = known.get(cell._replace(method="adalora").key)
+        if near and main and cell.method in methods.ABLATIONS:
+            return train.around(main["rate"], near)
+        return train.rates(task, method, count)
+
+    def more(cell):
+        record = known[cell.key]
+        if len(record["rates"]) > len(first(cell)) + beyond:
+            return []  # twice already
+        return train.beyond(record["rates"], record["rate"], beyond)
+
+    def keep(cell, found):
+        before = known.get(cell.key)
+        found |= {"device": machine["device"]}
+        known[cell.key] = joined(before, found, tasks[cell.task].sign) if before else found
+        results["machines"][machine["device"]] = machine
+        _write(path, results)
+
+    left = [cell for cell in wanted if cell.key not in known]
     print(f"{len(wanted)} cells, of which {len(wanted) - len(left)} are there.", file=sys.stderr)
+    jobs = [(cell, first(cell)) for cell in left]
+    failed = _in_turn(tasks, jobs, keep, end, threads)
+    for _ in range(2 if time.perf_counter() < end else 0):
+        done = [cell for cell in wanted if cell.key in known and cell.method != "frozen"]
+        jobs = [(cell, rates) for cell in done if cell.key not in failed and (rates := more(cell))]
+        failed += _in_turn(tasks, jobs, keep, end, threads)
+    return results, failed
+
+
+def _in_turn(
+    tasks: Mapping[str, Task],
+    jobs: Sequence[tuple[Cell, list[float]]],
+    keep: Callable[[Cell, dict[str, Any]], None],
+    end: float,
+    threads: int | None,
+) -> list[str]:
+    """Runs cells at these learning rates, and hands over what comes of each; those that failed."""
+    started = time.perf_counter()
     stop, failed = threading.Event(), []
     pool = ThreadPoolExecutor(threads or os.cpu_count())
-    programs = {c: pool.submit(_compile, tasks[c.task], c, count, stop) for c in left}
+    programs = [pool.submit(_compile, tasks[c.task], c, len(rates), stop) for c, rates in jobs]
     try:
-        for number, cell in enumerate(left, 1):
-            spent = time.perf_counter() - started
+        for number, (cell, rates) in enumerate(jobs, 1):
             try:
-                program, took = programs.pop(cell).result(max(0.0, seconds - spent))
-                found = _run(tasks[cell.task], cell, count, program, took)
+                left = max(0.0, end - time.perf_counter())
+                program, took = programs[number - 1].result(left)
+                programs[number - 1] = None  # large, and not needed again
+                found = _run(tasks[cell.task], rates, program, took)
             except TimeoutError:
-                print(f"Stopped after {seconds:g} s, before {cell.key}.", file=sys.stderr)
+                print(f"Stopped for lack of time, before {cell.key}.", file=sys.stderr)
                 break
             except Exception as error:  # the others can do without it; the caller is told
                 failed.append(cell.key)
                 print(f"{cell.key} failed: {str(error)[:500]}", file=sys.stderr)
                 continue
-            results["cells"][cell.key] = found
-            _write(path, results)
+            keep(cell, found)
             spent = time.perf_counter() - started
-            print(f"{spent:5.0f} s  {number}/{len(left)}  {_line(cell, found)}", file=sys.stderr)
+            print(f"{spent:5.0f} s  {number}/{len(jobs)}  {_line(cell, found)}", file=sys.stderr)
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-    return results, failed
+    return failed
 
 
 def _compile(task: Task, cell: Cell, count: int, stop: threading.Event) -> tuple[Any, Any]:
@@ -150,13 +216,10 @@ def _compile(task: Task, cell: Cell, count: int, stop: threading.Event) -> tuple
     return program, {"trace": traced - start, "compile": time.perf_counter() - traced}
 
 
-def _run(
-    task: Task, cell: Cell, count: int, program: Any, took: dict[str, float]
-) -> dict[str, Any]:
-    method = methods.METHODS[cell.method]
+def _run(task: Task, rates: list[float], program: Any, took: dict[str, float]) -> dict[str, Any]:
     start = time.perf_counter()
-    outcome = jax.device_get(program(*train.arguments(task, method, count)))
-    found = record(outcome, train.rates(task, method, count), task.sign)
+    outcome = jax.device_get(program(*train.arguments(task, rates)))
+    found = record(outcome, rates, task.sign)
     seconds = {**took, "run": time.perf_counter() - start}
     return found | {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
 
@@ -171,17 +234,21 @@ def _line(cell: Cell, found: Mapping[str, Any]) -> str:
 
 
 def _resumed(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    fresh = json.loads(json.dumps({**about, "cells": {}}))  # as it comes out of a file
+    about = {"study": about["study"], "machines": {}, "cells": {}}
+    fresh = json.loads(json.dumps(about))  # as it comes out of a file
     if not path.exists():
         return fresh
     results = json.loads(path.read_text("utf-8"))
     before, now = results["study"], fresh["study"]
+    # It may be of other tasks than this run, but where they have a task in common it is the same.
+    tasks = [study.get("tasks", {}) for study in (before, now)]
+    before, now = before | {"tasks": tasks[1] | tasks[0]}, now | {"tasks": tasks[0] | tasks[1]}
     if changed := [key for key in now if before[key] != now[key]]:
         raise ValueError(
             f"{path} is of a study with other {' and '.join(changed)}: give another --out, or "
             "remove the file."
         )
-    return results
+    return {**results, "study": now}
 
 
 def _write(path: pathlib.Path, results: Mapping[str, Any]) -> None:

@@ -34,6 +34,28 @@ def rates(task: Task, method: Method, count: int) -> list[float]:
     return list(RATES[start : start + count])
 
 
+def around(rate: float, count: int) -> list[float]:
+    """So many learning rates with this one in the middle.
+
+    >>> around(0.05, 3)
+    [0.02, 0.05, 0.1]
+    """
+    start = RATES.index(rate) - count // 2
+    return list(RATES[start : start + count])
+
+
+def beyond(tried: list[float], best: float, count: int) -> list[float]:
+    """So many more where the best is the first or the last of those tried.
+
+    >>> beyond([0.02, 0.05, 0.1], 0.1, 2), beyond([0.02, 0.05, 0.1], 0.05, 2)
+    ([0.2, 0.5], [])
+    """
+    first, last = RATES.index(tried[0]), RATES.index(tried[-1])
+    if best == tried[-1]:
+        return list(RATES[last + 1 : last + 1 + count])
+    return list(RATES[max(0, first - count) : first]) if best == tried[0] else []
+
+
 def lowered(task: Task, method: Method, rank: int, count: int) -> Any:
     """The program of a cell, to be compiled and called with :func:`arguments`."""
 
@@ -43,11 +65,11 @@ def lowered(task: Task, method: Method, rank: int, count: int) -> Any:
         outcome = all_runs(task, method, rank, base, each, jnp.tile(rates, seeds))
         return jax.tree.map(lambda values: values.reshape(seeds, count), outcome)
 
-    return jax.jit(program).lower(*arguments(task, method, count))
+    return jax.jit(program).lower(*arguments(task, rates(task, method, count)))
 
 
-def arguments(task: Task, method: Method, count: int) -> tuple[Any, ...]:
-    return task.base, task.splits, np.array(rates(task, method, count), np.float32)
+def arguments(task: Task, rates: list[float]) -> tuple[Any, ...]:
+    return task.base, task.splits, np.array(rates, np.float32)
 
 
 def all_runs(
