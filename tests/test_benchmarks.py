@@ -167,6 +167,8 @@ def test_one_command_runs_all_of_them():
         ("memory", "--model bert --depth 1"),
         ("compile_time", "--depth 1 2 --repeats 1"),
         ("scaling", "--width 32 --rounds 1 --axis rank"),
+        ("breakdown", "--model bert --depth 1 --rounds 1"),
+        ("levers", "--lever compaction --width 96 --rounds 1"),
     ],
 )
 def test_script_runs(script, arguments, tmp_path):
@@ -178,9 +180,10 @@ def test_script_runs(script, arguments, tmp_path):
     results = json.loads((tmp_path / f"{script}.json").read_text())
     assert results["machine"]["jax"] == jax.__version__
     assert all(row["measured"] > 0 for row in results.get("targets", []) if script != "memory")
-    title = "| 36: BERT-small |" if script == "allocator" else "| ours: AdaLoRA"
-    assert title in (tmp_path / f"{script}.md").read_text()
-    assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+    titles = {"allocator": "| 36: BERT-small |", "levers": "| AdaLoRA, compacted |"}
+    assert titles.get(script, "| ours: AdaLoRA") in (tmp_path / f"{script}.md").read_text()
+    if script != "levers":
+        assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parity

@@ -1,0 +1,246 @@
+"""What was considered to make training faster or smaller, and what it would bring.
+
+    python benchmarks/levers.py [--lever compaction averages] [--rounds 9]
+
+Compaction: in the final phase pruned triplets are products with 0. A step of the frozen model, of
+AdaLoRA at rank 12 of which the final mask kept a third, of the same after ``compact_train_state``,
+and of LoRA at rank 4 take turns.
+
+Averages in bfloat16: half of what the allocator keeps. Rounded to nearest they stall, as a new
+value moves an average by less than half its last bit; rounded up or down at random, in proportion,
+they are right on average, and the random bits are what it costs. Measured is the time of an update
+of the averages of a model with 7 billion parameters, and what becomes of the masks: over one and
+the same training (the demo's), which share of the triplets kept in float32 is kept.
+
+Table and numbers go beside this file when nothing is left out, or else to ``--out``. Takes about
+five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import allocator
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peers
+import timing
+import training
+from networks import Shape
+
+import adalora_jax as adalora
+from adalora_jax import tree
+from adalora_jax.demo import in_linen
+from adalora_jax.demo.data import batches, load
+from adalora_jax.demo.methods import adaptations, pretraining
+from adalora_jax.importance import smooth_batch
+from adalora_jax.lowrank import _mixed
+
+LEVERS = ("compaction", "averages")
+KEPT = 4  # of the triplets of a matrix, on average
+MODELS = ("bert", "llama")
+
+
+def compaction(rounds: int, **changes: Any) -> tuple[dict[str, Any], str]:
+    """Milliseconds a step of each, on each model."""
+    found = {}
+    for name in MODELS:
+        shape = training.CPU[name].replace(**changes)
+        full = peers.PEERS["adalora"](shape, peers.RANK, 0.0)
+        masked, compacted = after_the_end(shape, full)
+        steps = {
+            "frozen model": peers.build("frozen", shape),
+            f"AdaLoRA, rank {peers.RANK}, masked": masked,
+            "AdaLoRA, compacted": compacted,
+            f"LoRA, rank {KEPT}": peers.build("lora", shape, KEPT),
+        }
+        found[name] = timing.in_rounds(steps, rounds)
+    rows = [("", *(f"{name}: ms a step, / frozen" for name in found))]
+    for step in next(iter(found.values())):
+        cells = []
+        for times in found.values():
+            ratio = timing.ratio(times[step], times["frozen model"])
+            cells.append(f"{timing.medians(times)[step]:.0f}, {ratio:.2f}")
+        rows.append((step, *cells))
+    return found, f"**Compaction in the final phase**\n\n{timing.markdown(rows)}"
+
+
+def after_the_end(shape: Shape, peer: peers.Peer) -> tuple[peers.Step, peers.Step]:
+    """Steps of the final phase, with as many triplets of each matrix: as it is, and compacted."""
+    config = peers.config(shape, peers.RANK, 0.0).replace(tfinal=50_000, target_r=KEPT)
+    peer = peer._replace(tx=adalora.adalora(peers.ADAMW, config))
+    masked = peers.Step(peer, peers.data(shape))
+    trainable, opt, key = masked.state
+    done = opt.allocator._replace(
+        step=jnp.asarray(config.final_step + 1, jnp.int32),
+        masks=jax.tree.map(
+            lambda mask: mask & (jnp.arange(peers.RANK) < KEPT), opt.allocator.masks
+        ),
+    )
+    masked.state = trainable, opt._replace(allocator=done), key
+    small, small_opt = adalora.compact_train_state(trainable, masked.state[1], config)
+    compacted = peers.Step(peer._replace(trainable=small), peers.data(shape))
+    # What was not cut is in both, and both donate what they have.
+    compacted.state = jax.tree.map(jnp.copy, (small, small_opt, key))
+    return masked, compacted
+
+
+def averages(rounds: int, steps: int = 200) -> tuple[dict[str, Any], str]:
+    """Milliseconds of an update, and how far the masks agree with those of float32."""
+    case = allocator.CASES["7b"]
+    weights, gradients = (list(allocator._adapters(case, seed).values()) for seed in range(2))
+    updates = {name: Update(weights, gradients, name) for name in ROUNDED}
+    times = timing.in_rounds(updates, rounds)
+    kept = {name: sum(a.nbytes for a in jax.tree.leaves(u.state)) for name, u in updates.items()}
+    shares = agreement(steps)
+    rows = [("", "ms an update", "MB kept", "of the kept triplets: on average", "at least")]
+    for name, update in timing.medians(times).items():
+        share = shares[name]
+        agreed = (f"{100 * value:.2f} %" for value in (np.mean(share), min(share)))
+        rows.append((name, f"{update:.1f}", f"{kept[name] / 1e6:.0f}", *agreed))
+    text = f"**Averages in bfloat16**\n\n{timing.markdown(rows)}"
+    return {"milliseconds": times, "bytes": kept, "agreement": shares}, text
+
+
+def nearest(key: jax.Array, average: jax.Array) -> jax.Array:
+    # Said twice, because XLA leaves out a conversion there and back.
+    return jax.lax.reduce_precision(average, 8, 7).astype(jnp.bfloat16)
+
+
+def stochastic(key: jax.Array, average: jax.Array) -> jax.Array:
+    """Rounded up with the probability that makes it right on average.
+
+    The random bits are a hash of the place, as for dropout: ``jax.random`` takes ten times as long.
+    """
+    bits = jax.lax.bitcast_convert_type(average, jnp.uint32)
+    place = jax.lax.iota(jnp.uint32, average.size).reshape(average.shape)
+    lower = _mixed(place * jnp.uint32(0x9E3779B9) ^ jax.random.key_data(key)[0]) & 0xFFFF
+    upper = jax.lax.shift_right_logical(bits + lower, jnp.uint32(16)).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+
+
+ROUNDED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "float32": lambda key, average: average,
+    "bfloat16, to nearest": nearest,
+    "bfloat16, stochastic": stochastic,
+}
+
+
+class Update:
+    """Both averages of all adapters after one more gradient; a call makes one."""
+
+    def __init__(self, weights: Any, gradients: Any, name: str):
+        self.key = jax.random.key(0)
+        zero = lambda leaf: ROUNDED[name](self.key, jnp.zeros_like(leaf))
+        self.state = tuple(jax.tree.map(zero, weights) for _ in range(2))
+
+        def update(key, state):
+            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state)
+            pairs = smooth_batch(weights, gradients, *wide, allocator.CONFIG)
+            key, use = jax.random.split(key)
+            return key, rounded(name, use, tuple(list(part) for part in zip(*pairs)))
+
+        self.call = jax.jit(update, donate_argnums=(0, 1))
+
+    def __call__(self) -> Any:
+        self.key, self.state = self.call(self.key, self.state)
+        return self.state
+
+
+def rounded(name: str, key: jax.Array, averages: Any) -> Any:
+    """All with the same random bits, so that arrays of one shape are one compiled kernel."""
+    return jax.tree.map(functools.partial(ROUNDED[name], key), averages)
+
+
+def agreement(steps: int, seed: int = 0) -> dict[str, list[float]]:
+    """Of the triplets that masks from float32 keep, the share that others keep, at each mask.
+
+    All see the same weights and gradients: those of the training by masks from float32.
+    """
+    method = next(method for method in adaptations(steps) if method.adaptive)
+    config, optimizer = method.config, method.optimizer
+    assert config is not None
+    train, _ = load(range(5), seed)
+    base = in_linen.Learner(in_linen.create(seed), pretraining(steps), seed)
+    for batch in batches(train, steps, seed):
+        base.step(batch.pixels, batch.digits)
+    model = adalora.linen.adapt(in_linen.VisionTransformer(), config)
+    train, _ = load(range(5, 10), seed)
+    first = model.init(jax.random.key(seed), base.base, jnp.zeros((1, 8, 8)))
+
+    @jax.jit
+    def step(adapters, opt, others, key, pixels, digits):
+        def loss(adapters):
+            logits = model.apply(base.base, adapters, pixels)
+            return in_linen.cross_entropy(logits, digits) + method.penalty(adapters)
+
+        grads = jax.grad(loss)(adapters)
+        updates, opt = optimizer.update(grads, opt, adapters)
+        adapters = optax.apply_updates(adapters, updates)
+        given = tree.canonical(adapters), tree.canonical(grads)
+        for name, state in others.items():
+            now = adalora.allocator.update_allocator(state, *given, state.step, config)
+            pair = rounded(
+                name, jax.random.fold_in(key, state.step), (now.sensitivity, now.uncertainty)
+            )
+            pair = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), pair)
+            others[name] = now._replace(sensitivity=pair[0], uncertainty=pair[1])
+        return adapters, opt, others
+
+    opt = optimizer.init(first)
+    start = adalora.allocator_state(opt)
+    others = dict.fromkeys(ROUNDED, start)
+    shares: dict[str, list[float]] = {name: [] for name in ROUNDED}
+    adapters, key, before = first, jax.random.key(seed), start.masks
+    for batch in batches(train, steps, seed):
+        adapters, opt, others = step(adapters, opt, others, key, batch.pixels, batch.digits)
+        masks = others["float32"].masks
+        if _live(masks) < _live(before):
+            for name, state in others.items():
+                both = jax.tree.map(jnp.logical_and, masks, state.masks)
+                shares[name].append(_live(both) / _live(masks))
+        before = masks
+    return shares
+
+
+def _live(masks: Any) -> int:
+    return sum(int(mask.sum()) for mask in jax.tree.leaves(masks))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--lever", nargs="+", choices=LEVERS, default=list(LEVERS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--width", type=int, help="of the models, instead of their own")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
+    chosen = parser.parse_args(arguments)
+
+    changes = {"width": chosen.width} if chosen.width else {}
+    results, parts = {}, []
+    if "compaction" in chosen.lever:
+        results["compaction"], text = compaction(chosen.rounds, **changes)
+        parts.append(text)
+    if "averages" in chosen.lever:
+        results["averages"], text = averages(chosen.rounds)
+        parts.append(text)
+    about = timing.machine()
+    parts.append(
+        f"Medians of {chosen.rounds} rounds in which all take turns. {about['processor']}, "
+        f"{about['cores']} cores, {about['device']}, JAX {about['jax']}."
+    )
+    everything = set(chosen.lever) == set(LEVERS) and not changes
+    place = chosen.out or (pathlib.Path(__file__).parent if everything else None)
+    if place is None:
+        print("\n\n".join(parts))
+        return
+    timing.save(timing.place(place, "levers"), results, "\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
