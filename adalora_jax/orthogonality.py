@@ -79,10 +79,7 @@ def deviation(m: jax.Array) -> jax.Array:
     Array(5.196152, dtype=float32)
     """
     gram = _gram(m.astype(wide(m.dtype)))
-    d = gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    finite = jnp.all(jnp.isfinite(d), axis=(-2, -1))
-    norm = _norm(jnp.where(finite[..., None, None], d, jnp.zeros((), d.dtype)))
-    return jnp.where(finite, norm, jnp.full((), jnp.inf, norm.dtype))
+    return _norm(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape))
 
 
 @jax.custom_jvp
@@ -108,15 +105,37 @@ def _rows_by_rows(a, b):
     )
 
 
+@jax.custom_jvp
 def _norm(d):
-    """``‖D‖_F`` of each matrix, with slope 0 at 0.
+    """``‖D‖_F`` of each matrix, infinite where D is not finite.
 
-    D is divided by its largest entry, so that its squares stay within the dtype.
+    Squares are added up twice, as they are and of a D made small, for where they are beyond the
+    dtype. That is one kernel; to look for the largest entry first would be another.
     """
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(d), axis=(-2, -1), initial=0))
-    some = largest > 0
-    largest = jnp.where(some, largest, jnp.ones((), d.dtype))
-    squares = jnp.sum((d / largest[..., None, None]) ** 2, axis=(-2, -1))
-    # The square root has an infinite slope at 0, also where it is not used.
-    root = jnp.sqrt(jnp.where(some, squares, jnp.ones((), d.dtype)))
-    return jnp.where(some, largest * root, jnp.zeros((), d.dtype))
+    small = 2.0 ** -(jnp.finfo(d.dtype).maxexp // 2)
+    scales = jnp.array([1, small], d.dtype).reshape(2, *[1] * d.ndim)
+    plain, scaled = jnp.sqrt(jnp.sum((scales * d[None]) ** 2, axis=(-2, -1)))
+    norm = jnp.where(plain < jnp.inf, plain, scaled / small)
+    return jnp.where(norm < jnp.inf, norm, jnp.inf)
+
+
+@_norm.defjvp
+def _norm_jvp(primals, tangents):
+    (d,), (tangent,) = primals, tangents
+    norm = _norm(d)
+    return norm, jnp.sum(_unit(d, norm) * tangent, axis=(-2, -1))
+
+
+@jax.custom_jvp
+def _unit(d, norm):
+    """``D / ‖D‖_F``, the slope of the norm; 0 where that is 0 or infinite."""
+    some = ((norm > 0) & (norm < jnp.inf))[..., None, None]
+    return jnp.where(some, d, 0) / jnp.where(some, norm[..., None, None], 1)
+
+
+@_unit.defjvp
+def _unit_jvp(primals, tangents):
+    """``E − U ⟨U, E⟩`` with ``E = dD / ‖D‖_F``: of numbers around 1 only, whatever D is."""
+    (d, norm), (tangent, _) = primals, tangents
+    unit, change = _unit(d, norm), _unit(tangent, norm)
+    return unit, change - unit * jnp.sum(unit * change, axis=(-2, -1), keepdims=True)
