@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import math
 import re
 
@@ -162,3 +163,33 @@ def test_adapters_that_are_alike_are_traced_once(monkeypatch):
     jax.clear_caches()
     allocating(60)
     assert len(traced) == 3  # [12, 384], [12, 1536] and [12]
+
+
+def test_twice_the_layers_are_no_more_than_twice_the_work_to_trace():
+    """All of a new user's first lines: find the layers, make adapters, and differentiate."""
+
+    class Layers(nn.Module):
+        count: int
+
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(self.count):
+                x = nn.Dense(3)(x)
+            return x
+
+    def calls(count):
+        module, x = Layers(count), jnp.ones((2, 3))
+        adapted = adalora.linen.adapt(module, CONFIG)
+
+        def start(key):
+            base = module.init(key, x)
+            adapters = adapted.init(key, base, x)
+            loss = lambda adapters: adapted.apply(base, adapters, x).sum()
+            return jax.grad(loss)(adapters)
+
+        profile = cProfile.Profile()
+        profile.runcall(jax.eval_shape, start, jax.random.key(0))
+        return sum(entry.callcount for entry in profile.getstats())
+
+    calls(20)  # what is done once is done
+    assert calls(80) < 2.1 * calls(40)
