@@ -74,7 +74,7 @@ def sharding_of(
     axes = lambda node: len(getattr(node, "shape", ()))
     leaf = next((x for x in jax.tree.leaves(weight) if axes(x) == axes(weight)), None)
     # To ask a tracer for its sharding takes JAX as long as the program is, to refuse it in words.
-    found = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    found = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if found is None and isinstance(leaf, jax.Array):  # its type may tell
         found = jax.typeof(leaf).sharding
         found = found if found.mesh.axis_names and found.mesh.are_all_axes_explicit else None
