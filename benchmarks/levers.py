@@ -218,10 +218,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lever", nargs="+", choices=LEVERS, default=list(LEVERS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--width", type=int, help="of the models, instead of their own")
+    parser.add_argument("--depth", type=int, help="likewise")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     chosen = parser.parse_args(arguments)
 
-    changes = {"width": chosen.width} if chosen.width else {}
+    given = {"width": chosen.width, "depth": chosen.depth}
+    changes = {name: value for name, value in given.items() if value}
     results, parts = {}, []
     if "compaction" in chosen.lever:
         results["compaction"], text = compaction(chosen.rounds, **changes)

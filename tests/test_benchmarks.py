@@ -168,7 +168,7 @@ def test_one_command_runs_all_of_them():
         ("compile_time", "--depth 1 2 --repeats 1"),
         ("scaling", "--width 32 --rounds 1 --axis rank"),
         ("breakdown", "--model bert --depth 1 --rounds 1"),
-        ("levers", "--lever compaction --width 96 --rounds 1"),
+        ("levers", "--lever compaction --width 96 --depth 1 --rounds 1"),
     ],
 )
 def test_script_runs(script, arguments, tmp_path):

@@ -68,10 +68,15 @@ def accuracy(framework, recipe):
     return 100 * float(np.mean(found))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("framework", "recipe"),
-    [("linen", "int8"), ("linen", "int4"), ("linen", "nf4"), ("nnx", "nf4")],
+    [
+        pytest.param("linen", "nf4", marks=pytest.mark.slow),
+        # Each is minutes of training, five times over.
+        pytest.param("linen", "int8", marks=pytest.mark.exhaustive),
+        pytest.param("linen", "int4", marks=pytest.mark.exhaustive),
+        pytest.param("nnx", "nf4", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_quantised_base_costs_less_than_a_point_of_accuracy(framework, recipe):
     whole = accuracy(framework, None)
