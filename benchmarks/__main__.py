@@ -2,7 +2,7 @@
 
     python benchmarks [NAME ...]
 
-Each runs in a process of its own, as ``python benchmarks/NAME.py``. All together take about an hour
+Each runs in a process of its own, as ``python benchmarks/NAME.py``. All together take over an hour
 on two cores.
 """
 

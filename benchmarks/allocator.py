@@ -69,7 +69,7 @@ class Ours:
     """``allocate``, compiled, with its state."""
 
     def __init__(self, case: Case):
-        adapters, self.grads = (_adapters(case, seed) for seed in range(2))
+        adapters, self.grads = (random_adapters(case, seed) for seed in range(2))
         self.state = adalora.init_state(adapters, CONFIG)
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(adapters))
         self.kept = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.allocator))
@@ -94,7 +94,7 @@ class Ours:
         return call
 
 
-def _adapters(case: Case, seed: int) -> dict[str, adalora.Adapter]:
+def random_adapters(case: Case, seed: int) -> dict[str, adalora.Adapter]:
     found, key = {}, jax.random.key(seed)
     for inputs, outputs, count, arrays in case.adapters:
         stack = () if arrays == count else (count // arrays,)

@@ -6,7 +6,7 @@ BERT-small of 6 to 96 layers, written out one by one, and under ``nn.scan`` with
 activations. The frozen model, this library's LoRA and AdaLoRA, and LoRA by hand take turns, each
 time from empty caches; of several times the median counts. Nothing is run, and no array is made.
 The table goes to ``compile_time.md``, the numbers to ``compile_time.json`` and the picture to
-``compile_time.png`` beside this file, or to ``--out``. Takes about ten minutes on two cores.
+``compile_time.png`` beside this file, or to ``--out``. Takes half an hour on two cores.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ Compaction: in the final phase pruned triplets are products with 0. A step of th
 AdaLoRA at rank 12 of which the final mask kept a third, of the same after ``compact_train_state``,
 and of LoRA at rank 4 take turns.
 
-Averages in bfloat16: half of what the allocator keeps. Rounded to nearest they stall, as a new
-value moves an average by less than half its last bit; rounded up or down at random, in proportion,
-they are right on average, and the random bits are what it costs. Measured is the time of an update
-of the averages of a model with 7 billion parameters, and what becomes of the masks: over one and
-the same training (the demo's), which share of the triplets kept in float32 is kept.
+Averages in bfloat16: half of what the allocator keeps. Rounded to nearest they may stall, where a
+new value moves an average by less than half its last bit; rounded up or down at random, in
+proportion, they are right on average, and the random bits are what it costs. Measured is the time
+of an update of the averages of a model with 7 billion parameters, and what becomes of the masks:
+over one and the same training (the demo's), which share of the triplets kept in float32 is kept.
 
 Table and numbers go beside this file when nothing is left out, or else to ``--out``. Takes about
 five minutes on two cores.
@@ -43,7 +43,7 @@ from adalora_jax.importance import smooth_batch
 from adalora_jax.lowrank import _mixed
 
 LEVERS = ("compaction", "averages")
-KEPT = 4  # of the triplets of a matrix, on average
+KEPT = 4  # of the triplets of each matrix
 MODELS = ("bert", "llama")
 
 
@@ -94,7 +94,7 @@ def after_the_end(shape: Shape, peer: peers.Peer) -> tuple[peers.Step, peers.Ste
 def averages(rounds: int, steps: int = 200) -> tuple[dict[str, Any], str]:
     """Milliseconds of an update, and how far the masks agree with those of float32."""
     case = allocator.CASES["7b"]
-    weights, gradients = (list(allocator._adapters(case, seed).values()) for seed in range(2))
+    weights, gradients = (list(allocator.random_adapters(case, seed).values()) for seed in range(2))
     updates = {name: Update(weights, gradients, name) for name in ROUNDED}
     times = timing.in_rounds(updates, rounds)
     kept = {name: sum(a.nbytes for a in jax.tree.leaves(u.state)) for name, u in updates.items()}

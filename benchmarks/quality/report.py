@@ -54,12 +54,13 @@ def _method(study: Mapping[str, Any]) -> str:
         "and test examples, batches and adapters of its own, which all methods share. Each cell is "
         f"tuned over {study['rates']} learning rates (of 1, 2, 5, 10 …), an ablation at least over "
         "those next to AdaLoRA's best; where the best was the first or the last of them, over two "
-        "more beyond it (‡: still to come). The best is that with the best mean validation score "
-        "over the same seeds, and the test scores are at that rate. Test examples chose nothing. A "
-        "head, where there is one, trains along in all methods, at one rate, and is not counted. "
-        "Budgets are the average rank in the end; in brackets, what is trained in LoRA then, in % "
-        "of the base. The scale is 1 where nothing else is said. p: exact sign-flip test of the "
-        "paired test scores, two-sided, corrected by Holm for the comparisons in its column."
+        "more beyond it, and once more (‡: it is the first or the last of all). The best is that "
+        "with the best mean validation score over the same seeds, and the test scores are at that "
+        "rate. Test examples chose nothing. A head, where there is one, trains along in all "
+        "methods, at one rate, and is not counted. Budgets are the average rank in the end; in "
+        "brackets, what is trained in LoRA then, in % of the base. The scale is 1 where nothing "
+        "else is said. p: exact sign-flip test of the paired test scores, two-sided, corrected by "
+        "Holm for the comparisons in its column."
     )
 
 
