@@ -90,7 +90,7 @@ def test_more_learning_rates_where_the_best_was_the_last(folder, tmp_path, monke
         score = np.tile(-np.abs(np.log(rates / best)), (2, 1))
         return train.Outcome(score, 100 + score, score, score)
 
-    def lowered(task, method, rank, count):
+    def lowered(task, method, rank, count, at_once):
         class Program:
             compile = lambda self: lambda base, splits, rates: outcome(rates, method.title)
 
@@ -118,6 +118,10 @@ def test_more_learning_rates_where_the_best_was_the_last(folder, tmp_path, monke
     study._write(arguments[3], results)
     cell = study.run(*arguments, near=3)[0]["cells"]["digits/score-magnitude/1"]
     assert cell["rates"] == [0.2, 0.5, 1]
+    found = {"digits": found["digits"]._replace(budgets=(1, 2))}
+    arguments = (found, study.cells(found, ["lora"]), *arguments[2:])
+    cell = study.run(*arguments, near=3)[0]["cells"]["digits/lora/2"]
+    assert cell["rates"] == [0.005, 0.01, 0.02]
 
 
 def test_tasks_may_be_added_to_a_study_but_not_changed(tmp_path):
@@ -189,10 +193,21 @@ def test_every_method_is_a_config_of_the_library():
 def test_only_what_is_significant_is_called_better():
     scores = {"lora": range(10), "x4": [2 + n for n in range(10)], "adalora": [*range(9), 100]}
     cells = {f"digits/{name}/1": {"test of seeds": list(s)} for name, s in scores.items()}
-    about = {"measure": "accuracy", "sign": 1, "ranks": [1]}
+    about = {"measure": "accuracy", "sign": 1, "budgets": [1]}
     results = {"cells": cells, "study": {"tasks": {"digits": about}}}
     better = report.verdict(results)
     assert "| AdaLoRA, scale × 4 | **+2.0** |" in better
     assert "| AdaLoRA as in PEFT | +9.1 |" in better  # by one seed alone
     about["sign"] = -1
     assert "| AdaLoRA, scale × 4 | +2.000 *(worse)* |" in report.verdict(results)
+
+
+def test_the_picture_is_of_paired_differences_in_rising_budgets(folder):
+    scores = {"lora/qv": [1, 2, 3], "lora/1": [4, 5, 6], "x4/1": [4, 6, 8]}
+    cells = {f"digits/{key}": {"test of seeds": values} for key, values in scores.items()}
+    assert report._rising([1, "qv", 4, 2]) == ["qv", 1, 2, 4]
+    found = report._differences(cells, "digits", "x4", ["qv", 1])
+    assert found == {1: (1.0, pytest.approx(1 / 3**0.5))}
+    task = tasks.load("digits", folder, 1)
+    assert task.adapted("qv") == (1, ("query", "value"))
+    assert task.adapted(2) == (2, task.targets)

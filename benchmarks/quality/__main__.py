@@ -37,11 +37,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     option = parser.add_argument
     option("--task", nargs="+", choices=tasks.NAMES, default=list(tasks.NAMES))
     option("--method", nargs="+", choices=methods.METHODS, help="only these")
-    option("--rank", nargs="+", type=int, help="only at these budgets")
+    option("--budget", nargs="+", choices=("1", "qv", "2", "4"), help="only at these")
     option("--seeds", type=int, default=10)
     option("--rates", type=int, default=7, help="learning rates for each cell")
-    option("--near", type=int, metavar="N", help="ablations: only N rates, around AdaLoRA's best")
+    option("--near", type=int, metavar="N", help="only N, near a best (see study.run)")
     option("--beyond", type=int, default=2, metavar="N", help="N more where the best was at an end")
+    option("--at-once", type=int, metavar="N", help="runs side by side; all of them, on a CPU 2")
     option("--quick", action="store_true", help="a handful of steps, to see that it runs")
     option("--budget-seconds", type=float, default=study.FOREVER, help="begin no cell after that")
     option("--threads", type=int, help="that compile at a time; as many as there are cores")
@@ -74,8 +75,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "machine": timing.machine(),
     }
     wanted = study.cells(found, chosen.method)
-    wanted = [cell for cell in wanted if not chosen.rank or cell.rank in chosen.rank]
-    limits = chosen.budget_seconds, chosen.threads, chosen.near, chosen.beyond
+    wanted = [cell for cell in wanted if str(cell.budget) in (chosen.budget or str(cell.budget))]
+    at_once = chosen.at_once or (2 if jax.default_backend() == "cpu" else None)
+    limits = chosen.budget_seconds, chosen.threads, chosen.near, chosen.beyond, at_once
     results, failed = study.run(found, wanted, chosen.rates, path, about, *limits)
     _report(results, path)
     if failed:
@@ -96,7 +98,7 @@ def _report(results: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
 
 def _about(task: tasks.Task) -> dict[str, Any]:
     base = sum(leaf.size for leaf in jax.tree.leaves(task.base))
-    fields = ("title", "measure", "sign", "steps", "ranks", "head_rate")
+    fields = ("title", "measure", "sign", "steps", "budgets", "head_rate")
     return {**{name: getattr(task, name) for name in fields}, "base": base}
 
 

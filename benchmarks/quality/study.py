@@ -28,29 +28,29 @@ class Cell(NamedTuple):
 
     task: str
     method: str
-    rank: int
+    budget: int | str
 
     @property
     def key(self) -> str:
-        return f"{self.task}/{self.method}/{self.rank}"
+        return f"{self.task}/{self.method}/{self.budget}"
 
 
 def cells(tasks: Mapping[str, Task], names: Iterable[str] | None = None) -> list[Cell]:
-    """What there is to run, by what matters most: first every method at the smallest budget."""
+    """What there is to run, by what matters most: first every method at one budget."""
     chosen = methods.METHODS if names is None else dict.fromkeys(names)
     groups = [methods.BASELINES, methods.IMPROVEMENTS, methods.ABLATIONS]
     ordered = [name for group in groups for name in group if name in chosen]
     main = [
-        Cell(name, method, task.ranks[0])
+        Cell(name, method, task.budgets[0])
         for group in groups
         for name, task in tasks.items()
         for method in group
         if method in ordered
     ]
     others = [
-        Cell(name, method, rank)
+        Cell(name, method, budget)
         for name, task in tasks.items()
-        for rank in task.ranks[1:]
+        for budget in task.budgets[1:]
         for method in ordered
         if not methods.METHODS[method].only_main
     ]
@@ -111,6 +111,7 @@ def run(
     threads: int | None = None,
     near: int | None = None,
     beyond: int = 2,
+    at_once: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Runs the cells that are not in the file, and writes it after each of them.
 
@@ -124,9 +125,10 @@ def run(
       about: the study, which must be the same as before, and the machine.
       seconds: after so many no further cell is begun.
       threads: that compile at a time.
-      near: ablations have only so many rates, around AdaLoRA's best; others, and where AdaLoRA has
-        not run, all of them.
+      near: only so many rates, around the best at the first budget: for other budgets that of the
+        method, for ablations and options that of AdaLoRA or LoRA. All where that is not there.
       beyond: that many more where the best was the first or the last.
+      at_once: runs of a cell side by side; all of them if None.
 
     Returns:
       What is in the file then, and which cells failed.
@@ -140,9 +142,11 @@ def run(
 
     def first(cell):
         task, method = tasks[cell.task], methods.METHODS[cell.method]
-        main = known.get(cell._replace(method="adalora").key)
-        if near and main and cell.method in methods.ABLATIONS:
-            return train.around(main["rate"], near)
+        main = task.budgets[0]
+        option = cell.budget == main and cell.method not in methods.BASELINES
+        other = cell._replace(method=method.family if option else cell.method, budget=main)
+        if near and other != cell and other.key in known:
+            return train.around(known[other.key]["rate"], near)
         return train.rates(task, method, count)
 
     def more(cell):
@@ -161,11 +165,11 @@ def run(
     left = [cell for cell in wanted if cell.key not in known]
     print(f"{len(wanted)} cells, of which {len(wanted) - len(left)} are there.", file=sys.stderr)
     jobs = [(cell, first(cell)) for cell in left]
-    failed = _in_turn(tasks, jobs, keep, end, threads)
+    failed = _in_turn(tasks, jobs, keep, end, threads, at_once)
     for _ in range(2 if time.perf_counter() < end else 0):
         done = [cell for cell in wanted if cell.key in known and cell.method != "frozen"]
         jobs = [(cell, rates) for cell in done if cell.key not in failed and (rates := more(cell))]
-        failed += _in_turn(tasks, jobs, keep, end, threads)
+        failed += _in_turn(tasks, jobs, keep, end, threads, at_once)
     return results, failed
 
 
@@ -175,12 +179,16 @@ def _in_turn(
     keep: Callable[[Cell, dict[str, Any]], None],
     end: float,
     threads: int | None,
+    at_once: int | None,
 ) -> list[str]:
     """Runs cells at these learning rates, and hands over what comes of each; those that failed."""
     started = time.perf_counter()
     stop, failed = threading.Event(), []
     pool = ThreadPoolExecutor(threads or os.cpu_count())
-    programs = [pool.submit(_compile, tasks[c.task], c, len(rates), stop) for c, rates in jobs]
+    programs = [
+        pool.submit(_compile, tasks[cell.task], cell, len(rates), at_once, stop)
+        for cell, rates in jobs
+    ]
     try:
         for number, (cell, rates) in enumerate(jobs, 1):
             try:
@@ -204,13 +212,15 @@ def _in_turn(
     return failed
 
 
-def _compile(task: Task, cell: Cell, count: int, stop: threading.Event) -> tuple[Any, Any]:
+def _compile(
+    task: Task, cell: Cell, count: int, at_once: int | None, stop: threading.Event
+) -> tuple[Any, Any]:
     """The program, and the seconds that it took."""
     with _TRACING:
         if stop.is_set():
             raise CancelledError
         start = time.perf_counter()
-        lowered = train.lowered(task, methods.METHODS[cell.method], cell.rank, count)
+        lowered = train.lowered(task, methods.METHODS[cell.method], cell.budget, count, at_once)
         traced = time.perf_counter()
     program = lowered.compile()
     return program, {"trace": traced - start, "compile": time.perf_counter() - traced}

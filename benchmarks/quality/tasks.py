@@ -41,8 +41,14 @@ class Task(NamedTuple):
     head: tuple[str, ...]  # what trains beside the adapters
     head_rate: float  # its learning rate, the same for all methods
     steps: int
-    ranks: tuple[int, ...]  # budgets: average ranks in the end
+    budgets: tuple[int | str, ...]  # see :meth:`adapted`; the first is that of all methods
     rates: dict[str, int]  # of a family: where its learning rates begin, in steps from 1e-4
+
+    def adapted(self, budget: int | str) -> tuple[int, tuple[str, ...]]:
+        """The average rank in the end, and of which modules: 1 in few of them, if it is "qv"."""
+        if budget != "qv":
+            return int(budget), self.targets
+        return 1, tuple(name for name in self.targets if name.endswith(("query", "value")))
 
     def logits(self, apply: Any, rows: jax.Array) -> jax.Array:
         return apply(jnp.asarray(self.inputs)[rows])
@@ -71,7 +77,7 @@ class _Plan(NamedTuple):
     head_rate: float
     steps: int
     batch: int
-    ranks: tuple[int, ...]
+    budgets: tuple[int | str, ...]
     rates: dict[str, int]
 
 
@@ -101,7 +107,7 @@ _PLANS = {
         head_rate=1e-2,
         steps=200,
         batch=25,
-        ranks=(1, 2, 4),
+        budgets=(1, "qv", 2, 4),
         rates={"full": 0, "lora": 3, "adalora": 3},
     ),
     "prose": _Plan(
@@ -114,7 +120,7 @@ _PLANS = {
         head_rate=0.0,
         steps=200,
         batch=16,
-        ranks=(1, 2),
+        budgets=(1, "qv", 2),
         rates={"full": -2, "lora": 1, "adalora": 3},
     ),
     "docstrings": _Plan(
@@ -127,7 +133,7 @@ _PLANS = {
         head_rate=1e-2,
         steps=120,
         batch=16,
-        ranks=(1, 2, 4),
+        budgets=(1, "qv", 2, 4),
         rates={"full": -2, "lora": 2, "adalora": 2},
     ),
 }
@@ -167,7 +173,7 @@ def shortened(task: Task, steps: int) -> Task:
     """The task with fewer steps, fewer examples, and one budget: to see that it runs."""
     batches, validation, test, number = task.splits
     splits = Splits(batches[:, :steps, :8], validation[:, :50], test[:, :50], number)
-    return task._replace(splits=splits, steps=steps, ranks=task.ranks[:1])
+    return task._replace(splits=splits, steps=steps, budgets=task.budgets[:1])
 
 
 def python_of(names: Iterable[str], folder: pathlib.Path) -> str:

@@ -56,13 +56,25 @@ def beyond(tried: list[float], best: float, count: int) -> list[float]:
     return list(RATES[max(0, first - count) : first]) if best == tried[0] else []
 
 
-def lowered(task: Task, method: Method, rank: int, count: int) -> Any:
-    """The program of a cell, to be compiled and called with :func:`arguments`."""
+def lowered(
+    task: Task, method: Method, budget: int | str, count: int, at_once: int | None = None
+) -> Any:
+    """The program of a cell, to be compiled and called with :func:`arguments`.
+
+    Args:
+      at_once: so many runs side by side, or the next smaller number that divides that of all; None:
+        all. On a CPU few are faster, as what they compute stays in its cache.
+    """
 
     def program(base, splits, rates):
         seeds = len(splits.number)
+        total = seeds * count
+        size = next(n for n in range(min(at_once or total, total), 0, -1) if total % n == 0)
         each = jax.tree.map(lambda rows: jnp.repeat(rows, count, axis=0), splits)
-        outcome = all_runs(task, method, rank, base, each, jnp.tile(rates, seeds))
+        groups = jax.tree.map(
+            lambda rows: rows.reshape(-1, size, *rows.shape[1:]), (each, jnp.tile(rates, seeds))
+        )
+        outcome = jax.lax.map(lambda group: all_runs(task, method, budget, base, *group), groups)
         return jax.tree.map(lambda values: values.reshape(seeds, count), outcome)
 
     return jax.jit(program).lower(*arguments(task, rates(task, method, count)))
@@ -73,13 +85,14 @@ def arguments(task: Task, rates: list[float]) -> tuple[Any, ...]:
 
 
 def all_runs(
-    task: Task, method: Method, rank: int, base: Any, splits: Splits, rates: jax.Array
+    task: Task, method: Method, budget: int | str, base: Any, splits: Splits, rates: jax.Array
 ) -> Outcome:
     """Trains and scores; the leading axis of ``splits`` and ``rates`` is that of the runs.
 
     Loops are outside, runs inside: a loop under ``vmap`` takes longer to trace.
     """
-    config = method.adalora_config(rank, task.steps, task.targets, task.head)
+    rank, targets = task.adapted(budget)
+    config = method.adalora_config(rank, task.steps, targets, task.head)
     adapted = adalora.linen.adapt(task.module, config)
 
     def start(number):
