@@ -199,9 +199,7 @@ def picture(results: Mapping[str, Any]) -> Any:
         axes.grid(axis="y", alpha=0.3)
         if about["sign"] < 0:
             axes.invert_yaxis()  # better is up in all of them
-    figure.suptitle(
-        "Difference from LoRA with as much to train: mean ± standard error; up is better"
-    )
+    figure.suptitle("Difference from LoRA at the same budget: mean ± standard error; up is better")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
