@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     option = parser.add_argument
     option("--task", nargs="+", choices=tasks.NAMES, default=list(tasks.NAMES))
     option("--method", nargs="+", choices=methods.METHODS, help="only these")
-    option("--budget", nargs="+", choices=("1", "qv", "2", "4"), help="only at these")
+    option("--budget", nargs="+", choices=tasks.BUDGETS, help="only at these")
     option("--seeds", type=int, default=10)
     option("--rates", type=int, default=7, help="learning rates for each cell")
     option("--near", type=int, metavar="N", help="only N, near a best (see study.run)")

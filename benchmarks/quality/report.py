@@ -70,7 +70,8 @@ def _tables(name: str, about: Mapping[str, Any], cells: Cells, rates: int) -> li
     sign = about["sign"]
     found = []
     for budget in _rising(about["budgets"]):
-        share = _share(cells.get(f"{name}/lora/{budget}"), about)
+        lora = cells.get(f"{name}/lora/{budget}")
+        share = f" ({_share(lora, about)})" if lora else ""
         names = [*methods.BASELINES, *(methods.IMPROVEMENTS if budget != main else ())]
         rank = "rank 1, in queries and values alone" if budget == "qv" else f"rank {budget}"
         heading = f"Budget: {rank}{share}. Compared with LoRA:"
@@ -167,8 +168,9 @@ def _digits(sign: int) -> int:
     return 1 if sign > 0 else 3  # % or bits
 
 
-def _share(cell: Mapping[str, Any] | None, about: Mapping[str, Any]) -> str:
-    return f" ({100 * cell['parameters'] / about['base']:.2g} %)" if cell else ""
+def _share(cell: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Of the base, what is trained."""
+    return f"{100 * cell['parameters'] / about['base']:.2g} %"
 
 
 def picture(results: Mapping[str, Any]) -> Any:
@@ -189,7 +191,7 @@ def picture(results: Mapping[str, Any]) -> Any:
             title = methods.METHODS[name].title
             axes.errorbar(places, means, errors, fmt=mark, color=colour, capsize=2, label=title)
         shares = [_share(cells[f"{task}/lora/{budget}"], about) for budget in budgets]
-        axes.set_xticks(range(len(budgets)), [share.strip(" ()") for share in shares])
+        axes.set_xticks(range(len(budgets)), shares)
         axes.set_xlim(-0.6, max(len(budgets), 1) - 0.4)
         axes.set_xlabel("trained in LoRA, of the base")
         axes.set_ylabel(about["measure"])

@@ -138,6 +138,7 @@ _PLANS = {
     ),
 }
 NAMES = tuple(_PLANS)
+BUDGETS = tuple(dict.fromkeys(str(b) for plan in _PLANS.values() for b in plan.budgets))
 _AS_PLANNED = set(_Plan._fields) - {"module", "batch"}
 
 
