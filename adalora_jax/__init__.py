@@ -1,37 +1,30 @@
 """AdaLoRA for JAX: adapters ``ΔW = P Λ Q`` for any Flax model, with rank where it matters."""
 
-from importlib import import_module as _import_module
-from typing import Any as _Any
+import importlib as _importlib
+import importlib.util as _util
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from adalora_jax import linen, nnx
+from adalora_jax import linen, nnx, scores, sharding
 from adalora_jax.adapter import Adapter, delta_weight, forward, init_adapter
 from adalora_jax.allocator import (
     AdaLoraState,
     AllocatorState,
     allocate,
-    apply_masks,
+    allocator_state,
     init_state,
 )
-from adalora_jax.bank import AdapterBank, add_adapters, per_example, truncate
-from adalora_jax.budget import budget
-from adalora_jax.compaction import (
-    compact,
-    compact_masks,
-    compact_train_state,
-    merge,
-    rank_pattern,
-    ranks,
-    summary,
-    unmerge,
-)
+from adalora_jax.bank import AdapterBank, per_example
+from adalora_jax.compaction import rank_pattern, ranks, summary
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.diagnostics import AllocatorInfo, info
-from adalora_jax.importance import Evidence, combine
-from adalora_jax.orthogonality import orthogonality
+from adalora_jax.diagnostics import info
+from adalora_jax.evaluation import eval_params, masks
+from adalora_jax.layout import Layout
+from adalora_jax.merging import compact, finish, merge, unmerge
 from adalora_jax.rankspec import RankSpec
-from adalora_jax.sharding import shardings
-from adalora_jax.transform import AdaLoraOptState, adalora, allocator_state
-from adalora_jax.tree import adapters, labels
+from adalora_jax.regularizer import orthogonality
+from adalora_jax.schedule import budget
+from adalora_jax.transform import AdaLoraOptState, adalora
+from adalora_jax.tree import adapters, param_labels
 
 __version__ = "0.1.0"
 
@@ -41,49 +34,61 @@ __all__ = [
     "AdaLoraState",
     "Adapter",
     "AdapterBank",
-    "AllocatorInfo",
     "AllocatorState",
-    "Evidence",
+    "Layout",
     "RankSpec",
     "adalora",
     "adapters",
-    "add_adapters",
     "allocate",
     "allocator_state",
-    "apply_masks",
     "budget",
-    "combine",
     "compact",
-    "compact_masks",
-    "compact_train_state",
     "delta_weight",
+    "eval_params",
+    "finish",
     "forward",
     "info",
     "init_adapter",
     "init_state",
-    "labels",
     "linen",
+    "masks",
     "merge",
     "nnx",
     "orthogonality",
+    "param_labels",
     "per_example",
     "rank_pattern",
     "ranks",
-    "shardings",
+    "scores",
+    "sharding",
     "summary",
-    "truncate",
     "unmerge",
 ]
 
-# Rooms for some runs only, most with further packages, imported when they are first asked for.
-_LATER = ("checkpoint", "inits", "peft", "plot", "quantized", "qwix_models")
+# Imported when they are first asked for; most need further packages.
+_LAZY = {
+    "checkpoint": (),
+    "huggingface": (),
+    "inits": (),
+    "plot": ("matplotlib",),
+    "quantization": ("qwix", "safetensors"),
+    "qwix_models": ("qwix",),
+}
 
+if _TYPE_CHECKING:
+    from adalora_jax import checkpoint as checkpoint
+    from adalora_jax import huggingface as huggingface
+    from adalora_jax import inits as inits
+    from adalora_jax import plot as plot
+    from adalora_jax import quantization as quantization
+    from adalora_jax import qwix_models as qwix_models
+else:
 
-def __getattr__(name: str) -> _Any:
-    if name in _LATER:
-        return _import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        if name in _LAZY:
+            return _importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    def __dir__():
+        installed = lambda packages: all(_util.find_spec(package) for package in packages)
+        return sorted({*__all__, *(n for n, packages in _LAZY.items() if installed(packages))})

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from adalora_jax import compaction, tree
 from adalora_jax.config import AdaLoraConfig
 
@@ -92,9 +94,9 @@ def _find(folder: pathlib.Path) -> Found:
       ValueError, FileNotFoundError: it holds none.
     """
     if (folder / "adapter_config.json").is_file():
-        from adalora_jax import peft
+        from adalora_jax import huggingface
 
-        loaded = peft.load_pretrained(folder)
+        loaded = huggingface.load_pretrained(folder)
         return Found("adapter of PEFT", loaded.adapters, loaded.masks, loaded.config)
     from adalora_jax import checkpoint
 
@@ -118,13 +120,15 @@ def _description(folder: pathlib.Path) -> str:
         f"{found.what} in {folder}",
         f"{compaction.summary(adapters, found.masks)}",
         f"triplets: {live} of {whole} live{budget}",
-        f"config: init_r {config.init_r}, target_r {config.target_r}, scale {config.scale:.4g}",
+        f"config: init_r {config.init_r}, target_r {config.target_r}, scale {config.scaling:.4g}",
         f"size: {nbytes:,} bytes of adapters; {stored:,} bytes on disk",
     ]
     if found.step is not None:
         lines.append(f"step: {found.step} of {config.total_step}, {_phase(found.step, config)}")
-    if beside := sorted(set(found.adapters) - set(adapters)):
-        lines.append(f"trained beside them: {', '.join(beside)}")
+    leaves = jax.tree_util.tree_flatten_with_path(found.adapters, is_leaf=tree.is_adapter)[0]
+    others = [tree.leaf_name(path) for path, node in leaves if not tree.is_adapter(node)]
+    if others:
+        lines.append(f"trained beside them: {', '.join(sorted(others))}")
     return "\n".join(lines)
 
 
@@ -136,7 +140,7 @@ def _phase(step: int, config: AdaLoraConfig) -> str:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from adalora_jax import peft
+    from adalora_jax import huggingface
 
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -149,11 +153,11 @@ def _export(arguments: argparse.Namespace) -> None:
         import tqdm
 
         bar = functools.partial(tqdm.tqdm, unit="tensor", desc="merging")
-        peft.merge_pretrained(
+        huggingface.merge_pretrained(
             *(found.adapters, arguments.base, out), config=found.config, progress=bar, **common
         )
     else:
-        write = peft.save_pretrained if arguments.to == "peft" else peft.save_as_lora
+        write = huggingface.save_pretrained if arguments.to == "peft" else huggingface.save_as_lora
         about = {"base_model": arguments.base_model, "task_type": arguments.task_type}
         write(out, found.adapters, found.config, **common, **about)
     print(f"{arguments.to}: {out}")

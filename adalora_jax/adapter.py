@@ -2,40 +2,96 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from adalora_jax.config import AdaLoraConfig
+from adalora_jax.layout import Layout
 from adalora_jax.lowrank import low_rank, low_rank_plain, observed, wide
 
 _STD = 0.02  # of p and q at the start: PEFT's and loralib's
 
 
-class Adapter(NamedTuple):
-    """The increment ``ΔW = P Λ Q`` of one weight, one triplet a row.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["p", "lam", "q"],
+    meta_fields=["scale", "layout"],
+)
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The increment ``ΔW = s · P Λ Q`` of one weight, one triplet per row.
 
-    Triplet i is ``(p[i], lam[i], q[i])``, so pruning, slicing and stacking all select rows.
-    Leading axes are stacked layers; each slice is a matrix with r triplets of its own.
+    Triplet i is ``(p[i], lam[i], q[i])``, so pruning, slicing and stacking all select rows. Leading
+    axes are stacked layers; each slice is a matrix with r triplets. The dense form of the increment
+    is ``s · qᵀ diag(lam) p``, ``[..., in, out]``.
 
-    The dense form of the increment is ``s · qᵀ diag(lam) p``, ``[..., in, out]``.
+    A pytree with three leaves. The scale and the layout are static: they are part of its structure,
+    so every function that takes adapters knows their weights. Iteration, ``_asdict`` and
+    ``_replace`` work as those of a NamedTuple of the three leaves; ``_replace`` changes static
+    fields, too.
+
+    Attributes:
+      p: left singular vectors ``[..., r, out]``, the paper's P transposed.
+      lam: singular values ``[..., r]``, which are pruned.
+      q: right singular vectors ``[..., r, in]``.
+      scale: the factor s, fixed for the adapter's life, also after compaction; None where it is not
+        known, as in a mapping of arrays.
+      layout: the weight that the adapter belongs to; None for a dense ``kernel [..., in, out]``.
+
+    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)), scale=0.5)
+    >>> len(jax.tree.leaves(adapter)), jax.tree.map(jnp.zeros_like, adapter).scale
+    (3, 0.5)
     """
 
-    p: jax.Array  # [..., r, out]: left singular vectors, the paper's P transposed
-    lam: jax.Array  # [..., r]: singular values, the part that is pruned
-    q: jax.Array  # [..., r, in]: right singular vectors
+    _fields: ClassVar[tuple[str, ...]] = ("p", "lam", "q")
+
+    p: jax.Array
+    lam: jax.Array
+    q: jax.Array
+    scale: float | None = 1.0
+    layout: Layout | None = dataclasses.field(default=None, repr=False)
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter((self.p, self.lam, self.q))
+
+    def _replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+    def _asdict(self) -> dict[str, jax.Array]:
+        return dict(zip(self._fields, self))
 
 
 class Observer(Adapter):
     """An adapter that adds nothing; the gradient of its q, of any loss, is ``q Σ xᵀx``.
 
-    The sum is over all inputs x of its layer, as :func:`~adalora_jax.lowrank.observed` has it.
+    The sum is over all inputs x of its layer, see :func:`~adalora_jax.lowrank.observed`.
     """
 
-    __slots__ = ()
+
+jax.tree_util.register_dataclass(
+    Observer, data_fields=["p", "lam", "q"], meta_fields=["scale", "layout"]
+)
+
+
+def known_scale(adapter: Adapter, name: str = "adapter") -> float:
+    """Return the adapter's scale.
+
+    Raises:
+      ValueError: it is not known.
+    """
+    if adapter.scale is None:
+        raise ValueError(
+            f"the scale of {name!r} is not known, since it was given as a mapping of p, lam and q: "
+            "pass Adapter objects, as adapted.init, nnx.adapters and checkpoint.restore return "
+            "them."
+        )
+    return adapter.scale
 
 
 def init_adapter(
@@ -47,7 +103,9 @@ def init_adapter(
     rank: int | None = None,
     stack: tuple[int, ...] = (),
 ) -> Adapter:
-    """A fresh adapter, whose increment is zero with each of the built-in initial values.
+    """Return a fresh adapter, whose increment is zero with each of the built-in initial values.
+
+    It is that of a dense ``kernel [*stack, in, out]``; ``adapt`` makes those of other layers.
 
     ``init="gaussian"``: λ = 0, p and q normal with standard deviation 0.02 (PEFT, loralib).
     ``init="lambda_one"``: λ = 1, p = 0, q as before. ``init="orthonormal"``: λ = 0, p and q with
@@ -65,7 +123,7 @@ def init_adapter(
       key: a PRNG key.
       in_features, out_features: of the weight.
       config: gives the rank ``init_r``, the init and ``param_dtype``.
-      rank: another rank than ``init_r``; the scale stays ``config.scale``.
+      rank: another rank than ``init_r``; the scale stays ``config.scaling``.
       stack: leading axes, for stacked weights.
 
     Returns:
@@ -93,12 +151,14 @@ def init_adapter(
         jax.random.normal(k, shape, dtype) for k, shape in zip(jax.random.split(key, 3), shapes)
     )
     if not config.init_lora_weights:
-        return Adapter(p, lam, q)
-    if config.init == "lambda_one":
-        return Adapter(jnp.zeros_like(p), jnp.ones_like(lam), _STD * q)
-    if config.init == "orthonormal":
-        return Adapter(_orthonormal(p), jnp.zeros_like(lam), _orthonormal(q))
-    return Adapter(_STD * p, jnp.zeros_like(lam), _STD * q)
+        factors = p, lam, q
+    elif config.init == "lambda_one":
+        factors = jnp.zeros_like(p), jnp.ones_like(lam), _STD * q
+    elif config.init == "orthonormal":
+        factors = _orthonormal(p), jnp.zeros_like(lam), _orthonormal(q)
+    else:
+        factors = _STD * p, jnp.zeros_like(lam), _STD * q
+    return Adapter(*factors, scale=config.scaling)
 
 
 def _own_init(key, in_features, out_features, rank, stack, config):
@@ -113,7 +173,7 @@ def _own_init(key, in_features, out_features, rank, stack, config):
                 f"init={config.init!r} returned the shapes {shapes} for p, lam and q: they must be "
                 f"{wanted}."
             )
-        return Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves))
+        return Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves), scale=config.scaling)
 
     for _ in stack:
         one = jax.vmap(one)
@@ -146,7 +206,7 @@ def increment(
       adapter: with leading axes, x has the same ones in front.
       x: ``[*stack, ..., in]``; the dtype of the computation and of the result.
       key: for the dropout of x; without it there is none.
-      scale: s, usually ``config.scale``.
+      scale: s, usually ``adapter.scale``.
       dropout_rate: in [0, 1); static.
       forward_mode: leave the derivative to JAX, which is slower and has ``jax.jvp``.
       precision: as in ``jax.lax.dot_general``.
@@ -205,21 +265,20 @@ def forward(
     kernel: jax.Array | None = None,
     bias: jax.Array | None = None,
     *,
-    scale: chex.Numeric,
     mask: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: chex.PRNGKey | None = None,
     forward_mode: bool = False,
     precision: Any = None,
 ) -> jax.Array:
-    """The adapted layer's output, ``y = x W + b + s · ((x qᵀ) · lam) p``. Jitted.
+    """Return the adapted layer's output, ``y = x W + b + s · ((x qᵀ) · lam) p``. Jitted.
 
     Args:
-      adapter: of this layer. With leading (stack) axes, x, kernel and bias have them too.
+      adapter: of this layer, with its scale s. With leading (stack) axes, x, kernel and bias have
+        them too.
       x: ``[..., in]``.
       kernel: W, ``[in, out]``; without it only the increment is computed.
       bias: b, ``[out]``.
-      scale: s, usually ``config.scale``; may be traced.
       mask: ``[r]`` booleans; a triplet whose entry is false does not count.
       dropout_rate: of the adapter's input, in [0, 1); static.
       dropout_key: needed when ``dropout_rate > 0``; without it there is no dropout.
@@ -230,12 +289,13 @@ def forward(
       ``[..., out]``, in the dtype that ``x @ kernel`` has (that of x without a kernel).
 
     Raises:
-      ValueError: shapes do not fit, or ``dropout_rate`` is outside [0, 1).
+      ValueError: shapes do not fit, ``dropout_rate`` is outside [0, 1), or the adapter's scale is
+        not known.
 
     >>> import jax, jax.numpy as jnp
     >>> adapter = init_adapter(jax.random.key(0), 3, 4, AdaLoraConfig(total_step=10))
     >>> x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))
-    >>> bool((forward(adapter, x, kernel, scale=2.0) == x @ kernel).all())
+    >>> bool((forward(adapter, x, kernel) == x @ kernel).all())
     True
     """
     check_adapter(adapter)
@@ -255,11 +315,13 @@ def forward(
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate={dropout_rate} must be at least 0 and below 1.")
     dtype = x.dtype if kernel is None else jnp.result_type(x, kernel)
+    if not jnp.issubdtype(dtype, jnp.inexact):  # an increment is never cut to an integer
+        dtype = jnp.result_type(dtype, adapter.lam)
     if mask is not None:
         adapter = adapter._replace(lam=jnp.where(mask, adapter.lam, 0))
     y = increment(
         *(adapter, x.astype(dtype), dropout_key),
-        scale=scale,
+        scale=known_scale(adapter),
         dropout_rate=dropout_rate,
         forward_mode=forward_mode,
         precision=precision,
@@ -273,16 +335,19 @@ def forward(
     return y if bias is None else y + bias.astype(dtype).reshape(spread)
 
 
-def delta_weight(adapter: Adapter, *, scale: chex.Numeric) -> jax.Array:
-    """The dense increment ``s · qᵀ diag(lam) p``, ``[..., in, out]``, in at least float32.
+def delta_weight(adapter: Adapter) -> jax.Array:
+    """Return the dense increment ``s · qᵀ diag(lam) p``, ``[..., in, out]``, in at least float32.
+
+    Raises:
+      ValueError: the adapter's scale is not known, or its shapes do not belong together.
 
     >>> import jax.numpy as jnp
-    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.array([1.0, 2.0]), jnp.ones((2, 3)))
-    >>> delta_weight(adapter, scale=0.5)[0]
+    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.array([1.0, 2.0]), jnp.ones((2, 3)), scale=0.5)
+    >>> delta_weight(adapter)[0]
     Array([1.5, 1.5, 1.5, 1.5], dtype=float32)
     """
     check_adapter(adapter)
-    c = _scaled(adapter.lam, scale)
+    c = _scaled(adapter.lam, known_scale(adapter))
     rows = c[..., None] * adapter.p.astype(c.dtype)
     return jnp.einsum(
         "...ri,...ro->...io", adapter.q.astype(c.dtype), rows, precision=jax.lax.Precision.HIGHEST

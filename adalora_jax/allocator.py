@@ -5,48 +5,71 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from adalora_jax import tree
 from adalora_jax.adapter import Adapter
-from adalora_jax.budget import budget, cost
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.importance import Evidence, finite_batch, smooth_batch, triplet_scores
 from adalora_jax.ranking import cut, entry, in_a_row, kept
+from adalora_jax.schedule import budget, cost
+from adalora_jax.scores import ScoreInputs, finite_batch, smooth_batch, triplet_scores
 from adalora_jax.tree import PyTree
 
 
 class AllocatorState(NamedTuple):
-    """What the allocator carries from step to step; every leaf keeps its shape and dtype.
+    """State that the allocator carries from step to step; leaves keep their shapes and dtypes.
 
-    The last three fields have the containers of the adapters' tree: at each adapter's place a
-    boolean array ``[..., r]``, or an :class:`Adapter` of float32 moving averages, and None at the
-    place of anything that is not an adapter.
+    ``masks``, ``sensitivity`` and ``uncertainty`` have the containers of the adapters' tree: at
+    each adapter's place a boolean array ``[..., r]``, or an :class:`Adapter` of float32 moving
+    averages, and None at the place of anything that is not an adapter.
+
+    Attributes:
+      step: int32 scalar: number of updates so far, so the number of the next step.
+      budget: int32 scalar: allowed at the last step, in ``config.budget_unit``.
+      masks: the standing decision: True where a triplet is active.
+      sensitivity: Ī, the smoothed ``|w · g|``.
+      uncertainty: Ū, its smoothed deviation.
+      applied: boolean scalar: the last update set pruned λ to 0.
+      overridden: int32 scalar: pruned λ that were not 0 although an update had set them to 0: the
+        largest number so far. Above 0, something changes updates after this transformation.
+      penalty: float32 scalar: the orthogonality penalty, with ``config.orth_reg_in_update``.
+      config: of the run; static.
     """
 
-    step: jax.Array  # int32 scalar: updates so far, so the number of the next step
-    budget: jax.Array  # int32 scalar: allowed at the last step, in config.budget_unit
-    masks: PyTree  # the standing decision: True where a triplet lives
-    sensitivity: PyTree  # Ī
-    uncertainty: PyTree  # Ū
+    step: jax.Array
+    budget: jax.Array
+    masks: PyTree
+    sensitivity: PyTree
+    uncertainty: PyTree
+    applied: jax.Array
+    overridden: jax.Array
+    penalty: jax.Array
+    config: AdaLoraConfig
+
+
+jax.tree_util.register_static(AdaLoraConfig)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["adapters", "allocator"],
-    meta_fields=["config"],
+    jax.tree_util.register_dataclass, data_fields=["adapters", "allocator"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class AdaLoraState:
-    """Adapters, allocator state and the (static) config: all that :func:`allocate` needs."""
+    """Adapters and allocator state: all that :func:`allocate` needs.
+
+    Attributes:
+      adapters: a tree with adapters in it.
+      allocator: the state of the allocator, with the (static) config.
+    """
 
     adapters: PyTree
     allocator: AllocatorState
-    config: AdaLoraConfig
 
 
 def init_state(adapters: PyTree, config: AdaLoraConfig) -> AdaLoraState:
@@ -55,7 +78,7 @@ def init_state(adapters: PyTree, config: AdaLoraConfig) -> AdaLoraState:
     Raises:
       ValueError: there is no adapter in ``adapters``.
     """
-    return AdaLoraState(jax.tree.map(jnp.copy, adapters), init_allocator(adapters, config), config)
+    return AdaLoraState(jax.tree.map(jnp.copy, adapters), init_allocator(adapters, config))
 
 
 def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
@@ -79,10 +102,14 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     masks = tree.each(lambda adapter: jnp.ones_like(adapter.lam, bool), adapters)
     return AllocatorState(
         step=jnp.zeros((), jnp.int32),
-        budget=_budget(config, jnp.zeros((), jnp.int32), adapters),
+        budget=current_budget(config, jnp.zeros((), jnp.int32), adapters),
         masks=masks,
         sensitivity=zeros(),
         uncertainty=zeros(),
+        applied=jnp.zeros((), bool),
+        overridden=jnp.zeros((), jnp.int32),
+        penalty=jnp.zeros((), jnp.float32),
+        config=config,
     )
 
 
@@ -122,16 +149,17 @@ def allocate(state: AdaLoraState, grads: PyTree, step: chex.Numeric) -> tuple[Ad
     >>> int(masks["query"].sum())
     2
     """
-    config = state.config
     adapters = tree.canonical(state.adapters)
     gradients = matching_gradients(grads, state.adapters)
     step = jnp.asarray(step, jnp.int32)
-    allocator = update_allocator(state.allocator, adapters, gradients, step, config)
-    now = enforced(state.allocator, step, config)
+    allocator = update_allocator(state.allocator, adapters, gradients, step)
+    now = enforced(state.allocator, step)
+    done = allocator.step != state.allocator.step  # a bad gradient changes nothing
+    allocator = allocator._replace(applied=jnp.where(done, now, allocator.applied))
     columns = (tree.listed(adapters), tree.listed(allocator.masks))
     masked = tree.batched(functools.partial(_masked_batch, now), tree.alike(*columns), *columns)
     adapters = tree.insert(state.adapters, tree.filled(adapters, masked))
-    return AdaLoraState(adapters, allocator, config), allocator.masks
+    return AdaLoraState(adapters, allocator), allocator.masks
 
 
 def update_allocator(
@@ -139,7 +167,6 @@ def update_allocator(
     weights: PyTree,
     gradients: PyTree,
     step: jax.Array,
-    config: AdaLoraConfig,
 ) -> AllocatorState:
     """The allocator's next state, from adapters and gradients in canonical form.
 
@@ -147,6 +174,7 @@ def update_allocator(
     all adapters are kept, as many as b(t) pays for. Nothing changes where a gradient (or weight) is
     not finite.
     """
+    config = state.config
     given = tree.listed(weights), tree.listed(gradients)
     batches = tree.alike(*given)
     finite = [finite_batch(*tree.pick(batch, *given)) for batch in batches]
@@ -156,7 +184,10 @@ def update_allocator(
         averages = tree.listed(state.sensitivity), tree.listed(state.uncertainty)
         update = functools.partial(smooth_batch, config=config)
         pairs = tree.batched(update, batches, *given, *averages)
-        return tuple(tree.filled(weights, [pair[i] for pair in pairs]) for i in range(2))
+        return tuple(
+            tree.in_containers(part, [pair[i] for pair in pairs])
+            for i, part in enumerate((state.sensitivity, state.uncertainty))
+        )
 
     # Not jnp.where, which reads and writes all averages also when they are to stay as they are.
     sensitivity, uncertainty = jax.lax.cond(
@@ -164,29 +195,17 @@ def update_allocator(
         new_averages,
         lambda: (state.sensitivity, state.uncertainty),
     )
-    allowed = _budget(config, step, weights)
+    allowed = current_budget(config, step, weights)
 
-    def new_masks():
-        evidence = (*given, tree.listed(sensitivity), tree.listed(uncertainty))
-        scores = tree.batched(functools.partial(_scored, config=config), batches, *evidence)
-        dtype = jnp.result_type(*{score.dtype for score in scores})
-        none, before = [None] * len(scores), tree.listed(state.masks)
-        limits = _limits(config, weights, allowed) or none
-        alive = none if config.revive else before
-        costs = none if config.budget_unit == "triplets" else _costs(config, weights)
-        columns = (scores, limits, alive, costs)
-        parts = [_entered(*tree.pick(batch, *columns), dtype) for batch in batches]
-        where = cut(in_a_row([row for row, _ in parts]), allowed)
-        entries = tree.spread(batches, [entries for _, entries in parts])
-        masks = [_sharded_like(*pair) for pair in zip(kept(entries, where), before)]
-        return jax.tree.structure(state.masks).unflatten(masks)
-
+    new_masks = functools.partial(
+        best_masks, state, weights, gradients, sensitivity, uncertainty, allowed
+    )
     masks = jax.lax.cond(
         finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
     )
-    return AllocatorState(
+    return state._replace(
         step=jnp.where(finite, step + 1, state.step),
-        # Final when the mask is: compaction may leave fewer adapters to reckon with.
+        # Final when the mask is: compaction may leave fewer adapters to count.
         budget=jnp.where(finite & (state.step <= config.final_step), allowed, state.budget),
         masks=masks,
         sensitivity=sensitivity,
@@ -194,10 +213,42 @@ def update_allocator(
     )
 
 
+def best_masks(
+    state: AllocatorState,
+    weights: PyTree,
+    gradients: PyTree,
+    sensitivity: PyTree,
+    uncertainty: PyTree,
+    allowed: jax.Array,
+) -> PyTree:
+    """Return new masks: the best triplets of all adapters, as many as ``allowed`` pays for.
+
+    Args:
+      state: whose masks count where pruned triplets are not revived.
+      weights, gradients, sensitivity, uncertainty: in canonical form, for the scores.
+      allowed: the budget, in ``config.budget_unit``.
+    """
+    config = state.config
+    evidence = [tree.listed(part) for part in (weights, gradients, sensitivity, uncertainty)]
+    batches = tree.alike(*evidence[:2])
+    scores = tree.batched(functools.partial(_scored, config=config), batches, *evidence)
+    dtype = jnp.result_type(*{score.dtype for score in scores})
+    none, before = [None] * len(scores), tree.listed(state.masks)
+    limits = _limits(config, weights, allowed) or none
+    alive = none if config.revive else before
+    costs = none if config.budget_unit == "triplets" else _costs(config, weights)
+    columns = (scores, limits, alive, costs)
+    parts = [_entered(*tree.pick(batch, *columns), dtype) for batch in batches]
+    where = cut(in_a_row([row for row, _ in parts]), allowed)
+    entries = tree.spread(batches, [entries for _, entries in parts])
+    masks = [_sharded_like(*pair) for pair in zip(kept(entries, where), before)]
+    return jax.tree.structure(state.masks).unflatten(masks)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def _scored(weights, gradients, sensitivity, uncertainty, config):
     rows = zip(weights, gradients, sensitivity, uncertainty)
-    return [triplet_scores(Evidence(*row), config) for row in rows]
+    return [triplet_scores(ScoreInputs(*row), config) for row in rows]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -217,8 +268,9 @@ def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> ja
     return budgeting | ((step >= config.final_step) & (next_step <= config.final_step))
 
 
-def enforced(before: AllocatorState, step: jax.Array, config: AdaLoraConfig) -> jax.Array:
-    """Whether the masks are to be applied at ``step``; otherwise λ may grow back."""
+def enforced(before: AllocatorState, step: jax.Array) -> jax.Array:
+    """Return whether the masks are to be applied at ``step``; otherwise λ may grow back."""
+    config = before.config
     held = config.hold_mask or not config.revive
     return mask_due(config, step, before.step) | (step >= config.final_step) | held
 
@@ -226,21 +278,6 @@ def enforced(before: AllocatorState, step: jax.Array, config: AdaLoraConfig) -> 
 def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
     sharding = jax.typeof(before).sharding
     return jax.sharding.reshard(mask, sharding) if sharding.mesh.are_all_axes_explicit else mask
-
-
-def apply_masks(adapters: PyTree, masks: PyTree) -> PyTree:
-    """The adapters with λ exactly 0 wherever a mask is False: what to evaluate and export.
-
-    Args:
-      adapters: any tree with adapters in it.
-      masks: of the same containers, as in :class:`AllocatorState`.
-
-    >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
-    >>> apply_masks({"query": adapter}, {"query": jnp.array([True, False])})["query"].lam
-    Array([1., 0.], dtype=float32)
-    """
-    masked = tree.each(functools.partial(_masked, True), tree.canonical(adapters), masks)
-    return tree.insert(adapters, masked)
 
 
 def _masked(now, adapter, mask):
@@ -294,7 +331,8 @@ def _limits(
     return [(spec.min_r, spec.max_r) for spec in specs]
 
 
-def _budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> jax.Array:
+def current_budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> jax.Array:
+    """Return b(step) of these adapters, in ``config.budget_unit``."""
     costs, found = _costs(config, adapters), tree.adapters(adapters).values()
     initial = sum(c * adapter.lam.size for c, adapter in zip(costs, found))
     if initial >= 2**31:
@@ -314,3 +352,94 @@ def _one_each(config: AdaLoraConfig, adapters: PyTree) -> int:
 def _costs(config: AdaLoraConfig, adapters: PyTree) -> list[int]:
     found = tree.adapters(adapters).items()
     return [cost(config, path, a.q.shape[-1], a.p.shape[-1]) for path, a in found]
+
+
+def map_state(
+    tx: optax.GradientTransformation,
+    function: Callable[[Any, Any], Any],
+    on_mask: Callable[[str, Any], Any],
+    opt_state: PyTree,
+    rest: PyTree,
+    other: Callable[[Any], Any] = lambda leaf: leaf,
+) -> PyTree:
+    """Map over an optimizer's state by what its leaves belong to, not by their names.
+
+    Args:
+      tx: the optimizer.
+      function: of a leaf that belongs to a parameter, and of that parameter's leaf of ``rest``.
+      on_mask: of the path of an adapter and its mask.
+      opt_state: the state of ``tx``.
+      rest: a tree of the parameters' structure; its leaves are not None.
+      other: of all other leaves.
+
+    Raises:
+      ValueError: the optimizer keeps something of the parameters that is not one leaf for each.
+    """
+    is_state = lambda node: isinstance(node, AllocatorState)
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    averages = ("sensitivity", "uncertainty")
+    plain = jax.tree.map(lambda leaf: False, rest)
+
+    def whole(node):  # map_params takes trees of the parameters' structure, without None
+        if not is_state(node):
+            return node
+        return node._replace(**{n: tree.insert(plain, getattr(node, n)) for n in averages})
+
+    def adapters_only(node):
+        if not is_state(node):
+            return node
+        masks = [
+            on_mask(path, mask)
+            for path, mask in tree.leaves_with_path(originals[id(node.config)]).items()
+        ]
+        structure = jax.tree.structure(originals[id(node.config)])
+        own = {n: tree.canonical(getattr(node, n)) for n in averages}
+        return node._replace(masks=structure.unflatten(masks), **own)
+
+    originals = {id(state.config): state.masks for state in allocator_states(opt_state)}
+    mapped = lambda leaf, own: leaf if leaf is False or is_masked(leaf) else function(leaf, own)
+    others = lambda node: jax.tree.map(lambda leaf: leaf if leaf is False else other(leaf), node)
+    try:
+        state = optax.tree.map_params(
+            tx,
+            mapped,
+            jax.tree.map(whole, opt_state, is_leaf=is_state),
+            rest,
+            transform_non_params=others,
+            is_leaf=is_masked,
+        )
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            "opt_state: it is not the state that this tx has for these parameters, or the "
+            f"optimizer keeps something of them that is not one array for each ({error})."
+        ) from error
+    return jax.tree.map(adapters_only, state, is_leaf=is_state)
+
+
+def allocator_states(opt_state: PyTree) -> list[AllocatorState]:
+    """Return every :class:`AllocatorState` in any nesting of optax states."""
+    is_state = lambda node: isinstance(node, AllocatorState)
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    return [tree.bare(state) for state in found]  # nnx.Optimizer keeps every leaf in a Variable
+
+
+def allocator_state(opt_state: PyTree) -> AllocatorState:
+    """Return the :class:`AllocatorState` in any nesting of optax states, or ``nnx.Optimizer``'s.
+
+    Raises:
+      ValueError: there is none, or more than one.
+
+    >>> import jax, optax, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = optax.chain(optax.clip(1.0), adalora.adalora(optax.sgd(0.1), config))
+    >>> int(allocator_state(tx.init(adapters)).budget)
+    12
+    """
+    found = allocator_states(opt_state)
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state holds {len(found)} AllocatorStates instead of one: pass the state of an "
+            "optimizer that was wrapped by adalora(...) once."
+        )
+    return found[0]

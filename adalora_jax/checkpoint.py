@@ -16,25 +16,35 @@ from jax import tree_util
 
 from adalora_jax import __version__, tree
 from adalora_jax.adapter import Adapter, check_adapter
-from adalora_jax.allocator import AllocatorState
+from adalora_jax.allocator import AllocatorState, allocator_state
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.transform import allocator_state
+from adalora_jax.layout import Layout
 from adalora_jax.tree import PyTree, leaf_name
 
-_FORMAT = "adalora_jax/1"
+_FORMAT = "adalora_jax/2"
 _PARTS = ("adapters", "opt_state")
 _MOST_COMPRESSED = 40_000  # zstd makes nothing smaller by more than this factor, not even zeros
 
 
 class Checkpoint(NamedTuple):
-    """What :func:`restore` read."""
+    """The content of a checkpoint, as :func:`restore` read it.
+
+    Attributes:
+      adapters: what trains, as it was saved: ``{path: Adapter}`` and the parameters of
+        ``modules_to_save``, or in the containers of ``target``.
+      opt_state: the optimizer's state.
+      allocator: the allocator's state in it, with dicts by path whatever ``opt_state`` has.
+      step: of the trainer: what ``save`` was given, or the number of updates.
+      config: of the run.
+      version: of the library that saved it.
+    """
 
     adapters: PyTree
     opt_state: PyTree
-    allocator: AllocatorState  # the one in opt_state, with dicts by path whatever that holds
-    step: int  # of the trainer: what save was given, or the number of updates
+    allocator: AllocatorState
+    step: int
     config: AdaLoraConfig
-    version: str  # of the library that saved it
+    version: str
 
 
 def save(
@@ -112,6 +122,8 @@ def save_args(
         "arrays": {name: [*_spec(leaf), int(prints[name])] for name, leaf in leaves.items()},
         "keys": keys,
         "allocator": _allocator_name(opt_state),
+        "facts": _facts_of(adapters),
+        "nested": _nested_paths(adapters),
     }
     return ocp.args.Composite(
         state=ocp.args.StandardSave(arrays),  # pyright: ignore[reportCallIssue]
@@ -149,12 +161,14 @@ def restore(
     about = _about(folder)
     saved = {name: (tuple(e[0]), e[1]) for name, e in about["arrays"].items()}
     config = _config(folder, about["config"], config, for_training=bool(tx or target))
+    facts = _read_facts(folder, about)
     if target is None:
-        adapters = _adapters(_structs(_part("adapters", saved)))
+        adapters = _adapters(_structs(_part("adapters", saved)), facts, about["nested"])
         for found, adapter in tree.adapters(adapters).items():
             check_adapter(adapter, f"{found!r} in {folder}")
         opt_state = _structs(_part("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
+    _refuse_other_facts(folder, facts, target[0])
     wanted = _state(*target)
     _refuse_differences(
         f"the checkpoint {folder}", saved, {name: _spec(leaf) for name, leaf in wanted.items()}
@@ -163,7 +177,7 @@ def restore(
     prints = jax.device_get(_fingerprints(arrays))
     if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
         raise ValueError(f"{folder} is damaged: {_some(damaged)} changed since it was saved.")
-    allocator = _allocator(_part(about["allocator"], arrays))
+    allocator = _allocator(_part(about["allocator"], arrays), config, facts)
     for name, kind in about["keys"].items():
         arrays[name] = jax.random.wrap_key_data(arrays[name], impl=kind)
     filled = [
@@ -215,20 +229,96 @@ def _structs(specs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: jax.ShapeDtypeStruct(*spec) for name, spec in specs.items()}
 
 
-def _adapters(named: Mapping[str, Any]) -> dict[str, Any]:
-    """``{path: Adapter}`` from the names of leaves, and all else by its name."""
+def _adapters(
+    named: Mapping[str, Any],
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    nested: Mapping[str, list[str]] | None = None,
+) -> dict[str, Any]:
+    """Return ``{path: Adapter}``, and other leaves nested as they were, from names of leaves."""
     rest = dict(named)
     found: dict[str, Any] = {}
     for stem in [name[: -len("lam")] for name in rest if f"/{name}".endswith("/lam")]:
         names = [f"{stem}{field}" for field in Adapter._fields]
         if all(name in rest for name in names):
-            found[stem.removesuffix("/")] = Adapter(*(rest.pop(name) for name in names))
-    return found | rest
+            path = stem.removesuffix("/")
+            known = (facts or {}).get(path, {})
+            found[path] = Adapter(*(rest.pop(name) for name in names), **known)
+    for name, leaf in rest.items():
+        *parents, last = (nested or {}).get(name, [name])
+        node = found
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return found
 
 
-def _allocator(named: Mapping[str, jax.Array]) -> AllocatorState:
-    averages = (_adapters(_part(name, named)) for name in ("sensitivity", "uncertainty"))
-    return AllocatorState(named["step"], named["budget"], _part("masks", named), *averages)
+def _facts_of(adapters: PyTree) -> dict[str, Any]:
+    """Return ``{path: [scale, layout]}`` of the adapters as JSON values."""
+    return {
+        path: [adapter.scale, adapter.layout and adapter.layout.to_dict()]
+        for path, adapter in tree.adapters(adapters).items()
+    }
+
+
+def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return ``{path: {"scale": ..., "layout": ...}}`` of a checkpoint.
+
+    Raises:
+      ValueError: they are not as saved.
+    """
+    try:
+        facts = {
+            path: {"scale": scale, "layout": layout and Layout.from_dict(layout)}
+            for path, (scale, layout) in about["facts"].items()
+        }
+        nested = about["nested"].items()
+        texts = all(isinstance(n, str) and all(isinstance(p, str) for p in ps) for n, ps in nested)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        facts, texts = {"": {"scale": ""}}, False
+    is_scale = lambda s: s is None or (isinstance(s, (int, float)) and math.isfinite(s))
+    if not texts or not all(is_scale(known["scale"]) for known in facts.values()):
+        raise ValueError(f"{folder} is damaged: its description in 'adalora' is not as saved.")
+    return facts
+
+
+def _refuse_other_facts(folder: pathlib.Path, facts: Mapping[str, Any], adapters: PyTree) -> None:
+    """Raise where the adapters of a target are for other weights, or of another scale."""
+    for path, adapter in tree.adapters(adapters).items():
+        saved = facts.get(path, {"scale": None, "layout": None})
+        here = {"scale": adapter.scale, "layout": adapter.layout}
+        differing = [
+            f"{name} {saved[name]} there and {here[name]} here"
+            for name in here
+            if saved[name] != here[name] and None not in (saved[name], here[name])
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoint {folder} is of another model or config: {path!r} has "
+                f"{_some(differing)}."
+            )
+
+
+def _nested_paths(adapters: PyTree) -> dict[str, list[str]]:
+    """Return ``{name: keys}`` of the leaves outside of adapters, to nest them as they were."""
+    is_node = lambda node: tree.is_adapter(node) or tree.is_variable(node)
+    flat = tree_util.tree_flatten_with_path(adapters, is_leaf=is_node)[0]
+    keys = lambda path: [tree_util.keystr((key,), simple=True) for key in path]
+    return {leaf_name(path): keys(path) for path, node in flat if not tree.is_adapter(node)}
+
+
+def _allocator(
+    named: Mapping[str, jax.Array], config: AdaLoraConfig, facts: Mapping[str, Any]
+) -> AllocatorState:
+    averages = (_adapters(_part(name, named), facts) for name in ("sensitivity", "uncertainty"))
+    scalars = {name: named[name] for name in ("step", "budget", "applied", "overridden", "penalty")}
+    sensitivity, uncertainty = averages
+    return AllocatorState(
+        masks=_part("masks", named),
+        sensitivity=sensitivity,
+        uncertainty=uncertainty,
+        config=config,
+        **scalars,
+    )
 
 
 def _is_key(leaf: Any) -> bool:
@@ -300,7 +390,10 @@ def _about(folder: pathlib.Path) -> dict[str, Any]:
             isinstance(about["step"], int)
             and isinstance(about["config"], Mapping)
             and f"{about['allocator']}/step" in about["arrays"]
-            and f"{about['allocator']}/budget" in about["arrays"]
+            and all(
+                f"{about['allocator']}/{name}" in about["arrays"]
+                for name in ("budget", "applied", "overridden", "penalty")
+            )
             and isinstance(about["version"], str)
             and all(_is_key(_key(about["arrays"][n], kind)) for n, kind in about["keys"].items())
         )

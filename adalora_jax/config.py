@@ -92,6 +92,7 @@ prunes to target_r, so init_r must be at least 8.
     lam_lr_multiplier: float = 1.0  # of the inner optimizer's update of lam
     prox: str | Callable[..., Any] | None = None  # what lam goes through then, see adalora
     prox_weight: float = 0.0  # by how much
+    orth_reg_in_update: bool = False  # the penalty's gradient is added inside the update
     forward_mode: bool = False  # True: jvp and hessian work, but training steps are slower
     hold_mask: bool = False  # True: a pruned lam stays 0 until a later mask revives it
     revive: bool = True  # False: no later mask does, and a pruned lam stays 0 for good
@@ -199,6 +200,11 @@ prunes to target_r, so init_r must be at least 8.
             max_r=init_r if spec.max_r is None else spec.max_r,
             alpha=self.lora_alpha if spec.alpha is None else spec.alpha,
         )
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of an increment, PEFT's word for it."""
+        return self.scale
 
     @property
     def final_step(self) -> int:
@@ -354,6 +360,7 @@ _OURS = {
     "lam_lr_multiplier",
     "prox",
     "prox_weight",
+    "orth_reg_in_update",
     "forward_mode",
     "hold_mask",
     "revive",

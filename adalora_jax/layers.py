@@ -12,12 +12,21 @@ import functools
 import math
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adalora_jax.adapter import Adapter, Observer, delta_weight, increment, keys_of, seed_of
+from adalora_jax.adapter import (
+    Adapter,
+    Observer,
+    delta_weight,
+    increment,
+    keys_of,
+    known_scale,
+    seed_of,
+)
+from adalora_jax.layout import Layout
 from adalora_jax.lowrank import dropped, on_dropped, silent, wide
 
 _KINDS = {
@@ -37,58 +46,7 @@ SUPPORTED = (
 )
 
 
-class Layer(NamedTuple):
-    """One adaptable layer: its kind, and the axes of its weight by what they are for.
-
-    The axes count within the layer's own weight, without those a lifted transform stacks on it.
-    """
-
-    kind: str  # "dense", "general", "einsum", "embed", "conv" or "weight"
-    weight: str  # the name of the parameter
-    stack: tuple[int, ...]  # axes that index separate matrices
-    ins: tuple[int, ...]  # axes the layer sums over
-    outs: tuple[int, ...]  # axes that appear in its output
-
-    def matrix(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
-        """``(stack, in, out)`` of a weight of this shape; leading axes beyond ours are stacked too.
-
-        >>> Layer("dense", "kernel", (), (0,), (1,)).matrix((12, 64, 256))
-        ((12,), 64, 256)
-        """
-        lifted, own = self._split(shape)
-        size = lambda axes: math.prod(own[axis] for axis in axes)
-        return (*lifted, *(own[axis] for axis in self.stack)), size(self.ins), size(self.outs)
-
-    def to_weight(self, delta: jax.Array, shape: Sequence[int]) -> jax.Array:
-        """``delta [*stack, in, out]`` with the axes of a weight of this shape.
-
-        >>> layer = Layer("conv", "kernel", (), (0, 1), (2,))
-        >>> layer.to_weight(jnp.zeros((6, 4)), (3, 2, 4)).shape
-        (3, 2, 4)
-        """
-        lifted, own = self._split(shape)
-        order = (*self.stack, *self.ins, *self.outs)
-        delta = delta.reshape(*lifted, *(own[axis] for axis in order))
-        back = [len(lifted) + order.index(axis) for axis in range(len(own))]
-        return delta.transpose(*range(len(lifted)), *back)
-
-    def to_matrix(self, weight: jax.Array) -> jax.Array:
-        """A weight as ``[*stack, in, out]``, the reverse of :meth:`to_weight`.
-
-        >>> Layer("conv", "kernel", (), (0, 1), (2,)).to_matrix(jnp.zeros((3, 2, 4))).shape
-        (6, 4)
-        """
-        stack, *sizes = self.matrix(weight.shape)
-        lifted = weight.ndim - len(self.stack) - len(self.ins) - len(self.outs)
-        order = [lifted + axis for axis in (*self.stack, *self.ins, *self.outs)]
-        return weight.transpose(*range(lifted), *order).reshape(*stack, *sizes)
-
-    def _split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        own = len(self.stack) + len(self.ins) + len(self.outs)
-        return tuple(shape[: len(shape) - own]), tuple(shape[len(shape) - own :])
-
-
-def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = None) -> Layer | None:
+def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = None) -> Layout | None:
     """The layer that ``module`` is, or None for a module that cannot be adapted.
 
     Args:
@@ -99,33 +57,35 @@ def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = Non
 
     >>> from flax import linen
     >>> layer_of(linen.DenseGeneral((2, 3), axis=(-2, -1)), {"kernel": 4})
-    Layer(kind='general', weight='kernel', stack=(), ins=(0, 1), outs=(2, 3))
+    Layout(weight='kernel', ins=(0, 1), outs=(2, 3), stack=(), kind='general', shape=None, note='')
     """
     kind = _kind(module)
     if kind in ("dense", "weight"):
-        return Layer(kind, "kernel", (), (0,), (1,))
+        return Layout("kernel", kind=kind)
     if kind == "embed":
-        return Layer(kind, "embedding", (), (0,), (1,))
+        return Layout("embedding", kind=kind)
     if kind == "general":
         batch, axis, features = _general(module)
         ends = len(batch), len(batch) + len(axis), len(batch) + len(axis) + len(features)
-        return Layer(kind, "kernel", *(tuple(range(*e)) for e in zip((0, *ends), ends)))
+        stack, ins, outs = (tuple(range(*e)) for e in zip((0, *ends), ends))
+        return Layout("kernel", ins, outs, stack, kind)
     if kind == "conv":
         if getattr(module, "mask", None) is not None:
             return None
         n = 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
         ends = (n + 1, n) if getattr(module, "transpose_kernel", False) else (n, n + 1)
-        return Layer(kind, "kernel", (), (*range(n), ends[0]), (ends[1],))
+        return Layout("kernel", (*range(n), ends[0]), (ends[1],), kind=kind)
     equation = equation or _equation(module)
     axes = _einsum_axes(equation) if equation else None
     most = max(weights.values(), default=0)
     named = [name for name, n in weights.items() if n == most]  # a bias has fewer
     if axes is None or len(named) != 1 or most < sum(map(len, axes)):
         return None
-    return Layer("einsum", named[0], *axes)
+    stack, ins, outs = axes
+    return Layout(named[0], ins, outs, stack, "einsum")
 
 
-def known(layer: Layer | None, module: Any) -> Layer:
+def known(layer: Layout | None, module: Any) -> Layout:
     """The layer of a module that has an adapter.
 
     Raises:
@@ -139,7 +99,7 @@ def known(layer: Layer | None, module: Any) -> Layer:
     return layer
 
 
-def check_fit(layer: Layer, adapter: Adapter, shape: Sequence[int], path: str) -> None:
+def check_fit(layer: Layout, adapter: Adapter, shape: Sequence[int], path: str) -> None:
     """Refuses an adapter made for another weight.
 
     Raises:
@@ -147,29 +107,57 @@ def check_fit(layer: Layer, adapter: Adapter, shape: Sequence[int], path: str) -
     """
     stack, in_features, out_features = layer.matrix(shape)
     have = (adapter.lam.shape[:-1], adapter.q.shape[-1], adapter.p.shape[-1])
-    if have != (stack, in_features, out_features):
+    if len(shape) < layer.ndim or have != (stack, in_features, out_features):
         raise ValueError(
             f"the adapter of {path!r} is for {list(have[0])} matrices of {have[1]} x {have[2]}, "
             f"but the weight {layer.weight!r} of shape {tuple(shape)} reads as {list(stack)} of "
             f"{in_features} x {out_features}: make the adapters for this model."
         )
+    made_for = adapter.layout
+    if made_for is None:
+        return
+    if made_for.kind == "unknown" and layer.kind == "conv":
+        raise ValueError(
+            f"the adapter of {path!r} was read from a file that does not say in which order the "
+            "inputs of a convolution are: read it with like=adapters of this model."
+        )
+    if made_for.kind != "unknown" and not made_for.same_axes(layer):
+        raise ValueError(
+            f"the adapter of {path!r} is for a weight with the axes stack={made_for.stack}, "
+            f"in={made_for.ins}, out={made_for.outs}, but {layer.weight!r} has stack={layer.stack},"
+            f" in={layer.ins}, out={layer.outs}: make the adapters for this model."
+        )
 
 
-def weight_increment(
-    layer: Layer, adapter: Adapter, shape: Sequence[int], scale: float | jax.Array
-) -> jax.Array:
-    """The dense increment of a weight of this shape, in at least float32.
+def weight_increment(layer: Layout, adapter: Adapter, shape: Sequence[int]) -> jax.Array:
+    """Return the dense increment of a weight of this shape, in at least float32.
 
-    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 6)))
-    >>> layer = Layer("conv", "kernel", (), (0, 1), (2,))
-    >>> weight_increment(layer, adapter, (3, 2, 4), 0.5).shape
+    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 6)), scale=0.5)
+    >>> layer = Layout("kernel", (0, 1), (2,), kind="conv")
+    >>> weight_increment(layer, adapter, (3, 2, 4)).shape
     (3, 2, 4)
     """
-    return layer.to_weight(delta_weight(adapter, scale=scale), shape)
+    return layer.to_weight(delta_weight(adapter), shape)
+
+
+def merged_weight(
+    path: str, weight: jax.Array, adapter: Adapter, layer: Layout, *, sign: int = 1, safe: bool
+) -> jax.Array:
+    """Return ``W + ΔW`` (or with ``sign=-1`` ``W − ΔW``), rounded once to the weight's dtype.
+
+    Raises:
+      ValueError: the layer does not use its weight as it is stored, the adapter is for another
+        weight, or with ``safe`` the result is not finite.
+    """
+    check_fit(layer, adapter, weight.shape, path)
+    if note := layer.note or (adapter.layout.note if adapter.layout else ""):
+        raise ValueError(f"the increment of {path!r} cannot be merged: {note}.")
+    merged = add_increment(weight, sign * weight_increment(layer, adapter, weight.shape))
+    return finite(merged, path) if safe else merged
 
 
 def lora_pair(
-    layer: Layer, module: Any, adapter: Adapter, shape: Sequence[int], scale: float | jax.Array
+    layer: Layout, module: Any, adapter: Adapter, shape: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
     """The increment of a weight as a LoRA in Qwix's layout: ``ΔW = A B``, with s and λ in B.
 
@@ -180,9 +168,9 @@ def lora_pair(
     Raises:
       ValueError: an embedding, a convolution, or matrices that see an input each.
 
-    >>> kv = Layer("einsum", "w", (0,), (2,), (1, 3))  # BSD,CKDH->CBSKH
+    >>> kv = Layout("w", (2,), (1, 3), (0,), "einsum")  # BSD,CKDH->CBSKH
     >>> adapter = Adapter(jnp.ones((2, 4, 15)), jnp.ones((2, 4)), jnp.ones((2, 4, 6)))
-    >>> a, b = lora_pair(kv, None, adapter, (2, 3, 6, 5), 1.0)
+    >>> a, b = lora_pair(kv, None, adapter, (2, 3, 6, 5))
     >>> a.shape, b.shape
     ((6, 8), (8, 2, 3, 5))
     """
@@ -198,7 +186,8 @@ def lora_pair(
     sizes = lambda axes: [own[axis] for axis in axes]
     n, rank = math.prod(sizes(layer.stack)), adapter.lam.shape[-1]
     dtype = wide(adapter.p.dtype)
-    c = (adapter.lam.astype(dtype) * jnp.asarray(scale, dtype)).reshape(n, rank, 1)
+    scale = jnp.asarray(known_scale(adapter), dtype)
+    c = (adapter.lam.astype(dtype) * scale).reshape(n, rank, 1)
     p = (adapter.p.astype(dtype).reshape(n, rank, -1) * c).astype(adapter.p.dtype)
     a, b = (
         adapter.q.reshape(n * rank, -1).T,
@@ -237,12 +226,11 @@ def finite(weight: jax.Array, path: str) -> jax.Array:
 
 
 def term(
-    layer: Layer,
+    layer: Layout,
     module: Any,
     adapter: Adapter,
     x: jax.Array,
     shape: Sequence[int],
-    scale: float | jax.Array,
     dtype: Any,
     *,
     key: jax.Array | None = None,
@@ -260,7 +248,6 @@ def term(
       adapter: with the layer's own stack axes in front.
       x: the layer's input; token ids for an embedding.
       shape: of the layer's own weight.
-      scale: s of the increment.
       dtype: of the layer's output; the computation's dtype.
       key: for the dropout of x; without it there is none. Embeddings have none at all.
       dropout_rate: in [0, 1).
@@ -274,17 +261,20 @@ def term(
     """
     precision = getattr(module, "precision", None)
     # NumPy arrays would pass through vmap as they are, which custom derivatives do not take.
-    adapter, x = type(adapter)(*map(jnp.asarray, adapter)), jnp.asarray(x)
-    scale = scale * _weight_scale(layer, module)
+    adapter, x = jax.tree.map(jnp.asarray, adapter), jnp.asarray(x)
+    scale = known_scale(adapter, getattr(module, "name", None) or type(module).__name__)
+    scale = scale * weight_scale(layer, module)
     how = {"scale": scale, "forward_mode": forward_mode, "precision": precision}
     if layer.kind == "embed":
         if attend:  # the transposed increment swaps the two factors
-            turned = Adapter(p=adapter.q, lam=adapter.lam, q=adapter.p)
+            turned = adapter._replace(p=adapter.q, q=adapter.p)
             return increment(turned, x.astype(dtype), **how)
         return _lookup(adapter, x, scale, dtype)
     x, how = x.astype(dtype), {**how, "dropout_rate": dropout_rate}
     if layer.kind == "dense":
-        return increment(adapter, x, key, **how)
+        lead = x.shape[: x.ndim - len(layer.ins)]  # several axes where a user's layout says so
+        y = increment(adapter, x.reshape(*lead, -1), key, **how)
+        return y.reshape(*lead, *(shape[axis] for axis in layer.outs))
     if layer.kind == "conv":
         kernel, features = _conv_kernel(layer, module, adapter, shape, dtype)
         product = lambda x, kernel: convolve(module, x, kernel, features)
@@ -304,7 +294,8 @@ def term(
 def _contraction(layer, labels, adapter, x, key, shape, how):
     """The term of ``y = einsum(x, W)``: x as ``[stack, free, in]``, low-rank, and back."""
     xs, ws, ys = labels
-    stack, ins, outs = ("".join(ws[axis] for axis in axes) for axes in layer[2:])
+    axes = (layer.stack, layer.ins, layer.outs)
+    stack, ins, outs = ("".join(ws[axis] for axis in axes) for axes in axes)
     free = [a for a in xs if a not in stack and a not in ins]
     size = dict(zip(xs, x.shape)) | dict(zip(ws, shape))
     x = x.transpose([xs.index(a) for a in (*(a for a in stack if a in xs), *free, *ins)])
@@ -368,7 +359,7 @@ def _equation(module: Any) -> str | None:
     return None
 
 
-def _weight_scale(layer: Layer, module: Any) -> float:
+def weight_scale(layer: Layout, module: Any) -> float:
     """What an einsum module of a model zoo multiplies its weight by before it uses it.
 
     Gemma's hold it as ``w_scale``. An increment of W is then one of ``w_scale · W``, whether it is

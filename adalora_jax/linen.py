@@ -20,30 +20,42 @@ from flax.core import unfreeze
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import NamedSharding
 
-from adalora_jax import compaction, layers, sharding, targets, tree
-from adalora_jax.adapter import Adapter
+from adalora_jax import layers, sharding, targets, tree
+from adalora_jax.adapter import Adapter, known_scale
 from adalora_jax.config import AdaLoraConfig
+from adalora_jax.layout import Layout, declared
 from adalora_jax.linen_layers import (
     METHODS,
     apart,
     candidates,
+    check_variables,
+    in_base_dtype,
     input_of,
     layer_of,
     own_shape,
     unboxed,
     whole,
 )
+from adalora_jax.lowrank import wide
 
 _FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedModule:
-    """A linen module and the config by which it is adapted; see :func:`adapt`."""
+    """A linen module and the config by which it is adapted; see :func:`adapt`.
+
+    Attributes:
+      module: the model, unbound.
+      config: targets, ranks and scale.
+      rules: shardings of adapters, where they are not derived from the base's.
+      layers: layouts of layers that are not Flax's, by class.
+    """
 
     module: nn.Module
     config: AdaLoraConfig
     rules: sharding.Rules | None = dataclasses.field(default=None, hash=False)
+    layers: Mapping[type, Layout] | None = dataclasses.field(default=None, hash=False)
 
     def init(
         self, key: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -71,13 +83,13 @@ class AdaptedModule:
         fresh = targets.init_all(
             key, chosen, self.config, at and {path: at[path] for path in chosen}
         )
-        params, kept = unboxed(variables), {}
+        params, saved = unboxed(variables), {}
         for root in self._saved_roots(params):
             node = tree.at(params, root.split("/"))
             node = jax.tree.map(_trainable_copy, node, is_leaf=tree.is_packed)
             move = at and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(node))
-            kept[root] = sharding.placed(lambda node: node, at[root], node) if move else node
-        return {**fresh, **kept}
+            saved[root] = sharding.placed(lambda node: node, at[root], node) if move else node
+        return {**fresh, **saved}
 
     def specs(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The PartitionSpecs of what :meth:`init` makes, derived from where the base lies.
@@ -92,7 +104,9 @@ class AdaptedModule:
         Returns:
           ``{path: Adapter of PartitionSpecs}``, and trees of them for ``modules_to_save``.
         """
-        return self._specs(variables, self._targets(variables, *args, **kwargs))
+        chosen = self._targets(variables, *args, **kwargs)
+        specs, known = self._specs(variables, chosen), targets.facts(chosen, self.config)
+        return specs | {path: specs[path]._replace(**known[path]) for path in chosen}
 
     def _specs(self, variables, chosen):
         where, saved = placement(variables), {}
@@ -135,7 +149,7 @@ class AdaptedModule:
           ValueError: an adapter belongs to no layer of this model, or to one of another shape.
         """
         joined, sharing = self._join(variables, adapters)
-        with nn.intercept_methods(_adding(sharing)):
+        with nn.intercept_methods(_adding(sharing, self.layers)):
             result = self.module.apply(joined, *args, mutable=mutable, **kwargs)
         if mutable is False:
             return result
@@ -148,43 +162,27 @@ class AdaptedModule:
         """The table of what :meth:`init` would make, before anything is allocated."""
         return targets.describe(self._targets(variables, *args, **kwargs), self.config)
 
-    def merge(
-        self,
-        variables: Mapping[str, Any],
-        adapters: Mapping[str, Any],
-        *args: Any,
-        safe: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """:func:`adalora_jax.merge` for any kind of layer, read off a trace of the model.
-
-        Args:
-          variables, adapters: as in :meth:`apply`.
-          *args, **kwargs: what the model is called with.
-          safe: refuse a result that is not finite.
-        """
-        layers = self._layers(variables, *args, **kwargs)
-        return compaction.merge(variables, adapters, self.config, layers=layers, safe=safe)
-
-    def unmerge(
-        self, variables: Mapping[str, Any], adapters: Mapping[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """:func:`adalora_jax.unmerge` for any kind of layer."""
-        layers = self._layers(variables, *args, **kwargs)
-        return compaction.unmerge(variables, adapters, self.config, layers=layers)
-
-    def _layers(self, variables, *args, **kwargs) -> dict[str, layers.Layer]:
-        found = candidates(self.module, variables, args, kwargs)
-        return {path: c.layer for path, c in found.items() if c.layer is not None}
-
     def _targets(self, variables, *args, **kwargs) -> dict[str, targets.Target]:
-        return targets.select(candidates(self.module, variables, args, kwargs), self.config)
+        return targets.select(self.candidates(variables, *args, **kwargs), self.config)
+
+    def candidates(
+        self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, targets.Candidate]:
+        """Return all modules that the model calls, by path, see :func:`linen_layers.candidates`."""
+        check_variables(variables)
+        return candidates(self.module, variables, args, kwargs, self.layers)
 
     def _join(self, variables, adapters):
         """The variables with each adapter, and each saved module, in its place in ``params``.
 
         And the paths of the modules that share their scope, and so its adapters, with others.
         """
+        check_variables(variables)
+        if not isinstance(adapters, Mapping):
+            raise TypeError(
+                f"adapters is a {type(adapters).__name__}: it must be the dict that init returned; "
+                "arguments are (variables, adapters, *inputs)."
+            )
         variables = whole(variables)
         params = unfreeze(variables["params"])
         sharing: set[tuple[str, ...]] = set()
@@ -198,7 +196,7 @@ class AdaptedModule:
                     "model."
                 )
             if not tree.is_adapter(node):
-                tree.at(params, parts[:-1])[parts[-1]] = node
+                tree.at(params, parts[:-1])[parts[-1]] = in_base_dtype(node, there, path)
                 continue
             held = _Held.of(node, self.config, path)
             if isinstance(there, dict):
@@ -210,7 +208,11 @@ class AdaptedModule:
 
 
 def adapt(
-    model: nn.Module, config: AdaLoraConfig, *, rules: sharding.Rules | None = None
+    model: nn.Module,
+    config: AdaLoraConfig,
+    *,
+    rules: sharding.Rules | None = None,
+    layers: Mapping[type, Layout] | None = None,
 ) -> AdaptedModule:
     """Gives a linen model AdaLoRA adapters without changing its code, class or parameters.
 
@@ -224,6 +226,8 @@ def adapt(
       rules: where adapters are to lie on a mesh, if not as :meth:`AdaptedModule.specs` derives it:
         ``{pattern: Adapter of PartitionSpecs}`` or a function, see
         :func:`adalora_jax.sharding.derive`.
+      layers: ``{class: Layout}`` of layers that are not Flax's: each must compute
+        ``y = x W + b`` over the last axes of x with the weight that its layout names.
 
     Raises:
       TypeError: ``model`` is no linen module, or ``config`` no :class:`AdaLoraConfig`.
@@ -243,7 +247,7 @@ def adapt(
         )
     if not isinstance(config, AdaLoraConfig):
         raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
-    return AdaptedModule(model, config, rules)
+    return AdaptedModule(model, config, rules, declared(layers))
 
 
 def describe(
@@ -327,14 +331,14 @@ class _Held:
     """
 
     adapter: Adapter
-    scale: float = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
     forward_mode: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, node: Any, config: AdaLoraConfig, path: str) -> _Held:
-        adapter = node if isinstance(node, Adapter) else Adapter(**node)
-        return cls(adapter, config.scale_of(path), config.lora_dropout, config.forward_mode)
+        adapter = node if isinstance(node, Adapter) else tree.adapters(node)[""]
+        known_scale(adapter, path)
+        return cls(adapter, config.lora_dropout, config.forward_mode)
 
 
 def _of_weight(name: str) -> str:
@@ -342,7 +346,7 @@ def _of_weight(name: str) -> str:
     return f"{tree.HOLDER}_{name}"
 
 
-def _adding(sharing: set[tuple[str, ...]]) -> Callable:
+def _adding(sharing: set[tuple[str, ...]], declared: Mapping[type, Layout] | None) -> Callable:
     """The interceptor that adds the adapters' terms; one for each run of the model."""
     frames: list[_Frame] = []
 
@@ -358,41 +362,47 @@ def _adding(sharing: set[tuple[str, ...]]) -> Callable:
         finally:
             frames.pop()
         # Where a subclass's method calls the layer's own, the term belongs to the inner call.
-        held = _held(context, args, kwargs, sharing)
+        held = _held(context, args, kwargs, sharing, declared)
         if held is None or frame.name in frame.inner:
             return output
         for outer in frames:
             outer.inner.add(frame.name)
-        return _add(held, context, args, kwargs, output, off)
+        return _add(held, context, args, kwargs, output, off, declared)
 
     return intercept
 
 
-def _held(context: Any, args: tuple, kwargs: dict, sharing: set[tuple[str, ...]]) -> _Held | None:
+def _held(
+    context: Any,
+    args: tuple,
+    kwargs: dict,
+    sharing: set[tuple[str, ...]],
+    declared: Mapping[type, Layout] | None,
+) -> _Held | None:
     """The adapter of the layer that was called, if it was one that has an adapter."""
     module = context.module
     if context.method_name not in METHODS or module.scope is None:
         return None
     name = tree.HOLDER
     if module.path in sharing:
-        layer = layer_of(module, input_of(args, kwargs)[1])
+        layer = layer_of(module, input_of(args, kwargs)[1], declared)
         name = _of_weight(layer.weight) if layer else name
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
-def _add(held, context, args, kwargs, output, dropout_off):
+def _add(held, context, args, kwargs, output, dropout_off, declared):
     """The output of a layer with its adapter's term added."""
     module, (x, equation) = context.module, input_of(args, kwargs)
-    layer = layers.known(layer_of(module, equation), module)
+    layer = layers.known(layer_of(module, equation, declared), module)
     shape = own_shape(module, layer)
     layers.check_fit(layer, held.adapter, shape, "/".join(module.path))
     if layer.kind == "weight":  # the module's output is its weight
-        delta = layers.weight_increment(layer, held.adapter, shape, held.scale)
+        delta = layers.weight_increment(layer, held.adapter, shape)
         return output[0] + delta.astype(output[0].dtype), *output[1:]
     dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
     dropping = dropping and module.has_rng("dropout")
     return output + layers.term(
-        *(layer, module, held.adapter, x, shape, held.scale, output.dtype),
+        *(layer, module, held.adapter, x, shape, output.dtype),
         key=module.make_rng("dropout") if dropping else None,
         dropout_rate=held.dropout,
         forward_mode=held.forward_mode,
@@ -424,9 +434,15 @@ def _dropout_off(module, method, args, kwargs) -> bool | None:
 
 
 def _trainable_copy(leaf: Any) -> Any:
+    """Return a copy in at least float32: smaller steps than a bfloat16 holds would be lost."""
     if tree.is_packed(leaf):
-        return leaf.dequantize()
-    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+        leaf = leaf.dequantize()
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+    dtype = wide(leaf.dtype)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    return jnp.array(leaf, dtype)
 
 
 def _strip(params: Any) -> Any:

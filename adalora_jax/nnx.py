@@ -8,17 +8,18 @@ variables and ``isinstance`` stay what they were.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adalora_jax import compaction, layers, sharding, targets, tree
+from adalora_jax import evaluation, sharding, targets, tree
+from adalora_jax import layers as kinds
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
+from adalora_jax.layout import Layout, declared
 from adalora_jax.nnx_layers import (
-    PLACED,
     Adaptation,
     Adapted,
     AdapterParam,
@@ -29,19 +30,23 @@ from adalora_jax.nnx_layers import (
     is_weight,
     layer_of,
     modules,
-    own_axes,
+    rewritten,
     stored,
+    unreached,
 )
+
+_Model = TypeVar("_Model", bound=nnx.Module)
 
 
 def adapt(
-    model: nnx.Module,
+    model: _Model,
     config: AdaLoraConfig,
     rngs: nnx.Rngs | jax.Array | int = 0,
     *,
     rules: sharding.Rules | None = None,
-) -> Any:
-    """A copy of ``model`` with AdaLoRA adapters in the layers that ``config`` selects.
+    layers: Mapping[type, Layout] | None = None,
+) -> _Model:
+    """Return a copy of ``model`` with AdaLoRA adapters in the layers that ``config`` selects.
 
     The copy shares the base's arrays and leaves ``model`` as it is. The adapters' variables are
     :class:`AdapterParam`, a subclass of ``nnx.LoRAParam``, and so are those of
@@ -57,6 +62,8 @@ def adapt(
       rules: where adapters are to lie on a mesh, see :func:`adalora_jax.sharding.derive`. By
         default as the base's arrays do, or as its ``out_sharding`` metadata says, which an
         adapter's variables have then, too.
+      layers: ``{class: Layout}`` of layers that are not Flax's: each must compute
+        ``y = x W + b`` over the last axes of x with the weight that its layout names.
 
     Returns:
       A module of the same class as ``model``, or of a subclass where ``model`` is itself adapted.
@@ -78,7 +85,8 @@ def adapt(
     >>> bool((adapted(x) == model(x)).all()), isinstance(adapted.query, nnx.Linear)
     (True, True)
     """
-    chosen, tied = _chosen(model, config)
+    layers = declared(layers)
+    chosen, tied = _chosen(model, config, layers)
     if not isinstance(rngs, nnx.Rngs):
         rngs = nnx.Rngs(rngs)
     adapted = nnx.clone(model)
@@ -86,19 +94,21 @@ def adapt(
     weights = {p: stored(getattr(by_path[p], t.layer.weight)) for p, t in chosen.items()}
     where = {p: (t.layer, t.shape, placement(weights[p])) for p, t in chosen.items()}
     specs = sharding.derive(where, rules)
-    fresh = targets.init_all(rngs.params(), chosen, config, sharding.on_mesh(specs, where))
+    at = sharding.on_mesh(specs, [place for _, _, place in where.values()])
+    fresh = targets.init_all(rngs.params(), chosen, config, at)
     for path, target in chosen.items():
         module = by_path[path]
-        stack = target.layer.matrix(target.shape)[0][: len(target.shape) - own_axes(target.layer)]
+        stack = target.layer.matrix(target.shape)[0][: len(target.shape) - target.layer.ndim]
         dropout = _dropout(config, rngs, stack)
-        module.adalora = Adaptation(
-            fresh[path], config.scale_of(path), dropout, config.forward_mode
-        )
+        foreign = bool(layers) and type(module) in layers
+        module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, foreign)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
-        module.__class__ = adapted_class(type(module))
+        module.__class__ = adapted_class(type(module), foreign)
     for path, owner in tied.items():
-        by_path[path].adalora = by_path[owner].adalora
-        by_path[path].__class__ = adapted_class(type(by_path[path]))
+        module = by_path[path]
+        module.adalora = by_path[owner].adalora
+        foreign = bool(layers) and type(module) in layers
+        module.__class__ = adapted_class(type(module), foreign)
     _save(adapted, config)
     return adapted
 
@@ -137,8 +147,10 @@ def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
     return targets.resolve(_candidates(model, config), config)
 
 
-def adapters(model: nnx.Module) -> dict[str, Adapter]:
-    """``{path: Adapter}``: what checkpoints, merging and export work on, as from linen.
+def adapters(model: nnx.Module) -> dict[str, Any]:
+    """Return ``{path: Adapter}`` and the parameters of ``modules_to_save``, as linen's ``init``.
+
+    Checkpoints, banks and exports work on them; each adapter knows its scale and its weight.
 
     >>> adapted = adapt(
     ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
@@ -147,15 +159,29 @@ def adapters(model: nnx.Module) -> dict[str, Adapter]:
     >>> adapters(adapted)["layers/0"].p.shape
     (12, 4)
     """
-    return tree.adapters(nnx.state(model, AdapterParam))
+    found: dict[str, Any] = dict(tree.adapters(nnx.state(model, AdapterParam)))
+    saved: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, SavedParam)):
+        name = "/".join(map(str, path))
+        root = variable.get_metadata()["root"]
+        parts = name.removeprefix(root).strip("/").split("/") if name != root else []
+        _put(saved, [root, *parts], variable.get_raw_value())
+    return found | saved
 
 
-def set_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> None:
-    """Puts other values into the adapters of ``model``, in place.
+def _put(nested: dict[str, Any], parts: list[str], leaf: Any) -> None:
+    for part in parts[:-1]:
+        nested = nested.setdefault(part, {})
+    nested[parts[-1]] = leaf
+
+
+def set_adapters(model: nnx.Module, new: Mapping[str, Any]) -> None:
+    """Put other values into the adapters of ``model``, and what trained along, in place.
 
     Args:
       model: as :func:`adapt` made it.
-      new: ``{path: Adapter}`` for all of its adapters.
+      new: as :func:`adapters` returns them: all of the model's paths, of its shapes. Scales are
+        those of ``new``.
 
     Raises:
       ValueError: paths or shapes are not those of the model.
@@ -169,35 +195,68 @@ def set_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> None:
     >>> float(adapted.layers[0].adalora.lam[0])
     1.0
     """
-    have = adapters(model)
-    shapes = lambda found: {path: [leaf.shape for leaf in a] for path, a in found.items()}
-    if shapes(have) != shapes(new):
-        differing = sorted(
-            path for path in {*have, *new} if shapes(have).get(path) != shapes(new).get(path)
-        )
+    existing = adapters(model)
+    if differing := sorted(
+        path for path in {*existing, *new} if _shapes(existing.get(path)) != _shapes(new.get(path))
+    ):
         raise ValueError(
             f"the new adapters do not fit the model at {', '.join(differing[:8])}: they need the "
-            "model's paths and shapes."
+            "model's paths and shapes, and the parameters of modules_to_save where it has some; "
+            "with_adapters takes others."
         )
+    _check_layouts(existing, new)
     for path, module in modules(model):
         if isinstance(module, Adaptation):
-            values = new[path.rpartition("/")[0] if "/" in path else ""]
-            for name, value in zip(Adapter._fields, values):
+            adapter = new[path.rpartition("/")[0] if "/" in path else ""]
+            for name, value in zip(Adapter._fields, adapter):
                 getattr(module, name)[...] = value
+            if adapter.scale is not None and adapter.scale != module.scale:
+                module.replace(module.adapter._replace(scale=adapter.scale), keep_metadata=True)
+    _set_saved(model, new)
 
 
-def with_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> Any:
-    """A copy of an adapted model with other adapters, of any rank; a layer without loses its own.
+def _shapes(node: Any) -> Any:
+    if isinstance(node, Adapter):
+        return [tuple(leaf.shape) for leaf in node]
+    flat = jax.tree_util.tree_flatten_with_path(node)[0]
+    return {tree.leaf_name(path): tuple(leaf.shape) for path, leaf in flat}
 
-    For the adapters that :func:`adalora_jax.compact` made smaller, for those of another run, and
-    under ``jax.vmap`` for a batch in which every example has adapters of its own.
+
+def _check_layouts(existing: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for path, adapter in new.items():
+        if not isinstance(adapter, Adapter):
+            continue
+        layer = existing[path].layout
+        if layer is not None and layer.shape is not None and adapter.layout is not None:
+            kinds.check_fit(layer, adapter, layer.shape, path)
+
+
+def _set_saved(model: nnx.Module, new: Mapping[str, Any]) -> None:
+    """Put the parameters that trained along into the model, in place, where ``new`` has them."""
+    for path, variable in nnx.to_flat_state(nnx.state(model, SavedParam)):
+        name = "/".join(map(str, path))
+        root = variable.get_metadata()["root"]
+        if root in new:
+            parts = name.removeprefix(root).strip("/").split("/") if name != root else []
+            own = parameters(model)[name]
+            own.set_raw_value(
+                jax.numpy.asarray(tree.at(new[root], parts), own.get_raw_value().dtype)
+            )
+
+
+def with_adapters(model: _Model, new: Mapping[str, Any]) -> _Model:
+    """Return a copy of an adapted model with other adapters, of any rank.
+
+    For adapters that :func:`adalora_jax.compact` made smaller, for those of another run, and under
+    ``jax.vmap`` for a batch in which every example has its adapters. A layer without an adapter in
+    ``new`` loses its own; parameters of ``modules_to_save`` stay where ``new`` has none.
 
     Args:
       model: as :func:`adapt` made it; not changed.
-      new: ``{path: Adapter}``.
+      new: ``{path: Adapter}``, and parameters of ``modules_to_save``.
 
     Raises:
-      ValueError: a path is not adapted in ``model``.
+      ValueError: a path is not adapted in ``model``, or an adapter is for another weight.
 
     >>> adapted = adapt(
     ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
@@ -207,98 +266,100 @@ def with_adapters(model: nnx.Module, new: Mapping[str, Adapter]) -> Any:
     >>> with_adapters(adapted, small).layers[0].adalora.p.shape
     (3, 4)
     """
-    have = adapters(model)
-    if foreign := sorted(set(new) - set(have)):
+    existing = adapters(model)
+    if foreign := sorted(set(new) - set(existing)):
         raise ValueError(
             f"new has adapters for {', '.join(foreign[:8])}, where the model has none: it is "
-            f"adapted at {', '.join(sorted(have)[:8])}."
+            f"adapted at {', '.join(sorted(existing)[:8])}."
         )
+    _check_layouts(existing, new)
     copy = nnx.clone(model)
     found = modules(copy)
     paths = {id(m): path.rpartition("/")[0] for path, m in found if isinstance(m, Adaptation)}
+    replaced: set[int] = set()  # layers that share a weight share its adapter
     for _, module in found:
         if not isinstance(module, Adapted):
             continue
-        path = paths[id(module.adalora)]
+        path, adaptation = paths[id(module.adalora)], module.adalora
         if path not in new:
             del module.adalora
             module.__class__ = base_class(type(module))
-            continue
-        for name, value in zip(Adapter._fields, new[path]):
-            metadata = getattr(module.adalora, name).get_metadata()
-            setattr(module.adalora, name, AdapterParam(value, **metadata))
+        elif id(adaptation) not in replaced:
+            replaced.add(id(adaptation))
+            adapter = new[path]
+            facts = existing[path]
+            if adapter.scale is None or adapter.layout is None:
+                scale = facts.scale if adapter.scale is None else adapter.scale
+                adapter = adapter._replace(scale=scale, layout=facts.layout)
+            adaptation.replace(adapter, keep_metadata=True)
+    _set_saved(copy, new)
     return copy
 
 
-def compact(model: Any, optimizer: nnx.Optimizer, config: AdaLoraConfig) -> tuple[Any, Any]:
-    """Smaller copies of a model and its optimizer, see :func:`adalora_jax.compact_train_state`.
-
-    Args:
-      model: as :func:`adapt` made it, trained past the final mask.
-      optimizer: an ``nnx.Optimizer`` with ``wrt=nnx.LoRAParam`` of this model.
-      config: of the run.
-    """
-    state, opt_state = compaction.compact_train_state(
-        nnx.state(model, optimizer.wrt), optimizer.opt_state, config
-    )
-    small = with_adapters(model, tree.adapters(state))
-    again = nnx.Optimizer(small, optimizer.tx, wrt=optimizer.wrt)
-    again.opt_state = opt_state
-    again.step[...] = optimizer.step[...]
-    return small, again
+def optimizer_like(optimizer: nnx.Optimizer, model: Any, opt_state: Any) -> nnx.Optimizer:
+    """Return a copy of an optimizer for another model, with another state."""
+    copy = nnx.Optimizer(model, optimizer.tx, wrt=optimizer.wrt)
+    copy.opt_state = tree.in_containers(copy.opt_state, opt_state)
+    copy.step[...] = optimizer.step[...]
+    return copy
 
 
-def merge(model: nnx.Module, *, safe: bool = False) -> Any:
-    """A copy of an adapted model with every increment added to its weight, and no adapters.
-
-    Sums are made in at least float32 and rounded once, to the weight's dtype; see
-    :func:`adalora_jax.merge` for what that costs in bfloat16.
-
-    Args:
-      model: as :func:`adapt` made it; not changed, so it is the copy to go back to.
-      safe: refuse a result that is not finite.
-
-    Raises:
-      ValueError: a weight is quantised, or with ``safe`` a result is not finite.
+def merged(model: _Model, *, safe: bool = False) -> _Model:
+    """Return a copy of an adapted model with its increments merged, see :func:`adalora_jax.merge`.
 
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
     >>> adapted, x = adapt(base, config), jax.numpy.ones((2, 6))
-    >>> bool(jax.numpy.allclose(merge(adapted)(x), adapted(x), rtol=1e-4))
+    >>> bool(jax.numpy.allclose(merged(adapted)(x), adapted(x), rtol=1e-4))
     True
-    >>> type(merge(adapted).layers[0])
+    >>> type(merged(adapted).layers[0])
     <class 'flax.nnx.nn.linear.Linear'>
     """
-    merged = nnx.clone(model)
-    _add_increments(merged, model, 1, safe)
-    for _, module in modules(merged):
+    copy = nnx.clone(model)
+    if not any(isinstance(module, Adapted) for _, module in modules(copy)):
+        raise ValueError("the model has no adapters: there is nothing to merge.")
+    _add_increments(copy, model, 1, safe)
+    for _, module in modules(copy):
         if isinstance(module, Adapted):
             del module.adalora
             module.__class__ = base_class(type(module))
-    return merged
+    return release_saved(copy)
 
 
-def unmerge(model: nnx.Module, adapted: nnx.Module, *, safe: bool = False) -> Any:
-    """A copy of a merged model with the increments of ``adapted`` taken off its weights again.
+def release_saved(model: _Model) -> _Model:
+    """Make what trained along a plain parameter again, in the base's dtype, in place."""
+    by_path = dict(modules(model))
+    for path, variable in parameters(model).items():
+        if isinstance(variable, SavedParam):
+            parent, _, name = path.rpartition("/")
+            setattr(by_path[parent], name, variable.released())
+    return model
 
-    The weights come back to within one rounding of their dtype.
+
+def unmerged(model: _Model, adapted: nnx.Module, *, safe: bool = False) -> _Model:
+    """Return a copy of a merged model without its increments, see :func:`adalora_jax.unmerge`.
 
     Args:
-      model: as :func:`merge` gave it.
+      model: as :func:`merged` gave it.
       adapted: the model that was merged.
-      safe: refuse a result that is not finite.
+      safe: raise where a result is not finite.
 
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
     >>> adapted = adapt(base, config)
-    >>> back = unmerge(merge(adapted), adapted)
-    >>> difference = back.layers[0].kernel[...] - base.layers[0].kernel[...]
+    >>> restored = unmerged(merged(adapted), adapted)
+    >>> difference = restored.layers[0].kernel[...] - base.layers[0].kernel[...]
     >>> bool(abs(difference).max() < 1e-6)
     True
     """
-    back = nnx.clone(model)
-    _add_increments(back, adapted, -1, safe)
-    return back
+    if not isinstance(adapted, nnx.Module):
+        raise TypeError(
+            f"adapters is a {type(adapted).__name__}: for an NNX model it must be the adapted "
+            "model that was merged."
+        )
+    restored = nnx.clone(model)
+    _add_increments(restored, adapted, -1, safe)
+    return restored
 
 
 def _add_increments(model: nnx.Module, adapted: nnx.Module, sign: int, safe: bool) -> None:
@@ -308,25 +369,57 @@ def _add_increments(model: nnx.Module, adapted: nnx.Module, sign: int, safe: boo
     for path, module in modules(adapted):
         if not isinstance(module, Adapted):
             continue
-        adaptation, layer = module.adalora, layers.known(layer_of(module), module)
+        adapter = module.adalora.adapter
+        layer = adapter.layout or kinds.known(layer_of(module), module)
         weight = getattr(own.get(path), layer.weight, None)
         if weight is None:
             raise ValueError(f"model has no layer {path!r}: it is another one than was adapted.")
-        if by_qwix(weight):
+        if by_qwix(weight) or tree.is_packed(weight.get_raw_value()):
             raise ValueError(
-                f"the weight of {path!r} is quantised: adalora_jax.quantized.merge_nnx merges into "
-                "such a model, and says what error that makes."
+                f"the weight of {path!r} is quantised and cannot be merged into in place: "
+                "adalora_jax.quantization.merge dequantises or requantises it, and reports the "
+                "error."
             )
         if id(weight) in done:
             continue
         done.add(id(weight))
-        scale = sign * adaptation.scale
-        delta = layers.weight_increment(layer, adaptation.adapter, weight.shape, scale)
-        new = layers.add_increment(weight[...], delta)
-        weight[...] = layers.finite(new, path) if safe else new
+        weight[...] = kinds.merged_weight(path, weight[...], adapter, layer, sign=sign, safe=safe)
 
 
-def candidates(model: nnx.Module, *, of_adapted: bool = False) -> dict[str, targets.Candidate]:
+def eval_model(model: _Model, optimizer: nnx.Optimizer) -> _Model:
+    """Return a copy of a model with the masks applied: evaluate, merge and export this one.
+
+    Between two masks a pruned λ may grow back, so the model that trains is not what the allocator
+    decided; see :func:`adalora_jax.eval_params`.
+
+    Args:
+      model: as :func:`adapt` made it, trained; not changed.
+      optimizer: the ``nnx.Optimizer`` that trains it, or its ``opt_state``.
+
+    Raises:
+      ValueError: the optimizer holds no allocator, or one for another model.
+
+    >>> import optax, adalora_jax as adalora
+    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear")
+    >>> model = adapt(nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))), config)
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    >>> type(eval_model(model, optimizer)) is type(model)
+    True
+    """
+    opt_state = optimizer.opt_state if isinstance(optimizer, nnx.Optimizer) else optimizer
+    copy = nnx.clone(model)
+    state = nnx.state(copy, nnx.LoRAParam)
+    nnx.update(copy, evaluation.eval_params(opt_state, state))
+    return copy
+
+
+def candidates(
+    model: nnx.Module,
+    *,
+    of_adapted: bool = False,
+    layers: Mapping[type, Layout] | None = None,
+) -> dict[str, targets.Candidate]:
     """All modules of the model by path, as selection sees them.
 
     Raises:
@@ -339,6 +432,7 @@ def candidates(model: nnx.Module, *, of_adapted: bool = False) -> dict[str, targ
             "takes linen modules."
         )
     found: dict[str, targets.Candidate] = {}
+    reasons = rewritten(model)
     for path, module in modules(model):
         if isinstance(module, Adaptation) and not of_adapted:
             raise ValueError(
@@ -347,39 +441,50 @@ def candidates(model: nnx.Module, *, of_adapted: bool = False) -> dict[str, targ
             )
         if tree.HOLDER in path.split("/"):
             continue
-        layer = layer_of(module)
+        layer = layer_of(module, declared=(layers or {}).get(type(module)))
+        if layer and not hasattr(module, layer.weight):
+            raise ValueError(
+                f"layers={{{type(module).__name__}: ...}}: the layer {path!r} has no parameter "
+                f"called {layer.weight!r}."
+            )
         shape = tuple(getattr(module, layer.weight).shape) if layer else ()
-        if layer is None or len(shape) >= own_axes(layer):
-            found[path] = targets.Candidate(module, layer, shape)
+        if layer is None or len(shape) >= layer.ndim:
+            refused = reasons.get(path, "")
+            if layer and not refused and type(module) not in (layers or {}):
+                refused = unreached(base_class(type(module)))
+            found[path] = targets.Candidate(module, layer, shape, refused if layer else "")
     return found
 
 
-def _candidates(model: Any, config: AdaLoraConfig) -> dict[str, targets.Candidate]:
-    found = candidates(model)
+def _candidates(
+    model: Any, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
+) -> dict[str, targets.Candidate]:
+    found = candidates(model, layers=layers)
     if not isinstance(config, AdaLoraConfig):
         raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
     return found
 
 
 def _chosen(
-    model: nnx.Module, config: AdaLoraConfig
+    model: nnx.Module, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
 ) -> tuple[dict[str, targets.Target], dict[str, str]]:
     """What is adapted, by path; and the layers whose weight is that of such a layer, with its path.
 
     A weight has one adapter, at the first of its layers in the order of the graph, as it has one
     place in the model's state.
     """
-    candidates = _candidates(model, config)
+    candidates = _candidates(model, config, layers)
     chosen = targets.select(candidates, config)
+    _refuse_tied_outside(model, candidates, chosen)
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for path in (path for path in candidates if path in chosen):
-        layer, shape, _ = chosen[path]
+        layer, shape = chosen[path][:2]
         owner = owners.setdefault(id(getattr(candidates[path].module, layer.weight)), path)
         if owner == path:
             continue
         first = chosen[owner].layer
-        if first[2:] != layer[2:]:
+        if not first.same_axes(layer):
             raise ValueError(
                 f"{owner!r} and {path!r} share a weight of shape {shape} but use it differently "
                 f"({first.kind}, {layer.kind}), so no adapter fits both: name one of them in "
@@ -387,6 +492,30 @@ def _chosen(
             )
         tied[path] = owner
     return {path: target for path, target in chosen.items() if path not in tied}, tied
+
+
+def _refuse_tied_outside(
+    model: nnx.Module, candidates: Mapping[str, targets.Candidate], chosen: Mapping[str, Any]
+) -> None:
+    """Raise where a weight is adapted at one of the places that share it.
+
+    Raises:
+      ValueError: naming the layer and the other places.
+    """
+    places: dict[int, list[str]] = {}
+    for path, module in modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Variable):
+                places.setdefault(id(value), []).append(f"{path}/{name}".lstrip("/"))
+    for path, target in chosen.items():
+        weight = getattr(candidates[path].module, target.layer.weight)
+        adapted = {f"{p}/{t.layer.weight}".lstrip("/") for p, t in chosen.items()}
+        if others := [place for place in places.get(id(weight), []) if place not in adapted]:
+            layers = ", ".join(repr(place.rpartition("/")[0]) for place in others)
+            raise ValueError(
+                f"target_modules: {path!r} shares its weight with {layers}, which would not have "
+                "the increment, while a merged model has it in both: adapt all of them, or none."
+            )
 
 
 def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> nnx.Dropout | None:
@@ -454,7 +583,7 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     if not config.modules_to_save:
         return
     nodes = parameters(model)
-    targets.saved_roots(list(nodes), config)
+    roots = targets.saved_roots(list(nodes), config)
     by_path = dict(modules(model))
     for path, variable in nodes.items():
         if targets.saved(path, config):
@@ -464,6 +593,5 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
                     f"modules_to_save: {path!r} is quantised, so it cannot train: leave it as it "
                     "is in the rules for Qwix, or do not name it."
                 )
-            metadata = variable.get_metadata() | PLACED
-            copied = SavedParam(jax.numpy.copy(variable[...]), **metadata)
-            setattr(by_path[parent], name, copied)
+            root = next(r for r in roots if path == r or path.startswith(f"{r}/"))
+            setattr(by_path[parent], name, SavedParam.of(variable, root))

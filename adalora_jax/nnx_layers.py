@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextvars
+import copyreg
 import functools
+import inspect
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from adalora_jax import layers, tree
 from adalora_jax.adapter import Adapter
+from adalora_jax.layout import Layout
+from adalora_jax.lowrank import wide
 
 # Where the class that Qwix gives a model's root keeps the class that it was.
 UNQUANTIZED = "_unquantized_type"
@@ -26,6 +33,36 @@ class AdapterParam(nnx.LoRAParam):
 class SavedParam(nnx.LoRAParam):
     """A base parameter named by ``modules_to_save``, which trains along with the adapters."""
 
+    @classmethod
+    def of(cls, variable: nnx.Variable, root: str) -> SavedParam:
+        """Return a trainable copy of a parameter in at least float32.
+
+        Args:
+          variable: of the base.
+          root: path of the outermost module or parameter that ``modules_to_save`` names there.
+        """
+        value = variable.get_value()
+        known = {"root": root, "base_dtype": value.dtype}
+        metadata = variable.get_metadata() | PLACED | known
+        return cls(jnp.array(value, wide(value.dtype)), **metadata)
+
+    def get_value(self, **index: Any) -> Any:
+        """Return the values, or a part of them, in the base's dtype, for the model's computation.
+
+        What trains are the values in full precision.
+        """
+        value = super().get_value(**index)
+        return (
+            value.astype(self.get_metadata()["base_dtype"]) if hasattr(value, "astype") else value
+        )
+
+    def released(self) -> nnx.Param:
+        """Return the trained values as a plain parameter of the base's dtype."""
+        metadata = self.get_metadata()
+        dtype = metadata.pop("base_dtype")
+        del metadata["root"]
+        return nnx.Param(self.get_raw_value().astype(dtype), **metadata)
+
 
 class Adaptation(nnx.Module):
     """The adapter of one layer, as a child module of that layer.
@@ -33,43 +70,60 @@ class Adaptation(nnx.Module):
     Attributes:
       p, lam, q: the factors, see :class:`adalora_jax.Adapter`.
       scale: s of the increment.
+      layout: of the layer's weight.
       dropout: of the layer's input on its way into the adapter, or None. It holds the rate, the
         random numbers and the mode; the mask is made where it is used.
       forward_mode: as in the config.
+      declared: whether the layout is one that the user declared for the layer's class.
       kind: Adapter, or Observer where the layer's inputs are looked at.
     """
 
     kind: type[Adapter] = Adapter
+    p: AdapterParam
+    lam: AdapterParam
+    q: AdapterParam
 
     def __init__(
         self,
         adapter: Adapter,
-        scale: float,
         dropout: nnx.Dropout | None = None,
         forward_mode: bool = False,
+        declared: bool = False,
     ):
-        self.p, self.lam, self.q = (AdapterParam(leaf, **PLACED) for leaf in adapter)
-        self.scale = scale
+        self.replace(adapter)
+        self.declared = declared
         self.dropout = dropout
         self.forward_mode = forward_mode
 
+    def replace(self, adapter: Adapter, *, keep_metadata: bool = False) -> None:
+        """Hold another adapter, of any rank, in new variables.
+
+        Their metadata say what weight they belong to, for a state of them has nothing else.
+        """
+        self.scale, self.layout = adapter.scale, adapter.layout
+        known = PLACED | {"scale": self.scale, "layout": self.layout}
+        for name, value in zip(Adapter._fields, adapter):
+            metadata = getattr(self, name).get_metadata() if keep_metadata else {}
+            setattr(self, name, AdapterParam(value, **metadata | known))
+
     @property
     def adapter(self) -> Adapter:
-        """The three factors as they are now."""
-        return self.kind(self.p[...], self.lam[...], self.q[...])
+        """The adapter with the three factors as they are now."""
+        return self.kind(self.p[...], self.lam[...], self.q[...], self.scale, self.layout)
 
-    def add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
+    def _add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
         """The layer's output with the adapter's term added."""
         adapter = self.adapter
         equation = next((v for v in call.values() if isinstance(v, str)), None)
-        spec = layers.known(layer_of(layer, equation), layer)
+        found = self.layout if self.declared else layer_of(layer, equation)
+        spec = layers.known(found, layer)
         shape = getattr(layer, spec.weight).shape
         layers.check_fit(spec, adapter, shape, type(layer).__name__)
         key, rate, dropout = None, 0.0, self.dropout
         if dropout is not None and not dropout.deterministic and spec.kind != "embed":
             key, rate = next_key(dropout), dropout.rate
         return output + layers.term(
-            *(spec, layer, adapter, x, shape, self.scale, output.dtype),
+            *(spec, layer, adapter, x, shape, output.dtype),
             key=key,
             dropout_rate=rate,
             forward_mode=self.forward_mode,
@@ -89,23 +143,91 @@ def next_key(dropout: nnx.Dropout) -> jax.Array | None:
     return None if stream is None else stream()
 
 
+class _Call:
+    """The call of a subclass of a Flax layer that is running.
+
+    Attributes:
+      layer: the module.
+      weight: its weight's value when the call began.
+      reached: the call has got to the Flax layer's own.
+    """
+
+    def __init__(self, layer: nnx.Module, weight: Any):
+        self.layer, self.weight, self.reached = layer, weight, False
+
+
+# The calls that are running, innermost last.
+_CALLS: contextvars.ContextVar[tuple[_Call, ...]] = contextvars.ContextVar("calls", default=())
+
+
+def _weight_of(layer: Any) -> Any:
+    variable = getattr(layer, layer.adalora.layout.weight)
+    return variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
+
+
 class Adapted(nnx.Module):
     """Adds the adapter's term to what the layer computes."""
 
     adalora: Adaptation
 
     def __call__(self, inputs, *args, **kwargs):
+        self._check_reached()
         output = super().__call__(inputs, *args, **kwargs)
         named = {str(name): value for name, value in (dict(enumerate(args)) | kwargs).items()}
-        return _unintercepted(self.adalora.add)(self, output, inputs, **named)
+        return _unintercepted(self.adalora._add)(self, output, inputs, **named)
+
+    def _check_reached(self) -> None:
+        """Note that the Flax layer is reached, and raise if it was given another weight."""
+        for call in _CALLS.get()[-1:]:
+            if call.layer is self:
+                call.reached = True
+                if call.weight is not _weight_of(self):
+                    raise ValueError(
+                        f"{type(self).__name__} changes its weight before it calls the layer it "
+                        "extends, so no sum of weights computes what the adapted layer does: "
+                        "leave it out of target_modules."
+                    )
 
 
 class _AdaptedEmbed(Adapted):
     """An embedding, which is also used the other way round."""
 
     def attend(self, query, *args, **kwargs):
+        self._check_reached()
         output = super().attend(query, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return _unintercepted(self.adalora.add)(self, output, query, attend=True)
+        return _unintercepted(self.adalora._add)(self, output, query, attend=True)
+
+
+class _Checked(nnx.Module):
+    """Goes in front of a subclass of a Flax layer and sees to it that its adapter takes part."""
+
+    def __call__(self, *args, **kwargs):
+        return self._checked("__call__", args, kwargs)
+
+    def _checked(self, method: str, args: Any, kwargs: Any) -> Any:
+        call = _Call(self, _weight_of(self))
+        token = _CALLS.set((*_CALLS.get(), call))
+        try:
+            output = getattr(super(), method)(*args, **kwargs)
+        finally:
+            _CALLS.reset(token)
+        if not call.reached:
+            raise ValueError(
+                f"the {method} of {base_class(type(self)).__name__} does not reach that of the "
+                f"Flax layer it extends, so its adapter would add nothing: {_DECLARE}."
+            )
+        return output
+
+
+class _CheckedEmbed(_Checked):
+    def attend(self, *args, **kwargs):
+        return self._checked("attend", args, kwargs)
+
+
+_DECLARE = (
+    "if it computes y = x W + b, declare it with adapt(..., layers={cls: Layout(...)}), or leave "
+    "it out of target_modules"
+)
 
 
 def _unintercepted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,39 +250,116 @@ _FLAX_LAYERS = (
 )
 
 
-def adapted_class(cls: type) -> type:
-    """A subclass of ``cls`` whose adapter's term is added right to the Flax layer's output."""
-    return extended_class(cls, _AdaptedEmbed if issubclass(cls, nnx.Embed) else Adapted, "AdaLora")
+def adapted_class(cls: type, declared: bool = False) -> type:
+    """Return a subclass of ``cls`` whose adapter's term is added to the Flax layer's output.
+
+    Args:
+      cls: class of the layer.
+      declared: the user declared it as a layer: the term is added to its own output.
+    """
+    mixin = _AdaptedEmbed if issubclass(cls, nnx.Embed) else Adapted
+    return extended_class(cls, mixin, "AdaLora", declared)
+
+
+class _Extended(type(nnx.Module)):
+    """The class of classes that are made here. They are pickled by what they were made of."""
+
+    made_of: tuple[Any, ...]
+
+
+copyreg.pickle(_Extended, lambda cls: (_part_of, cls.made_of))
+
+
+def _part_of(part: str, *arguments: Any) -> type:
+    cls = extended_class(*arguments)
+    return cls if part == "whole" else next(b for b in cls.__bases__ if isinstance(b, _Extended))
 
 
 @functools.cache
-def extended_class(cls: type, mixin: type, prefix: str) -> type:
-    """A subclass of ``cls`` in which ``mixin`` stands right before the Flax layer's own class.
+def extended_class(cls: type, mixin: type, prefix: str, outside: bool = False) -> type:
+    """Return a subclass of ``cls`` in which ``mixin`` goes right before the Flax layer's own class.
 
     In front of the Flax class in the method order, so that a subclass that does something to the
-    layer's output does it to the extended one. One class for each, so that graph definitions of
-    two models are equal.
+    layer's output does it to the extended one. There is one class for each, so that graph
+    definitions of two models are equal.
+
+    Args:
+      cls: class of the layer.
+      mixin: the class with the methods to add.
+      prefix: of the new class's name.
+      outside: put the mixin before ``cls`` itself.
 
     >>> [c.__name__ for c in extended_class(nnx.Linear, Adapted, "AdaLora").__mro__[:3]]
     ['AdaLoraLinear', 'Adapted', 'Linear']
     """
+    base = cls if outside else _layer_class(cls) or cls
+    arguments = (cls, mixin, prefix, outside)
+    make = lambda part, name, bases: types.new_class(
+        f"{prefix}{name}",
+        bases,
+        {"metaclass": _Extended},
+        lambda body: body.update(__module__=__name__, made_of=(part, *arguments)),
+    )
+    if base is cls:
+        return make("whole", cls.__name__, (mixin, cls))
+    inner = make("inner", base.__name__, (mixin, base))
+    if not issubclass(mixin, Adapted):
+        return make("whole", cls.__name__, (cls, inner))
+    checked = _CheckedEmbed if issubclass(cls, nnx.Embed) else _Checked
+    return make("whole", cls.__name__, (checked, cls, inner))
+
+
+def _layer_class(cls: type) -> type | None:
+    """Return the Flax layer among the bases of a class, or what counts as one.
+
+    A layer that runs on a packed weight counts as the Flax layer that it is; and so does one that
+    Qwix gave a class of its own, which bypasses the classes between it and its layer.
+    """
 
     def is_layer(base):
-        # A layer that runs on a packed weight counts as the Flax layer that it is; and so does one
-        # that Qwix gave a class of its own, which goes past what stands between it and its layer.
         own = vars(base)
         return base in _FLAX_LAYERS or "stands_for_its_layer" in own or UNQUANTIZED in own
 
-    base = next((base for base in cls.__mro__ if is_layer(base)), cls)
-    inner = type(f"{prefix}{base.__name__}", (mixin, base), {"__module__": __name__})
-    if base is cls:
-        return inner
-    return type(f"{prefix}{cls.__name__}", (cls, inner), {"__module__": __name__})
+    return next((base for base in cls.__mro__ if is_layer(base)), None)
+
+
+def unreached(cls: type) -> str:
+    """Return why calls of a layer's class do not get to its Flax layer; empty where they do.
+
+    >>> unreached(nnx.Linear)
+    ''
+    """
+    base = _layer_class(cls)
+    for own in cls.__mro__ if base else ():
+        if own is base:
+            break
+        for name in ("__call__", "attend"):
+            code = getattr(inspect.unwrap(vars(own).get(name, len)), "__code__", None)
+            if code is not None and "__class__" not in code.co_freevars:
+                return (
+                    f"its {name} does not call super().{name}, so its adapter would add nothing: "
+                    f"{_DECLARE}"
+                )
+    return ""
+
+
+def rewritten(model: nnx.Module) -> dict[str, str]:
+    """Return ``{path: reason}`` of the layers inside of wrappers that rewrite their weights."""
+    wrappers = (nnx.WeightNorm, nnx.SpectralNorm)
+    found = {p: type(m).__name__ for p, m in modules(model) if isinstance(m, wrappers)}
+    inside = lambda path, wrapper: not wrapper or path.startswith(f"{wrapper}/")
+    return {
+        path: f"it is inside of {name}, which rewrites its weight at every call"
+        for path, _ in modules(model)
+        for wrapper, name in found.items()
+        if inside(path, wrapper)
+    }
 
 
 def base_class(cls: type) -> type:
-    """The class that an adapted layer's class was made from."""
-    return next(base for base in cls.__mro__ if not issubclass(base, Adapted))
+    """Return the class that an adapted layer's class was made from."""
+    made = (Adapted, _Checked)
+    return next(base for base in cls.__mro__ if not issubclass(base, made))
 
 
 def modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
@@ -172,8 +371,18 @@ def modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
     ]
 
 
-def layer_of(module: nnx.Module, equation: str | None = None) -> layers.Layer | None:
-    """How a module's weight reads as matrices; None for one that cannot be adapted."""
+def layer_of(
+    module: nnx.Module, equation: str | None = None, declared: Layout | None = None
+) -> Layout | None:
+    """Return how a module's weight reads; None for one that cannot be adapted.
+
+    Args:
+      module: any module.
+      equation: of an einsum, where it is given at the call.
+      declared: the layout that a user declared for the module's class.
+    """
+    if declared is not None:
+        return declared
     params = {n: v.ndim for n, v in vars(module).items() if is_weight(v)}
     return layers.layer_of(module, params, equation)
 
@@ -207,15 +416,6 @@ def pure(state: Any) -> Any:
     is_variable = lambda node: isinstance(node, nnx.Variable)
     value = lambda node: pure(node.get_raw_value()) if is_variable(node) else node
     return jax.tree.map(value, state, is_leaf=is_variable)
-
-
-def own_axes(layer: layers.Layer) -> int:
-    """How many axes a layer's weight has, without those that a lifted transform stacks on it.
-
-    >>> own_axes(layers.Layer("dense", "kernel", (), (0,), (1,)))
-    2
-    """
-    return len(layer.stack) + len(layer.ins) + len(layer.outs)
 
 
 def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:

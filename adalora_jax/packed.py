@@ -357,7 +357,7 @@ class PackedWeight(nnx.Variable):
         if is_packed(self.get_raw_value()) and not is_packed(value):
             raise ValueError(
                 f"a weight of shape {self.shape} is quantised and cannot be assigned to or merged "
-                "into in place: adalora_jax.quantized.merge_nnx dequantises or requantises it, and "
+                "into in place: adalora_jax.quantization.merge dequantises or requantises it, and "
                 "says what error that makes."
             )
         self.set_raw_value(value)

@@ -124,7 +124,7 @@ def as_lora(model: nnx.Module) -> Any:
             continue
         layer, own = layers.known(nnx_layers.layer_of(module), module), module.adalora
         shape = getattr(module, layer.weight).shape
-        a, b = layers.lora_pair(layer, module, own.adapter, shape, own.scale)
+        a, b = layers.lora_pair(layer, module, own.adapter, shape)
         setattr(module, f"{layer.weight}_lora_a", nnx.LoRAParam(a))
         setattr(module, f"{layer.weight}_lora_b", nnx.LoRAParam(b))
         del module.adalora

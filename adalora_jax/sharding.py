@@ -13,20 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
 from adalora_jax import rankspec, tree
 from adalora_jax.adapter import Adapter
-from adalora_jax.layers import Layer
+from adalora_jax.allocator import allocator_states, map_state
+from adalora_jax.layout import Layout
 from adalora_jax.tree import PyTree
 
 # By pattern, or as a function of a path and what was derived for it.
 Rules: TypeAlias = Mapping[str, Adapter] | Callable[[str, Adapter], Adapter]
 
 
-def adapter_specs(layer: Layer, shape: Sequence[int], spec: PartitionSpec) -> Adapter:
+def adapter_specs(layer: Layout, shape: Sequence[int], spec: PartitionSpec) -> Adapter:
     """The :class:`Adapter` of PartitionSpecs that goes with a weight's.
 
     Where several axes of a weight are one axis of the adapter, that one can be split only as the
@@ -38,10 +40,11 @@ def adapter_specs(layer: Layer, shape: Sequence[int], spec: PartitionSpec) -> Ad
       shape: of the whole weight, stacked axes included.
       spec: of the weight; what it leaves out is not split.
 
-    >>> dense = Layer("dense", "kernel", (), (0,), (1,))
-    >>> adapter_specs(dense, (12, 64, 256), PartitionSpec("layers", "fsdp", "model"))
-    Adapter(p=P('layers', None, 'model'), lam=P('layers', None), q=P('layers', None, 'fsdp'))
-    >>> conv = Layer("conv", "kernel", (), (0, 1), (2,))
+    >>> dense = Layout()
+    >>> specs = adapter_specs(dense, (12, 64, 256), PartitionSpec("layers", "fsdp", "model"))
+    >>> specs.p, specs.lam, specs.q
+    (P('layers', None, 'model'), P('layers', None), P('layers', None, 'fsdp'))
+    >>> conv = Layout("kernel", (0, 1), (2,), kind="conv")
     >>> adapter_specs(conv, (3, 8, 16), PartitionSpec(None, "fsdp", "model")).q
     P(None, None)
     """
@@ -101,7 +104,7 @@ def full(spec: Any, ndim: int) -> PartitionSpec:
 
 
 def derive(
-    weights: Mapping[str, tuple[Layer, Sequence[int], NamedSharding | PartitionSpec | None]],
+    weights: Mapping[str, tuple[Layout, Sequence[int], NamedSharding | PartitionSpec | None]],
     rules: Rules | None = None,
 ) -> dict[str, Adapter]:
     """``{path: Adapter}`` of PartitionSpecs for all adapted weights.
@@ -117,10 +120,10 @@ def derive(
       ValueError: a pattern matches nothing, or a rule gives something else than an Adapter of
         PartitionSpecs of the right length.
 
-    >>> dense = Layer("dense", "kernel", (), (0,), (1,))
+    >>> dense = Layout()
     >>> weights = {"up": (dense, (64, 256), PartitionSpec("fsdp", "model"))}
     >>> derive(weights, {"up": Adapter(*[PartitionSpec()] * 3)})
-    {'up': Adapter(p=P(None, None), lam=P(None,), q=P(None, None))}
+    {'up': Adapter(p=P(None, None), lam=P(None,), q=P(None, None), scale=1.0)}
     """
     specs = {
         path: adapter_specs(layer, shape, spec_of(where))
@@ -183,39 +186,47 @@ def mesh_of(placed: PyTree) -> Mesh | AbstractMesh | None:
 
 
 def shardings(
-    state: PyTree, like: PyTree = None, *, mesh: Mesh | AbstractMesh | None = None
+    state: PyTree,
+    like: PyTree = None,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> PyTree:
-    """The NamedSharding of every leaf: for ``jit``'s in and out shardings, and for orbax.
+    """Return the NamedSharding of every leaf, for ``jit``'s in and out shardings, and for orbax.
 
-    A leaf lies as the parameter whose path ends its own: gradients, the allocator's averages, the
-    optimizer's moments; a mask lies as its λ. Axes in front, such as a history's, are not split.
-    Whatever belongs to no parameter, or has not its shape, is on all devices.
+    Of an optimizer's state, the leaves that belong to a parameter, such as moments and the
+    allocator's averages, are sharded like it, with axes in front, such as a history's, replicated;
+    masks are sharded like λ. All other leaves are replicated, and so are those that have not their
+    parameter's shape.
 
     Args:
-      state: what trains, optimizer states around it, or both: arrays or ``jax.ShapeDtypeStruct``,
-        in containers of any kind.
-      like: where the parameters lie: the adapters themselves on their devices, their shardings, or
+      state: what trains, in the containers of ``like``; or, with ``tx``, an optimizer's state. Of
+        arrays or ``jax.ShapeDtypeStruct``.
+      like: where the parameters are: the adapters themselves on their devices, their shardings, or
         the PartitionSpecs of ``adapted.specs``. Without it ``state`` is looked at.
+      tx: the optimizer whose state it is.
       mesh: of the PartitionSpecs; that of ``like`` or of ``jax.set_mesh`` by default.
 
     Returns:
       The containers of ``state``, with a ``NamedSharding`` at each leaf.
 
     Raises:
-      ValueError: there is no mesh.
+      ValueError: there is no mesh, or ``state`` has another structure than ``like``, or than
+        ``tx`` gives it.
 
     >>> import optax, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4)
     >>> adapters = {"up": adalora.init_adapter(jax.random.key(0), 64, 256, config)}
     >>> tx = adalora.adalora(optax.adam(1e-3), config)
-    >>> dense = Layer("dense", "kernel", (), (0,), (1,))
-    >>> specs = derive({"up": (dense, (64, 256), PartitionSpec(None, "model"))})
+    >>> specs = derive({"up": (Layout(), (64, 256), PartitionSpec(None, "model"))})
     >>> mesh = jax.make_mesh((1,), ("model",))
-    >>> placed = shardings(jax.eval_shape(tx.init, adapters), specs, mesh=mesh)
+    >>> placed = shardings(jax.eval_shape(tx.init, adapters), specs, tx=tx, mesh=mesh)
     >>> placed.allocator.sensitivity["up"].p.spec, placed.inner[0].mu["up"].q.spec
     (P(None, 'model'), P(None, None))
     >>> opt_state = jax.jit(tx.init, out_shardings=placed)(adapters)
     """
+    if like is None and tx is not None:
+        raise ValueError("like=None: of an optimizer's state it must say where the parameters are.")
     like = state if like is None else like
     mesh = mesh or mesh_of(like)
     if mesh is None:
@@ -223,20 +234,39 @@ def shardings(
             "mesh=None, and no array has a NamedSharding: pass mesh=, or call within "
             "jax.set_mesh(mesh)."
         )
-    owners = {tree.leaf_name(path): leaf for path, leaf in tree_flatten_with_path(like)[0]}
-    stems = {name[: -len("lam")].rstrip("/") for name in owners if f"/{name}".endswith("/lam")}
+    place = lambda leaf, owner: _as(owner, leaf.shape, mesh)
+    if tx is None:
+        owners = {tree.leaf_name(path): leaf for path, leaf in tree_flatten_with_path(like)[0]}
+        named, treedef = tree_flatten_with_path(state)
+        names = [tree.leaf_name(path) for path, _ in named]
+        if sorted(names) != sorted(owners):
+            differing = sorted({*names} ^ {*owners})
+            raise ValueError(
+                f"state has other leaves than like, at {differing[:5]}: pass the parameters "
+                "alone, and an optimizer's state with tx=."
+            )
+        return treedef.unflatten([place(leaf, owners[n]) for n, (_, leaf) in zip(names, named)])
     everywhere = NamedSharding(mesh, PartitionSpec())
+    values = tree.bare(state)
+    # What a user wrote down has neither scale nor layout, which are part of the structure.
+    known = [tree.adapters(found.sensitivity) for found in allocator_states(values)]
+    like = _with_facts(tree.bare(like), {p: a for found in known for p, a in found.items()})
+    lams = {path: adapter.lam for path, adapter in tree.adapters(like).items()}
+    on_mask = lambda path, mask: place(mask, lams[path])
+    placed = map_state(tx, place, on_mask, values, like, other=lambda leaf: everywhere)
+    return tree.in_containers(state, placed)
 
-    def placed(path, leaf):
-        name = tree.leaf_name(path)
-        if leaf.dtype == bool and "masks" in name.split("/"):
-            stem = tree.owner(name, stems)
-            owner = None if stem is None else f"{stem}/lam".lstrip("/")
-        else:
-            owner = tree.owner(name, owners)
-        return everywhere if owner is None else _as(owners[owner], leaf.shape, mesh)
 
-    return tree_map_with_path(placed, state)
+def _with_facts(like: PyTree, known: Mapping[str, Adapter]) -> PyTree:
+    """Return the tree with the scale and the layout of the adapters at the same paths."""
+
+    def replaced(path, node):
+        other = known.get(tree.path_name(path))
+        if not isinstance(node, Adapter) or other is None:
+            return node
+        return node._replace(scale=other.scale, layout=other.layout)
+
+    return tree_map_with_path(replaced, like, is_leaf=lambda node: isinstance(node, Adapter))
 
 
 def _as(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:

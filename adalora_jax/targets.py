@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +17,8 @@ from adalora_jax import sharding
 from adalora_jax.adapter import Adapter, init_adapter
 from adalora_jax.compaction import table
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.layers import SUPPORTED, Layer
+from adalora_jax.layers import SUPPORTED
+from adalora_jax.layout import Layout
 from adalora_jax.rankspec import RankSpec
 
 _LINEAR_KINDS = ("dense", "general", "einsum")
@@ -25,14 +28,17 @@ class Candidate(NamedTuple):
     """A module of the model, as selection sees it."""
 
     module: Any
-    layer: Layer | None = None  # None where it cannot be adapted
+    layer: Layout | None = None  # None where it cannot be adapted
     shape: tuple[int, ...] = ()  # of the whole weight, stacked axes included
+    refused: str = ""  # why it cannot be adapted although it has a weight
+    note: str = ""  # why its increment cannot be merged
+    dropout: bool = True  # its scope has random numbers for dropout
 
 
 class Target(NamedTuple):
     """A weight that is adapted: how it reads as matrices, and the rank it starts with."""
 
-    layer: Layer
+    layer: Layout
     shape: tuple[int, ...]
     rank: int
 
@@ -65,7 +71,11 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
             "variables, *inputs) or adalora_jax.nnx.resolve(model, config), and use that config."
         )
     ranks = _ranks(list(chosen), config)
-    return {p: Target(c.layer, c.shape, ranks[p]) for p, c in chosen.items() if c.layer}
+    return {
+        path: Target(dataclasses.replace(c.layer, note=c.note), c.shape, ranks[path])
+        for path, c in chosen.items()
+        if c.layer
+    }
 
 
 def resolve(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> AdaLoraConfig:
@@ -105,6 +115,7 @@ def _chosen(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[
         )
     named = isinstance(wanted, tuple)
     matched = {path for path, c in candidates.items() if _matches(wanted, path, c)}
+    candidates = {p: c._replace(layer=None) if c.refused else c for p, c in candidates.items()}
     for name in wanted if named else ():
         if not any(_matches((name,), path, c) for path, c in candidates.items()):
             raise ValueError(
@@ -122,7 +133,8 @@ def _chosen(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[
             raise ValueError(_cannot_adapt(path, candidates))
     chosen = sorted(path for path in kept if candidates[path].layer is not None)
     if not chosen and kept:
-        raise ValueError(_cannot_adapt(min(kept), candidates))
+        refused = [path for path in kept if candidates[path].refused]
+        raise ValueError(_cannot_adapt(min(refused or kept), candidates))
     if not chosen:
         filters = {n: getattr(config, n) for n in ("exclude_modules", "layers_to_transform")}
         after = "".join(f", {n}={v!r}" for n, v in filters.items() if v is not None)
@@ -188,10 +200,24 @@ def init_all(
         fresh: dict[int, Adapter] = {}
         for shape, members in alike.items():
             many = _init_alike(keys[jnp.array(members)], *shape, config=config)
-            fresh |= {i: Adapter(*(leaf[n] for leaf in many)) for n, i in enumerate(members)}
-        return {path: fresh[index] for index, path in enumerate(targets)}
+            for n, index in enumerate(members):
+                fresh[index] = jax.tree.map(operator.itemgetter(n), many)
+        return {path: fresh[index]._replace(**known[path]) for index, path in enumerate(targets)}
 
+    known = facts(targets, config)
+    shardings = shardings and {path: a._replace(**known[path]) for path, a in shardings.items()}
     return sharding.placed(init, shardings, key)
+
+
+def facts(targets: Mapping[str, Target], config: AdaLoraConfig) -> dict[str, dict[str, Any]]:
+    """Return ``{path: static fields}`` of the adapters: by them each knows its weight."""
+    return {
+        path: {
+            "scale": config.scale_of(path),
+            "layout": dataclasses.replace(target.layer, shape=tuple(target.shape)),
+        }
+        for path, target in targets.items()
+    }
 
 
 def _init_alike(keys, stack, in_features, out_features, rank, config) -> Adapter:
@@ -206,7 +232,7 @@ def describe(targets: Mapping[str, Target], config: AdaLoraConfig) -> str:
     The cost is the adapter's share of the weight: of its parameters, and for a dense layer of its
     multiply-adds. The last line is the memory that comes on top of the base model.
 
-    >>> dense = Target(Layer("dense", "kernel", (), (0,), (1,)), (60, 40), 2)
+    >>> dense = Target(Layout(), (60, 40), 2)
     >>> print(describe({"query": dense}, AdaLoraConfig(total_step=10)))
     layer    kind     matrices   in   out   rank   parameters   kernel    cost
     query    dense           1   60    40      2          202     2400   8.4 %
@@ -307,6 +333,8 @@ def _rank(rank: Any) -> int:
 
 
 def _cannot_adapt(path: str, candidates: Mapping[str, Candidate]) -> str:
+    if reason := candidates[path].refused:
+        return f"target_modules: {path!r} cannot be adapted: {reason}."
     kind = type(candidates[path].module).__name__
     inside = [p for p, c in candidates.items() if p.startswith(f"{path}/") and c.layer is not None]
     instead = f"Name the layers in it: {', '.join(inside[:8])}." if inside else ""

@@ -20,7 +20,7 @@ from adalora_jax.allocator import (
     update_allocator,
 )
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.tree import PyTree
+from adalora_jax.regularizer import penalty
 
 
 class AdaLoraOptState(NamedTuple):
@@ -49,7 +49,9 @@ def adalora(
 
     The parameters may be the adapters' dict, a bigger tree in which adapters sit beside other
     trainables (those are the inner optimizer's business alone), or an NNX State. Nothing that
-    changes updates may follow this transformation. Clipping may come before it or be part of
+    changes updates may follow this transformation, or pruned λ do not stay 0:
+    ``info(opt_state).overridden`` counts such λ. Accumulation belongs outside,
+    ``optax.MultiSteps(adalora(...), k)``. Clipping may come before it or be part of
     ``inner``: in ``optax.chain(clip, adalora(...))`` importance sees clipped gradients, as in
     PEFT; in ``adalora(optax.chain(clip, ...))`` it sees the raw ones.
 
@@ -75,16 +77,20 @@ def adalora(
     """
     if not isinstance(config, AdaLoraConfig):
         raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
+    if isinstance(inner, optax.MultiSteps):
+        raise TypeError(f"inner={inner!r}: {_ACCUMULATION}")
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"inner={inner!r} must be an optax GradientTransformation.")
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: optax.Params) -> AdaLoraOptState:
+    def init(params: optax.Params) -> Any:  # AdaLoraOptState
         if _is_placeholder(params):
-            return AdaLoraOptState(inner.init(params), _placeholder_state(params))
+            return AdaLoraOptState(inner.init(params), _placeholder_state(params, config))
+        _check_scales(params, config)
         # Some optimizers keep the first parameters; callers donate both, so it must be a copy.
         own = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
         inner_state = jax.tree.map(own, inner.init(params))
+        _refuse_accumulation(inner_state)
         return AdaLoraOptState(inner_state, _in_variables(init_allocator(params, config), params))
 
     def update(
@@ -92,12 +98,16 @@ def adalora(
         state: Any,  # AdaLoraOptState; optax types it as any pytree
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, AdaLoraOptState]:
+    ) -> tuple[optax.Updates, Any]:
         if params is None:
             raise ValueError(
                 "params=None: importance is weight times gradient, so pass the parameters as "
                 "tx.update(grads, state, params)."
             )
+        before = tree.bare(state.allocator)
+        _check_adapters(params, before)
+        if config.orth_reg_in_update:
+            updates, before = _with_penalty(updates, params, before)
         gradients = matching_gradients(updates, params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         current, moves = tree.canonical(params), tree.canonical(updates)
@@ -109,39 +119,22 @@ def adalora(
         weights = current
         if config.sensitivity_at == "updated":
             weights = optax.apply_updates(current, moves)
-        before = tree.bare(state.allocator)
-        allocator = update_allocator(before, weights, gradients, before.step, config)
-        now = enforced(before, before.step, config)
-        columns = [tree.listed(part) for part in (current, moves, allocator.masks)]
-        pruned = tree.batched(functools.partial(_prune, now), tree.alike(*columns), *columns)
+        allocator = update_allocator(before, weights, gradients, before.step)
+        now = enforced(before, before.step)
+        columns = [tree.listed(part) for part in (current, moves, before.masks, allocator.masks)]
+        batches = tree.alike(*columns)
+        results = [_prune(now, *tree.pick(batch, *columns)) for batch in batches]
+        pruned = tree.spread(batches, [moves for moves, _ in results])
+        revived = sum(count for _, count in results)
+        allocator = allocator._replace(
+            # A gradient that is not finite changes nothing in the state.
+            applied=jnp.where(allocator.step != before.step, now, before.applied),
+            overridden=jnp.maximum(before.overridden, jnp.where(before.applied, revived, 0)),
+        )
         pruned = tree.insert(updates, tree.filled(moves, pruned))
-        return pruned, AdaLoraOptState(inner_state, _like(state.allocator, allocator))
+        return pruned, AdaLoraOptState(inner_state, tree.in_containers(state.allocator, allocator))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def allocator_state(opt_state: PyTree) -> AllocatorState:
-    """The :class:`AllocatorState` inside any nesting of optax states, ``nnx.Optimizer``'s too.
-
-    Raises:
-      ValueError: there is none, or more than one.
-
-    >>> import jax, optax
-    >>> from adalora_jax.adapter import init_adapter
-    >>> config = AdaLoraConfig(total_step=4)
-    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
-    >>> tx = optax.chain(optax.clip(1.0), adalora(optax.sgd(0.1), config))
-    >>> int(allocator_state(tx.init(adapters)).budget)
-    12
-    """
-    is_state = lambda node: isinstance(node, AllocatorState)
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
-    if len(found) != 1:
-        raise ValueError(
-            f"opt_state holds {len(found)} AllocatorStates instead of one: pass the state of an "
-            "optimizer that was wrapped by adalora(...) once."
-        )
-    return tree.bare(found[0])  # nnx.Optimizer keeps every leaf in a Variable
 
 
 def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState:
@@ -152,15 +145,10 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
     """
     own = tree.canonical(params, variables=True)
     return state._replace(
-        masks=_like(tree.each(lambda adapter: adapter.lam, own), state.masks),
-        sensitivity=_like(own, state.sensitivity),
-        uncertainty=_like(own, state.uncertainty),
+        masks=tree.in_containers(tree.each(lambda adapter: adapter.lam, own), state.masks),
+        sensitivity=tree.in_containers(own, state.sensitivity),
+        uncertainty=tree.in_containers(own, state.uncertainty),
     )
-
-
-def _like(own: PyTree, bare: PyTree) -> Any:
-    """The arrays of ``bare`` in the containers and Variables of ``own``."""
-    return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(bare))
 
 
 def soft_threshold(lam: jax.Array, weight: float) -> jax.Array:
@@ -188,16 +176,73 @@ def _through_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Ada
 
 @jax.jit
 def _prune(
-    now: jax.Array, adapters: list[Adapter], moves: list[Adapter], masks: list[jax.Array]
-) -> list[Adapter]:
-    """The updates with which a pruned λ becomes 0, λ + (−λ), if masks are to be applied now."""
-    result = []
-    for adapter, move, mask in zip(adapters, moves, masks):
+    now: jax.Array,
+    adapters: list[Adapter],
+    moves: list[Adapter],
+    old_masks: list[jax.Array],
+    masks: list[jax.Array],
+) -> tuple[list[Adapter], jax.Array]:
+    """Return the updates with which a pruned λ becomes 0, λ + (−λ), if masks are applied now.
+
+    And how many λ are not 0 that the masks of the last update had pruned.
+    """
+    result, revived = [], []
+    for adapter, move, old, mask in zip(adapters, moves, old_masks, masks):
         dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
         keep = mask | ~now
         lam = jnp.where(keep, move.lam.astype(dtype), -adapter.lam.astype(dtype))
         result.append(move._replace(lam=lam))
-    return result
+        revived.append(jnp.sum(~old & (adapter.lam != 0), dtype=jnp.int32))
+    return result, sum(revived, start=jnp.zeros((), jnp.int32))
+
+
+_ACCUMULATION = (
+    "accumulation inside of adalora would count micro-batches as steps and prune on them: put it "
+    "outside, optax.MultiSteps(adalora(inner, config), k)."
+)
+
+
+def _refuse_accumulation(inner_state: Any) -> None:
+    """Raise where the inner optimizer applies an update only at some of its calls."""
+    kinds = {"MultiStepsState", "ApplyEvery"}
+    is_one = lambda node: type(node).__name__ in kinds
+    for node in jax.tree.leaves(inner_state, is_leaf=is_one):
+        if is_one(node):
+            raise ValueError(f"inner holds a {type(node).__name__}: {_ACCUMULATION}")
+
+
+def _check_scales(params: Any, config: AdaLoraConfig) -> None:
+    """Raise where an adapter was made with another config than the optimizer gets."""
+    for path, adapter in tree.adapters(params).items():
+        expected = config.scale_of(path)
+        if adapter.layout is not None and adapter.scale not in (None, expected):
+            raise ValueError(
+                f"config: the adapter of {path!r} has scale {adapter.scale}, but this config gives "
+                f"it {expected}: pass adalora(...) the config that the model was adapted with."
+            )
+
+
+def _check_adapters(params: Any, state: AllocatorState) -> None:
+    """Raise where the adapters are not those that the state was made for."""
+    shapes = {path: a.lam.shape for path, a in tree.adapters(params).items()}
+    known = {path: mask.shape for path, mask in tree.leaves_with_path(state.masks).items()}
+    if shapes != known:
+        differing = sorted(p for p in {*shapes, *known} if shapes.get(p) != known.get(p))
+        raise ValueError(
+            f"params: the adapters differ from those that tx.init saw, at {differing[:5]}: call "
+            "tx.init for these, or compact(params, opt_state, tx) for smaller ones."
+        )
+
+
+def _with_penalty(grads: Any, params: Any, state: AllocatorState) -> tuple[Any, AllocatorState]:
+    """Return the gradients with the orthogonality penalty's added, and the state with its value."""
+    value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(tree.canonical(params))
+    own = tree.canonical(grads)
+    add = lambda grad, more: grad + more.astype(grad.dtype)
+    summed = jax.tree.unflatten(
+        jax.tree.structure(own), map(add, jax.tree.leaves(own), jax.tree.leaves(slope))
+    )
+    return tree.insert(grads, summed), state._replace(penalty=value.astype(jnp.float32))
 
 
 def _is_placeholder(params: Any) -> bool:
@@ -207,7 +252,9 @@ def _is_placeholder(params: Any) -> bool:
     return childless and not (params is None or isinstance(params, (Mapping, list, tuple)))
 
 
-def _placeholder_state(params: Any) -> AllocatorState:
-    """A state in which the averages, and they alone, are marked as shaped like the parameters."""
+def _placeholder_state(params: Any, config: AdaLoraConfig) -> AllocatorState:
+    """Return a state in which only the averages are marked as shaped like the parameters."""
     scalar = jnp.zeros((), jnp.int32)
-    return AllocatorState(scalar, scalar, scalar, sensitivity=params, uncertainty=params)
+    return AllocatorState(
+        *(scalar, scalar, scalar, params, params, scalar, scalar, scalar), config=config
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import optax
 from jax import tree_util
 
 from adalora_jax.adapter import Adapter, check_adapter
@@ -120,7 +122,7 @@ def listed(adapters: PyTree) -> list[Any]:
     """The adapters of a canonical tree in their fixed order; or what there is one of an adapter.
 
     >>> listed({"key": None, "query": Adapter(1, 2, 3)}), listed({"key": None, "query": True})
-    ([Adapter(p=1, lam=2, q=3)], [True])
+    ([Adapter(p=1, lam=2, q=3, scale=1.0)], [True])
     """
     return jax.tree.leaves(adapters, is_leaf=lambda node: isinstance(node, Adapter))
 
@@ -190,6 +192,15 @@ def spread(batches: Sequence[Sequence[int]], values: Sequence[Sequence[Any]]) ->
     return results
 
 
+def in_containers(own: PyTree, values: PyTree) -> Any:
+    """Return the leaves of ``values`` in the containers and NNX Variables of ``own``.
+
+    >>> in_containers({"a": 1, "b": 2}, [3, 4])
+    {'a': 3, 'b': 4}
+    """
+    return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(values))
+
+
 def insert(tree: PyTree, adapters: PyTree) -> PyTree:
     """``tree`` with the values of its adapters taken from ``adapters``, in canonical form.
 
@@ -215,8 +226,21 @@ def adapters(tree: PyTree) -> dict[str, Adapter]:
     >>> list(adapters({"encoder": {"query": adapter, "bias": jnp.ones(3)}}))
     ['encoder/query']
     """
-    found = ((path, _as_adapter(node, path)) for path, node in _nodes(tree)[0])
-    return {path_name(path): adapter for path, adapter in found if adapter is not None}
+    result = {}
+    for path, node in _nodes(tree)[0]:
+        adapter = _as_adapter(node, path)
+        if adapter is not None:
+            result[path_name(path)] = adapter._replace(**_facts(node))
+    return result
+
+
+def _facts(node: Any) -> dict[str, Any]:
+    """Return scale and layout as the metadata of an NNX adapter's lam has them."""
+    lam: Any = node["lam"] if isinstance(node, Mapping) else None
+    if not is_variable(lam):
+        return {}
+    known: Any = lam.get_metadata()
+    return {name: known[name] for name in ("scale", "layout") if name in known}
 
 
 def leaves_with_path(tree: PyTree) -> dict[str, Any]:
@@ -228,7 +252,7 @@ def leaves_with_path(tree: PyTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def labels(tree: PyTree, other: str = "other") -> PyTree:
+def param_labels(tree: PyTree, other: str = "other") -> PyTree:
     """``"p"``, ``"lam"``, ``"q"`` for the leaves of adapters and ``other`` for the rest.
 
     For ``optax.partition``, to treat the factors differently: freeze one, give another its own
@@ -236,10 +260,10 @@ def labels(tree: PyTree, other: str = "other") -> PyTree:
 
     >>> import jax.numpy as jnp, optax
     >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
-    >>> labels({"query": adapter, "head": jnp.ones(3)})
-    {'head': 'other', 'query': Adapter(p='p', lam='lam', q='q')}
+    >>> param_labels({"query": adapter, "head": jnp.ones(3)})
+    {'head': 'other', 'query': Adapter(p='p', lam='lam', q='q', scale=1.0)}
     >>> rates = {"p": optax.sgd(1.0), "q": optax.sgd(1.0), "lam": optax.set_to_zero()}
-    >>> tx = optax.partition(rates, labels)
+    >>> tx = optax.partition(rates, param_labels)
     """
     nodes, treedef = _nodes(tree)
     names: Any = Adapter._fields
@@ -280,16 +304,6 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return "/".join(part for part in parts if part not in ("", HOLDER))
 
 
-def owner(name: str, paths: Iterable[str]) -> str | None:
-    """The longest of ``paths`` that the name of a leaf ends with: what an average belongs to.
-
-    >>> owner("0/mu/layers/query/p", ["query/p", "layers/query/p"])
-    'layers/query/p'
-    """
-    fitting = [path for path in paths if f"/{name}".endswith(f"/{path}" if path else "")]
-    return max(fitting, key=len, default=None)
-
-
 def _nodes(tree):
     """The adapters and the other leaves of ``tree``, each with its path, and what holds them.
 
@@ -301,10 +315,29 @@ def _nodes(tree):
 
 
 def _as_adapter(node: Any, path: tuple[Any, ...], is_leaf: Any = None) -> Adapter | None:
+    """Return the node as an :class:`Adapter`; None where it is not one, or masked out by optax.
+
+    A mapping of arrays does not say what weight it belongs to, so scale and layout are not known.
+    """
     if not is_adapter(node):
         return None
-    named = tree_util.tree_flatten_with_path(node, is_leaf)[0]
-    adapter = Adapter(**{_field(key): leaf for key, leaf in named})
+    get = node.__getitem__ if isinstance(node, Mapping) else functools.partial(getattr, node)
+    masked = [name for name in Adapter._fields if isinstance(get(name), optax.MaskedNode)]
+    if len(masked) == len(Adapter._fields):
+        return None
+    if masked:
+        raise ValueError(
+            f"the adapter of {path_name(path)!r} comes without {' and '.join(masked)}: rank is "
+            "allocated from all three of p, lam and q, so group or mask them inside, "
+            "adalora(optax.partition(...), config), or leave whole adapters out."
+        )
+    if isinstance(node, Adapter):
+        leaves = jax.tree.leaves(node, is_leaf=is_leaf)
+        adapter = node._replace(**dict(zip(Adapter._fields, leaves)))
+    else:
+        named = tree_util.tree_flatten_with_path(node, is_leaf)[0]
+        leaves = {_field(key): leaf for key, leaf in named}
+        adapter = Adapter(**leaves, scale=None, layout=None)
     if all(hasattr(leaf, "shape") for leaf in adapter):
         check_adapter(adapter, path_name(path) or "adapter")
     return adapter

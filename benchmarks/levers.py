@@ -3,7 +3,7 @@
     python benchmarks/levers.py [--lever compaction averages] [--rounds 9]
 
 Compaction: in the final phase pruned triplets are products with 0. A step of the frozen model, of
-AdaLoRA at rank 12 of which the final mask kept a third, of the same after ``compact_train_state``,
+AdaLoRA at rank 12 of which the final mask kept a third, of the same after ``compact``,
 and of LoRA at rank 4 take turns.
 
 Averages in bfloat16: half of what the allocator keeps. Rounded to nearest they may stall, where a
@@ -39,8 +39,8 @@ from adalora_jax import tree
 from adalora_jax.demo import in_linen
 from adalora_jax.demo.data import batches, load
 from adalora_jax.demo.methods import adaptations, pretraining
-from adalora_jax.importance import smooth_batch
 from adalora_jax.lowrank import _mixed
+from adalora_jax.scores import smooth_batch
 
 LEVERS = ("compaction", "averages")
 KEPT = 4  # of the triplets of each matrix
@@ -84,7 +84,7 @@ def after_the_end(shape: Shape, peer: peers.Peer) -> tuple[peers.Step, peers.Ste
         ),
     )
     masked.state = trainable, opt._replace(allocator=done), key
-    small, small_opt = adalora.compact_train_state(trainable, masked.state[1], config)
+    small, small_opt = adalora.compact(trainable, masked.state[1], peer.tx)
     compacted = peers.Step(peer._replace(trainable=small), peers.data(shape))
     # What was not cut is in both, and both donate what they have.
     compacted.state = jax.tree.map(jnp.copy, (small, small_opt, key))
@@ -185,7 +185,7 @@ def agreement(steps: int, seed: int = 0) -> dict[str, list[float]]:
         adapters = optax.apply_updates(adapters, updates)
         given = tree.canonical(adapters), tree.canonical(grads)
         for name, state in others.items():
-            now = adalora.allocator.update_allocator(state, *given, state.step, config)
+            now = adalora.allocator.update_allocator(state, *given, state.step)
             pair = rounded(
                 name, jax.random.fold_in(key, state.step), (now.sensitivity, now.uncertainty)
             )

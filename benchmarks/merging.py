@@ -32,15 +32,15 @@ def measure(dtype, ratio, seed=0):
     weight = (jax.random.normal(keys[0], (SIZE, SIZE)) / SIZE**0.5).astype(dtype)
     x = wide(jax.random.normal(keys[1], (TOKENS, SIZE)))
     adapter = adalora.init_adapter(keys[2], SIZE, SIZE, CONFIG)
-    size = np.linalg.norm(wide(adalora.delta_weight(adapter, scale=1.0)))
+    size = np.linalg.norm(wide(adalora.delta_weight(adapter)))
     adapter = adapter._replace(lam=adapter.lam * (ratio * np.linalg.norm(wide(weight)) / size))
     p, lam, q = map(wide, adapter)
     delta = q.T * lam @ p
     exact = wide(weight) + delta
 
     variables = {"params": {"layer": {"kernel": weight}}}
-    merged = adalora.merge(variables, {"layer": adapter}, CONFIG)
-    back = adalora.unmerge(merged, {"layer": adapter}, CONFIG)
+    merged = adalora.merge(variables, {"layer": adapter})
+    back = adalora.unmerge(merged, {"layer": adapter})
     kernel = lambda tree: wide(tree["params"]["layer"]["kernel"])
     return {
         "dtype": dtype,

@@ -198,13 +198,16 @@ def ours(shape: Shape, rank: int, dropout: float, form: str) -> Peer:
 
     def lora(params, factors, key, batch):
         ones = lambda p: jnp.ones(p.shape[:-1], p.dtype)
-        adapters = {path: adalora.Adapter(p, ones(p), q) for path, (p, q) in factors.items()}
+        adapters = {
+            path: adalora.Adapter(p, ones(p), q, *known[path]) for path, (p, q) in factors.items()
+        }
         return task(params, adapters, key, batch)
 
     def with_penalty(params, adapters, key, batch):
         return task(params, adapters, key, batch) + adalora.orthogonality(adapters, found)
 
     adapters = first(shape, rank)
+    known = {path: (adapter.scale, adapter.layout) for path, adapter in adapters.items()}
     if form == "lora":
         return Peer(base(shape), {path: (a.p, a.q) for path, a in adapters.items()}, lora)
     if form == "svd":

@@ -132,7 +132,11 @@ def plan(shape):
     tx = adalora.adalora(optax.adamw(1e-3), config)
     adapters = jax.eval_shape(adapted.init, jax.random.key(0), base, x)
     opt_state = jax.eval_shape(tx.init, adapters)
-    placed = adalora.shardings((adapters, opt_state), adapted.specs(base, x), mesh=mesh)
+    specs, shardings = adapted.specs(base, x), adalora.sharding.shardings
+    placed = (
+        shardings(adapters, specs, mesh=mesh),
+        shardings(opt_state, specs, tx=tx, mesh=mesh),
+    )
     adapters, opt_state = jax.tree.map(at, (adapters, opt_state), placed)
 
     def step(base, adapters, opt_state, x):

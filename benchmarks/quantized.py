@@ -22,7 +22,7 @@ import optax
 import timing
 
 import adalora_jax as adalora
-from adalora_jax import quantized
+from adalora_jax import quantization
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=1000, init_r=12, target_r=8, tinit=100, tfinal=300, target_modules="all-linear"
@@ -83,8 +83,8 @@ def based(model: nn.Module, variables, base: str, ids):
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
     if base == dtype:
         return model, variables
-    recipe = quantized.Recipe(qtype=base, exclude_modules=["lm_head"])
-    return quantized.quantize_linen(model, variables, recipe, ids)
+    recipe = quantization.Recipe(qtype=base, exclude_modules=["lm_head"])
+    return quantization.quantize(model, recipe, variables, ids)
 
 
 def abstract(model: nn.Module, base: str, ids):

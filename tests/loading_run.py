@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
-from adalora_jax import peft
+from adalora_jax import huggingface as peft
 from adalora_jax.tensorfile import Spec, stream_tensors
 
 FOLDER = pathlib.Path(sys.argv[-1])

@@ -93,7 +93,8 @@ def run(layout, shape, look_inside):
     tx = adalora.adalora(optax.adamw(0.02), CONFIG)
     abstract = jax.eval_shape(tx.init, adapters)
     specs = adapted.specs(variables, x[0])
-    placed = adalora.shardings(adapters), adalora.shardings(abstract, specs, mesh=mesh)
+    shardings = adalora.sharding.shardings
+    placed = shardings(adapters), shardings(abstract, specs, tx=tx, mesh=mesh)
     opt_state = jax.jit(tx.init, out_shardings=placed[1])(adapters)
 
     def step(variables, adapters, opt_state, x, y):
@@ -122,7 +123,9 @@ def run(layout, shape, look_inside):
         "split": sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(adapters)),
         "astray": astray(mesh, specs, adapters, opt_state),
         "traces": step._cache_size(),
-        "elsewhere": restored_elsewhere(shape, specs, adapters, opt_state) if look_inside else [],
+        "elsewhere": (
+            restored_elsewhere(shape, specs, tx, adapters, opt_state) if look_inside else []
+        ),
         "collectives": collectives(tx, adapters, opt_state, placed) if look_inside else [],
     }
 
@@ -152,10 +155,11 @@ def astray(mesh, specs, adapters, opt_state):
     return result
 
 
-def restored_elsewhere(shape, specs, *state):
+def restored_elsewhere(shape, specs, tx, *state):
     """What comes back differently from a checkpoint that is restored on the mesh turned over."""
     mesh = jax.make_mesh(shape[::-1], ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    placed = adalora.shardings(state, specs, mesh=mesh)
+    shardings = functools.partial(adalora.sharding.shardings, mesh=mesh)
+    placed = shardings(state[0], specs), shardings(state[1], specs, tx=tx)
     abstract = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(f"{folder}/last", *state, CONFIG)

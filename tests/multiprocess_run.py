@@ -7,6 +7,7 @@ checkpoint under FOLDER if there is one; process 0 writes the final state to RES
 the last process ends itself by SIGKILL once it has made that step.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -40,7 +41,9 @@ def main(folder, result, kill_at=None):
     tx = adalora.adalora(optax.adamw(0.02), CONFIG)
     init = lambda: fresh(CONFIG, shapes=SHAPES)
     abstract = jax.eval_shape(init), jax.eval_shape(lambda: tx.init(init()))
-    placed = adalora.shardings(abstract, SPECS, mesh=mesh)
+    specs = {path: a._replace(scale=CONFIG.scaling) for path, a in SPECS.items()}
+    shardings = functools.partial(adalora.sharding.shardings, mesh=mesh)
+    placed = shardings(abstract[0], specs), shardings(abstract[1], specs, tx=tx)
     target = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), abstract, placed
     )

@@ -42,7 +42,7 @@ def loss(trees, batch, config):
     """Mean squared errors, one a matrix, and the orthogonality penalty."""
     total = al.orthogonality(trees, config)
     for name, (x, kernel, target) in batch.items():
-        y = al.forward(trees[name], x, kernel, scale=config.scale)
+        y = al.forward(trees[name], x, kernel)
         total = total + jnp.sum(jnp.mean((y - target) ** 2, axis=(-2, -1)))
     return total
 

@@ -47,7 +47,7 @@ def check_layer(axis_type):
     values = adapter, jnp.cos(jnp.arange(32.0)).reshape(4, 8)
 
     def loss(adapter, x):
-        y = al.forward(adapter, x, scale=0.5)
+        y = al.forward(adapter._replace(scale=0.5), x)
         return jnp.sum(y**2) + al.orthogonality({"layer": adapter}, config)
 
     loss = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
@@ -60,7 +60,7 @@ def check_layer(axis_type):
         (P("d", "m"), "m", None),
         (P(("d", "m"), None), "m", "d"),
     ):
-        specs = al.Adapter(p=P(None, outs), lam=P(None), q=P(None, ins)), x
+        specs = adapter._replace(p=P(None, outs), lam=P(None), q=P(None, ins)), x
         place = lambda value, spec: jax.device_put(value, NamedSharding(mesh, spec))
         placed = jax.tree.map(place, values, specs)
         with jax.set_mesh(mesh):
@@ -81,7 +81,9 @@ def main(axis_type):
 
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType[axis_type],))
     placed = jax.tree.map(
-        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, SPECS
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)),
+        params,
+        {path: specs._replace(scale=config.scaling) for path, specs in SPECS.items()},
     )
     with jax.set_mesh(mesh):
         sharded, traces = run(config, placed)

@@ -32,7 +32,7 @@ def test_a_fresh_adapter_has_the_documented_shapes_values_and_no_increment(init)
     adapter = adalora.init_adapter(jax.random.key(0), 400, 300, options, stack=(2,))
     chex.assert_shape(list(adapter), [(2, 8, 300), (2, 8), (2, 8, 400)])
     assert {leaf.dtype for leaf in adapter} == {jnp.dtype("bfloat16")}
-    assert not np.asarray(adalora.delta_weight(adapter, scale=1.0)).any()
+    assert not np.asarray(adalora.delta_weight(adapter)).any()
     assert float(adapter.q.astype(jnp.float32).std()) == pytest.approx(0.02, rel=0.05)
     zero, one = (adapter.lam, adapter.p) if init == "gaussian" else (adapter.p, adapter.lam)
     assert not np.asarray(zero).any()
@@ -44,45 +44,46 @@ def test_forward_is_the_layer_with_the_dense_increment():
     kernel, bias = jax.random.normal(jax.random.key(2), (5, 4)), jnp.arange(4.0)
     weight = np.asarray(kernel, np.float64) + dense(adapter, 0.5)
     want = np.asarray(x, np.float64) @ weight + np.asarray(bias)
-    got = adalora.forward(adapter, x, kernel, bias, scale=0.5)
+    got = adalora.forward(adapter._replace(scale=0.5), x, kernel, bias)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    increment = adalora.forward(adapter, x, scale=jnp.float32(0.5))
+    increment = adalora.forward(adapter._replace(scale=0.5), x)
     np.testing.assert_allclose(increment, np.asarray(x) @ dense(adapter, 0.5), atol=1e-5)
-    np.testing.assert_allclose(adalora.delta_weight(adapter, scale=0.5), dense(adapter, 0.5), 1e-5)
+    delta = adalora.delta_weight(adapter._replace(scale=0.5))
+    np.testing.assert_allclose(delta, dense(adapter, 0.5), 1e-5)
 
 
 def test_forward_of_a_stack_is_every_layer_by_itself():
     adapter, x = random_adapter(stack=(3,)), jax.random.normal(jax.random.key(1), (3, 6, 5))
     kernel, bias = jnp.ones((3, 5, 4)), jnp.ones((3, 4))
-    got = adalora.forward(adapter, x, kernel, bias, scale=2.0)
+    got = adalora.forward(adapter._replace(scale=2.0), x, kernel, bias)
     for i in range(3):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], adapter)
-        want = adalora.forward(one, x[i], kernel[i], bias[i], scale=2.0)
+        want = adalora.forward(one._replace(scale=2.0), x[i], kernel[i], bias[i])
         np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_masked_triplet_does_not_count():
     adapter, x = random_adapter(), jnp.ones((2, 5))
     mask = jnp.array([True, False, True])
-    two = adalora.Adapter(*(leaf[np.array([0, 2])] for leaf in adapter))
-    got = adalora.forward(adapter, x, scale=1.0, mask=mask)
-    np.testing.assert_allclose(got, adalora.forward(two, x, scale=1.0), rtol=1e-5)
+    two = jax.tree.map(lambda leaf: leaf[np.array([0, 2])], adapter)
+    got = adalora.forward(adapter, x, mask=mask)
+    np.testing.assert_allclose(got, adalora.forward(two, x), rtol=1e-5)
 
 
 def test_the_output_has_the_dtype_of_the_base_layer():
     adapter, x = random_adapter(), jnp.ones((2, 5), jnp.bfloat16)
     kernel = jnp.ones((5, 4), jnp.bfloat16)
-    assert adalora.forward(adapter, x, kernel, scale=1.0).dtype == jnp.bfloat16
-    assert adalora.forward(adapter, x, scale=1.0).dtype == jnp.bfloat16
-    want = adalora.forward(adapter, x.astype(jnp.float32), kernel.astype(jnp.float32), scale=1.0)
-    got = adalora.forward(adapter, x, kernel, scale=1.0).astype(jnp.float32)
+    assert adalora.forward(adapter, x, kernel).dtype == jnp.bfloat16
+    assert adalora.forward(adapter, x).dtype == jnp.bfloat16
+    want = adalora.forward(adapter, x.astype(jnp.float32), kernel.astype(jnp.float32))
+    got = adalora.forward(adapter, x, kernel).astype(jnp.float32)
     np.testing.assert_allclose(got, want, rtol=0.03, atol=0.1)
 
 
 def test_dropout_is_of_the_input_keeps_the_mean_and_needs_a_key():
     x, key = jnp.ones((100, 100)), jax.random.key(0)
     identity = adalora.Adapter(jnp.eye(100), jnp.ones(100), jnp.eye(100))
-    run = lambda key: adalora.forward(identity, x, scale=1.0, dropout_rate=0.25, dropout_key=key)
+    run = lambda key: adalora.forward(identity, x, dropout_rate=0.25, dropout_key=key)
     dropped = run(key)
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
@@ -94,7 +95,6 @@ def test_stacked_adapters_drop_differently():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), one)
     y = adalora.forward(
         *(stacked, jnp.ones((2, 6, 5))),
-        scale=1.0,
         dropout_rate=0.5,
         dropout_key=jax.random.key(0),
     )
@@ -103,7 +103,10 @@ def test_stacked_adapters_drop_differently():
 
 def test_forward_mode_differentiates_the_same_output():
     adapter, x = random_adapter(), jnp.ones((2, 5))
-    options = {"scale": 2.0, "dropout_rate": 0.5, "dropout_key": jax.random.key(1)}
+    adapter, options = (
+        adapter._replace(scale=2.0),
+        {"dropout_rate": 0.5, "dropout_key": jax.random.key(1)},
+    )
     run = lambda adapter: adalora.forward(adapter, x, forward_mode=True, **options)
     y, tangent = jax.jvp(run, (adapter,), (adapter,))
     chex.assert_trees_all_equal(y, adalora.forward(adapter, x, **options))
@@ -113,23 +116,21 @@ def test_forward_mode_differentiates_the_same_output():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda a: adalora.forward(a, jnp.ones((2, 6)), scale=1.0), r"x has shape \(2, 6\)"),
+        (lambda a: adalora.forward(a, jnp.ones((2, 6))), r"x has shape \(2, 6\)"),
         (
-            lambda a: adalora.forward(a, jnp.ones((2, 5)), jnp.ones((4, 5)), scale=1.0),
+            lambda a: adalora.forward(a, jnp.ones((2, 5)), jnp.ones((4, 5))),
             r"kernel has shape \(4, 5\).*\(5, 4\)",
         ),
         (
-            lambda a: adalora.forward(
-                a, jnp.ones((2, 5)), jnp.ones((5, 4)), jnp.ones(5), scale=1.0
-            ),
+            lambda a: adalora.forward(a, jnp.ones((2, 5)), jnp.ones((5, 4)), jnp.ones(5)),
             r"bias has shape \(5,\) instead of \(4,\)",
         ),
         (
-            lambda a: adalora.forward(a, jnp.ones((2, 5)), scale=1.0, dropout_rate=1.0),
+            lambda a: adalora.forward(a, jnp.ones((2, 5)), dropout_rate=1.0),
             "dropout_rate=1.0 must be at least 0 and below 1",
         ),
         (
-            lambda a: adalora.delta_weight(a._replace(lam=jnp.ones(4)), scale=1.0),
+            lambda a: adalora.delta_weight(a._replace(lam=jnp.ones(4))),
             r"p \(3, 4\), lam \(4,\) and q \(3, 5\)",
         ),
         (

@@ -122,7 +122,8 @@ def test_memory_is_read_off_shapes():
     assert found["lora"]["adapters"] == adapters - 4 * triplets
     # AdamW's count, and then its and the allocator's averages, the masks, a step and a budget
     assert found["svd"]["training state"] == 3 * adapters + 4
-    assert found["adalora"]["training state"] == 5 * adapters + 4 + triplets + 8
+    scalars = 4 * 4 + 1  # step, budget, overridden, penalty; applied
+    assert found["adalora"]["training state"] == 5 * adapters + 4 + triplets + scalars
     state, _ = memory.targets("bert", found)
     assert state["measured"] == pytest.approx(2.0, abs=0.1)
     assert "| ours: AdaLoRA | " in memory.table(found, {"qwix": "not installed"})

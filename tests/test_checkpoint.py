@@ -81,8 +81,8 @@ def test_what_trains_beside_the_adapters_comes_back(tmp_path):
     back = checkpoint.restore(tmp_path / "c", target=target)
     assert_same_bits((back.adapters, back.opt_state), (adapters, tx.init(adapters)))
     assert back.step == 77
-    names = set(checkpoint.restore(tmp_path / "c", tx).adapters)
-    assert names == {"query", "head/kernel", "head/bias"}
+    alone = checkpoint.restore(tmp_path / "c", tx)
+    assert_same_bits((alone.adapters, alone.opt_state), (adapters, tx.init(adapters)))
     files = [file.name for file in (tmp_path / "c").rglob("*")]
     stored = json.loads((tmp_path / "c/adalora/metadata").read_text())["arrays"]
     assert files

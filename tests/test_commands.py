@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import adalora_jax as adalora
-from adalora_jax import checkpoint, peft
+from adalora_jax import checkpoint, evaluation
+from adalora_jax import huggingface as peft
 from adalora_jax.__main__ import main
 
 CONFIG = adalora.AdaLoraConfig(
@@ -47,10 +48,9 @@ def saved(trained, tmp_path):
 
 def increments(adapters, masks, scale):
     """The dense increments by PyTorch's names, in its layout, of the triplets that live."""
-    live = adalora.apply_masks(adapters, {path: jnp.asarray(masks[path]) for path in adapters})
+    live = evaluation.apply_masks(adapters, {path: jnp.asarray(masks[path]) for path in adapters})
     return {
-        path.replace("/", "."): np.asarray(adalora.delta_weight(a, scale=scale)).T
-        for path, a in live.items()
+        path.replace("/", "."): np.asarray(adalora.delta_weight(a)).T for path, a in live.items()
     }
 
 

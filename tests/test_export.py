@@ -1,5 +1,6 @@
 """Programs for GPU and TPU, lowered on a machine that has neither."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -54,7 +55,7 @@ def test_forward(dtype):
     config = CONFIG.replace(param_dtype=dtype, init_lora_weights=False)
     adapter = adalora.init_adapter(jax.random.key(0), 6, 5, config)
     x, kernel, bias = (jnp.ones(shape, dtype) for shape in ((3, 6), (6, 5), (5,)))
-    forward = lambda *args: adalora.forward(*args, scale=config.scale)
+    forward = adalora.forward
     for function in (forward, jax.grad(lambda *args: forward(*args).sum().astype(float))):
         ours = lowered(function, adapter, x, kernel, bias)
         wanted = jax.jit(function)(adapter, x, kernel, bias)
@@ -103,7 +104,8 @@ def test_a_train_step_for_a_mesh_of_devices_that_this_machine_has_not(problem):
     specs = adapted.specs(jax.tree.map(place, variables, base), x)
     assert specs["up"].p == P(None, "model")
     state = adapters, jax.eval_shape(tx.init, adapters)
-    placed = adalora.shardings(state, specs, mesh=mesh)
+    shardings = functools.partial(adalora.sharding.shardings, mesh=mesh)
+    placed = shardings(state[0], specs), shardings(state[1], specs, tx=tx)
     batch = NamedSharding(mesh, P("data"))
     step = jax.jit(
         train_step(adapted, tx),

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import adalora_jax as adalora
-from adalora_jax import gptq, quantized
+from adalora_jax import gptq, quantization
 from adalora_jax.nnx_layers import pure
 
 PINNED = np.load(Path(__file__).parent / "gptq_tensors" / "packed.npz")
@@ -159,7 +159,7 @@ def dense_params(params):
 def test_a_checkpoint_goes_into_a_linen_model_and_trains(checkpoint):
     model = Model()
     variables = model.init(jax.random.key(1), X)
-    loaded, packed = quantized.load_gptq(checkpoint, model, variables, names=NAMES)
+    loaded, packed = quantization.load_gptq(checkpoint, model, variables, names=NAMES)
     want = dense_params(variables["params"])
     chex.assert_trees_all_close(
         loaded.apply(packed, X), model.apply({"params": want}, X), atol=2e-3
@@ -189,10 +189,10 @@ def test_a_checkpoint_goes_into_a_linen_model_and_trains(checkpoint):
 
 def test_a_checkpoint_goes_into_an_nnx_model_whose_kernels_are_mere_shapes(checkpoint):
     abstract = nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0)))
-    loaded = quantized.load_gptq(checkpoint, abstract, names=NAMES.get)
+    loaded = quantization.load_gptq(checkpoint, abstract, names=NAMES.get)
     assert loaded.query.kernel.shape == (64, 4, 4)
     model = NnxModel(nnx.Rngs(0))
-    filled = quantized.load_gptq(checkpoint, model, names=NAMES)
+    filled = quantization.load_gptq(checkpoint, model, names=NAMES)
     assert isinstance(filled.query, nnx.LinearGeneral)
     params = {"query": {}, "head": {}, "out": {"kernel": model.out.kernel[...]}}
     for path in NAMES:
@@ -217,7 +217,7 @@ def test_by_default_a_path_is_the_name_with_dots(checkpoint):
             return Inner(name="model")(x)
 
     variables = Outer().init(jax.random.key(0), X)
-    _, packed = quantized.load_gptq(checkpoint, Outer(), variables)
+    _, packed = quantization.load_gptq(checkpoint, Outer(), variables)
     assert packed["quantized"]["model"]["lm_head"]["kernel"].bits == 4
     np.testing.assert_array_equal(
         packed["params"]["model"]["lm_head"]["bias"],
@@ -248,7 +248,7 @@ def test_a_list_of_names_is_a_stack_of_layers(tmp_path):
 
     variables = Stack().init(jax.random.key(0), X)
     names = {"mlp": ["h.0.mlp", "h.1.mlp"]}
-    model, packed = quantized.load_gptq(tmp_path, Stack(), variables, names=names)
+    model, packed = quantization.load_gptq(tmp_path, Stack(), variables, names=names)
     dense = np.stack([PINNED[f"{case}/dense"] for case in cases]).astype(np.float32)
     want = Stack().apply({"params": {"mlp": {"kernel": jnp.asarray(dense)}}}, X)
     chex.assert_trees_all_close(model.apply(packed, X), want, atol=2e-3)
@@ -272,7 +272,7 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
 def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path_factory):
     model = Model()
     variables = model.init(jax.random.key(1), X)
-    load = lambda **kwargs: quantized.load_gptq(checkpoint, model, variables, **kwargs)
+    load = lambda **kwargs: quantization.load_gptq(checkpoint, model, variables, **kwargs)
     with pytest.raises(ValueError, match=r"no layer .* has a place.*model\.lm_head.*head/bias"):
         load()
     with pytest.raises(ValueError, match=r"'model\.v_proj' for 'query', which is no GPTQ layer"):
@@ -280,9 +280,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path_factory)
     with pytest.raises(ValueError, match=r"'out' has a kernel of shape \(4, 4, 64\).*64 x 16"):
         load(names={"out": "model.q_proj"})
     with pytest.raises(TypeError, match="linen module with its variables"):
-        quantized.load_gptq(checkpoint, model)
+        quantization.load_gptq(checkpoint, model)
     with pytest.raises(ValueError, match="0 safetensors files and no qweight"):
-        quantized.load_gptq(tmp_path_factory.mktemp("empty"), model, variables)
+        quantization.load_gptq(tmp_path_factory.mktemp("empty"), model, variables)
     (checkpoint / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     with pytest.raises(ValueError, match="quant_method='awq', not 'gptq'"):
         load()

@@ -95,7 +95,7 @@ def expected_moments(params):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_moments_are_those_of_every_layers_inputs(linen, compiled):
     _, adapted, variables, adapters = linen
-    run = lambda variables, tokens: inits.moments_linen(adapted, variables, adapters, tokens)
+    run = lambda variables, tokens: inits.input_second_moments(adapted, variables, adapters, tokens)
     moments = (jax.jit(run) if compiled else run)(variables, TOKENS)
     expected = expected_moments(variables["params"])
     assert moments.keys() == expected.keys()  # and not the embedding, whose input is no number
@@ -105,7 +105,7 @@ def test_moments_are_those_of_every_layers_inputs(linen, compiled):
 
 def test_moments_of_batches_add_up(linen):
     _, adapted, variables, adapters = linen
-    run = lambda tokens: inits.moments_linen(adapted, variables, adapters, tokens)
+    run = lambda tokens: inits.input_second_moments(adapted, variables, adapters, tokens)
     parts = jax.tree.map(jnp.add, run(TOKENS[:1]), run(TOKENS[1:]))
     for path, moment in run(TOKENS).items():
         np.testing.assert_allclose(parts[path], moment, rtol=1e-4, atol=1e-4)
@@ -114,7 +114,7 @@ def test_moments_of_batches_add_up(linen):
 def test_moments_of_an_nnx_model_leave_it_as_it_is():
     model = al.nnx.adapt(NnxModel(nnx.Rngs(0)), CONFIG, nnx.Rngs(1))
     before = nnx.state(model)
-    moments = inits.moments_nnx(model, TOKENS)
+    moments = inits.input_second_moments(model, TOKENS)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
     x = model.embed(TOKENS)
     np.testing.assert_allclose(moments["conv"], second_moment(patches(x), 2), rtol=1e-4, atol=1e-5)
@@ -132,8 +132,8 @@ def test_moments_of_an_nnx_model_leave_it_as_it_is():
 
 def test_q_is_along_the_top_right_singular_vectors_of_the_inputs(linen):
     model, adapted, variables, adapters = linen
-    moments = inits.moments_linen(adapted, variables, adapters, TOKENS)
-    along = inits.along_inputs(adapters, moments)
+    moments = inits.input_second_moments(adapted, variables, adapters, TOKENS)
+    along = inits.eva_init(adapters, moments)
     assert along.keys() == adapters.keys()
     for path, moment in expected_moments(variables["params"]).items():
         for index in np.ndindex(moment.shape[:-2]):
@@ -150,8 +150,8 @@ def test_q_is_along_the_top_right_singular_vectors_of_the_inputs(linen):
 
 def test_ranks_go_where_variance_is_and_cost_what_the_model_had(linen):
     _, adapted, variables, adapters = linen
-    moments = inits.moments_linen(adapted, variables, adapters, TOKENS)
-    config = inits.ranks_by_variance(moments, CONFIG)
+    moments = inits.input_second_moments(adapted, variables, adapters, TOKENS)
+    config = inits.eva_ranks(moments, CONFIG)
     ranks = dict(config.rank_pattern)
     number = {path: int(np.prod(moment.shape[:-2])) for path, moment in moments.items()}
     assert sum(ranks[path] * number[path] for path in ranks) == 3 * sum(number.values())
@@ -172,21 +172,19 @@ def test_ranks_go_where_variance_is_and_cost_what_the_model_had(linen):
     fresh = al.linen.adapt(Model(), config).init(jax.random.key(2), variables, TOKENS)
     rows = {path: adapter.lam.shape[-1] for path, adapter in fresh.items()}
     assert rows == ranks | {"embed": 3}
-    along = inits.along_inputs(fresh, moments)
+    along = inits.eva_init(fresh, moments)
     assert al.init_state(along, config).allocator.budget == 3 * sum(number.values()) + 3
 
 
 def test_ranks_by_variance_stay_within_limits():
     moments = {"a": jnp.diag(jnp.array([5.0, 4, 3, 2, 1])), "b": jnp.diag(jnp.array([1.0, 0, 0]))}
-    ranks = lambda config, **most: dict(
-        inits.ranks_by_variance(moments, config, **most).rank_pattern
-    )
+    ranks = lambda config, **most: dict(inits.eva_ranks(moments, config, **most).rank_pattern)
     assert ranks(CONFIG) == {"a": 5, "b": 1}
-    assert ranks(CONFIG, most=3) == {"a": 3, "b": 3}
+    assert ranks(CONFIG, max_rank=3) == {"a": 3, "b": 3}
     limited = CONFIG.replace(rank_limits={"a": {"max_r": 2}})
     assert ranks(limited) == {"a": 2, "b": 3}
-    with pytest.raises(ValueError, match="most=0 must be at least 1"):
-        ranks(CONFIG, most=0)
+    with pytest.raises(ValueError, match="max_rank=0 must be at least 1"):
+        ranks(CONFIG, max_rank=0)
 
 
 # The singular vectors of the weights ----------------------------------------------------------
@@ -204,7 +202,7 @@ def test_principal_adapters_are_the_top_of_the_kernels_and_the_base_is_the_rest(
     config = CONFIG.replace(**changes)
     adapted = al.linen.adapt(model, config)
     adapters = adapted.init(jax.random.key(2), variables, TOKENS)
-    corrected, adapters = inits.principal_linen(adapted, variables, adapters, TOKENS)
+    corrected, adapters = inits.pissa_init(variables, adapters)
     want = model.apply(variables, TOKENS)["logits"]
     y = adapted.apply(corrected, adapters, TOKENS)["logits"]
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
@@ -235,7 +233,7 @@ def test_principal_adapters_of_an_nnx_model_with_shared_weights():
 
     for base, x in ((NnxModel(nnx.Rngs(0)), TOKENS), (Tied(nnx.Rngs(0)), jnp.ones((2, 6)))):
         adapted = al.nnx.adapt(base, CONFIG, nnx.Rngs(1))
-        model = inits.principal_nnx(adapted)
+        model = inits.pissa_init(adapted)
         np.testing.assert_allclose(model(x), base(x), rtol=1e-4, atol=1e-5)
         bare = al.nnx.with_adapters(model, {})
         assert abs(bare(x) - base(x)).max() > 1e-3
@@ -249,23 +247,23 @@ def test_rows_beyond_the_rank_of_a_weight_stay_with_a_lam_of_zero():
     variables = model.init(jax.random.key(0), x)
     adapted = al.linen.adapt(model, CONFIG.replace(init_r=4))
     fresh = adapted.init(jax.random.key(1), variables, x)
-    corrected, adapters = inits.principal_linen(adapted, variables, fresh, x)
+    corrected, adapters = inits.pissa_init(variables, fresh)
     assert (np.asarray(adapters[""].lam) != 0).tolist() == [True, True, False, False]
     np.testing.assert_array_equal(adapters[""].q[2:], fresh[""].q[2:])
     np.testing.assert_allclose(corrected["params"]["kernel"], jnp.zeros((5, 2)), atol=1e-6)
 
 
 def test_a_quantised_weight_has_nothing_to_take_out():
-    quantized = pytest.importorskip("adalora_jax.quantized")
+    quantization = pytest.importorskip("adalora_jax.quantization")
     model, x = nn.Dense(64), jnp.ones((2, 64))
-    module, variables = quantized.quantize_linen(model, model.init(jax.random.key(0), x), "int8", x)
+    module, variables = quantization.quantize(model, "int8", model.init(jax.random.key(0), x), x)
     adapted = al.linen.adapt(module, CONFIG)
     adapters = adapted.init(jax.random.key(1), variables, x)
     with pytest.raises(ValueError, match="is quantised, so nothing can be taken out of it"):
-        inits.principal_linen(adapted, variables, adapters, x)
-    base = quantized.quantize_nnx(nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0))), "int8", x)
+        inits.pissa_init(variables, adapters)
+    base = quantization.quantize(nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0))), "int8", x)
     with pytest.raises(ValueError, match="is quantised, so nothing can be taken out of it"):
-        inits.principal_nnx(al.nnx.adapt(base, CONFIG))
+        inits.pissa_init(al.nnx.adapt(base, CONFIG))
     # Its inputs can be looked at like any other's.
-    moments = inits.moments_linen(adapted, variables, adapters, x)
+    moments = inits.input_second_moments(adapted, variables, adapters, x)
     np.testing.assert_allclose(moments[""], x.T @ x, rtol=1e-5)

@@ -10,6 +10,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import adalora_jax as adalora
+from adalora_jax import evaluation
 
 
 class Block(nn.Module):
@@ -133,7 +134,7 @@ def test_adapter_dropout_follows_the_flag_and_leaves_the_models_own_noise_alone(
     chex.assert_trees_all_equal(run(False, 0), run(False, 1))
     assert not np.allclose(run(True, 0), run(True, 1))
     # With a zero increment the adapters' dropout must not shift the model's random numbers.
-    zero = adalora.apply_masks(adapters, {p: jnp.zeros(4, bool) for p in adapters})
+    zero = evaluation.apply_masks(adapters, {p: jnp.zeros(4, bool) for p in adapters})
     key = {"dropout": jax.random.key(0)}
     ours = adapted.apply(variables, zero, x, True, rngs=key, mutable=["batch_stats"])[0]
     base = module.apply(variables, x, True, rngs=key, mutable=["batch_stats"])[0]
@@ -156,11 +157,11 @@ def test_merging_gives_the_adapted_function_in_the_base_model(model):
     adapters = adapted.init(jax.random.key(2), variables, x)
     want = adapted.apply(variables, adapters, x)
     for merged in (
-        adapted.merge(variables, adapters, x),
-        adalora.merge(variables, adapters, options),
+        adalora.merge(variables, adapters),
+        adalora.merge(variables, adapters),
     ):
         chex.assert_trees_all_close(module.apply(merged, x), want, rtol=1e-4, atol=1e-4)
-    back = adapted.unmerge(merged, adapters, x)
+    back = adalora.unmerge(merged, adapters)
     chex.assert_trees_all_close(back, variables, atol=1e-5)
 
 

@@ -102,9 +102,10 @@ def test_an_optimizer_trains_adapters_and_saved_modules_and_compiles_once():
     ranks = adalora.ranks(allocator)
     assert values[-1] < values[0]
     assert int(allocator.step) == 20
-    assert list(ranks) == sorted(adalora.nnx.adapters(adapted))
+    found = adalora.adapters(adalora.nnx.adapters(adapted))
+    assert list(ranks) == sorted(found)
     assert sum(ranks.values()) == 2 * 6
-    for path, adapter in adalora.nnx.adapters(adapted).items():
+    for path, adapter in found.items():
         assert int((adapter.lam != 0).sum()) == ranks[path]
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(adapted, is_base)))
     assert not np.array_equal(adapted.head.kernel[...], model.head.kernel[...])
@@ -160,7 +161,7 @@ def test_merging_gives_the_adapted_function_in_the_base_classes():
     adapted = adalora.nnx.adapt(model, config(init_lora_weights=False), nnx.Rngs(1))
     adapted.eval()
     want = adapted(X)
-    merged = adalora.nnx.merge(adapted)
+    merged = adalora.merge(adapted)
     chex.assert_trees_all_close(merged(X), want, rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_equal(adapted(X), want)
     assert paths(merged) == paths(model)
@@ -206,8 +207,8 @@ def test_merging_is_refused_where_it_is_not_finite_or_another_model():
     options = {"total_step": 9, "target_modules": "all-linear", "init_lora_weights": False}
     adapted = adalora.nnx.adapt(model, adalora.AdaLoraConfig(**options))
     adapted.layers[0].adalora.lam[...] = jnp.full(12, jnp.inf)
-    assert not bool(jnp.isfinite(adalora.nnx.merge(adapted).layers[0].kernel[...]).all())
+    assert not bool(jnp.isfinite(adalora.merge(adapted).layers[0].kernel[...]).all())
     with pytest.raises(ValueError, match="merged weight of 'layers/0' is not finite in float32"):
-        adalora.nnx.merge(adapted, safe=True)
+        adalora.merge(adapted, safe=True)
     with pytest.raises(ValueError, match="has no layer 'layers/0'"):
-        adalora.nnx.unmerge(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), adapted)
+        adalora.unmerge(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), adapted)

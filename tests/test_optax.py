@@ -212,11 +212,13 @@ def test_map_params_sees_the_averages_as_parameters_and_masks_and_scalars_as_non
     tx = al.adalora(optax.adam(0.01), CONFIG)
     params = problem.adapters(CONFIG, shapes=SHAPES)
     state = tx.init(params)
-    specs = {name: al.Adapter("p of " + name, "lam of " + name, "q of " + name) for name in SHAPES}
+    specs = {
+        name: a._replace(**{f: f"{f} of {name}" for f in a._fields}) for name, a in params.items()
+    }
     mapped = optax.tree.map_params(
         tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: None
     )
-    assert mapped.allocator == al.AllocatorState(None, None, None, specs, specs)
+    assert mapped.allocator == al.AllocatorState(*[None] * 3, specs, specs, *[None] * 3, CONFIG)
     assert mapped.inner[0].mu == specs
     doubled = optax.tree.map_params(tx, lambda leaf: leaf + 2, state)
     assert {float(leaf.max()) for leaf in jax.tree.leaves(doubled.allocator.sensitivity)} == {2.0}
@@ -311,4 +313,4 @@ def test_schedule_free_evaluates_pruned_once_the_masks_are_applied():
     count = lambda tree: sum(int((a.lam != 0).sum()) for a in tree["block"].values())
     assert count(params) == 4
     assert count(evaluated) == 6
-    assert count(al.apply_masks(evaluated, state.allocator.masks)) == 4
+    assert count(al.eval_params(state, params)) == 4

@@ -258,12 +258,16 @@ def test_the_budget_is_the_schedules_at_every_step(case, schedule):
 def test_forward_and_delta_weight_are_equation_3():
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        trees = {"a": al.Adapter(*(jnp.asarray(rng.normal(size=n)) for n in ((3, 4), 3, (3, 5))))}
+        trees = {
+            "a": al.Adapter(
+                *(jnp.asarray(rng.normal(size=n)) for n in ((3, 4), 3, (3, 5))), scale=1.7
+            )
+        }
         x, kernel = rng.normal(size=(7, 5)), rng.normal(size=(5, 4))
         expected = oracle.forward(problem.matrices(trees)[0], x, kernel, 1.7)
-        y = al.forward(trees["a"], jnp.asarray(x), jnp.asarray(kernel), scale=1.7)
+        y = al.forward(trees["a"], jnp.asarray(x), jnp.asarray(kernel))
         np.testing.assert_allclose(y, expected, rtol=1e-12)
-        increment = np.asarray(al.delta_weight(trees["a"], scale=1.7))
+        increment = np.asarray(al.delta_weight(trees["a"]))
         np.testing.assert_allclose(x @ (kernel + increment), expected, rtol=1e-12)
 
 

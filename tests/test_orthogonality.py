@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adalora_jax as al
-from adalora_jax.orthogonality import deviation
+from adalora_jax.regularizer import deviation
 
-# By name: `adalora_jax.orthogonality` is the function.
-orthogonality_room = importlib.import_module("adalora_jax.orthogonality")
+orthogonality_room = importlib.import_module("adalora_jax.regularizer")
 EYE = np.eye(3, 5, dtype=np.float32)
 NORMAL = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 ROTATED = np.linalg.qr(NORMAL.T.astype(np.float64))[0].T.astype(np.float32)

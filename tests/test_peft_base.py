@@ -22,7 +22,8 @@ from hf_flax import NNX_LLAMA, Bert, Llama, NnxLlama, Sizes
 from safetensors.numpy import save_file
 
 import adalora_jax as adalora
-from adalora_jax import peft, quantized
+from adalora_jax import huggingface as peft
+from adalora_jax import quantization
 
 pytestmark = pytest.mark.usefixtures("_flax_ranks")
 SIZES = Sizes(layers=3)
@@ -399,7 +400,7 @@ def test_the_rest_of_a_gptq_checkpoint(tmp_path):
         allow_missing="up/kernel",
         allow_unused=r"up\.(qweight|qzeros|scales|g_idx)",
     )
-    model, variables = quantized.load_gptq(tmp_path, Model(), variables)
+    model, variables = quantization.load_gptq(tmp_path, Model(), variables)
     kernel = variables["quantized"]["up"]["kernel"].dequantize()
     h = np.ones((2, 16)) @ np.asarray(kernel) + floats["up.bias"]
     close(model.apply(variables, x), h @ floats["head.weight"].T + floats["head.bias"])

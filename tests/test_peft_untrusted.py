@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import adalora_jax as adalora
-from adalora_jax import peft, tensorfile
-from adalora_jax.peft import matrices as peft_matrices
+from adalora_jax import huggingface as peft
+from adalora_jax import tensorfile
+from adalora_jax.huggingface import matrices as peft_matrices
 
 FEW = settings(
     max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
@@ -435,7 +436,7 @@ def test_a_few_bytes_do_not_become_a_large_stack():
     }
     names = peft.NameMap([("l[{i}]", "l.{i}")])
     with pytest.raises(ValueError, match="its ranks are too different"):
-        peft_matrices.from_matrices(matrices, names, None, {})
+        peft_matrices.from_matrices(matrices, names, None, {}, 1.0)
 
 
 def test_the_regexes_of_a_stranger_are_not_run(tmp_path):

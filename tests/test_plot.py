@@ -9,8 +9,8 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-import adalora_jax as adalora
 from adalora_jax import plot
+from adalora_jax.diagnostics import AllocatorInfo
 
 RANKS = {
     f"encoder/blocks_{layer}/{module}": rank
@@ -106,7 +106,7 @@ def infos(steps=(1, 11, 21, 41)):
         scores = {path: (2.0 + mask) / (i + 1) for path, mask in masks.items()}
         live = sum(int(mask.sum()) for mask in masks.values())
         scalars = map(jnp.int32, (step, live + 1, live))
-        result.append(adalora.AllocatorInfo(*scalars, masks, scores))
+        result.append(AllocatorInfo(*scalars, masks, scores))
     return result
 
 
@@ -183,7 +183,7 @@ def test_one_info_and_stacked_ones_will_do(draw):
 def test_runs_of_a_large_model_stay_within_a_screenful():
     masks = {f"layers/{m}": jnp.ones((80, 12), bool) for m in ("query", "value", "up")}
     scores = jax.tree.map(lambda mask: mask * 1.0, masks)
-    history = [adalora.AllocatorInfo(i, 2880, 2880, masks, scores) for i in range(3)]
+    history = [AllocatorInfo(i, 2880, 2880, masks, scores) for i in range(3)]
     for draw in (plot.rank_curves, plot.importance_history, plot.lifetimes):
         width, height = draw(history).get_size_inches()
         assert width <= 16

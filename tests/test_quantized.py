@@ -13,7 +13,7 @@ import qwix
 from flax import nnx, traverse_util
 
 import adalora_jax as adalora
-from adalora_jax import packed, quantized
+from adalora_jax import packed, quantization
 from adalora_jax.nnx_layers import pure
 from adalora_jax.tree import is_packed
 
@@ -80,7 +80,7 @@ def config(**changes):
 def linen(recipe="nf4"):
     """A quantised model with its variables, and the float ones it was made from."""
     variables = Model().init(jax.random.key(1), X)
-    return *quantized.quantize_linen(Model(), variables, recipe, X), variables
+    return *quantization.quantize(Model(), recipe, variables, X), variables
 
 
 def dequantised(tree):
@@ -133,10 +133,10 @@ def both_ways(module, variables, qtype, *inputs):
     params = qwix.quantize_params(variables["params"], abstract["params"])
     others = r".*(out|back|conv)"
     for recipe in (
-        quantized.Recipe(qtype=qtype, block=block, exclude_modules=others),
-        quantized.Recipe(qtype=qtype, block=None, target_modules=others),
+        quantization.Recipe(qtype=qtype, block=block, exclude_modules=others),
+        quantization.Recipe(qtype=qtype, block=None, target_modules=others),
     ):
-        module, variables = quantized.quantize_linen(module, variables, recipe, *inputs)
+        module, variables = quantization.quantize(module, recipe, variables, *inputs)
     return (theirs, {"params": params}), (module, variables)
 
 
@@ -182,19 +182,20 @@ def test_outputs_are_those_of_qwixs_own_model(qtype):
 )
 def test_a_block_of_64_is_made_of_the_last_inputs(shape, layer, scales):
     kind, *axes = layer
-    layer = adalora.layers.Layer(kind, "kernel", *axes)
+    stack, ins, outs = axes
+    layer = adalora.Layout("kernel", ins, outs, stack, kind)
     weight = jax.random.normal(jax.random.key(0), shape)
-    found = quantized.quantize(weight, "nf4", layer)
+    found = quantization.quantize_weight(weight, "nf4", layer)
     assert found.scale.shape == scales
     assert found.qvalue.size == weight.size / 2
     assert np.abs(found.dequantize() - weight).max() < 0.2 * np.abs(weight).max()
 
 
 def test_an_axis_of_odd_size_is_packed_along_another_or_not_at_all():
-    layer = adalora.layers.Layer("dense", "kernel", (), (0,), (1,))
+    layer = adalora.Layout()
     for shape, size in (((5, 4), 10), ((5, 3), 15)):
         weight = jax.random.normal(jax.random.key(0), shape)
-        found = quantized.quantize(weight, "int4", layer)
+        found = quantization.quantize_weight(weight, "int4", layer)
         assert found.qvalue.size == size
         assert found.shape == shape
         np.testing.assert_allclose(found.dequantize(), weight, atol=0.2)
@@ -241,7 +242,7 @@ def test_adapters_train_in_linen_and_the_base_stays_bit_for_bit(recipe):
 
 def test_adapters_train_in_nnx_and_the_base_stays_bit_for_bit():
     options = config()
-    quantised = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "nf4", X)
+    quantised = quantization.quantize(NnxModel(nnx.Rngs(0)), "nf4", X)
     adapted = adalora.nnx.adapt(quantised, options, nnx.Rngs(1))
     tx = adalora.adalora(optax.adamw(1e-2), options)
     optimizer = nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)
@@ -285,7 +286,7 @@ def test_params_and_adapters_together_are_differentiated_without_a_filter_in_lin
 
 
 def test_all_params_are_differentiated_without_a_filter_in_nnx():
-    quantised = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int4", X)
+    quantised = quantization.quantize(NnxModel(nnx.Rngs(0)), "int4", X)
     adapted = adalora.nnx.adapt(quantised, config(init_lora_weights=False))
     grads = pure(nnx.jit(nnx.grad(lambda model: task(model(X))))(adapted))
     graph, params, rest = nnx.split(adapted, nnx.Param, ...)
@@ -298,9 +299,7 @@ def test_all_params_are_differentiated_without_a_filter_in_nnx():
 
 def test_quantising_under_eval_shape_allocates_nothing_and_adapts():
     abstract = jax.eval_shape(Model().init, jax.random.key(0), X)
-    variables = jax.eval_shape(
-        lambda v: quantized.quantize_linen(Model(), v, "nf4", X)[1], abstract
-    )
+    variables = jax.eval_shape(lambda v: quantization.quantize(Model(), "nf4", v, X)[1], abstract)
     model, concrete, floats = linen("nf4")
     chex.assert_trees_all_equal_shapes_and_dtypes(variables, concrete)
     options = config(target_modules="all-linear", modules_to_save=["head"])
@@ -314,13 +313,13 @@ def test_quantising_under_eval_shape_allocates_nothing_and_adapts():
 
 def test_a_bf16_base_stays_bf16():
     floats = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), linen()[2])
-    model, variables = quantized.quantize_linen(Model(), floats, "int8", X)
+    model, variables = quantization.quantize(Model(), "int8", floats, X)
     assert variables["quantized"]["head"]["kernel"].scale.dtype == jnp.bfloat16
     assert model.apply(variables, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-    recipe = quantized.Recipe(qtype="int8", dtype="bfloat16")
-    cast = quantized.quantize_linen(Model(), linen()[2], recipe, X)[1]
+    recipe = quantization.Recipe(qtype="int8", dtype="bfloat16")
+    cast = quantization.quantize(Model(), recipe, linen()[2], X)[1]
     chex.assert_trees_all_equal(cast, variables)
-    plain = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), recipe, X)
+    plain = quantization.quantize(NnxModel(nnx.Rngs(0)), recipe, X)
     assert plain.head.bias.dtype == plain.head.kernel.dtype == jnp.bfloat16
 
 
@@ -348,7 +347,7 @@ def test_params_that_the_model_changes_come_back_with_the_packed_ones_apart():
 def trained(adapters):
     """Adapters with an increment of the size of training's."""
     lam = lambda a: jnp.linspace(0.5, 1.0, a.lam.size).reshape(a.lam.shape)
-    return {path: a._replace(lam=lam(a)) for path, a in adapters.items()}
+    return adapters | {p: a._replace(lam=lam(a)) for p, a in adalora.adapters(adapters).items()}
 
 
 @pytest.mark.parametrize("recipe", ONE_SHORT)
@@ -356,13 +355,13 @@ def test_merging_into_a_dtype_gives_the_adapted_function_to_the_float_model(reci
     model, variables, floats = linen(recipe)
     adapted = adalora.linen.adapt(model, config())
     adapters = trained(adapted.init(jax.random.key(2), variables, X))
-    merged, errors = quantized.merge_linen(adapted, variables, adapters, X, to="float32")
+    merged, errors = quantization.merge(variables, adapters, to="float32")
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, floats)
     want = adapted.apply(variables, adapters, X)
     np.testing.assert_allclose(Model().apply(merged, X), want, rtol=1e-4, atol=1e-4)
     assert set(errors) == set(adapters)
     assert max(error.weight for error in errors.values()) == 0
-    lower, errors = quantized.merge_linen(adapted, variables, adapters, X, to="bfloat16")
+    lower, errors = quantization.merge(variables, adapters, to="bfloat16")
     assert lower["params"]["layers_0"]["down"]["kernel"].dtype == jnp.bfloat16
     assert all(1e-4 < error.weight < 2**-8 for error in errors.values())
 
@@ -372,12 +371,12 @@ def test_merging_into_integers_says_what_it_costs(to):
     model, variables, _ = linen("nf4")
     adapted = adalora.linen.adapt(model, config())
     adapters = trained(adapted.init(jax.random.key(2), variables, X))
-    merged, errors = quantized.merge_linen(adapted, variables, adapters, X, to=to)
+    merged, errors = quantization.merge(variables, adapters, to=to)
     path = "layers_0/up"
     weight = merged["quantized"]["layers_0"]["up"]["kernel"]
     assert weight.qtype == ("nf4" if to == "requantize" else "int8")
     old = np.asarray(variables["quantized"]["layers_0"]["up"]["kernel"].dequantize())
-    delta = np.asarray(adalora.delta_weight(adapters[path], scale=adapted.config.scale_of(path)))
+    delta = np.asarray(adalora.delta_weight(adapters[path]))
     lost = np.linalg.norm(weight.dequantize() - (old + delta))
     np.testing.assert_allclose(errors[path].weight, lost / np.linalg.norm(old + delta), rtol=1e-3)
     np.testing.assert_allclose(errors[path].increment, lost / np.linalg.norm(delta), rtol=1e-3)
@@ -391,17 +390,17 @@ def test_merging_into_integers_says_what_it_costs(to):
 
 
 def test_merging_in_nnx_is_merging_in_linen():
-    base = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int4", X)
+    base = quantization.quantize(NnxModel(nnx.Rngs(0)), "int4", X)
     adapted = adalora.nnx.adapt(base, config(modules_to_save=["head"]))
     adalora.nnx.set_adapters(adapted, trained(adalora.nnx.adapters(adapted)))
     want = adapted(X)
-    merged, errors = quantized.merge_nnx(adapted, to="float32")
+    merged, errors = quantization.merge(adapted, to="float32")
     assert type(merged.layers[0].up) is nnx.Linear
     assert type(merged.layers[0].attn.query) is nnx.LinearGeneral
     assert type(merged.layers[0].up.kernel) is nnx.Param
     np.testing.assert_allclose(merged(X), want, rtol=1e-4, atol=1e-4)
-    assert list(errors) == sorted(adalora.nnx.adapters(adapted))
-    again, errors = quantized.merge_nnx(adapted)
+    assert list(errors) == sorted(adalora.adapters(adalora.nnx.adapters(adapted)))
+    again, errors = quantization.merge(adapted)
     assert again.layers[0].up.kernel.get_raw_value().qtype == "int4"
     assert type(again.layers[0].up) is type(base.layers[0].up)
     assert all(error.weight > 1e-3 for error in errors.values())
@@ -409,14 +408,14 @@ def test_merging_in_nnx_is_merging_in_linen():
 
 
 def test_layers_that_stayed_float_merge_as_on_a_float_base():
-    recipe = quantized.Recipe(qtype="int8", exclude_modules=["up"])
+    recipe = quantization.Recipe(qtype="int8", exclude_modules=["up"])
     variables = linen()[2]
-    model, mixed = quantized.quantize_linen(Model(), variables, recipe, X)
+    model, mixed = quantization.quantize(Model(), recipe, variables, X)
     assert "kernel" in mixed["params"]["layers_0"]["up"]
     adapted = adalora.linen.adapt(model, config(modules_to_save=["head"]))
     adapters = adapted.init(jax.random.key(2), mixed, X)
     adapters |= trained({path: adapters[path] for path in adapters if path != "head"})
-    merged, errors = quantized.merge_linen(adapted, mixed, adapters, X, to="float32")
+    merged, errors = quantization.merge(mixed, adapters, to="float32")
     assert not any("up" in path for path in errors)
     want = adapted.apply(mixed, adapters, X)
     np.testing.assert_allclose(Model().apply(merged, X), want, rtol=1e-4, atol=1e-4)
@@ -430,17 +429,17 @@ def test_a_merge_in_place_is_refused():
     adapted = adalora.linen.adapt(model, config())
     adapters = adapted.init(jax.random.key(2), variables, X)
     for merge in (
-        lambda: adalora.merge(variables, adapters, config()),
-        lambda: adalora.unmerge(variables, adapters, config()),
-        lambda: adapted.merge(variables, adapters, X),
+        lambda: adalora.merge(variables, adapters),
+        lambda: adalora.unmerge(variables, adapters),
+        lambda: adalora.merge(variables, adapters, safe=True),
     ):
-        with pytest.raises(ValueError, match=r"query' is quantised.*quantized\.merge_linen"):
+        with pytest.raises(ValueError, match=r"query' is quantised.*quantization\.merge"):
             merge()
-    base = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int8", X)
-    with pytest.raises(ValueError, match=r"is quantised and cannot.*quantized\.merge_nnx"):
-        adalora.nnx.merge(adalora.nnx.adapt(base, config()))
+    base = quantization.quantize(NnxModel(nnx.Rngs(0)), "int8", X)
+    with pytest.raises(ValueError, match=r"is quantised and cannot.*quantization\.merge"):
+        adalora.merge(adalora.nnx.adapt(base, config()))
     with pytest.raises(ValueError, match=r"to='int16' must be a floating-point dtype"):
-        quantized.merge_linen(adapted, variables, adapters, X, to="int16")
+        quantization.merge(variables, adapters, to="int16")
 
 
 @pytest.mark.parametrize(
@@ -454,22 +453,22 @@ def test_a_merge_in_place_is_refused():
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        quantized.quantize_linen(
-            Model(), linen()[2], quantized.Recipe(**{"qtype": "nf4", **change}), X
+        quantization.quantize(
+            Model(), quantization.Recipe(**{"qtype": "nf4", **change}), linen()[2], X
         )
 
 
 def test_quantising_twice_and_other_things_are_refused():
     model, variables, floats = linen()
     with pytest.raises(ValueError, match="is quantised already"):
-        quantized.quantize_linen(model, variables, "int8", X)
-    base = quantized.quantize_nnx(NnxModel(nnx.Rngs(0)), "int8", X)
+        quantization.quantize(model, "int8", variables, X)
+    base = quantization.quantize(NnxModel(nnx.Rngs(0)), "int8", X)
     with pytest.raises(ValueError, match="is quantised already"):
-        quantized.quantize_nnx(base, "int8", X)
-    with pytest.raises(TypeError, match="quantize_nnx takes NNX"):
-        quantized.quantize_linen(NnxModel(nnx.Rngs(0)), floats, "int8", X)
-    with pytest.raises(TypeError, match="quantize_linen takes linen"):
-        quantized.quantize_nnx(Model(), "int8", X)
+        quantization.quantize(base, "int8", X)
+    with pytest.raises(TypeError, match="it must be the model's variables"):
+        quantization.quantize(Model(), "int8", X)
+    with pytest.raises(TypeError, match="variables are missing"):
+        quantization.quantize(Model(), "int8")
     weight = variables["quantized"]["layers_0"]["up"]["kernel"]
     with pytest.raises(ValueError, match=r"weights\['head/kernel'\] has shape \(64, 128\)"):
         packed.pack_linen(Model(), floats, {"head/kernel": weight})

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from adalora_jax import quantized
+from adalora_jax import quantization
 from adalora_jax.demo import in_linen, in_nnx, train
 from adalora_jax.demo.methods import adaptations, pretraining
 
@@ -28,8 +28,8 @@ class OnLinen:
 
 class QuantisedLearner(in_linen.Learner):
     def __init__(self, base, method, seed, recipe):
-        model, variables = quantized.quantize_linen(
-            in_linen.VisionTransformer(), base, recipe, np.zeros((1, 8, 8), np.float32)
+        model, variables = quantization.quantize(
+            in_linen.VisionTransformer(), recipe, base, np.zeros((1, 8, 8), np.float32)
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(in_linen, "VisionTransformer", lambda: model)
@@ -44,7 +44,7 @@ class OnNnx:
 
     def Learner(self, base, method, seed):
         if self.recipe is not None:
-            base = quantized.quantize_nnx(base, self.recipe)
+            base = quantization.quantize(base, self.recipe)
         return in_nnx.Learner(base, method, seed)
 
 

@@ -8,7 +8,7 @@ from compiling import AS_USERS
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax import gptq, packed, quantized
+from adalora_jax import gptq, packed, quantization
 
 
 class Deep(nn.Module):
@@ -83,7 +83,7 @@ def quantised_shapes(module, variables, recipe, x):
     kept = []
 
     def quantise(variables):
-        model, new = quantized.quantize_linen(module, variables, recipe, x)
+        model, new = quantization.quantize(module, recipe, variables, x)
         kept.append(model)
         return new
 
@@ -110,7 +110,7 @@ def test_a_training_step_in_nnx_holds_one_dequantised_kernel_at_a_time():
     found = []
     for recipe in (None, "nf4"):
         model = NnxDeep(nnx.Rngs(0))
-        model = model if recipe is None else quantized.quantize_nnx(model, recipe)
+        model = model if recipe is None else quantization.quantize(model, recipe)
         adapted = adalora.nnx.adapt(model, CONFIG)
         graph, adapters, rest = nnx.split(adapted, nnx.LoRAParam, ...)
         loss = lambda a, rest, x, graph=graph: jnp.sum(nnx.merge(graph, a, rest)(x) ** 2)

@@ -11,7 +11,8 @@ import pytest
 from problem import assert_same_bits
 
 import adalora_jax as adalora
-from adalora_jax import checkpoint, peft, quantized
+from adalora_jax import checkpoint, quantization
+from adalora_jax import huggingface as peft
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=6, init_r=3, target_r=1, tinit=1, tfinal=2, target_modules=["up", "down"]
@@ -28,7 +29,7 @@ class Model(nn.Module):
 @pytest.fixture(scope="module", params=["int8", "nf4"])
 def base(request):
     variables = Model().init(jax.random.key(1), X)
-    return quantized.quantize_linen(Model(), variables, request.param, X)
+    return quantization.quantize(Model(), request.param, variables, X)
 
 
 def trained(base, adapters, state, tx, steps):

@@ -10,7 +10,7 @@ import qwix
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax import nnx_layers, quantized, qwix_models
+from adalora_jax import nnx_layers, quantization, qwix_models
 from adalora_jax.nnx_layers import pure
 
 pytestmark = [
@@ -132,7 +132,7 @@ def test_a_layer_that_is_the_whole_model():
     assert isinstance(adapted, nnx.Linear)
     want = trained(adapted)(X)
     assert np.abs(want - linear(X)).max() > 0.1
-    merged, _ = quantized.merge_nnx(adapted, to="float32")
+    merged, _ = quantization.merge(adapted, to="float32")
     assert type(merged) is nnx.Linear
     np.testing.assert_allclose(merged(X), want, rtol=1e-4, atol=1e-4)
 
@@ -163,13 +163,13 @@ def test_merging_gives_the_float_model_or_qwixs_own_again():
     base = by_qwix(Model(nnx.Rngs(0)))
     adapted = trained(adalora.nnx.adapt(base, config))
     want = adapted(X)
-    merged, errors = quantized.merge_nnx(adapted, to="float32")
+    merged, errors = quantization.merge(adapted, to="float32")
     np.testing.assert_allclose(merged(X), want, rtol=1e-4, atol=1e-4)
     assert type(merged) is Model
     parts = lambda model: {p: {*vars(m)} for p, m in nnx_layers.modules(model)}
     assert parts(merged) == parts(Model(nnx.Rngs(0)))
     assert set(errors) == {f"layers/{i}/{name}" for i in (0, 1) for name in ("q", "up")}
-    again, errors = quantized.merge_nnx(adapted)
+    again, errors = quantization.merge(adapted)
     assert type(again) is type(base)
     assert (
         again.layers[0].up.kernel.array.qvalue.dtype == base.layers[0].up.kernel.array.qvalue.dtype
@@ -231,11 +231,11 @@ def test_what_has_no_lora_of_qwixs_is_refused():
 def test_what_cannot_be_is_refused():
     base = by_qwix(Model(nnx.Rngs(0)))
     adapted = adalora.nnx.adapt(base, CONFIG)
-    with pytest.raises(ValueError, match=r"is quantised: adalora_jax\.quantized\.merge_nnx"):
-        adalora.nnx.merge(adapted)
+    with pytest.raises(ValueError, match=r"is quantised and cannot.*quantization\.merge"):
+        adalora.merge(adapted)
     with pytest.raises(ValueError, match=r"to='int4': Qwix quantised this model"):
-        quantized.merge_nnx(adapted, to="int4")
+        quantization.merge(adapted, to="int4")
     with pytest.raises(ValueError, match=r"is quantised already"):
-        quantized.quantize_nnx(base, "int8")
+        quantization.quantize(base, "int8")
     with pytest.raises(ValueError, match=r"modules_to_save: 'layers/0/up/kernel.*cannot train"):
         adalora.nnx.adapt(base, CONFIG.replace(modules_to_save=["layers.0.up"]))

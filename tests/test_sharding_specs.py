@@ -1,5 +1,7 @@
 """Where adapters are to lie: derived from the base in each way that JAX and Flax can say it."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,20 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceShar
 from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
-from adalora_jax.layers import Layer
+from adalora_jax.layout import Layout
 from adalora_jax.sharding import adapter_specs
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=8, init_r=4, target_r=2, target_modules=".*(up|out|conv|table)", tfinal=2
 )
 ABSTRACT = AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def plain(specs):
+    """Specs without what each adapter knows of its weight."""
+    is_adapter = lambda node: isinstance(node, adalora.Adapter)
+    strip = lambda node: adalora.Adapter(*node) if is_adapter(node) else node
+    return jax.tree.map(strip, specs, is_leaf=is_adapter)
 
 
 def mesh(*sizes):
@@ -28,15 +37,15 @@ def mesh(*sizes):
 @pytest.mark.parametrize(
     ("layer", "shape", "spec"),
     [
-        (Layer("dense", "kernel", (), (0,), (1,)), (8, 16), P("data", "model")),
-        (Layer("dense", "kernel", (), (0,), (1,)), (4, 8, 16), P("data", None, "model")),
-        (Layer("general", "kernel", (), (0,), (1, 2)), (8, 4, 6), P("data", "model", None)),
-        (Layer("general", "kernel", (), (0, 1), (2,)), (4, 6, 8), P("model", "data")),
-        (Layer("einsum", "kernel", (0,), (1,), (2,)), (4, 8, 16), P("model", "data")),
-        (Layer("einsum", "kernel", (1,), (2,), (0,)), (3, 16, 4, 8), P(None, "data", "model")),
-        (Layer("conv", "kernel", (), (0, 1), (2,)), (3, 8, 16), P(None, "data", "model")),
-        (Layer("conv", "kernel", (), (0, 1), (2,)), (1, 8, 16), P(None, "data", "model")),
-        (Layer("dense", "kernel", (), (0,), (1,)), (16, 8), P(("data", "model"))),
+        (Layout("kernel", (0,), (1,), (), "dense"), (8, 16), P("data", "model")),
+        (Layout("kernel", (0,), (1,), (), "dense"), (4, 8, 16), P("data", None, "model")),
+        (Layout("kernel", (0,), (1, 2), (), "general"), (8, 4, 6), P("data", "model", None)),
+        (Layout("kernel", (0, 1), (2,), (), "general"), (4, 6, 8), P("model", "data")),
+        (Layout("kernel", (1,), (2,), (0,), "einsum"), (4, 8, 16), P("model", "data")),
+        (Layout("kernel", (2,), (0,), (1,), "einsum"), (3, 16, 4, 8), P(None, "data", "model")),
+        (Layout("kernel", (0, 1), (2,), (), "conv"), (3, 8, 16), P(None, "data", "model")),
+        (Layout("kernel", (0, 1), (2,), (), "conv"), (1, 8, 16), P(None, "data", "model")),
+        (Layout("kernel", (0,), (1,), (), "dense"), (16, 8), P(("data", "model"))),
     ],
 )
 def test_every_device_has_the_part_of_the_increment_that_goes_with_its_part_of_the_weight(
@@ -107,7 +116,7 @@ EXPECTED = {
 def test_linen_metadata():
     model, x = Stacked(), jnp.ones((2, 8))
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    assert adalora.linen.adapt(model, CONFIG).specs(variables, x) == EXPECTED
+    assert plain(adalora.linen.adapt(model, CONFIG).specs(variables, x)) == EXPECTED
 
 
 def test_linen_logical_metadata_with_rules_of_either_kind():
@@ -126,7 +135,7 @@ def test_linen_logical_metadata_with_rules_of_either_kind():
         model = Model(own)
         variables = jax.eval_shape(model.init, jax.random.key(0), x)
         with nn.logical_axis_rules(context):
-            assert adalora.linen.adapt(model, CONFIG).specs(variables, x) == {"up": wanted}
+            assert plain(adalora.linen.adapt(model, CONFIG).specs(variables, x)) == {"up": wanted}
 
 
 def test_where_the_arrays_lie_counts_before_what_the_metadata_says():
@@ -135,7 +144,7 @@ def test_where_the_arrays_lie_counts_before_what_the_metadata_says():
     at = NamedSharding(ABSTRACT, P("model"))
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
     placed = jax.tree.map(place, variables)
-    assert adalora.linen.adapt(model, CONFIG).specs(placed, x) == {
+    assert plain(adalora.linen.adapt(model, CONFIG).specs(placed, x)) == {
         "out": adalora.Adapter(P(None, None), P(None), P(None, "model")),
         "up": adalora.Adapter(P("model", None, None), P("model", None), P("model", None, None)),
     }
@@ -167,12 +176,12 @@ def test_a_rule_overrides():
     whole = adalora.Adapter(P(), P(), P())
     by_pattern = adalora.linen.adapt(model, CONFIG, rules={"o.t": whole})
     everywhere = adalora.Adapter(P(None, None), P(None), P(None, None))
-    assert by_pattern.specs(variables, x) == EXPECTED | {"out": everywhere}
+    assert plain(by_pattern.specs(variables, x)) == EXPECTED | {"out": everywhere}
     hash(by_pattern)
     function = lambda path, spec: spec._replace(q=P()) if path == "up" else spec
     by_function = adalora.linen.adapt(model, CONFIG, rules=function)
     changed = EXPECTED["up"]._replace(q=P(None, None, None))
-    assert by_function.specs(variables, x) == EXPECTED | {"up": changed}
+    assert plain(by_function.specs(variables, x)) == EXPECTED | {"up": changed}
     for rules, words in (
         ({"down": whole}, "'down' matches no adapted layer; they are out, up"),
         ({"out": P()}, r"gave P\(\) for 'out': it must be an Adapter"),
@@ -221,13 +230,9 @@ def test_nnx_metadata_goes_on_to_adapters_and_optimizer():
     assert adapted.up.adalora.p.get_value().sharding.spec == EXPECTED["up"].p
     assert np.array_equal(adapted(x), model(x))
     optimizer = nnx.Optimizer(adapted, adalora.adalora(optax.adam(1e-3), CONFIG), wrt=nnx.LoRAParam)
-    placed = adalora.shardings(nnx.state(optimizer), state)
-    assert placed["opt_state"]["inner"][0]["mu"]["up"]["adalora"]["p"].get_value().spec == (
-        EXPECTED["up"].p
-    )
-    assert placed["opt_state"]["allocator"]["masks"]["up"]["adalora"].get_value().spec == (
-        EXPECTED["up"].lam
-    )
+    placed = adalora.sharding.shardings(optimizer.opt_state, state, tx=optimizer.tx)
+    assert placed.inner[0].mu["up"]["adalora"]["p"].get_value().spec == EXPECTED["up"].p
+    assert placed.allocator.masks["up"]["adalora"].get_value().spec == EXPECTED["up"].lam
     other = adalora.nnx.with_adapters(adapted, adalora.nnx.adapters(adapted))
     assert other.up.adalora.p.get_metadata("out_sharding") == (tuple(EXPECTED["up"].p))
 
@@ -268,7 +273,8 @@ def test_shardings_of_a_state_are_those_of_what_its_leaves_belong_to(name):
     }
     tx = optax.chain(optax.clip(1.0), adalora.adalora(inner_states()[name], config))
     state = jax.eval_shape(tx.init, params)
-    placed = adalora.shardings((params, state), like, mesh=ABSTRACT)
+    shardings = functools.partial(adalora.sharding.shardings, like=like, mesh=ABSTRACT)
+    placed = shardings(params), shardings(state, tx=tx)
     assert jax.tree.structure(placed) == jax.tree.structure((params, state))
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
     by_shape = dict(zip(shapes, jax.tree.leaves(like)))
@@ -287,9 +293,9 @@ def test_a_short_spec_is_that_of_the_first_axes_of_a_parameter():
     adapters = {"up": adalora.init_adapter(jax.random.key(0), 8, 16, CONFIG, stack=(2,))}
     tx = adalora.adalora(optax.scale_by_lbfgs(memory_size=2), CONFIG)
     at = NamedSharding(mesh(1), P("data"))
-    placed = adalora.shardings(jax.device_put(adapters, at))
+    placed = adalora.sharding.shardings(jax.device_put(adapters, at))
     for like in (jax.device_put(adapters, at), placed):
-        state = adalora.shardings(jax.eval_shape(tx.init, adapters), like)
+        state = adalora.sharding.shardings(jax.eval_shape(tx.init, adapters), like, tx=tx)
         assert state.allocator.sensitivity["up"].p.spec == P("data", None, None)
         assert state.inner.diff_params_memory["up"].p.spec == P(None, "data", None, None)
 
@@ -298,10 +304,10 @@ def test_shardings_need_a_mesh_and_take_it_from_where_there_is_one():
     adapters = {"up": adalora.init_adapter(jax.random.key(0), 8, 16, CONFIG)}
     assert isinstance(adapters["up"].p.sharding, SingleDeviceSharding)
     with pytest.raises(ValueError, match=r"mesh=None.*jax\.set_mesh"):
-        adalora.shardings(adapters)
+        adalora.sharding.shardings(adapters)
     one = mesh(1)
     with jax.set_mesh(one):
-        assert adalora.shardings(adapters)["up"].p == NamedSharding(one, P(None, None))
+        assert adalora.sharding.shardings(adapters)["up"].p == NamedSharding(one, P(None, None))
     at = NamedSharding(one, P(None, "data"))
     placed = adapters | {"up": adapters["up"]._replace(p=jax.device_put(adapters["up"].p, at))}
-    assert adalora.shardings(placed)["up"].p == at
+    assert adalora.sharding.shardings(placed)["up"].p == at

@@ -13,7 +13,7 @@ import pytest
 from compiling import AS_USERS
 
 import adalora_jax as adalora
-from adalora_jax import importance
+from adalora_jax import scores
 
 RANK, TOKENS, WIDTH, HIDDEN = 4, 96, 40, 56
 CONFIG = adalora.AdaLoraConfig(
@@ -158,8 +158,8 @@ def test_a_stack_of_any_height_is_one_array():
 
 
 def test_adapters_that_are_alike_are_traced_once(monkeypatch):
-    traced, plain = [], importance.smooth
-    monkeypatch.setattr(importance, "smooth", lambda *args: traced.append(1) or plain(*args))
+    traced, plain = [], scores.smooth
+    monkeypatch.setattr(scores, "smooth", lambda *args: traced.append(1) or plain(*args))
     jax.clear_caches()
     allocating(60)
     assert len(traced) == 3  # [12, 384], [12, 1536] and [12]

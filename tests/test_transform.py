@@ -57,7 +57,7 @@ NESTED = {
                 "lam": optax.sgd(0.3),
                 "other": optax.sgd(0.1),
             },
-            al.labels,
+            al.param_labels,
         )
     ),
     "apply_if_finite": lambda: optax.apply_if_finite(ours(), 3),

@@ -10,8 +10,8 @@ import problem
 import pytest
 
 import adalora_jax as al
-from adalora_jax.importance import triplet_scores
 from adalora_jax.ranking import keep_best
+from adalora_jax.scores import triplet_scores
 
 CONFIG = al.AdaLoraConfig(total_step=1000, init_r=12, target_r=8)
 LINEAR = CONFIG.replace(budget_schedule="linear")
@@ -115,7 +115,7 @@ def evidence(sensitivity, uncertainty):
     """One adapter whose λ has these averages; p and q have none."""
     make = lambda lam: al.Adapter(jnp.zeros((3, 2)), jnp.asarray(lam), jnp.zeros((3, 4)))
     ones = al.Adapter(jnp.ones((3, 2)), jnp.ones(3), jnp.ones((3, 4)))
-    return al.Evidence(ones, ones, make(sensitivity), make(uncertainty))
+    return al.scores.ScoreInputs(ones, ones, make(sensitivity), make(uncertainty))
 
 
 def test_the_sum_of_average_and_uncertainty_is_a_score_and_ranks_otherwise_than_their_product():
@@ -139,9 +139,9 @@ def test_lambda_one_starts_at_one_and_adds_nothing_until_p_moves():
     assert not np.any(adapter.p)
     assert 0.015 < float(jnp.std(adapter.q)) < 0.025
     x, kernel = jnp.ones((2, 6)), jax.random.normal(jax.random.key(1), (6, 5))
-    y = al.forward(adapter, x, kernel, scale=config.scale)
+    y = al.forward(adapter, x, kernel)
     np.testing.assert_array_equal(y, x @ kernel)
-    slope = jax.grad(lambda a: jnp.sum(al.forward(a, x, kernel, scale=config.scale)))(adapter)
+    slope = jax.grad(lambda a: jnp.sum(al.forward(a, x, kernel)))(adapter)
     assert np.all(slope.p)
     assert not np.any(slope.lam)
 

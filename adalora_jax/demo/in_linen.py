@@ -70,6 +70,7 @@ class Learner:
             self.trainable = adapted.init(jax.random.key(seed), base, jnp.zeros((1, 8, 8)))
             apply = adapted.apply
         self.opt_state = method.optimizer.init(self.trainable)
+        self._method = method
 
         def step(frozen, trainable, opt_state, pixels, digits):
             def objective(trainable):
@@ -95,6 +96,11 @@ class Learner:
             self.frozen, self.trainable, self.opt_state, pixels, digits
         )
         return progress
+
+    def finish(self) -> None:
+        """End the run within its budget, and apply the masks for evaluation."""
+        if self._method.adaptive:
+            self.trainable, self.opt_state = adalora.finish(self.opt_state, self.trainable)
 
     def logits(self, pixels: Any) -> jax.Array:
         """``[n, 10]``, one row an image."""

@@ -68,6 +68,7 @@ class Learner:
             self.model = adalora.nnx.adapt(base, method.config, rngs=nnx.Rngs(seed))
             self.wrt = nnx.LoRAParam
         self.optimizer = nnx.Optimizer(self.model, method.optimizer, wrt=self.wrt)
+        self._method = method
 
         def step(model, optimizer, pixels, digits):
             def objective(model):
@@ -100,6 +101,11 @@ class Learner:
     def step(self, pixels: Any, digits: Any) -> Progress:
         """One optimizer step on one batch."""
         return self._step(self.model, self.optimizer, pixels, digits)
+
+    def finish(self) -> None:
+        """End the run within its budget, and apply the masks for evaluation."""
+        if self._method.adaptive:
+            self.model, self.optimizer = adalora.finish(self.optimizer, self.model)
 
     def logits(self, pixels: Any) -> jax.Array:
         """``[n, 10]``, one row an image."""

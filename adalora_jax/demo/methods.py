@@ -95,7 +95,7 @@ def without(inner: optax.GradientTransformation, *fixed: str) -> optax.GradientT
     parts: dict[Hashable, optax.GradientTransformation] = {}
     for label in ("p", "lam", "q", "other"):
         parts[label] = optax.set_to_zero() if label in fixed else inner
-    return optax.partition(parts, adalora.labels)
+    return optax.partition(parts, adalora.param_labels)
 
 
 def patches(pixels: jax.Array) -> jax.Array:

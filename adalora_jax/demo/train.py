@@ -37,6 +37,10 @@ class Learner(Protocol):
         """One optimizer step on one batch."""
         ...
 
+    def finish(self) -> None:
+        """End the run within its budget, and apply the masks for evaluation."""
+        ...
+
     def logits(self, pixels: np.ndarray) -> jax.Array:
         """``[n, 10]``, one row an image."""
         ...
@@ -79,6 +83,7 @@ def fit(framework: Any, base: Any, method: Method, digits: range, steps: int, se
             bar.update()
             if bar.n % _SHOW_EVERY == 0 or bar.n == steps:
                 bar.set_postfix(_shown(history[-1]))
+    learner.finish()
     right = np.argmax(learner.logits(test.pixels), axis=-1) == test.digits
     trained = _trained(learner, method)
     return Run(
@@ -92,7 +97,7 @@ def fit(framework: Any, base: Any, method: Method, digits: range, steps: int, se
 
 
 def _trained(learner: Learner, method: Method) -> int:
-    labels = jax.tree.leaves(adalora.labels(learner.trainable))
+    labels = jax.tree.leaves(adalora.param_labels(learner.trainable))
     leaves = zip(jax.tree.leaves(learner.trainable), labels)
     return sum(leaf.size for leaf, label in leaves if label not in method.fixed)
 

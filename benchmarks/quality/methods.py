@@ -62,7 +62,7 @@ class Method:
         return adalora.AdaLoraConfig(**fields | self.config)
 
 
-def triplet_size(evidence: adalora.Evidence) -> jax.Array:
+def triplet_size(evidence: adalora.scores.ScoreInputs) -> jax.Array:
     """``|λ| ‖p‖ ‖q‖``: the magnitude of a triplet, 0 of one that was pruned."""
     p, lam, q = evidence.weight
     return jnp.abs(lam) * jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from adalora_jax import peft
+from adalora_jax import huggingface as peft
 from adalora_jax.demo import data
 from benchmarks.quality.models import DIGITS, MINILM, PROSE, SentenceEncoder, Transformer
 

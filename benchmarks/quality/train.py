@@ -162,7 +162,7 @@ def optimizer(task: Task, method: Method, config: Any, rate: jax.Array) -> Any:
         )
     parts = {"p": adam(rate * method.p_rate), "q": adam(rate), "lam": adam(rate)}
     parts = {name: part if name in method.trained else still for name, part in parts.items()}
-    tx = optax.partition({**parts, "other": head}, adalora.labels)
+    tx = optax.partition({**parts, "other": head}, adalora.param_labels)
     return adalora.adalora(tx, config) if method.allocates else tx
 
 

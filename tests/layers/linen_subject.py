@@ -30,8 +30,8 @@ def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> S
         base=variables,
         inputs=inputs,
         add=lambda base, deltas: _add(cell, base, deltas),
-        merge=lambda base, adapters: adapted.merge(base, adapters, *inputs, **cell.call),
-        unmerge=lambda base, adapters: adapted.unmerge(base, adapters, *inputs, **cell.call),
+        merge=lambda base, adapters: adalora.merge(base, adapters),
+        unmerge=lambda base, adapters: adalora.unmerge(base, adapters),
         config=config,
     )
 

@@ -57,7 +57,7 @@ def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> S
 
     def unmerge(base, adapters):
         merged = nnx.merge(graph, base, rest, copy=True)
-        return nnx.state(adalora.nnx.unmerge(merged, put(params, adapters)), nnx.Param)
+        return nnx.state(adalora.unmerge(merged, put(params, adapters)), nnx.Param)
 
     return Subject(
         init=lambda key: adalora.nnx.adapters(adalora.nnx.adapt(model, config, key)),
@@ -66,7 +66,7 @@ def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> S
         base=params,
         inputs=inputs,
         add=add,
-        merge=lambda base, adapters: nnx.state(adalora.nnx.merge(put(base, adapters)), nnx.Param),
+        merge=lambda base, adapters: nnx.state(adalora.merge(put(base, adapters)), nnx.Param),
         unmerge=unmerge,
         config=config,
     )

@@ -67,8 +67,7 @@ def prove(subject: Subject, rtol: float, merge_rtol: float | None = None) -> Non
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
 
     def through_delta(base, adapters, *inputs):
-        scale = subject.config.scale_of
-        deltas = {p: adalora.delta_weight(a, scale=scale(p)) for p, a in adapters.items()}
+        deltas = {p: adalora.delta_weight(a) for p, a in adapters.items()}
         return subject.base_apply(subject.add(base, deltas), *inputs)
 
     ours, dense = gradients(subject.apply), gradients(through_delta)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import adalora_jax as adalora
-from adalora_jax import quantized
+from adalora_jax import quantization
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=4, init_r=3, target_r=1, target_modules="all-linear", init_lora_weights=False
@@ -77,9 +77,9 @@ class Jitted(nn.Module):
         return nn.jit(Shared)(name="end")(x)
 
 
-def of_matrices(equation, x, adapter, outs, scale):
+def of_matrices(equation, x, adapter, outs):
     """The low-rank term by the dense formula, with the axes of the outputs."""
-    delta = np.asarray(adalora.delta_weight(adapter, scale=scale), np.float64)
+    delta = np.asarray(adalora.delta_weight(adapter), np.float64)
     return np.einsum(equation, x, delta.reshape(-1, *outs))
 
 
@@ -95,16 +95,16 @@ def test_weights_in_one_scope_have_an_adapter_each(by_name):
     x = np.asarray(X, np.float64)
     w = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     h = np.einsum("...d,gfd->...gf", x, w["mlp"]["wide"])
-    h = h + of_matrices("...d,dgf->...gf", x, adapters["mlp/wide"], (2, 7), CONFIG.scale)
+    h = h + of_matrices("...d,dgf->...gf", x, adapters["mlp/wide"], (2, 7))
     h = np.asarray(nn.gelu(jnp.asarray(h[..., 0, :]))) * h[..., 1, :]
     y = x + h @ w["mlp"]["narrow"]
-    y = y + of_matrices("...f,fd->...d", h, adapters["mlp/narrow"], (6,), CONFIG.scale)
+    y = y + of_matrices("...f,fd->...d", h, adapters["mlp/narrow"], (6,))
     z = y @ w["out"]["kernel"] + w["out"]["bias"]
-    z = z + of_matrices("...f,fd->...d", y, adapters["out"], (6,), CONFIG.scale)
+    z = z + of_matrices("...f,fd->...d", y, adapters["out"], (6,))
     np.testing.assert_allclose(got, z, rtol=1e-4, atol=1e-5)
-    merged = adapted.merge(variables, adapters, X)
+    merged = adalora.merge(variables, adapters)
     np.testing.assert_allclose(model.apply(merged, X), got, rtol=1e-4, atol=1e-5)
-    back = adapted.unmerge(merged, adapters, X)
+    back = adalora.unmerge(merged, adapters)
     chex.assert_trees_all_close(back, variables, atol=1e-6)
     _, mutated = adapted.apply(variables, adapters, X, mutable=["params"])
     chex.assert_trees_all_equal(mutated["params"], variables["params"])
@@ -128,7 +128,7 @@ def test_one_of_two_weights_in_a_scope_can_be_adapted_alone():
 def test_weights_in_one_scope_can_be_quantised_beneath_their_adapters():
     model = Shared()
     variables = model.init(jax.random.key(1), X)
-    on_int8, packed = quantized.quantize_linen(model, variables, "int8", X)
+    on_int8, packed = quantization.quantize(model, "int8", variables, X)
     assert set(packed["quantized"]["mlp"]) == {"wide", "narrow"}
     adapted = adalora.linen.adapt(on_int8, CONFIG)
     adapters = adapted.init(jax.random.key(2), packed, X)
@@ -139,7 +139,7 @@ def test_weights_in_one_scope_can_be_quantised_beneath_their_adapters():
     )
     want = adalora.linen.adapt(model, CONFIG).apply(dense, adapters, X)
     np.testing.assert_allclose(adapted.apply(packed, adapters, X), want, rtol=1e-4, atol=1e-5)
-    merged, errors = quantized.merge_linen(adapted, packed, adapters, X, to="float32")
+    merged, errors = quantization.merge(packed, adapters, to="float32")
     assert set(errors) == set(adapters)
     np.testing.assert_allclose(model.apply(merged, X), want, rtol=1e-4, atol=1e-5)
 

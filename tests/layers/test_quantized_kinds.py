@@ -15,7 +15,7 @@ from proof import close, random_like
 from test_stacked import LINEN, NNX
 
 import adalora_jax as adalora
-from adalora_jax import quantized
+from adalora_jax import quantization
 from adalora_jax.nnx_layers import pure
 from adalora_jax.tree import is_packed
 
@@ -76,8 +76,8 @@ def test_a_linen_layer(kind, qtype):
     config = adalora.AdaLoraConfig(
         total_step=4, init_r=3, target_r=1, lora_alpha=6, target_modules=cell.targets
     )
-    recipe = quantized.Recipe(qtype=qtype, target_modules=cell.targets)
-    quantize = lambda m: quantized.quantize_linen(m, variables, recipe, *inputs, **cell.call)
+    recipe = quantization.Recipe(qtype=qtype, target_modules=cell.targets)
+    quantize = lambda m: quantization.quantize(m, recipe, variables, *inputs, **cell.call)
     model, packed = quantize(cell.module)
     dense = {**variables, "params": dequantised(adalora.linen.whole(packed)["params"])}
     assert jax.tree.structure(dense) == jax.tree.structure(variables)
@@ -128,14 +128,14 @@ def test_an_nnx_layer(kind, qtype):
     config = adalora.AdaLoraConfig(
         total_step=4, init_r=3, target_r=1, lora_alpha=6, target_modules=cell.targets
     )
-    recipe = quantized.Recipe(qtype=qtype, target_modules=cell.targets)
-    quantised = quantized.quantize_nnx(model, recipe, *inputs)
+    recipe = quantization.Recipe(qtype=qtype, target_modules=cell.targets)
+    quantised = quantization.quantize(model, recipe, *inputs)
     plain = nnx.clone(model)
     params, packed = nnx.state(plain, nnx.Param), nnx.state(quantised)
     nnx.update(plain, filled(params, packed))
     ours = adalora.nnx.adapt(quantised, config, nnx.Rngs(1))
     theirs = adalora.nnx.adapt(plain, config, nnx.Rngs(1))
-    other = quantized.quantize_nnx(adalora.nnx.adapt(model, config, nnx.Rngs(1)), recipe, *inputs)
+    other = quantization.quantize(adalora.nnx.adapt(model, config, nnx.Rngs(1)), recipe, *inputs)
     assert nnx.split(other)[0] == nnx.split(ours)[0]
     adapters = random_like(adalora.nnx.adapters(ours), 2)
     graph, state = nnx.split(plain)

@@ -230,7 +230,7 @@ def deltas(
 ) -> Iterator[tuple[str, slice, np.ndarray]]:
     """Each module's increment ``[out, in]`` for some of its outputs, by the dense formula."""
     for path, (_, pieces) in layout.items():
-        dense = np.asarray(adalora.delta_weight(adapters[path], scale=config.scale_of(path)))
+        dense = np.asarray(adalora.delta_weight(adapters[path]))
         for piece in pieces:
             yield piece.module, piece.theirs, dense[piece.index].T[piece.ours]
 

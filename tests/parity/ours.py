@@ -57,7 +57,8 @@ def task_loss(case: Case, base, params, x, y, scale):
         if adapter is None:
             y = x @ layer["kernel"]
             return y + jnp.broadcast_to(layer["bias"], y.shape)
-        return adalora.forward(adapter, x, layer["kernel"], layer["bias"], scale=scale)
+        adapter = adapter._replace(scale=scale)
+        return adalora.forward(adapter, x, layer["kernel"], layer["bias"])
 
     return model.loss(jnp, model.forward(linear, jnp, x), y)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import adalora_jax as adalora
-from adalora_jax import AdaLoraConfig
+from adalora_jax import AdaLoraConfig, evaluation
 from parity import ours, theirs
 from parity.cases import Case, inputs
 
@@ -159,7 +159,8 @@ def test_between_two_masks_peft_computes_with_every_triplet_and_our_masks_are_st
     own = list(ours.train(case, config_, adapters, scale=config_.scale))
     assert [live(snapshot.adapters) for snapshot in own] == peft_live
     masked = [
-        adalora.apply_masks(ours.from_arrays(snapshot.adapters), snapshot.masks) for snapshot in own
+        evaluation.apply_masks(ours.from_arrays(snapshot.adapters), snapshot.masks)
+        for snapshot in own
     ]
     assert [live(adapters) for adapters in masked[24:]] == [6] * 7
 

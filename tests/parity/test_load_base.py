@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax import peft as files
+from adalora_jax import huggingface as files
 from parity import hf_models as hf
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install adalora-jax[parity]")

@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import adalora_jax as adalora
-from adalora_jax import peft as files
+from adalora_jax import evaluation
+from adalora_jax import huggingface as files
 from parity import hf_models as hf
 from parity import theirs
 from parity.cases import Case
@@ -76,7 +77,7 @@ def assert_same_increments(read, expected):
     got = {
         path.replace("/", "."): np.asarray(
             adalora.delta_weight(
-                adalora.apply_masks({path: a}, {path: read.masks[path]})[path],
+                evaluation.apply_masks({path: a}, {path: read.masks[path]})[path],
                 scale=read.config.scale_of(path),
             )
         ).T
@@ -265,7 +266,7 @@ def test_merged_base_keeps_its_dtype_and_is_rounded_once(dtype, tmp_path):
     load = type(hf.model(family)).from_pretrained
     base, merged = (load(tmp_path / name, dtype="auto").state_dict() for name in ("base", "out"))
     expected = dict(base)
-    for name, part, delta in hf.deltas(layout, adalora.apply_masks(adapters, masks), config):
+    for name, part, delta in hf.deltas(layout, evaluation.apply_masks(adapters, masks), config):
         assert part == slice(None)
         key = f"{name}.weight"
         expected[key] = (base[key].float() + torch.tensor(delta)).to(base[key].dtype)

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import adalora_jax as adalora
-from adalora_jax import peft as files
+from adalora_jax import evaluation
+from adalora_jax import huggingface as files
 from parity import hf_models as hf
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install adalora-jax[parity]")
@@ -51,7 +52,7 @@ def example(request):
 def test_logits_in_peft_are_those_of_the_dense_increments(example, writer, tmp_path):
     family, layout, adapters, masks = example
     WRITERS[writer](tmp_path, adapters, CONFIG, masks=masks, names=family)
-    masked = adalora.apply_masks(adapters, masks)
+    masked = evaluation.apply_masks(adapters, masks)
     expected = hf.logits(hf.with_increments(family, layout, masked, CONFIG))
     actual = hf.logits(loaded(family, tmp_path))
     base = hf.logits(hf.model(family))
@@ -66,10 +67,10 @@ def test_what_was_written_is_read_back_with_the_same_function(example, writer, t
     family, _, adapters, masks = example
     WRITERS[writer](tmp_path, adapters, CONFIG, masks=masks, names=family)
     read = files.load_pretrained(tmp_path, names=family, like=adapters)
-    masked = adalora.apply_masks(adapters, masks)
+    masked = evaluation.apply_masks(adapters, masks)
     for path, adapter in masked.items():
-        want = adalora.delta_weight(adapter, scale=CONFIG.scale_of(path))
-        got = adalora.delta_weight(read.adapters[path], scale=read.config.scale_of(path))
+        want = adalora.delta_weight(adapter)
+        got = adalora.delta_weight(read.adapters[path])
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
         if writer == "adalora":
             for index in np.ndindex(adapter.lam.shape[:-1]):
@@ -104,7 +105,7 @@ def test_scales_of_single_layers_are_kept(tmp_path):
     family, layout = hf.LAYOUTS["bert"]
     adapters, masks = hf.adapters(layout, hf.model(family), config)
     adapters = small(adapters)
-    expected = hf.with_increments(family, layout, adalora.apply_masks(adapters, masks), config)
+    expected = hf.with_increments(family, layout, evaluation.apply_masks(adapters, masks), config)
     for name, write in WRITERS.items():
         write(tmp_path / name, adapters, config, masks=masks, names=family)
         actual = hf.logits(loaded(family, tmp_path / name))
@@ -118,7 +119,7 @@ def test_alpha_of_zero_and_less_means_a_scale_of_one(alpha, tmp_path):
     adapters, masks = hf.adapters(layout, hf.model(family), config)
     adapters = small(adapters)
     files.save_pretrained(tmp_path, adapters, config, masks=masks, names=family)
-    expected = hf.with_increments(family, layout, adalora.apply_masks(adapters, masks), config)
+    expected = hf.with_increments(family, layout, evaluation.apply_masks(adapters, masks), config)
     actual = hf.logits(loaded(family, tmp_path))
     close(actual, hf.logits(expected))
 
@@ -146,7 +147,7 @@ def test_a_saved_classifier_goes_along(task_type, tmp_path):
     head = {"kernel": kernel, "bias": jax.numpy.array([0.5, -1.0])}
     trained = {**small(adapters), "classifier": head}
     expected = hf.with_increments(
-        family, layout, adalora.apply_masks(small(adapters), masks), CONFIG
+        family, layout, evaluation.apply_masks(small(adapters), masks), CONFIG
     )
     expected.classifier.weight.data = hf.torch.tensor(np.asarray(kernel).T)
     expected.classifier.bias.data = hf.torch.tensor(np.asarray(head["bias"]))
@@ -165,17 +166,17 @@ def test_a_convolution_is_turned_round(tmp_path):
     module = "vit.embeddings.patch_embeddings.projection"
     path = "patches"
     adapter = adalora.init_adapter(jax.random.key(3), 4 * 4 * 3, hf.WIDTH, CONFIG)
-    dense = np.asarray(adalora.delta_weight(adapter, scale=CONFIG.scale))
+    dense = np.asarray(adalora.delta_weight(adapter))
     expected = hf.model("vit")
     delta = dense.reshape(4, 4, 3, hf.WIDTH).transpose(3, 2, 0, 1)
     expected.get_submodule(module).weight.data += hf.torch.tensor(delta)
-    options = {"names": [(path, module)], "kernel_sizes": {path: (4, 4)}}
+    options = {"names": [(path, module)]}
     for name, write in WRITERS.items():
         write(tmp_path / name, {path: adapter}, CONFIG, **options)
         actual = hf.logits(loaded("vit", tmp_path / name))
         close(actual, hf.logits(expected))
         read = files.load_pretrained(tmp_path / name, **options)
-        got = adalora.delta_weight(read.adapters[path], scale=read.config.scale)
+        got = adalora.delta_weight(read.adapters[path])
         np.testing.assert_allclose(got, dense, rtol=1e-5, atol=1e-6)
 
 

@@ -169,7 +169,7 @@ def test_a_train_state_with_running_averages_and_a_key(name):
         assert not np.array_equal(old, new)
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, variables))
     trained = {"params": variables["params"], "batch_stats": state.batch_stats}
-    merged = adapted.merge(trained, state.params, X, train=False)
+    merged = adalora.merge(trained, state.params)
     assert_close(
         Model().apply(merged, X, train=False), adapted.apply(trained, state.params, X, train=False)
     )
@@ -218,7 +218,7 @@ def test_infos_come_out_of_a_scan():
     def run(state):
         def step(state, _):
             state, value = train_step(state, variables["params"])
-            return state, (value, adalora.info(state.opt_state, CONFIG))
+            return state, (value, adalora.info(state.opt_state))
 
         return jax.lax.scan(step, state, length=STEPS)
 
@@ -305,7 +305,7 @@ def test_an_nnx_optimizer(name):
     else:
         assert after == ["['head']['bias']", "['head']['kernel']"]
     model.eval()
-    assert_close(adalora.nnx.merge(model)(X), model(X))
+    assert_close(adalora.merge(model)(X), model(X))
 
 
 def test_an_nnx_optimizer_that_accumulates_counts_updates():

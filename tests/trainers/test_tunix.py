@@ -21,7 +21,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import adalora_jax as adalora
-from adalora_jax import peft, quantized, qwix_models, tree
+from adalora_jax import huggingface as peft
+from adalora_jax import quantization, qwix_models, tree
 from trainers import tunix_models as tunix
 
 pytestmark = [
@@ -107,7 +108,7 @@ def test_every_family_starts_as_its_base_and_merges_to_what_it_was_adapted_to(fa
     np.testing.assert_array_equal(tunix.logits(adapted), start)
     found = tunix.logits(disturbed(adapted))
     assert np.abs(found - start).max() > 0.1
-    close(tunix.logits(adalora.nnx.merge(adapted)), found)
+    close(tunix.logits(adalora.merge(adapted)), found)
 
 
 # Training -------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def by_qwix(model, qtype):
 
 # Qwix 0.1.8 cannot run Tunix's Qwen, which calls jnp.astype on its weights.
 QUANTISED = {
-    "nf4": ("qwen3", lambda model: quantized.quantize_nnx(model, "nf4")),
+    "nf4": ("qwen3", lambda model: quantization.quantize(model, "nf4")),
     "int8-by-qwix": ("gemma", lambda model: by_qwix(model, "int8")),
     "nf4-by-qwix": ("gemma3", lambda model: by_qwix(model, "nf4")),
 }
@@ -234,7 +235,7 @@ def test_the_same_over_a_quantised_base(how):
 
     found = tunix.logits(run.model)
     assert np.abs(found - start).max() > 1e-3
-    merged, errors = quantized.merge_nnx(run.model, to="float32")
+    merged, errors = quantization.merge(run.model, to="float32")
     assert type(merged) is type(tunix.build(family))
     assert len(errors) >= len(adapters) - 1
     close(tunix.logits(merged), found)
@@ -246,7 +247,7 @@ def test_the_same_over_a_quantised_base(how):
 @each_run()
 def test_the_merged_model_is_one_of_tunixs_own_and_goes_into_a_fresh_one(family):
     run = run_of(family)
-    merged = adalora.nnx.merge(run.model)
+    merged = adalora.merge(run.model)
     found = tunix.logits(run.model)
     assert np.abs(found - tunix.logits(tunix.build(family))).max() > 1e-3
     close(tunix.logits(merged), found)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adalora_jax.layers import Layer
-from adalora_jax.peft.names import NameMap
-from adalora_jax.peft.weights import Weights
+from adalora_jax.huggingface.names import NameMap
+from adalora_jax.huggingface.weights import Weights
+from adalora_jax.layout import Layout
 from adalora_jax.tensorfile import FLOATS
 
 _BIASES = ("bias", "b")
@@ -64,7 +64,7 @@ class Source(NamedTuple):
     weights: Weights
     names: NameMap
 
-    def reading(self, path: str, shape: Sequence[int], layer: Layer | None) -> Reading | str:
+    def reading(self, path: str, shape: Sequence[int], layer: Layout | None) -> Reading | str:
         """How the parameter ``path`` is read; or the name of a tensor that is not there.
 
         Args:
@@ -144,7 +144,7 @@ class Source(NamedTuple):
         ins, outs = ways[0]
         return Reading(shape, stack, ins, outs, slices, turned)
 
-    def _is_turned(self, key: str, layer: Layer | None) -> bool:
+    def _is_turned(self, key: str, layer: Layout | None) -> bool:
         """Whether a weight is ``[out, in]``: not that of an embedding or of a Conv1D."""
         module = key.removesuffix(".weight")
         conv1d = self.names.is_conv1d(module) or bool(self.weights.conv1d([module]))
@@ -189,7 +189,7 @@ class Source(NamedTuple):
         return f"{path!r} of shape {list(shape)} does not hold {have} ({what})."
 
 
-def _stacks(axes: int, layer: Layer | None) -> list[tuple[int, ...]]:
+def _stacks(axes: int, layer: Layout | None) -> list[tuple[int, ...]]:
     """Which axes may index slices; by the layer, or else any number of them in front."""
     if layer is None:
         return [tuple(range(count)) for count in range(axes + 1)]

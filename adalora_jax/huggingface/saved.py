@@ -9,17 +9,15 @@ import jax
 import numpy as np
 
 from adalora_jax import tree
-from adalora_jax.peft.matrices import KernelSizes, as_jax
-from adalora_jax.peft.names import NameMap
+from adalora_jax.huggingface.matrices import as_jax
+from adalora_jax.huggingface.names import NameMap
 
 # Parameters of Flax modules, and how many axes each has without a stack.
 _AXES = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
 _EMBEDDINGS = {"wte", "wpe", "embed_tokens", "shared"}
 
 
-def saved_to_torch(
-    adapters: Any, names: NameMap, kernel_sizes: KernelSizes
-) -> dict[str, np.ndarray]:
+def saved_to_torch(adapters: Any, names: NameMap) -> dict[str, np.ndarray]:
     """``{"<module>.weight": array}`` of all that is no adapter: what ``modules_to_save`` trained.
 
     Raises:
@@ -29,7 +27,7 @@ def saved_to_torch(
     for path, leaf in _saved_leaves(adapters).items():
         array = np.asarray(jax.device_get(leaf))
         module, _, kind = path.rpartition("/")
-        axes = _axes(module, kind, kernel_sizes)
+        axes = _axes(module, kind, array.ndim, names)
         if axes is None or array.ndim < axes or not module:
             raise ValueError(
                 f"{path!r} of shape {array.shape} cannot be written for PyTorch: only parameters "
@@ -54,9 +52,7 @@ def saved_to_torch(
     return result
 
 
-def saved_from_torch(
-    saved: Mapping[str, np.ndarray], names: NameMap, like: Any, kernel_sizes: KernelSizes
-) -> dict[str, Any]:
+def saved_from_torch(saved: Mapping[str, np.ndarray], names: NameMap, like: Any) -> dict[str, Any]:
     """The inverse of :func:`saved_to_torch`, in the containers of ``like``.
 
     Without ``like``, ``{module: {"kernel": ..., "bias": ...}}``: a weight with one axis is a scale,
@@ -73,7 +69,7 @@ def saved_from_torch(
         if tree.is_adapter(leaf):
             return None
         module, _, kind = tree.path_name(path).rpartition("/")
-        axes = _axes(module, kind, kernel_sizes)
+        axes = _axes(module, kind, len(leaf.shape), names)
         stack = tuple(leaf.shape)[: len(leaf.shape) - (axes or 0)]
         arrays = []
         for index in np.ndindex(stack):
@@ -139,10 +135,17 @@ def _saved_leaves(adapters: Any) -> dict[str, Any]:
     return {tree.path_name(path): node for path, node in nodes if not tree.is_adapter(node)}
 
 
-def _axes(module: str, kind: str, kernel_sizes: KernelSizes) -> int | None:
-    if kind == "kernel" and module in kernel_sizes:
-        return 2 + len(kernel_sizes[module])
-    return _AXES.get(kind)
+def _axes(module: str, kind: str, ndim: int, names: NameMap) -> int | None:
+    """Return how many axes a parameter has without a stack's; None for one that is not known.
+
+    A kernel of four or five axes is a convolution's, unless the names say that it is stacked.
+    """
+    if kind != "kernel":
+        return _AXES.get(kind)
+    for stacked in range(ndim - 1):
+        if ndim - stacked != 3 and names.match(module, (0,) * stacked):
+            return ndim - stacked
+    return _AXES[kind]
 
 
 def _kernel_to_torch(kernel: np.ndarray, conv1d: bool) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.peft.matrices import Matrix
+from adalora_jax.huggingface.matrices import Matrix
 from adalora_jax.tensorfile import (
     FLOATS,
     MAX_JSON,

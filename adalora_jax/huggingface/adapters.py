@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from adalora_jax import tree
 from adalora_jax.config import AdaLoraConfig
-from adalora_jax.peft.files import PREFIX, AdapterFile, read_adapter, write_adapter
-from adalora_jax.peft.matrices import (
-    KernelSizes,
+from adalora_jax.evaluation import unfinished
+from adalora_jax.huggingface.files import PREFIX, AdapterFile, read_adapter, write_adapter
+from adalora_jax.huggingface.matrices import (
     Matrix,
+    common_scale,
     from_matrices,
+    kernel_size,
     to_matrices,
 )
-from adalora_jax.peft.names import NameMap, Place, as_names
-from adalora_jax.peft.saved import saved_from_torch, saved_to_torch
+from adalora_jax.huggingface.names import NameMap, Place, as_names
+from adalora_jax.huggingface.saved import saved_from_torch, saved_to_torch
 
 # What PEFT has in common with us and keeps; the layers are written out one by one.
 _KEPT = ("total_step", "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")
@@ -42,14 +46,13 @@ def save_pretrained(
     names: Any = None,
     base_model: str | None = None,
     task_type: str | None = None,
-    kernel_sizes: KernelSizes | None = None,
 ) -> None:
     """Writes an AdaLoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
 
     The masks decide what is written, whatever the values of λ: rows that they prune are cut, and
     ``rank_pattern`` says which, as PEFT does it. Everything else is written bit for bit, in its
-    own dtype. PEFT has one alpha and one init_r for all layers: where ``rank_limits`` gave a layer
-    another scale, λ is multiplied by the ratio, and init_r is the largest there is. What mattered
+    own dtype. PEFT has one alpha and one init_r for all layers: where adapters have different
+    scales, λ is multiplied by the ratio, and init_r is the largest there is. What mattered
     in training alone and PEFT does not know (score, schedule, ...) is left out, so a run that goes
     on in PEFT goes on by PEFT's rules. PEFT's scale is ``alpha / (init_r + 1e-5)``. Adapters of
     queries, keys and values that PyTorch computes in one module become one with the rows of all
@@ -58,15 +61,16 @@ def save_pretrained(
     Args:
       directory: made if need be. Its two files are replaced one after the other, in an order in
         which nobody can read a mixture.
-      adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``, as they were trained.
-      config: of the adapters.
-      masks: as in :func:`adalora_jax.ranks`; without them every triplet is written.
+      adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``: the trained
+        parameters with the masks applied, see :func:`adalora_jax.eval_params`.
+      config: of the run, for PEFT's config file; the scale is that of the adapters.
+      masks: the optimizer's state, or as in :func:`adalora_jax.masks`; without them every triplet
+        is written.
       names: what the layers are called in PyTorch: a family such as ``"bert"``, pairs of names, or
-        a :class:`~adalora_jax.peft.names.NameMap`. Without it ``/`` becomes ``.``.
+        a :class:`~adalora_jax.huggingface.names.NameMap`. Without it ``/`` becomes ``.``.
       base_model: the base model's name on the Hub, or path, for the config.
       task_type: PEFT's, such as ``"CAUSAL_LM"``. With one of a classifier, such as ``"SEQ_CLS"``,
         that has to be among the adapters.
-      kernel_sizes: ``{path: (height, width)}`` of adapted or saved convolutions.
 
     Raises:
       ValueError: a path has no name in PyTorch, a parameter no form there, or a mask is missing.
@@ -74,7 +78,7 @@ def save_pretrained(
     >>> import tempfile
     >>> import jax.numpy as jnp
     >>> from adalora_jax import Adapter
-    >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
+    >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)), scale=2.0)
     >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2, target_modules=["query"])
     >>> masks = {"encoder/query": jnp.array([True, False, True, False])}
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -83,23 +87,25 @@ def save_pretrained(
     >>> loaded.adapters["encoder/query"].p.shape, loaded.config.rank_pattern
     ((2, 6), (('encoder/query', (True, False, True, False)),))
     """
+    _warn_unfinished(masks)
     names = as_names(names)
-    sizes = kernel_sizes or {}
-    matrices, places = to_matrices(adapters, config, masks, names, sizes)
+    scale = common_scale(adapters, config.scaling)
+    matrices, places = to_matrices(adapters, scale, masks, names)
     most = max(config.init_r, *(len(m.lam) for m in matrices.values()))
     tensors = {
         f"{PREFIX}{name}.{key}": array
         for name, matrix in matrices.items()
         for key, array in _factors(matrix.live()).items()
     }
-    saved = saved_to_torch(adapters, names, sizes)
+    saved = saved_to_torch(adapters, names)
     tensors |= {f"{PREFIX}{name}": array for name, array in saved.items()}
-    same = most == config.init_r and config.lora_alpha > 0 and not config.scale_given
+    same = most == config.init_r and config.lora_alpha > 0
+    same = same and config.lora_alpha / config.init_r == scale
     kept = {name: getattr(config, name) for name in _KEPT}
     pattern = None
     if masks is not None or any(len(m.lam) < most or not m.mask.all() for m in matrices.values()):
         pattern = _written_pattern(matrices, places, config, most)
-    alpha = config.lora_alpha if same else config.scale * most
+    alpha = config.lora_alpha if same else scale * most
     written = AdaLoraConfig(
         **kept | {"init_r": most, "lora_alpha": alpha},
         target_modules=tuple(matrices),
@@ -115,7 +121,6 @@ def load_pretrained(
     *,
     names: Any = None,
     like: Any = None,
-    kernel_sizes: KernelSizes | None = None,
 ) -> Loaded:
     """Reads an AdaLoRA adapter that PEFT wrote, finished or in training, or a plain LoRA adapter.
 
@@ -131,8 +136,9 @@ def load_pretrained(
       names: as in :func:`save_pretrained`.
       like: adapters of the Flax model (arrays, or shapes from ``jax.eval_shape``), where the names
         alone do not tell whether layers are stacked or a projection is divided. Ranks may differ.
-      kernel_sizes: as in :func:`save_pretrained`. An AdaLoRA file does not tell a convolution from
-        a linear layer: without its entry here the inputs of one stay in PyTorch's order.
+        From it each adapter knows its weight. Without it that is not known, since an AdaLoRA file
+        does not tell a convolution from a linear layer: such an adapter is refused for a
+        convolution, and cannot be merged into a square weight.
 
     Returns:
       A :class:`Loaded`. The layers of a stack are filled up to the largest rank among them; those
@@ -157,13 +163,17 @@ def load_pretrained(
     >>> list(apart.adapters), apart.adapters["model/layers/0/query"].p.shape
     (['model/layers/0/query', 'model/layers/1/query'], (4, 6))
     """
-    names, sizes = as_names(names), dict(kernel_sizes or {})
+    names = as_names(names)
     file = read_adapter(directory)
     try:
-        for name, size in file.kernels.items():
-            sizes.setdefault(names.to_flax(name)[0][0].path, size)
-        adapters, masks = from_matrices(file.matrices, names, like, sizes)
-        saved = saved_from_torch(file.saved, names, like, sizes)
+        kernels = {
+            place.path: size
+            for name, size in file.kernels.items()
+            for place, _ in names.to_flax(name)[:1]
+        }
+        scale = file.config.scaling
+        adapters, masks = from_matrices(file.matrices, names, like, kernels, scale)
+        saved = saved_from_torch(file.saved, names, like)
         pattern = _read_pattern(file, masks, names)
     except ValueError as error:
         raise ValueError(f"{os.fspath(directory)}: {error}") from None
@@ -189,7 +199,6 @@ def save_as_lora(
     names: Any = None,
     base_model: str | None = None,
     task_type: str | None = None,
-    kernel_sizes: KernelSizes | None = None,
 ) -> None:
     """Writes a plain LoRA adapter that computes the same, for PEFT and for serving engines.
 
@@ -199,7 +208,7 @@ def save_as_lora(
     for all modules compute the same as PEFT.
 
     Args:
-      directory, adapters, config, masks, names, base_model, task_type, kernel_sizes: as in
+      directory, adapters, config, masks, names, base_model, task_type: as in
         :func:`save_pretrained`.
 
     Raises:
@@ -208,7 +217,7 @@ def save_as_lora(
     >>> import json, pathlib, tempfile
     >>> import jax.numpy as jnp
     >>> from adalora_jax import Adapter
-    >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
+    >>> adapter = Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)), scale=2.0)
     >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2, target_modules=["query"])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_as_lora(folder, {"encoder/query": adapter}, config)
@@ -216,20 +225,21 @@ def save_as_lora(
     >>> written["r"], written["lora_alpha"], written["target_modules"]
     (4, 4, ['encoder.query'])
     """
+    _warn_unfinished(masks)
     names = as_names(names)
-    sizes = kernel_sizes or {}
-    matrices, places = to_matrices(adapters, config, masks, names, sizes)
+    scale = common_scale(adapters, config.scaling)
+    matrices, places = to_matrices(adapters, scale, masks, names)
     matrices = {name: m.live() for name, m in matrices.items() if m.mask.any()}
     if not matrices:
         raise ValueError("no triplet is left in any adapter: there is nothing to write.")
-    tensors = {}
+    tensors, found = {}, tree.adapters(adapters)
     for name, matrix in matrices.items():
-        a, b = _folded(matrix, config.scale, name)
-        if size := sizes.get(places[name].path):
+        a, b = _folded(matrix, scale, name)
+        if size := kernel_size(found[places[name].path]):
             a, b = a.reshape(len(a), -1, *size), b.reshape(*b.shape, *[1] * len(size))
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b
-    saved = saved_to_torch(adapters, names, sizes)
+    saved = saved_to_torch(adapters, names)
     tensors |= {f"{PREFIX}{name}": array for name, array in saved.items()}
     ranks = {name: len(matrix.lam) for name, matrix in matrices.items()}
     most = max(ranks.values())
@@ -254,6 +264,12 @@ def save_as_lora(
         "init_lora_weights": True,
     }
     write_adapter(directory, settings | _about(base_model, task_type, saved), tensors)
+
+
+def _warn_unfinished(masks: Any) -> None:
+    """Warn where the masks are not the final ones of their run."""
+    if masks is not None and (reason := unfinished(masks)):
+        warnings.warn(f"{reason}: finish(opt_state, params) makes it.", stacklevel=3)
 
 
 def _factors(matrix: Matrix) -> dict[str, np.ndarray]:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from adalora_jax import compaction, tree
-from adalora_jax.adapter import Adapter
-from adalora_jax.config import AdaLoraConfig
-from adalora_jax.peft.names import NameMap, Place
+from adalora_jax.adapter import Adapter, known_scale
+from adalora_jax.huggingface.names import NameMap, Place
+from adalora_jax.layout import Layout
 
 # Zero rows that may be added to bring the matrices of a stack to one size, relative to what the
 # file holds: a few bytes in it must not become gigabytes.
@@ -43,23 +43,24 @@ class Matrix(NamedTuple):
         return self._replace(p=np.split(self.p, part[1], axis=1)[part[0]])
 
 
-KernelSizes = Mapping[str, tuple[int, ...]]
+def common_scale(adapters: Any, default: float) -> float:
+    """Return the one scale that all adapters have; ``default`` where they differ."""
+    scales = {known_scale(adapter, path) for path, adapter in tree.adapters(adapters).items()}
+    return scales.pop() if len(scales) == 1 else default
 
 
 def to_matrices(
-    adapters: Any, config: AdaLoraConfig, masks: Any, names: NameMap, kernel_sizes: KernelSizes
+    adapters: Any, scale: float, masks: Any, names: NameMap
 ) -> tuple[dict[str, Matrix], dict[str, Place]]:
     """``{PyTorch module: its increment}``, pruned rows included, and ``{module: whose it is}``.
 
-    All are of the one scale ``config.scale``: where ``rank_limits`` gave a layer another, λ is
-    multiplied by the ratio.
+    All are of one scale: where an adapter has another, λ is multiplied by the ratio.
 
     Args:
       adapters: any tree with adapters in it.
-      config: of the adapters, for their scales.
-      masks: as ``adalora_jax.ranks`` takes them; None for all triplets.
+      scale: of the increments.
+      masks: as ``adalora_jax.masks`` takes them; None for all triplets.
       names: to translate paths.
-      kernel_sizes: of the adapters of convolutions, by path.
 
     Raises:
       ValueError: there is no adapter, a path has no name there, or a mask is missing.
@@ -81,8 +82,8 @@ def to_matrices(
                 "adapters must be of the same step (after compact, pass no masks)."
             )
         mask = mask.reshape(lam.shape)
-        q = _to_torch(q, path, kernel_sizes)
-        if (ratio := config.scale_of(path) / config.scale) != 1:
+        q = _to_torch(q, kernel_size(adapter))
+        if (ratio := known_scale(adapter, path) / scale) != 1:
             wide = np.promote_types(lam.dtype, np.float32)
             lam = (lam.astype(wide) * wide.type(ratio)).astype(lam.dtype)
         for index in np.ndindex(lam.shape[:-1]):
@@ -99,7 +100,11 @@ def to_matrices(
 
 
 def from_matrices(
-    matrices: Mapping[str, Matrix], names: NameMap, like: Any, kernel_sizes: KernelSizes
+    matrices: Mapping[str, Matrix],
+    names: NameMap,
+    like: Any,
+    kernels: Mapping[str, tuple[int, ...]],
+    scale: float,
 ) -> tuple[dict[str, Adapter], dict[str, np.ndarray]]:
     """``{path: Adapter}`` and ``{path: mask}`` of the increments of PyTorch modules.
 
@@ -111,21 +116,25 @@ def from_matrices(
       names: to translate the names.
       like: a tree with adapters of the wanted paths, stacks and sizes (their ranks do not matter);
         None to have it all follow from the names.
-      kernel_sizes: of the adapters of convolutions, by path.
+      kernels: sizes of convolutions, by path, where the file tells them.
+      scale: of the increments.
 
     Raises:
       ValueError: a name is of no path, or sizes do not fit.
     """
-    if like is None:
-        places = _places(matrices, names)
-    else:
-        places = _places_like(matrices, names, tree.adapters(like))
+    known = {} if like is None else tree.adapters(like)
+    places = _places(matrices, names) if like is None else _places_like(matrices, names, known)
     adapters, masks = {}, {}
     for path, (stack, by_index) in places.items():
         joined = {index: _joined(path, parts) for index, parts in by_index.items()}
         matrix = _stacked(path, stack, joined) if stack else joined[()]
-        q = _from_torch(matrix.q, path, kernel_sizes)
-        adapters[path] = Adapter(*map(as_jax, (matrix.p, matrix.lam, q)))
+        ins, outs = matrix.q.shape[-1], matrix.p.shape[-1]
+        layout = known[path].layout if path in known else _layout(kernels.get(path), ins, outs)
+        size = kernel_size(known[path]) if path in known else kernels.get(path)
+        q = _from_torch(matrix.q, size)
+        adapters[path] = Adapter(
+            *map(as_jax, (matrix.p, matrix.lam, q)), scale=scale, layout=layout
+        )
         masks[path] = matrix.mask
     return adapters, masks
 
@@ -297,32 +306,37 @@ def _divides(matrix: Matrix, part: tuple[int, int], name: str) -> tuple[int, int
     return part
 
 
-def _to_torch(q: np.ndarray, path: str, kernel_sizes: KernelSizes) -> np.ndarray:
-    """The inputs of a convolution, ``[*kernel, in]``, in PyTorch's order ``[in, *kernel]``."""
-    if path not in kernel_sizes:
+def kernel_size(adapter: Adapter) -> tuple[int, ...] | None:
+    """Return the kernel size of a convolution's adapter; None for other layers."""
+    layout = adapter.layout
+    if layout is None or layout.kind != "conv" or layout.shape is None:
+        return None
+    return layout.shape[len(layout.shape) - layout.ndim :][: layout.ndim - 2]
+
+
+def _layout(size: tuple[int, ...] | None, ins: int, outs: int) -> Layout:
+    """Return the layout of a weight that is known by its PyTorch module alone."""
+    if size is None:
+        return Layout(kind="unknown")
+    axes = len(size)
+    shape = (*size, ins // math.prod(size), outs)
+    return Layout("kernel", tuple(range(axes + 1)), (axes + 1,), kind="conv", shape=shape)
+
+
+def _to_torch(q: np.ndarray, size: tuple[int, ...] | None) -> np.ndarray:
+    """Return a convolution's inputs ``[*kernel, in]`` in PyTorch's order, ``[in, *kernel]``."""
+    if not size:
         return q
-    size = _kernel(q, path, kernel_sizes)
     q = q.reshape(*q.shape[:-1], *size, -1)
     return np.moveaxis(q, -1, -1 - len(size)).reshape(*q.shape[: -1 - len(size)], -1)
 
 
-def _from_torch(q: np.ndarray, path: str, kernel_sizes: KernelSizes) -> np.ndarray:
-    if path not in kernel_sizes:
+def _from_torch(q: np.ndarray, size: tuple[int, ...] | None) -> np.ndarray:
+    if not size:
         return q
-    size = _kernel(q, path, kernel_sizes)
     ins = q.shape[-1] // math.prod(size)
     q = q.reshape(*q.shape[:-1], ins, *size)
     return np.moveaxis(q, -1 - len(size), -1).reshape(*q.shape[: -1 - len(size)], -1)
-
-
-def _kernel(q: np.ndarray, path: str, kernel_sizes: KernelSizes) -> tuple[int, ...]:
-    size = tuple(kernel_sizes[path])
-    if not size or min(size) < 1 or q.shape[-1] % math.prod(size):
-        raise ValueError(
-            f"kernel_sizes[{path!r}]={size}: the adapter has {q.shape[-1]} inputs, which is no "
-            "multiple of it."
-        )
-    return size
 
 
 def as_jax(array: np.ndarray) -> jax.Array:

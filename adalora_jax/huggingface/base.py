@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_map_with_path
 
 from adalora_jax import layers, linen, nnx, packed, rankspec, sharding, tree
-from adalora_jax.peft.names import as_names
-from adalora_jax.peft.reading import Reading, Source
-from adalora_jax.peft.weights import Weights, read_weights
+from adalora_jax.huggingface.names import as_names
+from adalora_jax.huggingface.reading import Reading, Source
+from adalora_jax.huggingface.weights import Weights, read_weights
 from adalora_jax.tensorfile import TensorFile, inside
 
 Allowed: TypeAlias = bool | str | Sequence[str]
@@ -57,8 +57,8 @@ def load_base(
         there is a mesh, the parameters come out placed so.
       *args, **kwargs: what a linen model is called with. Needed for weights whose axes only their
         use tells: those of einsum layers. The model is traced, not run.
-      names: as in :func:`~adalora_jax.peft.save_pretrained`: a family such as ``"llama"``, pairs
-        of names, or a NameMap. Names are those of modules; a pair may also be of one parameter.
+      names: as in :func:`~adalora_jax.huggingface.save_pretrained`: a family such as ``"llama"``,
+        pairs of names, or a NameMap. Names are those of modules; a pair may also name a parameter.
       dtype: of the result; by default that of the model's parameters.
       equations: ``{pattern: equation}`` of weights that no Flax layer and no Einsum holds, with
         the weight as the second operand: ``{"mlp/w_in": "...d,df->...f"}``.
@@ -130,9 +130,9 @@ def _parameters(model: Any, variables: Any) -> tuple[dict[str, Any], dict[str, A
     return leaves, packed.by_path(linen.placement(variables))
 
 
-def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, layers.Layer]:
+def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, layers.Layout]:
     """How weights read as matrices, by their paths, as far as the model tells."""
-    known: dict[str, layers.Layer] = {}
+    known: dict[str, layers.Layout] = {}
     if variables is None:
         for path, candidate in nnx.candidates(model, of_adapted=True).items():
             if layer := candidate.layer:

@@ -10,10 +10,10 @@
 ========================  =====================================================================
 """
 
-from adalora_jax.peft.adapters import Loaded, load_pretrained, save_as_lora, save_pretrained
-from adalora_jax.peft.base import load_base
-from adalora_jax.peft.merging import merge_pretrained
-from adalora_jax.peft.names import NameMap, hf_names
+from adalora_jax.huggingface.adapters import Loaded, load_pretrained, save_as_lora, save_pretrained
+from adalora_jax.huggingface.base import load_base
+from adalora_jax.huggingface.merging import merge_pretrained
+from adalora_jax.huggingface.names import NameMap, hf_names
 
 __all__ = [
     "Loaded",

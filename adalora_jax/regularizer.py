@@ -35,6 +35,16 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
     >>> orthogonality({"query": adapter}, AdaLoraConfig(total_step=10, orth_reg_weight=1.0))
     Array(2.598076, dtype=float32)
     """
+    if config.orth_reg_in_update:
+        raise ValueError(
+            "orth_reg_in_update=True: the penalty's gradient is added inside adalora's update, so "
+            "in the loss it would count twice: leave one of the two out."
+        )
+    return penalty(adapters, config)
+
+
+def penalty(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
+    """Return :func:`orthogonality`, wherever it is added."""
     matrices = [m for adapter in tree.adapters(adapters).values() for m in (adapter.p, adapter.q)]
     if not matrices:
         raise ValueError(

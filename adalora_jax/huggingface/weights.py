@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from adalora_jax.peft.names import hf_names
+from adalora_jax.huggingface.names import hf_names
 from adalora_jax.tensorfile import Spec, TensorFile, inside, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

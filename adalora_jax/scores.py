@@ -17,7 +17,7 @@ _PRIOR = 1e-4  # δ, the precision of a prior: that of a weight decay of 1e-4
 _TOGETHER = 8  # leaves in one test: more streams of memory than that no processor reads ahead
 
 
-class Evidence(NamedTuple):
+class ScoreInputs(NamedTuple):
     """What a score may look at, for one adapter; every field has the adapter's shapes.
 
     ``sensitivity`` and ``uncertainty`` are the float32 moving averages Ī and Ū.
@@ -93,7 +93,7 @@ def finite_batch(weights: Sequence[Adapter], gradients: Sequence[Adapter]) -> ja
     return jnp.all(jnp.stack(tests))
 
 
-def combine(element_scores: Adapter) -> jax.Array:
+def triplet_mean(element_scores: Adapter) -> jax.Array:
     """A triplet's score from its elements' (Eq. 7): ``s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``.
 
     Args:
@@ -102,14 +102,14 @@ def combine(element_scores: Adapter) -> jax.Array:
     Returns:
       ``[..., r]``.
 
-    >>> combine(Adapter(p=jnp.ones((2, 3)), lam=jnp.zeros(2), q=2 * jnp.ones((2, 4))))
+    >>> triplet_mean(Adapter(p=jnp.ones((2, 3)), lam=jnp.zeros(2), q=2 * jnp.ones((2, 4))))
     Array([3., 3.], dtype=float32)
     """
     p, lam, q = element_scores
     return lam + jnp.mean(p, axis=-1) + jnp.mean(q, axis=-1)
 
 
-def triplet_scores(evidence: Evidence, config: AdaLoraConfig) -> jax.Array:
+def triplet_scores(evidence: ScoreInputs, config: AdaLoraConfig) -> jax.Array:
     """The score by which the triplets of one adapter are ranked.
 
     ``config.score`` is one of
@@ -124,8 +124,8 @@ def triplet_scores(evidence: Evidence, config: AdaLoraConfig) -> jax.Array:
       ``σ⁻² = h + δ`` and the Fisher information ``(Ī / w)²`` as h, so ``√(Ī² + δ w²)``; δ is 1e-4;
     * ``"magnitude"``: ``|λ|``, whatever ``score_over`` says;
 
-    summed over the triplet by :func:`combine`, or of λ alone with ``score_over="lam"``; or it is a
-    function that takes an :class:`Evidence` and returns the scores of the triplets.
+    summed over the triplet by :func:`triplet_mean`, or of λ alone with ``score_over="lam"``; or a
+    function that takes an :class:`ScoreInputs` and returns the scores of the triplets.
 
     Returns:
       ``[..., r]``, float32 for the built-in scores.
@@ -144,7 +144,7 @@ def triplet_scores(evidence: Evidence, config: AdaLoraConfig) -> jax.Array:
     if config.score == "magnitude":
         return jnp.abs(evidence.weight.lam.astype(jnp.float32))
     elements = jax.tree.map(functools.partial(_element_score, config.score), *evidence)
-    return elements.lam if config.score_over == "lam" else combine(elements)
+    return elements.lam if config.score_over == "lam" else triplet_mean(elements)
 
 
 def _element_score(score, weight, gradient, sensitivity, uncertainty):

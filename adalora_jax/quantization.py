@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import flax.linen as nn
 import jax
@@ -14,26 +14,24 @@ import qwix
 from flax import nnx
 from flax.core import meta
 
-from adalora_jax import compaction, linen, nnx_layers, packed, qwix_models, targets
+from adalora_jax import linen, merging, nnx_layers, packed, qwix_models, targets
 from adalora_jax import nnx as front
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.gptq import load_gptq
-from adalora_jax.layers import Layer, known, weight_increment
+from adalora_jax.layers import check_fit, known, weight_increment
+from adalora_jax.layout import Layout
 from adalora_jax.packed import Packed
 from adalora_jax.tree import adapters as found_adapters
 from adalora_jax.tree import at, is_packed, weight_path
 
 __all__ = [
-    "MergeError",
+    "MergeLoss",
     "Merged",
     "QwixWeight",
     "Recipe",
     "load_gptq",
-    "merge_linen",
-    "merge_nnx",
+    "merge",
     "quantize",
-    "quantize_linen",
-    "quantize_nnx",
 ]
 
 _QTYPES = ("int8", "int4", "nf4")
@@ -142,8 +140,8 @@ def _quantize(weight, qtype, channelwise, tiled, axes):
     return QwixWeight.of(array, qtype, axes)
 
 
-def quantize(weight: jax.Array, recipe: str | Recipe, layer: Layer) -> QwixWeight:
-    """One weight, quantised by Qwix.
+def quantize_weight(weight: jax.Array, recipe: str | Recipe, layer: Layout) -> QwixWeight:
+    """Return one weight, quantised by Qwix.
 
     A block lies along the inputs: as many of the last ones as fit, whole axes where they do, and
     otherwise the largest part of an axis that divides it.
@@ -153,13 +151,12 @@ def quantize(weight: jax.Array, recipe: str | Recipe, layer: Layer) -> QwixWeigh
       recipe: a :class:`Recipe` or the name of one.
       layer: how the weight reads as matrices.
 
-    >>> layer = Layer("dense", "kernel", (), (0,), (1,))
-    >>> packed = quantize(jnp.ones((256, 8)), "nf4", layer)
+    >>> packed = quantize_weight(jnp.ones((256, 8)), "nf4", Layout())
     >>> packed.shape, packed.qvalue.shape, packed.scale.shape
     ((256, 8), (128, 8), (4, 8))
     """
     recipe = _recipe(recipe)
-    first = weight.ndim - len(layer.stack) - len(layer.ins) - len(layer.outs)
+    first = weight.ndim - layer.ndim
     ins = [first + axis for axis in layer.ins]
     channelwise = [axis for axis in range(weight.ndim) if axis not in ins]
     tiled = {}
@@ -178,91 +175,97 @@ def quantize(weight: jax.Array, recipe: str | Recipe, layer: Layer) -> QwixWeigh
     return _quantize(weight, recipe.qtype, tuple(channelwise), tuple(tiled.items()), axes)
 
 
-def quantize_linen(
-    module: Any, variables: Mapping[str, Any], recipe: str | Recipe, *inputs: Any, **kwargs: Any
-) -> tuple[Any, dict[str, Any]]:
-    """A linen model with a quantised base, and its variables.
+_Model = TypeVar("_Model", bound=nnx.Module)
+
+
+@overload
+def quantize(model: _Model, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> _Model: ...
+
+
+@overload
+def quantize(
+    model: nn.Module | linen.AdaptedModule,
+    recipe: str | Recipe,
+    variables: Mapping[str, Any],
+    *inputs: Any,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]: ...
+
+
+def quantize(model: Any, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> Any:
+    """Return a model with a quantised base: of linen with its variables, or of NNX.
 
     One weight is quantised at a time. Under ``jax.eval_shape`` nothing is allocated.
 
     Args:
-      module: a linen module; or an adapted one, whose adapters go on as they are.
-      variables: of the model; not changed.
+      model: a linen module, adapted or not, or an NNX model, with adapters or without; left as it
+        is. Adapters continue as they are.
       recipe: ``"int8"``, ``"int4"``, ``"nf4"`` or a :class:`Recipe`.
-      *inputs, **kwargs: what the model is called with, to see its layers.
+      *inputs, **kwargs: for linen the variables first, then what the model is called with, to see
+        its layers. An NNX model needs none.
 
     Returns:
-      ``(module, variables)``. The module is called, and adapted, like the one that was given. The
-      variables have the integers in a collection of their own, ``quantized``, and the rest in
-      ``params``, so that ``jax.grad`` with respect to ``params`` and adapters needs no filter.
+      ``(module, variables)`` for linen: the module is called, and adapted, like the one that was
+      given; the variables have the integers in a collection called ``quantized`` and the rest in
+      ``params``, so that ``jax.grad`` with respect to ``params`` and adapters needs no filter. For
+      NNX a model of the same class, in which each quantised weight is a
+      :class:`~adalora_jax.packed.PackedWeight`: not an ``nnx.Param``, so ``nnx.grad`` needs no
+      filter.
 
     Raises:
+      TypeError: ``model`` is of neither framework, or linen's variables are missing.
       ValueError: the recipe selects no layer, or the model is quantised already.
 
     >>> import flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.ones((2, 64))
     >>> variables = model.init(jax.random.key(0), x)
-    >>> quantised, packed = quantize_linen(model, variables, "int8", x)
+    >>> quantised, packed = quantize(model, "int8", variables, x)
     >>> sorted(packed["params"]), packed["quantized"]["kernel"].qvalue.dtype
     (['bias'], dtype('int8'))
     >>> bool(jnp.allclose(quantised.apply(packed, x), model.apply(variables, x), atol=0.1))
     True
+    >>> model = nnx.Linear(64, 4, rngs=nnx.Rngs(0))
+    >>> quantised = quantize(model, "int8")
+    >>> quantised.kernel.get_raw_value().qvalue.dtype, quantised.kernel.shape
+    (dtype('int8'), (64, 4))
     """
-    if isinstance(module, linen.AdaptedModule):
-        inner, variables = quantize_linen(module.module, variables, recipe, *inputs, **kwargs)
-        return dataclasses.replace(module, module=inner), variables
     recipe = _recipe(recipe)
-    if not isinstance(module, nn.Module):
+    if isinstance(model, nnx.Module):
+        return _quantized_nnx(model, recipe)
+    if not isinstance(model, (nn.Module, linen.AdaptedModule)):
         raise TypeError(
-            f"module is a {type(module).__name__}, not a flax.linen module; quantize_nnx takes NNX "
-            "modules."
+            f"model is a {type(model).__name__}: it must be a flax.linen module, followed by its "
+            "variables, or a flax.nnx module."
         )
+    if not inputs:
+        raise TypeError("variables are missing: quantize(module, recipe, variables, *inputs).")
+    variables, *inputs_ = inputs
+    return _quantized_linen(model, recipe, variables, inputs_, kwargs)
+
+
+def _quantized_linen(module, recipe, variables, inputs, kwargs):
+    if isinstance(module, linen.AdaptedModule):
+        inner, variables = _quantized_linen(module.module, recipe, variables, inputs, kwargs)
+        return dataclasses.replace(module, module=inner), variables
+    linen.check_variables(variables)
     params = linen.whole(variables)["params"]
     weights: dict[str, Packed] = {}
-    for path, target in _targets(linen.candidates(module, variables, inputs, kwargs), recipe):
+    found = linen.candidates(module, variables, tuple(inputs), kwargs)
+    for path, target in _targets(found, recipe):
         parts = weight_path(params, path, target.layer.weight)
         place, weight = "/".join(parts), meta.unbox(at(params, parts))
-        weights[place] = quantize(_floats(weight, place), recipe, target.layer)
+        weights[place] = quantize_weight(_floats(weight, place), recipe, target.layer)
     module, variables = packed.pack_linen(module, variables, weights)
     return module, {**variables, "params": _cast(variables["params"], recipe.dtype)}
 
 
-def quantize_nnx(model: nnx.Module, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> Any:
-    """A copy of an NNX model with a quantised base.
-
-    Args:
-      model: any NNX module, with adapters or without; left as it is.
-      recipe: ``"int8"``, ``"int4"``, ``"nf4"`` or a :class:`Recipe`.
-      *inputs, **kwargs: what the model is called with. Not needed but for einsum layers that are
-        given their equation in the call.
-
-    Returns:
-      A module of the same class, in which each quantised weight is a
-      :class:`~adalora_jax.packed.PackedWeight`. That is no ``nnx.Param``, so ``nnx.grad`` needs no
-      filter.
-
-    Raises:
-      ValueError: the recipe selects no layer, or the model is quantised already.
-
-    >>> model, x = nnx.Linear(64, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 64))
-    >>> quantised = quantize_nnx(model, "int8", x)
-    >>> quantised.kernel.get_raw_value().qvalue.dtype, quantised.kernel.shape
-    (dtype('int8'), (64, 4))
-    >>> bool(jnp.allclose(quantised(x), model(x), atol=0.1))
-    True
-    """
-    recipe = _recipe(recipe)
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}, not a flax.nnx module; quantize_linen takes linen "
-            "modules."
-        )
+def _quantized_nnx(model, recipe):
     weights: dict[str, Packed] = {}
     for path, target in _targets(front.candidates(model, of_adapted=True), recipe):
         place = f"{path}/{target.layer.weight}".lstrip("/")
         variable = getattr(dict(nnx_layers.modules(model))[path], target.layer.weight)
         value = nnx_layers.stored(variable).get_raw_value()
-        weights[place] = quantize(_floats(value, place), recipe, target.layer)
+        weights[place] = quantize_weight(_floats(value, place), recipe, target.layer)
     model = packed.pack_nnx(model, weights)
     if recipe.dtype is not None:
         is_base = lambda path, leaf: type(leaf) is nnx.Param
@@ -270,8 +273,8 @@ def quantize_nnx(model: nnx.Module, recipe: str | Recipe, *inputs: Any, **kwargs
     return model
 
 
-class MergeError(NamedTuple):
-    """What was lost when W + ΔW was put into a format."""
+class MergeLoss(NamedTuple):
+    """Relative error of W + ΔW in the format that it was put into."""
 
     weight: float  # ‖W' − (W + ΔW)‖ / ‖W + ΔW‖
     increment: float  # the same against ‖ΔW‖: at 1 the error is as large as what was learnt
@@ -281,88 +284,94 @@ class Merged(NamedTuple):
     """A model with the increments in its weights, and what that cost."""
 
     result: Any  # variables for linen, a model for NNX
-    errors: dict[str, MergeError]  # by path, of the layers that were quantised
+    errors: dict[str, MergeLoss]  # by path, of the layers that were quantised
 
 
-def merge_linen(
-    adapted: linen.AdaptedModule,
-    variables: Mapping[str, Any],
-    adapters: Mapping[str, Any],
-    *inputs: Any,
-    to: Any = "requantize",
-    **kwargs: Any,
-) -> Merged:
-    """Merges adapters into a quantised base: in floats, or quantised again.
+@overload
+def merge(variables: nnx.Module, adapters: None = None, *, to: Any = "requantize") -> Merged: ...
 
-    An integer cannot hold ``W + ΔW``, so something is lost, and the report says how much. One
+
+@overload
+def merge(
+    variables: Mapping[str, Any], adapters: Mapping[str, Any], *, to: Any = "requantize"
+) -> Merged: ...
+
+
+def merge(variables: Any, adapters: Any = None, *, to: Any = "requantize") -> Merged:
+    """Merge adapters into a quantised base: in floats, or quantised again.
+
+    An integer cannot hold ``W + ΔW``, so something is lost, and the result says how much. One
     weight at a time is dense. Layers that were not quantised merge as on a float base.
 
     Args:
-      adapted: of the quantised module.
-      variables, adapters: as in ``adapted.apply``; not changed.
-      *inputs, **kwargs: what the model is called with.
-      to: a floating-point dtype: all quantised weights are dequantised to it, and the variables
-        are those of a float model. ``"requantize"``: each merged weight in the format it had.
-        A recipe or the name of one: each merged weight by that recipe.
+      variables: of a quantised linen module; or an adapted NNX model, whose base may be one that
+        ``qwix.quantize_model`` made, too. Not changed.
+      adapters: as in :func:`adalora_jax.merge`, with the masks applied; for linen variables.
+      to: a floating-point dtype: all quantised weights are dequantised to it, and the result is a
+        float model's. ``"requantize"``: each merged weight in the format it had. A recipe or the
+        name of one: each merged weight by that recipe.
 
     Returns:
-      ``(result, errors)``: variables, and a :class:`MergeError` for each quantised layer that had
-      an adapter.
+      ``(result, errors)``: variables or a model, and a :class:`MergeLoss` for each quantised layer
+      that had an adapter.
 
     Raises:
-      ValueError: ``to`` is none of these, or asks for a GPTQ weight to be requantised.
+      ValueError: ``to`` is none of these, or asks for a GPTQ weight to be requantised; or as
+        :func:`adalora_jax.merge`.
 
     >>> import adalora_jax, flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.ones((2, 64))
-    >>> quantised, variables = quantize_linen(model, model.init(jax.random.key(0), x), "int8", x)
-    >>> config = AdaLoraConfig(total_step=10, target_modules=".*", init_lora_weights=False)
+    >>> quantised, variables = quantize(model, "int8", model.init(jax.random.key(0), x), x)
+    >>> options = {"init_lora_weights": False}
+    >>> config = AdaLoraConfig(total_step=10, target_modules=".*", **options)
     >>> adapted = adalora_jax.linen.adapt(quantised, config)
     >>> adapters = adapted.init(jax.random.key(1), variables, x)
-    >>> merged, errors = merge_linen(adapted, variables, adapters, x, to="float32")
+    >>> merged, errors = merge(variables, adapters, to="float32")
     >>> list(merged), errors[""].weight < 1e-6
     (['params'], True)
-    >>> want = adapted.apply(variables, adapters, x)
-    >>> bool(jnp.allclose(model.apply(merged, x), want, atol=1e-3))
+    >>> expected = adapted.apply(variables, adapters, x)
+    >>> bool(jnp.allclose(model.apply(merged, x), expected, atol=1e-3))
     True
+    >>> base = quantize(nnx.Sequential(nnx.Linear(64, 4, rngs=nnx.Rngs(0))), "nf4")
+    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", **options)
+    >>> merged, errors = merge(adalora_jax.nnx.adapt(base, config))
+    >>> type(merged.layers[0].kernel).__name__, 0 < errors["layers/0"].weight < 0.2
+    ('PackedWeight', True)
     """
-    candidates = linen.candidates(adapted.module, variables, inputs, kwargs)
-    layers = {path: c.layer for path, c in candidates.items() if c.layer is not None}
+    if isinstance(variables, nnx.Module):
+        return _merged_nnx(variables, to)
+    linen.check_variables(variables)
     whole = linen.whole(variables)
     weights = {p: w for p, w in packed.by_path(whole["params"]).items() if is_packed(w)}
     merged, errors = {}, {}
     for path, adapter in found_adapters(dict(adapters)).items():
-        layer = layers.get(path)
-        parts = weight_path(whole["params"], path, layer.weight) if layer else []
-        place = "/".join(parts)
-        if layer is not None and place in weights:
-            weight, scale = weights[place], adapted.config.scale_of(path)
-            delta = weight_increment(layer, adapter, weight.shape, scale)
+        layer = adapter.layout or Layout()
+        place = "/".join(weight_path(whole["params"], path, layer.weight))
+        if place in weights:
+            weight = weights[place]
+            delta = _checked_increment(path, weight, adapter, layer)
             merged[place], errors[path] = _put(weight, delta, layer, to)
     if _dtype(to) is not None:
         rest = {place: weight for place, weight in weights.items() if place not in merged}
         merged |= {place: weight.dequantize(to) for place, weight in rest.items()}
     rest = {path: node for path, node in adapters.items() if path not in errors}
     params = packed.replaced(whole["params"], merged)
-    result = compaction.merge({**whole, "params": params}, rest, adapted.config, layers=layers)
-    return Merged(linen.apart(result), errors)
+    result = {**whole, "params": params}
+    return Merged(merging.merge(linen.apart(result), rest), errors)
 
 
-def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
-    """:func:`merge_linen` for an adapted NNX model on a quantised base, which is left as it is.
+def _checked_increment(path: str, weight: Packed, adapter: Any, layer: Layout) -> jax.Array:
+    check_fit(layer, adapter, weight.shape, path)
+    if layer.kind == "unknown" or layer.note:
+        raise ValueError(
+            f"the increment of {path!r} cannot be merged: "
+            + (layer.note or "it was read without like=adapters of this model")
+            + "."
+        )
+    return weight_increment(layer, adapter, weight.shape)
 
-    The base may be one that ``qwix.quantize_model`` made, too. With a dtype it is of its own class
-    again afterwards; with ``"requantize"`` it is still Qwix's.
 
-    >>> import adalora_jax
-    >>> base = quantize_nnx(nnx.Sequential(nnx.Linear(64, 4, rngs=nnx.Rngs(0))), "nf4")
-    >>> options = {"target_modules": "all-linear", "init_lora_weights": False}
-    >>> adapted = adalora_jax.nnx.adapt(base, AdaLoraConfig(total_step=10, **options))
-    >>> merged, errors = merge_nnx(adapted, to="requantize")
-    >>> type(merged.layers[0].kernel).__name__, 0 < errors["layers/0"].weight < 0.2
-    ('PackedWeight', True)
-    >>> merge_nnx(adapted, to="bfloat16").result.layers[0].kernel.dtype
-    dtype(bfloat16)
-    """
+def _merged_nnx(model: Any, to: Any) -> Merged:
     model = nnx.clone(model)
     dtype = _dtype(to)
     dense: dict[int, Any] = {}  # a tied weight has several layers
@@ -370,13 +379,14 @@ def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
     for path, module in nnx_layers.modules(model):
         if not isinstance(module, packed.PackedLayer):
             continue
-        layer = known(nnx_layers.layer_of(module), module)
+        adaptation = getattr(module, "adalora", None)
+        layer = adaptation.layout if adaptation else nnx_layers.layer_of(module)
+        layer = known(layer, module)
         variable = getattr(module, layer.weight)
         weight = variable.get_raw_value()
-        adaptation = getattr(module, "adalora", None)
         if adaptation is not None:
             if is_packed(weight) and id(variable) not in dense:
-                delta = weight_increment(layer, adaptation.adapter, weight.shape, adaptation.scale)
+                delta = _checked_increment(path, weight, adaptation.adapter, layer)
                 dense[id(variable)], errors[path] = _put(weight, delta, layer, to)
             del module.adalora
             module.__class__ = nnx_layers.base_class(type(module))
@@ -387,10 +397,12 @@ def merge_nnx(model: nnx.Module, to: Any = "requantize") -> Merged:
             variable.set_value(new)
         else:
             packed.unpack_layer(module, layer.weight, new)
-    return Merged(front.merge(model), errors)
+    left = any(isinstance(m, nnx_layers.Adapted) for _, m in nnx_layers.modules(model))
+    result = front.merged(model) if left else front.release_saved(model)
+    return Merged(result, errors)
 
 
-def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeError]:
+def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
     """Merges into the weights that Qwix itself quantised, in place; what that cost."""
     dtype, errors = _dtype(to), {}
     held = qwix_models.weights(model)
@@ -403,7 +415,7 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeError]:
         adaptation, layer = getattr(module, "adalora", None), nnx_layers.layer_of(module)
         new: Any = weight if dtype is None else weight.dequantize(dtype)
         if adaptation is not None and layer is not None and layer.weight == name:
-            delta = weight_increment(layer, adaptation.adapter, weight.shape, adaptation.scale)
+            delta = _checked_increment(path, weight, adaptation.adapter, layer)
             new, errors[path] = _put(weight, delta, layer, to)
             del module.adalora
             module.__class__ = nnx_layers.base_class(type(module))
@@ -413,7 +425,7 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeError]:
     return errors
 
 
-def _put(weight: Packed, delta: jax.Array, layer: Layer, to: Any) -> tuple[Any, MergeError]:
+def _put(weight: Packed, delta: jax.Array, layer: Layout, to: Any) -> tuple[Any, MergeLoss]:
     """``W + ΔW`` in the format asked for, and the error of that."""
     target = weight.dequantize(jnp.float32) + delta
     if (dtype := _dtype(to)) is not None:
@@ -421,12 +433,12 @@ def _put(weight: Packed, delta: jax.Array, layer: Layer, to: Any) -> tuple[Any, 
     elif to == "requantize":
         new = weight.requantize(target)
     else:
-        new = quantize(target.astype(weight.dtype), to, layer)
+        new = quantize_weight(target.astype(weight.dtype), to, layer)
     back = new.dequantize(jnp.float32) if isinstance(new, Packed) else new.astype(jnp.float32)
     error, whole, learnt = (
         float(jnp.linalg.norm(a.ravel())) for a in (back - target, target, delta)
     )
-    return new, MergeError(error / whole, error / learnt if learnt else float(error > 0))
+    return new, MergeLoss(error / whole, error / learnt if learnt else float(error > 0))
 
 
 def _dtype(to: Any) -> Any:

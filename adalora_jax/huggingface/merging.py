@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adalora_jax.peft.files import read_adapter
-from adalora_jax.peft.matrices import KernelSizes, Matrix, to_matrices
-from adalora_jax.peft.names import as_names, hf_names
-from adalora_jax.peft.saved import saved_to_torch
-from adalora_jax.peft.weights import INDEX, Weights, read_weights
+from adalora_jax.huggingface.files import read_adapter
+from adalora_jax.huggingface.matrices import Matrix, common_scale, to_matrices
+from adalora_jax.huggingface.names import as_names, hf_names
+from adalora_jax.huggingface.saved import saved_to_torch
+from adalora_jax.huggingface.weights import INDEX, Weights, read_weights
 from adalora_jax.tensorfile import (
     FLOATS,
     Spec,
@@ -54,7 +54,6 @@ def merge_pretrained(
     config: Any = None,
     masks: Any = None,
     names: Any = None,
-    kernel_sizes: KernelSizes | None = None,
     safe: bool = True,
     progress: Callable[[list[str]], Iterable[str]] | None = None,
 ) -> None:
@@ -68,11 +67,11 @@ def merge_pretrained(
 
     Args:
       adapter: the folder of a PEFT adapter (AdaLoRA or LoRA), or what :func:`save_pretrained
-        <adalora_jax.peft.save_pretrained>` takes as adapters, then with ``config``.
+        <adalora_jax.huggingface.save_pretrained>` takes as adapters.
       base_directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files.
       out_directory: must not exist, or be empty.
-      config, masks, names, kernel_sizes: of adapters that are no folder, as in
-        ``save_pretrained``.
+      config: of adapters that are no folder, for its ``fan_in_fan_out``.
+      masks, names: of adapters that are no folder, as in ``save_pretrained``.
       safe: refuse a sum that is not finite.
       progress: put around the list of tensors while it is gone through, such as ``tqdm.tqdm``.
 
@@ -82,31 +81,28 @@ def merge_pretrained(
         weight has a dtype that is not computed with.
 
     >>> import pathlib, tempfile
-    >>> from adalora_jax import Adapter, AdaLoraConfig
+    >>> from adalora_jax import Adapter
     >>> from adalora_jax.tensorfile import TensorFile, replacing, save_tensors
     >>> adapter = Adapter(np.ones((4, 2)), np.ones(4), np.ones((4, 3)))
-    >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2, lora_alpha=4)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     base, out = pathlib.Path(folder, "base"), pathlib.Path(folder, "out")
     ...     base.mkdir()
     ...     with replacing(base / "model.safetensors") as file:
     ...         save_tensors(file, {"query.weight": np.zeros((2, 3), np.float32)})
-    ...     merge_pretrained({"query": adapter}, base, out, config=config)
+    ...     merge_pretrained({"query": adapter}, base, out)
     ...     with TensorFile(out / "model.safetensors") as file:
     ...         print(file.read("query.weight")[0])
     [4. 4. 4.]
     """
     if isinstance(adapter, Mapping):
-        if config is None:
-            raise ValueError("config=None: adapters that are no folder need their config.")
-        names, sizes = as_names(names), kernel_sizes or {}
-        matrices, _ = to_matrices(adapter, config, masks, names, sizes)
-        saved = saved_to_torch(adapter, names, sizes)
-        scale, flagged = config.scale, config.fan_in_fan_out
+        names, scale = as_names(names), common_scale(adapter, 1.0)
+        matrices, _ = to_matrices(adapter, scale, masks, names)
+        saved = saved_to_torch(adapter, names)
+        flagged = config is not None and config.fan_in_fan_out
         conv1d = {name for name in matrices if flagged or names.is_conv1d(name)}
     else:
         file = read_adapter(adapter)
-        matrices, saved, scale = file.matrices, file.saved, file.config.scale
+        matrices, saved, scale = file.matrices, file.saved, file.config.scaling
         conv1d = set(matrices) if file.config.fan_in_fan_out else set()
     base, out = read_weights(Path(base_directory)), Path(out_directory)
     if out.resolve().is_relative_to(base.folder.resolve()):

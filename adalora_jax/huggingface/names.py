@@ -146,7 +146,7 @@ class NameMap:
         return (
             f"{name[:200]!r}{stack} has no name on the other side; the nearest that have: "
             f"{', '.join(near)}. Pass names=[('name/in/flax/{{i}}', 'name.in.huggingface.{{i}}'), "
-            "...], see adalora_jax.peft.NameMap, or another of adalora_jax.peft.hf_names."
+            "...], see huggingface.NameMap, or another of huggingface.hf_names."
         )
 
 

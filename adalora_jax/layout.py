@@ -1,0 +1,166 @@
+"""How a weight reads as matrices: which axes are stacked, which the layer sums over, which it
+outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+KINDS = ("dense", "general", "einsum", "embed", "conv", "weight", "unknown")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The axes of a layer's weight by their role. Hashable, so static under ``jax.jit``.
+
+    A weight of any number of axes is a stack of matrices ``[in, out]``. Axes count within the
+    layer's own weight, without the leading axes that a lifted transform stacks on it.
+
+    Attributes:
+      weight: name of the parameter in its module.
+      ins: axes that the layer sums over, in order.
+      outs: axes that appear in the layer's output, in order.
+      stack: axes that index separate matrices.
+      kind: how the layer computes: ``"dense"`` (``y = x W`` over the last axes of x), ``"general"``
+        (DenseGeneral), ``"einsum"``, ``"embed"`` (a look-up), ``"conv"``, ``"weight"`` (a module
+        that returns its weight), or ``"unknown"``: read from a file that does not say.
+      shape: shape of the whole weight, stacked axes included; None where it is not known.
+      note: why an increment cannot be added to this weight; empty where it can.
+
+    >>> Layout("kernel", ins=(0, 1), outs=(2,), kind="conv", shape=(3, 2, 4)).matrix((3, 2, 4))
+    ((), 6, 4)
+    """
+
+    weight: str = "kernel"
+    ins: tuple[int, ...] = (0,)
+    outs: tuple[int, ...] = (1,)
+    stack: tuple[int, ...] = ()
+    kind: str = "dense"
+    shape: tuple[int, ...] | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} must be one of {', '.join(KINDS)}.")
+        for name in ("ins", "outs", "stack"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        axes = sorted((*self.stack, *self.ins, *self.outs))
+        if not self.ins or not self.outs or axes != list(range(len(axes))):
+            raise ValueError(
+                f"stack={self.stack}, ins={self.ins}, outs={self.outs}: together they must name "
+                "every axis of the weight once, with at least one axis in ins and one in outs."
+            )
+        if self.shape is not None:
+            object.__setattr__(self, "shape", tuple(self.shape))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the layer's own weight, without those of a lifted transform."""
+        return len(self.stack) + len(self.ins) + len(self.outs)
+
+    def same_axes(self, other: Layout) -> bool:
+        """Return whether both layouts read a weight as the same matrices.
+
+        >>> Layout("kernel").same_axes(Layout("w", kind="einsum"))
+        True
+        """
+        axes = lambda layout: (layout.stack, layout.ins, layout.outs)
+        return axes(self) == axes(other)
+
+    def matrix(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
+        """Return ``(stack, in, out)`` of a weight of this shape; leading extra axes are stacked.
+
+        >>> Layout().matrix((12, 64, 256))
+        ((12,), 64, 256)
+        """
+        lifted, own = self._split(shape)
+        size = lambda axes: math.prod(own[axis] for axis in axes)
+        return (*lifted, *(own[axis] for axis in self.stack)), size(self.ins), size(self.outs)
+
+    def to_weight(self, delta: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Return ``delta [*stack, in, out]`` with the axes of a weight of this shape.
+
+        >>> import jax.numpy as jnp
+        >>> layout = Layout(ins=(0, 1), outs=(2,), kind="conv")
+        >>> layout.to_weight(jnp.zeros((6, 4)), (3, 2, 4)).shape
+        (3, 2, 4)
+        """
+        lifted, own = self._split(shape)
+        order = (*self.stack, *self.ins, *self.outs)
+        delta = delta.reshape(*lifted, *(own[axis] for axis in order))
+        inverse = [len(lifted) + order.index(axis) for axis in range(len(own))]
+        return delta.transpose(*range(len(lifted)), *inverse)
+
+    def to_matrix(self, weight: jax.Array) -> jax.Array:
+        """Return a weight as ``[*stack, in, out]``, the inverse of :meth:`to_weight`.
+
+        >>> import jax.numpy as jnp
+        >>> Layout(ins=(0, 1), outs=(2,), kind="conv").to_matrix(jnp.zeros((3, 2, 4))).shape
+        (6, 4)
+        """
+        stack, *sizes = self.matrix(weight.shape)
+        lifted = weight.ndim - self.ndim
+        order = [lifted + axis for axis in (*self.stack, *self.ins, *self.outs)]
+        return weight.transpose(*range(lifted), *order).reshape(*stack, *sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values.
+
+        >>> Layout.from_dict(Layout("w", shape=(2, 3)).to_dict()) == Layout("w", shape=(2, 3))
+        True
+        """
+        as_list = lambda value: list(value) if isinstance(value, tuple) else value
+        return {name: as_list(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Layout:
+        """Return the layout that :meth:`to_dict` wrote.
+
+        Raises:
+          ValueError: a field has another type than it was written with.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        is_axes = lambda value: (
+            isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+        )
+        texts = ("weight", "kind", "note")
+        well_formed = set(values) == fields and all(
+            isinstance(value, str)
+            if name in texts
+            else is_axes(value) or (name == "shape" and value is None)
+            for name, value in values.items()
+        )
+        if not well_formed:
+            raise ValueError(f"layout={dict(values)!r:.200} is not one that Layout.to_dict wrote.")
+        as_tuple = lambda value: tuple(value) if isinstance(value, list) else value
+        arguments: dict[str, Any] = {name: as_tuple(value) for name, value in values.items()}
+        return cls(**arguments)
+
+    def _split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(shape[: len(shape) - self.ndim]), tuple(shape[len(shape) - self.ndim :])
+
+
+def declared(layers: Any) -> dict[type, Layout] | None:
+    """Return the layouts that a user declared for layers of other classes than Flax's.
+
+    Raises:
+      ValueError: it is not ``{class: Layout}``, or a kind needs attributes of Flax's layers.
+
+    >>> declared(None) is None
+    True
+    """
+    if layers is None:
+        return None
+    for cls, layout in dict(layers).items():
+        if not isinstance(cls, type) or not isinstance(layout, Layout):
+            raise ValueError(f"layers={{{cls!r}: {layout!r}}}: it must be {{class: Layout(...)}}.")
+        if layout.kind not in ("dense", "embed") or layout.stack or layout.shape is not None:
+            raise ValueError(
+                f"layers={{{cls.__name__}: {layout!r}}}: a declared layer has kind 'dense' "
+                "(y = x W over the last axes of x) or 'embed', no stack axes and no shape."
+            )
+    return dict(layers)
