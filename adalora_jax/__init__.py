@@ -5,6 +5,7 @@ import importlib.util as _util
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from adalora_jax import linen, nnx, scores, sharding
+from adalora_jax import serialization as _serialization  # noqa: F401  (registers)
 from adalora_jax.adapter import Adapter, delta_weight, forward, init_adapter
 from adalora_jax.allocator import (
     AdaLoraState,

@@ -52,8 +52,83 @@ _PEFT_IGNORED = {
 }
 
 
+_TASK_TYPES = (
+    *("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+)
+
+
+def check_accepted(
+    task_type: Any,
+    bias: Any,
+    inference_mode: Any,
+    peft_type: Any,
+    r: Any,
+    use_dora: Any,
+    loftq_config: Any,
+) -> None:
+    """Check the arguments of PEFT's that a config takes but does not store.
+
+    Raises:
+      ValueError: one asks for something that AdaLoRA here does not do.
+
+    >>> check_accepted("CAUSAL_LM", "all", False, "ADALORA", None, False, None)
+    Traceback (most recent call last):
+        ...
+    ValueError: bias='all': biases are not trained; leave bias out, or name the biases to train in \
+modules_to_save.
+    """
+    if task_type is not None and task_type not in _TASK_TYPES:
+        raise ValueError(
+            f"task_type={task_type!r} is not one of PEFT's, {', '.join(_TASK_TYPES)}: leave "
+            "task_type out, it has no effect here."
+        )
+    if bias != "none":
+        raise ValueError(
+            f"bias={bias!r}: biases are not trained; leave bias out, or name the biases to train "
+            "in modules_to_save."
+        )
+    if not isinstance(inference_mode, bool):
+        raise ValueError(f"inference_mode={inference_mode!r} must be True or False: leave it out.")
+    if peft_type != "ADALORA":
+        raise ValueError(f"peft_type={peft_type!r} is not 'ADALORA': leave peft_type out.")
+    if r is not None:
+        raise ValueError(
+            f"r={r!r} means nothing to AdaLoRA: set init_r, the rank at the start, and "
+            "target_r, the average rank at the end."
+        )
+    if use_dora:
+        raise ValueError(f"use_dora={use_dora!r}: AdaLoRA has no DoRA form; leave use_dora out.")
+    if loftq_config:
+        raise ValueError(
+            f"loftq_config={loftq_config!r}: LoftQ needs its own initialisation, which the SVD "
+            "form does not have; quantize the base model and leave loftq_config out."
+        )
+
+
+def refuse_names(unknown: set[str]) -> None:
+    """Refuse arguments that only PEFT's config has, with the way to pass them.
+
+    Raises:
+      TypeError: naming them.
+
+    >>> refuse_names({"revision"})
+    Traceback (most recent call last):
+        ...
+    TypeError: AdaLoraConfig does not take PEFT's revision: remove it, or pass a whole PEFT config \
+with AdaLoraConfig.from_peft({...}).
+    """
+    if found := sorted(
+        unknown.intersection(_PEFT_BOOKKEEPING | {*_PEFT_UNSUPPORTED, *_PEFT_IGNORED})
+    ):
+        raise TypeError(
+            f"AdaLoraConfig does not take PEFT's {', '.join(found)}: remove "
+            f"{'it' if len(found) == 1 else 'them'}, or pass a whole PEFT config with "
+            "AdaLoraConfig.from_peft({...})."
+        )
+
+
 def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -> dict[str, Any]:
-    """The keyword arguments that a PEFT AdaLoRA config gives, see ``AdaLoraConfig.from_peft``.
+    """Return the keyword arguments that a PEFT AdaLoRA config gives, for ``from_peft``.
 
     Args:
       source: a mapping, an ``adapter_config.json``, or its folder.
@@ -104,22 +179,24 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
     return values
 
 
-def written_pattern(pattern: tuple[tuple[str, Any], ...]) -> dict[str, list[bool]]:
-    """A ``rank_pattern`` with PEFT's keys.
+def written_pattern(pattern: tuple[tuple[str, Any], ...], init_r: int) -> dict[str, list[bool]]:
+    """Return a ``rank_pattern`` with PEFT's keys.
 
     Raises:
       ValueError: it gives a rank alone.
 
-    >>> written_pattern((("encoder/query", (True, False)),))
-    {'encoder.query.lora_E': [True, False]}
+    >>> written_pattern((("encoder/query", (True, False)), ("key", ())), init_r=2)
+    {'encoder.query.lora_E': [True, False], 'key.lora_E': [False, False]}
     """
     for path, keep in pattern:
         if not isinstance(keep, tuple):
             raise ValueError(
-                f"rank_pattern gives {path!r} the rank {keep}, but PEFT asks which triplets live: "
-                "give it a list of booleans."
+                f"rank_pattern gives {path!r} the rank {keep}, but PEFT asks which triplets are "
+                "active: give it a list of booleans."
             )
-    return {path.replace("/", ".") + ".lora_E": list(keep) for path, keep in pattern}
+    return {
+        path.replace("/", ".") + ".lora_E": list(keep) or [False] * init_r for path, keep in pattern
+    }
 
 
 def _read_pattern(value: Any) -> dict[str, list[bool]]:

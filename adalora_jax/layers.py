@@ -149,6 +149,7 @@ def merged_weight(
       ValueError: the layer does not use its weight as it is stored, the adapter is for another
         weight, or with ``safe`` the result is not finite.
     """
+    known_scale(adapter, path)
     check_fit(layer, adapter, weight.shape, path)
     if note := layer.note or (adapter.layout.note if adapter.layout else ""):
         raise ValueError(f"the increment of {path!r} cannot be merged: {note}.")

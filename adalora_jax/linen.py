@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -77,8 +78,20 @@ class AdaptedModule:
 
         Raises:
           ValueError: the config selects nothing, or something that cannot be adapted.
+
+        Warns:
+          UserWarning: ``lora_dropout`` is above 0, but a layer gets no random numbers for it.
         """
-        chosen = self._targets(variables, *args, **kwargs)
+        found = self.candidates(variables, *args, **kwargs)
+        chosen = targets.select(found, self.config)
+        without = [path for path in chosen if not found[path].dropout]
+        if self.config.lora_dropout and without:
+            warnings.warn(
+                f"lora_dropout={self.config.lora_dropout}: the adapters of {', '.join(without[:5])}"
+                " have no dropout, since a lifted transform around them passes on no 'dropout' "
+                "random numbers: give nn.scan or nn.vmap split_rngs={'dropout': True}.",
+                stacklevel=2,
+            )
         at = sharding.on_mesh(self._specs(variables, chosen), placement(variables))
         fresh = targets.init_all(
             key, chosen, self.config, at and {path: at[path] for path in chosen}
@@ -160,7 +173,8 @@ class AdaptedModule:
 
     def describe(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
         """The table of what :meth:`init` would make, before anything is allocated."""
-        return targets.describe(self._targets(variables, *args, **kwargs), self.config)
+        found = self.candidates(variables, *args, **kwargs)
+        return targets.describe(targets.select(found, self.config), self.config, found)
 
     def _targets(self, variables, *args, **kwargs) -> dict[str, targets.Target]:
         return targets.select(self.candidates(variables, *args, **kwargs), self.config)

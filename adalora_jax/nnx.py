@@ -127,7 +127,7 @@ def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
     total                     1                12          132       24   550.0 %
     memory: adapters 528 bytes, importance 1.1 kB
     """
-    return targets.describe(_chosen(model, config)[0], config)
+    return targets.describe(_chosen(model, config)[0], config, candidates(model))
 
 
 def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:

@@ -275,7 +275,6 @@ def _part_of(part: str, *arguments: Any) -> type:
     return cls if part == "whole" else next(b for b in cls.__bases__ if isinstance(b, _Extended))
 
 
-@functools.cache
 def extended_class(cls: type, mixin: type, prefix: str, outside: bool = False) -> type:
     """Return a subclass of ``cls`` in which ``mixin`` goes right before the Flax layer's own class.
 
@@ -292,6 +291,11 @@ def extended_class(cls: type, mixin: type, prefix: str, outside: bool = False) -
     >>> [c.__name__ for c in extended_class(nnx.Linear, Adapted, "AdaLora").__mro__[:3]]
     ['AdaLoraLinear', 'Adapted', 'Linear']
     """
+    return _extended(cls, mixin, prefix, outside)
+
+
+@functools.cache
+def _extended(cls: type, mixin: type, prefix: str, outside: bool) -> type:
     base = cls if outside else _layer_class(cls) or cls
     arguments = (cls, mixin, prefix, outside)
     make = lambda part, name, bases: types.new_class(

@@ -7,13 +7,13 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from adalora_jax import sharding
+from adalora_jax import rankspec, sharding
 from adalora_jax.adapter import Adapter, init_adapter
 from adalora_jax.compaction import table
 from adalora_jax.config import AdaLoraConfig
@@ -21,30 +21,47 @@ from adalora_jax.layers import SUPPORTED
 from adalora_jax.layout import Layout
 from adalora_jax.rankspec import RankSpec
 
-_LINEAR_KINDS = ("dense", "general", "einsum")
+_LINEAR_KINDS = ("dense", "general", "einsum", "weight")
 
 
 class Candidate(NamedTuple):
-    """A module of the model, as selection sees it."""
+    """A module of the model, as selection sees it.
+
+    Attributes:
+      module: the linen or NNX module.
+      layer: how its weight is read; None where its kind cannot be adapted.
+      shape: of the whole weight, stacked axes included.
+      refused: why this layer cannot be adapted although it has a weight; empty where it can.
+      note: why its increment cannot be merged; empty where it can.
+      dropout: whether its scope has random numbers for dropout.
+    """
 
     module: Any
-    layer: Layout | None = None  # None where it cannot be adapted
-    shape: tuple[int, ...] = ()  # of the whole weight, stacked axes included
-    refused: str = ""  # why it cannot be adapted although it has a weight
-    note: str = ""  # why its increment cannot be merged
-    dropout: bool = True  # its scope has random numbers for dropout
+    layer: Layout | None = None
+    shape: tuple[int, ...] = ()
+    refused: str = ""
+    note: str = ""
+    dropout: bool = True
 
 
 class Target(NamedTuple):
-    """A weight that is adapted: how it reads as matrices, and the rank it starts with."""
+    """A weight that is adapted.
+
+    Attributes:
+      layer: how the weight is read as matrices.
+      shape: of the whole weight.
+      rank: triplets of each matrix at the start.
+      note: why the increment cannot be merged; empty where it can.
+    """
 
     layer: Layout
     shape: tuple[int, ...]
     rank: int
+    note: str = ""
 
 
 def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, Target]:
-    """The layers that ``config`` asks for, by path, sorted.
+    """Return the layers that ``config`` asks for, by path, sorted.
 
     ``target_modules`` means what it means in PEFT: a list of names, each matching the paths that
     end with it at a separator; or one regex that must match a whole path; or ``"all-linear"``. It
@@ -52,15 +69,17 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
     written ``encoder/layers_0/query``; ``encoder.layers_0.query`` matches as well.
 
     A name in a list is meant literally, so each must lead to a layer that can be adapted. A regex
-    or a function picks among the layers that can.
+    or a function picks among the layers that can. Each pattern of ``exclude_modules`` must match
+    a module, each of ``rank_limits`` a layer that is adapted.
 
     Args:
       candidates: every module of the model by path.
       config: patterns, ranks.
 
     Raises:
-      ValueError: nothing is selected, a name of the list matches nothing, or names a module that
-        cannot be adapted; with the nearest paths there are. Or a function gave a RankSpec.
+      ValueError: nothing is selected, a pattern matches nothing, or a name in the list is that of
+        a module that cannot be adapted; with the nearest paths there are. Or a function returned a
+        RankSpec.
     """
     chosen = _chosen(candidates, config)
     if specs := _specs(chosen, config):
@@ -70,16 +89,18 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
             "write it into the config with config = adalora_jax.linen.resolve(model, config, "
             "variables, *inputs) or adalora_jax.nnx.resolve(model, config), and use that config."
         )
+    for pattern, _ in config.rank_limits or ():
+        if not any(rankspec.matches(pattern, path) for path in chosen):
+            raise ValueError(
+                f"rank_limits: {pattern!r} matches no adapted layer; they are "
+                f"{', '.join(list(chosen)[:10])}."
+            )
     ranks = _ranks(list(chosen), config)
-    return {
-        path: Target(dataclasses.replace(c.layer, note=c.note), c.shape, ranks[path])
-        for path, c in chosen.items()
-        if c.layer
-    }
+    return {p: Target(c.layer, c.shape, ranks[p], c.note) for p, c in chosen.items() if c.layer}
 
 
 def resolve(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> AdaLoraConfig:
-    """``config`` with a function as ``target_modules`` replaced by what it chose.
+    """Return ``config`` with a function as ``target_modules`` replaced by what it chose.
 
     The optimizer and merging see paths, not modules, so the function cannot tell them the ranks
     it chose; and a config without functions can be saved. Each RankSpec becomes an entry of
@@ -107,46 +128,95 @@ def _specs(chosen: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, 
 
 def _chosen(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, Candidate]:
     """The candidates that are selected, in the order of their paths."""
-    wanted = config.target_modules
+    kept = _matched(candidates, config)
+    for path in kept if isinstance(config.target_modules, tuple) else ():
+        if not _adaptable(candidates[path]):
+            raise ValueError(_cannot_adapt(path, candidates))
+    chosen = [path for path in kept if _adaptable(candidates[path])]
+    if not chosen and kept:
+        reasons = [f"{p!r}: {c.refused}" for p in kept if (c := candidates[p]).refused]
+        if not reasons:
+            raise ValueError(_cannot_adapt(kept[0], candidates))
+        raise ValueError(
+            f"target_modules={config.target_modules!r} selects no layer that can be adapted: "
+            f"{'; '.join(reasons[:8])}. {_nearest('', candidates)}"
+        )
+    if not chosen:
+        raise ValueError(_selects_nothing(candidates, config))
+    return {path: candidates[path] for path in chosen}
+
+
+def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list[str]:
+    """The paths that the patterns of ``config`` pick, whether they can be adapted or not, sorted.
+
+    Raises:
+      ValueError: there is no ``target_modules``, or a pattern matches nothing.
+    """
+    wanted, excluded = config.target_modules, config.exclude_modules
     if wanted is None:
         raise ValueError(
             "target_modules=None: say which layers to adapt, as name suffixes, a regex or "
             f"'all-linear'. {_nearest('', candidates)}"
         )
-    named = isinstance(wanted, tuple)
-    matched = {path for path, c in candidates.items() if _matches(wanted, path, c)}
-    candidates = {p: c._replace(layer=None) if c.refused else c for p, c in candidates.items()}
-    for name in wanted if named else ():
-        if not any(_matches((name,), path, c) for path, c in candidates.items()):
-            raise ValueError(
-                f"target_modules: {name!r} matches no module. {_nearest(name, candidates)}"
-            )
-    kept = {
+    for name in wanted if isinstance(wanted, tuple) else ():
+        _require_match("target_modules", name, (name,), candidates)
+    for name in excluded if isinstance(excluded, tuple) else ():
+        _require_match("exclude_modules", name, (name,), candidates)
+    if isinstance(excluded, str):
+        _require_match("exclude_modules", excluded, excluded, candidates)
+    return sorted(
         path
-        for path in matched
-        if not (config.exclude_modules and _matches(config.exclude_modules, path, candidates[path]))
+        for path, candidate in candidates.items()
+        if _matches(wanted, path, candidate)
+        and not (excluded and _matches(excluded, path, candidate))
         and not saved(path, config)
         and _layer_index_matches(path, config)
-    }
-    for path in sorted(kept) if named else ():
-        if candidates[path].layer is None:
-            raise ValueError(_cannot_adapt(path, candidates))
-    chosen = sorted(path for path in kept if candidates[path].layer is not None)
-    if not chosen and kept:
-        refused = [path for path in kept if candidates[path].refused]
-        raise ValueError(_cannot_adapt(min(refused or kept), candidates))
-    if not chosen:
-        filters = {n: getattr(config, n) for n in ("exclude_modules", "layers_to_transform")}
-        after = "".join(f", {n}={v!r}" for n, v in filters.items() if v is not None)
-        shown = wanted if isinstance(wanted, str) else ""
+    )
+
+
+def _require_match(field: str, name: str, wanted: Any, candidates: Mapping[str, Candidate]) -> None:
+    if not any(_matches(wanted, path, c) for path, c in candidates.items()):
         raise ValueError(
-            f"target_modules={wanted!r}{after} selects no layer. {_nearest(shown, candidates)}"
+            f"{field}: {name!r} matches no module. {_whole_path(wanted)}"
+            f"{_nearest(name, candidates)}"
         )
-    return {path: candidates[path] for path in chosen}
+
+
+def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> str:
+    """The message where no path is picked: which setting took the matches away, or what is near."""
+    wanted = config.target_modules
+    names = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    filters = {name: value for name in names if (value := getattr(config, name)) is not None}
+    start = f"target_modules={wanted!r}"
+    matched = sorted(path for path, c in candidates.items() if _matches(wanted, path, c))
+    if trained := [path for path in matched if saved(path, config)]:
+        return (
+            f"{start}, modules_to_save={config.modules_to_save!r} selects no layer: "
+            f"modules_to_save already trains {', '.join(map(repr, trained[:8]))} as a whole. Name "
+            "a layer in one of the two."
+        )
+    after = "".join(f", {name}={value!r}" for name, value in filters.items()) if matched else ""
+    hint = "" if matched else _whole_path(wanted)
+    near = _nearest(wanted if isinstance(wanted, str) else "", candidates)
+    return f"{start}{after} selects no layer. {hint}{near}"
+
+
+def _whole_path(wanted: Any) -> str:
+    """What a string means, for a message where it matches nothing."""
+    if not isinstance(wanted, str) or wanted == "all-linear":
+        return ""
+    return (
+        "A string is a regular expression for the whole path; a list of names, "
+        f"{[wanted]!r}, matches the ends of paths. "
+    )
+
+
+def _adaptable(candidate: Candidate) -> bool:
+    return candidate.layer is not None and not candidate.refused
 
 
 def saved(path: str, config: AdaLoraConfig) -> bool:
-    """Whether ``modules_to_save`` names this path, or a module that holds it.
+    """Return whether ``modules_to_save`` names this path, or a module that holds it.
 
     >>> saved("head/kernel", AdaLoraConfig(total_step=1, modules_to_save=["head"]))
     True
@@ -157,7 +227,7 @@ def saved(path: str, config: AdaLoraConfig) -> bool:
 
 
 def saved_roots(paths: Sequence[str], config: AdaLoraConfig) -> list[str]:
-    """The outermost nodes among parameter ``paths`` and their parents that are to be saved.
+    """Return the outermost nodes that are to be saved, of parameter ``paths`` and their parents.
 
     Raises:
       ValueError: a name in ``modules_to_save`` matches nothing.
@@ -167,7 +237,7 @@ def saved_roots(paths: Sequence[str], config: AdaLoraConfig) -> list[str]:
     }
     for name in config.modules_to_save or ():
         if not any(_is_suffix(name, path) for path in parents):
-            near = ", ".join(difflib.get_close_matches(name, sorted(parents), 5, 0.3))
+            near = ", ".join(_by_similarity(name, parents)[:5])
             raise ValueError(
                 f"modules_to_save: {name!r} matches no parameter or module; the nearest: {near}."
             )
@@ -183,17 +253,17 @@ def init_all(
     config: AdaLoraConfig,
     shardings: Mapping[str, Adapter] | None = None,
 ) -> dict[str, Adapter]:
-    """Adapters for all targets, in one jitted call, each made where ``shardings`` says.
+    """Make adapters for all targets, in one jitted call, each placed as ``shardings`` says.
 
     Weights that read alike are initialised together: a deep model compiles as fast as a shallow
     one. The values do not depend on the mesh.
 
     Raises:
-      TypeError: ``key`` is no PRNG key.
+      TypeError: ``key`` is not a PRNG key.
     """
     alike: dict[Any, list[int]] = {}
-    for index, (layer, shape, rank) in enumerate(targets.values()):
-        alike.setdefault((*layer.matrix(shape), rank), []).append(index)
+    for index, target in enumerate(targets.values()):
+        alike.setdefault((*target.layer.matrix(target.shape), target.rank), []).append(index)
 
     def init(key):
         keys = jax.random.split(key, len(targets))
@@ -214,7 +284,9 @@ def facts(targets: Mapping[str, Target], config: AdaLoraConfig) -> dict[str, dic
     return {
         path: {
             "scale": config.scale_of(path),
-            "layout": dataclasses.replace(target.layer, shape=tuple(target.shape)),
+            "layout": dataclasses.replace(
+                target.layer, shape=tuple(target.shape), note=target.note
+            ),
         }
         for path, target in targets.items()
     }
@@ -226,11 +298,16 @@ def _init_alike(keys, stack, in_features, out_features, rank, config) -> Adapter
     return jax.vmap(one)(keys)
 
 
-def describe(targets: Mapping[str, Target], config: AdaLoraConfig) -> str:
-    """A table of what would be adapted: shapes, starting ranks, parameters and cost.
+def describe(
+    targets: Mapping[str, Target],
+    config: AdaLoraConfig,
+    candidates: Mapping[str, Candidate] | None = None,
+) -> str:
+    """Return a table of what would be adapted: shapes, starting ranks, parameters and cost.
 
     The cost is the adapter's share of the weight: of its parameters, and for a dense layer of its
-    multiply-adds. The last line is the memory that comes on top of the base model.
+    multiply-adds. Below are the memory that comes on top of the base model, and a line for each of
+    the ``candidates`` that the config picks but that cannot be adapted.
 
     >>> dense = Target(Layout(), (60, 40), 2)
     >>> print(describe({"query": dense}, AdaLoraConfig(total_step=10)))
@@ -240,7 +317,7 @@ def describe(targets: Mapping[str, Target], config: AdaLoraConfig) -> str:
     memory: adapters 808 bytes, importance 1.6 kB
     """
     rows = []
-    for path, (layer, shape, rank) in targets.items():
+    for path, (layer, shape, rank, _) in targets.items():
         stack, ins, outs = layer.matrix(shape)
         n = math.prod(stack)
         count, kernel = n * rank * (ins + outs + 1), n * ins * outs
@@ -252,7 +329,9 @@ def describe(targets: Mapping[str, Target], config: AdaLoraConfig) -> str:
     adapters = count * jnp.dtype(config.param_dtype).itemsize
     importance = count * 2 * 4 + rank  # two float32 averages a parameter, a boolean a triplet
     memory = f"memory: adapters {_bytes(adapters)}, importance {_bytes(importance)}"
-    return f"{table([header, *rows, total], left=2)}\n{memory}"
+    refused = {p: candidates[p] for p in _matched(candidates, config)} if candidates else {}
+    lines = [f"not adapted: {p} {c.shape}: {c.refused}" for p, c in refused.items() if c.refused]
+    return "\n".join([table([header, *rows, total], left=2), memory, *lines])
 
 
 def _percent(part: int, whole: int) -> str:
@@ -273,11 +352,7 @@ def _matches(wanted: Any, path: str, candidate: Candidate) -> bool:
     if wanted == "all-linear":
         return candidate.layer is not None and candidate.layer.kind in _LINEAR_KINDS
     if isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise ValueError(f"target_modules={wanted!r} is no regex: {error}.") from None
-        return any(pattern.fullmatch(form) for form in (path, path.replace("/", ".")))
+        return any(re.fullmatch(wanted, form) for form in (path, path.replace("/", ".")))
     return any(_is_suffix(name, path) for name in wanted)
 
 
@@ -291,8 +366,8 @@ def _layer_index_matches(path: str, config: AdaLoraConfig) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == ():
         return True
-    index = _layer_index(path, config.layers_pattern)
-    return index is not None and index in (wanted if isinstance(wanted, tuple) else (wanted,))
+    index = _layer_index(path, cast("Any", config.layers_pattern))
+    return index in (wanted if isinstance(wanted, tuple) else (wanted,))
 
 
 def _layer_index(path: str, names: tuple[str, ...] | None) -> int | None:
@@ -304,10 +379,11 @@ def _layer_index(path: str, names: tuple[str, ...] | None) -> int | None:
     """
     parents = path.rpartition("/")[0]
     for name in names or (r"[^/]+",):
-        found = re.findall(rf"(?:^|/){name}/(\d+)(?=/|$)", parents)
-        found = found[-1:] or re.findall(rf"(?:^|/){name}_(\d+)(?=/|$)", parents)[:1]
+        # A pattern may have groups, so the index is the last one.
+        found = list(re.finditer(rf"(?:^|/)(?:{name})/(\d+)(?=/|$)", parents))[-1:]
+        found = found or list(re.finditer(rf"(?:^|/)(?:{name})_(\d+)(?=/|$)", parents))[:1]
         if found:
-            return int(found[0])
+            return int(found[0][found[0].re.groups])
     return None
 
 
@@ -329,14 +405,14 @@ def _rank(rank: Any) -> int:
     """Of a number, of the booleans of one adapter, or of the largest in a stack."""
     if isinstance(rank, int):
         return rank
-    return sum(rank) if isinstance(rank[0], bool) else max(map(_rank, rank))
+    return max(map(_rank, rank)) if any(isinstance(entry, tuple) for entry in rank) else sum(rank)
 
 
 def _cannot_adapt(path: str, candidates: Mapping[str, Candidate]) -> str:
-    if reason := candidates[path].refused:
-        return f"target_modules: {path!r} cannot be adapted: {reason}."
-    kind = type(candidates[path].module).__name__
-    inside = [p for p, c in candidates.items() if p.startswith(f"{path}/") and c.layer is not None]
+    refused, kind = candidates[path].refused, type(candidates[path].module).__name__
+    if refused:
+        return f"target_modules: {path!r} cannot be adapted: {refused}."
+    inside = [p for p, c in candidates.items() if p.startswith(f"{path}/") and _adaptable(c)]
     instead = f"Name the layers in it: {', '.join(inside[:8])}." if inside else ""
     return (
         f"target_modules: {path!r} is a {kind}, which cannot be adapted; kinds that can: "
@@ -345,14 +421,15 @@ def _cannot_adapt(path: str, candidates: Mapping[str, Candidate]) -> str:
 
 
 def _nearest(name: str, candidates: Mapping[str, Candidate]) -> str:
-    paths = [path for path, candidate in candidates.items() if candidate.layer is not None]
+    paths = [path for path, candidate in candidates.items() if _adaptable(candidate)]
     if not paths:
         return f"The model has no layer that can be adapted; kinds that can: {SUPPORTED}."
-    plain = re.sub(r"[^\w/]+", "", name.replace(".", "/"))
-    near = sorted(paths, key=lambda path: -_similarity(plain, path))[:8]
+    near = _by_similarity(name, paths)[:8]
     return f"The nearest layers that can be adapted: {', '.join(near)}."
 
 
-def _similarity(name: str, path: str) -> float:
-    tails = [path, path.rpartition("/")[2]]
-    return max(difflib.SequenceMatcher(None, name, tail).ratio() for tail in tails)
+def _by_similarity(name: str, paths: Iterable[str]) -> list[str]:
+    """The paths by how much they, or their last names, are like ``name``; the nearest first."""
+    plain = re.sub(r"[^\w/]+", "", name.replace(".", "/"))
+    ratio = lambda path: difflib.SequenceMatcher(None, plain, path).ratio()
+    return sorted(sorted(paths), key=lambda p: -max(ratio(p), ratio(p.rpartition("/")[2])))

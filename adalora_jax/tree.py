@@ -80,7 +80,7 @@ def bare(tree: PyTree) -> PyTree:
     >>> bare({"a": 1.0})
     {'a': 1.0}
     """
-    get = lambda node: node.get_value() if is_variable(node) else node
+    get = lambda node: node.get_raw_value() if is_variable(node) else node
     return jax.tree.map(get, tree, is_leaf=is_variable)
 
 

@@ -85,13 +85,13 @@ def test_inspect_takes_the_last_step_of_a_manager(trained, tmp_path, capsys):
 def test_to_peft_and_from_there_to_lora(trained, saved, tmp_path, capsys):
     masks = adalora.allocator_state(trained[1]).masks
     adapters = adalora.adapters(trained[0])
-    want = increments(adapters, masks, CONFIG.scale)
+    want = increments(adapters, masks, CONFIG.scaling)
     out = tmp_path / "as-peft"
     main(["export", str(saved), "--to", "peft", "--out", str(out), "--task-type", "CAUSAL_LM"])
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     loaded = peft.load_pretrained(out)
     assert adalora.ranks(loaded.masks) == adalora.ranks(masks)
-    got = increments(adalora.adapters(loaded.adapters), loaded.masks, loaded.config.scale)
+    got = increments(adalora.adapters(loaded.adapters), loaded.masks, loaded.config.scaling)
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=1e-6, err_msg=name)
 
@@ -136,7 +136,7 @@ def test_to_a_merged_base_with_a_progress_bar(trained, saved, tmp_path):
     assert "merging: 100%" in done.stderr
     merged = load_file(tmp_path / "merged/model.safetensors")
     masks = adalora.allocator_state(trained[1]).masks
-    deltas = increments(adalora.adapters(trained[0]), masks, CONFIG.scale)
+    deltas = increments(adalora.adapters(trained[0]), masks, CONFIG.scaling)
     for name, delta in deltas.items():
         want = base[f"model.{name}.weight"] + delta
         np.testing.assert_allclose(merged[f"model.{name}.weight"], want, rtol=1e-5, atol=1e-6)

@@ -136,7 +136,7 @@ def test_the_last_phase_begins_at_the_last_step_at_the_latest():
 
 @pytest.mark.parametrize(("alpha", "scale"), [(8, 2.0), (2.0, 0.5), (0, 1.0), (-3, 1.0)])
 def test_the_scale_is_alpha_over_init_r_and_one_where_alpha_is_not_positive(alpha, scale):
-    assert AdaLoraConfig(total_step=10, lora_alpha=alpha, init_r=4, target_r=2).scale == scale
+    assert AdaLoraConfig(total_step=10, lora_alpha=alpha, init_r=4, target_r=2).scaling == scale
 
 
 # Static ---------------------------------------------------------------------------------------

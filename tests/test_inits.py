@@ -156,7 +156,7 @@ def test_ranks_go_where_variance_is_and_cost_what_the_model_had(linen):
     number = {path: int(np.prod(moment.shape[:-2])) for path, moment in moments.items()}
     assert sum(ranks[path] * number[path] for path in ranks) == 3 * sum(number.values())
     assert 1 <= min(ranks.values()) < max(ranks.values()) <= 6
-    assert config.scale == CONFIG.scale
+    assert config.scaling == CONFIG.scaling
     # By hand: the best components that fit, stacks counted by the mean over their layers.
     shares = {}
     for path, moment in expected_moments(variables["params"]).items():

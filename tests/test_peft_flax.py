@@ -80,7 +80,7 @@ def test_weights_of_many_axes_are_reshaped_as_converters_of_checkpoints_do(write
             assert a.shape == (4, 2, 3, 2)
             assert b.shape == (4, 4, 1, 1)
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-        e = 1 if lora else written[f"base_model.model.{name}.lora_E"][:, 0] * config.scale
+        e = 1 if lora else written[f"base_model.model.{name}.lora_E"][:, 0] * config.scaling
         np.testing.assert_allclose((b * e) @ a, want, rtol=1e-4, atol=1e-5, err_msg=name)
     # The shapes of LoRA say what is a convolution; AdaLoRA's do not.
     read = peft.load_pretrained(tmp_path, names=names, like=None if lora else trained)

@@ -40,13 +40,13 @@ def steps(config, inner, params=None, jit=jax.jit):
 
 def test_a_scale_that_is_given_does_not_depend_on_the_rank():
     given, derived = CONFIG.replace(scale=1.5), CONFIG
-    assert (given.scale, derived.scale) == (1.5, 1.5)
+    assert (given.scaling, derived.scaling) == (1.5, 1.5)
     assert given != derived
-    assert given.replace(init_r=6).scale == 1.5
-    assert given.replace(lora_alpha=1).scale == 1.5
-    assert derived.replace(init_r=6).scale == 1.0
+    assert given.replace(init_r=6).scaling == 1.5
+    assert given.replace(lora_alpha=1).scaling == 1.5
+    assert derived.replace(init_r=6).scaling == 1.0
     assert given.replace(scale=None) == derived
-    assert derived.replace(scale=derived.scale, init_r=6).scale == 1.5
+    assert derived.replace(scale=derived.scaling, init_r=6).scaling == 1.5
 
 
 def test_a_layer_with_an_alpha_of_its_own_keeps_it():
@@ -71,7 +71,7 @@ def test_peft_gets_a_given_scale_as_its_alpha():
     config = CONFIG.replace(scale=0.75)
     assert config.to_peft()["lora_alpha"] == 3
     assert "scale" not in config.to_peft()
-    assert al.AdaLoraConfig.from_peft(config.to_peft()).scale == config.scale
+    assert al.AdaLoraConfig.from_peft(config.to_peft()).scaling == config.scaling
 
 
 @pytest.mark.parametrize("limits", [None, {"b": {"alpha": 3}}])

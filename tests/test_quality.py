@@ -186,7 +186,7 @@ def test_every_method_is_a_config_of_the_library():
         config = method.adalora_config(2, 100, ["query"], ["head"])
         assert config.target_r == 2, name
         assert config.init_r == 2 * method.start
-        assert config.scale == method.config.get("scale", 1)
+        assert config.scaling == method.config.get("scale", 1)
     assert not set(methods.BASELINES) & (set(methods.ABLATIONS) | set(methods.IMPROVEMENTS))
 
 

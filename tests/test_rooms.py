@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "adalora_jax"
 
 # From the ground floor up: a room imports only rooms named before it.
 ROOMS = [
+    "protocols",
     "checks",
     "rankspec",
     "config_peft",
@@ -38,6 +39,7 @@ ROOMS = [
     "nnx_layers",
     "nnx",
     "merging",
+    "serialization",
     "inits",
     "checkpoint",
     "tensorfile",
@@ -58,6 +60,7 @@ OUTSIDE = {
         "nnx_layers",
         "nnx",
         "merging",
+        "serialization",
         "inits",
         "packed",
         "qwix_models",
@@ -93,8 +96,13 @@ def room_of(path):
 
 
 def imports(path):
-    """The names of all modules that a file imports, ``adalora_jax.tree`` as such."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The names of all modules that a file imports when it runs, ``adalora_jax.tree`` as such."""
+    tree = ast.parse(path.read_text())
+    is_typing = lambda node: isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    typing = {id(inner) for node in ast.walk(tree) if is_typing(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

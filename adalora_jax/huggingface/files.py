@@ -59,7 +59,7 @@ class AdapterFile(NamedTuple):
     """What is in a PEFT adapter's folder, in the names of the PyTorch model."""
 
     config: AdaLoraConfig
-    matrices: dict[str, Matrix]  # by module; the increment is config.scale · pᵀ diag(lam) q
+    matrices: dict[str, Matrix]  # by module; the increment is config.scaling · pᵀ diag(lam) q
     saved: dict[str, np.ndarray]  # by parameter: what modules_to_save trained
     patterns: dict[str, list[bool]]  # PEFT's rank_pattern, by module; {} if there is none
     kernels: dict[str, tuple[int, ...]]  # of convolutions, by module, where the shapes tell

@@ -233,7 +233,7 @@ def test_describe_is_abstract_and_counts(framework):
         ({"query": {"min_r": 3, "max_r": 2}}, r"min_r=3 is above max_r=2"),
         ({"query": {"rank": 3}}, r"rank_limits\['query'\]"),
         ({"query": 0}, r"init_r=0 must be an integer of at least 1"),
-        ({"(": 3}, "must map regexes"),
+        ({"(": 3}, r"rank_limits: '\(' is not a regular expression"),
         (3, "must map regexes"),
         ({"query": {"alpha": float("nan")}}, "alpha=nan must be a finite number"),
     ],

@@ -31,7 +31,7 @@ def to_arrays(tree) -> dict[str, tuple[np.ndarray, ...]]:
 
 
 def peft_scale(config: adalora.AdaLoraConfig) -> float:
-    """PEFT's factor: its guard against rank 0 makes it smaller than ``config.scale`` by 1e-6."""
+    """PEFT's factor: its guard against rank 0 makes it smaller than ``config.scaling`` by 1e-6."""
     alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
     return alpha / (config.init_r + 1e-5)
 

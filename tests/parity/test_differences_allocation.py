@@ -75,7 +75,7 @@ def test_init_r_equal_to_target_r_crashes_peft_and_trains_unpruned_here():
     with pytest.raises(RuntimeError, match="kthvalue"):
         list(theirs.train(case, peft_model))
 
-    *_, last = ours.train(case, config_, adapters, scale=config_.scale)
+    *_, last = ours.train(case, config_, adapters, scale=config_.scaling)
     assert last.budget == kept(last.masks) == live(last.adapters) == 8
 
 
@@ -95,7 +95,7 @@ def test_one_step_of_infinite_gradients_ends_pruning_in_peft_and_is_passed_over_
     """As after an overflow under loss scaling: the optimizer passes over the step."""
     case = Case("chain2", config(80, (6, 2), 10, 20), overflow=30)
     peft_model, config_, adapters = both(case)
-    own = list(ours.train(case, config_, adapters, scale=config_.scale))
+    own = list(ours.train(case, config_, adapters, scale=config_.scaling))
     peft_ = list(theirs.train(case, peft_model))
 
     assert kept(own[29].masks) == kept(peft_[29].masks) == peft_[29].budget < 12
@@ -118,7 +118,7 @@ def test_without_final_phase_peft_ends_with_every_triplet_live_and_we_with_the_t
     assert kept(peft_last.masks) == 4
     assert live(peft_last.adapters) == 12
 
-    *_, last = ours.train(case, config_, adapters, scale=config_.scale)
+    *_, last = ours.train(case, config_, adapters, scale=config_.scaling)
     assert kept(last.masks) == live(last.adapters) == 4
 
 
@@ -156,7 +156,7 @@ def test_between_two_masks_peft_computes_with_every_triplet_and_our_masks_are_st
     peft_live = [live(snapshot.adapters) for snapshot in theirs.train(case, peft_model)]
     assert peft_live[24:] == [6, 12, 12, 12, 6, 12, 12]
 
-    own = list(ours.train(case, config_, adapters, scale=config_.scale))
+    own = list(ours.train(case, config_, adapters, scale=config_.scaling))
     assert [live(snapshot.adapters) for snapshot in own] == peft_live
     masked = [
         evaluation.apply_masks(ours.from_arrays(snapshot.adapters), snapshot.masks)
@@ -164,7 +164,7 @@ def test_between_two_masks_peft_computes_with_every_triplet_and_our_masks_are_st
     ]
     assert [live(adapters) for adapters in masked[24:]] == [6] * 7
 
-    held = ours.train(case, config_.replace(hold_mask=True), adapters, scale=config_.scale)
+    held = ours.train(case, config_.replace(hold_mask=True), adapters, scale=config_.scaling)
     assert [live(snapshot.adapters) for snapshot in held][24:] == [6] * 7
 
 
@@ -175,7 +175,7 @@ def test_forgotten_call_leaves_peft_unpruned_and_there_is_none_to_forget_here():
     *_, peft_last = theirs.train(case, peft_model)
     assert live(peft_last.adapters) == 12
 
-    *_, last = ours.train(case, config_, adapters, scale=config_.scale)
+    *_, last = ours.train(case, config_, adapters, scale=config_.scaling)
     assert live(last.adapters) == 4
 
 
@@ -197,7 +197,7 @@ def test_saved_midway_peft_cannot_prune_on_and_we_go_on_bit_for_bit(tmp_path):
         loaded.base_model.update_and_allocate(20)
 
     batches = ours.cast(list(zip(given.x, given.y)), jnp.float32)
-    *state, step = ours.start(case, config_, adapters, given.weights, scale=config_.scale)
+    *state, step = ours.start(case, config_, adapters, given.weights, scale=config_.scaling)
     for i, (x, y) in enumerate(batches):
         if i == 20:
             resumed = saved = jax.tree.map(np.array, state)

@@ -135,7 +135,7 @@ def test_scale_of_a_model_not_in_float32_drifts_in_peft_and_is_fixed_here(dtype)
 
     # Ours is a number in the config, beside the parameters.
     config = AdaLoraConfig.from_peft(config.to_dict())
-    assert config.scale == 8 / 6
+    assert config.scaling == 8 / 6
     assert set(adalora.Adapter._fields) == {"p", "lam", "q"}
 
 

@@ -167,12 +167,12 @@ def test_near_orthonormality_masks_are_still_pefts_in_float32():
 
 
 def test_own_scale_differs_from_pefts_guard_by_two_millionths():
-    """PEFT divides alpha by ``ranknum + 1e-5``; ``config.scale`` does not."""
+    """PEFT divides alpha by ``ranknum + 1e-5``; ``config.scaling`` does not."""
     case = CASES["three, every ten steps"]
     peft_model = theirs.build(case)
     config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
-    assert config.scale == pytest.approx(ours.peft_scale(config), rel=2e-6)
-    own = ours.train(case, config, theirs.adapters(peft_model), scale=config.scale)
+    assert config.scaling == pytest.approx(ours.peft_scale(config), rel=2e-6)
+    own = ours.train(case, config, theirs.adapters(peft_model), scale=config.scaling)
     for step, (mine, peft) in enumerate(zip(own, theirs.train(case, peft_model))):
         np.testing.assert_allclose(mine.loss, peft.loss, rtol=1e-4, err_msg=f"at step {step}")
         for name, mask in peft.masks.items():
