@@ -177,7 +177,9 @@ def update_allocator(
     config = state.config
     given = tree.listed(weights), tree.listed(gradients)
     batches = tree.alike(*given)
-    finite = [finite_batch(*tree.pick(batch, *given)) for batch in batches]
+    paths = list(tree.adapters(weights))
+    roles = [role for batch in batches for role in tree.by_role(batch, paths)]
+    finite = [finite_batch(*tree.pick(role, *given)) for role in roles]
     finite = jnp.all(jnp.stack(finite))
 
     def new_averages():

@@ -244,7 +244,8 @@ def _backward(rate, precision, residuals, g):
     dq = _contract(dh, dropped(x, seed, rate), tokens, tokens, precision, dtype, at(q))
     dx = _contract(dh, q.astype(x.dtype), last, 0, precision, x.dtype, at(x))
     dx = dropped(dx, seed, rate)
-    return dx, dp.astype(p.dtype), dc.astype(c.dtype), dq.astype(q.dtype), None
+    cotangents = dx, dp.astype(p.dtype), dc.astype(c.dtype), dq.astype(q.dtype)
+    return *map(_as_varying_as, cotangents, (x, p, c, q)), None
 
 
 low_rank.defvjp(_forward, _backward)
@@ -267,6 +268,21 @@ on_dropped.defvjp(_on_dropped_forward, _on_dropped_backward)
 def _later(seed, g):
     """The seed, known only when g is: the mask is made again instead of kept."""
     return None if seed is None or g.size == 0 else seed ^ never(g).astype(seed.dtype)
+
+
+def _as_varying_as(cotangent, primal):
+    """Return the cotangent summed over the mesh axes of a shard_map on which the primal is one.
+
+    As the transpose of JAX's own products does it, ``jax.shard_map(check_vma=True)``.
+    """
+    axes = tuple(_varying(cotangent) - _varying(primal))
+    return lax.psum(cotangent, axes) if axes else cotangent
+
+
+def _varying(array):
+    """Return the mesh axes on which an array inside of a shard_map differs."""
+    kind = getattr(jax.typeof(array), "manual_axis_type", None)
+    return frozenset(kind.varying if kind is not None else ())
 
 
 def _row(c, like):

@@ -129,7 +129,8 @@ def cut(row: Entry, count: chex.Numeric) -> Cut:
     width = 8 * keys.dtype.itemsize
 
     def settle(place, lowest):
-        bit = jax.lax.shift_left(jnp.ones((), keys.dtype), (width - 1 - place).astype(keys.dtype))
+        shift = jnp.asarray(width - 1 - place, keys.dtype)  # an int where jit is disabled
+        bit = jax.lax.shift_left(jnp.ones((), keys.dtype), shift)
         return jnp.where(total(among & (keys >= lowest | bit)) >= count, lowest | bit, lowest)
 
     lowest = jax.lax.fori_loop(0, width, settle, jnp.zeros((), keys.dtype))
@@ -161,7 +162,7 @@ def kept(entries: Sequence[Entry], cut: Cut) -> list[jax.Array]:
     at_once = lambda: [_from(one, cut.lowest) for one in entries]
     masks = jax.lax.cond(cut.all_equal, at_once, in_order)
     # Or how a mask is to lie would spread to the scores, and they would have to be sent twice.
-    return masks if jax.device_count() == 1 else [_everywhere(mask) for mask in masks]
+    return [_everywhere(mask) for mask in masks]
 
 
 # Jitted, so that leaves of one shape are traced once; and the same program for each of them,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -45,32 +49,36 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
 
 def penalty(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
     """Return :func:`orthogonality`, wherever it is added."""
-    matrices = [m for adapter in tree.adapters(adapters).values() for m in (adapter.p, adapter.q)]
+    found = tree.adapters(adapters)
+    matrices = {
+        (path, name): getattr(adapter, name)
+        for path, adapter in found.items()
+        for name in ("p", "q")
+    }
     if not matrices:
         raise ValueError(
             f"no adapter was found in the {type(adapters).__name__} given as adapters: pass the "
             "adapters, or an NNX state filtered by nnx.LoRAParam."
         )
-    one_by_one = lambda: jnp.concatenate([_deviations(m) for m in matrices])
-    if jax.device_count() == 1:
-        deviations = jax.lax.platform_dependent(cpu=one_by_one, default=lambda: _joined(matrices))
-    else:
-        deviations = one_by_one()
+    # Starting a kernel is quick on a CPU, where joined matrices take longer to compile.
+    one_by_one = lambda: jnp.concatenate([_deviations(m) for m in matrices.values()])
+    deviations = jax.lax.platform_dependent(cpu=one_by_one, default=lambda: _joined(matrices))
     if config.orthogonality == "squared":
         return config.orth_reg_weight * jnp.sum(deviations**2)
     return config.orth_reg_weight * jnp.mean(deviations)
 
 
-def _joined(matrices: list[jax.Array]) -> jax.Array:
-    """The deviations from stacks of matrices of one shape: a few kernels instead of many.
+def _joined(matrices: Mapping[tuple[str, str], jax.Array]) -> jax.Array:
+    """Return the deviations from one array per role: a few kernels instead of many.
 
-    Where to start a kernel is quick, as on a CPU, that takes longer to compile. On more than one
-    device, those of one shape may lie differently, and joining would move them.
+    Matrices of one role have the same path but for numbers, and the same shape and dtype. They are
+    sharded alike, so a new axis in front, which is not sharded, moves nothing between devices.
     """
-    stacks = [m.reshape(-1, *m.shape[-2:]) for m in matrices]
-    batches = tree.alike([jax.ShapeDtypeStruct(m.shape[1:], m.dtype) for m in stacks])
-    together = [jnp.concatenate([stacks[index] for index in batch]) for batch in batches]
-    return jnp.concatenate([deviation(stack) for stack in together])
+    roles: dict[Any, list[jax.Array]] = {}
+    for (path, name), m in matrices.items():
+        role = (re.sub(r"\d+", "*", path), name, m.shape, m.dtype)
+        roles.setdefault(role, []).append(m)
+    return jnp.concatenate([deviation(jnp.stack(members)).ravel() for members in roles.values()])
 
 
 @jax.jit  # one trace for all matrices that are alike

@@ -37,7 +37,8 @@ def budget(
     the best triplets of the warm-up; the others are there all the time, with λ = 0 and a gradient.
 
     A function as ``config.budget_schedule`` is called as ``schedule(config, step, n_adapters)``
-    with a traced step and gives b in between; it is rounded down and kept within 0 and b0.
+    with a traced step and gives b in between; it is rounded down and kept within 0 and b0. A NaN
+    prunes nothing: it counts as b0.
 
     Args:
       config: the schedule and its phases.
@@ -58,7 +59,8 @@ def budget(
     step = jnp.asarray(step, jnp.int32)
     if callable(config.budget_schedule):
         between = jnp.floor(jnp.asarray(config.budget_schedule(config, step, n_adapters)))
-        between = jnp.clip(between, 0, initial).astype(jnp.int32)
+        between = jnp.clip(jnp.where(between == between, between, initial), 0, initial)
+        between = between.astype(jnp.int32)
     else:
         starts, values = _staircase(config, initial, target, min(n_adapters, target))
         between = jnp.asarray(values)[jnp.searchsorted(starts, step, side="right") - 1]

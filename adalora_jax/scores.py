@@ -81,14 +81,13 @@ def finite_batch(weights: Sequence[Adapter], gradients: Sequence[Adapter]) -> ja
     """Whether ``w · g`` is finite in every element of adapters that are :func:`tree.alike`.
 
     A finite number times 0 is 0, any other is NaN, and so is a sum in which there is a NaN. One
-    kernel reads several leaves at once where there is one device; on more, leaves of one shape may
-    lie differently, and joining them would move them.
+    kernel reads several leaves at once, so they must be of one role: sharded alike.
     """
-    together = _TOGETHER if jax.device_count() == 1 else 1
     tests = []
     for field in zip(*(zip(*pair) for pair in zip(weights, gradients))):
         zeros = [0 * raw_sensitivity(*pair) for pair in field]
-        groups = [zeros[start : start + together] for start in range(0, len(zeros), together)]
+        starts = range(0, len(zeros), _TOGETHER)
+        groups = [zeros[start : start + _TOGETHER] for start in starts]
         tests += [jnp.all(functools.reduce(jnp.add, group) == 0) for group in groups]
     return jnp.all(jnp.stack(tests))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -156,6 +157,20 @@ def alike(*columns: Sequence[Any]) -> list[list[int]]:
         for members in kinds.values()
         for start in range(0, len(members), BATCH)
     ]
+
+
+def by_role(indices: Iterable[int], paths: Sequence[str]) -> list[list[int]]:
+    """Return the indices in groups whose paths are the same but for numbers.
+
+    Layers of one role are sharded alike, so their arrays may be joined without moving any.
+
+    >>> by_role(range(3), ["h/0/up", "h/0/down", "h/1/up"])
+    [[0, 2], [1]]
+    """
+    roles: dict[str, list[int]] = {}
+    for index in indices:
+        roles.setdefault(re.sub(r"\d+", "*", paths[index]), []).append(index)
+    return list(roles.values())
 
 
 def pick(batch: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:

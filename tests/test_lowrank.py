@@ -9,6 +9,8 @@ import pytest
 from compiling import AS_USERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from adalora_jax.lowrank import dropped, keep, low_rank, low_rank_plain, on_dropped
@@ -255,3 +257,29 @@ def test_precision_is_static_and_passed_on(precision):
     text = jax.jit(functools.partial(low_rank, precision=precision)).lower(x, p, c, q).as_text()
     expected = {None: "DEFAULT", "highest": "HIGHEST"}.get(precision, "HIGH")
     assert text.count(f"precision = [{expected}, {expected}]") == 2
+
+
+def test_shard_map_differentiates_as_it_does_without_the_derivative_written_here():
+    """With its check of what varies over the mesh, which is its default."""
+    mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(AxisType.Auto,))
+    shapes = ((8, 6), (3, 5), (3,), (3, 6))
+    x, p, c, q = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
+
+    def slopes(product, weights, x):
+        loss = lambda w: jax.lax.pmean((product(x, *w) ** 2).mean(), "d")
+        return jax.grad(loss)(weights)
+
+    results = [
+        jax.jit(
+            jax.shard_map(
+                functools.partial(slopes, product),
+                mesh=mesh,
+                in_specs=(P(), P("d")),
+                out_specs=P(),
+            )
+        )((p, c, q), x)
+        for product in (low_rank, low_rank_plain)
+    ]
+    whole = jax.grad(lambda w: (low_rank(x, *w) ** 2).mean())((p, c, q))
+    for found in results:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, whole)

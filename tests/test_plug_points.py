@@ -464,3 +464,10 @@ def test_the_dead_keep_no_place_among_the_best_of_their_matrix():
         "a": [False, True, False],
         "b": [True, False, False],
     }
+
+
+def test_a_schedule_that_is_not_a_number_prunes_nothing():
+    config = CONFIG.replace(budget_schedule=lambda config, step, n: jnp.nan * step)
+    budgets = [int(al.budget(config, step, 3)) for step in range(config.total_step)]
+    assert budgets[: config.final_step] == [3 * config.init_r] * config.final_step
+    assert budgets[-1] == 3 * config.target_r

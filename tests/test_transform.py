@@ -1,5 +1,10 @@
 """The transformation inside and around others of optax, and what it refuses."""
 
+import re
+import subprocess
+import sys
+
+import compiling
 import flax
 import jax
 import jax.numpy as jnp
@@ -209,3 +214,44 @@ def test_what_is_no_optimizer_or_no_config_is_refused():
         al.adalora(0.1, CONFIG)
     with pytest.raises(TypeError, match="config=10 must be an AdaLoraConfig"):
         al.adalora(optax.sgd(0.1), 10)
+
+
+def test_a_run_without_jit_is_the_one_with_it():
+    tx = ours(optax.sgd(0.1))
+    compiled, state = run(tx, parameters())
+    with jax.disable_jit():
+        plain, plain_state = parameters(), tx.init(parameters())
+        for _ in range(CONFIG.total_step):
+            updates, plain_state = tx.update(gradients(plain), plain_state, plain)
+            plain = optax.apply_updates(plain, updates)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, plain, compiled)
+    masks = [al.masks(found) for found in (state, plain_state)]
+    jax.tree.map(np.testing.assert_array_equal, *masks)
+
+
+PROGRAM = """
+import jax, optax, adalora_jax as al
+config = al.AdaLoraConfig(total_step=9, init_r=4, target_r=2)
+make = lambda: {f"l{i}": al.init_adapter(jax.random.key(i), 6, 5, config) for i in range(3)}
+tx = al.adalora(optax.adam(1e-2), config)
+adapters = jax.eval_shape(make)
+state = jax.eval_shape(tx.init, adapters)
+print(jax.make_jaxpr(tx.update)(adapters, state, adapters))
+print(jax.make_jaxpr(lambda a: jax.grad(al.orthogonality)(a, config))(adapters))
+"""
+
+
+def test_what_is_traced_does_not_depend_on_the_devices_of_the_process():
+    traced = [
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=compiling.environment(devices),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for devices in (1, 4)
+    ]
+    assert len(traced[0]) > 1000
+    assert re.sub("0x[0-9a-f]+", "", traced[0]) == re.sub("0x[0-9a-f]+", "", traced[1])
