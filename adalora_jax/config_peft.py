@@ -148,6 +148,8 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
             source = json.load(file)
         if not isinstance(source, Mapping):
             raise ValueError(f"{path} holds no JSON object: it is not a PEFT adapter config.")
+        if source.get("peft_type") is None:
+            raise ValueError(f"{path} has no peft_type: it is not a PEFT adapter config.")
     kind = str(getattr(source.get("peft_type"), "value", source.get("peft_type", "ADALORA")))
     if kind.upper() != "ADALORA":
         raise ValueError(f"peft_type={kind!r} is not 'ADALORA': convert that adapter first.")

@@ -10,6 +10,9 @@ model has to pass through tensor by tensor.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
+import hashlib
 import io
 import json
 import math
@@ -122,6 +125,10 @@ class TensorFile:
                 raise self._ends_inside(name)
             left -= len(data)
             yield data
+
+    def is_current(self) -> bool:
+        """Whether no other file has taken this one's place since it was opened."""
+        return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
 
     def _ends_inside(self, name: str) -> ValueError:
         return ValueError(f"{self.path} ends inside {name!r}: it changed while being read.")
@@ -307,42 +314,62 @@ def to_bytes(array: np.ndarray) -> bytes:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the place of ``path`` at the end, if all went well."""
-    temporary = _beside(path)
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            sync(file)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    sync_folder(path.parent)
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that must not exist; at the end its data are on disk."""
+    with open(path, "xb") as file:
+        yield file
+        sync(file)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` at the end, if all went well.
+    """Opens a temporary folder that becomes ``path`` at the end, if all went well.
+
+    Temporary folders of earlier calls for the same ``path`` that were killed are removed.
 
     Raises:
-      ValueError: there is something at ``path`` already.
+      ValueError: ``path`` exists and is not an empty folder.
     """
     taken = path.is_symlink() or (path.exists() and not path.is_dir())
     if taken or (path.exists() and any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty: name another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    for old in leftovers(path):
+        shutil.rmtree(old, ignore_errors=True)
+    temporary = beside(path)
     temporary.mkdir()
     try:
         yield temporary
-        sync_folder(temporary)
+        for folder, _, _ in os.walk(temporary):
+            sync_folder(Path(folder))
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def writing_to(argument: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the argument, and its value, in the errors of the file system.
+
+    >>> with writing_to("directory", "/full/disk"):
+    ...     raise OSError(28, "No space left on device")
+    Traceback (most recent call last):
+        ...
+    OSError: [Errno 28] `directory='/full/disk'` cannot be written: No space left on device. Name \
+a folder in which files can be made.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # raised here, with a message for the user
+            raise
+        raise OSError(
+            error.errno,
+            f"`{argument}={os.fspath(path)!r}` cannot be written: {error.strerror}. Name a folder "
+            "in which files can be made.",
+        ) from error
 
 
 def sync(file: BinaryIO) -> None:
@@ -352,13 +379,25 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Waits until the folder's entries are on disk, where the system can."""
-    with contextlib.suppress(OSError):
+    """Waits until the folder's entries are on disk, where the system does that for folders."""
+    try:
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except PermissionError:  # Windows, or a folder that may be written but not listed
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Others say that this file system cannot do it.
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hexadecimal digits."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inside(folder: Path, name: Any) -> Path:
@@ -394,6 +433,15 @@ def inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
-def _beside(path: Path) -> Path:
-    """A name that nobody has in the folder of ``path``; made by hand, for the usual permissions."""
+def beside(path: Path) -> Path:
+    """Returns a new name for a temporary file or folder in the folder of ``path``."""
     return path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Returns the temporary files or folders that killed processes left beside ``path``.
+
+    >>> leftovers(Path("model.safetensors"))
+    []
+    """
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))

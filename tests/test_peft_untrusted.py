@@ -461,6 +461,93 @@ def test_null_means_that_a_value_was_left_out(tmp_path):
     np.testing.assert_array_equal(loaded.adapters["a/query"].lam, [4.0, 4.0])
 
 
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "none", "target_modules": ["query"]}
+LORA_TENSORS = {
+    f"{KEY}.lora_A.weight": np.ones((2, 4), np.float32),
+    f"{KEY}.lora_B.weight": np.ones((5, 2), np.float32),
+}
+
+
+def test_unknown_keys_of_a_lora_config_are_reported_by_name(tmp_path):
+    config = LORA | {"future_option": True, "another": 0.5, "off": False, "none": None}
+    config |= {"empty": "", "nothing": [], "neither": {}, "count": 0}
+    write(tmp_path, config, safetensors.numpy.save(LORA_TENSORS))
+    with pytest.warns(
+        UserWarning, match=r"unknown keys of the PEFT config.*: another, count, future_option$"
+    ) as caught:
+        peft.load_pretrained(tmp_path)
+    assert caught[0].filename == __file__
+
+
+def test_the_keys_that_peft_writes_into_a_lora_config_are_known(tmp_path):
+    """Of PEFT 0.21, at their defaults, and those that are for training alone at other values."""
+    config = dict.fromkeys(
+        [
+            *("alora_invocation_tokens", "arrow_config", "auto_mapping", "base_model_name_or_path"),
+            *("corda_config", "eva_config", "exclude_modules", "layer_replication"),
+            *("layers_pattern", "layers_to_transform", "lora_ga_config", "megatron_config"),
+            *("modules_to_save", "revision", "target_parameters", "task_type", "velora_config"),
+            *("kasa_config", "monteclora_config", "trainable_token_indices"),
+        ]
+    )
+    config |= {
+        **{"ensure_weight_tying": False, "fan_in_fan_out": False, "inference_mode": True},
+        **{"lora_bias": False, "use_bdlora": None, "use_dora": False, "use_qalora": False},
+        **{"use_rslora": False, "alpha_pattern": {}, "rank_pattern": {}, "loftq_config": {}},
+        **{"init_lora_weights": True, "lora_dropout": 0.1, "megatron_core": "megatron.core"},
+        **{"peft_version": "0.21.0", "qalora_group_size": 16, "eva_config": {"rho": 2.0}},
+    }
+    write(tmp_path, config | LORA, safetensors.numpy.save(LORA_TENSORS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "a/query" in peft.load_pretrained(tmp_path).adapters
+
+
+@pytest.mark.parametrize("way", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_lora_that_began_with_another_base_is_refused(way, tmp_path):
+    write(tmp_path, LORA | {"init_lora_weights": way}, safetensors.numpy.save(LORA_TENSORS))
+    with pytest.raises(ValueError, match=f"init_lora_weights='{way}'.*convert"):
+        peft.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["", None])
+def test_a_config_of_something_else_is_no_adapter(kind, tmp_path):
+    config = {"base_model": "..."} if kind == "" else {"peft_type": kind, "r": 2}
+    write(tmp_path, config)
+    says = r"adapter_config.json.* has no peft_type.*not .*a PEFT adapter"
+    with pytest.raises(ValueError, match=says):
+        peft.load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        adalora.AdaLoraConfig.from_peft(tmp_path)
+
+
+def test_a_total_step_that_is_not_there_is_said_to_be_null_or_missing(tmp_path):
+    write(tmp_path, CONFIG | {"total_step": None})
+    with pytest.raises(ValueError, match="total_step is null"):
+        peft.load_pretrained(tmp_path)
+    write(tmp_path, {key: value for key, value in CONFIG.items() if key != "total_step"})
+    with pytest.raises(ValueError, match="total_step is missing"):
+        peft.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        (f"{KEY}.lora_A.default.weight", "the adapter's name 'default'"),
+        ("model.layers.0.query.lora_B.my-run.weight", "the adapter's name 'my-run'"),
+        (f"{KEY}.lora_E.default", "the adapter's name 'default'"),
+        ("base_model.model.head.modules_to_save.default.weight", "the adapter's name 'default'"),
+        ("base_model.model.head.original_module.weight", "PEFT's wrappers"),
+        (f"{KEY}.base_layer.weight", "PEFT's wrappers"),
+    ],
+)
+@pytest.mark.parametrize("config", [CONFIG, LORA])
+def test_raw_state_dicts_are_recognised(config, key, says, tmp_path):
+    write(tmp_path, config, safetensors.numpy.save({key: np.ones((2, 4), np.float32)}))
+    with pytest.raises(ValueError, match=f"raw state dict, with {says} .*save_pretrained"):
+        peft.load_pretrained(tmp_path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         peft.load_pretrained(tmp_path / "nowhere")

@@ -76,12 +76,12 @@ def load_base(
         over, or shapes do not fit, naming them.
 
     >>> import flax.linen as nn, pathlib, tempfile
-    >>> from adalora_jax.tensorfile import replacing, save_tensors
+    >>> from adalora_jax.tensorfile import new_file, save_tensors
     >>> model, x = nn.Sequential([nn.Dense(2)]), jnp.ones((1, 3))
     >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     >>> tensors = {"up.weight": np.arange(6.0).reshape(2, 3), "up.bias": np.ones(2)}
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with replacing(pathlib.Path(folder, "model.safetensors")) as file:
+    ...     with new_file(pathlib.Path(folder, "model.safetensors")) as file:
     ...         save_tensors(file, tensors)
     ...     variables = load_base(folder, model, shapes, names={"layers_0": "up"})
     >>> model.apply(variables, x)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +20,27 @@ from adalora_jax.tensorfile import (
     FLOATS,
     MAX_JSON,
     TensorFile,
+    beside,
+    digest,
     inside,
+    leftovers,
+    new_file,
     read_json,
-    replacing,
     save_tensors,
     sync_folder,
+    writing_to,
 )
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+_PREVIOUS = f".{CONFIG}.previous.tmp"  # the old config, while new weights take their place
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([ABE])(\.weight)?")
+# What the keys of PEFT's modules have besides, until its save_pretrained takes it out.
+_RAW = re.compile(
+    r"\.(?:lora_[ABE]|modules_to_save)\.(?!weight$|bias$)([^.\s/]{1,99})(?:\.|$)"
+    r"|\.(?:original_module|base_layer)\."
+)
 _MOST = 2**31 - 1
 _LONGEST = 256  # characters of a module's name, which name maps match with regexes
 
@@ -41,6 +53,7 @@ _TEXTS = {"peft_type", "task_type", "bias", "base_model_name_or_path", "revision
 # Options of plain LoRA that change what it computes, with the values that mean "not used".
 _LORA_UNSUPPORTED = {
     "bias": ("none",),
+    "ensure_weight_tying": (False,),
     "use_dora": (False,),
     "lora_bias": (False,),
     "layer_replication": ([],),
@@ -53,6 +66,14 @@ _LORA_UNSUPPORTED = {
     "kasa_config": (),
     "alora_invocation_tokens": ([],),
 }
+# Ways to begin that take the adapter's first increment out of the base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# LoRA's other keys: read here, or of training and PEFT's bookkeeping alone.
+_LORA_KNOWN = _INTEGERS | _NUMBERS | _FLAGS | _NAMES | _TEXTS | set(_LORA_UNSUPPORTED)
+_LORA_KNOWN |= {"rank_pattern", "alpha_pattern", "layers_to_transform", "init_lora_weights"}
+_LORA_KNOWN |= {"auto_mapping", "peft_version", "runtime_config", "qalora_group_size"}
+_LORA_KNOWN |= {"megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"}
+_LORA_KNOWN |= {"lora_ga_config", "velora_config"}
 
 
 class AdapterFile(NamedTuple):
@@ -78,13 +99,24 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
         raise FileNotFoundError(f"{folder} is no folder: pass the one that has {CONFIG} in it.")
     if not (folder / WEIGHTS).exists():
         _refuse_pickles(folder)
-    path = inside(folder, CONFIG)
-    settings = {key: value for key, value in read_json(path).items() if value is not None}
+    path = inside(folder, _config_name(folder))
+    stored = read_json(path)
+    settings = {key: value for key, value in stored.items() if value is not None}
     try:
         _check_types(settings)
-        kind = str(settings.get("peft_type", "ADALORA")).upper()
+        if "peft_type" not in settings:
+            raise ValueError(
+                "it has no peft_type, so it is not the config of a PEFT adapter: pass the folder "
+                "that save_pretrained wrote."
+            )
+        kind = str(settings["peft_type"]).upper()
         if kind not in ("ADALORA", "LORA"):
             raise ValueError(f"peft_type={kind[:99]!r}; only ADALORA and LORA can be read.")
+        if kind == "ADALORA" and "total_step" not in settings:
+            raise ValueError(
+                f"total_step is {'null' if 'total_step' in stored else 'missing'}, but AdaLoRA "
+                "needs it: write the number of optimizer steps of the training into the file."
+            )
         config = AdaLoraConfig.from_peft(settings) if kind == "ADALORA" else None
         if config is None:
             _check_lora(settings)
@@ -95,6 +127,8 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     with TensorFile(inside(folder, WEIGHTS), MAX_JSON) as file:
         layout, saved = _layout(file, kind)
         tensors = {name: file.read(name) for name in file.specs}
+        if not file.is_current() or read_json(inside(folder, _config_name(folder))) != stored:
+            raise ValueError(f"{folder} was saved to while it was read: read it again.")
     try:
         factors = {
             name: [tensors[keys[letter]] for letter in ("A", "B", "E") if letter in keys]
@@ -113,19 +147,69 @@ def write_adapter(
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
 ) -> None:
-    """Writes the two files. At no moment is there a config beside another adapter's weights."""
+    """Writes the two files of an adapter, in place of another one if need be.
+
+    However it ends, :func:`read_adapter` finds the old adapter or the new one, whole. At no moment
+    is there an ``adapter_config.json`` beside another adapter's weights, so that PEFT reads no
+    mixture either. One process at a time may write to a folder.
+
+    Raises:
+      ValueError: the config is too large, or a tensor has a dtype that is not written.
+      OSError: the folder cannot be written.
+    """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     # Sorted here and not inside: the order of a pattern's keys has a meaning.
     text = json.dumps(dict(sorted(settings.items())), indent=2, allow_nan=False) + "\n"
     if len(text) > MAX_JSON:
         raise ValueError(f"the config has {len(text)} characters, more than anybody would read.")
-    with replacing(folder / CONFIG) as config:
-        config.write(text.encode())
-        with replacing(folder / WEIGHTS) as weights:
-            save_tensors(weights, tensors)
-            (folder / CONFIG).unlink(missing_ok=True)
+    with writing_to("directory", directory):
+        folder.mkdir(parents=True, exist_ok=True)
+        _settle(folder)
+        try:
+            weights = beside(folder / WEIGHTS)
+            with new_file(weights) as file:
+                save_tensors(file, tensors)
+            with new_file(folder / _pending(weights)) as file:
+                file.write(text.encode())
+            if (folder / CONFIG).exists():
+                os.replace(folder / CONFIG, folder / _PREVIOUS)
             sync_folder(folder)
+            os.replace(weights, folder / WEIGHTS)  # From here on the new adapter is read.
+            sync_folder(folder)
+        except BaseException:
+            # The first error is the one to report; the next save settles it again.
+            with contextlib.suppress(OSError):
+                _settle(folder)
+            raise
+        _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """Completes or undoes a save, whichever its weights ask for, and removes temporary files."""
+    name = _config_name(folder)
+    if name != CONFIG:
+        os.replace(folder / name, folder / CONFIG)
+        sync_folder(folder)
+    for path in [*leftovers(folder / CONFIG), *leftovers(folder / WEIGHTS)]:
+        path.unlink(missing_ok=True)
+
+
+def _config_name(folder: Path) -> str:
+    """Returns the name of the config that belongs to the weights.
+
+    It is ``adapter_config.json``, which is absent while weights are replaced: then it is the new
+    config, named after the digest of its weights, or else the previous one.
+    """
+    kept = {path.name for path in leftovers(folder / CONFIG)}
+    if not kept or os.path.lexists(folder / CONFIG):
+        return CONFIG
+    if (folder / WEIGHTS).exists() and (name := _pending(inside(folder, WEIGHTS))) in kept:
+        return name
+    return _PREVIOUS if _PREVIOUS in kept else CONFIG
+
+
+def _pending(weights: Path) -> str:
+    return f".{CONFIG}.{digest(weights)}.tmp"
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -186,6 +270,13 @@ def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dic
     for key, spec in file.specs.items():
         found = _KEY.fullmatch(key)
         name = found[1] if found else key.removeprefix(PREFIX)
+        if stray := _RAW.search(key):
+            raise ValueError(
+                f"{file.path}: {key[:_LONGEST]!r} is from a raw state dict, with "
+                + (f"the adapter's name {stray[1]!r}" if stray[1] else "PEFT's wrappers")
+                + " in its keys: save with the save_pretrained of PEFT, which takes that out, or "
+                "rename the keys."
+            )
         levels = re.fullmatch(r"[^\s/\\.]+(\.[^\s/\\.]+)*", name[:_LONGEST])
         if not key.startswith(PREFIX) or not levels or len(name) > _LONGEST:
             raise ValueError(f"{file.path}: {key[:99]!r} is no name that PEFT gives to a tensor.")
@@ -253,6 +344,19 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
     for key, unused in _LORA_UNSUPPORTED.items():
         if key in settings and settings[key] not in unused:
             raise ValueError(f"{key}={str(settings[key])[:99]!r} is not supported here.")
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"init_lora_weights={start[:99]!r} changed the base's weights before training: convert "
+            "the adapter with PEFT, save_pretrained(..., path_initial_model_for_weight_conversion="
+            "...), or merge it there."
+        )
+    unknown = [key for key in sorted(set(settings) - _LORA_KNOWN) if settings[key] is not False]
+    if unknown := [key for key in unknown if settings[key] not in ("", [], {})]:
+        # Seen from read_adapter, load_pretrained or merge_pretrained, and its caller.
+        warnings.warn(
+            f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=4
+        )
     for pattern, test in (("rank_pattern", _is_integer), ("alpha_pattern", _is_number)):
         for key, value in settings.get(pattern, {}).items():
             if not test(value):

@@ -82,12 +82,12 @@ def merge_pretrained(
 
     >>> import pathlib, tempfile
     >>> from adalora_jax import Adapter
-    >>> from adalora_jax.tensorfile import TensorFile, replacing, save_tensors
+    >>> from adalora_jax.tensorfile import TensorFile, new_file, save_tensors
     >>> adapter = Adapter(np.ones((4, 2)), np.ones(4), np.ones((4, 3)))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     base, out = pathlib.Path(folder, "base"), pathlib.Path(folder, "out")
     ...     base.mkdir()
-    ...     with replacing(base / "model.safetensors") as file:
+    ...     with new_file(base / "model.safetensors") as file:
     ...         save_tensors(file, {"query.weight": np.zeros((2, 3), np.float32)})
     ...     merge_pretrained({"query": adapter}, base, out)
     ...     with TensorFile(out / "model.safetensors") as file:
