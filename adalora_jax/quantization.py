@@ -463,7 +463,9 @@ def _recipe(recipe: str | Recipe) -> Recipe:
 def _targets(candidates: Mapping[str, targets.Candidate], recipe: Recipe) -> Any:
     """The layers that the recipe selects, by path."""
     if recipe.target_modules is None:
-        candidates = {p: c for p, c in candidates.items() if c.layer and c.layer.kind in _KINDS}
+        # The others keep their paths, so that exclude_modules may name them.
+        fits = lambda candidate: candidate.layer is not None and candidate.layer.kind in _KINDS
+        candidates = {p: c if fits(c) else c._replace(layer=None) for p, c in candidates.items()}
     config = AdaLoraConfig(
         total_step=1,
         target_modules=".*" if recipe.target_modules is None else recipe.target_modules,

@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
+import pickle
 import re
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adalora_jax import AdaLoraConfig
+from adalora_jax import AdaLoraConfig, RankSpec
+from adalora_jax.config import _CHOICES
 
 GOOD = {"total_step": 100}
 
@@ -86,10 +91,52 @@ REFUSED = [
     ({"layers_to_transform": "all"}, "layers_to_transform='all'", "integer of at least 0"),
     ({"rank_pattern": 3}, "rank_pattern=3", "each adapter's path"),
     ({"rank_pattern": {"q": "8"}}, "rank_pattern={'q': '8'}", "each adapter's path"),
+    ({"rank_pattern": {"q": [True, [True]]}}, "rank_pattern={'q': [True, [True]]}", "booleans"),
+    ({"rank_pattern": {"q": -1}}, "rank_pattern['q']=-1", "integer of at least 0"),
+    ({"rank_pattern": {"q": 2**31}}, "rank_pattern['q']=2147483648", "at most 2147483647"),
+    *(
+        ({name: value}, f"{name}={value}", "at most 2147483647")
+        for name in ("total_step", "deltaT", "tinit", "tfinal", "init_r", "target_r")
+        for value in (2**31, 2**40)
+    ),
+    ({"init_r": 10**5000}, "init_r=an integer of 16610 bits", "at most 2147483647"),
+    *(
+        ({name: value}, f"{name}={shown}", "must be")
+        for name in (
+            *("lora_alpha", "scale", "orth_reg_weight", "lam_lr_multiplier"),
+            "prox_weight",
+        )
+        for value, shown in ((10**400, "an integer of 1329 bits"), (1e39, "1e+39"))
+    ),
+    ({"beta1": 10**400}, "beta1=an integer of 1329 bits", "strictly between 0 and 1"),
+    ({"lora_dropout": 10**400}, "lora_dropout=an integer of", "at least 0 and below 1"),
+    ({"lora_alpha": 5e-324}, "lora_alpha=5e-324", "raise lora_alpha"),
+    ({"lora_alpha": 1e-38}, "lora_alpha=1e-38", "raise lora_alpha"),
+    ({"scale": 1e-300}, "scale=1e-300", "at least 1.18e-38"),
+    ({"rank_limits": {"q": {"alpha": 5e-324}}}, "rank_limits['q'].alpha=5e-324", "raise"),
+    ({"rank_limits": {"q": {"alpha": 10**400}}}, "rank_limits['q']", "a finite number"),
+    ({"rank_limits": {"q": {"init_r": 2**31}}}, "init_r=2147483648", "at most 2147483647"),
+    ({"rank_limits": {"(": 3}}, "rank_limits: '('", "not a regular expression"),
+    ({"rank_limits": {3: 3}}, "rank_limits={3: 3}", "must map regexes"),
+    ({"target_modules": "("}, "target_modules: '('", "not a regular expression"),
+    ({"exclude_modules": "*a"}, "exclude_modules: '*a'", "not a regular expression"),
+    ({"exclude_modules": "a{99999999999}"}, "exclude_modules: 'a{", "not a regular expression"),
+    ({"layers_pattern": ["h", "["]}, "layers_pattern: '(?:[)'", "not a regular expression"),
+    ({"layers_pattern": "(?i)h"}, "layers_pattern: '(?:(?i)h)'", "not a regular expression"),
+    ({"modules_to_save": len}, "modules_to_save=<built-in function len>", "list of names"),
+    ({"layers_pattern": len}, "layers_pattern=<built-in function len>", "list of names"),
+    ({"orth_reg_in_update": 1}, "orth_reg_in_update=1", "True or False"),
+    ({"bias": "all"}, "bias='all'", "leave bias out"),
+    ({"bias": "lora_only"}, "bias='lora_only'", "leave bias out"),
+    ({"peft_type": "LORA"}, "peft_type='LORA'", "leave peft_type out"),
+    ({"task_type": "CAUSAL"}, "task_type='CAUSAL'", "leave task_type out"),
+    ({"inference_mode": "no"}, "inference_mode='no'", "True or False"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "shown", "way_out"), REFUSED, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("arguments", "shown", "way_out"), REFUSED, ids=[row[1] for row in REFUSED]
+)
 def test_a_refusal_names_the_argument_its_value_and_a_way_out(arguments, shown, way_out):
     with pytest.raises(ValueError, match=re.escape(shown)) as caught:
         AdaLoraConfig(**(GOOD | arguments))
@@ -97,8 +144,64 @@ def test_a_refusal_names_the_argument_its_value_and_a_way_out(arguments, shown, 
 
 
 def test_total_step_is_required():
-    with pytest.raises(ValueError, match="optimizer steps of the whole run is required"):
-        AdaLoraConfig()
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'total_step'"):
+        AdaLoraConfig()  # pyright: ignore[reportCallIssue]
+    for read in (AdaLoraConfig.from_dict, AdaLoraConfig.from_peft):
+        with pytest.raises(ValueError, match="optimizer steps of the whole run is required"):
+            read({})
+
+
+def test_every_field_is_described():
+    text = inspect.getdoc(AdaLoraConfig)
+    attributes = text[text.index("Attributes:") : text.index("Args:")]
+    for field in dataclasses.fields(AdaLoraConfig):
+        assert re.search(rf"^  {field.name}: ", attributes, re.MULTILINE), field.name
+    accepted = text[text.index("Args:") : text.index("Raises:")]
+    names = set(inspect.signature(AdaLoraConfig).parameters) - {
+        field.name for field in dataclasses.fields(AdaLoraConfig)
+    }
+    assert names == set(re.findall(r"^  (\w+): ", accepted, re.MULTILINE))
+
+
+def test_every_choice_is_described():
+    text = inspect.getdoc(AdaLoraConfig)
+    for choices in _CHOICES.values():
+        assert all(f'"{choice}"' in text for choice in choices if choice is not None)
+
+
+@pytest.mark.parametrize(
+    "accepted",
+    [
+        {"task_type": "CAUSAL_LM"},
+        {"task_type": None, "bias": "none"},
+        {"inference_mode": True, "peft_type": "ADALORA", "task_type": "SEQ_CLS"},
+    ],
+)
+def test_harmless_arguments_of_peft_are_accepted_and_not_stored(accepted):
+    config = AdaLoraConfig(**GOOD, **accepted)
+    assert config == AdaLoraConfig(**GOOD)
+    assert hash(config) == hash(AdaLoraConfig(**GOOD))
+    assert repr(config) == repr(AdaLoraConfig(**GOOD))
+    assert config.to_dict() == AdaLoraConfig(**GOOD).to_dict()
+    assert config.replace(init_r=20, **accepted) == config.replace(init_r=20)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"revision": None}, "PEFT's revision: remove it"),
+        ({"use_rslora": False, "auto_mapping": None}, "auto_mapping, use_rslora: remove them"),
+        ({"base_model_name_or_path": "gpt2"}, "PEFT's base_model_name_or_path"),
+        ({"peft_version": "0.21"}, "PEFT's peft_version"),
+        ({"layer_replication": None}, "PEFT's layer_replication"),
+    ],
+)
+def test_other_arguments_of_peft_name_from_peft(given, message):
+    with pytest.raises(TypeError, match=rf"{message}.*AdaLoraConfig\.from_peft\(\{{"):
+        AdaLoraConfig(**GOOD, **given)
+    with pytest.raises(TypeError, match=message):
+        AdaLoraConfig(**GOOD).replace(**given)
+    assert AdaLoraConfig.from_peft(GOOD | given) == AdaLoraConfig(**GOOD)
 
 
 def test_an_unknown_argument_is_refused():
@@ -119,6 +222,9 @@ def test_an_unknown_argument_is_refused():
         {"use_dora": False, "loftq_config": {}, "r": None},
         {"rank_pattern": {}},
         {"rank_pattern": {"q": 0}},
+        {"total_step": 2**31 - 1, "init_r": 2**31 - 1, "deltaT": 2**31 - 1},
+        {"lora_alpha": 1e38, "scale": 2.0**-126},
+        {"exclude_modules": len, "layers_pattern": "a|(b)"},
     ],
     ids=str,
 )
@@ -204,6 +310,88 @@ def test_replace_checks_like_a_new_one_and_leaves_the_old_one():
     assert changed.replace(init_r=12) == config
     with pytest.raises(ValueError, match="init_r=2 is below target_r=8"):
         config.replace(init_r=2)
+
+
+def test_scale_is_stored_as_given():
+    derived, given = AdaLoraConfig(**GOOD), AdaLoraConfig(**GOOD, scale=8 / 12)
+    assert (derived.scale, given.scale) == (None, 8 / 12)
+    assert derived.scaling == given.scaling
+    assert derived != given
+    # The standard library's way to change a frozen dataclass is as right as our own.
+    for replace in (AdaLoraConfig.replace, dataclasses.replace):
+        assert replace(derived, init_r=16).scaling == 0.5
+        assert replace(derived, lora_alpha=24).scaling == 2.0
+        assert replace(given, init_r=16, lora_alpha=24).scaling == 8 / 12
+        assert replace(given, scale=None) == derived
+
+
+FIELDS = {
+    "target_r": st.integers(1, 4),
+    "init_r": st.integers(4, 99) | st.just(np.int64(9)),
+    "tinit": st.integers(0, 9),
+    "tfinal": st.integers(0, 9),
+    "deltaT": st.integers(1, 2**31 - 1),
+    "beta1": st.floats(0.01, 0.99) | st.just(np.float32(0.3)),
+    "orth_reg_weight": st.floats(0, 9) | st.integers(0, 3),
+    "orth_reg_in_update": st.booleans(),
+    "lora_alpha": st.floats(-9, 9).filter(lambda v: v <= 0 or v > 1e-30) | st.just(np.float16(2)),
+    "scale": st.none() | st.floats(0.01, 9) | st.integers(1, 9),
+    "rank_pattern": st.none()
+    | st.dictionaries(
+        st.text("ab/'", min_size=1),
+        st.integers(0, 9)
+        | st.lists(st.booleans())
+        | st.lists(st.lists(st.booleans(), min_size=1), min_size=1),
+    ),
+    "rank_limits": st.none()
+    | st.dictionaries(
+        st.sampled_from(["q", r".*\d", "a/b", "it's"]),
+        st.builds(
+            RankSpec,
+            init_r=st.none() | st.integers(4, 9),
+            min_r=st.integers(0, 2),
+            max_r=st.integers(2, 4),
+            alpha=st.none() | st.floats(0.1, 9) | st.just(np.float32(2)),
+        ),
+    ),
+    "target_modules": st.none()
+    | st.sampled_from([r".*\.q", "all-linear", {"q", "k"}, np.str_("q"), [np.str_("q"), "v"]]),
+    "exclude_modules": st.lists(st.text(min_size=1)),
+    "layers_to_transform": st.none() | st.integers(0, 9) | st.sets(st.integers(0, 99)),
+    "score": st.sampled_from(["magnitude", np.str_("sensitivity")]),
+    "param_dtype": st.sampled_from([jnp.bfloat16, "float32", np.dtype("float16")]),
+    "prox": st.sampled_from([None, "soft_threshold"]),
+    "hold_mask": st.booleans(),
+}
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(st.fixed_dictionaries({}, optional=FIELDS))
+def test_repr_json_and_replace_give_an_equal_config(arguments):
+    config = AdaLoraConfig(**(GOOD | {"target_r": 4} | arguments))
+    names = {"AdaLoraConfig": AdaLoraConfig, "RankSpec": RankSpec}
+    for back in (
+        eval(repr(config), names),
+        dataclasses.replace(config),
+        AdaLoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))),
+        pickle.loads(pickle.dumps(config)),
+    ):
+        assert back == config
+        assert hash(back) == hash(config)
+        assert repr(back) == repr(config)
+        assert back.scaling == config.scaling
+
+
+def test_the_first_of_two_equal_patterns_counts():
+    config = AdaLoraConfig(**GOOD, rank_limits=[("q", 9), ("q", {"min_r": 3})])
+    assert config.spec_of("a/q") == (9, 0, 9, 8)
+
+
+@pytest.mark.parametrize("pattern", ["(?i)Q", "q|k", "(q)", "layers/.*/q", r"layers\.0\.q"])
+def test_a_pattern_of_rank_limits_matches_the_end_of_a_path(pattern):
+    config = AdaLoraConfig(**GOOD, rank_limits={pattern: 9})
+    assert config.spec_of("layers/0/q").init_r == 9
+    assert config.spec_of("layers/0/qq").init_r == 12
 
 
 def test_the_rank_pattern_of_a_stack_keeps_its_slices():

@@ -153,8 +153,20 @@ def test_other_kinds_of_adapter_and_other_files_are_refused(tmp_path):
         ("target_modules", {"target_modules": ".*query", "layers_to_transform": 3}),
         ("layers_pattern", {"target_modules": ["query"], "layers_pattern": ["layers"]}),
         ("rank_pattern", {"rank_pattern": {"query": 4}}),
+        ("param_dtype", {"param_dtype": "bfloat16"}),
     ],
 )
 def test_what_peft_cannot_do_is_not_written_for_it(field, others):
     with pytest.raises(ValueError, match=field):
         AdaLoraConfig(total_step=100, **others).to_peft()
+
+
+def test_where_the_penalty_is_added_is_not_written_for_peft():
+    """It changes no number: PEFT's model adds the penalty to its loss."""
+    config = AdaLoraConfig(total_step=100, target_modules=["query"])
+    assert config.replace(orth_reg_in_update=True).to_peft() == config.to_peft()
+
+
+def test_a_rank_of_no_triplets_is_written_as_booleans():
+    config = AdaLoraConfig(total_step=100, init_r=2, target_r=1, rank_pattern={"query": []})
+    assert config.to_peft()["rank_pattern"] == {"query.lora_E": [False, False]}

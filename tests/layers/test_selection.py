@@ -13,7 +13,9 @@ import pytest
 from flax import nnx
 
 import adalora_jax as adalora
+from adalora_jax.layers import Layer
 from adalora_jax.ranking import keep_best
+from adalora_jax.targets import Candidate, describe, resolve, select
 
 
 class Attention(nn.Module):
@@ -117,11 +119,144 @@ def test_exclusion_and_layer_indices(framework):
         (r".*norms?.\d", r"LayerNorm, which cannot be adapted.*kinds that can: Dense"),
         (["layers_0", "layers/0"], "matches no module"),
         (lambda path, module: False, "selects no layer"),
+        ("query", r"regular expression for the whole path; a list of names, \['query'\], matches"),
     ],
 )
 def test_a_selection_that_cannot_be_is_refused(framework, wanted, message):
     with pytest.raises(ValueError, match=message):
         SHAPES[framework](config(target_modules=wanted))
+
+
+@frameworks
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exclude_modules": ["nope"]}, r"exclude_modules: 'nope' matches no module\. The nearest"),
+        ({"exclude_modules": ["out", "nope"]}, "exclude_modules: 'nope' matches no module"),
+        ({"exclude_modules": "out"}, r"exclude_modules: 'out' .* whole path; .*, \['out'\]"),
+        ({"rank_limits": {"nope": 4}}, r"rank_limits: 'nope' matches no adapted layer; they are "),
+        ({"rank_limits": {"query": 4, "quer.": 3, "conv": 2}}, "rank_limits: 'conv' matches no"),
+        ({"exclude_modules": ["out"], "rank_limits": {"out": 3}}, "rank_limits: 'out' matches no"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused(framework, changes, message):
+    with pytest.raises(ValueError, match=message):
+        SHAPES[framework](config(target_modules="all-linear", **changes))
+
+
+@frameworks
+def test_exclude_modules_may_name_any_module(framework):
+    name = {"linen": "norm_0", "nnx": "norms/0"}[framework]
+    for exclude in ([name], [name, "out"], f"{name}|.*out", lambda path, module: False):
+        chosen = config(target_modules="all-linear", exclude_modules=exclude)
+        assert len(SHAPES[framework](chosen)) == (5 if "out" in str(exclude) else 7)
+
+
+@frameworks
+def test_modules_to_save_is_named_where_it_takes_all_targets(framework):
+    message = r"modules_to_save already trains 'head' as a whole\. Name a layer in one of the two"
+    for wanted in (["head"], "head", r"he.*"):
+        with pytest.raises(ValueError, match=message):
+            SHAPES[framework](config(target_modules=wanted, modules_to_save=["head"]))
+    found = SHAPES[framework](config(target_modules="all-linear", modules_to_save=["head"]))
+    assert len([a for a in found.values() if isinstance(a, adalora.Adapter)]) == 6
+
+
+@frameworks
+def test_an_unknown_module_to_save_names_the_nearest(framework):
+    with pytest.raises(ValueError, match=r"'nope' matches no .*; the nearest: \w+.*, \w+"):
+        SHAPES[framework](config(target_modules="all-linear", modules_to_save=["nope"]))
+
+
+@pytest.mark.parametrize("pattern", ["layers", "(layers)", "h|layers", "[a-z]+s"])
+def test_layers_pattern_is_a_regex(pattern):
+    chosen = config(target_modules="all-linear", layers_to_transform=1, layers_pattern=pattern)
+    assert list(linen_shapes(chosen)) == [f"layers_1/{n}" for n in ("key", "out", "query")]
+    assert len(nnx_shapes(chosen)) == 3
+
+
+def test_all_linear_has_the_gates_of_every_recurrent_cell():
+    class Recurrent(nn.Module):
+        cell: type
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="head")(nn.RNN(self.cell(3, name="cell"))(x))
+
+    found = []
+    for cell in (nn.LSTMCell, nn.OptimizedLSTMCell):
+        model, chosen = Recurrent(cell), config(target_modules="all-linear")
+        variables = jax.eval_shape(model.init, jax.random.key(0), X)
+        adapted = adalora.linen.adapt(model, chosen)
+        found.append(jax.eval_shape(adapted.init, jax.random.key(0), variables, X))
+    assert len(found[0]) == 9
+    assert sorted(found[0]) == sorted(found[1])
+
+
+DENSE = Layer("dense", "kernel", (), (0,), (1,))
+SUBJECTS = {
+    "a/query": Candidate(nn.Dense(4), DENSE, (6, 4)),
+    "a/key": Candidate(nn.Dense(4), DENSE, (5, 4), refused="its kernel is tied to 'b'"),
+    "b/key": Candidate(nn.Dense(4), DENSE, (6, 4), note="it is normalized"),
+    "b/value": Candidate(nn.Dense(4), DENSE, (3, 6, 4), refused="it never runs"),
+    "norm": Candidate(nn.LayerNorm()),
+}
+
+
+@pytest.mark.parametrize("wanted", [".*", "all-linear", lambda path, module: True])
+def test_a_refused_layer_is_left_out_and_described(wanted):
+    chosen = config(target_modules=wanted)
+    found = select(SUBJECTS, chosen)
+    assert {path: target.note for path, target in found.items()} == {
+        "a/query": "",
+        "b/key": "it is normalized",
+    }
+    *_, memory, first, second = describe(found, chosen, SUBJECTS).splitlines()
+    assert memory.startswith("memory: ")
+    assert first == "not adapted: a/key (5, 4): its kernel is tied to 'b'"
+    assert second == "not adapted: b/value (3, 6, 4): it never runs"
+
+
+def test_only_what_the_pattern_picks_is_described_as_refused():
+    for changes in ({"target_modules": r".*(query|value)"}, {"exclude_modules": ["a/key"]}):
+        chosen = config(**{"target_modules": ".*"} | changes)
+        text = describe(select(SUBJECTS, chosen), chosen, SUBJECTS)
+        assert "b/value" in text
+        assert "a/key" not in text
+
+
+@pytest.mark.parametrize("wanted", [["key"], ["query", "a/key"]])
+def test_a_refused_layer_that_is_named_is_an_error(wanted):
+    message = "target_modules: 'a/key' cannot be adapted: its kernel is tied to 'b'"
+    with pytest.raises(ValueError, match=message):
+        select(SUBJECTS, config(target_modules=wanted))
+
+
+def test_the_reasons_are_given_where_all_layers_are_refused():
+    message = "'a/key': its kernel is tied to 'b'; 'b/value': it never runs"
+    with pytest.raises(ValueError, match=message):
+        select(SUBJECTS, config(target_modules=r"a/key|b/value|norm"))
+
+
+def test_a_resolved_rank_comes_before_an_equal_pattern():
+    choose = lambda path, module: adalora.RankSpec(init_r=3) if path == "a/query" else False
+    chosen = config(target_modules=choose, rank_limits={"a/query": 6})
+    assert select(SUBJECTS, resolve(SUBJECTS, chosen))["a/query"].rank == 3
+
+
+def test_a_resolved_rank_holds_for_a_path_with_dots():
+    subjects = {"x.y/query": SUBJECTS["a/query"]}
+    chosen = config(target_modules=lambda path, module: adalora.RankSpec(init_r=3))
+    assert select(subjects, resolve(subjects, chosen))["x.y/query"].rank == 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "rank"),
+    [([], 0), ([True, False], 1), (2, 2), ([[], []], 0), ([[True, True], [True, False]], 2)],
+)
+def test_a_rank_pattern_of_booleans_is_their_number(keep, rank):
+    chosen = config(target_modules=["query"], rank_pattern={"a/query": keep})
+    assert select(SUBJECTS, chosen)["a/query"].rank == rank
 
 
 @pytest.mark.parametrize(
