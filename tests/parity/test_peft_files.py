@@ -76,10 +76,7 @@ def reload(family, folder):
 def assert_same_increments(read, expected):
     got = {
         path.replace("/", "."): np.asarray(
-            adalora.delta_weight(
-                evaluation.apply_masks({path: a}, {path: read.masks[path]})[path],
-                scale=read.config.scale_of(path),
-            )
+            adalora.delta_weight(evaluation.apply_masks({path: a}, {path: read.masks[path]})[path])
         ).T
         for path, a in read.adapters.items()
         if isinstance(a, adalora.Adapter)

@@ -165,7 +165,10 @@ def test_a_convolution_is_turned_round(tmp_path):
     """ViT's patches: the kernel is [4, 4, 3, out] in Flax and [out, 3, 4, 4] in PyTorch."""
     module = "vit.embeddings.patch_embeddings.projection"
     path = "patches"
+    shape = (4, 4, 3, hf.WIDTH)
+    layout = adalora.Layout("kernel", (0, 1, 2), (3,), kind="conv", shape=shape)
     adapter = adalora.init_adapter(jax.random.key(3), 4 * 4 * 3, hf.WIDTH, CONFIG)
+    adapter = adapter._replace(layout=layout)
     dense = np.asarray(adalora.delta_weight(adapter))
     expected = hf.model("vit")
     delta = dense.reshape(4, 4, 3, hf.WIDTH).transpose(3, 2, 0, 1)
@@ -175,7 +178,7 @@ def test_a_convolution_is_turned_round(tmp_path):
         write(tmp_path / name, {path: adapter}, CONFIG, **options)
         actual = hf.logits(loaded("vit", tmp_path / name))
         close(actual, hf.logits(expected))
-        read = files.load_pretrained(tmp_path / name, **options)
+        read = files.load_pretrained(tmp_path / name, like={path: adapter}, **options)
         got = adalora.delta_weight(read.adapters[path])
         np.testing.assert_allclose(got, dense, rtol=1e-5, atol=1e-6)
 
