@@ -286,7 +286,7 @@ def test_equal_configs_share_one_trace():
     @functools.partial(jax.jit, static_argnames="config")
     def scaled(x, config):
         traces.append(config)
-        return x * config.scale
+        return x * config.scaling
 
     first, second, third = (
         AdaLoraConfig(**GOOD, target_modules=modules, lora_alpha=alpha)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax.layers import Layer
+from adalora_jax.layout import Layout
 from adalora_jax.ranking import keep_best
 from adalora_jax.targets import Candidate, describe, resolve, select
 
@@ -193,7 +193,7 @@ def test_all_linear_has_the_gates_of_every_recurrent_cell():
     assert sorted(found[0]) == sorted(found[1])
 
 
-DENSE = Layer("dense", "kernel", (), (0,), (1,))
+DENSE = Layout()
 SUBJECTS = {
     "a/query": Candidate(nn.Dense(4), DENSE, (6, 4)),
     "a/key": Candidate(nn.Dense(4), DENSE, (5, 4), refused="its kernel is tied to 'b'"),
