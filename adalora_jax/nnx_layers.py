@@ -47,14 +47,28 @@ class SavedParam(nnx.LoRAParam):
         return cls(jnp.array(value, wide(value.dtype)), **metadata)
 
     def get_value(self, **index: Any) -> Any:
-        """Return the values, or a part of them, in the base's dtype, for the model's computation.
+        """Return what trains, or, for an index, what the model computes with.
 
-        What trains are the values in full precision.
+        Layers read ``self.kernel[...]``: that is in the base's dtype. Flax's optimizer, averages and
+        copies take the whole value, in full precision.
         """
         value = super().get_value(**index)
-        return (
-            value.astype(self.get_metadata()["base_dtype"]) if hasattr(value, "astype") else value
-        )
+        return self._computed(value) if index else value
+
+    def __jax_array__(self) -> jax.Array:
+        return self._computed(self.get_value())
+
+    @property
+    def value(self) -> Any:
+        return self._computed(super().value)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.set_value(value)
+
+    def _computed(self, value: Any) -> Any:
+        dtype = self.get_metadata().get("base_dtype")
+        return value.astype(dtype) if dtype is not None and hasattr(value, "astype") else value
 
     def released(self) -> nnx.Param:
         """Return the trained values as a plain parameter of the base's dtype."""
