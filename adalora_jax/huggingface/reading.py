@@ -15,8 +15,14 @@ from adalora_jax.layout import Layout
 from adalora_jax.tensorfile import FLOATS
 
 _BIASES = ("bias", "b")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")  # what a head may be tied to
-_HEAD = re.compile(r"(.*\.)?(lm_head|cls\.predictions\.decoder)\.weight")
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "shared",
+)  # what a head may be tied to
+HEAD = re.compile(r"(.*\.)?(lm_head|embed_out|cls\.predictions\.decoder)\.weight")
 _OLD = {".weight": ".gamma", ".bias": ".beta"}  # of the first checkpoints of BERT
 
 
@@ -111,8 +117,8 @@ class Source(NamedTuple):
         config = self.weights.config or {"tie_word_embeddings": False}
         ties = config.get("tie_word_embeddings", True)  # so transformers has it by default
         last = lambda name: name.removesuffix(".weight").rpartition(".")[2]
-        same = [name for name in self.weights.specs if last(name) in _EMBEDDINGS]
-        return same[0] if ties and len(same) == 1 and _HEAD.fullmatch(key) else None
+        same = [name for name in self.weights.specs if last(name) in EMBEDDINGS]
+        return same[0] if ties and len(same) == 1 and HEAD.fullmatch(key) else None
 
     def _reading(self, path, shape, layer, stack, slices) -> Reading:
         keys = {piece.key for pieces in slices.values() for piece in pieces}
@@ -172,7 +178,7 @@ class Source(NamedTuple):
         short = lambda sizes: [size for size in sizes if size != 1]
         module, _, end = pieces[0].key.rpartition(".")
         last = module.rpartition(".")[2]
-        embeds = "embed" in f"{last}/{path.rpartition('/')[2]}" or last in (*_EMBEDDINGS, "wpe")
+        embeds = "embed" in f"{last}/{path.rpartition('/')[2]}" or last in (*EMBEDDINGS, "wpe")
         if end == "weight" and len(short(shapes[0])) > 1 and not embeds:
             raise ValueError(
                 f"which axes of {path!r} {list(shape)} are inputs is not known, and "

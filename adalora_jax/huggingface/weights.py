@@ -35,6 +35,10 @@ class Weights:
         there = (self.folder / "config.json").exists()
         return read_json(inside(self.folder, "config.json")) if there else None
 
+    def file_of(self, tensor: str) -> str:
+        """Returns the name of the file that has a tensor."""
+        return next(name for name, specs in self.files.items() if tensor in specs)
+
     def find(self, key: str) -> str | None:
         """The tensor of that name; or of that name with or without a prefix, if there is one such.
 
