@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f'{error.name} is missing: pip install "adalora-jax[cli]" brings it.')
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)  # as shells have it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,7 +96,8 @@ def _find(folder: pathlib.Path) -> Found:
     Raises:
       ValueError, FileNotFoundError: it holds none.
     """
-    if (folder / "adapter_config.json").is_file():
+    # A save that was killed may have left the weights alone, which load_pretrained knows about.
+    if any((folder / f"adapter_{name}").is_file() for name in ("config.json", "model.safetensors")):
         from adalora_jax import huggingface
 
         loaded = huggingface.load_pretrained(folder)

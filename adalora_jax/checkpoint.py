@@ -19,6 +19,7 @@ from adalora_jax.adapter import Adapter, check_adapter
 from adalora_jax.allocator import AllocatorState, allocator_state
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.layout import Layout
+from adalora_jax.tensorfile import writing_to
 from adalora_jax.tree import PyTree, leaf_name
 
 _FORMAT = "adalora_jax/2"
@@ -72,6 +73,7 @@ def save(
 
     Raises:
       ValueError: ``path`` exists, or ``opt_state`` holds no allocator.
+      OSError: ``path`` cannot be written.
 
     >>> import jax, optax, tempfile, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
@@ -90,7 +92,10 @@ def save(
             "folder a step."
         )
     args = save_args(adapters, opt_state, config, step=step)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with (
+        writing_to("path", path),
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
         checkpointer.save(folder, args=args)
 
 

@@ -49,8 +49,8 @@ class SavedParam(nnx.LoRAParam):
     def get_value(self, **index: Any) -> Any:
         """Return what trains, or, for an index, what the model computes with.
 
-        Layers read ``self.kernel[...]``: that is in the base's dtype. Flax's optimizer, averages and
-        copies take the whole value, in full precision.
+        Layers read ``self.kernel[...]``: that is in the base's dtype. Flax's optimizer, averages
+        and copies take the whole value, in full precision.
         """
         value = super().get_value(**index)
         return self._computed(value) if index else value

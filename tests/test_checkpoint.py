@@ -321,3 +321,10 @@ def test_functions_have_to_be_given_again(tmp_path, trained):
     assert_same_bits(bare.adapters, trained[0])
     assert list(bare.config.missing_functions()) == ["budget_schedule"]
     assert checkpoint.restore(tmp_path / "c", config=config).config is config
+
+
+def test_a_path_that_cannot_be_written_is_named(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "saved"
+    with pytest.raises(OSError, match=f"`path='{path}'` cannot be written: .*Name a folder"):
+        checkpoint.save(path, *trained, CONFIG)

@@ -165,6 +165,34 @@ def test_what_cannot_be_done_is_one_line(saved, monkeypatch, arguments, message)
     assert "\n" not in str(stop.value.code)
 
 
+def test_an_adapter_whose_save_was_killed_is_found(saved, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["export", str(saved), "--to", "peft", "--out", str(out)])
+    (out / "adapter_config.json").rename(out / ".adapter_config.json.previous.tmp")
+    main(["inspect", str(out)])
+    assert f"adapter of PEFT in {out}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["peft", "lora"])
+def test_a_place_that_cannot_be_written_is_one_line(saved, tmp_path, to):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(saved), "--to", to, "--out", str(out)])
+    assert f"`directory='{out}'` cannot be written: Not a directory" in str(stop.value.code)
+
+
+def test_an_interrupt_is_one_line(saved, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "restore", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(saved)])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 def test_help_and_wrong_arguments(capsys):
     with pytest.raises(SystemExit):
         main(["export", "--help"])

@@ -184,7 +184,8 @@ def test_every_method_gets_the_same_batches():
         (["--steps", "many"], "--steps: 'many' is not an integer"),
         (["--seed", "-1"], "--seed: '-1' is not an integer from 0"),
         (["--framework", "torch"], "--framework: invalid choice: 'torch'"),
-        (["--out", __file__], "no folder can be made at"),
+        (["--out", __file__], "no picture can be written to"),
+        (["--out", f"{__file__}/below"], "no picture can be written to"),
         (["--lr", "1"], "unrecognized arguments: --lr"),
     ],
 )
@@ -203,3 +204,56 @@ def test_a_missing_package_is_named(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == 'tqdm is missing: pip install "adalora-jax[demo]" brings it.\n'
+
+
+def no_training(*args):
+    raise AssertionError("the folder should have been refused before any training")
+
+
+def test_a_folder_without_permission_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(train, "compare", no_training)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # a test may run as root
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", str(tmp_path / "new" / "folder")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"--out: no picture can be written to '{tmp_path}/new/folder': Permission denied" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_replaced_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "ranks.png").mkdir()
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path)])
+    assert "Is a directory" in capsys.readouterr().err
+
+
+def test_an_interrupt_prints_one_line_and_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        assert not list(tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "compare", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", str(tmp_path / "new")])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted: no picture was drawn\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_are_printed_where_the_picture_fails(demo, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    runs = [fit.run for name, fit in demo.fits.items() if name != "pre-training"]
+    monkeypatch.setattr(train, "compare", lambda *args: runs)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", str(tmp_path)])
+    assert stopped.value.code == (
+        f"error: {tmp_path / 'ranks.png'} cannot be written: No space left on device"
+    )
+    assert "test accuracy" in capsys.readouterr().out

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
+PICTURE = "ranks.png"
 _MIN_STEPS = 10  # fewer leave no room for warm-up, pruning and the final phase
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the demo with these arguments, those of the command line by default."""
+    """Run the demo with these arguments, those of the command line by default."""
     arguments = _parser().parse_args(argv)
-    started = time.perf_counter()
     try:
-        from adalora_jax.demo import report, train
+        _run(arguments)
     except ModuleNotFoundError as error:
         sys.exit(f'{error.name} is missing: pip install "adalora-jax[demo]" brings it.')
+    except KeyboardInterrupt:
+        print("\ninterrupted: no picture was drawn", file=sys.stderr)
+        sys.exit(130)  # as shells have it
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    # Here and not above, because these need the packages of the extra.
+    from adalora_jax.demo import report, train
+
     framework = importlib.import_module(f"adalora_jax.demo.in_{arguments.framework}")
     runs = train.compare(framework, arguments.steps, arguments.seed)
-    picture = report.save_picture(runs, arguments.out)
     print(f"\n{report.accuracy_table(runs)}\n\n{report.rank_table(runs)}\n")
+    picture = arguments.out / PICTURE
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        report.save_picture(runs, picture)
+    except OSError as error:
+        sys.exit(f"error: {picture} cannot be written: {error.strerror}")
     print(f"The rank of every adapter over time: {picture}")
     print(f"{time.perf_counter() - started:.0f} seconds in all.")
 
@@ -59,12 +77,27 @@ def _integer(lowest: int, highest: int):
 
 
 def _folder(text: str) -> pathlib.Path:
-    """A folder that exists from now on, so that a wrong one is refused before any training."""
+    """Return a folder in which a picture can be written; a wrong one is refused before training.
+
+    What is made to find that out is removed, so that nothing stays behind if the demo is stopped.
+    """
+    folder = pathlib.Path(text)
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
-        pathlib.Path(text).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if (picture := folder / PICTURE).exists():
+            picture.open("r+b").close()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"no folder can be made at {text!r}: {error}") from None
-    return pathlib.Path(text)
+        raise argparse.ArgumentTypeError(
+            f"no picture can be written to {text!r}: {error.strerror}; name another folder"
+        ) from None
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # it was not made, or others put a file there
+                path.rmdir()
+    return folder
 
 
 if __name__ == "__main__":

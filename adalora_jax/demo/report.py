@@ -26,16 +26,14 @@ def rank_table(runs: list[Run]) -> str:
     return adalora.summary(learner.trainable, adalora.allocator_state(learner.opt_state))
 
 
-def save_picture(runs: list[Run], folder: pathlib.Path) -> pathlib.Path:
+def save_picture(runs: list[Run], path: pathlib.Path) -> None:
     """Draws the rank of every adapter over time."""
     history = _adaptive(runs).history
     figure = plot.rank_history(
         [adalora.ranks(progress.masks) for progress in history],
         budget=[int(progress.budget) for progress in history if progress.budget is not None],
     )
-    path = folder / "ranks.png"
     figure.savefig(path)
-    return path
 
 
 def _adaptive(runs: list[Run]) -> Run:
