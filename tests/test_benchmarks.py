@@ -191,7 +191,7 @@ def test_script_runs(script, arguments, tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", SHAPES)
 def test_transformers_model_is_of_our_shape(kind):
-    pytest.importorskip("torch", reason="needs torch: pip install adalora-jax[parity]")
+    pytest.importorskip("torch", reason="needs torch: pip install '.[parity]'")
     import torch_peers
 
     shape = SHAPES[kind]

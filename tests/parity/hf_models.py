@@ -18,9 +18,9 @@ import pytest
 
 import adalora_jax as adalora
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install adalora-jax[parity]")
+torch = pytest.importorskip("torch", reason="needs torch: pip install '.[parity]'")
 transformers = pytest.importorskip(
-    "transformers", reason="needs transformers: pip install adalora-jax[parity]"
+    "transformers", reason="needs transformers: pip install '.[parity]'"
 )
 torch.set_num_threads(1)
 

@@ -23,7 +23,7 @@ CONFIG = {"total_step": 40, "init_r": 6, "target_r": 2, "tfinal": 10, "lora_alph
 def bert():
     """A small transformers model with dropout off, its batch, and the adapting of it."""
     transformers = pytest.importorskip(
-        "transformers", reason="needs transformers: pip install adalora-jax[parity]"
+        "transformers", reason="needs transformers: pip install '.[parity]'"
     )
     tiny = transformers.BertConfig(
         vocab_size=32,

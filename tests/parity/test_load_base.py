@@ -12,7 +12,7 @@ import adalora_jax as adalora
 from adalora_jax import huggingface as files
 from parity import hf_models as hf
 
-peft = pytest.importorskip("peft", reason="needs peft: pip install adalora-jax[parity]")
+peft = pytest.importorskip("peft", reason="needs peft: pip install '.[parity]'")
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),

@@ -10,8 +10,8 @@ import pytest
 
 from parity.cases import MODELS, Case, Inputs, Model, Snapshot, inputs
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install adalora-jax[parity]")
-peft = pytest.importorskip("peft", reason="needs peft: pip install adalora-jax[parity]")
+torch = pytest.importorskip("torch", reason="needs torch: pip install '.[parity]'")
+peft = pytest.importorskip("peft", reason="needs peft: pip install '.[parity]'")
 
 # The models are so small that handing work to threads costs more than the work.
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from flax import nnx
 
 import adalora_jax as adalora
 
-REASON = "needs google-tunix: pip install adalora-jax[tunix]"
+REASON = "needs google-tunix: pip install '.[tunix]'"
 hooks = pytest.importorskip("tunix.sft.hooks", reason=REASON)
 peft_trainer = pytest.importorskip("tunix.sft.peft_trainer", reason=REASON)
 utils = pytest.importorskip("tunix.sft.utils", reason=REASON)
