@@ -409,7 +409,7 @@ def test_a_tied_head_that_is_not_known_is_refused(tmp_path):
     (bare / "model.safetensors").unlink()
     save_file({"embed_tokens.weight": TABLE, **WEIGHTS}, bare / "model.safetensors")
     head = {"lm_head": {"kernel": jnp.asarray(OTHER.T)}, "model/up": ADAPTERS["model/up"]}
-    options = {"masks": None, "kernel_sizes": None}
+    options = {"masks": None}
     refused(ValueError, "which has no prefix", tmp_path, bare, head, **options)
     base = tied_base(tmp_path / "base", **{EMBED: TABLE, **WEIGHTS})
     embed = {"model/embed_tokens": {"embedding": jnp.asarray(OTHER)}, "model/up": head["model/up"]}
