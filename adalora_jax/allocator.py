@@ -18,7 +18,14 @@ from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.ranking import cut, entry, in_a_row, kept
 from adalora_jax.schedule import budget, cost
-from adalora_jax.scores import ScoreInputs, finite_batch, smooth_batch, triplet_scores
+from adalora_jax.scores import (
+    ScoreInputs,
+    finite_batch,
+    largest_average,
+    representable,
+    smooth_batch,
+    triplet_scores,
+)
 from adalora_jax.tree import PyTree
 
 
@@ -150,7 +157,7 @@ def allocate(state: AdaLoraState, grads: PyTree, step: chex.Numeric) -> tuple[Ad
     2
     """
     adapters = tree.canonical(state.adapters)
-    gradients = matching_gradients(grads, state.adapters)
+    gradients = matching_gradients(with_facts(grads, state.adapters), state.adapters)
     step = jnp.asarray(step, jnp.int32)
     allocator = update_allocator(state.allocator, adapters, gradients, step)
     now = enforced(state.allocator, step)
@@ -233,7 +240,12 @@ def best_masks(
     config = state.config
     evidence = [tree.listed(part) for part in (weights, gradients, sensitivity, uncertainty)]
     batches = tree.alike(*evidence[:2])
-    scores = tree.batched(functools.partial(_scored, config=config), batches, *evidence)
+    factor: chex.Numeric = 1
+    if config.score == "sensitivity_uncertainty":
+        largest = [largest_average(*tree.pick(batch, *evidence[2:])) for batch in batches]
+        factor = representable(jnp.max(jnp.stack(largest)))
+    scored = functools.partial(_scored, factor, config=config)
+    scores = tree.batched(scored, batches, *evidence)
     dtype = jnp.result_type(*{score.dtype for score in scores})
     none, before = [None] * len(scores), tree.listed(state.masks)
     limits = _limits(config, weights, allowed) or none
@@ -248,9 +260,9 @@ def best_masks(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _scored(weights, gradients, sensitivity, uncertainty, config):
+def _scored(factor, weights, gradients, sensitivity, uncertainty, config):
     rows = zip(weights, gradients, sensitivity, uncertainty)
-    return [triplet_scores(ScoreInputs(*row), config) for row in rows]
+    return [triplet_scores(ScoreInputs(*row), config, factor) for row in rows]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -290,6 +302,24 @@ def _masked(now, adapter, mask):
 @jax.jit
 def _masked_batch(now, adapters, masks):
     return [_masked(now, *pair) for pair in zip(adapters, masks)]
+
+
+def with_facts(grads: PyTree, params: PyTree) -> PyTree:
+    """Return ``grads`` with the scale and layout of the parameters in each :class:`Adapter`.
+
+    Gradients made by hand, ``Adapter(p, lam, q)``, say nothing of the weight; JAX would find
+    another structure in them.
+    """
+    known = tree.adapters(params)
+
+    def like(path, node):
+        adapter = known.get(tree.path_name(path))
+        if adapter is None or not isinstance(node, Adapter):
+            return node
+        return node._replace(scale=adapter.scale, layout=adapter.layout)
+
+    is_leaf = lambda node: isinstance(node, Adapter)
+    return jax.tree_util.tree_map_with_path(like, grads, is_leaf=is_leaf)
 
 
 def matching_gradients(grads: PyTree, params: PyTree) -> PyTree:

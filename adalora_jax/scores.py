@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -108,7 +109,31 @@ def triplet_mean(element_scores: Adapter) -> jax.Array:
     return lam + jnp.mean(p, axis=-1) + jnp.mean(q, axis=-1)
 
 
-def triplet_scores(evidence: ScoreInputs, config: AdaLoraConfig) -> jax.Array:
+@jax.jit
+def largest_average(sensitivity: Sequence[Adapter], uncertainty: Sequence[Adapter]) -> jax.Array:
+    """Return the largest entry of all averages, a float32."""
+    return jnp.max(
+        jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves((sensitivity, uncertainty))])
+    )
+
+
+def representable(largest: jax.Array) -> jax.Array:
+    """Return the factor of all averages with which float32 represents the products of two.
+
+    ``Ī · Ū`` of averages below 1e-19 would be 0, of those above 1e19 infinite, and either way there
+    would be no order. Times a power of two, which is exact, the largest average is near 2⁶²; then
+    a product is lost only where averages are 1e41 times smaller than the largest.
+
+    >>> float(representable(jnp.float32(3.0))) / 2.0**60
+    1.0
+    """
+    exponent = jnp.frexp(largest)[1]
+    return jnp.ldexp(jnp.float32(1), jnp.clip(62 - exponent, -126, 127))
+
+
+def triplet_scores(
+    evidence: ScoreInputs, config: AdaLoraConfig, factor: chex.Numeric = 1
+) -> jax.Array:
     """The score by which the triplets of one adapter are ranked.
 
     ``config.score`` is one of
@@ -126,6 +151,11 @@ def triplet_scores(evidence: ScoreInputs, config: AdaLoraConfig) -> jax.Array:
     summed over the triplet by :func:`triplet_mean`, or of λ alone with ``score_over="lam"``; or a
     function that takes an :class:`ScoreInputs` and returns the scores of the triplets.
 
+    Args:
+      evidence: of one adapter.
+      config: for ``score`` and ``score_over``.
+      factor: :func:`representable`; it multiplies both averages in ``Ī · Ū``.
+
     Returns:
       ``[..., r]``, float32 for the built-in scores.
 
@@ -142,13 +172,13 @@ def triplet_scores(evidence: ScoreInputs, config: AdaLoraConfig) -> jax.Array:
         return scores
     if config.score == "magnitude":
         return jnp.abs(evidence.weight.lam.astype(jnp.float32))
-    elements = jax.tree.map(functools.partial(_element_score, config.score), *evidence)
+    elements = jax.tree.map(functools.partial(_element_score, config.score, factor), *evidence)
     return elements.lam if config.score_over == "lam" else triplet_mean(elements)
 
 
-def _element_score(score, weight, gradient, sensitivity, uncertainty):
+def _element_score(score, factor, weight, gradient, sensitivity, uncertainty):
     if score == "sensitivity_uncertainty":
-        return sensitivity * uncertainty
+        return (factor * sensitivity) * (factor * uncertainty)
     if score == "upper_confidence":
         return sensitivity + uncertainty
     if score == "smoothed_sensitivity":
@@ -158,5 +188,5 @@ def _element_score(score, weight, gradient, sensitivity, uncertainty):
         ratio = jnp.minimum(sensitivity / jnp.where(known, uncertainty, 1), _MOST)
         return jnp.where(known | (sensitivity == 0), ratio, _MOST)
     if score == "signal_to_noise":
-        return jnp.sqrt(sensitivity**2 + _PRIOR * weight.astype(jnp.float32) ** 2)
+        return jnp.hypot(sensitivity, _PRIOR**0.5 * weight.astype(jnp.float32))
     return raw_sensitivity(weight, gradient)

@@ -18,6 +18,7 @@ from adalora_jax.allocator import (
     init_allocator,
     matching_gradients,
     update_allocator,
+    with_facts,
 )
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.regularizer import penalty
@@ -106,6 +107,7 @@ def adalora(
             )
         before = tree.bare(state.allocator)
         _check_adapters(params, before)
+        updates = with_facts(updates, params)
         if config.orth_reg_in_update:
             updates, before = _with_penalty(updates, params, before)
         gradients = matching_gradients(updates, params)
