@@ -316,7 +316,7 @@ def forward(
         raise ValueError(f"dropout_rate={dropout_rate} must be at least 0 and below 1.")
     dtype = x.dtype if kernel is None else jnp.result_type(x, kernel)
     if not jnp.issubdtype(dtype, jnp.inexact):  # an increment is never cut to an integer
-        dtype = jnp.result_type(dtype, adapter.lam)
+        dtype = jnp.result_type(dtype, *adapter)
     if mask is not None:
         adapter = adapter._replace(lam=jnp.where(mask, adapter.lam, 0))
     y = increment(

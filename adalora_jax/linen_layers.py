@@ -75,6 +75,8 @@ def candidates(
     return result
 
 
+# They look the weights of the module inside up by name.
+_WRAPPERS = (nn.WeightNorm, nn.SpectralNorm)
 _Place = tuple[str, ...]  # of a weight: the path of its module, and its name
 
 
@@ -105,7 +107,10 @@ def _traced(
         shape = _whole_shape(module, layer, params) if layer else ()
         refused = _refusal(shape, active)
         dropout = "dropout" in module.scope.rngs
-        candidate = targets.Candidate(module, layer, shape or (), refused, dropout=dropout)
+        wrapper = next((type(m).__name__ for m in active if isinstance(m, _WRAPPERS)), "")
+        candidate = targets.Candidate(
+            *(module, layer, shape or (), refused), dropout=dropout, wrapper=wrapper
+        )
         here = found.setdefault("/".join(module.path), {})
         here.setdefault(layer.weight if layer else None, candidate)
         active.append(module)

@@ -275,7 +275,9 @@ def _as_varying_as(cotangent, primal):
 
     As the transpose of JAX's own products does it, ``jax.shard_map(check_vma=True)``.
     """
-    axes = tuple(_varying(cotangent) - _varying(primal))
+    extra = _varying(cotangent) - _varying(primal)
+    # A set has another order in every process, and all must compile one program.
+    axes = tuple(name for name in jax.typeof(cotangent).sharding.mesh.axis_names if name in extra)
     return lax.psum(cotangent, axes) if axes else cotangent
 
 

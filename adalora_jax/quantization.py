@@ -462,6 +462,12 @@ def _recipe(recipe: str | Recipe) -> Recipe:
 
 def _targets(candidates: Mapping[str, targets.Candidate], recipe: Recipe) -> Any:
     """The layers that the recipe selects, by path."""
+    candidates = {
+        path: c._replace(refused=f"it is inside of {c.wrapper}, which would not find its weight")
+        if c.wrapper and c.layer
+        else c
+        for path, c in candidates.items()
+    }
     if recipe.target_modules is None:
         # The others keep their paths, so that exclude_modules may name them.
         fits = lambda candidate: candidate.layer is not None and candidate.layer.kind in _KINDS

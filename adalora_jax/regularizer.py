@@ -71,12 +71,13 @@ def penalty(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
 def _joined(matrices: Mapping[tuple[str, str], jax.Array]) -> jax.Array:
     """Return the deviations from one array per role: a few kernels instead of many.
 
-    Matrices of one role have the same path but for numbers, and the same shape and dtype. They are
-    sharded alike, so a new axis in front, which is not sharded, moves nothing between devices.
+    Matrices of one role have the same path but for numbers, and the same type: shape, dtype and
+    explicit sharding. They are sharded alike, so a new axis in front, which is not sharded, moves
+    nothing between devices.
     """
     roles: dict[Any, list[jax.Array]] = {}
     for (path, name), m in matrices.items():
-        role = (re.sub(r"\d+", "*", path), name, m.shape, m.dtype)
+        role = (re.sub(r"\d+", "*", path), name, jax.typeof(m))
         roles.setdefault(role, []).append(m)
     return jnp.concatenate([deviation(jnp.stack(members)).ravel() for members in roles.values()])
 

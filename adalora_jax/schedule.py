@@ -38,7 +38,7 @@ def budget(
 
     A function as ``config.budget_schedule`` is called as ``schedule(config, step, n_adapters)``
     with a traced step and gives b in between; it is rounded down and kept within 0 and b0. A NaN
-    prunes nothing: it counts as b0.
+    is refused, or, where the step is traced, counts as b0: nothing is pruned.
 
     Args:
       config: the schedule and its phases.
@@ -50,6 +50,9 @@ def budget(
     Returns:
       int32, in the shape of ``step``.
 
+    Raises:
+      ValueError: a function as ``config.budget_schedule`` gave NaN.
+
     >>> config = AdaLoraConfig(total_step=1000, init_r=12, target_r=8, budget_schedule="linear")
     >>> [int(budget(config, step, 10)) for step in (0, 500, 999)]
     [120, 100, 80]
@@ -59,6 +62,11 @@ def budget(
     step = jnp.asarray(step, jnp.int32)
     if callable(config.budget_schedule):
         between = jnp.floor(jnp.asarray(config.budget_schedule(config, step, n_adapters)))
+        if not isinstance(between, jax.core.Tracer) and bool(jnp.any(between != between)):
+            raise ValueError(
+                f"budget_schedule={config.budget_schedule!r} is NaN at step {step}: it must give a "
+                "number of triplets."
+            )
         between = jnp.clip(jnp.where(between == between, between, initial), 0, initial)
         between = between.astype(jnp.int32)
     else:

@@ -34,6 +34,7 @@ class Candidate(NamedTuple):
       refused: why this layer cannot be adapted although it has a weight; empty where it can.
       note: why its increment cannot be merged; empty where it can.
       dropout: whether its scope has random numbers for dropout.
+      wrapper: the Flax wrapper that normalises its weight, such as ``WeightNorm``; empty without.
     """
 
     module: Any
@@ -42,6 +43,7 @@ class Candidate(NamedTuple):
     refused: str = ""
     note: str = ""
     dropout: bool = True
+    wrapper: str = ""
 
 
 class Target(NamedTuple):

@@ -139,7 +139,9 @@ def filled(adapters: PyTree, values: Sequence[Any]) -> PyTree:
 
 
 def alike(*columns: Sequence[Any]) -> list[list[int]]:
-    """Which adapters agree in the shapes and dtypes of all columns: their indices, in batches.
+    """Which adapters agree in the types of all columns: their indices, in batches.
+
+    A type is shape, dtype and, on a mesh with explicit axes, sharding.
 
     A jitted function that takes one batch is traced for each kind of adapter, not for each
     adapter, so that thousands of them are traced in seconds.
@@ -150,7 +152,7 @@ def alike(*columns: Sequence[Any]) -> list[list[int]]:
     """
     kinds: dict[Any, list[int]] = {}
     for index, row in enumerate(zip(*columns)):
-        kind = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(row))
+        kind = tuple(map(jax.typeof, jax.tree.leaves(row)))
         kinds.setdefault(kind, []).append(index)
     return [
         members[start : start + BATCH]
