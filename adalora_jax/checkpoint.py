@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
 import os
 import pathlib
@@ -130,6 +132,7 @@ def save_args(
         "facts": _facts_of(adapters),
         "nested": _nested_paths(adapters),
     }
+    about["digest"] = _digest(about)
     return ocp.args.Composite(
         state=ocp.args.StandardSave(arrays),  # pyright: ignore[reportCallIssue]
         adalora=ocp.args.JsonSave(about),  # pyright: ignore[reportCallIssue]
@@ -369,6 +372,12 @@ def _fingerprint(array: jax.Array) -> jax.Array:
     return jnp.sum(bits, dtype=jnp.uint32)
 
 
+def _digest(about: Mapping[str, Any]) -> str:
+    """Return a checksum of a description, of the step and the config above all."""
+    read = json.loads(json.dumps({name: about[name] for name in about if name != "digest"}))
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
 def _about(folder: pathlib.Path) -> dict[str, Any]:
     """What a checkpoint says about itself; nothing else has been read when it is refused.
 
@@ -404,7 +413,7 @@ def _about(folder: pathlib.Path) -> dict[str, Any]:
         )
     except (KeyError, TypeError, AttributeError, ValueError):
         sizes, well_formed = [], False
-    if not well_formed:
+    if not well_formed or about.get("digest") != _digest(about):
         raise ValueError(f"{folder} is damaged: its description in 'adalora' is not as saved.")
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if sum(sizes) > _MOST_COMPRESSED * stored:

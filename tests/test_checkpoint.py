@@ -268,6 +268,7 @@ def test_foreign_folders_are_refused(tmp_path, trained):
 def forge(saved, change):
     about = json.loads((saved / "adalora/metadata").read_text())
     change(about)
+    about["digest"] = checkpoint._digest(about)  # as who forges it would
     (saved / "adalora/metadata").write_text(json.dumps(about))
 
 
@@ -295,6 +296,18 @@ def forge(saved, change):
 def test_a_forged_description_is_refused(saved, change, message):
     forge(saved, change)
     with pytest.raises(ValueError, match=message):
+        checkpoint.restore(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda a: a.update(step=a["step"] + 1), lambda a: a["config"].update(lora_alpha=3)],
+)
+def test_a_step_or_config_that_changed_is_noticed(saved, change):
+    about = json.loads((saved / "adalora/metadata").read_text())
+    change(about)
+    (saved / "adalora/metadata").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="not as saved"):
         checkpoint.restore(saved)
 
 
