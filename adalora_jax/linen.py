@@ -150,7 +150,8 @@ class AdaptedModule:
 
         Args:
           variables: of the model; not changed, and not differentiated unless asked for.
-          adapters: as :meth:`init` gave them, trained or not.
+          adapters: as :meth:`init` gave them, trained or not. A mapping of p, lam and q in the
+            place of an :class:`Adapter` gets the scale of this config.
           *args: of the model.
           mutable: as in ``module.apply``; what comes back never contains adapters.
           **kwargs: of the model and of ``module.apply`` (``rngs``, ``method`` ...).
@@ -174,7 +175,9 @@ class AdaptedModule:
     def describe(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
         """The table of what :meth:`init` would make, before anything is allocated."""
         found = self.candidates(variables, *args, **kwargs)
-        return targets.describe(targets.select(found, self.config), self.config, found)
+        params = jax.tree_util.tree_flatten_with_path(unboxed(variables))[0]
+        shapes = {tree.path_name(path): tuple(leaf.shape) for path, leaf in params}
+        return targets.describe(targets.select(found, self.config), self.config, found, shapes)
 
     def _targets(self, variables, *args, **kwargs) -> dict[str, targets.Target]:
         return targets.select(self.candidates(variables, *args, **kwargs), self.config)
@@ -350,8 +353,11 @@ class _Held:
 
     @classmethod
     def of(cls, node: Any, config: AdaLoraConfig, path: str) -> _Held:
-        adapter = node if isinstance(node, Adapter) else tree.adapters(node)[""]
-        known_scale(adapter, path)
+        if isinstance(node, Adapter):
+            known_scale(node, path)
+            adapter = node
+        else:  # p, lam and q, as trainers of nested dicts hold them
+            adapter = tree.adapters(node)[""]._replace(scale=config.scale_of(path))
         return cls(adapter, config.lora_dropout, config.forward_mode)
 
 

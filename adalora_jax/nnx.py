@@ -127,7 +127,9 @@ def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
     total                     1                12          132       24   550.0 %
     memory: adapters 528 bytes, importance 1.1 kB
     """
-    return targets.describe(_chosen(model, config)[0], config, candidates(model))
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    shapes = {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in params}
+    return targets.describe(_chosen(model, config)[0], config, candidates(model), shapes)
 
 
 def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:

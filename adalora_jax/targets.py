@@ -304,12 +304,14 @@ def describe(
     targets: Mapping[str, Target],
     config: AdaLoraConfig,
     candidates: Mapping[str, Candidate] | None = None,
+    parameters: Mapping[str, tuple[int, ...]] | None = None,
 ) -> str:
     """Return a table of what would be adapted: shapes, starting ranks, parameters and cost.
 
     The cost is the adapter's share of the weight: of its parameters, and for a dense layer of its
-    multiply-adds. Below are the memory that comes on top of the base model, and a line for each of
-    the ``candidates`` that the config picks but that cannot be adapted.
+    multiply-adds. Below are the memory that comes on top of the base model, what
+    ``modules_to_save`` trains, a line for each of the ``candidates`` that the config picks but that
+    cannot be adapted, and the ``parameters`` of two or more axes that no known layer holds.
 
     >>> dense = Target(Layout(), (60, 40), 2)
     >>> print(describe({"query": dense}, AdaLoraConfig(total_step=10)))
@@ -333,7 +335,41 @@ def describe(
     memory = f"memory: adapters {_bytes(adapters)}, importance {_bytes(importance)}"
     refused = {p: candidates[p] for p in _matched(candidates, config)} if candidates else {}
     lines = [f"not adapted: {p} {c.shape}: {c.refused}" for p, c in refused.items() if c.refused]
-    return "\n".join([table([header, *rows, total], left=2), memory, *lines])
+    trained = _trained_along(parameters or {}, config)
+    left_out = _of_no_layer(parameters or {}, candidates or {}, config)
+    return "\n".join([table([header, *rows, total], left=2), memory, *trained, *lines, *left_out])
+
+
+def _trained_along(parameters: Mapping[str, tuple[int, ...]], config: AdaLoraConfig) -> list[str]:
+    """A line that names what ``modules_to_save`` trains, if anything."""
+    if not config.modules_to_save or not parameters:
+        return []
+    return [f"trained along: {', '.join(saved_roots(list(parameters), config))}"]
+
+
+def _of_no_layer(
+    parameters: Mapping[str, tuple[int, ...]],
+    candidates: Mapping[str, Candidate],
+    config: AdaLoraConfig,
+) -> list[str]:
+    """A line that names the matrices that no layer of a known kind holds, if there are any."""
+    layers = {path: c.layer for path, c in candidates.items() if c.layer}
+    held = {f"{path}/{layer.weight}".lstrip("/") for path, layer in layers.items()} | {*layers}
+    found = [
+        f"{path} {shape}"
+        for path, shape in parameters.items()
+        # Of a stack of layers, biases and norms have two axes as well.
+        if len(shape) >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
+        if not saved(path, config)
+        if not any(path == place or path.startswith(f"{place}/") for place in held)
+    ]
+    if not found:
+        return []
+    shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    return [
+        f"in no layer of a known kind: {shown}; adapt(..., layers={{Class: Layout(...)}}) "
+        "declares the class of one"
+    ]
 
 
 def _percent(part: int, whole: int) -> str:

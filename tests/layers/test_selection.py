@@ -467,3 +467,35 @@ def test_top_b_within_limits_is_the_same_jitted_and_vmapped():
         5,
         5,
     ]
+
+
+class WithTable(nn.Module):
+    """A table of positions of its own, a head, and a layer of no known kind."""
+
+    @nn.compact
+    def __call__(self, x):
+        table = self.param("positions", nn.initializers.zeros, (1, 4, 3))
+        return nn.Dense(2, name="head")(nn.Dense(3, name="up")(x) + table[:, : x.shape[1]])
+
+
+class NnxWithTable(nnx.Module):
+    def __init__(self, rngs):
+        self.positions = nnx.Param(jnp.zeros((1, 4, 3)))
+        self.up, self.head = nnx.Linear(5, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.up(x) + self.positions[:, : x.shape[1]])
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_describe_names_what_trains_along_and_what_no_layer_holds(framework):
+    chosen = config(target_modules=["up"], modules_to_save=["head"])
+    if framework == "linen":
+        x = jnp.ones((1, 4, 5))
+        variables = jax.eval_shape(WithTable().init, jax.random.key(0), x)
+        text = adalora.linen.describe(WithTable(), chosen, variables, x)
+    else:
+        text = adalora.nnx.describe(nnx.eval_shape(lambda: NnxWithTable(nnx.Rngs(0))), chosen)
+    *_, trained, left_out = text.splitlines()
+    assert trained == "trained along: head"
+    assert left_out.startswith("in no layer of a known kind: positions (1, 4, 3); adapt(")

@@ -27,7 +27,8 @@ def spread(model, mesh):
 def results(run):
     as_lists = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
     masks = as_lists(tree.leaves_with_path(run.allocator.masks))
-    return {"masks": masks, "adapters": as_lists(adalora.nnx.adapters(run.model))}
+    adapters = adalora.nnx.adapters(run.model)
+    return {"masks": masks, "adapters": {path: as_lists([*a]) for path, a in adapters.items()}}
 
 
 def places(run):
