@@ -166,14 +166,52 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
         _require_match("exclude_modules", name, (name,), candidates)
     if isinstance(excluded, str):
         _require_match("exclude_modules", excluded, excluded, candidates)
-    return sorted(
+    for name in excluded if isinstance(excluded, tuple) else ():
+        _refuse_container(name, candidates)
+    matched = [
         path
         for path, candidate in candidates.items()
         if _matches(wanted, path, candidate)
         and not (excluded and _matches(excluded, path, candidate))
-        and not saved(path, config)
-        and _layer_index_matches(path, config)
-    )
+    ]
+    for name in wanted if isinstance(wanted, tuple) else ():
+        named = [path for path in matched if _is_suffix(name, path)]
+        if named and all(saved(path, config) for path in named):
+            raise ValueError(
+                f"target_modules={wanted!r}: {name!r} selects no layer: modules_to_save already "
+                f"trains {', '.join(map(repr, named[:8]))} as a whole. Name a layer in one of the "
+                "two."
+            )
+    matched = [path for path in matched if not saved(path, config)]
+    _require_indices(matched, config)
+    return sorted(path for path in matched if _layer_index_matches(path, config))
+
+
+def _refuse_container(name: str, candidates: Mapping[str, Candidate]) -> None:
+    """Raise where a name in ``exclude_modules`` is that of modules that only hold layers."""
+    found = [path for path, c in candidates.items() if _is_suffix(name, path)]
+    inside = [p for p, c in candidates.items() if c.layer and p.startswith(f"{found[0]}/")]
+    if inside and not any(candidates[path].layer for path in found):
+        raise ValueError(
+            f"exclude_modules: {name!r} is {found[0]!r}, which holds layers but is none, so it "
+            f"excludes nothing: name the layers ({', '.join(inside[:8])}), or use the regular "
+            f"expression '.*{re.escape(name)}/.*'."
+        )
+
+
+def _require_indices(paths: Sequence[str], config: AdaLoraConfig) -> None:
+    """Raise where ``layers_to_transform`` holds an index that no path has."""
+    wanted = config.layers_to_transform
+    if wanted is None or not paths:
+        return
+    known = {_layer_index(path, cast("Any", config.layers_pattern)) for path in paths} - {None}
+    indices = wanted if isinstance(wanted, tuple) else (wanted,)
+    for index in indices:
+        if index not in known and known & {*indices}:
+            raise ValueError(
+                f"layers_to_transform: no layer that target_modules picks has the index {index}; "
+                f"there are {sorted(cast('Any', known))}."
+            )
 
 
 def _require_match(field: str, name: str, wanted: Any, candidates: Mapping[str, Candidate]) -> None:
@@ -367,8 +405,8 @@ def _of_no_layer(
         return []
     shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
     return [
-        f"in no layer of a known kind: {shown}; adapt(..., layers={{Class: Layout(...)}}) "
-        "declares the class of one"
+        f"in no layer of a known kind: {shown}. To adapt one, declare the class of its module: "
+        "adapt(..., layers={Class: Layout(...)})"
     ]
 
 

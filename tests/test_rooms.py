@@ -1,11 +1,15 @@
 """The house: which room may import which, and what an import of the package pulls in."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+import adalora_jax as adalora
 
 PACKAGE = Path(__file__).parent.parent / "adalora_jax"
 
@@ -156,3 +160,9 @@ def test_all_lists_exactly_the_public_names():
     modules = {name for name in public if isinstance(vars(adalora_jax)[name], type(sys))}
     assert set(adalora_jax.__all__) == public - (modules & rooms)
     assert sorted(adalora_jax.__all__) == sorted(set(adalora_jax.__all__))
+
+
+def test_no_public_name_is_that_of_a_module_it_is_not():
+    for name in adalora.__all__:
+        found = importlib.util.find_spec(f"adalora_jax.{name}")
+        assert found is None or isinstance(getattr(adalora, name), types.ModuleType), name

@@ -469,6 +469,32 @@ def test_top_b_within_limits_is_the_same_jitted_and_vmapped():
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target_modules": ["query", "head"], "modules_to_save": ["head"]},
+            "'head' selects no layer: modules_to_save already trains 'head' as a whole",
+        ),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": [0, 7]},
+            r"no layer that target_modules picks has the index 7; there are \[0, 1\]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("shapes", [linen_shapes, nnx_shapes])
+def test_a_setting_that_would_do_nothing_is_refused(shapes, changes, message):
+    with pytest.raises(ValueError, match=message):
+        shapes(config(**changes))
+
+
+def test_a_container_that_excludes_nothing_is_refused():
+    with pytest.raises(ValueError, match="'layers_1', which holds layers but is none"):
+        linen_shapes(config(target_modules="all-linear", exclude_modules=["layers_1"]))
+    chosen = config(target_modules="all-linear", exclude_modules=".*layers_1/.*")
+    assert not any("layers_1" in path for path in linen_shapes(chosen))
+
+
 class WithTable(nn.Module):
     """A table of positions of its own, a head, and a layer of no known kind."""
 
@@ -498,4 +524,4 @@ def test_describe_names_what_trains_along_and_what_no_layer_holds(framework):
         text = adalora.nnx.describe(nnx.eval_shape(lambda: NnxWithTable(nnx.Rngs(0))), chosen)
     *_, trained, left_out = text.splitlines()
     assert trained == "trained along: head"
-    assert left_out.startswith("in no layer of a known kind: positions (1, 4, 3); adapt(")
+    assert left_out.startswith("in no layer of a known kind: positions (1, 4, 3). To adapt one")
