@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from adalora_jax import checks
 from adalora_jax.config import AdaLoraConfig
@@ -62,7 +63,7 @@ def budget(
     step = jnp.asarray(step, jnp.int32)
     if callable(config.budget_schedule):
         between = jnp.floor(jnp.asarray(config.budget_schedule(config, step, n_adapters)))
-        if not isinstance(between, jax.core.Tracer) and bool(jnp.any(between != between)):
+        if not isinstance(between, Tracer) and bool(jnp.any(between != between)):
             raise ValueError(
                 f"budget_schedule={config.budget_schedule!r} is NaN at step {step}: it must give a "
                 "number of triplets."
