@@ -440,10 +440,17 @@ def map_state(
             transform_non_params=others,
             is_leaf=is_masked,
         )
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
+        if str(error).startswith("opt_state"):
+            raise
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            "opt_state: it is not the state that this tx has for these parameters, or the "
-            f"optimizer keeps something of them that is not one array for each ({error})."
+            "opt_state: optax.tree.map_params cannot tell what belongs to which parameter. Either "
+            "it is not the state that this tx has for these parameters; or the optimizer keeps "
+            "something of them that is not one array for each (as sm3); or its labels are a "
+            "function that needs the parameters (partition, masked): give the labels as a tree, or "
+            "compact(params, opt_state) the parameters alone and start anew with tx.init "
+            f"({reason})."
         ) from error
     return jax.tree.map(adapters_only, state, is_leaf=is_state)
 
@@ -471,7 +478,9 @@ def allocator_state(opt_state: PyTree) -> AllocatorState:
     found = allocator_states(opt_state)
     if len(found) != 1:
         raise ValueError(
-            f"opt_state holds {len(found)} AllocatorStates instead of one: pass the state of an "
-            "optimizer that was wrapped by adalora(...) once."
+            f"opt_state is a {type(opt_state).__name__} that holds {len(found)} AllocatorStates "
+            "instead of one: pass the state of an optimizer that was wrapped by adalora(...) once; "
+            "arguments are (opt_state, params) for eval_params and finish, (params, opt_state) for "
+            "compact and summary."
         )
     return found[0]

@@ -58,8 +58,13 @@ class AdapterBank:
           base: as in :meth:`load`.
 
         Raises:
+          TypeError: ``named`` is no mapping.
           ValueError: as :meth:`load`.
         """
+        if not isinstance(named, Mapping):
+            raise TypeError(
+                f"named is a {type(named).__name__}: it must be a dict, {{name: adapters}}."
+            )
         bank = cls({}, {}, ())
         for name, adapters in named.items():
             bank = bank.load(name, adapters, base)

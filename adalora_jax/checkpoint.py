@@ -25,6 +25,11 @@ from adalora_jax.tensorfile import writing_to
 from adalora_jax.tree import PyTree, leaf_name
 
 _FORMAT = "adalora_jax/2"
+# By these the optimizer and its adapters go on; what is adapted may be said in another way.
+_OF_THE_RUN = (
+    *("total_step", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
+    *("lora_alpha", "scale"),
+)
 _PARTS = ("adapters", "opt_state")
 _MOST_COMPRESSED = 40_000  # zstd makes nothing smaller by more than this factor, not even zeros
 
@@ -74,7 +79,7 @@ def save(
       step: the trainer's step, if it counts differently from the optimizer's updates.
 
     Raises:
-      ValueError: ``path`` exists, or ``opt_state`` holds no allocator.
+      ValueError: ``path`` exists, ``opt_state`` holds no allocator, or is of another config.
       OSError: ``path`` cannot be written.
 
     >>> import jax, optax, tempfile, adalora_jax as adalora
@@ -117,6 +122,7 @@ def save_args(
     3
     """
     allocator = allocator_state(opt_state)
+    _refuse_another_config(opt_state, config, "config")
     leaves = _state(adapters, opt_state)
     keys = {name: str(jax.random.key_impl(x)) for name, x in leaves.items() if _is_key(x)}
     arrays = {name: _data(leaf) for name, leaf in leaves.items()}
@@ -176,6 +182,8 @@ def restore(
             check_adapter(adapter, f"{found!r} in {folder}")
         opt_state = _structs(_part("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
+        if tx:
+            _refuse_another_config(target[1], config, f"tx, or the checkpoint {folder}")
     _refuse_other_facts(folder, facts, target[0])
     wanted = _state(*target)
     _refuse_differences(
@@ -449,17 +457,32 @@ def _config(
             )
         return config
     saved, given = AdaLoraConfig.from_dict(saved).to_dict(), config.to_dict()
-    differing = [
-        f"{name} is {saved.get(name)!r} there and {given.get(name)!r} here"
-        for name in sorted({*saved, *given})
-        if saved.get(name) != given.get(name)
-    ]
-    if differing:
+    if differing := _differing(saved, given):
         raise ValueError(
             f"{folder} was saved with another config: {_some(differing)}. Go on with the saved "
             "one, restore(path).config, or start anew."
         )
     return config
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return the fields in which two configs differ, with their values."""
+    return [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _refuse_another_config(opt_state: Any, config: AdaLoraConfig, what: str) -> None:
+    """Raise where an optimizer's state is of a run with another config."""
+    configs = allocator_state(opt_state).config, config
+    numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
+    if differing := _differing(*numbers):
+        raise ValueError(
+            f"{what}: the optimizer has another config (there): {_some(differing)}. Pass the "
+            "config that adalora(...) got."
+        )
 
 
 def _refuse_differences(what: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

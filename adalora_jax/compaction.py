@@ -193,6 +193,11 @@ def summary(adapters: PyTree, state: Any = None) -> str:
     total                   2    4           24
     """
     found = tree.adapters(adapters)
+    if not found:
+        raise ValueError(
+            f"no adapter was found in the {type(adapters).__name__} given as adapters: pass the "
+            "adapters, or adalora_jax.nnx.adapters(model)."
+        )
     if state is None:
         state = {path: np.ones(a.lam.shape, bool) for path, a in found.items()}
     live = ranks(state)

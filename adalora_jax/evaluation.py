@@ -48,7 +48,9 @@ def masks(state: Any) -> dict[str, jax.Array]:
     if not by_path or not all(map(is_mask, by_path.values())):
         raise ValueError(
             f"state is a {type(state).__name__} without an AllocatorState in it, and not a dict of "
-            "boolean masks: pass the state of an optimizer that adalora(...) wrapped."
+            "boolean masks: pass the state of an optimizer that adalora(...) wrapped; arguments "
+            "are (opt_state, params) for eval_params and finish, (params, opt_state) for compact "
+            "and summary."
         )
     return by_path
 
@@ -146,7 +148,8 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
     Args:
       opt_state: with one :class:`AllocatorState` in it.
       params: what trains, as the optimizer sees it.
-      grads: the last gradients, for scores that look at them (``"sensitivity"`` and functions).
+      grads: the last gradients, for scores that look at them (``"sensitivity"`` and functions),
+        where the final mask is still to come, or under ``jit``.
 
     Returns:
       ``(params, opt_state)``, in their containers. Further updates are of the final phase.
@@ -174,7 +177,8 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
             "opt_state has made no update, so there is nothing to rank triplets by: train first."
         )
     needed = ("grads",) if callable(config.score) else NEEDS.get(config.score, ())
-    if grads is None and "grads" in needed:
+    made = not isinstance(state.step, Tracer) and int(state.step) > config.final_step
+    if grads is None and "grads" in needed and not made:
         raise ValueError(
             f"grads=None: score={config.score!r} looks at gradients, which the allocator does not "
             "keep: pass the last ones."

@@ -370,6 +370,51 @@ def weight_scale(layer: Layout, module: Any) -> float:
     return scale if isinstance(scale, (int, float)) else 1.0
 
 
+def mapped_axes(value: Any) -> list[int]:
+    """Return the axes along which ``jax.vmap`` maps a value that is seen inside of it.
+
+    >>> seen = []
+    >>> _ = jax.vmap(lambda x: seen.extend(mapped_axes(x)), in_axes=1)(jnp.ones((2, 3)))
+    >>> seen
+    [1]
+    """
+    axes = []
+    while value is not None:
+        if isinstance(axis := getattr(value, "batch_dim", None), int):
+            axes.append(axis)
+        value = getattr(value, "val", getattr(value, "primal", None))
+    return axes
+
+
+def input_shape(layer: Layout, module: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the shape of an input that a layer takes; None where that is not known.
+
+    >>> input_shape(Layout("kernel"), None, (6, 4))
+    (2, 3, 6)
+    """
+    own = shape[len(shape) - layer.ndim :]
+    ins = [own[axis] for axis in layer.ins]
+    if layer.kind == "embed":
+        return 2, 3
+    if layer.kind == "conv":
+        groups = getattr(module, "feature_group_count", 1)
+        return 2, *[4 * size + 8 for size in ins[:-1]], ins[-1] * groups
+    if layer.kind == "general":
+        batch, axes, _ = _general(module)
+        size = [2] * max(len(batch) + len(axes) + 1, *(a + 1 for a in axes), *(-a for a in axes))
+        for axis, features in zip((*batch, *axes), (*(own[a] for a in layer.stack), *ins)):
+            size[axis] = features
+        return tuple(size)
+    if layer.kind == "einsum":
+        equation = _equation(module)
+        if equation is None:
+            return None
+        (xs, ws), _ = _operands(equation)
+        known = dict(zip(ws, own))
+        return tuple(known.get(label, 2) for label in xs.replace("...", ""))
+    return 2, 3, *ins
+
+
 def _general(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Batch axes, contracted axes and features of a DenseGeneral or a LinearGeneral."""
     as_tuple = lambda value: tuple(value) if isinstance(value, Iterable) else (value,)

@@ -263,7 +263,7 @@ def adapt(
             "takes NNX modules."
         )
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
+        raise TypeError(f"config is a {type(config).__name__}: it must be an AdaLoraConfig.")
     return AdaptedModule(model, config, rules, declared(layers))
 
 

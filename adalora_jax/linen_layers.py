@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.errors
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import DictKey, tree_flatten_with_path
@@ -68,13 +66,33 @@ def candidates(
         for weight, candidate in here.items():
             place = (*filter(None, path.split("/")), weight or "")
             if place in uses and place not in refused:
-                here[weight] = _judged(candidate, uses[place], place in foreign, place in changed)
+                here[weight] = (
+                    candidate._replace(refused=_REWRITTEN)
+                    if place in changed
+                    else usage.judged(candidate, uses[place], place in foreign)
+                )
         several = {f"{path}/{weight}".lstrip("/"): here[weight] for weight in here if weight}
         first = next(iter(several.values()), None) or here[None]
         result |= several if len(several) > 1 else {path: first}
     return result
 
 
+def _stacked_behind(module: nn.Module, layer: Layout) -> str:
+    """Return why a layer cannot be adapted whose weight a lifted vmap maps along a later axis."""
+    weight = meta.unbox(module.get_variable("params", layer.weight))
+    axes = layers.mapped_axes(weight) if isinstance(weight, jax.Array) else []
+    if not any(axes):
+        return ""
+    return (
+        f"nn.vmap stacks its weight along axis {max(axes)}, and an adapter is stacked along the "
+        "first: use variable_axes={'params': 0}"
+    )
+
+
+_REWRITTEN = (
+    "a lifted transform (nn.map_variables) changes the parameters that its layer sees, and would "
+    "change its adapter, too"
+)
 # They look the weights of the module inside up by name.
 _WRAPPERS = (nn.WeightNorm, nn.SpectralNorm)
 _Place = tuple[str, ...]  # of a weight: the path of its module, and its name
@@ -105,7 +123,7 @@ def _traced(
             return call(*call_args, **call_kwargs)
         layer = layer_of(module, input_of(call_args, call_kwargs)[1], declared)
         shape = _whole_shape(module, layer, params) if layer else ()
-        refused = _refusal(shape, active)
+        refused = _refusal(shape, active) or (_stacked_behind(module, layer) if layer else "")
         dropout = "dropout" in module.scope.rngs
         wrapper = next((type(m).__name__ for m in active if isinstance(m, _WRAPPERS)), "")
         candidate = targets.Candidate(
@@ -123,12 +141,13 @@ def _traced(
                 scaled.add(index)
             if not type(module).__module__.startswith("flax."):
                 foreign.add(place)
+                call_args = usage.mark_input(index, call_args)
             if probed and module.has_variable("params", _probe_of(layer.weight)):
                 probe = meta.unbox(module.get_variable("params", _probe_of(layer.weight)))
                 checkpoint_name(probe, usage.probe_name(index))
             with jax.named_scope(usage.scope_name(index)):
                 output = call(*call_args, **call_kwargs)
-            return jax.tree.map(functools.partial(_mark, index), output)
+            return usage.mark_output(index, output)
         finally:
             active.pop()
 
@@ -174,34 +193,6 @@ def _probe_of(weight: str) -> str:
     return f"{tree.HOLDER}_probe_{weight.encode().hex()}"
 
 
-def _judged(
-    candidate: targets.Candidate, use: usage.Use, foreign: bool, changed: bool
-) -> targets.Candidate:
-    """Return the candidate with what the use of its weight means for an adapter."""
-    if changed:
-        return candidate._replace(
-            refused="a lifted transform (nn.map_variables) changes the parameters that its layer "
-            "sees, and would change its adapter, too"
-        )
-    if use.elsewhere:
-        return candidate._replace(
-            refused="its weight is also used outside of the layer, where there would be no "
-            "increment, while a merged model has it in both (an embedding that is the head, too, "
-            "works with embed.attend)"
-        )
-    if use.transformed:
-        return candidate._replace(
-            note="its layer transforms the stored weight before it is used, so no sum of weights "
-            "computes the same; serve it unmerged"
-        )
-    if use.followed and foreign:
-        return candidate._replace(
-            note="its layer does more than to multiply with the weight and add to the product, so "
-            "no sum of weights computes the same; serve it unmerged"
-        )
-    return candidate
-
-
 def _belongs(module: nn.Module, trace: object) -> bool:
     """Return whether the module's scope is one of the traced model's parameters."""
     scope = module.scope
@@ -216,12 +207,6 @@ def _normalises_all(module: nn.Module) -> bool:
     if isinstance(module, nn.WeightNorm):
         return not module.variable_filter
     return isinstance(module, nn.SpectralNorm)
-
-
-def _mark(index: int, leaf: Any) -> Any:
-    """Return a layer's output behind the marker that :mod:`adalora_jax.usage` looks for."""
-    is_float = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return checkpoint_name(leaf, usage.scope_name(index)) if is_float else leaf
 
 
 def _marked(params: Any, path: tuple[str, ...], trace: object, probed: bool) -> Any:

@@ -19,7 +19,9 @@ _Model = TypeVar("_Model", bound=nnx.Module)
 
 
 @overload
-def merge(variables: _Model, *, safe: bool = False) -> _Model: ...
+def merge(
+    variables: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None = None
+) -> _Model: ...
 
 
 @overload
@@ -28,7 +30,13 @@ def merge(
 ) -> dict[str, Any]: ...
 
 
-def merge(variables: Any, adapters: Any = None, *, safe: bool = False) -> Any:
+def merge(
+    variables: Any,
+    adapters: Any = None,
+    *,
+    safe: bool = False,
+    inputs: tuple[Any, ...] | None = None,
+) -> Any:
     """Return the plain model's parameters with every increment added: ``W + s · qᵀ diag(λ) p``.
 
     Each adapter knows its weight, so this is exact for every kind of layer. Sums are made in at
@@ -44,6 +52,9 @@ def merge(variables: Any, adapters: Any = None, *, safe: bool = False) -> Any:
         are the copy to go back to.
       adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``, for linen variables.
       safe: raise where a merged weight is not finite.
+      inputs: of an NNX model: raise where the merged model computes something else with them than
+        the adapted one. A linen model was traced with inputs when it was adapted, and what reads a
+        layer's weight by hand was found; an NNX model's code is not seen before it is called.
 
     Returns:
       Variables for the plain linen module; or a copy of the NNX model without adapters, of the
@@ -52,7 +63,8 @@ def merge(variables: Any, adapters: Any = None, *, safe: bool = False) -> Any:
     Raises:
       ValueError: an adapter fits no weight of the model; a layer transforms its weight before it
         uses it, so that no sum of weights computes the same; a weight is quantised (then
-        :func:`adalora_jax.quantization.merge` merges); or a result is not finite with ``safe``.
+        :func:`adalora_jax.quantization.merge` merges); a result is not finite with ``safe``; or
+        outputs for ``inputs`` differ.
 
     >>> import jax.numpy as jnp
     >>> variables = {"params": {"query": {"kernel": jnp.zeros((5, 6))}}}
@@ -66,7 +78,12 @@ def merge(variables: Any, adapters: Any = None, *, safe: bool = False) -> Any:
                 "adapters were given with an NNX model, which holds its own: pass the model alone, "
                 "or put them into it with nnx.with_adapters(model, adapters)."
             )
-        return front.merged(variables, safe=safe)
+        return front.merged(variables, safe=safe, inputs=inputs)
+    if inputs is not None:
+        raise ValueError(
+            "inputs were given with linen variables, which hold no model: the check was made when "
+            "the adapters were, by adapted.init(key, variables, *inputs)."
+        )
     return _merged_variables(variables, adapters, safe, sign=1)
 
 

@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adalora_jax import evaluation, sharding, targets, tree
+from adalora_jax import evaluation, sharding, targets, tree, usage
 from adalora_jax import layers as kinds
 from adalora_jax.adapter import Adapter
 from adalora_jax.config import AdaLoraConfig
 from adalora_jax.layout import Layout, declared
 from adalora_jax.nnx_layers import (
+    FLAX_LAYERS,
     Adaptation,
     Adapted,
     AdapterParam,
@@ -33,6 +35,8 @@ from adalora_jax.nnx_layers import (
     rewritten,
     stored,
     unreached,
+    use_of,
+    weight_name,
 )
 
 _Model = TypeVar("_Model", bound=nnx.Module)
@@ -306,7 +310,7 @@ def optimizer_like(optimizer: nnx.Optimizer, model: Any, opt_state: Any) -> nnx.
     return copy
 
 
-def merged(model: _Model, *, safe: bool = False) -> _Model:
+def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None = None) -> _Model:
     """Return a copy of an adapted model with its increments merged, see :func:`adalora_jax.merge`.
 
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
@@ -325,7 +329,33 @@ def merged(model: _Model, *, safe: bool = False) -> _Model:
         if isinstance(module, Adapted):
             del module.adalora
             module.__class__ = base_class(type(module))
-    return release_saved(copy)
+    copy = release_saved(copy)
+    if inputs is not None:
+        _refuse_another_output(model, copy, inputs)
+    return copy
+
+
+def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[Any, ...]) -> None:
+    """Raise where a merged model computes something else than the adapted one.
+
+    Rounding to the weights' dtype moves an output by about the root of that dtype's precision.
+    """
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain, nnx.Param))}
+    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    bound = max(float(jnp.finfo(dtype).eps) for dtype in floats) ** 0.5
+    ours, theirs = (
+        [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(nnx.clone(model)(*inputs))]
+        for model in (adapted, plain)
+    )
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        error, size = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(a))
+        if not error <= bound * size:
+            raise ValueError(
+                f"inputs: output {index} of the merged model is off by {error:.2g}, of a norm of "
+                f"{size:.2g}: the code reads the weight of an adapted layer by hand, where there "
+                "is no increment (layer.kernel[...] outside of the layer): leave that layer out of "
+                "target_modules, or serve the model unmerged."
+            )
 
 
 def release_saved(model: _Model) -> _Model:
@@ -373,7 +403,7 @@ def _add_increments(model: nnx.Module, adapted: nnx.Module, sign: int, safe: boo
             continue
         adapter = module.adalora.adapter
         layer = adapter.layout or kinds.known(layer_of(module), module)
-        weight = getattr(own.get(path), layer.weight, None)
+        weight = getattr(own.get(path), weight_name(module), None)
         if weight is None:
             raise ValueError(f"model has no layer {path!r}: it is another one than was adapted.")
         if by_qwix(weight) or tree.is_packed(weight.get_raw_value()):
@@ -454,7 +484,11 @@ def candidates(
             refused = reasons.get(path, "")
             if layer and not refused and type(module) not in (layers or {}):
                 refused = unreached(base_class(type(module)))
-            found[path] = targets.Candidate(module, layer, shape, refused if layer else "")
+            candidate = targets.Candidate(module, layer, shape, refused if layer else "")
+            if layer and not refused and not of_adapted and (use := use_of(module, layer)):
+                foreign = not issubclass(type(module), FLAX_LAYERS)
+                candidate = usage.judged(candidate, use, foreign)
+            found[path] = candidate
     return found
 
 
@@ -463,7 +497,7 @@ def _candidates(
 ) -> dict[str, targets.Candidate]:
     found = candidates(model, layers=layers)
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
+        raise TypeError(f"config is a {type(config).__name__}: it must be an AdaLoraConfig.")
     return found
 
 

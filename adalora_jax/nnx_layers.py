@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adalora_jax import layers, tree
+from adalora_jax import layers, tree, usage
 from adalora_jax.adapter import Adapter
 from adalora_jax.layout import Layout
 from adalora_jax.lowrank import wide
@@ -133,6 +133,11 @@ class Adaptation(nnx.Module):
         spec = layers.known(found, layer)
         shape = getattr(layer, spec.weight).shape
         layers.check_fit(spec, adapter, shape, type(layer).__name__)
+        if any(layers.mapped_axes(_weight_of(layer))):
+            raise ValueError(
+                f"nnx.vmap stacks the weight of a {type(layer).__name__} along another axis than "
+                "the first, and an adapter is stacked along the first: make the stack with axis 0."
+            )
         key, rate, dropout = None, 0.0, self.dropout
         if dropout is not None and not dropout.deterministic and spec.kind != "embed":
             key, rate = next_key(dropout), dropout.rate
@@ -174,8 +179,17 @@ class _Call:
 _CALLS: contextvars.ContextVar[tuple[_Call, ...]] = contextvars.ContextVar("calls", default=())
 
 
+def weight_name(layer: Any) -> str:
+    """Return what an adapted layer calls its weight.
+
+    Layers that share a weight share its adapter, whose layout has the name that the first gives it.
+    """
+    name = layer.adalora.layout.weight
+    return name if hasattr(layer, name) else layers.known(layer_of(layer), layer).weight
+
+
 def _weight_of(layer: Any) -> Any:
-    variable = getattr(layer, layer.adalora.layout.weight)
+    variable = getattr(layer, weight_name(layer))
     return variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
 
 
@@ -254,7 +268,7 @@ def _unintercepted(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if qwix is None else qwix.disable_interceptions(function)
 
 
-_FLAX_LAYERS = (
+FLAX_LAYERS = (
     nnx.Linear,
     nnx.LinearGeneral,
     nnx.Einsum,
@@ -336,7 +350,7 @@ def _layer_class(cls: type) -> type | None:
 
     def is_layer(base):
         own = vars(base)
-        return base in _FLAX_LAYERS or "stands_for_its_layer" in own or UNQUANTIZED in own
+        return base in FLAX_LAYERS or "stands_for_its_layer" in own or UNQUANTIZED in own
 
     return next((base for base in cls.__mro__ if is_layer(base)), None)
 
@@ -359,6 +373,65 @@ def unreached(cls: type) -> str:
                     f"{_DECLARE}"
                 )
     return ""
+
+
+def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
+    """Return how a layer uses its weight, seen in a trace of the layer alone.
+
+    Flax's own layers that are as Flax made them need no trace: they multiply with what is stored.
+    None for them, for quantised weights, and for a class whose call takes other arguments than an
+    input, of which nothing is known.
+    """
+    weight, shape = getattr(module, layer.weight), tuple(getattr(module, layer.weight).shape)
+    size = layers.input_shape(layer, module, shape)
+    if size is None or _is_plain(module, weight) or by_qwix(weight):
+        return None
+    graph, state = nnx.split(module)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    places = [i for i, (path, _) in enumerate(leaves) if tree.leaf_name(path) == layer.weight]
+    if len(places) != 1:  # in packed integers, of several arrays
+        return None
+    lifted = len(shape) - layer.ndim
+    structs = [jax.ShapeDtypeStruct(leaf.shape[lifted:], leaf.dtype) for _, leaf in leaves]
+    foreign = _layer_class(type(module)) is None
+
+    def run(leaves, x):
+        copy = nnx.merge(graph, treedef.unflatten(leaves))
+        copy.__class__ = extended_class(type(copy), _Marked, "Marked")
+        output = copy(usage.mark_input(0, x) if foreign else x)
+        return [leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype")]
+
+    x = jax.ShapeDtypeStruct(size, jnp.int32 if layer.kind == "embed" else jnp.float32)
+    try:
+        closed = jax.make_jaxpr(run)(structs, x)
+    except Exception:  # whatever a class of a user's raises for arguments that are not its own
+        return None
+    scaled = frozenset({0} if layers.weight_scale(layer, module) != 1 else ())
+    return usage.find_uses(closed.jaxpr, {places[0]: 0}, scaled)[0]
+
+
+class _Marked(nnx.Module):
+    """Runs a layer under the name by which a trace is searched for it."""
+
+    def __call__(self, *args, **kwargs):
+        with jax.named_scope(usage.scope_name(0)):
+            output = super().__call__(*args, **kwargs)
+        return usage.mark_output(0, output)
+
+
+def _is_plain(module: nnx.Module, weight: Any) -> bool:
+    """Return whether a layer is one of Flax's, with the functions and the variables of Flax."""
+    cls = type(module)
+    if cls not in FLAX_LAYERS or type(weight).get_value is not nnx.Variable.get_value:
+        return False
+    defaults = inspect.signature(cls.__init__).parameters
+    functions = {n: p.default for n, p in defaults.items() if callable(p.default)}
+    own = all(
+        getattr(module, name, default) is default
+        for name, default in functions.items()
+        if not name.endswith("_init")
+    )
+    return own and "on_get_value" not in weight.get_metadata()
 
 
 def rewritten(model: nnx.Module) -> dict[str, str]:

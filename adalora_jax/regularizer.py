@@ -39,6 +39,11 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
     >>> orthogonality({"query": adapter}, AdaLoraConfig(total_step=10, orth_reg_weight=1.0))
     Array(2.598076, dtype=float32)
     """
+    if not isinstance(config, AdaLoraConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}: it must be an AdaLoraConfig; arguments are "
+            "orthogonality(adapters, config)."
+        )
     if config.orth_reg_in_update:
         raise ValueError(
             "orth_reg_in_update=True: the penalty's gradient is added inside adalora's update, so "

@@ -52,7 +52,7 @@ def budget(
       int32, in the shape of ``step``.
 
     Raises:
-      ValueError: a function as ``config.budget_schedule`` gave NaN.
+      ValueError: a function as ``config.budget_schedule`` gave NaN, or another shape.
 
     >>> config = AdaLoraConfig(total_step=1000, init_r=12, target_r=8, budget_schedule="linear")
     >>> [int(budget(config, step, 10)) for step in (0, 500, 999)]
@@ -67,6 +67,11 @@ def budget(
             raise ValueError(
                 f"budget_schedule={config.budget_schedule!r} is NaN at step {step}: it must give a "
                 "number of triplets."
+            )
+        if between.shape != step.shape:
+            raise ValueError(
+                f"budget_schedule={config.budget_schedule!r} returned shape {between.shape} for a "
+                f"step of shape {step.shape}: it must return one number."
             )
         between = jnp.clip(jnp.where(between == between, between, initial), 0, initial)
         between = between.astype(jnp.int32)

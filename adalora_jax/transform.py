@@ -77,7 +77,7 @@ def adalora(
     2
     """
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config={config!r} must be an AdaLoraConfig.")
+        raise TypeError(f"config is a {type(config).__name__}: it must be an AdaLoraConfig.")
     if isinstance(inner, optax.MultiSteps):
         raise TypeError(f"inner={inner!r}: {_ACCUMULATION}")
     if not isinstance(inner, optax.GradientTransformation):
@@ -105,6 +105,11 @@ def adalora(
             raise ValueError(
                 "params=None: importance is weight times gradient, so pass the parameters as "
                 "tx.update(grads, state, params)."
+            )
+        if not isinstance(state, AdaLoraOptState):
+            raise TypeError(
+                f"state is a {type(state).__name__}: it must be what tx.init returned; arguments "
+                "are tx.update(grads, state, params)."
             )
         before = tree.bare(state.allocator)
         _check_adapters(params, before)

@@ -13,10 +13,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
+
+from adalora_jax.targets import Candidate
 
 _NAME = re.compile(r"adalora:(\d+):")
 _PROBE = re.compile(r"adalora-probe:(\d+):")
+_INPUTS = re.compile(r"adalora-input:(\d+):")
 # They leave the entries as they are, and their places.
 _PASSING = {
     "convert_element_type",
@@ -41,12 +47,15 @@ _MOVING = {
     "squeeze",
     "transpose",
 }
+_PADDING = {"concatenate", "pad"}
 _PRODUCTS = {"conv_general_dilated", "dot_general", "gather"}
 _SUMS = {"add", "add_any", "cumsum", "psum", "psum_invariant", "reduce_sum"}
 _CONTRACTIONS = {*_PRODUCTS, "ragged_dot", "ragged_dot_general", "sort", "top_k"}
 
 # Stages of a value on its way: the weight itself, made of it, or the layer's product with it.
 _RAW, _CHANGED, _PRODUCT = "raw", "changed", "product"
+# And of what a layer is given to multiply its weight with.
+_INPUT = "input"
 
 
 class Use(NamedTuple):
@@ -79,6 +88,52 @@ def probe_name(index: int) -> str:
     'adalora-probe:3:'
     """
     return f"adalora-probe:{index}:"
+
+
+def mark_output(index: int, output: Any) -> Any:
+    """Return a layer's output behind the marker that ends the layer for :func:`find_uses`."""
+    return _named(scope_name(index), output)
+
+
+def mark_input(index: int, x: Any) -> Any:
+    """Return a layer's input behind a marker: a layer that multiplies something else is followed.
+
+    For classes that are no Flax layers. What they make of their input their adapter does not see.
+    """
+    return _named(f"adalora-input:{index}:", x)
+
+
+def _named(name: str, tree: Any) -> Any:
+    is_float = lambda leaf: hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name) if is_float(leaf) else leaf, tree)
+
+
+def judged(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
+    """Return the candidate with what the use of its weight means for an adapter.
+
+    Args:
+      candidate: a layer.
+      use: of its weight.
+      foreign: whether its class extends no layer of Flax's, so that the adapter's term is added to
+        the output of all that it does.
+    """
+    if use.elsewhere:
+        return candidate._replace(
+            refused="its weight is also used outside of the layer, where there would be no "
+            "increment, while a merged model has it in both (an embedding that is the head, too, "
+            "works with embed.attend)"
+        )
+    if use.transformed:
+        return candidate._replace(
+            note="its layer transforms the stored weight before it is used, so no sum of weights "
+            "computes the same; serve it unmerged"
+        )
+    if use.followed and foreign:
+        return candidate._replace(
+            note="its layer does more than to multiply its input with the weight and add to the "
+            "product, so no sum of weights computes the same; serve it unmerged"
+        )
+    return candidate
 
 
 def find_uses(
@@ -120,6 +175,7 @@ class _Walk:
         self.transformed: set[int] = set()
         self.followed: set[int] = set()
         self.outside: set[int] = set()
+        self.marked: set[int] = set()
 
     def run(self, jaxpr: Any, given: Sequence[_Tags], scope: int | None) -> list[_Tags]:
         """Return the tags of a jaxpr's outputs from those of its inputs."""
@@ -127,7 +183,8 @@ class _Walk:
         read = lambda v: _NONE if isinstance(v, core.Literal) else tags.get(v, _NONE)
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
-            if any(inputs):
+            marks = eqn.primitive.name == "name" and _INPUTS.fullmatch(eqn.params["name"])
+            if any(inputs) or marks:
                 names = _NAME.findall(str(eqn.source_info.name_stack))
                 inner = int(names[-1]) if names else scope
                 outputs = self.equation(eqn, inputs, inner)
@@ -149,6 +206,9 @@ class _Walk:
         if primitive == "name" and (mark := _NAME.fullmatch(eqn.params["name"])):
             index = int(mark[1])  # from here on the layer's output is the model's business
             return [frozenset((i, s) for i, s in inputs[0] if i != index)]
+        if primitive == "name" and (mark := _INPUTS.fullmatch(eqn.params["name"])):
+            self.marked.add(int(mark[1]))
+            return [inputs[0] | {(int(mark[1]), _INPUT)}]
         if primitive == "name" and (probe := _PROBE.fullmatch(eqn.params["name"])):
             if (int(probe[1]), _RAW) not in inputs[0]:
                 self.transformed.add(int(probe[1]))
@@ -162,7 +222,11 @@ class _Walk:
 
     def stage(self, eqn: Any, inputs: list[set[str]], index: int, inside: bool) -> str | None:
         """Return what an operation makes of the values that depend on one weight."""
-        primitive, seen = eqn.primitive.name, set().union(*inputs)
+        primitive, given = eqn.primitive.name, inputs
+        inputs = [stages - {_INPUT} for stages in given]
+        seen = set().union(*inputs)
+        if not seen:
+            return _INPUT if primitive in _PASSING | _MOVING | _PADDING else None
         if primitive in _PASSING or (primitive in _MOVING and inside and seen != {_CHANGED}):
             return next(stage for stage in (_PRODUCT, _CHANGED, _RAW) if stage in seen)
         times_constant = primitive in ("mul", "div") and any(
@@ -179,6 +243,8 @@ class _Walk:
         if primitive in _PRODUCTS and sum(map(bool, inputs)) == 1 and seen != {_PRODUCT}:
             if _CHANGED in seen:
                 self.transformed.add(index)
+            if index in self.marked and not any(stages == {_INPUT} for stages in given):
+                self.followed.add(index)
             return _PRODUCT
         if seen == {_PRODUCT}:
             first = bool(inputs[0]) and primitive == "sub"

@@ -341,3 +341,12 @@ def test_a_path_that_cannot_be_written_is_named(trained, tmp_path):
     path = tmp_path / "file" / "saved"
     with pytest.raises(OSError, match=f"`path='{path}'` cannot be written: .*Name a folder"):
         checkpoint.save(path, *trained, CONFIG)
+
+
+def test_a_config_that_is_not_the_runs_is_refused(tmp_path, trained):
+    with pytest.raises(ValueError, match=r"another config \(there\): lora_alpha is .* there and 3"):
+        checkpoint.save(tmp_path / "other", *trained, CONFIG.replace(lora_alpha=3))
+    checkpoint.save(tmp_path / "own", *trained, CONFIG)
+    longer = adalora.adalora(optax.adam(1e-2), CONFIG.replace(total_step=50))
+    with pytest.raises(ValueError, match="total_step is 50 there and"):
+        checkpoint.restore(tmp_path / "own", longer)

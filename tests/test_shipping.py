@@ -737,10 +737,11 @@ def test_the_layout_follows_the_adapter_and_decides():
         adapter._replace(lam=0 * adapter.lam),
     ):
         assert (other.scale, other.layout) == (adapter.scale, adapter.layout)
-    mapping = {"": adapter._asdict()}
-    for use in (adalora.merge, adapted.apply):
-        with pytest.raises(ValueError, match="the scale of '' is not known"):
-            use(variables, mapping, *([draw(4, 8)] if use == adapted.apply else []))
+    mapping, x = {"": adapter._asdict()}, draw(4, 8)
+    with pytest.raises(ValueError, match="the scale of '' is not known"):
+        adalora.merge(variables, mapping)
+    outputs = adapted.apply(variables, mapping, x)  # the adapted model's config has the scale
+    np.testing.assert_array_equal(outputs, adapted.apply(variables, adapters, x))
 
 
 def test_a_file_that_does_not_say_what_its_weights_are_is_not_believed_to(tmp_path):
@@ -794,3 +795,77 @@ def test_parameters_in_place_of_variables_are_refused(call):
     if call == "apply":
         with pytest.raises(ValueError, match="variables has no 'params'"):
             adapted.apply(adapters, variables, x)
+
+
+def test_a_run_whose_final_mask_was_made_ends_without_gradients_whatever_its_score():
+    config = adalora.AdaLoraConfig(
+        total_step=3, init_r=4, target_r=2, score=lambda evidence: evidence.sensitivity.lam
+    )
+    adapters = {"up": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    tx = adalora.adalora(optax.adam(1e-2), config)
+    state, grads = tx.init(adapters), jax.tree.map(jnp.ones_like, adapters)
+    for step in range(3):
+        if step == 2:
+            with pytest.raises(ValueError, match="grads=None"):
+                adalora.finish(state, adapters)
+        updates, state = tx.update(grads, state, adapters)
+        adapters = optax.apply_updates(adapters, updates)
+    final, _ = adalora.finish(state, adapters)
+    assert int((final["up"].lam != 0).sum()) <= 2
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_a_stack_along_another_axis_than_the_first_is_refused(axis):
+    class Stacked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            stack = {"variable_axes": {"params": axis}, "split_rngs": {"params": True}}
+            return nn.vmap(nn.Dense, **stack)(4, use_bias=False, name="layers")(x)
+
+    config = adalora.AdaLoraConfig(total_step=3, init_r=4, target_r=2, target_modules=["layers"])
+    x = jnp.ones((4, 3, 4))
+    variables = Stacked().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"'layers' cannot be adapted: nn\.vmap stacks its weight"):
+        adalora.linen.adapt(Stacked(), config).init(jax.random.key(1), variables, x)
+
+
+def test_swapped_arguments_are_named():
+    config = adalora.AdaLoraConfig(total_step=3, init_r=4, target_r=2)
+    adapters = {"up": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    tx = adalora.adalora(optax.adam(1e-2), config)
+    state = tx.init(adapters)
+    with pytest.raises(TypeError, match=r"tx\.update\(grads, state, params\)"):
+        tx.update(adapters, adapters, state)
+    with pytest.raises(TypeError, match=r"orthogonality\(adapters, config\)"):
+        adalora.orthogonality(config, adapters)
+    with pytest.raises(TypeError, match="named is a list"):
+        adalora.AdapterBank.of([adapters])
+    with pytest.raises(ValueError, match=r"arguments are \(opt_state, params\)"):
+        adalora.eval_params(adapters, state)
+    with pytest.raises(ValueError, match="no adapter was found in the Linear"):
+        adalora.summary(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), state)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.sm3(1e-2),
+        optax.partition(
+            {"up": optax.adam(1e-2), "other": optax.sgd(1e-2)},
+            lambda params: {path: path if path == "up" else "other" for path in params},
+        ),
+    ],
+    ids=["sm3", "labels-by-a-function"],
+)
+def test_an_optimizer_whose_state_cannot_be_cut_is_refused_with_the_way_out(inner):
+    config = adalora.AdaLoraConfig(total_step=3, init_r=4, target_r=2)
+    adapters = {p: adalora.init_adapter(jax.random.key(0), 6, 5, config) for p in ("up", "down")}
+    tx = adalora.adalora(inner, config)
+    state = tx.init(adapters)
+    for _ in range(3):
+        grads = jax.tree.map(jnp.ones_like, adapters)
+        updates, state = tx.update(grads, state, adapters)
+        adapters = optax.apply_updates(adapters, updates)
+    with pytest.raises(ValueError, match=r"opt_state: .*compact\(params, opt_state\)"):
+        adalora.compact(adapters, state, tx)
+    assert {a.lam.size for a in adalora.compact(adapters, state).values()} != {4}
