@@ -172,6 +172,24 @@ class AdaptedModule:
             mutated = apart({**mutated, "params": _strip(mutated["params"])})
         return output, mutated
 
+    def bind(self, variables: Mapping[str, Any]) -> BoundModule:
+        """Return a module of which the adapters are the parameters, for loops that know no others.
+
+        Args:
+          variables: of the model. Under ``jit`` they become constants of the program, so pass a
+            large base to :meth:`apply` instead.
+
+        >>> import jax.numpy as jnp
+        >>> model, x = nn.Dense(4), jnp.ones((2, 6))
+        >>> config = AdaLoraConfig(total_step=10, target_modules=".*")
+        >>> bound = adapt(model, config).bind(model.init(jax.random.key(0), x))
+        >>> params = bound.init(jax.random.key(1), x)["params"]
+        >>> list(params), bound.apply({"params": params}, x).shape
+        ([''], (2, 4))
+        """
+        check_variables(variables)
+        return BoundModule(self, variables)
+
     def describe(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
         """The table of what :meth:`init` would make, before anything is allocated."""
         found = self.candidates(variables, *args, **kwargs)
@@ -222,6 +240,45 @@ class AdaptedModule:
                 tree.at(params, parts[:-1])[_of_weight(parts[-1])] = held
                 sharing.add(tuple(parts[:-1]))
         return {**variables, "params": params}, sharing
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundModule:
+    """An adapted module with its base, called as a linen module is; see :meth:`AdaptedModule.bind`.
+
+    Attributes:
+      adapted: the module and its config.
+      variables: of the base.
+    """
+
+    adapted: AdaptedModule
+    variables: Mapping[str, Any] = dataclasses.field(hash=False)
+
+    def init(
+        self, rngs: jax.Array | Mapping[str, jax.Array], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return ``{"params": adapters}`` and the base's other collections.
+
+        Args:
+          rngs: a PRNG key, or a dict of them with one for ``params``, as linen modules take.
+          *args, **kwargs: as in :meth:`AdaptedModule.init`.
+        """
+        key = rngs["params"] if isinstance(rngs, Mapping) else rngs
+        fresh = self.adapted.init(key, self.variables, *args, **kwargs)
+        return {**self.variables, "params": fresh}
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what the adapted model computes.
+
+        Args:
+          variables: as :meth:`init` gave them: adapters as ``params``; other collections, such as
+            ``batch_stats``, take the place of the base's.
+          *args, **kwargs: as in :meth:`AdaptedModule.apply`.
+        """
+        if not isinstance(variables, Mapping) or "params" not in variables:
+            raise ValueError("variables: pass {'params': adapters}, as init returned them.")
+        base = {**self.variables, **variables, "params": self.variables["params"]}
+        return self.adapted.apply(base, variables["params"], *args, **kwargs)
 
 
 def adapt(

@@ -56,7 +56,8 @@ def adapt(
     :class:`AdapterParam`, a subclass of ``nnx.LoRAParam``, and so are those of
     ``modules_to_save`` (:class:`SavedParam`): ``wrt=nnx.LoRAParam`` selects what trains. Layers
     that share a weight share its adapter. An increment counts where its layer is called; code that
-    takes the weight out of a module and computes with it sees the base.
+    takes the weight out of a module and computes with it sees the base, which
+    ``adalora_jax.merge(model, inputs=...)`` notices.
 
     Args:
       model: any NNX module; also one whose weights ``qwix.quantize_model`` quantised.

@@ -349,3 +349,56 @@ def test_a_whole_nnx_run_in_one_scan():
     masks = [adalora.allocator_state(o.opt_state).masks for o in (my_optimizer, their_optimizer)]
     chex.assert_trees_all_equal(*map(adalora.rank_pattern, masks))
     check(adalora.nnx.adapters(ours), my_optimizer.opt_state, STEPS)
+
+
+class WithStatistics(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(8, name="up")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(3, name="head")(x)
+
+
+def test_a_loop_that_knows_linen_modules_alone_runs_unmodified():
+    """As Flax's examples have it: ``apply({"params": ..., "batch_stats": ...}, x)``."""
+    x = jax.random.normal(jax.random.key(0), (16, 6))
+    y = jax.random.randint(jax.random.key(1), (16,), 0, 3)
+    base = WithStatistics().init(jax.random.key(2), x)
+    config = adalora.AdaLoraConfig(
+        total_step=6, init_r=4, target_r=2, target_modules=["up"], modules_to_save=["head"]
+    )
+    adapted = adalora.linen.adapt(WithStatistics(), config)
+
+    def train(model):
+        variables = model.init(jax.random.key(3), x)
+        params, statistics = variables["params"], variables["batch_stats"]
+        state = TrainState.create(
+            apply_fn=model.apply, params=params, tx=adalora.adalora(optax.adam(1e-2), config)
+        )
+
+        @jax.jit
+        def step(state, statistics):
+            def loss(params):
+                logits, changed = state.apply_fn(
+                    {"params": params, "batch_stats": statistics},
+                    *(x, True),
+                    mutable=["batch_stats"],
+                )
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+                return losses.mean(), changed["batch_stats"]
+
+            grads, statistics = jax.grad(loss, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads), statistics
+
+        for _ in range(config.total_step):
+            state, statistics = step(state, statistics)
+        return state, statistics
+
+    bound = adapted.bind(base)
+    state, statistics = train(bound)
+    assert sum(adalora.ranks(state.opt_state).values()) == 2
+    outputs = bound.apply({"params": state.params, "batch_stats": statistics}, x)
+    merged = adalora.merge({**base, "batch_stats": statistics}, state.params)
+    np.testing.assert_allclose(WithStatistics().apply(merged, x), outputs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"pass \{'params': adapters\}"):
+        bound.apply(state.params, x)
