@@ -123,7 +123,9 @@ def _traced(
             return call(*call_args, **call_kwargs)
         layer = layer_of(module, input_of(call_args, call_kwargs)[1], declared)
         shape = _whole_shape(module, layer, params) if layer else ()
-        refused = _refusal(shape, active) or (_stacked_behind(module, layer) if layer else "")
+        refused = _refusal(shape, active, module.path) or (
+            _stacked_behind(module, layer) if layer else ""
+        )
         dropout = "dropout" in module.scope.rngs
         wrapper = next((type(m).__name__ for m in active if isinstance(m, _WRAPPERS)), "")
         candidate = targets.Candidate(
@@ -178,8 +180,12 @@ def _traced(
     return found, {place: uses[i] for place, i in places.items() if i in uses}, foreign
 
 
-def _refusal(shape: tuple[int, ...] | None, active: Sequence[nn.Module]) -> str:
+def _refusal(
+    shape: tuple[int, ...] | None, active: Sequence[nn.Module], path: Sequence[str]
+) -> str:
     """Return why a layer cannot be adapted where it is called; empty where it can."""
+    if any("/" in part for part in path):
+        return "there is a '/' in its name, which separates names in a path: give it another"
     if shape is None:
         return "its weight is made of a parameter by nn.map_variables"
     wrapper = next((module for module in active if _normalises_all(module)), None)
@@ -212,6 +218,11 @@ def _normalises_all(module: nn.Module) -> bool:
 def _marked(params: Any, path: tuple[str, ...], trace: object, probed: bool) -> Any:
     if not isinstance(params, Mapping):
         return params
+    if tree.HOLDER in params:
+        raise ValueError(
+            f"variables: the model has a module called {'/'.join((*path, tree.HOLDER))!r}, the name "
+            "under which an adapter is put beside its weight: give the module another."
+        )
     inside = {name: _marked(node, (*path, name), trace, probed) for name, node in params.items()}
     own = {name: node for name, node in params.items() if not isinstance(node, Mapping)}
     probes = {_probe_of(name): node for name, node in own.items()} if probed else {}

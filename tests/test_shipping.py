@@ -869,3 +869,23 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused_with_the_way_out(inne
     with pytest.raises(ValueError, match=r"opt_state: .*compact\(params, opt_state\)"):
         adalora.compact(adapters, state, tx)
     assert {a.lam.size for a in adalora.compact(adapters, state).values()} != {4}
+
+
+class Named(nn.Module):
+    name_of_layer: str
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name=self.name_of_layer)(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a/b", "there is a '/' in its name"), ("adalora", "has a module called 'adalora'")],
+)
+def test_names_that_cannot_be_told_apart_are_refused(name, message):
+    config = adalora.AdaLoraConfig(total_step=3, target_modules="all-linear")
+    model, x = Named(name), jnp.ones((2, 6))
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=message):
+        adalora.linen.adapt(model, config).init(jax.random.key(1), variables, x)
