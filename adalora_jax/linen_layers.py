@@ -220,8 +220,8 @@ def _marked(params: Any, path: tuple[str, ...], trace: object, probed: bool) -> 
         return params
     if tree.HOLDER in params:
         raise ValueError(
-            f"variables: the model has a module called {'/'.join((*path, tree.HOLDER))!r}, the name "
-            "under which an adapter is put beside its weight: give the module another."
+            f"variables: the model has a module called {'/'.join((*path, tree.HOLDER))!r}, the "
+            "name under which an adapter is put beside its weight: give the module another."
         )
     inside = {name: _marked(node, (*path, name), trace, probed) for name, node in params.items()}
     own = {name: node for name, node in params.items() if not isinstance(node, Mapping)}
