@@ -21,7 +21,7 @@ from adalora_jax.schedule import budget, cost
 from adalora_jax.scores import (
     ScoreInputs,
     finite_batch,
-    largest_average,
+    largest,
     representable,
     smooth_batch,
     triplet_scores,
@@ -242,8 +242,8 @@ def best_masks(
     batches = tree.alike(*evidence[:2])
     factor: chex.Numeric = 1
     if config.score == "sensitivity_uncertainty":
-        largest = [largest_average(*tree.pick(batch, *evidence[2:])) for batch in batches]
-        factor = representable(jnp.max(jnp.stack(largest)))
+        of_lam = [adapter.lam for part in evidence[2:] for adapter in part]
+        factor = representable(largest(of_lam))
     scored = functools.partial(_scored, factor, config=config)
     scores = tree.batched(scored, batches, *evidence)
     dtype = jnp.result_type(*{score.dtype for score in scores})
@@ -478,9 +478,8 @@ def allocator_state(opt_state: PyTree) -> AllocatorState:
     found = allocator_states(opt_state)
     if len(found) != 1:
         raise ValueError(
-            f"opt_state is a {type(opt_state).__name__} that holds {len(found)} AllocatorStates "
-            "instead of one: pass the state of an optimizer that was wrapped by adalora(...) once; "
-            "arguments are (opt_state, params) for eval_params and finish, (params, opt_state) for "
-            "compact and summary."
+            f"opt_state holds {len(found)} AllocatorStates instead of one: pass the state of an "
+            "optimizer that was wrapped by adalora(...) once; arguments are (opt_state, params) "
+            "for eval_params and finish, (params, opt_state) for compact and summary."
         )
     return found[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import reprlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -320,7 +321,7 @@ def adapt(
             "takes NNX modules."
         )
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config is a {type(config).__name__}: it must be an AdaLoraConfig.")
+        raise TypeError(f"config={reprlib.repr(config)} must be an AdaLoraConfig.")
     return AdaptedModule(model, config, rules, declared(layers))
 
 

@@ -7,6 +7,7 @@ variables and ``isinstance`` stay what they were.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -498,7 +499,7 @@ def _candidates(
 ) -> dict[str, targets.Candidate]:
     found = candidates(model, layers=layers)
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config is a {type(config).__name__}: it must be an AdaLoraConfig.")
+        raise TypeError(f"config={reprlib.repr(config)} must be an AdaLoraConfig.")
     return found
 
 

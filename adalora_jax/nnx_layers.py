@@ -384,7 +384,7 @@ def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
     """
     weight, shape = getattr(module, layer.weight), tuple(getattr(module, layer.weight).shape)
     size = layers.input_shape(layer, module, shape)
-    if size is None or _is_plain(module, weight) or by_qwix(weight):
+    if size is None or by_qwix(weight) or _is_plain(module, weight):
         return None
     graph, state = nnx.split(module)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state)

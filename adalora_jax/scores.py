@@ -110,25 +110,29 @@ def triplet_mean(element_scores: Adapter) -> jax.Array:
 
 
 @jax.jit
-def largest_average(sensitivity: Sequence[Adapter], uncertainty: Sequence[Adapter]) -> jax.Array:
-    """Return the largest entry of all averages, a float32."""
-    return jnp.max(
-        jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves((sensitivity, uncertainty))])
-    )
+def largest(averages: Sequence[jax.Array]) -> jax.Array:
+    """Return the largest entry of all of them."""
+    return jnp.max(jnp.stack([jnp.max(leaf) for leaf in averages]))
 
 
-def representable(largest: jax.Array) -> jax.Array:
+def representable(of_lam: jax.Array) -> jax.Array:
     """Return the factor of all averages with which float32 represents the products of two.
 
     ``Ī · Ū`` of averages below 1e-19 would be 0, of those above 1e19 infinite, and either way there
-    would be no order. Times a power of two, which is exact, the largest average is near 2⁶²; then
-    a product is lost only where averages are 1e41 times smaller than the largest.
+    would be no order. Times a power of two, which is exact, the largest average of a λ is near 2⁴⁰.
+    Those of p and q are of its order, since ``λ g_λ = Σ p g_p = Σ q g_q``: they may be 1e6 times as
+    large, and a product is lost only where averages are 1e34 times as small. Only those of λ are
+    looked at: they are few, and all of them are on every device.
 
-    >>> float(representable(jnp.float32(3.0))) / 2.0**60
-    1.0
+    Args:
+      of_lam: the largest average of a λ; 0, of which nothing follows, gives 1.
+
+    >>> float(representable(jnp.float32(3.0))) / 2.0**38, float(representable(jnp.float32(0.0)))
+    (1.0, 1.0)
     """
-    exponent = jnp.frexp(largest)[1]
-    return jnp.ldexp(jnp.float32(1), jnp.clip(62 - exponent, -126, 127))
+    exponent = jnp.frexp(of_lam)[1]
+    factor = jnp.ldexp(jnp.float32(1), jnp.clip(40 - exponent, -126, 127))
+    return jnp.where(of_lam > 0, factor, 1)
 
 
 def triplet_scores(

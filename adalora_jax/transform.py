@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def adalora(
     2
     """
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config is a {type(config).__name__}: it must be an AdaLoraConfig.")
+        raise TypeError(f"config={reprlib.repr(config)} must be an AdaLoraConfig.")
     if isinstance(inner, optax.MultiSteps):
         raise TypeError(f"inner={inner!r}: {_ACCUMULATION}")
     if not isinstance(inner, optax.GradientTransformation):
@@ -88,7 +89,6 @@ def adalora(
         if _is_placeholder(params):
             return AdaLoraOptState(inner.init(params), _placeholder_state(params, config))
         _check_scales(params, config)
-        _refuse_adapted_weights(params)
         # Some optimizers keep the first parameters; callers donate both, so it must be a copy.
         own = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
         inner_state = jax.tree.map(own, inner.init(params))
@@ -227,20 +227,6 @@ def _check_scales(params: Any, config: AdaLoraConfig) -> None:
             raise ValueError(
                 f"config: the adapter of {path!r} has scale {adapter.scale}, but this config gives "
                 f"it {expected}: pass adalora(...) the config that the model was adapted with."
-            )
-
-
-def _refuse_adapted_weights(params: Any) -> None:
-    """Raise where the weight of an adapted NNX layer would train along with its adapter."""
-    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=tree.is_variable)[0]
-    variables = {tree.leaf_name(path) for path, leaf in leaves if tree.is_variable(leaf)}
-    for path, adapter in tree.adapters(params).items():
-        weight = adapter.layout and f"{path}/{adapter.layout.weight}".lstrip("/")
-        if weight in variables:
-            raise ValueError(
-                f"params: {weight!r} would train along with the adapter of its layer: select the "
-                "adapters and modules_to_save alone, "
-                "nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)."
             )
 
 

@@ -107,13 +107,6 @@ def test_averages_and_masks_say_where_they_lie_as_moments_do():
         assert own["masks"][name]["adalora"].get_value() == P(None)
 
 
-def test_the_weight_of_an_adapted_layer_does_not_train_along():
-    model, config = adapted()
-    tx = adalora.adalora(optax.adam(1e-3), config)
-    with pytest.raises(ValueError, match=r"would train along.*wrt=nnx\.LoRAParam"):
-        nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-
 def test_parameters_in_variables_train_as_their_arrays_do():
     model, config = adapted()
     tx = adalora.adalora(optax.adamw(1e-2), config)
