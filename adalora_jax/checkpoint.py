@@ -174,7 +174,8 @@ def restore(
     folder = _folder(path)
     about = _about(folder)
     saved = {name: (tuple(e[0]), e[1]) for name, e in about["arrays"].items()}
-    config = _config(folder, about["config"], config, for_training=bool(tx or target))
+    goes_on = bool(tx or target)
+    config = _config(folder, about["config"], config, for_training=goes_on)
     facts = _read_facts(folder, about)
     if target is None:
         adapters = _adapters(_structs(_part("adapters", saved)), facts, about["nested"])
@@ -182,13 +183,13 @@ def restore(
             check_adapter(adapter, f"{found!r} in {folder}")
         opt_state = _structs(_part("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
-        if tx:
-            _refuse_another_config(target[1], config, f"tx, or the checkpoint {folder}")
     _refuse_other_facts(folder, facts, target[0])
     wanted = _state(*target)
     _refuse_differences(
         f"the checkpoint {folder}", saved, {name: _spec(leaf) for name, leaf in wanted.items()}
     )
+    if goes_on:
+        _refuse_another_config(target[1], config, f"the config of {folder}")
     arrays = _read(folder, {name: _placed(leaf) for name, leaf in wanted.items()})
     prints = jax.device_get(_fingerprints(arrays))
     if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
@@ -480,8 +481,8 @@ def _refuse_another_config(opt_state: Any, config: AdaLoraConfig, what: str) -> 
     numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
     if differing := _differing(*numbers):
         raise ValueError(
-            f"{what}: the optimizer has another config (there): {_some(differing)}. Pass the "
-            "config that adalora(...) got."
+            f"{what}: the optimizer has another config (there): {_some(differing)}. Use the config "
+            "that adalora(...) got."
         )
 
 

@@ -119,19 +119,19 @@ def representable(of_lam: jax.Array) -> jax.Array:
     """Return the factor of all averages with which float32 represents the products of two.
 
     ``Ī · Ū`` of averages below 1e-19 would be 0, of those above 1e19 infinite, and either way there
-    would be no order. Times a power of two, which is exact, the largest average of a λ is near 2⁴⁰.
-    Those of p and q are of its order, since ``λ g_λ = Σ p g_p = Σ q g_q``: they may be 1e6 times as
-    large, and a product is lost only where averages are 1e34 times as small. Only those of λ are
-    looked at: they are few, and all of them are on every device.
+    would be no order. The factor brings the largest average of a λ between 2⁻⁵⁰ and 2⁵⁰, as near
+    as it gets; it is a power of two, which is exact, and 1 for a λ that is there already. It goes
+    no further, for the averages of p and q may be much larger, by the penalty's gradient. Those of
+    λ are few, and all of them are on every device.
 
     Args:
       of_lam: the largest average of a λ; 0, of which nothing follows, gives 1.
 
-    >>> float(representable(jnp.float32(3.0))) / 2.0**38, float(representable(jnp.float32(0.0)))
-    (1.0, 1.0)
+    >>> [float(representable(jnp.float32(2.0**n))) for n in (-60, -40, 0, 40, 60)]
+    [1024.0, 1.0, 1.0, 1.0, 0.0009765625]
     """
-    exponent = jnp.frexp(of_lam)[1]
-    factor = jnp.ldexp(jnp.float32(1), jnp.clip(40 - exponent, -126, 127))
+    exponent = jnp.frexp(of_lam)[1] - 1
+    factor = jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -50, 50) - exponent)
     return jnp.where(of_lam > 0, factor, 1)
 
 

@@ -379,7 +379,7 @@ def describe(
 
 
 def _trained_along(parameters: Mapping[str, tuple[int, ...]], config: AdaLoraConfig) -> list[str]:
-    """A line that names what ``modules_to_save`` trains, if anything."""
+    """Return a line that names what ``modules_to_save`` trains, if anything."""
     if not config.modules_to_save or not parameters:
         return []
     return [f"trained along: {', '.join(saved_roots(list(parameters), config))}"]
@@ -390,7 +390,7 @@ def _of_no_layer(
     candidates: Mapping[str, Candidate],
     config: AdaLoraConfig,
 ) -> list[str]:
-    """A line that names the matrices that no layer of a known kind holds, if there are any."""
+    """Return a line that names the matrices that no known layer holds, if there are any."""
     layers = {path: c.layer for path, c in candidates.items() if c.layer}
     held = {f"{path}/{layer.weight}".lstrip("/") for path, layer in layers.items()} | {*layers}
     found = [

@@ -347,6 +347,9 @@ def test_a_config_that_is_not_the_runs_is_refused(tmp_path, trained):
     with pytest.raises(ValueError, match=r"another config \(there\): lora_alpha is .* there and 3"):
         checkpoint.save(tmp_path / "other", *trained, CONFIG.replace(lora_alpha=3))
     checkpoint.save(tmp_path / "own", *trained, CONFIG)
-    longer = adalora.adalora(optax.adam(1e-2), CONFIG.replace(total_step=50))
+    inner = adalora.adalora(optax.adam(0.02), CONFIG.replace(total_step=50))
+    longer = optax.chain(optax.clip_by_global_norm(1.0), inner)
+    with pytest.raises(ValueError, match="total_step is 50 there and"):
+        checkpoint.restore(tmp_path / "own", target=(trained[0], longer.init(trained[0])))
     with pytest.raises(ValueError, match="total_step is 50 there and"):
         checkpoint.restore(tmp_path / "own", longer)

@@ -47,3 +47,19 @@ def test_gradients_made_by_hand_need_not_name_their_weight():
     state = tx.init(adapters)
     updates, _ = tx.update({"layer": by_hand(1.0, 0)}, state, adapters)
     assert optax.apply_updates(adapters, updates)["layer"].scale == adapters["layer"].scale
+
+
+def test_ordinary_scores_stay_what_they_are_however_large_the_penaltys_part():
+    """The penalty moves p where λ is next to nothing: averages 1e10 times those of λ."""
+    adapters = {"layer": adapter()._replace(lam=1e-11 * jnp.ones(4))}
+    state = adalora.init_state(adapters, CONFIG)
+    rows = jnp.arange(4.0)[:, None]
+    grads = adalora.Adapter(
+        1e2 * (1 + rows) * jnp.sign(adapters["layer"].p), jnp.ones(4), 0 * adapters["layer"].q
+    )
+    for step in range(4):
+        scaled = jax.tree.map(lambda leaf, t=step: (1 + t) * leaf, grads)
+        state, masks = adalora.allocate(state, {"layer": scaled}, step)
+    of_p = (np.asarray(adapters["layer"].p, np.float64) * np.asarray(grads.p)) ** 2
+    of_p = of_p.mean(axis=1)
+    assert set(np.flatnonzero(masks["layer"])) == set(np.argsort(-of_p)[:2])
