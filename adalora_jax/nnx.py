@@ -7,6 +7,7 @@ variables and ``isinstance`` stay what they were.
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -33,6 +34,8 @@ from adalora_jax.nnx_layers import (
     is_weight,
     layer_of,
     modules,
+    reader_of,
+    readers,
     rewritten,
     stored,
     unreached,
@@ -326,7 +329,7 @@ def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None 
     copy = nnx.clone(model)
     if not any(isinstance(module, Adapted) for _, module in modules(copy)):
         raise ValueError("the model has no adapters: there is nothing to merge.")
-    _add_increments(copy, model, 1, safe)
+    _add_increments(copy, model, 1, safe, checked=inputs is not None)
     for _, module in modules(copy):
         if isinstance(module, Adapted):
             del module.adalora
@@ -392,12 +395,22 @@ def unmerged(model: _Model, adapted: nnx.Module, *, safe: bool = False) -> _Mode
             "model that was merged."
         )
     restored = nnx.clone(model)
-    _add_increments(restored, adapted, -1, safe)
+    _add_increments(restored, adapted, -1, safe, checked=True)
     return restored
 
 
-def _add_increments(model: nnx.Module, adapted: nnx.Module, sign: int, safe: bool) -> None:
-    """Adds the increments of ``adapted`` to the weights of ``model``, in place."""
+def _add_increments(
+    model: nnx.Module, adapted: nnx.Module, sign: int, safe: bool, checked: bool = False
+) -> None:
+    """Add the increments of ``adapted`` to the weights of ``model``, in place.
+
+    Args:
+      model: gets the increments.
+      adapted: has them.
+      sign: 1 to add, -1 to subtract.
+      safe: raise where a result is not finite.
+      checked: the outputs will be compared, so a layer that could not be traced is merged, too.
+    """
     own = dict(modules(model))
     done: set[int] = set()  # a tied weight has several layers
     for path, module in modules(adapted):
@@ -405,6 +418,9 @@ def _add_increments(model: nnx.Module, adapted: nnx.Module, sign: int, safe: boo
             continue
         adapter = module.adalora.adapter
         layer = adapter.layout or kinds.known(layer_of(module), module)
+        if checked and layer.note.endswith(usage.WITH_INPUTS):
+            layer = dataclasses.replace(layer, note="")
+            adapter = adapter._replace(layout=layer)
         weight = getattr(own.get(path), weight_name(module), None)
         if weight is None:
             raise ValueError(f"model has no layer {path!r}: it is another one than was adapted.")
@@ -466,7 +482,7 @@ def candidates(
             "takes linen modules."
         )
     found: dict[str, targets.Candidate] = {}
-    reasons = rewritten(model)
+    reasons, reading = rewritten(model), readers(model)
     for path, module in modules(model):
         if isinstance(module, Adaptation) and not of_adapted:
             raise ValueError(
@@ -490,6 +506,11 @@ def candidates(
             if layer and not refused and not of_adapted and (use := use_of(module, layer)):
                 foreign = not issubclass(type(module), FLAX_LAYERS)
                 candidate = usage.judged(candidate, use, foreign)
+            if layer and not candidate.note and (reader := reader_of(reading, path, layer.weight)):
+                candidate = candidate._replace(
+                    note=f"the code of {reader} reads `.{layer.weight}`, of this layer or another, "
+                    f"where a merged weight would count: {usage.WITH_INPUTS}"
+                )
             found[path] = candidate
     return found
 

@@ -8,7 +8,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -379,8 +379,8 @@ def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
     """Return how a layer uses its weight, seen in a trace of the layer alone.
 
     Flax's own layers that are as Flax made them need no trace: they multiply with what is stored.
-    None for them, for quantised weights, and for a class whose call takes other arguments than an
-    input, of which nothing is known.
+    None for them and for quantised weights. A class whose call takes other arguments than one input
+    is unseen.
     """
     weight, shape = getattr(module, layer.weight), tuple(getattr(module, layer.weight).shape)
     size = layers.input_shape(layer, module, shape)
@@ -405,7 +405,7 @@ def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
     try:
         closed = jax.make_jaxpr(run)(structs, x)
     except Exception:  # whatever a class of a user's raises for arguments that are not its own
-        return None
+        return usage.Use(False, False, False, unseen=True)
     scaled = frozenset({0} if layers.weight_scale(layer, module) != 1 else ())
     return usage.find_uses(closed.jaxpr, {places[0]: 0}, scaled)[0]
 
@@ -445,6 +445,52 @@ def rewritten(model: nnx.Module) -> dict[str, str]:
         for wrapper, name in found.items()
         if inside(path, wrapper)
     }
+
+
+def readers(model: nnx.Module) -> list[tuple[str, str, frozenset[str]]]:
+    """Return path, class name and names of attributes read, of modules that are not Flax's."""
+    classes = [(path, type(module)) for path, module in modules(model)]
+    return [
+        (path, cls.__name__, names) for path, cls in classes if (names := _attributes_read(cls))
+    ]
+
+
+def reader_of(found: Sequence[tuple[str, str, frozenset[str]]], path: str, weight: str) -> str:
+    """Return the class around a layer whose code reads an attribute called like its weight, if any.
+
+    Args:
+      found: what :func:`readers` returned.
+      path: of the layer.
+      weight: name of the layer's weight.
+
+    >>> reader_of([("", "Model", frozenset({"kernel"}))], "up", "kernel")
+    'Model'
+    """
+    inside = lambda outer: outer != path and (not outer or path.startswith(f"{outer}/"))
+    around = (cls for outer, cls, names in found if weight in names and inside(outer))
+    return next(around, "")
+
+
+@functools.cache
+def _attributes_read(cls: type) -> frozenset[str]:
+    """Return the names of attributes in a class's methods, but for Flax's and constructors."""
+    names: set[str] = set()
+    for own in cls.__mro__:
+        if own.__module__.partition(".")[0] in ("flax", "adalora_jax", "builtins"):
+            continue
+        methods = [value for name, value in vars(own).items() if name != "__init__"]
+        codes = [getattr(_function(method), "__code__", None) for method in methods]
+        while codes:
+            if (code := codes.pop()) is not None:
+                names.update(code.co_names)
+                codes += [inner for inner in code.co_consts if inspect.iscode(inner)]
+    return frozenset(names)
+
+
+def _function(method: Any) -> Any:
+    """Return the function in a method, a property or what decorators made of either."""
+    method = getattr(method, "fget", None) or getattr(method, "__func__", method)
+    return inspect.unwrap(method) if callable(method) else method
 
 
 def base_class(cls: type) -> type:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import reprlib
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -89,6 +90,7 @@ def adalora(
         if _is_placeholder(params):
             return AdaLoraOptState(inner.init(params), _placeholder_state(params, config))
         _check_scales(params, config)
+        _warn_of_trained_base(params)
         # Some optimizers keep the first parameters; callers donate both, so it must be a copy.
         own = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
         inner_state = jax.tree.map(own, inner.init(params))
@@ -228,6 +230,19 @@ def _check_scales(params: Any, config: AdaLoraConfig) -> None:
                 f"config: the adapter of {path!r} has scale {adapter.scale}, but this config gives "
                 f"it {expected}: pass adalora(...) the config that the model was adapted with."
             )
+
+
+def _warn_of_trained_base(params: Any) -> None:
+    """Warn where an adapted NNX layer's own weight is among the parameters that train."""
+    known = {p: a.layout for p, a in tree.adapters(params).items() if a.layout is not None}
+    weights = {f"{path}/{layout.weight}".lstrip("/") for path, layout in known.items()}
+    if base := sorted(weights & set(tree.leaf_paths(params))):
+        warnings.warn(
+            f"params: {base[0]!r} trains along with its adapter, and so do {len(base) - 1} more "
+            "weights, unless inner freezes them: wrt=nnx.LoRAParam in nnx.Optimizer trains what "
+            "adapt added, alone.",
+            stacklevel=3,
+        )
 
 
 def _check_adapters(params: Any, state: AllocatorState) -> None:

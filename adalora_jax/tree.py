@@ -300,6 +300,16 @@ def path_name(path: tuple[Any, ...]) -> str:
     return tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaf_paths(tree: PyTree) -> list[str]:
+    """Return the paths of the leaves, an NNX Variable counting as one leaf.
+
+    >>> leaf_paths({"up": {"kernel": 1.0}})
+    ['up/kernel']
+    """
+    named = tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]
+    return [tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
+
+
 def row_name(path: str, index: tuple[int, ...]) -> str:
     """What a matrix is called: its path, with its index where it is a slice of a stack.
 

@@ -57,6 +57,13 @@ _RAW, _CHANGED, _PRODUCT = "raw", "changed", "product"
 # And of what a layer is given to multiply its weight with.
 _INPUT = "input"
 
+# Ends the note of a layer that may be merged once outputs have been compared.
+WITH_INPUTS = "merge(model, inputs=(...)) merges it where the outputs stay the same"
+UNSEEN = (
+    "its class takes other arguments than one input, so how it uses its weight was not seen: "
+    + WITH_INPUTS
+)
+
 
 class Use(NamedTuple):
     """How one weight is used.
@@ -65,11 +72,13 @@ class Use(NamedTuple):
       transformed: its layer computes with something made of it.
       followed: its layer does more to the product than adding to it.
       elsewhere: something outside of its layer reads it.
+      unseen: the layer could not be traced, so the other three are unknown.
     """
 
     transformed: bool
     followed: bool
     elsewhere: bool
+    unseen: bool = False
 
 
 def scope_name(index: int) -> str:
@@ -117,6 +126,8 @@ def judged(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
       foreign: whether its class extends no layer of Flax's, so that the adapter's term is added to
         the output of all that it does.
     """
+    if use.unseen:
+        return candidate._replace(note=UNSEEN)
     if use.elsewhere:
         return candidate._replace(
             refused="its weight is also used outside of the layer, where there would be no "

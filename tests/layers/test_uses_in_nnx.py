@@ -136,6 +136,34 @@ def test_a_weight_that_its_layer_reads_twice_is_refused(make):
         adalora.nnx.adapt(nnx.Sequential(make()), CONFIG)
 
 
+class WithScale(nnx.Linear):
+    """Takes two arguments, so that no trace of it alone is possible."""
+
+    def __call__(self, x, scale):
+        return super().__call__(x * scale[None])
+
+
+class Scaling(nnx.Module):
+    def __init__(self, tanh=False):
+        self.layer, self.tanh = WithScale(4, 4, rngs=nnx.Rngs(0)), tanh
+
+    def __call__(self, x):
+        weight = jnp.tanh(self.layer.kernel[...]) if self.tanh else 0.0
+        return self.layer(x, jnp.full(4, 2.0)) + x @ (weight + jnp.zeros((4, 4)))
+
+
+def test_a_layer_that_cannot_be_traced_alone_is_merged_only_with_inputs():
+    adapted = adalora.nnx.adapt(Scaling(), CONFIG)
+    with pytest.raises(ValueError, match=r"'layer' cannot be merged: its class takes other arg"):
+        adalora.merge(adapted)
+    merged = adalora.merge(adapted, inputs=(X,))
+    np.testing.assert_allclose(merged(X), adapted(X), rtol=1e-4, atol=1e-5)
+    back = adalora.unmerge(merged, adapted)
+    np.testing.assert_allclose(back(X), Scaling()(X), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="reads the weight of an adapted layer by hand"):
+        adalora.merge(adalora.nnx.adapt(Scaling(tanh=True), CONFIG), inputs=(X,))
+
+
 class ByHand(nnx.Module):
     def __init__(self):
         self.table = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
@@ -144,12 +172,26 @@ class ByHand(nnx.Module):
         return self.table(ids) @ self.table.embedding[...].T
 
 
-def test_a_weight_read_by_hand_is_noticed_with_inputs():
+def test_a_weight_read_by_hand_is_noticed():
     adapted = adalora.nnx.adapt(ByHand(), CONFIG)
+    with pytest.raises(ValueError, match=r"'table' cannot be merged: the code of ByHand reads"):
+        adalora.merge(adapted)
     with pytest.raises(ValueError, match="reads the weight of an adapted layer by hand"):
         adalora.merge(adapted, inputs=(jnp.arange(5),))
     with pytest.raises(ValueError, match="linen variables, which hold no model"):
         adalora.merge({"params": {}}, {}, inputs=(X,))
+
+
+class Printed(ByHand):
+    def __call__(self, ids):
+        assert self.table.embedding.shape == (7, 4)
+        return self.table(ids)
+
+
+def test_a_weight_read_without_effect_is_merged_with_inputs():
+    adapted, ids = adalora.nnx.adapt(Printed(), CONFIG), jnp.arange(5)
+    merged = adalora.merge(adapted, inputs=(ids,))
+    np.testing.assert_allclose(merged(ids), adapted(ids), rtol=1e-4, atol=1e-5)
 
 
 class Tied(nnx.Module):
