@@ -193,6 +193,7 @@ def assert_same_result(first, second):
         assert first[name].tobytes() == second[name].tobytes(), name
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_ends_as_one_that_was_not(tmp_path):
     whole = run(tmp_path / "whole", tmp_path / "whole.npz")
     assert finish(run(tmp_path / "cut", tmp_path / "cut.npz", 6)) == (-9, 0)
@@ -311,6 +312,7 @@ def test_a_step_or_config_that_changed_is_noticed(saved, change):
         checkpoint.restore(saved)
 
 
+@pytest.mark.slow
 def test_every_damaged_file_is_noticed_or_does_not_matter(saved, tmp_path):
     script = Path(__file__).parent / "damaged_checkpoints.py"
     result = subprocess.run(

@@ -160,6 +160,7 @@ def test_one_compilation_for_the_whole_run(demo):
     assert {name: fit.traces for name, fit in demo.fits.items()} == dict.fromkeys(demo.fits, 1)
 
 
+@pytest.mark.slow
 def test_the_lowest_number_of_steps_is_enough(framework):
     method = methods.adaptations(10)[2]
     run = train.fit(framework, framework.create(0), method, range(5, 10), steps=10, seed=0)

@@ -55,6 +55,7 @@ def check_collectives(runs, most):
         assert bool(sizes) == (result["split"] > 0), name
 
 
+@pytest.mark.slow
 def test_meshes_of_one_two_and_eight_devices_train_alike():
     """Four are in test_sharding.py."""
     runs = run(SOME, "--collectives")

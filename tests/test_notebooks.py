@@ -30,6 +30,7 @@ SLOW = {
     "03-what-it-decides",
     "04-resume-compact-export",
     "05-quantised-base",
+    "09-inside-other-loops",
 }
 DEVICES = {"06-sharded-training": 8}  # run in a process that has so many
 PACKAGES = {
@@ -115,6 +116,7 @@ def test_it_runs_and_shows_what_it_keeps(path, elsewhere):
     check(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
 def test_it_runs_on_several_devices(name, tmp_path):
     code = f"import test_notebooks as t; t.check(t.FOLDER / {name + '.ipynb'!r})"

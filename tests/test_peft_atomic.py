@@ -83,6 +83,7 @@ def test_a_save_that_fails_leaves_the_old_adapter_or_the_new_one(case, action, o
     assert len(outcomes) > 9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(case, tmp_path):
     name, before, after = case

@@ -118,6 +118,7 @@ def test_the_updates_of_lam_are_those_of_the_inner_optimizer_times_the_multiplie
         np.testing.assert_array_equal(ours["head"], alone["head"])
 
 
+@pytest.mark.slow
 def test_the_multiplier_prunes_alike_compiled_or_not():
     config = CONFIG.replace(lam_lr_multiplier=4.0, revive=False)
     runs = [list(steps(config, optax.adam(0.03), jit=jit)) for jit in (jax.jit, lambda f: f)]

@@ -59,6 +59,7 @@ def test_equal_budgets_tables_and_going_on(folder, monkeypatch):
         run(folder, "--method", "lora", "--seeds", "3")
 
 
+@pytest.mark.slow
 def test_a_study_stops_when_its_time_is_over(folder, tmp_path, monkeypatch):
     found = {"digits": tasks.shortened(tasks.load("digits", folder, 1), 2)}
     monkeypatch.setattr(train, "lowered", lambda *_: jax.jit(lambda: 0).lower())

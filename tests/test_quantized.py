@@ -266,6 +266,7 @@ def test_adapters_train_in_nnx_and_the_base_stays_bit_for_bit():
     assert isinstance(adapted.layers[0].up, nnx.Linear)
 
 
+@pytest.mark.slow
 def test_params_and_adapters_together_are_differentiated_without_a_filter_in_linen():
     model, variables, _ = linen()
     adapted = adalora.linen.adapt(model, config())

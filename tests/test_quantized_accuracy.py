@@ -68,14 +68,14 @@ def accuracy(framework, recipe):
     return 100 * float(np.mean(found))
 
 
+@pytest.mark.exhaustive  # each is minutes of training, five times over
 @pytest.mark.parametrize(
     ("framework", "recipe"),
     [
-        pytest.param("linen", "nf4", marks=pytest.mark.slow),
-        # Each is minutes of training, five times over.
-        pytest.param("linen", "int8", marks=pytest.mark.exhaustive),
-        pytest.param("linen", "int4", marks=pytest.mark.exhaustive),
-        pytest.param("nnx", "nf4", marks=pytest.mark.exhaustive),
+        ("linen", "nf4"),
+        ("linen", "int8"),
+        ("linen", "int4"),
+        ("nnx", "nf4"),
     ],
 )
 def test_a_quantised_base_costs_less_than_a_point_of_accuracy(framework, recipe):

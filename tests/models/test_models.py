@@ -58,13 +58,18 @@ def random_like(tree):
     return jax.tree.map(lambda leaf: draw(leaf).astype(leaf.dtype), tree)
 
 
+def some_slow(names, quick):
+    """Every name, those that are not quick as slow tests."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in names]
+
+
 def check_ranks(state):
     ranks = adalora.ranks(state)
     assert sum(ranks.values()) == CONFIG.target_r * len(ranks)
     assert int(state.budget) == sum(ranks.values())
 
 
-@pytest.mark.parametrize("name", LINEN)
+@pytest.mark.parametrize("name", some_slow(LINEN, quick=("gpt", "resnet")))
 def test_linen(name):
     model, x, training, collections = LINEN[name]
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
@@ -109,7 +114,7 @@ def test_linen(name):
     check_ranks(adalora.allocator_state(opt))
 
 
-@pytest.mark.parametrize("name", NNX)
+@pytest.mark.parametrize("name", some_slow(NNX, quick=("llama",)))
 def test_nnx(name):
     make, x = NNX[name]
     model = nnx.jit(lambda: make(nnx.Rngs(0)))()
