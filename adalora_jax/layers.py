@@ -402,7 +402,9 @@ def input_shape(layer: Layout, module: Any, shape: Sequence[int]) -> tuple[int, 
     if layer.kind == "general":
         batch, axes, _ = _general(module)
         size = [2] * max(len(batch) + len(axes) + 1, *(a + 1 for a in axes), *(-a for a in axes))
-        for axis, features in zip((*batch, *axes), (*(own[a] for a in layer.stack), *ins)):
+        in_order = lambda axes: sorted(axis % len(size) for axis in axes)  # as Flax contracts them
+        stack = [own[axis] for axis in layer.stack]
+        for axis, features in zip((*in_order(batch), *in_order(axes)), (*stack, *ins)):
             size[axis] = features
         return tuple(size)
     if layer.kind == "einsum":

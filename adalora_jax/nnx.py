@@ -503,7 +503,10 @@ def candidates(
             if layer and not refused and type(module) not in (layers or {}):
                 refused = unreached(base_class(type(module)))
             candidate = targets.Candidate(module, layer, shape, refused if layer else "")
-            if layer and not refused and not of_adapted and (use := use_of(module, layer)):
+            use = use_of(module, layer) if layer and not refused and not of_adapted else None
+            if use and use.unseen and type(module) in (layers or {}):
+                use = None  # its user says what it computes
+            if layer and use:
                 foreign = not issubclass(type(module), FLAX_LAYERS)
                 candidate = usage.judged(candidate, use, foreign)
             if layer and not candidate.note and (reader := reader_of(reading, path, layer.weight)):

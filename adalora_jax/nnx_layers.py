@@ -424,14 +424,20 @@ def _is_plain(module: nnx.Module, weight: Any) -> bool:
     cls = type(module)
     if cls not in FLAX_LAYERS or type(weight).get_value is not nnx.Variable.get_value:
         return False
-    defaults = inspect.signature(cls.__init__).parameters
-    functions = {n: p.default for n, p in defaults.items() if callable(p.default)}
-    own = all(
-        getattr(module, name, default) is default
-        for name, default in functions.items()
-        if not name.endswith("_init")
-    )
-    return own and "on_get_value" not in weight.get_metadata()
+    dtypes = ("dtype", "param_dtype", "preferred_element_type")  # types, which are callable, too
+    given = {
+        name: (getattr(module, name, parameter.default), parameter.default)
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.default is not parameter.empty
+        and name not in dtypes
+        and not name.endswith("_init")
+    }
+    changed = [
+        name
+        for name, (value, default) in given.items()
+        if (callable(value) or callable(default)) and value is not default
+    ]
+    return not changed and "on_get_value" not in weight.get_metadata()
 
 
 def rewritten(model: nnx.Module) -> dict[str, str]:
