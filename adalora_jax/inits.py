@@ -74,7 +74,7 @@ def pissa_init(variables: Any, adapters: Any = None) -> Any:
                     new[path], variable if qwix else variable.get_raw_value(), path
                 )
         changed = nnx.with_adapters(variables, new)
-        return nnx.unmerged(changed, changed)
+        return nnx.unmerged(changed, changed, checked=False)
     linen_layers.check_variables(variables)
     params, new = linen_layers.unboxed(variables), dict(adapters)
     for path, adapter in tree.adapters(new).items():

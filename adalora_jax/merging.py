@@ -53,8 +53,9 @@ def merge(
       adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``, for linen variables.
       safe: raise where a merged weight is not finite.
       inputs: of an NNX model: raise where the merged model computes something else with them than
-        the adapted one. A linen model was traced with inputs when it was adapted, and what reads a
-        layer's weight by hand was found; an NNX model's code is not seen before it is called.
+        the adapted one. Required where it is not known how a layer's weight is used, since its
+        class takes more than one input or the code of another module reads the weight. A linen
+        model needs none: it was traced with inputs when it was adapted.
 
     Returns:
       Variables for the plain linen module; or a copy of the NNX model without adapters, of the
@@ -62,7 +63,8 @@ def merge(
 
     Raises:
       ValueError: an adapter fits no weight of the model; a layer transforms its weight before it
-        uses it, so that no sum of weights computes the same; a weight is quantised (then
+        uses it, so that no sum of weights computes the same, or its use is not known and there are
+        no ``inputs``; a weight is quantised (then
         :func:`adalora_jax.quantization.merge` merges); a result is not finite with ``safe``; or
         outputs for ``inputs`` differ.
 

@@ -34,7 +34,6 @@ from adalora_jax.nnx_layers import (
     is_weight,
     layer_of,
     modules,
-    reader_of,
     readers,
     rewritten,
     stored,
@@ -60,8 +59,9 @@ def adapt(
     :class:`AdapterParam`, a subclass of ``nnx.LoRAParam``, and so are those of
     ``modules_to_save`` (:class:`SavedParam`): ``wrt=nnx.LoRAParam`` selects what trains. Layers
     that share a weight share its adapter. An increment counts where its layer is called; code that
-    takes the weight out of a module and computes with it sees the base, which
-    ``adalora_jax.merge(model, inputs=...)`` notices.
+    takes the weight out of a module and computes with it sees the base. So a layer whose weight the
+    code of another module reads is merged only by ``adalora_jax.merge(model, inputs=...)``, which
+    compares outputs.
 
     Args:
       model: any NNX module; also one whose weights ``qwix.quantize_model`` quantised.
@@ -373,13 +373,17 @@ def release_saved(model: _Model) -> _Model:
     return model
 
 
-def unmerged(model: _Model, adapted: nnx.Module, *, safe: bool = False) -> _Model:
+def unmerged(
+    model: _Model, adapted: nnx.Module, *, safe: bool = False, checked: bool = True
+) -> _Model:
     """Return a copy of a merged model without its increments, see :func:`adalora_jax.unmerge`.
 
     Args:
       model: as :func:`merged` gave it.
       adapted: the model that was merged.
       safe: raise where a result is not finite.
+      checked: outputs were compared when the model was merged, so layers whose use is unknown are
+        unmerged, too.
 
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
@@ -395,7 +399,7 @@ def unmerged(model: _Model, adapted: nnx.Module, *, safe: bool = False) -> _Mode
             "model that was merged."
         )
     restored = nnx.clone(model)
-    _add_increments(restored, adapted, -1, safe, checked=True)
+    _add_increments(restored, adapted, -1, safe, checked=checked)
     return restored
 
 
@@ -409,7 +413,7 @@ def _add_increments(
       adapted: has them.
       sign: 1 to add, -1 to subtract.
       safe: raise where a result is not finite.
-      checked: the outputs will be compared, so a layer that could not be traced is merged, too.
+      checked: the outputs are compared, so layers whose use is unknown are merged, too.
     """
     own = dict(modules(model))
     done: set[int] = set()  # a tied weight has several layers
@@ -418,7 +422,12 @@ def _add_increments(
             continue
         adapter = module.adalora.adapter
         layer = adapter.layout or kinds.known(layer_of(module), module)
-        if checked and layer.note.endswith(usage.WITH_INPUTS):
+        if layer.note.startswith(usage.UNKNOWN):
+            if not checked:
+                raise ValueError(
+                    f"the increment of {path!r} cannot be merged: {layer.note}: "
+                    "merge(model, inputs=(...)) merges it where the outputs stay the same."
+                )
             layer = dataclasses.replace(layer, note="")
             adapter = adapter._replace(layout=layer)
         weight = getattr(own.get(path), weight_name(module), None)
@@ -509,10 +518,10 @@ def candidates(
             if layer and use:
                 foreign = not issubclass(type(module), FLAX_LAYERS)
                 candidate = usage.judged(candidate, use, foreign)
-            if layer and not candidate.note and (reader := reader_of(reading, path, layer.weight)):
+            if layer and not candidate.note and (id(module), layer.weight) in reading:
+                reader = reading[id(module), layer.weight]
                 candidate = candidate._replace(
-                    note=f"the code of {reader} reads `.{layer.weight}`, of this layer or another, "
-                    f"where a merged weight would count: {usage.WITH_INPUTS}"
+                    note=f"{usage.UNKNOWN}the code of {reader} reads `.{layer.weight}` of a layer"
                 )
             found[path] = candidate
     return found

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextvars
 import copyreg
+import dis
 import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -422,7 +423,10 @@ class _Marked(nnx.Module):
 def _is_plain(module: nnx.Module, weight: Any) -> bool:
     """Return whether a layer is one of Flax's, with the functions and the variables of Flax."""
     cls = type(module)
-    if cls not in FLAX_LAYERS or type(weight).get_value is not nnx.Variable.get_value:
+    reading = ("get_value", "__getitem__", "__jax_array__")
+    if any(getattr(type(weight), n, None) is not getattr(nnx.Variable, n, None) for n in reading):
+        return False
+    if cls not in FLAX_LAYERS:
         return False
     dtypes = ("dtype", "param_dtype", "preferred_element_type")  # types, which are callable, too
     given = {
@@ -453,44 +457,55 @@ def rewritten(model: nnx.Module) -> dict[str, str]:
     }
 
 
-def readers(model: nnx.Module) -> list[tuple[str, str, frozenset[str]]]:
-    """Return path, class name and names of attributes read, of modules that are not Flax's."""
-    classes = [(path, type(module)) for path, module in modules(model)]
-    return [
-        (path, cls.__name__, names) for path, cls in classes if (names := _attributes_read(cls))
-    ]
+def readers(model: nnx.Module) -> dict[tuple[int, str], str]:
+    """Return ``{(id of a module, attribute): class}`` of code that reads attributes of others.
 
-
-def reader_of(found: Sequence[tuple[str, str, frozenset[str]]], path: str, weight: str) -> str:
-    """Return the class around a layer whose code reads an attribute called like its weight, if any.
-
-    Args:
-      found: what :func:`readers` returned.
-      path: of the layer.
-      weight: name of the layer's weight.
-
-    >>> reader_of([("", "Model", frozenset({"kernel"}))], "up", "kernel")
-    'Model'
+    Such code may multiply with a layer's weight by hand. Whose attribute it reads is not seen, so
+    that may be any module that can be reached from the reading one, by whatever path.
     """
-    inside = lambda outer: outer != path and (not outer or path.startswith(f"{outer}/"))
-    around = (cls for outer, cls, names in found if weight in names and inside(outer))
-    return next(around, "")
+    found: dict[tuple[int, str], str] = {}
+    for path, module in modules(model):
+        names = _attributes_read(type(module))
+        for inner, other in modules(module) if names else ():
+            if inner and tree.HOLDER not in path.split("/"):
+                found.update({(id(other), name): type(module).__name__ for name in names})
+    return found
 
 
 @functools.cache
 def _attributes_read(cls: type) -> frozenset[str]:
-    """Return the names of attributes in a class's methods, but for Flax's and constructors."""
+    """Return the names of attributes that a class's methods read of anything but ``self``.
+
+    Methods of Flax's classes and constructors do not count.
+    """
     names: set[str] = set()
     for own in cls.__mro__:
         if own.__module__.partition(".")[0] in ("flax", "adalora_jax", "builtins"):
             continue
-        methods = [value for name, value in vars(own).items() if name != "__init__"]
-        codes = [getattr(_function(method), "__code__", None) for method in methods]
-        while codes:
-            if (code := codes.pop()) is not None:
-                names.update(code.co_names)
-                codes += [inner for inner in code.co_consts if inspect.iscode(inner)]
+        for name, method in vars(own).items():
+            code = getattr(_function(method), "__code__", None)
+            if name != "__init__" and code is not None:
+                is_method = code.co_argcount and not isinstance(method, (staticmethod, classmethod))
+                names |= _read_by(code, code.co_varnames[0] if is_method else None)
     return frozenset(names)
+
+
+def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
+    """Return the attributes that a function and those within it read of anything but ``self``."""
+    names: set[str] = set()
+    of_self = False
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not of_self:
+            names.add(step.argval)
+        if step.opname != "EXTENDED_ARG":
+            loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+            loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            of_self = loads and loaded[-1] == self_name  # one operation may load two variables
+    if "getattr" in code.co_names:
+        names |= {constant for constant in code.co_consts if isinstance(constant, str)}
+    for inner in filter(inspect.iscode, code.co_consts):
+        names |= _read_by(inner, self_name)
+    return names
 
 
 def _function(method: Any) -> Any:

@@ -366,7 +366,7 @@ def _checked_increment(path: str, weight: Packed, adapter: Any, layer: Layout) -
         raise ValueError(
             f"the increment of {path!r} cannot be merged: "
             + (layer.note or "it was read without like=adapters of this model")
-            + "."
+            + ". Serve the adapted model, or merge a float model, and quantise that."
         )
     return weight_increment(layer, adapter, weight.shape)
 

@@ -238,9 +238,9 @@ def _warn_of_trained_base(params: Any) -> None:
     weights = {f"{path}/{layout.weight}".lstrip("/") for path, layout in known.items()}
     if base := sorted(weights & set(tree.leaf_paths(params))):
         warnings.warn(
-            f"params: {base[0]!r} trains along with its adapter, and so do {len(base) - 1} more "
-            "weights, unless inner freezes them: wrt=nnx.LoRAParam in nnx.Optimizer trains what "
-            "adapt added, alone.",
+            f"params: the base's weights train along with their adapters, {len(base)} of them, "
+            f"such as {base[0]!r}, unless inner freezes them: nnx.Optimizer(..., "
+            "wrt=nnx.LoRAParam) trains only what adapt added.",
             stacklevel=3,
         )
 

@@ -57,12 +57,8 @@ _RAW, _CHANGED, _PRODUCT = "raw", "changed", "product"
 # And of what a layer is given to multiply its weight with.
 _INPUT = "input"
 
-# Ends the note of a layer that may be merged once outputs have been compared.
-WITH_INPUTS = "merge(model, inputs=(...)) merges it where the outputs stay the same"
-UNSEEN = (
-    "its class takes other arguments than one input, so how it uses its weight was not seen: "
-    + WITH_INPUTS
-)
+# Begins the note of a layer that may be merged once outputs have been compared.
+UNKNOWN = "it is not known how its weight is used, since "
 
 
 class Use(NamedTuple):
@@ -127,7 +123,7 @@ def judged(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
         the output of all that it does.
     """
     if use.unseen:
-        return candidate._replace(note=UNSEEN)
+        return candidate._replace(note=f"{UNKNOWN}its class takes other arguments than one input")
     if use.elsewhere:
         return candidate._replace(
             refused="its weight is also used outside of the layer, where there would be no "

@@ -455,3 +455,14 @@ def test_a_merge_that_fails_or_is_killed_leaves_nothing_or_all(is_killed, tmp_pa
         assert (out / "config.json").exists()
     assert number > 9
     assert before == {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
+
+
+def test_an_increment_that_its_layer_does_not_add_is_refused(tmp_path):
+    layout = adalora.Layout("kernel", shape=(5, 6), note="its layer normalises the weight")
+    adapters = {"model/up": ADAPTERS["model/up"]._replace(layout=layout)}
+    base = make_base(tmp_path / "base")
+    with pytest.raises(ValueError, match="'model/up' cannot be merged: its layer normalises"):
+        peft.merge_pretrained(adapters, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    peft.save_pretrained(tmp_path / "adapter", adapters, CONFIG)
+    peft.merge_pretrained(tmp_path / "adapter", base, tmp_path / "out")

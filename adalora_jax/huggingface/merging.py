@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from adalora_jax import tree
 from adalora_jax.huggingface.files import read_adapter
 from adalora_jax.huggingface.matrices import Matrix, common_scale, to_matrices
 from adalora_jax.huggingface.names import as_names, hf_names
@@ -76,8 +77,9 @@ def merge_pretrained(
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is damaged or malicious, an increment fits no weight of the base, or its
-        weight has a dtype that is not computed with; or what a tied head becomes is not known.
+      ValueError: a file is damaged or malicious; an increment fits no weight of the base, or its
+        Flax layer does not compute with the sum; a weight has a dtype that is not computed with; or
+        what a tied head becomes is not known.
       OSError: ``out_directory`` cannot be written.
 
     >>> import pathlib, tempfile
@@ -95,6 +97,7 @@ def merge_pretrained(
     [4. 4. 4.]
     """
     if isinstance(adapter, Mapping):
+        _refuse_unmergeable(adapter)
         names, scale = as_names(names), common_scale(adapter, 1.0)
         matrices, _ = to_matrices(adapter, scale, masks, names)
         saved = saved_to_torch(adapter, names)
@@ -115,6 +118,17 @@ def merge_pretrained(
     with writing_to("out_directory", out_directory), new_folder(out) as folder:
         _copy_others(base, folder, settings)
         _write(base, changes, scale, folder, safe, progress or (lambda tensors: tensors))
+
+
+def _refuse_unmergeable(adapters: Mapping[str, Any]) -> None:
+    """Raise where an adapter's Flax layer does not compute with the sum of weight and increment."""
+    for path, adapter in tree.adapters(adapters).items():
+        note = adapter.layout.note if adapter.layout else ""
+        if note:
+            raise ValueError(
+                f"the increment of {path!r} cannot be merged: {note}. Where the PyTorch model does "
+                "compute with the sum, write the adapter with save_pretrained and merge its folder."
+            )
 
 
 def _changes(
