@@ -5,27 +5,28 @@ import importlib.util as _util
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from adalora_jax import linen, nnx, scores, sharding
-from adalora_jax import serialization as _serialization  # noqa: F401  (registers)
-from adalora_jax.adapter import Adapter, delta_weight, forward, init_adapter
-from adalora_jax.allocator import (
+from adalora_jax._src.core.adapter import Adapter, delta_weight, forward
+from adalora_jax._src.core.allocator import (
     AdaLoraState,
     AllocatorState,
     allocate,
     allocator_state,
     init_state,
 )
-from adalora_jax.bank import AdapterBank, per_example
-from adalora_jax.compaction import rank_pattern, ranks, summary
-from adalora_jax.config import AdaLoraConfig
-from adalora_jax.diagnostics import info
-from adalora_jax.evaluation import eval_params, masks
-from adalora_jax.layout import Layout
-from adalora_jax.merging import compact, finish, merge, unmerge
-from adalora_jax.rankspec import RankSpec
-from adalora_jax.regularizer import orthogonality
-from adalora_jax.schedule import budget
-from adalora_jax.transform import AdaLoraOptState, adalora
-from adalora_jax.tree import adapters, param_labels
+from adalora_jax._src.core.bank import AdapterBank, per_example
+from adalora_jax._src.core.compaction import summary
+from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.evaluation import eval_params, masks, rank_pattern, ranks
+from adalora_jax._src.core.init import init_adapter
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.monitor import info
+from adalora_jax._src.core.pytree import adapters, param_labels
+from adalora_jax._src.core.rank_spec import RankSpec
+from adalora_jax._src.core.regularizer import orthogonality
+from adalora_jax._src.core.schedule import budget
+from adalora_jax._src.core.transform import AdaLoraOptState, adalora
+from adalora_jax._src.modules import serialization as _serialization  # noqa: F401  (registers)
+from adalora_jax._src.modules.merging import compact, finish, merge, unmerge
 
 __version__ = "0.1.0"
 
@@ -72,6 +73,7 @@ _LAZY = {
     "huggingface": (),
     "inits": (),
     "plot": ("matplotlib",),
+    "protocols": (),
     "quantization": ("qwix", "safetensors"),
     "qwix_models": ("qwix",),
 }
@@ -81,6 +83,7 @@ if _TYPE_CHECKING:
     from adalora_jax import huggingface as huggingface
     from adalora_jax import inits as inits
     from adalora_jax import plot as plot
+    from adalora_jax import protocols as protocols
     from adalora_jax import quantization as quantization
     from adalora_jax import qwix_models as qwix_models
 else:

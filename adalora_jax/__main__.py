@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adalora_jax import compaction, tree
-from adalora_jax.config import AdaLoraConfig
+from adalora_jax._src.core import compaction, evaluation, pytree
+from adalora_jax._src.core.config import AdaLoraConfig
 
 
 class Found(NamedTuple):
@@ -114,8 +114,8 @@ def _find(folder: pathlib.Path) -> Found:
 def _description(folder: pathlib.Path) -> str:
     """The text that ``inspect`` prints."""
     found = _find(folder)
-    adapters, config = tree.adapters(found.adapters), found.config
-    live = sum(compaction.ranks(found.masks).values())
+    adapters, config = pytree.adapters(found.adapters), found.config
+    live = sum(evaluation.ranks(found.masks).values())
     whole = sum(adapter.lam.size for adapter in adapters.values())
     nbytes = sum(leaf.nbytes for adapter in adapters.values() for leaf in adapter)
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -129,8 +129,8 @@ def _description(folder: pathlib.Path) -> str:
     ]
     if found.step is not None:
         lines.append(f"step: {found.step} of {config.total_step}, {_phase(found.step, config)}")
-    leaves = jax.tree_util.tree_flatten_with_path(found.adapters, is_leaf=tree.is_adapter)[0]
-    others = [tree.leaf_name(path) for path, node in leaves if not tree.is_adapter(node)]
+    leaves = jax.tree_util.tree_flatten_with_path(found.adapters, is_leaf=pytree.is_adapter)[0]
+    others = [pytree.leaf_name(path) for path, node in leaves if not pytree.is_adapter(node)]
     if others:
         lines.append(f"trained beside them: {', '.join(sorted(others))}")
     return "\n".join(lines)

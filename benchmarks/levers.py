@@ -35,12 +35,13 @@ import training
 from networks import Shape
 
 import adalora_jax as adalora
-from adalora_jax import tree
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.allocator import update_allocator
+from adalora_jax._src.core.low_rank import _mixed
+from adalora_jax._src.core.scores import smooth_batch
 from adalora_jax.demo import in_linen
 from adalora_jax.demo.data import batches, load
 from adalora_jax.demo.methods import adaptations, pretraining
-from adalora_jax.lowrank import _mixed
-from adalora_jax.scores import smooth_batch
 
 LEVERS = ("compaction", "averages")
 KEPT = 4  # of the triplets of each matrix
@@ -183,9 +184,9 @@ def agreement(steps: int, seed: int = 0) -> dict[str, list[float]]:
         grads = jax.grad(loss)(adapters)
         updates, opt = optimizer.update(grads, opt, adapters)
         adapters = optax.apply_updates(adapters, updates)
-        given = tree.canonical(adapters), tree.canonical(grads)
+        given = pytree.canonical(adapters), pytree.canonical(grads)
         for name, state in others.items():
-            now = adalora.allocator.update_allocator(state, *given, state.step)
+            now = update_allocator(state, *given, state.step)
             pair = rounded(
                 name, jax.random.fold_in(key, state.step), (now.sensitivity, now.uncertainty)
             )

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 from adalora_jax import huggingface as peft
-from adalora_jax.tensorfile import Spec, stream_tensors
+from adalora_jax._src.tensorfile import Spec, stream_tensors
 
 FOLDER = pathlib.Path(sys.argv[-1])
 SIZES = Sizes(layers=4, groups=2)

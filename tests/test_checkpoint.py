@@ -19,7 +19,7 @@ from problem import adapters as fresh
 from problem import assert_same_bits, batches, train_step
 
 import adalora_jax as adalora
-from adalora_jax import checkpoint
+from adalora_jax._src import checkpoint
 
 CONFIG = adalora.AdaLoraConfig(total_step=9, init_r=4, target_r=2, tinit=2, tfinal=3)
 RUN = Path(__file__).parent / "resumable_run.py"

@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import adalora_jax as adalora
-from adalora_jax import checkpoint, evaluation
+from adalora_jax import checkpoint
 from adalora_jax import huggingface as peft
 from adalora_jax.__main__ import main
+from adalora_jax._src.core import evaluation
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=8, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=8, target_modules=["query"]

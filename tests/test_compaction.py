@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import adalora_jax as adalora
-from adalora_jax import evaluation
-from adalora_jax.compaction import surviving_rows
+from adalora_jax._src.core import evaluation
+from adalora_jax._src.core.compaction import surviving_rows
 
 ROOT = Path(__file__).parent.parent
 CONFIG = adalora.AdaLoraConfig(total_step=10, init_r=4, target_r=2, init_lora_weights=False)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from adalora_jax import AdaLoraConfig, RankSpec
-from adalora_jax.config import _CHOICES
+from adalora_jax._src.core.config import _CHOICES
 
 GOOD = {"total_step": 100}
 

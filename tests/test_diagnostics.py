@@ -15,7 +15,7 @@ from flax import nnx
 
 import adalora_jax as adalora
 from adalora_jax import AdaLoraConfig
-from adalora_jax.diagnostics import AllocatorInfo
+from adalora_jax._src.core.monitor import AllocatorInfo
 
 CONFIG = AdaLoraConfig(total_step=24, init_r=4, target_r=2, tinit=3, tfinal=4, deltaT=3)
 SCORES = [

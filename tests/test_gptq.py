@@ -13,8 +13,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import adalora_jax as adalora
-from adalora_jax import gptq, quantization
-from adalora_jax.nnx_layers import pure
+from adalora_jax import quantization
+from adalora_jax._src.modules import linen_layers
+from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.quantization import gptq
 
 PINNED = np.load(Path(__file__).parent / "gptq_tensors" / "packed.npz")
 CASES = [
@@ -173,7 +175,7 @@ def test_a_checkpoint_goes_into_a_linen_model_and_trains(checkpoint):
     )
     ours = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(packed["params"], adapters, X)
     reference = adalora.linen.adapt(model, CONFIG)
-    dense = {"params": adalora.linen.whole(packed)["params"]}
+    dense = {"params": linen_layers.whole(packed)["params"]}
     dense = jax.tree.map(
         lambda leaf: leaf.dequantize() if hasattr(leaf, "dequantize") else leaf,
         dense,

@@ -9,6 +9,7 @@ from flax import nnx
 
 import adalora_jax as al
 from adalora_jax import inits
+from adalora_jax._src.core import pytree
 
 CONFIG = al.AdaLoraConfig(total_step=10, init_r=3, target_r=2, lora_alpha=6, target_modules=".*")
 
@@ -208,7 +209,7 @@ def test_principal_adapters_are_the_top_of_the_kernels_and_the_base_is_the_rest(
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
     assert abs(model.apply(corrected, TOKENS)["logits"] - want).max() > 0.01
     for path, stack, ins in (("conv", 0, 2), ("layers/query", 1, 1), ("layers/out", 1, 2)):
-        get = lambda tree, path=path: al.tree.at(tree["params"], path.split("/"))["kernel"]
+        get = lambda tree, path=path: pytree.at(tree["params"], path.split("/"))["kernel"]
         old, new = (read(get(tree), stack, ins) for tree in (variables, corrected))
         adapter, rank = adapters[path], adapters[path].lam.shape[-1]
         for index in np.ndindex(old.shape[:-2]):

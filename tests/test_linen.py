@@ -10,7 +10,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import adalora_jax as adalora
-from adalora_jax import evaluation
+from adalora_jax._src.core import evaluation
 
 
 class Block(nn.Module):

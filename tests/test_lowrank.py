@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from adalora_jax.lowrank import dropped, keep, low_rank, low_rank_plain, on_dropped
+from adalora_jax._src.core.low_rank import dropped, keep, low_rank, low_rank_plain, on_dropped
 
 NAMES = ("x", "p", "c", "q")
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adalora_jax as al
-from adalora_jax.regularizer import deviation
+from adalora_jax._src.core.regularizer import deviation
 
-orthogonality_room = importlib.import_module("adalora_jax.regularizer")
+orthogonality_room = importlib.import_module("adalora_jax._src.core.regularizer")
 EYE = np.eye(3, 5, dtype=np.float32)
 NORMAL = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 ROTATED = np.linalg.qr(NORMAL.T.astype(np.float64))[0].T.astype(np.float32)

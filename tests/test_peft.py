@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adalora_jax as adalora
-from adalora_jax import evaluation
 from adalora_jax import huggingface as peft
+from adalora_jax._src.core import evaluation
 
 PINNED = Path(__file__).with_name("pinned")
 CONFIG = adalora.AdaLoraConfig(

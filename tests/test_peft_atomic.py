@@ -11,7 +11,7 @@ import pytest
 from saving_run import CASES, OTHER, acting_at, save
 
 from adalora_jax import huggingface as peft
-from adalora_jax.tensorfile import TensorFile
+from adalora_jax._src.tensorfile import TensorFile
 
 RUN = Path(__file__).with_name("saving_run.py")
 FILES = {"adapter_config.json", "adapter_model.safetensors"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adalora_jax.huggingface.names import IDENTITY, NameMap, Place, as_names, hf_names
+from adalora_jax._src.huggingface.names import IDENTITY, NameMap, Place, as_names, hf_names
 
 FAMILIES = ["bert", "gpt2", "llama", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3"]
 FAMILIES += ["vit", "vit_v4"]

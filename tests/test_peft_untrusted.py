@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import adalora_jax as adalora
 from adalora_jax import huggingface as peft
-from adalora_jax import tensorfile
-from adalora_jax.huggingface import matrices as peft_matrices
+from adalora_jax._src import tensorfile
+from adalora_jax._src.huggingface import matrices as peft_matrices
 
 FEW = settings(
     max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True

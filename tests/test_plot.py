@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adalora_jax import plot
-from adalora_jax.diagnostics import AllocatorInfo
+from adalora_jax._src.core.monitor import AllocatorInfo
 
 RANKS = {
     f"encoder/blocks_{layer}/{module}": rank

@@ -10,10 +10,10 @@ import problem
 import pytest
 
 import adalora_jax as al
-from adalora_jax.ranking import Entry, cut, entry, keep_best, kept
-from adalora_jax.schedule import cost
-from adalora_jax.scores import triplet_scores
-from adalora_jax.transform import soft_threshold
+from adalora_jax._src.core.schedule import cost
+from adalora_jax._src.core.scores import triplet_scores
+from adalora_jax._src.core.selection import Entry, cut, entry, keep_best, kept
+from adalora_jax._src.core.transform import soft_threshold
 
 CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
 

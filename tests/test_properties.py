@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import adalora_jax as al
-from adalora_jax.ranking import keep_best
-from adalora_jax.scores import raw_sensitivity
+from adalora_jax._src.core.scores import raw_sensitivity
+from adalora_jax._src.core.selection import keep_best
 
 # The same examples in every run; compilation is no reason to miss a deadline.
 examples = functools.partial(settings, deadline=None, derandomize=True)

@@ -13,9 +13,10 @@ import qwix
 from flax import nnx, traverse_util
 
 import adalora_jax as adalora
-from adalora_jax import packed, quantization
-from adalora_jax.nnx_layers import pure
-from adalora_jax.tree import is_packed
+from adalora_jax._src.core.pytree import is_packed
+from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.quantization import packed
+from adalora_jax._src.quantization import quantize as quantization
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),  # Qwix's

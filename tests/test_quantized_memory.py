@@ -8,7 +8,9 @@ from compiling import AS_USERS
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax import gptq, packed, quantization
+from adalora_jax import quantization
+from adalora_jax._src.modules.params import by_path
+from adalora_jax._src.quantization import gptq, packed
 
 
 class Deep(nn.Module):
@@ -59,7 +61,7 @@ def linen_step_memory(scanned, recipe):
     floats = jax.eval_shape(Deep(scanned).init, jax.random.key(0), WIDE_X)
     model, variables = Deep(scanned), floats
     if recipe == "gptq":
-        flat = packed.by_path(floats["params"])
+        flat = by_path(floats["params"])
         weights = {path: gptq_shapes(k.shape) for path, k in flat.items() if "kernel" in path}
         model, variables = packed.pack_linen(model, floats, weights)
     elif recipe is not None:

@@ -10,8 +10,9 @@ import qwix
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax import nnx_layers, quantization, qwix_models
-from adalora_jax.nnx_layers import pure
+from adalora_jax import quantization, qwix_models
+from adalora_jax._src.modules import nnx_layers
+from adalora_jax._src.modules.nnx_layers import pure
 
 pytestmark = [
     # Qwix's own.

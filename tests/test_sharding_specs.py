@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceShar
 from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
-from adalora_jax.layout import Layout
+from adalora_jax._src.core.layout import Layout
 from adalora_jax.sharding import adapter_specs
 
 CONFIG = adalora.AdaLoraConfig(

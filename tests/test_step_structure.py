@@ -13,7 +13,7 @@ import pytest
 from compiling import AS_USERS
 
 import adalora_jax as adalora
-from adalora_jax import scores
+from adalora_jax._src.core import scores
 
 RANK, TOKENS, WIDTH, HIDDEN = 4, 96, 40, 56
 CONFIG = adalora.AdaLoraConfig(

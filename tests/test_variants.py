@@ -10,8 +10,8 @@ import problem
 import pytest
 
 import adalora_jax as al
-from adalora_jax.ranking import keep_best
-from adalora_jax.scores import triplet_scores
+from adalora_jax._src.core.scores import triplet_scores
+from adalora_jax._src.core.selection import keep_best
 
 CONFIG = al.AdaLoraConfig(total_step=1000, init_r=12, target_r=8)
 LINEAR = CONFIG.replace(budget_schedule="linear")

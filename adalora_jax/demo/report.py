@@ -5,8 +5,6 @@ from __future__ import annotations
 import pathlib
 
 import adalora_jax as adalora
-from adalora_jax import plot
-from adalora_jax.compaction import table
 from adalora_jax.demo.train import Run
 
 
@@ -17,7 +15,12 @@ def accuracy_table(runs: list[Run]) -> str:
         (run.method.title, f"{run.accuracy:.1%}", f"{run.trained:,}", f"{run.kept:,}")
         for run in runs
     ]
-    return table(rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def rank_table(runs: list[Run]) -> str:
@@ -29,7 +32,7 @@ def rank_table(runs: list[Run]) -> str:
 def save_picture(runs: list[Run], path: pathlib.Path) -> None:
     """Draws the rank of every adapter over time."""
     history = _adaptive(runs).history
-    figure = plot.rank_history(
+    figure = adalora.plot.rank_history(
         [adalora.ranks(progress.masks) for progress in history],
         budget=[int(progress.budget) for progress in history if progress.budget is not None],
     )

@@ -11,6 +11,7 @@ import pytest
 
 import adalora_jax as adalora
 from adalora_jax import quantization
+from adalora_jax._src.modules import linen_layers
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=4, init_r=3, target_r=1, target_modules="all-linear", init_lora_weights=False
@@ -134,7 +135,7 @@ def test_weights_in_one_scope_can_be_quantised_beneath_their_adapters():
     adapters = adapted.init(jax.random.key(2), packed, X)
     dense = jax.tree.map(
         lambda leaf: leaf.dequantize() if hasattr(leaf, "dequantize") else leaf,
-        {"params": adalora.linen.whole(packed)["params"]},
+        {"params": linen_layers.whole(packed)["params"]},
         is_leaf=lambda leaf: hasattr(leaf, "dequantize"),
     )
     want = adalora.linen.adapt(model, CONFIG).apply(dense, adapters, X)

@@ -16,8 +16,9 @@ from test_stacked import LINEN, NNX
 
 import adalora_jax as adalora
 from adalora_jax import quantization
-from adalora_jax.nnx_layers import pure
-from adalora_jax.tree import is_packed
+from adalora_jax._src.core.pytree import is_packed
+from adalora_jax._src.modules import linen_layers
+from adalora_jax._src.modules.nnx_layers import pure
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated"),
@@ -79,7 +80,7 @@ def test_a_linen_layer(kind, qtype):
     recipe = quantization.Recipe(qtype=qtype, target_modules=cell.targets)
     quantize = lambda m: quantization.quantize(m, recipe, variables, *inputs, **cell.call)
     model, packed = quantize(cell.module)
-    dense = {**variables, "params": dequantised(adalora.linen.whole(packed)["params"])}
+    dense = {**variables, "params": dequantised(linen_layers.whole(packed)["params"])}
     assert jax.tree.structure(dense) == jax.tree.structure(variables)
     adapted, plain = (adalora.linen.adapt(m, config) for m in (model, cell.module))
     adapters = random_like(

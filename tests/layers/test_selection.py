@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax.layout import Layout
-from adalora_jax.ranking import keep_best
-from adalora_jax.targets import Candidate, describe, resolve, select
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.selection import keep_best
+from adalora_jax._src.modules.candidates import Candidate
+from adalora_jax._src.modules.targets import describe, resolve, select
 
 
 class Attention(nn.Module):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from adalora_jax import AdaLoraConfig
-from adalora_jax.config_peft import _PEFT_IGNORED, _PEFT_UNSUPPORTED
+from adalora_jax._src.core.peft_keys import _PEFT_IGNORED, _PEFT_UNSUPPORTED
 from parity import theirs
 from parity.cases import Case
 

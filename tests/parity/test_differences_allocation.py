@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import adalora_jax as adalora
-from adalora_jax import AdaLoraConfig, evaluation
+from adalora_jax import AdaLoraConfig
+from adalora_jax._src.core import evaluation
 from parity import ours, theirs
 from parity.cases import Case, inputs
 

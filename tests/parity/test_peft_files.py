@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import adalora_jax as adalora
-from adalora_jax import evaluation
 from adalora_jax import huggingface as files
+from adalora_jax._src.core import evaluation
 from parity import hf_models as hf
 from parity import theirs
 from parity.cases import Case

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import adalora_jax as adalora
-from adalora_jax import evaluation
 from adalora_jax import huggingface as files
+from adalora_jax._src.core import evaluation
 from parity import hf_models as hf
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install '.[parity]'")

@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 
 import adalora_jax as adalora
 from adalora_jax import huggingface as peft
-from adalora_jax import quantization, qwix_models, tree
+from adalora_jax import quantization, qwix_models
+from adalora_jax._src.core import pytree
 from trainers import tunix_models as tunix
 
 pytestmark = [
@@ -123,7 +124,7 @@ def test_ranks_shrink_to_the_budget(family):
     assert (run.watch.live[0], sum(adalora.ranks(state).values())) == (4 * matrices, 2 * matrices)
     assert run.watch.live == sorted(run.watch.live, reverse=True)
     assert len({*adalora.ranks(state).values()}) > 1, "some layers are worth more than others"
-    masks = tree.leaves_with_path(state.masks)
+    masks = pytree.leaves_with_path(state.masks)
     assert set(masks) == set(adapters)
     for path, adapter in adapters.items():
         np.testing.assert_array_equal(adapter.lam != 0, masks[path], err_msg=path)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import adalora_jax as adalora
-from adalora_jax import tree
+from adalora_jax._src.core import pytree
 from trainers import tunix_models as tunix
 
 CONFIG = adalora.AdaLoraConfig(
@@ -26,7 +26,7 @@ def spread(model, mesh):
 
 def results(run):
     as_lists = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
-    masks = as_lists(tree.leaves_with_path(run.allocator.masks))
+    masks = as_lists(pytree.leaves_with_path(run.allocator.masks))
     adapters = adalora.nnx.adapters(run.model)
     return {"masks": masks, "adapters": {path: as_lists([*a]) for path, a in adapters.items()}}
 

@@ -1,0 +1,525 @@
+"""Save, restore, resume: the whole training state in one orbax checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import tree_util
+
+from adalora_jax import __version__
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.adapter import Adapter, check_adapter
+from adalora_jax._src.core.allocator import AllocatorState, allocator_state
+from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import PyTree, leaf_name
+from adalora_jax._src.tensorfile import writing_to
+
+_FORMAT = "adalora_jax/2"
+# By these the optimizer and its adapters go on; what is adapted may be said in another way.
+_OF_THE_RUN = (
+    *("total_step", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
+    *("lora_alpha", "scale"),
+)
+_PARTS = ("adapters", "opt_state")
+_MOST_COMPRESSED = 40_000  # zstd makes nothing smaller by more than this factor, not even zeros
+
+
+class Checkpoint(NamedTuple):
+    """The content of a checkpoint, as :func:`restore` read it.
+
+    Attributes:
+      adapters: what trains, as it was saved: ``{path: Adapter}`` and the parameters of
+        ``modules_to_save``, or in the containers of ``target``.
+      opt_state: the optimizer's state.
+      allocator: the allocator's state in it, with dicts by path whatever ``opt_state`` has.
+      step: of the trainer: what ``save`` was given, or the number of updates.
+      config: of the run.
+      version: of the library that saved it.
+    """
+
+    adapters: PyTree
+    opt_state: PyTree
+    allocator: AllocatorState
+    step: int
+    config: AdaLoraConfig
+    version: str
+
+
+def save(
+    path: str | os.PathLike[str],
+    adapters: PyTree,
+    opt_state: PyTree,
+    config: AdaLoraConfig,
+    *,
+    step: int | None = None,
+) -> None:
+    """Writes adapters, optimizer and allocator state, step, config and version to a new folder.
+
+    The folder appears under its name only when it is complete, however the process ends. For a
+    row of checkpoints, saved in the background, use ``orbax.checkpoint.CheckpointManager`` with
+    :func:`save_args`.
+
+    Args:
+      path: the folder, which must not exist.
+      adapters: what trains: the dict that ``adapted.init`` gave, or an NNX State. The base model
+        is not saved.
+      opt_state: with one :class:`AllocatorState` in it: of optax, or the ``opt_state`` of an
+        ``nnx.Optimizer``.
+      config: of this run. A function in it is saved by its name alone.
+      step: the trainer's step, if it counts differently from the optimizer's updates.
+
+    Raises:
+      ValueError: ``path`` exists, ``opt_state`` holds no allocator, or is of another config.
+      OSError: ``path`` cannot be written.
+
+    >>> import jax, optax, tempfile, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/first", adapters, tx.init(adapters), config)
+    ...     restored = restore(f"{folder}/first", tx)
+    >>> bool((restored.adapters["query"].p == adapters["query"].p).all()), restored.step
+    (True, 0)
+    """
+    folder = _folder(path)
+    if folder.exists():
+        raise ValueError(
+            f"path={str(path)!r} exists: save under a new name, or let CheckpointManager keep a "
+            "folder a step."
+        )
+    args = save_args(adapters, opt_state, config, step=step)
+    with (
+        writing_to("path", path),
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
+        checkpointer.save(folder, args=args)
+
+
+def save_args(
+    adapters: PyTree, opt_state: PyTree, config: AdaLoraConfig, *, step: int | None = None
+) -> ocp.args.Composite:
+    """The ``args`` of ``CheckpointManager.save``, for the same content as :func:`save`.
+
+    >>> import jax, optax, tempfile, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> opt_state = adalora.adalora(optax.adam(1e-3), config).init(adapters)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with ocp.CheckpointManager(folder) as manager:
+    ...         _ = manager.save(3, args=save_args(adapters, opt_state, config, step=3))
+    ...     restore(f"{folder}/3").step
+    3
+    """
+    allocator = allocator_state(opt_state)
+    _refuse_another_config(opt_state, config, "config")
+    leaves = _state(adapters, opt_state)
+    keys = {name: str(jax.random.key_impl(x)) for name, x in leaves.items() if _is_key(x)}
+    arrays = {name: _data(leaf) for name, leaf in leaves.items()}
+    prints = jax.device_get(_fingerprints(arrays))
+    about = {
+        "format": _FORMAT,
+        "version": __version__,
+        "step": int(allocator.step) if step is None else int(step),
+        "config": config.to_dict(),
+        "arrays": {name: [*_spec(leaf), int(prints[name])] for name, leaf in leaves.items()},
+        "keys": keys,
+        "allocator": _allocator_name(opt_state),
+        "facts": _facts_of(adapters),
+        "nested": _nested_paths(adapters),
+    }
+    about["digest"] = _digest(about)
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(arrays),  # pyright: ignore[reportCallIssue]
+        adalora=ocp.args.JsonSave(about),  # pyright: ignore[reportCallIssue]
+    )
+
+
+def restore(
+    path: str | os.PathLike[str],
+    tx: Any = None,  # an optax GradientTransformation
+    *,
+    target: tuple[PyTree, PyTree] | None = None,
+    config: AdaLoraConfig | None = None,
+) -> Checkpoint:
+    """Reads back exactly what was saved.
+
+    What comes out has the containers of ``target``; or, with ``tx`` alone, is ``{path: Adapter}``
+    (and ``{path: array}`` for ``modules_to_save``) with the state that ``tx`` has for it; or, with
+    neither, the same adapters and the optimizer state as a flat dict, for a look or an export.
+
+    Args:
+      path: a folder that :func:`save` made, or the folder of a step of a ``CheckpointManager``.
+      tx: the optimizer, as ``adalora(...)`` or a chain made it.
+      target: ``(adapters, opt_state)`` as they were saved, of arrays or ``jax.ShapeDtypeStruct``.
+        The arrays come back with the shardings they have here, so also on another mesh.
+      config: what the run goes on with, to be compared with the saved one. It is needed to go on
+        where that one holds functions.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it is no checkpoint of this library, is incomplete or damaged; or it is of another
+        config, optimizer or model: with the differences.
+    """
+    folder = _folder(path)
+    about = _about(folder)
+    saved = {name: (tuple(e[0]), e[1]) for name, e in about["arrays"].items()}
+    goes_on = bool(tx or target)
+    config = _config(folder, about["config"], config, for_training=goes_on)
+    facts = _read_facts(folder, about)
+    if target is None:
+        adapters = _adapters(_structs(_part("adapters", saved)), facts, about["nested"])
+        for found, adapter in pytree.adapters(adapters).items():
+            check_adapter(adapter, f"{found!r} in {folder}")
+        opt_state = _structs(_part("opt_state", saved))
+        target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
+    _refuse_other_facts(folder, facts, target[0])
+    wanted = _state(*target)
+    _refuse_differences(
+        f"the checkpoint {folder}", saved, {name: _spec(leaf) for name, leaf in wanted.items()}
+    )
+    if goes_on:
+        _refuse_another_config(target[1], config, f"the config of {folder}")
+    arrays = _read(folder, {name: _placed(leaf) for name, leaf in wanted.items()})
+    prints = jax.device_get(_fingerprints(arrays))
+    if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
+        raise ValueError(f"{folder} is damaged: {_some(damaged)} changed since it was saved.")
+    allocator = _allocator(_part(about["allocator"], arrays), config, facts)
+    for name, kind in about["keys"].items():
+        arrays[name] = jax.random.wrap_key_data(arrays[name], impl=kind)
+    filled = [
+        jax.tree.unflatten(jax.tree.structure(node), [arrays[f"{part}/{n}"] for n in _named(node)])
+        for part, node in zip(_PARTS, target)
+    ]
+    return Checkpoint(filled[0], filled[1], allocator, about["step"], config, about["version"])
+
+
+def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    return pathlib.Path(os.path.abspath(os.fspath(path)))  # orbax takes absolute paths only
+
+
+def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
+    """Both trees as one flat dict of leaves."""
+    return {
+        f"{part}/{name}": leaf
+        for part, node in zip(_PARTS, (adapters, opt_state))
+        for name, leaf in _named(node).items()
+    }
+
+
+def _named(node: PyTree) -> dict[str, Any]:
+    """``{name: leaf}``, with names that are the same for a dict, a Flax dict and an NNX State."""
+    flat = tree_util.tree_flatten_with_path(node)[0]
+    named = {leaf_name(path): leaf for path, leaf in flat}
+    if len(named) < len(flat):
+        raise ValueError("two leaves have the same path: rename one of the keys with a '/' in it.")
+    return named
+
+
+def _part(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries at and under ``prefix``, which is cut off."""
+    return {
+        name[len(prefix) + 1 :]: entry
+        for name, entry in named.items()
+        if name == prefix or name.startswith(f"{prefix}/")
+    }
+
+
+def _allocator_name(opt_state: PyTree) -> str:
+    is_state = lambda node: isinstance(node, AllocatorState)
+    nodes = tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
+    inside = next(leaf_name(path) for path, node in nodes if is_state(node))
+    return f"opt_state/{inside}".rstrip("/")
+
+
+def _structs(specs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: jax.ShapeDtypeStruct(*spec) for name, spec in specs.items()}
+
+
+def _adapters(
+    named: Mapping[str, Any],
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    nested: Mapping[str, list[str]] | None = None,
+) -> dict[str, Any]:
+    """Return ``{path: Adapter}``, and other leaves nested as they were, from names of leaves."""
+    rest = dict(named)
+    found: dict[str, Any] = {}
+    for stem in [name[: -len("lam")] for name in rest if f"/{name}".endswith("/lam")]:
+        names = [f"{stem}{field}" for field in Adapter._fields]
+        if all(name in rest for name in names):
+            path = stem.removesuffix("/")
+            known = (facts or {}).get(path, {})
+            found[path] = Adapter(*(rest.pop(name) for name in names), **known)
+    for name, leaf in rest.items():
+        *parents, last = (nested or {}).get(name, [name])
+        node = found
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return found
+
+
+def _facts_of(adapters: PyTree) -> dict[str, Any]:
+    """Return ``{path: [scale, layout]}`` of the adapters as JSON values."""
+    return {
+        path: [adapter.scale, adapter.layout and adapter.layout.to_dict()]
+        for path, adapter in pytree.adapters(adapters).items()
+    }
+
+
+def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return ``{path: {"scale": ..., "layout": ...}}`` of a checkpoint.
+
+    Raises:
+      ValueError: they are not as saved.
+    """
+    try:
+        facts = {
+            path: {"scale": scale, "layout": layout and Layout.from_dict(layout)}
+            for path, (scale, layout) in about["facts"].items()
+        }
+        nested = about["nested"].items()
+        texts = all(isinstance(n, str) and all(isinstance(p, str) for p in ps) for n, ps in nested)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        facts, texts = {"": {"scale": ""}}, False
+    is_scale = lambda s: s is None or (isinstance(s, (int, float)) and math.isfinite(s))
+    if not texts or not all(is_scale(known["scale"]) for known in facts.values()):
+        raise ValueError(f"{folder} is damaged: its description in 'adalora' is not as saved.")
+    return facts
+
+
+def _refuse_other_facts(folder: pathlib.Path, facts: Mapping[str, Any], adapters: PyTree) -> None:
+    """Raise where the adapters of a target are for other weights, or of another scale."""
+    for path, adapter in pytree.adapters(adapters).items():
+        saved = facts.get(path, {"scale": None, "layout": None})
+        here = {"scale": adapter.scale, "layout": adapter.layout}
+        differing = [
+            f"{name} {saved[name]} there and {here[name]} here"
+            for name in here
+            if saved[name] != here[name] and None not in (saved[name], here[name])
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoint {folder} is of another model or config: {path!r} has "
+                f"{_some(differing)}."
+            )
+
+
+def _nested_paths(adapters: PyTree) -> dict[str, list[str]]:
+    """Return ``{name: keys}`` of the leaves outside of adapters, to nest them as they were."""
+    is_node = lambda node: pytree.is_adapter(node) or pytree.is_variable(node)
+    flat = tree_util.tree_flatten_with_path(adapters, is_leaf=is_node)[0]
+    keys = lambda path: [tree_util.keystr((key,), simple=True) for key in path]
+    return {leaf_name(path): keys(path) for path, node in flat if not pytree.is_adapter(node)}
+
+
+def _allocator(
+    named: Mapping[str, jax.Array], config: AdaLoraConfig, facts: Mapping[str, Any]
+) -> AllocatorState:
+    averages = (_adapters(_part(name, named), facts) for name in ("sensitivity", "uncertainty"))
+    scalars = {name: named[name] for name in ("step", "budget", "applied", "overridden", "penalty")}
+    sensitivity, uncertainty = averages
+    return AllocatorState(
+        masks=_part("masks", named),
+        sensitivity=sensitivity,
+        uncertainty=uncertainty,
+        config=config,
+        **scalars,
+    )
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key(entry: list[Any], kind: str) -> Any:
+    """The abstract random key that an array as described is the data of."""
+    wrap = functools.partial(jax.random.wrap_key_data, impl=kind)
+    return jax.eval_shape(wrap, jax.ShapeDtypeStruct(tuple(entry[0]), entry[1]))
+
+
+def _data(leaf: Any) -> jax.Array:
+    """What is stored of a leaf: orbax takes arrays of numbers."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
+
+
+def _spec(leaf: Any) -> tuple[tuple[int, ...], str]:
+    data = jax.eval_shape(_data, leaf)
+    return data.shape, data.dtype.name
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What orbax is to make of a leaf: shape, dtype and the place it goes to."""
+    sharding = None if _is_key(leaf) else getattr(leaf, "sharding", None)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(*_spec(leaf), sharding=sharding)
+
+
+@jax.jit
+def _fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A number for the bits of each array, the same for every sharding."""
+    return {name: _fingerprint(array) for name, array in arrays.items()}
+
+
+def _fingerprint(array: jax.Array) -> jax.Array:
+    if array.dtype == bool:
+        array = array.astype(jnp.uint8)
+    unsigned = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    bits = bits * jnp.uint32(0x9E3779B1)
+    bits = (bits ^ (bits >> jnp.uint32(15))) * jnp.uint32(0x85EBCA77)
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    """Return a checksum of a description, of the step and the config above all."""
+    read = json.loads(json.dumps({name: about[name] for name in about if name != "digest"}))
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def _about(folder: pathlib.Path) -> dict[str, Any]:
+    """What a checkpoint says about itself; nothing else has been read when it is refused.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`restore`.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: there is no such checkpoint.")
+    entries = sorted(entry.name for entry in folder.iterdir())
+    if not {"adalora", "state"} <= set(entries):
+        steps = [name for name in entries if (folder / name / "adalora").is_dir()]
+        hint = f" Name one of its steps: {_some(steps)}." if steps else ""
+        raise ValueError(
+            f"{folder} is no checkpoint of adalora_jax, which has the folders 'adalora' and "
+            f"'state': it holds {_some(entries)}.{hint}"
+        )
+    about = _orbax(folder, adalora=ocp.args.JsonRestore())["adalora"]  # pyright: ignore[reportCallIssue]
+    form = about.get("format") if isinstance(about, Mapping) else None
+    if form != _FORMAT:
+        raise ValueError(f"{folder} has the format {form!r}, but this version reads {_FORMAT!r}.")
+    try:
+        sizes = [_size(*entry) for entry in about["arrays"].values()]
+        well_formed = (
+            isinstance(about["step"], int)
+            and isinstance(about["config"], Mapping)
+            and f"{about['allocator']}/step" in about["arrays"]
+            and all(
+                f"{about['allocator']}/{name}" in about["arrays"]
+                for name in ("budget", "applied", "overridden", "penalty")
+            )
+            and isinstance(about["version"], str)
+            and all(_is_key(_key(about["arrays"][n], kind)) for n, kind in about["keys"].items())
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        sizes, well_formed = [], False
+    if not well_formed or about.get("digest") != _digest(about):
+        raise ValueError(f"{folder} is damaged: its description in 'adalora' is not as saved.")
+    stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if sum(sizes) > _MOST_COMPRESSED * stored:
+        raise ValueError(
+            f"{folder} promises {sum(sizes)} bytes of arrays, more than its {stored} bytes can "
+            "hold: it is damaged or forged."
+        )
+    return dict(about)
+
+
+def _size(shape: list[int], dtype: str, fingerprint: int) -> int:
+    """Bytes of an array as described.
+
+    Raises:
+      TypeError, ValueError: the description is none.
+    """
+    ints = all(type(n) is int and n >= 0 for n in [*shape, fingerprint])
+    if not ints or jnp.dtype(dtype).kind not in "biufV" or jnp.dtype(dtype).hasobject:
+        raise ValueError(dtype)
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+def _config(
+    folder: pathlib.Path, saved: Mapping[str, Any], config: AdaLoraConfig | None, for_training: bool
+) -> AdaLoraConfig:
+    if config is None:
+        config = AdaLoraConfig.from_dict(saved)
+        if for_training and (lost := config.missing_functions()):
+            raise ValueError(
+                f"{folder} was saved with functions in its config, which a file cannot hold: "
+                f"{_some(f'{name} ({function})' for name, function in lost.items())}. Pass the "
+                "config that has them, restore(..., config=config)."
+            )
+        return config
+    saved, given = AdaLoraConfig.from_dict(saved).to_dict(), config.to_dict()
+    if differing := _differing(saved, given):
+        raise ValueError(
+            f"{folder} was saved with another config: {_some(differing)}. Go on with the saved "
+            "one, restore(path).config, or start anew."
+        )
+    return config
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return the fields in which two configs differ, with their values."""
+    return [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _refuse_another_config(opt_state: Any, config: AdaLoraConfig, what: str) -> None:
+    """Raise where an optimizer's state is of a run with another config."""
+    configs = allocator_state(opt_state).config, config
+    numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
+    if differing := _differing(*numbers):
+        raise ValueError(
+            f"{what}: the optimizer has another config (there): {_some(differing)}. Use the config "
+            "that adalora(...) got."
+        )
+
+
+def _refuse_differences(what: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    show = lambda spec: f"{spec[1]}{list(spec[0])}"
+    differing = {
+        "missing": [name for name in wanted if name not in saved],
+        "not asked for": [name for name in saved if name not in wanted],
+        "of another kind": [
+            f"{name} ({show(saved[name])}, not {show(spec)})"
+            for name, spec in wanted.items()
+            if name in saved and saved[name] != spec
+        ],
+    }
+    if any(differing.values()):
+        found = ". ".join(f"{how}: {_some(names)}" for how, names in differing.items() if names)
+        raise ValueError(
+            f"{what} is of another model, optimizer or config. {found}. Restore without tx and "
+            "target to see what it holds."
+        )
+
+
+def _read(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
+    restore = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
+    return dict(_orbax(folder, state=restore)["state"])
+
+
+def _orbax(folder: pathlib.Path, **items: Any) -> Any:
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder, args=ocp.args.Composite(**items))
+    except Exception as error:  # whatever orbax, tensorstore or the file system make of bad bytes
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{folder} is damaged: orbax cannot read it ({said:.200}).") from error
+
+
+def _some(entries: Iterable[str]) -> str:
+    entries = list(entries)
+    return "; ".join(entries[:5]) + ("; ..." if len(entries) > 5 else "")

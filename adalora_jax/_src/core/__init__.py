@@ -1,0 +1,1 @@
+"""AdaLoRA on JAX and optax alone."""

@@ -1,0 +1,322 @@
+"""Several adapters of one model: under names, together, or one for each example of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.adapter import Adapter, known_scale
+from adalora_jax._src.core.low_rank import wide
+from adalora_jax._src.core.pytree import PyTree
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["stacked", "others"], meta_fields=["names"]
+)
+@dataclasses.dataclass(frozen=True)
+class AdapterBank:
+    """Adapters of one model under names, in arrays of one shape, so that choosing is indexing.
+
+    Each adapter is padded with λ = 0 to the largest rank at its path, and is zero at the paths
+    where it has none. Index 0 belongs to no name and is zero everywhere: the base model. Where sets
+    have other scales than the first at their path, λ is multiplied by the ratio. A bank is
+    immutable; every method returns a new one.
+
+    Attributes:
+      stacked: ``{path: Adapter}`` with an axis of ``1 + len(names)`` in front.
+      others: ``{path: parameters}`` of ``modules_to_save``, stacked likewise, the base's first.
+      names: in the order of that axis; static.
+
+    >>> import adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(
+    ...     total_step=10, init_r=2, target_r=1, init_lora_weights=False
+    ... )
+    >>> french = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> german = {"value": adalora.init_adapter(jax.random.key(1), 6, 5, config, rank=3)}
+    >>> bank = AdapterBank.of({"french": french, "german": german})
+    >>> adapters = bank.select("german")  # for adapted.apply(variables, adapters, x)
+    >>> bool(adapters["query"].lam.any()), adapters["value"].p.shape
+    (False, (3, 5))
+    """
+
+    stacked: dict[str, Adapter]
+    others: dict[str, Any]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, named: Mapping[str, PyTree], base: Mapping[str, Any] | None = None) -> AdapterBank:
+        """Return a bank of ``{name: adapters}``.
+
+        Args:
+          named: sets of adapters, as in :meth:`load`.
+          base: as in :meth:`load`.
+
+        Raises:
+          TypeError: ``named`` is no mapping.
+          ValueError: as :meth:`load`.
+        """
+        if not isinstance(named, Mapping):
+            raise TypeError(
+                f"named is a {type(named).__name__}: it must be a dict, {{name: adapters}}."
+            )
+        bank = cls({}, {}, ())
+        for name, adapters in named.items():
+            bank = bank.load(name, adapters, base)
+        return bank
+
+    def load(
+        self, name: str, adapters: PyTree, base: Mapping[str, Any] | None = None
+    ) -> AdapterBank:
+        """Return the bank with one more set of adapters, or with another one under that name.
+
+        Args:
+          name: of the set.
+          adapters: ``{path: Adapter}`` as :func:`adalora_jax.eval_params` or
+            :func:`adalora_jax.compact` returned them, and what ``modules_to_save`` trained.
+          base: ``{path: parameters}`` of the base model at the paths of ``modules_to_save``: what
+            the base and sets that did not train them use. Needed once, with the first such set.
+
+        Raises:
+          ValueError: the name is empty; there is no adapter; one is for a weight of another shape
+            than the bank's at its path, or of unknown scale; or ``base`` lacks a path.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name={name!r} must be a string that is not empty.")
+        found = pytree.adapters(adapters)
+        if not found:
+            raise ValueError(f"no adapter was found in what is to be loaded as {name!r}.")
+        others = _others(adapters)
+        if len(jax.tree.leaves(adapters)) != len(jax.tree.leaves((found, others))):
+            raise ValueError(
+                f"what is to be loaded as {name!r} must be a dict by path, as adapted.init returns "
+                "it."
+            )
+        for path, adapter in found.items():
+            scale = known_scale(adapter, path)
+            if path in self.stacked:
+                first = self.stacked[path]
+                _check_same_weight(name, path, adapter, jax.tree.map(lambda leaf: leaf[0], first))
+                found[path] = adapter._replace(
+                    lam=adapter.lam
+                    * jnp.asarray(scale / known_scale(first, path), adapter.lam.dtype),
+                    scale=first.scale,
+                    layout=first.layout,
+                )
+        members = {other: self._member(other) for other in self.names} | {name: (found, others)}
+        plain = jax.tree.map(lambda leaf: leaf[0], self.others)
+        for path, node in others.items():
+            if path not in plain:
+                if base is None or path not in base:
+                    raise ValueError(
+                        f"{name!r} has parameters at {path!r} that trained along: pass the base's, "
+                        f"base={{{path!r}: variables['params'][...]}}, for those without them."
+                    )
+                cast = lambda leaf, like: jnp.asarray(leaf, like.dtype)
+                plain[path] = jax.tree.map(cast, base[path], node)
+        stacked = _stack([{}, *(adapters for adapters, _ in members.values())])
+        sets = [plain, *(plain | other for _, other in members.values())]
+        together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sets) if plain else {}
+        return AdapterBank(stacked, together, tuple(members))
+
+    def _member(self, name: str) -> tuple[dict[str, Adapter], dict[str, Any]]:
+        selected = self.select(name)
+        return pytree.adapters(selected), _others(selected)
+
+    def delete(self, name: str) -> AdapterBank:
+        """The bank without one set of adapters.
+
+        Raises:
+          ValueError: there is none of that name.
+        """
+        removed = int(self.index(name))
+        without = lambda leaf: jnp.delete(leaf, removed, axis=0)
+        stacked, others = jax.tree.map(without, (self.stacked, self.others))
+        return AdapterBank(stacked, others, tuple(n for n in self.names if n != name))
+
+    def index(self, names: str | Sequence[str | None] | None) -> jax.Array:
+        """Where names stand in the bank: an int32 scalar or array. None is the base model.
+
+        Raises:
+          ValueError: there is no such name.
+        """
+        place: dict[str | None, int] = {n: i for i, n in enumerate((None, *self.names))}
+        wanted = [names] if names is None or isinstance(names, str) else list(names)
+        for name in wanted:
+            if name not in place:
+                raise ValueError(
+                    f"there are no adapters called {name!r} in the bank: it holds "
+                    f"{', '.join(self.names) or 'none'}."
+                )
+        found = jnp.asarray([place[name] for name in wanted], jnp.int32)
+        return found[0] if names is None or isinstance(names, str) else found
+
+    def select(self, which: Any) -> dict[str, Any]:
+        """Return the adapters, and what trained along, of a name, of None, or of an index.
+
+        An index, from :meth:`index`, may be traced: switching, and switching off, compile nothing
+        again. Several names give arrays with an axis in front, see :func:`per_example`.
+
+        Raises:
+          ValueError: there is no such name.
+        """
+        if which is None or isinstance(which, (str, list, tuple)):
+            which = self.index(which)
+        return jax.tree.map(lambda leaf: jnp.take(leaf, which, axis=0), self.stacked | self.others)
+
+
+def combine_adapters(*adapters: Mapping[str, Any], weights: Sequence[Any] | None = None) -> Any:
+    """Adapters whose increments are the weighted sums of those given: exact, of the summed rank.
+
+    Differentiable, so that one set can train while others stay as they are:
+    ``adapted.apply(variables, combine_adapters(trained, frozen), x)``. Other leaves, such
+    as those of a classifier that trains along, are those of the first set.
+
+    Args:
+      *adapters: ``{path: Adapter}``; where scales differ, λ is multiplied by the ratio to the
+        first one's.
+      weights: a factor for each; 1 by default.
+
+    Raises:
+      ValueError: the number of weights is another, or the adapters at a path are for different
+        weights.
+
+    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
+    >>> both = combine_adapters({"query": adapter}, {"query": adapter}, weights=[0.5, 2.0])
+    >>> both["query"].lam
+    Array([0.5, 0.5, 2. , 2. ], dtype=float32)
+    """
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(weights) != len(adapters):
+        raise ValueError(f"{len(weights)} weights for {len(adapters)} sets of adapters: one each.")
+    result = dict(adapters[0])
+    parts: dict[str, list[Adapter]] = {}
+    for number, (member, weight) in enumerate(zip(adapters, weights)):
+        for path, adapter in pytree.adapters(member).items():
+            there = parts.setdefault(path, [])
+            first = there[0] if there else adapter
+            _check_same_weight(f"set {number}", path, adapter, first)
+            factor = known_scale(adapter, path) / known_scale(first, path)
+            by = jnp.asarray(weight, adapter.lam.dtype) * jnp.asarray(factor, adapter.lam.dtype)
+            there.append(adapter._replace(lam=adapter.lam * by))
+    for path, members in parts.items():
+        p, lam, q = zip(*members)
+        result[path] = members[0]._replace(
+            p=jnp.concatenate(p, axis=-2),
+            lam=jnp.concatenate(lam, axis=-1),
+            q=jnp.concatenate(q, axis=-2),
+        )
+    return result
+
+
+def truncate(adapters: PyTree, rank: int) -> PyTree:
+    """The nearest adapters of at most this rank: ``ΔW`` by its largest singular values.
+
+    With ``qᵀ = Q₁ R₁`` and ``pᵀ = Q₂ R₂`` the singular values of ``ΔW = Q₁ (R₁ Λ R₂ᵀ) Q₂ᵀ`` are
+    those of the small matrix in the middle (Eckart and Young, 1936). P and Q come out orthonormal.
+
+    Args:
+      adapters: any tree with adapters in it; the rest of it stays as it is.
+      rank: of the result, which is smaller where an adapter's weight or rank is.
+
+    Raises:
+      ValueError: ``rank`` is below 1.
+
+    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
+    >>> small = truncate({"query": adapter}, 1)["query"]  # both triplets point the same way
+    >>> bool(jnp.allclose(small.q.T * small.lam @ small.p, 2.0)), small.p.shape
+    (True, (1, 4))
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be at least 1.")
+    shorter = pytree.each(functools.partial(_truncated, rank=rank), pytree.canonical(adapters))
+    return pytree.insert(adapters, shorter)
+
+
+def per_example(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of ``(adapters, *inputs)`` for a batch whose examples have adapters of their own.
+
+    The base model's products stay products with the whole batch; only those with the adapters are
+    one an example. What the function does over a batch, such as batch statistics, it does over
+    single examples here.
+
+    Args:
+      function: takes adapters and inputs with a batch axis in front.
+
+    Returns:
+      A function that takes the same, but adapters with that batch axis, as ``bank.select`` gives
+      them for several names.
+
+    >>> from adalora_jax import forward
+    >>> adapter = Adapter(jnp.ones((3, 2, 4)), jnp.ones((3, 2)), jnp.ones((3, 2, 5)))
+    >>> apply = per_example(lambda adapter, x: forward(adapter, x))
+    >>> apply(adapter, jnp.ones((3, 7, 5))).shape
+    (3, 7, 4)
+    """
+
+    def one(adapters: PyTree, inputs: PyTree) -> Any:
+        output = function(adapters, *jax.tree.map(lambda leaf: leaf[None], inputs))
+        return jax.tree.map(lambda leaf: leaf[0], output)
+
+    return lambda adapters, *inputs: jax.vmap(one)(adapters, inputs)
+
+
+def _stack(members: Sequence[Mapping[str, Adapter]]) -> dict[str, Adapter]:
+    """``{path: Adapter}`` with one place for each member, zero where it has no adapter."""
+    stacked = {}
+    for path in sorted({path for member in members for path in member}):
+        there = [member[path] for member in members if path in member]
+        rank = max(adapter.lam.shape[-1] for adapter in there)
+        empty = jax.tree.map(jnp.zeros_like, there[0])
+        padded = [_padded(member.get(path, empty), rank) for member in members]
+        leaves = zip(Adapter._fields, map(jnp.stack, zip(*padded)))
+        stacked[path] = there[0]._replace(**dict(leaves))
+    return stacked
+
+
+def _others(adapters: Any) -> dict[str, Any]:
+    """Return the entries that are not adapters."""
+    if not isinstance(adapters, Mapping):
+        return {}
+    is_other = lambda node: not pytree.adapters(node) and jax.tree.leaves(node)
+    return {path: node for path, node in adapters.items() if is_other(node)}
+
+
+def _padded(adapter: Adapter, rank: int) -> Adapter:
+    """Return the adapter with zeros as further triplets."""
+
+    def pad(leaf: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * leaf.ndim
+        widths[axis] = (0, rank - leaf.shape[axis])
+        return jnp.pad(leaf, widths)
+
+    return adapter._replace(p=pad(adapter.p, -2), lam=pad(adapter.lam, -1), q=pad(adapter.q, -2))
+
+
+def _truncated(adapter: Adapter, rank: int) -> Adapter:
+    if adapter.lam.ndim > 1:
+        return jax.vmap(functools.partial(_truncated, rank=rank))(adapter)
+    p, lam, q = (leaf.astype(wide(leaf.dtype)) for leaf in adapter)
+    q, in_core = jnp.linalg.qr(q.T)
+    p, out_core = jnp.linalg.qr(p.T)
+    left, lam, right = jnp.linalg.svd((in_core * lam[None]) @ out_core.T, full_matrices=False)
+    new = ((p @ right.T)[:, :rank].T, lam[:rank], (q @ left)[:, :rank].T)
+    leaves = (leaf.astype(old.dtype) for leaf, old in zip(new, adapter))
+    return adapter._replace(**dict(zip(Adapter._fields, leaves)))
+
+
+def _check_same_weight(name: str, path: str, adapter: Adapter, first: Adapter) -> None:
+    """Refuses an adapter for a weight of another shape than that of the first one at its path."""
+    shape = lambda a: (*a.lam.shape[:-1], a.q.shape[-1], a.p.shape[-1])
+    have, want = shape(adapter), shape(first)
+    axes = adapter.layout is None or first.layout is None or adapter.layout.same_axes(first.layout)
+    if have != want or not axes:
+        raise ValueError(
+            f"{name!r} has an adapter at {path!r} for a weight of shape {list(have)}, where the "
+            f"others are for {list(want)}: they belong to different models."
+        )

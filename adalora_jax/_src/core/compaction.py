@@ -1,0 +1,206 @@
+"""Ranks after pruning, and adapters and optimizer states without the pruned triplets."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import tree_flatten_with_path
+
+from adalora_jax._src.core import pytree, text
+from adalora_jax._src.core.allocator import map_state
+from adalora_jax._src.core.evaluation import apply_masks, masks, ranks, unfinished
+from adalora_jax._src.core.pytree import PyTree
+
+
+def compact(params: PyTree, opt_state: Any, tx: optax.GradientTransformation | None = None) -> Any:
+    """Return the parameters without their pruned triplets: the same function, at smaller ranks.
+
+    The masks decide, never the values of λ: they are applied first. An adapter of rank 0 is left
+    out. The adapters of a stack stay one array, of the largest rank among them, padded with λ = 0.
+    Scales stay, and so does everything that is not an adapter. Not for use under ``jit``, since the
+    shapes depend on the masks.
+
+    With ``tx`` training continues at that size: the optimizer's moments, the averages and the masks
+    are cut like the adapters; a jitted step compiles once more for the new shapes. The task's
+    gradients are those of before; the orthogonality penalty no longer counts the removed rows.
+
+    Args:
+      params: what trains: a tree with adapters in it, as the optimizer sees it.
+      opt_state: with the masks in it, see :func:`adalora_jax.masks`; with ``tx`` its whole state.
+      tx: the optimizer, to cut its state as well.
+
+    Returns:
+      ``params`` in their containers, less the entries of adapters of rank 0; with ``tx``
+      ``(params, opt_state)``.
+
+    Raises:
+      ValueError: an adapter has no mask; with ``tx``, the final mask is still to come, or the
+        optimizer keeps something of an adapter that is not of its shape.
+
+    Warns:
+      UserWarning: without ``tx``, if the final mask is still to come: :func:`finish` makes it.
+
+    >>> import jax, jax.numpy as jnp, optax, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2, tfinal=1)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> state = tx.init(adapters)
+    >>> for _ in range(4):
+    ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, adapters), state, adapters)
+    >>> compact(adapters, state)["query"].p.shape
+    (2, 5)
+    >>> adapters, state = compact(adapters, state, tx)
+    >>> adapters["query"].p.shape, state.inner[0].mu["query"].p.shape
+    ((2, 5), (2, 5))
+    """
+    by_path = {path: np.asarray(mask) for path, mask in jax.device_get(masks(opt_state)).items()}
+    reason = unfinished(opt_state)
+    if reason and tx is not None:
+        raise ValueError(f"{reason}, so call finish(opt_state, params) first.")
+    if reason:
+        warnings.warn(f"{reason}: finish(opt_state, params) makes it.", stacklevel=2)
+    found = pytree.adapters(params)
+    if lacking := [path for path in found if path not in by_path]:
+        raise ValueError(
+            f"opt_state has no mask for {lacking[0]!r}, only for {', '.join(list(by_path)[:8])}: "
+            "pass the state of the run that trained these parameters."
+        )
+    params = apply_masks(params, by_path)
+    cuts = _cuts(params, by_path)
+    small = _without_removed(jax.tree.map(_cut, params, cuts))
+    return small if tx is None else (small, _cut_state(tx, opt_state, cuts, by_path, small))
+
+
+class _Cut:
+    """The surviving rows of one leaf of an adapter, and where they are padding.
+
+    Attributes:
+      name: of the leaf, for messages.
+      shape: of the leaf.
+      rows: ``[..., rank]`` indices of the surviving triplets.
+      after: number of axes behind that of the triplets.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], rows: np.ndarray, after: int):
+        self.name, self.shape, self.rows, self.after = name, shape, rows, after
+
+
+def _cuts(params: PyTree, by_path: Mapping[str, np.ndarray]) -> PyTree:
+    """Return a :class:`_Cut` for each leaf of an adapter, and False for other leaves."""
+
+    def cuts(path, adapter):
+        rows = surviving_rows(by_path[path])[0]
+        make = lambda name, after: _Cut(f"{path}.{name}", getattr(adapter, name).shape, rows, after)
+        return adapter._replace(p=make("p", 1), lam=make("lam", 0), q=make("q", 1))
+
+    plain = jax.tree.map(lambda leaf: False, params)
+    found = pytree.adapters(params)
+    values: Any = [cuts(path, adapter) for path, adapter in found.items()]
+    return pytree.insert(plain, pytree.filled(pytree.canonical(params), values))
+
+
+def _cut(leaf: Any, cut: Any) -> Any:
+    """Return the surviving rows of a leaf of an adapter, or of something of its shape."""
+    if cut is False:
+        return leaf
+    if cut.rows.shape[-1] == 0:
+        return _REMOVED
+    before = leaf.ndim - len(cut.shape)  # axes in front of the adapter's, such as a history's
+    if before < 0 or leaf.shape[before:] != cut.shape:
+        if leaf.size == 1:
+            return leaf  # a placeholder
+        raise ValueError(
+            f"opt_state: the optimizer keeps an array of shape {leaf.shape} for {cut.name!r} of "
+            f"shape {cut.shape}, so it cannot be cut: compact(params, opt_state) the parameters "
+            "alone and start the final phase with tx.init."
+        )
+    index = cut.rows.reshape(*(1,) * before, *cut.rows.shape, *(1,) * cut.after)
+    return jnp.take_along_axis(leaf, index, axis=leaf.ndim - cut.after - 1)
+
+
+def _cut_state(tx: Any, opt_state: Any, cuts: PyTree, by_path: Any, small: PyTree) -> Any:
+    """Return the optimizer's state for the compacted parameters."""
+    refusal = (
+        "opt_state: the optimizer keeps something of the adapters that has not their shapes, so it "
+        "cannot be cut: compact(params, opt_state) the parameters alone and start the final phase "
+        "with tx.init."
+    )
+
+    def cut_mask(path, mask):
+        active = surviving_rows(by_path[path])[1]
+        return jnp.asarray(active) if active.shape[-1] else _REMOVED
+
+    state = _without_removed(map_state(tx, _cut, cut_mask, opt_state, cuts))
+    expected = jax.eval_shape(tx.init, small)
+    shapes = lambda node: [tuple(leaf.shape) for leaf in jax.tree.leaves(node)]
+    if shapes(expected) != shapes(state):
+        raise ValueError(refusal)
+    return state
+
+
+def summary(adapters: PyTree, state: Any = None) -> str:
+    """A table for people: one row an adapter, with its shape, live rank and parameters.
+
+    Args:
+      adapters: any tree with adapters in it.
+      state: as in :func:`adalora_jax.masks`; without it every triplet counts as active.
+
+    >>> import jax.numpy as jnp, adalora_jax as adalora
+    >>> adapter = adalora.Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
+    >>> print(summary({"query": adapter}, {"query": jnp.array([True, True, False, False])}))
+    adapter   in   out   rank   of   parameters
+    query      5     6      2    4           24
+    total                   2    4           24
+    """
+    found = pytree.adapters(adapters)
+    if not found:
+        raise ValueError(
+            f"no adapter was found in the {type(adapters).__name__} given as adapters: pass the "
+            "adapters, or adalora_jax.nnx.adapters(model)."
+        )
+    if state is None:
+        state = {path: np.ones(a.lam.shape, bool) for path, a in found.items()}
+    live = ranks(state)
+    rows = []
+    for path, adapter in found.items():
+        *stack, rank = adapter.lam.shape
+        sizes = adapter.q.shape[-1], adapter.p.shape[-1]
+        for index in np.ndindex(*stack):
+            row = pytree.row_name(path, index)
+            rows.append((row, *sizes, live[row], rank, live[row] * (sum(sizes) + 1)))
+    totals = [sum(row[column] for row in rows) for column in (3, 4, 5)]
+    header = ("adapter", "in", "out", "rank", "of", "parameters")
+    return text.table([header, *rows, ("total", "", "", *totals)])
+
+
+def surviving_rows(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows that remain of an adapter, and which of them are not a stack's padding.
+
+    >>> rows, active = surviving_rows(np.array([[True, False, True], [False, True, False]]))
+    >>> rows.tolist(), active.tolist()
+    ([[0, 2], [1, 0]], [[True, True], [True, False]])
+    """
+    rank = int(mask.sum(axis=-1).max(initial=0))
+    rows = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
+    return rows, np.take_along_axis(mask, rows, axis=-1)
+
+
+_REMOVED = object()  # in the place of a leaf whose adapter has rank 0
+
+
+def _without_removed(node: PyTree) -> PyTree:
+    """Return the tree without the entries of mappings whose leaves were all removed."""
+    children, treedef = tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return node
+    gone = lambda child: {id(leaf) for leaf in jax.tree.leaves(child)} == {id(_REMOVED)}
+    if isinstance(node, Mapping):
+        remaining: Any = {key.key: _without_removed(c) for (key,), c in children if not gone(c)}
+        return type(node)(remaining)  # pyright: ignore[reportCallIssue]
+    return treedef.unflatten([_without_removed(child) for _, child in children])

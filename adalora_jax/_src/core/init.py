@@ -1,0 +1,108 @@
+"""Initial values of an adapter."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from adalora_jax._src.core.adapter import Adapter, keys_of
+from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.low_rank import wide
+
+_STD = 0.02  # of p and q at the start: PEFT's and loralib's
+
+
+def init_adapter(
+    key: jax.Array,
+    in_features: int,
+    out_features: int,
+    config: AdaLoraConfig,
+    *,
+    rank: int | None = None,
+    stack: tuple[int, ...] = (),
+) -> Adapter:
+    """Return a fresh adapter, whose increment is zero with each of the built-in initial values.
+
+    It is that of a dense ``kernel [*stack, in, out]``; ``adapt`` makes those of other layers.
+
+    ``init="gaussian"``: λ = 0, p and q normal with standard deviation 0.02 (PEFT, loralib).
+    ``init="lambda_one"``: λ = 1, p = 0, q as before. ``init="orthonormal"``: λ = 0, p and q with
+    orthonormal rows, ``p pᵀ = q qᵀ = I``, drawn evenly from all such; more rows than a row is long
+    cannot be that, and of those the columns are orthonormal (the penalty of
+    ``orthogonality="squared"`` is smooth there, ``"frobenius"`` has a kink).
+    ``init_lora_weights=False`` draws all three from the standard normal, so that the increment is
+    not zero (PEFT's switch for tests).
+
+    A function as ``config.init`` is called, once for each matrix of a stack, as
+    ``init(key, in_features, out_features, rank, dtype)`` and gives ``(p, lam, q)``. If their
+    product is not zero, the adapted model does not start as the base model.
+
+    Args:
+      key: a PRNG key.
+      in_features, out_features: of the weight.
+      config: gives the rank ``init_r``, the init and ``param_dtype``.
+      rank: another rank than ``init_r``; the scale stays ``config.scaling``.
+      stack: leading axes, for stacked weights.
+
+    Returns:
+      An :class:`Adapter` with ``p [*stack, r, out]``, ``lam [*stack, r]``, ``q [*stack, r, in]``.
+
+    Raises:
+      ValueError: a size is not positive, or a function gave other shapes.
+
+    >>> import jax
+    >>> adapter = init_adapter(jax.random.key(0), 6, 4, AdaLoraConfig(total_step=10, init_r=8))
+    >>> [leaf.shape for leaf in adapter]
+    [(8, 4), (8,), (8, 6)]
+    """
+    rank = config.init_r if rank is None else rank
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1.")
+    if rank < 0:
+        raise ValueError(f"rank={rank} must be at least 0.")
+    dtype = jnp.dtype(config.param_dtype)
+    if callable(config.init):
+        return _own_init(key, in_features, out_features, rank, stack, config)
+    shapes = ((*stack, rank, out_features), (*stack, rank), (*stack, rank, in_features))
+    p, lam, q = (
+        jax.random.normal(k, shape, dtype) for k, shape in zip(jax.random.split(key, 3), shapes)
+    )
+    if not config.init_lora_weights:
+        factors = p, lam, q
+    elif config.init == "lambda_one":
+        factors = jnp.zeros_like(p), jnp.ones_like(lam), _STD * q
+    elif config.init == "orthonormal":
+        factors = _orthonormal(p), jnp.zeros_like(lam), _orthonormal(q)
+    else:
+        factors = _STD * p, jnp.zeros_like(lam), _STD * q
+    return Adapter(*factors, scale=config.scaling)
+
+
+def _own_init(key, in_features, out_features, rank, stack, config):
+    """What a function gives, once for each matrix of a stack."""
+    dtype = jnp.dtype(config.param_dtype)
+
+    def one(key):
+        leaves = [*config.init(key, in_features, out_features, rank, dtype)]
+        wanted = [(rank, out_features), (rank,), (rank, in_features)]
+        if (shapes := [jnp.shape(leaf) for leaf in leaves]) != wanted:
+            raise ValueError(
+                f"init={config.init!r} returned the shapes {shapes} for p, lam and q: they must be "
+                f"{wanted}."
+            )
+        return Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves), scale=config.scaling)
+
+    for _ in stack:
+        one = jax.vmap(one)
+    return one(keys_of(key, stack))
+
+
+def _orthonormal(normal: jax.Array) -> jax.Array:
+    """The rows of each normal matrix made orthonormal, or its columns where those are shorter."""
+    wide_matrix = normal.shape[-2] < normal.shape[-1]
+    tall = jnp.swapaxes(normal, -1, -2) if wide_matrix else normal
+    q, r = jnp.linalg.qr(tall.astype(wide(normal.dtype)))
+    # With the signs that make r's diagonal positive the distribution is even (Mezzadri 2007).
+    q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+    return (jnp.swapaxes(q, -1, -2) if wide_matrix else q).astype(normal.dtype)

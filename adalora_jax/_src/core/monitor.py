@@ -1,0 +1,203 @@
+"""What the allocator is doing, as numbers that a jitted step can return."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.allocator import allocator_state
+from adalora_jax._src.core.evaluation import NEEDS
+from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.core.regularizer import penalty
+from adalora_jax._src.core.scores import ScoreInputs, triplet_scores
+
+
+class AllocatorInfo(NamedTuple):
+    """The allocator's decision after an update, and the scores that it ranks by.
+
+    A pytree of arrays, small beside the adapters (5 bytes per triplet), with flat dicts by path
+    whatever containers the optimizer's state has. A list of them is what
+    :mod:`adalora_jax.plot` draws a run from.
+
+    Attributes:
+      step: int32 scalar: updates so far.
+      budget: int32 scalar: allowed, in ``config.budget_unit``.
+      live: int32 scalar: number of active triplets.
+      masks: ``{path: [..., r] booleans}``: True where a triplet is active.
+      scores: ``{path: [..., r] float32}``: what triplets are ranked by.
+      overridden: int32 scalar: the largest number of pruned λ found that were not 0 although an
+        update had set them to 0. Above 0, something changes updates after ``adalora(...)``: a scale
+        or ``schedule_free`` around it.
+      inactive: ``{path: [...] booleans}``: True for a matrix whose smoothed sensitivities are all
+        0: its layer got no gradient, since the loss does not depend on it. None where that is not
+        known.
+      penalty: float32 scalar: the orthogonality penalty; None where ``info`` was given no
+        parameters and the penalty is not part of the update.
+    """
+
+    step: jax.Array
+    budget: jax.Array
+    live: jax.Array
+    masks: dict[str, jax.Array]
+    scores: dict[str, jax.Array]
+    overridden: jax.Array | None = None
+    inactive: dict[str, jax.Array] | None = None
+    penalty: jax.Array | None = None
+
+    def metrics(self, prefix: str = "", *, each: bool = False) -> dict[str, jax.Array]:
+        """The same as ``{name: scalar}``, for TensorBoard or whatever takes a dict of metrics.
+
+        ============================================  ===========================================
+        ``budget``, ``live``                          what is allowed, in the config's unit, and
+                                                      triplets alive
+        ``rank_min``, ``rank_mean``, ``rank_max``     over all matrices
+        ``score_mean``, ``score_max``                 over all triplets
+        ``score_threshold``                           the lowest score of a triplet that lives;
+                                                      infinite where none does
+        ``overridden``, ``inactive``                  λ that came back though pruned, and matrices
+                                                      without a gradient: both should be 0
+        ``penalty``                                   the orthogonality penalty, if it is known
+        ``rank/<path>``, ``score/<path>``             with ``each``: of every matrix, the score as
+                                                      the sum over its triplets
+        ============================================  ===========================================
+
+        Args:
+          prefix: put before every name, such as ``"adalora/"``.
+          each: every matrix as well; a slice of a stack is ``path[0]``.
+
+        >>> masks = {"query": jnp.array([True, True]), "up": jnp.array([True, False])}
+        >>> scores = {"query": jnp.array([4.0, 2.0]), "up": jnp.array([3.0, 1.0])}
+        >>> info = AllocatorInfo(*map(jnp.int32, (7, 3, 3)), masks, scores)
+        >>> for name, value in info.metrics(each=True).items():
+        ...     print(name, value)
+        budget 3
+        live 3
+        rank_min 1
+        rank_mean 1.5
+        rank_max 2
+        score_mean 2.5
+        score_max 4.0
+        score_threshold 2.0
+        rank/query 2
+        rank/up 1
+        score/query 6.0
+        score/up 4.0
+        """
+        ranks = _rows({path: mask.sum(axis=-1) for path, mask in self.masks.items()})
+        sums = _rows({path: score.sum(axis=-1) for path, score in self.scores.items()})
+        flat = lambda arrays: jnp.concatenate([array.ravel() for array in arrays.values()])
+        rank, score = jnp.stack(list(ranks.values())), flat(self.scores)
+        result = {
+            "budget": self.budget,
+            "live": self.live,
+            "rank_min": rank.min(),
+            "rank_mean": rank.mean(),
+            "rank_max": rank.max(),
+            "score_mean": score.mean(),
+            "score_max": score.max(),
+            "score_threshold": jnp.where(flat(self.masks), score, jnp.inf).min(),
+        }
+        if self.overridden is not None:
+            result["overridden"] = self.overridden
+        if self.inactive is not None:
+            result["inactive"] = flat(self.inactive).sum()
+        if self.penalty is not None:
+            result["penalty"] = self.penalty
+        if each:
+            result |= {f"rank/{path}": value for path, value in ranks.items()}
+            result |= {f"score/{path}": value for path, value in sums.items()}
+        return {prefix + name: value for name, value in result.items()}
+
+
+def info(
+    opt_state: PyTree,
+    params: PyTree | None = None,
+    grads: PyTree | None = None,
+) -> AllocatorInfo:
+    """Looks at the allocator, inside a jitted step or outside of it.
+
+    To be called on the new state, after ``tx.update``. It computes the scores once more from the
+    moving averages, which is little beside the averages' own update, and reads nothing off the
+    device: ``metrics = {"loss": loss, **info(opt_state).metrics("adalora/")}`` may be
+    returned by every step and read when it suits.
+
+    Right after a new mask, the ``budget`` highest ``scores`` (within ``rank_limits``) are the
+    triplets that live; in another ``budget_unit``, the highest that the budget pays for. Between
+    two masks scores move on. From the final mask on the averages, and so the scores made of them,
+    stay.
+
+    Args:
+      opt_state: anything with one :class:`AllocatorState` in it: the state of an optax optimizer
+        or an ``nnx.Optimizer``, an :class:`AdaLoraState`, or that state itself.
+      params: the adapters, in any tree. Needed by a score that looks at the weights, as
+        ``"magnitude"``, ``"sensitivity"`` and functions do: those after the update, in which a λ
+        that it pruned is 0 already (before it, with ``sensitivity_at="current"``).
+      grads: what ``tx.update`` was given. Needed by ``"sensitivity"`` and functions.
+
+    Raises:
+      ValueError: there is no allocator, or the score needs ``params`` or ``grads``.
+
+    >>> import optax, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> @jax.jit
+    ... def step(adapters, opt_state):
+    ...     grads = jax.tree.map(jnp.ones_like, adapters)
+    ...     updates, opt_state = tx.update(grads, opt_state, adapters)
+    ...     return optax.apply_updates(adapters, updates), opt_state, info(opt_state)
+    >>> opt_state = tx.init(adapters)
+    >>> for _ in range(4):
+    ...     adapters, opt_state, seen = step(adapters, opt_state)
+    >>> int(seen.step), int(seen.budget), int(seen.live)
+    (4, 2, 2)
+    """
+    state = allocator_state(opt_state)
+    config = state.config
+    needed = ("params", "grads") if callable(config.score) else NEEDS.get(config.score, ())
+    given = {"params": params, "grads": grads}
+    if missing := [name for name in needed if given[name] is None]:
+        raise ValueError(
+            f"score={config.score!r} looks at weights or gradients, which the allocator does not "
+            f"keep: pass {' and '.join(f'{name}={name}' for name in missing)} to info."
+        )
+    averages = [pytree.adapters(part) for part in (state.sensitivity, state.uncertainty)]
+    # A score that needs no weights or gradients gets something of their shapes.
+    weights, gradients = (
+        averages[0] if value is None else pytree.adapters(value) for value in given.values()
+    )
+    parts = (weights, gradients, *averages)
+    masks = pytree.leaves_with_path(state.masks)
+    scores = {
+        path: triplet_scores(ScoreInputs(*(part[path] for part in parts)), config) for path in masks
+    }
+    live = sum((mask.sum() for mask in masks.values()), start=jnp.zeros((), jnp.int32))
+    # No buffer is shared with the state, which the next step may donate.
+    step, budget, masks = jax.tree.map(jnp.copy, (state.step, state.budget, masks))
+    inactive = {path: (_total(averages[0][path]) == 0) & (step > 0) for path in masks}
+    value = jnp.copy(state.penalty) if config.orth_reg_in_update else None
+    if value is None and params is not None:
+        value = penalty(params, config)
+    return AllocatorInfo(
+        step, budget, live, masks, scores, jnp.copy(state.overridden), inactive, value
+    )
+
+
+def _total(adapter: Any) -> jax.Array:
+    """Return the sum over each matrix's triplets, which is 0 only where all entries are."""
+    own = lambda leaf: tuple(range(adapter.lam.ndim - 1, leaf.ndim))
+    p, lam, q = (jnp.sum(jnp.abs(leaf), axis=own(leaf)) for leaf in adapter)
+    return p + lam + q
+
+
+def _rows(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """One scalar a matrix, the slices of a stack each on its own."""
+    return {
+        pytree.row_name(path, index): value[index]
+        for path, value in values.items()
+        for index in np.ndindex(value.shape)
+    }

@@ -1,0 +1,381 @@
+"""Finding adapters in a pytree: a dict, a Flax dict, an NNX State, or a mixture of them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import optax
+from jax import tree_util
+
+from adalora_jax._src.core.adapter import Adapter, check_adapter
+
+PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in them
+
+HOLDER = "adalora"  # the name under which a Flax module holds its adapter's p, lam and q
+PACKED = "quantized"  # the linen collection of weights that are packed integers
+BATCH = 128  # adapters that one traced function takes, at most
+_FIELDS = frozenset(Adapter._fields)
+
+
+def is_adapter(node: Any) -> bool:
+    """True for an :class:`Adapter`, and for a mapping with exactly the keys p, lam and q.
+
+    The second is what an adapter looks like inside a Flax parameter tree or an NNX State.
+
+    >>> is_adapter({"p": 0, "lam": 0, "q": 0}), is_adapter({"kernel": 0})
+    (True, False)
+    """
+    return isinstance(node, Adapter) or (isinstance(node, Mapping) and set(node) == _FIELDS)
+
+
+def is_packed(node: Any) -> bool:
+    """True for a weight in packed integers, which has to be dequantised to compute with it.
+
+    >>> is_packed(1.0)
+    False
+    """
+    return hasattr(node, "dequantize")
+
+
+def at(nested: Any, path: Sequence[str]) -> Any:
+    """The node of nested dicts at ``path``; None where there is none.
+
+    >>> at({"up": {"kernel": 1}}, ["up", "kernel"]), at({"up": 1}, ["down"])
+    (1, None)
+    """
+    for name in path:
+        nested = nested.get(name) if isinstance(nested, Mapping) else None
+    return nested
+
+
+def weight_path(params: Any, path: str, weight: str) -> list[str]:
+    """The parts of the path of a layer's weight among nested parameters.
+
+    The path of a layer is that of its module, or that of its weight where a scope has several.
+
+    >>> params = {"up": {"kernel": 1}, "mlp": {"gate": 2, "linear": 3}}
+    >>> weight_path(params, "up", "kernel"), weight_path(params, "mlp/linear", "linear")
+    (['up', 'kernel'], ['mlp', 'linear'])
+    """
+    parts = [*filter(None, path.split("/"))]
+    node = at(params, parts)
+    return [*parts, weight] if node is None or isinstance(node, Mapping) else parts
+
+
+def is_variable(node: Any) -> bool:
+    """True for an NNX Variable, which holds an array and says where it lies.
+
+    >>> is_variable(1.0)
+    False
+    """
+    return hasattr(node, "get_value")
+
+
+def bare(tree: PyTree) -> PyTree:
+    """``tree`` with the arrays of NNX Variables in place of the Variables.
+
+    >>> bare({"a": 1.0})
+    {'a': 1.0}
+    """
+    get = lambda node: node.get_raw_value() if is_variable(node) else node
+    return jax.tree.map(get, tree, is_leaf=is_variable)
+
+
+def canonical(tree: PyTree, *, variables: bool = False) -> PyTree:
+    """The same containers with an :class:`Adapter` at each adapter and None at all else.
+
+    Everything that is computed over adapters is computed on this form, with ``jax.tree.map``.
+
+    Args:
+      tree: containers of any kind.
+      variables: leave NNX Variables as they are; otherwise their arrays are taken.
+
+    Raises:
+      ValueError: an adapter's shapes do not belong together.
+
+    >>> import jax.numpy as jnp
+    >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
+    >>> canonical(tree)["a"].lam.shape, canonical(tree)["b"]
+    ((2,), None)
+    """
+    nodes, treedef = _nodes(tree)
+    is_leaf = is_variable if variables else None
+    return treedef.unflatten([_as_adapter(node, path, is_leaf) for path, node in nodes])
+
+
+def each(function: Callable[..., Any], adapters: PyTree, *rest: PyTree) -> Any:
+    """``jax.tree.map`` over a canonical tree, one call an :class:`Adapter` instead of a leaf.
+
+    >>> import jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
+    >>> each(lambda adapter: adapter.lam.size, {"query": adapter, "bias": None})
+    {'bias': None, 'query': 2}
+    """
+    is_leaf = lambda node: isinstance(node, Adapter)
+    return jax.tree.map(function, adapters, *rest, is_leaf=is_leaf)
+
+
+def listed(adapters: PyTree) -> list[Any]:
+    """The adapters of a canonical tree in their fixed order; or what there is one of an adapter.
+
+    >>> listed({"key": None, "query": Adapter(1, 2, 3)}), listed({"key": None, "query": True})
+    ([Adapter(p=1, lam=2, q=3, scale=1.0)], [True])
+    """
+    return jax.tree.leaves(adapters, is_leaf=lambda node: isinstance(node, Adapter))
+
+
+def filled(adapters: PyTree, values: Sequence[Any]) -> PyTree:
+    """A canonical tree with other values in its adapters' places, in their order.
+
+    >>> filled({"key": None, "query": Adapter(1, 2, 3)}, [True])
+    {'key': None, 'query': True}
+    """
+    is_leaf = lambda node: isinstance(node, Adapter)
+    return jax.tree.structure(adapters, is_leaf=is_leaf).unflatten(values)
+
+
+def alike(*columns: Sequence[Any]) -> list[list[int]]:
+    """Which adapters agree in the types of all columns: their indices, in batches.
+
+    A type is shape, dtype and, on a mesh with explicit axes, sharding.
+
+    A jitted function that takes one batch is traced for each kind of adapter, not for each
+    adapter, so that thousands of them are traced in seconds.
+
+    >>> import numpy as np
+    >>> alike([np.ones(2), np.ones(3), np.ones(2)])
+    [[0, 2], [1]]
+    """
+    kinds: dict[Any, list[int]] = {}
+    for index, row in enumerate(zip(*columns)):
+        kind = tuple(map(jax.typeof, jax.tree.leaves(row)))
+        kinds.setdefault(kind, []).append(index)
+    return [
+        members[start : start + BATCH]
+        for members in kinds.values()
+        for start in range(0, len(members), BATCH)
+    ]
+
+
+def by_role(indices: Iterable[int], paths: Sequence[str]) -> list[list[int]]:
+    """Return the indices in groups whose paths are the same but for numbers.
+
+    Layers of one role are sharded alike, so their arrays may be joined without moving any.
+
+    >>> by_role(range(3), ["h/0/up", "h/0/down", "h/1/up"])
+    [[0, 2], [1]]
+    """
+    roles: dict[str, list[int]] = {}
+    for index in indices:
+        roles.setdefault(re.sub(r"\d+", "*", paths[index]), []).append(index)
+    return list(roles.values())
+
+
+def pick(batch: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
+    """The entries of a batch, in each column.
+
+    >>> pick([0, 2], "abc", "xyz")
+    [['a', 'c'], ['x', 'z']]
+    """
+    return [[column[index] for index in batch] for column in columns]
+
+
+def batched(
+    function: Callable[..., Any], batches: Iterable[Sequence[int]], *columns: Sequence[Any]
+) -> list[Any]:
+    """``[function(*row) for row in zip(*columns)]`` by a function that takes and returns lists.
+
+    >>> batched(lambda a, b: [x + y for x, y in zip(a, b)], [[0, 2], [1]], "abc", "xyz")
+    ['ax', 'by', 'cz']
+    """
+    batches = list(batches)
+    return spread(batches, [function(*pick(batch, *columns)) for batch in batches])
+
+
+def spread(batches: Sequence[Sequence[int]], values: Sequence[Sequence[Any]]) -> list[Any]:
+    """What was made of each batch, in the adapters' own order.
+
+    >>> spread([[0, 2], [1]], ["ac", "b"])
+    ['a', 'b', 'c']
+    """
+    results: list[Any] = [None] * sum(map(len, batches))
+    for batch, value in zip(batches, values):
+        for index, one in zip(batch, value):
+            results[index] = one
+    return results
+
+
+def in_containers(own: PyTree, values: PyTree) -> Any:
+    """Return the leaves of ``values`` in the containers and NNX Variables of ``own``.
+
+    >>> in_containers({"a": 1, "b": 2}, [3, 4])
+    {'a': 3, 'b': 4}
+    """
+    return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(values))
+
+
+def insert(tree: PyTree, adapters: PyTree) -> PyTree:
+    """``tree`` with the values of its adapters taken from ``adapters``, in canonical form.
+
+    >>> import jax.numpy as jnp
+    >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
+    >>> zeros = jax.tree.map(jnp.zeros_like, canonical(tree))
+    >>> new = insert(tree, zeros)
+    >>> new["a"]["lam"], new["b"]
+    (Array([0., 0.], dtype=float32), 1.0)
+    """
+    nodes, treedef = _nodes(tree)
+    values = treedef.flatten_up_to(adapters)
+    return treedef.unflatten(
+        [node if value is None else _like(node, value) for (_, node), value in zip(nodes, values)]
+    )
+
+
+def adapters(tree: PyTree) -> dict[str, Adapter]:
+    """``{path: Adapter}`` of all adapters in ``tree``, in their fixed order.
+
+    >>> import jax.numpy as jnp
+    >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
+    >>> list(adapters({"encoder": {"query": adapter, "bias": jnp.ones(3)}}))
+    ['encoder/query']
+    """
+    result = {}
+    for path, node in _nodes(tree)[0]:
+        adapter = _as_adapter(node, path)
+        if adapter is not None:
+            result[path_name(path)] = adapter._replace(**_facts(node))
+    return result
+
+
+def _facts(node: Any) -> dict[str, Any]:
+    """Return scale and layout as the metadata of an NNX adapter's lam has them."""
+    lam: Any = node["lam"] if isinstance(node, Mapping) else None
+    if not is_variable(lam):
+        return {}
+    known: Any = lam.get_metadata()
+    return {name: known[name] for name in ("scale", "layout") if name in known}
+
+
+def leaves_with_path(tree: PyTree) -> dict[str, Any]:
+    """``{path: leaf}`` for a tree that has one leaf an adapter, such as the masks.
+
+    >>> leaves_with_path({"encoder": {"query": 1, "adalora": 2}})
+    {'encoder': 2, 'encoder/query': 1}
+    """
+    return {path_name(path): leaf for path, leaf in tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def param_labels(tree: PyTree, other: str = "other") -> PyTree:
+    """``"p"``, ``"lam"``, ``"q"`` for the leaves of adapters and ``other`` for the rest.
+
+    For ``optax.partition``, to treat the factors differently: freeze one, give another its own
+    learning rate.
+
+    >>> import jax.numpy as jnp, optax
+    >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
+    >>> param_labels({"query": adapter, "head": jnp.ones(3)})
+    {'head': 'other', 'query': Adapter(p='p', lam='lam', q='q', scale=1.0)}
+    >>> rates = {"p": optax.sgd(1.0), "q": optax.sgd(1.0), "lam": optax.set_to_zero()}
+    >>> tx = optax.partition(rates, param_labels)
+    """
+    nodes, treedef = _nodes(tree)
+    names: Any = Adapter._fields
+    return treedef.unflatten(
+        [_like(n, Adapter(*names)) if is_adapter(n) else other for _, n in nodes]
+    )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as ``a/b/c``; the name of the holder inside a module is left out.
+
+    >>> path_name((tree_util.DictKey("layers"), tree_util.DictKey(0), tree_util.DictKey(HOLDER)))
+    'layers/0'
+    """
+    if path and tree_util.keystr(path[-1:], simple=True) == HOLDER:
+        path = path[:-1]
+    return tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_paths(tree: PyTree) -> list[str]:
+    """Return the paths of the leaves, an NNX Variable counting as one leaf.
+
+    >>> leaf_paths({"up": {"kernel": 1.0}})
+    ['up/kernel']
+    """
+    named = tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]
+    return [tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
+
+
+def row_name(path: str, index: tuple[int, ...]) -> str:
+    """What a matrix is called: its path, with its index where it is a slice of a stack.
+
+    >>> row_name("layers/up", (0, 3)), row_name("head", ())
+    ('layers/up[0,3]', 'head')
+    """
+    return f"{path}[{','.join(map(str, index))}]" if index else path
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """A leaf's key path as ``a/b/c``, the same for a dict, a Flax dict and an NNX State.
+
+    >>> leaf_name((tree_util.DictKey("up"), tree_util.DictKey(HOLDER), tree_util.DictKey("lam")))
+    'up/lam'
+    """
+    if path and path[-1] == tree_util.GetAttrKey("value"):  # the array in an NNX Variable
+        path = path[:-1]
+    parts = (tree_util.keystr((key,), simple=True) for key in path)
+    return "/".join(part for part in parts if part not in ("", HOLDER))
+
+
+def _nodes(tree):
+    """The adapters and the other leaves of ``tree``, each with its path, and what holds them.
+
+    A Variable counts as one leaf, so that what stands at its place does not depend on whether the
+    parameters come in Variables, as to an optimizer's ``init``, or as arrays, as to its ``update``.
+    """
+    is_leaf = lambda node: is_adapter(node) or is_variable(node)
+    return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+
+
+def _as_adapter(node: Any, path: tuple[Any, ...], is_leaf: Any = None) -> Adapter | None:
+    """Return the node as an :class:`Adapter`; None where it is not one, or masked out by optax.
+
+    A mapping of arrays does not say what weight it belongs to, so scale and layout are not known.
+    """
+    if not is_adapter(node):
+        return None
+    get = node.__getitem__ if isinstance(node, Mapping) else functools.partial(getattr, node)
+    masked = [name for name in Adapter._fields if isinstance(get(name), optax.MaskedNode)]
+    if len(masked) == len(Adapter._fields):
+        return None
+    if masked:
+        raise ValueError(
+            f"the adapter of {path_name(path)!r} comes without {' and '.join(masked)}: rank is "
+            "allocated from all three of p, lam and q, so group or mask them inside, "
+            "adalora(optax.partition(...), config), or leave whole adapters out."
+        )
+    if isinstance(node, Adapter):
+        leaves = jax.tree.leaves(node, is_leaf=is_leaf)
+        adapter = node._replace(**dict(zip(Adapter._fields, leaves)))
+    else:
+        named = tree_util.tree_flatten_with_path(node, is_leaf)[0]
+        leaves = {_field(key): leaf for key, leaf in named}
+        adapter = Adapter(**leaves, scale=None, layout=None)
+    if all(hasattr(leaf, "shape") for leaf in adapter):
+        check_adapter(adapter, path_name(path) or "adapter")
+    return adapter
+
+
+def _like(node: Any, adapter: Adapter) -> Any:
+    """``adapter`` in the containers of ``node``: an Adapter, a dict, a State of Variables."""
+    named, treedef = tree_util.tree_flatten_with_path(node)
+    return treedef.unflatten([getattr(adapter, _field(key)) for key, _ in named])
+
+
+def _field(path: tuple[Any, ...]) -> str:
+    """The first entry of a leaf's path inside an adapter: p, lam or q."""
+    return tree_util.keystr(path[:1], simple=True)

@@ -1,0 +1,131 @@
+"""The rank of some layers: where it starts and its limits, by pattern."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from adalora_jax._src.core import checks
+
+
+@dataclasses.dataclass(frozen=True)
+class RankSpec:
+    """The rank of some layers: where it starts, its limits, and alpha. None leaves the default.
+
+    Attributes:
+      init_r: triplets of each matrix at the start; None: the ``init_r`` of the config.
+      min_r: pruning leaves each matrix at least this many; None: 0.
+      max_r: and, once it has begun, at most this many; None: ``init_r``.
+      alpha: the increments of these layers are scaled by ``alpha / init_r``, or by 1 where it is
+        not above 0; None: the scale of the config.
+
+    Raises:
+      ValueError: a value that cannot work, with its name.
+
+    >>> RankSpec(init_r=8, min_r=2)
+    RankSpec(init_r=8, min_r=2, max_r=None, alpha=None)
+    """
+
+    init_r: int | None = None
+    min_r: int | None = None
+    max_r: int | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("init_r", 1), ("min_r", 0), ("max_r", 0)):
+            if getattr(self, name) is not None:
+                number = checks.integer(name, getattr(self, name), minimum=minimum)
+                object.__setattr__(self, name, number)
+        if self.alpha is not None:
+            alpha = checks.number("alpha", self.alpha, "a finite number", math.isfinite)
+            object.__setattr__(self, "alpha", alpha)
+        bounds = [(name, getattr(self, name)) for name in ("min_r", "max_r", "init_r")]
+        bounds = [(name, value) for name, value in bounds if value is not None]
+        for (low, least), (high, most) in itertools.pairwise(bounds):
+            if least > most:
+                raise ValueError(f"{low}={least} is above {high}={most}: lower it or raise {high}.")
+
+
+class LayerRank(NamedTuple):
+    """The rank of one layer: a :class:`RankSpec` with every field filled in."""
+
+    init_r: int
+    min_r: int
+    max_r: int
+    alpha: float
+
+
+def parse(value: Any, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
+    """Return ``{pattern: RankSpec, its fields as a dict, or init_r}`` as pairs, in its order.
+
+    Args:
+      value: the mapping, or its pairs.
+      init_r: of the layers whose pattern has none; the limits must not be above it.
+
+    Raises:
+      ValueError: naming the pattern and what is wrong with it.
+
+    >>> parse({"query": 8}, init_r=12)
+    (('query', RankSpec(init_r=8, min_r=None, max_r=None, alpha=None)),)
+    """
+    if value is None:
+        return None
+    try:
+        pairs = [
+            (str.__str__(pattern), spec)
+            for pattern, spec in (value.items() if isinstance(value, Mapping) else value)
+        ]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"rank_limits={value!r} must map regexes or names of layers to a RankSpec, a dict of "
+            "its fields, or init_r alone."
+        ) from None
+    return tuple(
+        (checks.regex("rank_limits", pattern), _as_spec(pattern, spec, init_r))
+        for pattern, spec in pairs
+    )
+
+
+def find(limits: Iterable[tuple[str, RankSpec]], path: str) -> RankSpec:
+    """Return the first spec whose pattern :func:`matches` the path; else an empty one.
+
+    >>> find((("query", RankSpec(init_r=8)),), "layers/0/query").init_r
+    8
+    """
+    return next((spec for pattern, spec in limits if matches(pattern, path)), RankSpec())
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Return whether a regex matches the path, or its end at a separator.
+
+    >>> matches("query", "layers/0/query"), matches("query", "layers/0/subquery")
+    (True, False)
+    """
+    compiled = re.compile(pattern)
+    return any(
+        compiled.fullmatch(form, start)
+        for form in (path, path.replace(".", "/"), path.replace("/", "."))
+        for start in (0, *(i for i, letter in enumerate(form, 1) if letter in "/."))
+    )
+
+
+def _as_spec(pattern: str, value: Any, init_r: int) -> RankSpec:
+    try:
+        if not isinstance(value, RankSpec):
+            value = RankSpec(**value) if isinstance(value, Mapping) else RankSpec(init_r=value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rank_limits[{pattern!r}]={checks.shown(value)}: {error}") from None
+    for name in ("min_r", "max_r") if value.init_r is None else ():
+        limit = getattr(value, name)
+        if limit is not None and limit > init_r:
+            raise ValueError(
+                f"rank_limits[{pattern!r}]: {name}={limit} is above init_r={init_r}, the rank such "
+                f"a layer starts with: lower it, or give the pattern an init_r of {limit} or more."
+            )
+    if value.alpha is not None:
+        checks.scaling(f"rank_limits[{pattern!r}].alpha", value.alpha, value.init_r or init_r)
+    return value

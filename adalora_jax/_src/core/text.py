@@ -1,0 +1,24 @@
+"""Tables of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+    """Rows of cells as aligned text, the first ``left`` columns to the left.
+
+    >>> print(table([("a", 1), ("bcd", 23)]))
+    a      1
+    bcd   23
+    """
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "   ".join(
+            str(cell).ljust(width) if i < left else str(cell).rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)

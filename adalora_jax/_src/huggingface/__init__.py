@@ -1,0 +1,1 @@
+"""Files of Hugging Face, for adapters and base models."""

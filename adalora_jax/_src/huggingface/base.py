@@ -1,0 +1,295 @@
+"""A Hugging Face checkpoint as the base: its tensors as the parameters of a Flax model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import tree_map_with_path
+
+from adalora_jax._src.core import pytree, rank_spec
+from adalora_jax._src.huggingface.names import as_names
+from adalora_jax._src.huggingface.reading import Reading, Source
+from adalora_jax._src.huggingface.weights import Weights, read_weights
+from adalora_jax._src.modules import (
+    layers,
+    linen_frontend,
+    linen_layers,
+    nnx_frontend,
+    nnx_layers,
+    sharding,
+)
+from adalora_jax._src.modules.params import by_path, parameters_of
+from adalora_jax._src.tensorfile import TensorFile, inside
+
+Allowed: TypeAlias = bool | str | Sequence[str]
+# What transformers kept in checkpoints, once, that is no parameter.
+_BUFFERS = re.compile(r"(.*\.)?(position_ids|rotary_emb\.inv_freq|attn\.(masked_)?bias)")
+_SHOWN = 6
+_NO_MESH = Mesh(np.empty((), object), ())
+
+
+def load_base(
+    directory: str | os.PathLike[str],
+    model: Any,
+    variables: Mapping[str, Any] | None = None,
+    *args: Any,
+    names: Any = None,
+    dtype: Any = None,
+    equations: Mapping[str, str] | None = None,
+    allow_missing: Allowed = False,
+    allow_unused: Allowed = False,
+    progress: Callable[[list[str]], Iterable[str]] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The parameters of a model from a Hugging Face checkpoint, in the model's own form.
+
+    Weights ``[out, in]`` are turned, heads get axes of their own, scanned layers are stacked, and
+    projections in one are divided or put together, as the name map says. All of it is checked by
+    the files' headers before a number is read. Then one tensor is in memory at a time, beside the
+    result. The files may come from a stranger: nothing in them is run.
+
+    Args:
+      directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files; or
+        one safetensors file.
+      model: a linen or NNX module.
+      variables: of a linen module. Shapes are enough, as from ``jax.eval_shape(model.init, ...)``,
+        and for NNX a model from ``nnx.eval_shape``. Where they have shardings, or metadata and
+        there is a mesh, the parameters come out placed so.
+      *args, **kwargs: what a linen model is called with. Needed for weights whose axes only their
+        use tells: those of einsum layers. The model is traced, not run.
+      names: as in :func:`~adalora_jax.huggingface.save_pretrained`: a family such as ``"llama"``,
+        pairs of names, or a NameMap. Names are those of modules; a pair may also name a parameter.
+      dtype: of the result; by default that of the model's parameters.
+      equations: ``{pattern: equation}`` of weights that no Flax layer and no Einsum holds, with
+        the weight as the second operand: ``{"mlp/w_in": "...d,df->...f"}``.
+      allow_missing: True, or regexes of the parameters that may keep what they are where the
+        checkpoint has nothing for them, such as a new head.
+      allow_unused: True, or regexes of the tensors that may be left over.
+      progress: put around the list of parameters while it is gone through, such as ``tqdm.tqdm``.
+
+    Returns:
+      The variables for linen, a new model for NNX.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged; or parameters are missing in the checkpoint, tensors are left
+        over, or shapes do not fit, naming them.
+
+    >>> import flax.linen as nn, pathlib, tempfile
+    >>> from adalora_jax._src.tensorfile import new_file, save_tensors
+    >>> model, x = nn.Sequential([nn.Dense(2)]), jnp.ones((1, 3))
+    >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> tensors = {"up.weight": np.arange(6.0).reshape(2, 3), "up.bias": np.ones(2)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with new_file(pathlib.Path(folder, "model.safetensors")) as file:
+    ...         save_tensors(file, tensors)
+    ...     variables = load_base(folder, model, shapes, names={"layers_0": "up"})
+    >>> model.apply(variables, x)
+    Array([[ 4., 13.]], dtype=float32)
+    """
+    path = Path(directory)
+    single = path.suffix == ".safetensors" and path.is_file()
+    weights = read_weights(path.parent, path.name) if single else read_weights(path)
+    source = Source(weights, as_names(names))
+    leaves, places = _parameters(model, variables)
+    known = _layers(model, variables, args, kwargs, leaves, equations or {})
+    readings: dict[str, Reading] = {}
+    missing: dict[str, str] = {}  # the name that was looked for, by path
+    misfits: list[str] = []
+    for name, leaf in leaves.items():
+        try:
+            found = source.reading(name, leaf.shape, known.get(name))
+        except ValueError as error:
+            misfits.append(str(error))
+            continue
+        if isinstance(found, Reading):
+            readings[name] = found
+        else:
+            missing[name] = found
+    _check(path, weights, readings, missing, misfits, (allow_missing, allow_unused))
+    mesh, new = sharding.mesh_of(list(places.values())), {}
+    # Blocks are written on single devices, which a mesh in the context would forbid.
+    with _opened(weights) as read, jax.set_mesh(_NO_MESH):
+        for name in (progress or list)(list(readings)):
+            leaf, reading = leaves[name], readings[name]
+            wide = jnp.dtype(leaf.dtype if dtype is None else dtype)
+            parts = ((index, _cast(reading, index, read, wide, name)) for index in reading.slices)
+            where = _sharding(places.get(name), leaf, mesh)
+            new[name] = _placed(reading, wide, where, parts)
+    if variables is None:
+        return nnx_layers.with_parameters(model, new)
+    put = lambda path, leaf: new.get(pytree.leaf_name(path), leaf)
+    return {**variables, "params": tree_map_with_path(put, variables["params"])}
+
+
+def _parameters(model: Any, variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every parameter of the model by its path, and where it lies."""
+    leaves = parameters_of(model, variables)
+    if variables is None:
+        return leaves, {path: nnx_frontend.placement(variable) for path, variable in leaves.items()}
+    return leaves, by_path(linen_frontend.placement(variables))
+
+
+def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, layers.Layout]:
+    """How weights read as matrices, by their paths, as far as the model tells."""
+    known: dict[str, layers.Layout] = {}
+    if variables is None:
+        for path, candidate in nnx_frontend.candidates(model, of_adapted=True).items():
+            if layer := candidate.layer:
+                known[f"{path}/{layer.weight}".lstrip("/")] = layer
+    elif args or kwargs:
+        params = linen_layers.unboxed(variables)
+        for path, candidate in linen_layers.candidates(model, variables, args, kwargs).items():
+            if layer := candidate.layer:
+                known["/".join(pytree.weight_path(params, path, layer.weight))] = layer
+    for pattern, equation in equations.items():
+        fitting = [path for path in leaves if rank_spec.matches(pattern, path)]
+        if not fitting:
+            raise ValueError(f"equations: {pattern!r} matches no parameter. {_some(leaves)}")
+        for path in fitting:
+            axes = {path.rpartition("/")[2]: len(leaves[path].shape)}
+            layer = layers.layer_of(None, axes, equation)
+            if layer is None:
+                raise ValueError(
+                    f"equations[{pattern!r}]={equation!r} does not tell the inputs and outputs of "
+                    f"{path!r} {list(leaves[path].shape)}: write it as '...d,df->...f', the weight "
+                    "second."
+                )
+            known[path] = layer
+    return known
+
+
+def _check(path, weights, readings, missing, misfits, allowed) -> None:
+    """Refuses a checkpoint and a model that do not belong together, with all that is wrong."""
+    pieces = [p for reading in readings.values() for ps in reading.slices.values() for p in ps]
+    used = {piece.key for piece in pieces}
+    unused = [n for n in weights.specs if n not in used and not _BUFFERS.fullmatch(n)]
+    unused = [name for name in unused if not _is_allowed(name, allowed[1])]
+    missing = [
+        f"{name!r}" + (f" (looked for {wanted!r})" if wanted else " (names has nothing for it)")
+        for name, wanted in missing.items()
+        if not _is_allowed(name, allowed[0])
+    ]
+    wrong = []
+    if missing:
+        wrong.append(
+            f"There is nothing for the parameters {_list(missing)}: say with names= what they are "
+            "called there, or with allow_missing= that they may stay as they are."
+        )
+    if misfits:
+        wrong.append(f"These do not fit: {_list(misfits, ' ')}")
+    if unused and (missing or not misfits):
+        wrong.append(
+            f"The tensors {_list(map(repr, unused))} are left over: say with names= where they "
+            "belong, or with allow_unused= that they do not."
+        )
+    if any(name.endswith(".qweight") for name in unused):
+        wrong.append("Packed layers (qweight) are for adalora_jax.quantized.load_gptq.")
+    if wrong:
+        raise ValueError(f"{path} is not the checkpoint of this model. {' '.join(wrong)}")
+
+
+def _is_allowed(name: str, allowed: Allowed) -> bool:
+    if isinstance(allowed, bool):
+        return allowed
+    patterns = (allowed,) if isinstance(allowed, str) else allowed
+    return any(rank_spec.matches(pattern, name) for pattern in patterns)
+
+
+def _list(items: Iterable[str], separator: str = ", ") -> str:
+    items = list(items)
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return separator.join(items[:_SHOWN]) + more
+
+
+def _some(leaves: Mapping[str, Any]) -> str:
+    return f"The model has {_list(leaves)}."
+
+
+@contextlib.contextmanager
+def _opened(weights: Weights) -> Iterator[Callable[[str], np.ndarray]]:
+    """Reads tensors by their names; each file is opened when it is first needed."""
+    files = {tensor: name for name, specs in weights.files.items() for tensor in specs}
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, TensorFile] = {}
+
+        def read(key: str) -> np.ndarray:
+            name = files[key]
+            if name not in opened:
+                opened[name] = stack.enter_context(TensorFile(inside(weights.folder, name)))
+            return opened[name].read(key)
+
+        yield read
+
+
+def _cast(reading: Reading, index, read, dtype, name: str) -> np.ndarray:
+    """A slice of a parameter in its dtype.
+
+    Raises:
+      ValueError: a number is too large for it.
+    """
+    value = reading.value(index, read)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype} for {name!r} must be one of floating point numbers.")
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype, copy=False)
+    is_narrower = jnp.finfo(dtype).max < jnp.finfo(value.dtype).max
+    if is_narrower and np.isfinite(value).all() and not np.isfinite(cast).all():
+        raise ValueError(
+            f"dtype={dtype} cannot hold some of the numbers of {name!r}: take another."
+        )
+    return cast
+
+
+def _sharding(where: Any, leaf: Any, mesh: Any) -> Any:
+    """Where a parameter is to lie, None for the default device."""
+    if isinstance(where, PartitionSpec) and mesh is not None:
+        where = NamedSharding(mesh, where)
+    if isinstance(where, NamedSharding):
+        return where
+    return leaf.sharding if getattr(leaf, "committed", False) else None
+
+
+_write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
+
+
+def _placed(reading: Reading, dtype: Any, where: Any, parts: Iterable[Any]) -> jax.Array:
+    """An array put together on its devices, so that not all of it is here at a time."""
+    shape = reading.shape
+    everything = {None: (slice(None),) * len(shape)}
+    blocks = everything if where is None else where.addressable_devices_indices_map(shape)
+    spans = {
+        device: [part.indices(size)[:2] for part, size in zip(index, shape)]
+        for device, index in blocks.items()
+    }
+    arrays: dict[Any, jax.Array] = {}
+    for index, part in parts:
+        first = [0] * len(shape)
+        for axis, number in zip(reading.stack, index):
+            first[axis] = number
+        for device, span in spans.items():
+            # What the part and the device's block have in common, from low to high.
+            both = [(max(f, a), min(f + n, b)) for f, n, (a, b) in zip(first, part.shape, span)]
+            if any(low >= high for low, high in both):
+                continue
+            mine = part[tuple(slice(low - f, high - f) for (low, high), f in zip(both, first))]
+            if not reading.stack:
+                arrays[device] = jax.device_put(mine, device)
+                continue
+            if device not in arrays:
+                sizes = [b - a for a, b in span]
+                arrays[device] = jnp.zeros(sizes, dtype, device=device)
+            starts = [np.int32(low - a) for (low, _), (a, _) in zip(both, span)]
+            arrays[device] = _write(arrays[device], mine, starts)
+    if where is None:
+        return arrays[None]
+    return jax.make_array_from_single_device_arrays(shape, where, [arrays[d] for d in spans])

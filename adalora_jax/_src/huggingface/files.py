@@ -1,0 +1,403 @@
+"""The two files of a PEFT adapter: read with suspicion, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.huggingface.matrices import Matrix
+from adalora_jax._src.tensorfile import (
+    FLOATS,
+    MAX_JSON,
+    TensorFile,
+    beside,
+    digest,
+    inside,
+    leftovers,
+    new_file,
+    read_json,
+    save_tensors,
+    sync_folder,
+    writing_to,
+)
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+_PREVIOUS = f".{CONFIG}.previous.tmp"  # the old config, while new weights take their place
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([ABE])(\.weight)?")
+# What the keys of PEFT's modules have besides, until its save_pretrained takes it out.
+_RAW = re.compile(
+    r"\.(?:lora_[ABE]|modules_to_save)\.(?!weight$|bias$)([^.\s/]{1,99})(?:\.|$)"
+    r"|\.(?:original_module|base_layer)\."
+)
+_MOST = 2**31 - 1
+_LONGEST = 256  # characters of a module's name, which name maps match with regexes
+
+# What the values of a config may be. Others are for AdaLoraConfig to judge.
+_INTEGERS = {"r", "init_r", "target_r", "tinit", "tfinal", "deltaT", "total_step"}
+_NUMBERS = {"lora_alpha", "lora_dropout", "beta1", "beta2", "orth_reg_weight"}
+_FLAGS = {"fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode"}
+_NAMES = {"target_modules", "exclude_modules", "modules_to_save", "layers_pattern"}
+_TEXTS = {"peft_type", "task_type", "bias", "base_model_name_or_path", "revision"}
+# Options of plain LoRA that change what it computes, with the values that mean "not used".
+_LORA_UNSUPPORTED = {
+    "bias": ("none",),
+    "ensure_weight_tying": (False,),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "layer_replication": ([],),
+    "target_parameters": ([],),
+    "trainable_token_indices": ([], {}),
+    "use_qalora": (False,),
+    "use_bdlora": (False,),
+    "arrow_config": (),
+    "monteclora_config": (),
+    "kasa_config": (),
+    "alora_invocation_tokens": ([],),
+}
+# Ways to begin that take the adapter's first increment out of the base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# LoRA's other keys: read here, or of training and PEFT's bookkeeping alone.
+_LORA_KNOWN = _INTEGERS | _NUMBERS | _FLAGS | _NAMES | _TEXTS | set(_LORA_UNSUPPORTED)
+_LORA_KNOWN |= {"rank_pattern", "alpha_pattern", "layers_to_transform", "init_lora_weights"}
+_LORA_KNOWN |= {"auto_mapping", "peft_version", "runtime_config", "qalora_group_size"}
+_LORA_KNOWN |= {"megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"}
+_LORA_KNOWN |= {"lora_ga_config", "velora_config"}
+
+
+class AdapterFile(NamedTuple):
+    """What is in a PEFT adapter's folder, in the names of the PyTorch model."""
+
+    config: AdaLoraConfig
+    matrices: dict[str, Matrix]  # by module; the increment is config.scaling · pᵀ diag(lam) q
+    saved: dict[str, np.ndarray]  # by parameter: what modules_to_save trained
+    patterns: dict[str, list[bool]]  # PEFT's rank_pattern, by module; {} if there is none
+    kernels: dict[str, tuple[int, ...]]  # of convolutions, by module, where the shapes tell
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
+    """Reads the folder of an AdaLoRA or plain LoRA adapter that PEFT wrote.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: one is damaged, malicious, contradicts the other, or asks for what is not
+        supported here; naming it.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: pass the one that has {CONFIG} in it.")
+    if not (folder / WEIGHTS).exists():
+        _refuse_pickles(folder)
+    path = inside(folder, _config_name(folder))
+    stored = read_json(path)
+    settings = {key: value for key, value in stored.items() if value is not None}
+    try:
+        _check_types(settings)
+        if "peft_type" not in settings:
+            raise ValueError(
+                "it has no peft_type, so it is not the config of a PEFT adapter: pass the folder "
+                "that save_pretrained wrote."
+            )
+        kind = str(settings["peft_type"]).upper()
+        if kind not in ("ADALORA", "LORA"):
+            raise ValueError(f"peft_type={kind[:99]!r}; only ADALORA and LORA can be read.")
+        if kind == "ADALORA" and "total_step" not in settings:
+            raise ValueError(
+                f"total_step is {'null' if 'total_step' in stored else 'missing'}, but AdaLoRA "
+                "needs it: write the number of optimizer steps of the training into the file."
+            )
+        config = AdaLoraConfig.from_peft(settings) if kind == "ADALORA" else None
+        if config is None:
+            _check_lora(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error)[:500]}") from None
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} has a value that makes no sense: {str(error)[:200]}.") from None
+    with TensorFile(inside(folder, WEIGHTS), MAX_JSON) as file:
+        layout, saved = _layout(file, kind)
+        tensors = {name: file.read(name) for name in file.specs}
+        if not file.is_current() or read_json(inside(folder, _config_name(folder))) != stored:
+            raise ValueError(f"{folder} was saved to while it was read: read it again.")
+    try:
+        factors = {
+            name: [tensors[keys[letter]] for letter in ("A", "B", "E") if letter in keys]
+            for name, keys in layout.items()
+        }
+        trained = {name: tensors[key] for name, key in saved.items()}
+        if config is None:
+            return _lora(settings, factors, trained)
+        return _adalora(config, factors, trained)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def write_adapter(
+    directory: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> None:
+    """Writes the two files of an adapter, in place of another one if need be.
+
+    However it ends, :func:`read_adapter` finds the old adapter or the new one, whole. At no moment
+    is there an ``adapter_config.json`` beside another adapter's weights, so that PEFT reads no
+    mixture either. One process at a time may write to a folder.
+
+    Raises:
+      ValueError: the config is too large, or a tensor has a dtype that is not written.
+      OSError: the folder cannot be written.
+    """
+    folder = Path(directory)
+    # Sorted here and not inside: the order of a pattern's keys has a meaning.
+    text = json.dumps(dict(sorted(settings.items())), indent=2, allow_nan=False) + "\n"
+    if len(text) > MAX_JSON:
+        raise ValueError(f"the config has {len(text)} characters, more than anybody would read.")
+    with writing_to("directory", directory):
+        folder.mkdir(parents=True, exist_ok=True)
+        _settle(folder)
+        try:
+            weights = beside(folder / WEIGHTS)
+            with new_file(weights) as file:
+                save_tensors(file, tensors)
+            with new_file(folder / _pending(weights)) as file:
+                file.write(text.encode())
+            if (folder / CONFIG).exists():
+                os.replace(folder / CONFIG, folder / _PREVIOUS)
+            sync_folder(folder)
+            os.replace(weights, folder / WEIGHTS)  # From here on the new adapter is read.
+            sync_folder(folder)
+        except BaseException:
+            # The first error is the one to report; the next save settles it again.
+            with contextlib.suppress(OSError):
+                _settle(folder)
+            raise
+        _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """Completes or undoes a save, whichever its weights ask for, and removes temporary files."""
+    name = _config_name(folder)
+    if name != CONFIG:
+        os.replace(folder / name, folder / CONFIG)
+        sync_folder(folder)
+    for path in [*leftovers(folder / CONFIG), *leftovers(folder / WEIGHTS)]:
+        path.unlink(missing_ok=True)
+
+
+def _config_name(folder: Path) -> str:
+    """Returns the name of the config that belongs to the weights.
+
+    It is ``adapter_config.json``, which is absent while weights are replaced: then it is the new
+    config, named after the digest of its weights, or else the previous one.
+    """
+    kept = {path.name for path in leftovers(folder / CONFIG)}
+    if not kept or os.path.lexists(folder / CONFIG):
+        return CONFIG
+    if (folder / WEIGHTS).exists() and (name := _pending(inside(folder, WEIGHTS))) in kept:
+        return name
+    return _PREVIOUS if _PREVIOUS in kept else CONFIG
+
+
+def _pending(weights: Path) -> str:
+    return f".{CONFIG}.{digest(weights)}.tmp"
+
+
+def _refuse_pickles(folder: Path) -> None:
+    found = [name for name in _PICKLES if (folder / name).exists()]
+    if found:
+        raise ValueError(
+            f"{folder / found[0]} is a pickle, which could run any code and is not opened here. "
+            "If you trust it, convert it with PEFT: PeftModel.from_pretrained(base_model, "
+            "directory).save_pretrained(other_directory)."
+        )
+    raise FileNotFoundError(f"{folder / WEIGHTS} does not exist.")
+
+
+def _check_types(settings: Mapping[str, Any]) -> None:
+    """Refuses values of other types than PEFT's, and numbers beyond reason."""
+    for key, value in settings.items():
+        if not key.isprintable() or len(key) > _LONGEST:
+            raise ValueError(f"there is a key {key[:99]!r}.")
+        if key in _INTEGERS:
+            good, want = _is_integer(value), "an integer"
+        elif key in _NUMBERS:
+            good, want = _is_number(value), "a number"
+        elif key in _FLAGS:
+            good, want = isinstance(value, bool), "true or false"
+        elif key in _TEXTS:
+            good, want = isinstance(value, str), "a string"
+        elif key in _NAMES:
+            good = isinstance(value, str) or _all(value, lambda v: isinstance(v, str))
+            want = "a string or a list of strings"
+        elif key == "layers_to_transform":
+            good, want = _is_integer(value) or _all(value, _is_integer), "an integer or a list"
+        elif key == "init_lora_weights":
+            good, want = isinstance(value, (bool, str)), "true, false or a string"
+        elif key in ("rank_pattern", "alpha_pattern"):
+            good, want = isinstance(value, dict), "an object"
+        else:
+            continue
+        if not good:
+            raise ValueError(f"{key}={str(value)[:99]!r} must be {want}.")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _all(values: Any, test: Any) -> bool:
+    return isinstance(values, list) and all(map(test, values))
+
+
+def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """``{module: {A, B, E: tensor}}`` and ``{parameter: tensor}``, shapes and dtypes checked."""
+    layout: dict[str, dict[str, str]] = {}
+    saved: dict[str, str] = {}
+    for key, spec in file.specs.items():
+        found = _KEY.fullmatch(key)
+        name = found[1] if found else key.removeprefix(PREFIX)
+        if stray := _RAW.search(key):
+            raise ValueError(
+                f"{file.path}: {key[:_LONGEST]!r} is from a raw state dict, with "
+                + (f"the adapter's name {stray[1]!r}" if stray[1] else "PEFT's wrappers")
+                + " in its keys: save with the save_pretrained of PEFT, which takes that out, or "
+                "rename the keys."
+            )
+        levels = re.fullmatch(r"[^\s/\\.]+(\.[^\s/\\.]+)*", name[:_LONGEST])
+        if not key.startswith(PREFIX) or not levels or len(name) > _LONGEST:
+            raise ValueError(f"{file.path}: {key[:99]!r} is no name that PEFT gives to a tensor.")
+        if spec.dtype not in FLOATS:
+            raise ValueError(f"{file.path}: {key!r} has dtype {spec.dtype}, not {list(FLOATS)}.")
+        if found and bool(found[3]) == (kind == "LORA"):
+            layout.setdefault(name, {})[found[2]] = key
+        elif ".lora_" in key:
+            raise ValueError(
+                f"{file.path}: {key!r} is not what {kind} has here: embeddings, DoRA and biases "
+                "of adapters cannot be read."
+            )
+        else:
+            saved[name] = key
+    letters = set("AB") if kind == "LORA" else set("ABE")
+    for name, keys in layout.items():
+        if set(keys) != letters:
+            missing = ", ".join(f"lora_{x}" for x in sorted(letters ^ set(keys)))
+            raise ValueError(f"{file.path}: {name!r} should have {sorted(letters)}: {missing}.")
+        shapes = {letter: file.specs[key].shape for letter, key in keys.items()}
+        a, b, e = shapes["A"], shapes["B"], shapes.get("E")
+        axes = len(a) == len(b) == 2 or (kind == "LORA" and len(a) == len(b) > 2)
+        if not axes or b[1] != a[0] or any(n != 1 for n in b[2:]) or e not in (None, (a[0], 1)):
+            raise ValueError(f"{file.path}: {name!r} has factors of shapes {shapes}.")
+    if not layout:
+        raise ValueError(f"{file.path} has no adapter of type {kind} in it.")
+    return layout, saved
+
+
+def _adalora(config, factors, saved) -> AdapterFile:
+    patterns = {
+        path.replace("/", "."): np.array(keep, bool) for path, keep in config.rank_pattern or ()
+    }
+    if unknown := sorted(set(patterns) - set(factors)):
+        raise ValueError(f"rank_pattern names {unknown[0]!r}, of which there are no weights.")
+    matrices = {}
+    for name, (a, b, e) in factors.items():
+        rows, pattern = len(a), patterns.get(name)
+        if pattern is None and rows != config.init_r:
+            raise ValueError(f"{name!r} has rank {rows}, not init_r={config.init_r}.")
+        if pattern is not None and (
+            pattern.ndim != 1
+            or len(pattern) != config.init_r
+            or rows not in (len(pattern), int(pattern.sum()))
+        ):
+            raise ValueError(
+                f"{name!r} has rank {rows}; its rank_pattern keeps {int(pattern.sum())} of "
+                f"{pattern.size}, and init_r={config.init_r}."
+            )
+        mask = np.ones(rows, bool)
+        if pattern is not None and rows == len(pattern):
+            mask = pattern
+        lam = e[:, 0]
+        if config.lora_alpha <= 0 and pattern is not None:
+            # Then PEFT's scale is r / init_r, with the r that is left.
+            wide = np.promote_types(lam.dtype, np.float32)
+            lam = (lam.astype(wide) * (int(pattern.sum()) / config.init_r)).astype(wide)
+        matrices[name] = Matrix(b.T, lam, a, mask)
+    return AdapterFile(
+        config, matrices, saved, {name: keep.tolist() for name, keep in patterns.items()}, {}
+    )
+
+
+def _check_lora(settings: Mapping[str, Any]) -> None:
+    for key, unused in _LORA_UNSUPPORTED.items():
+        if key in settings and settings[key] not in unused:
+            raise ValueError(f"{key}={str(settings[key])[:99]!r} is not supported here.")
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"init_lora_weights={start[:99]!r} changed the base's weights before training: convert "
+            "the adapter with PEFT, save_pretrained(..., path_initial_model_for_weight_conversion="
+            "...), or merge it there."
+        )
+    unknown = [key for key in sorted(set(settings) - _LORA_KNOWN) if settings[key] is not False]
+    if unknown := [key for key in unknown if settings[key] not in ("", [], {})]:
+        # Seen from read_adapter, load_pretrained or merge_pretrained, and its caller.
+        warnings.warn(
+            f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=4
+        )
+    for pattern, test in (("rank_pattern", _is_integer), ("alpha_pattern", _is_number)):
+        for key, value in settings.get(pattern, {}).items():
+            if not test(value):
+                raise ValueError(f"{pattern}[{key[:99]!r}]={str(value)[:99]!r} is no number.")
+            if not re.fullmatch(r"\^?[\w.\-]+", key):
+                raise ValueError(
+                    f"{pattern}: {key[:99]!r} is a regex, which is not run here: write the names "
+                    "of the modules out."
+                )
+
+
+def _lora(settings: Mapping[str, Any], factors, saved) -> AdapterFile:
+    """λ is the scale of each module, and the config has no schedule of its own."""
+    alphas = settings.get("alpha_pattern", {})
+    matrices = {}
+    for name, (a, b) in factors.items():
+        rank = len(a)
+        match = next((key for key in alphas if _names_module(key, name)), None)
+        alpha = settings.get("lora_alpha", 8) if match is None else alphas[match]
+        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank) if rank else 1.0
+        matrices[name] = Matrix(
+            b.reshape(len(b), rank).T,
+            np.full(rank, scale, np.float32),
+            a.reshape(rank, math.prod(a.shape[1:])),
+            np.ones(rank, bool),
+        )
+    most = max(1, *(len(matrix.lam) for matrix in matrices.values()))
+    config = AdaLoraConfig(
+        total_step=1,
+        init_r=most,
+        target_r=most,
+        lora_alpha=most,
+        fan_in_fan_out=bool(settings.get("fan_in_fan_out")),
+        target_modules=tuple(matrices),
+    )
+    kernels = {name: a.shape[2:] for name, (a, _) in factors.items() if a.ndim > 2}
+    return AdapterFile(config, matrices, saved, {}, kernels)
+
+
+def _names_module(key: str, name: str) -> bool:
+    """PEFT's rule for the keys of patterns, without regexes."""
+    if key.startswith("^"):
+        return name == key[1:]
+    return name == key or name.endswith(f".{key}")

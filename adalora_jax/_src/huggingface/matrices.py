@@ -1,0 +1,353 @@
+"""Adapters of a Flax model as increments of PyTorch modules, and back, bit for bit.
+
+One adapter may be the increments of many modules: a stack of layers, keys and values in one
+einsum, queries, keys and values in one projection. Rows are only ever selected, put together and
+filled up with zeros here, so every number that goes one way comes back as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.adapter import Adapter, known_scale
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.huggingface.names import NameMap, Place
+
+# Zero rows that may be added to bring the matrices of a stack to one size, relative to what the
+# file holds: a few bytes in it must not become gigabytes.
+_MAX_PADDING = 64
+_SMALL = 2**22  # elements that may be added in any case
+
+
+class Matrix(NamedTuple):
+    """The increment of one PyTorch module: ``scale · (pᵀ diag(lam) q)``, ``[out, in]``."""
+
+    p: np.ndarray  # [r, out]: PEFT's B, transposed
+    lam: np.ndarray  # [r]: PEFT's E
+    q: np.ndarray  # [r, in]: PEFT's A
+    mask: np.ndarray  # [r]: which triplets live
+
+    def live(self) -> Matrix:
+        """Only the triplets that live."""
+        return Matrix(*(leaf[self.mask] for leaf in self))
+
+    def outputs(self, part: tuple[int, int]) -> Matrix:
+        """The increment of part k of n equal parts of the outputs."""
+        return self._replace(p=np.split(self.p, part[1], axis=1)[part[0]])
+
+
+def common_scale(adapters: Any, default: float) -> float:
+    """Return the one scale that all adapters have; ``default`` where they differ."""
+    scales = {known_scale(adapter, path) for path, adapter in pytree.adapters(adapters).items()}
+    return scales.pop() if len(scales) == 1 else default
+
+
+def to_matrices(
+    adapters: Any, scale: float, pattern: Mapping[str, list] | None, names: NameMap
+) -> tuple[dict[str, Matrix], dict[str, Place]]:
+    """``{PyTorch module: its increment}``, pruned rows included, and ``{module: whose it is}``.
+
+    All are of one scale: where an adapter has another, λ is multiplied by the ratio.
+
+    Args:
+      adapters: any tree with adapters in it.
+      scale: of the increments.
+      pattern: ``{path: mask}`` as nested lists; None for all triplets.
+      names: to translate paths.
+
+    Raises:
+      ValueError: there is no adapter, a path has no name there, or a mask is missing.
+    """
+    found = pytree.adapters(adapters)
+    if not found:
+        raise ValueError("there is no adapter in adapters: pass {path: Adapter}.")
+    by_path = pattern or {}
+    pieces: dict[str, dict[int, tuple[Matrix, tuple[int, int]]]] = {}
+    owners: dict[str, Place] = {}
+    for path, adapter in found.items():
+        if pattern is not None and path not in by_path:
+            raise ValueError(f"masks has none for {path!r}, only for {', '.join(by_path)}.")
+        p, lam, q = (np.asarray(leaf) for leaf in jax.device_get(adapter))
+        mask = np.array(by_path.get(path, np.ones(lam.shape)), bool)
+        if mask.size != lam.size:
+            raise ValueError(
+                f"masks has shape {mask.shape} for {path!r}, whose lam has {lam.shape}: masks and "
+                "adapters must be of the same step (after compact, pass no masks)."
+            )
+        mask = mask.reshape(lam.shape)
+        q = _to_torch(q, kernel_size(adapter))
+        if (ratio := known_scale(adapter, path) / scale) != 1:
+            wide = np.promote_types(lam.dtype, np.float32)
+            lam = (lam.astype(wide) * wide.type(ratio)).astype(lam.dtype)
+        for index in np.ndindex(lam.shape[:-1]):
+            whole = Matrix(p[index], lam[index], q[index], mask[index])
+            for name, our_part, their_part in names.to_hf(path, index):
+                taken = pieces.setdefault(name, {})
+                if their_part[0] in taken:
+                    raise ValueError(
+                        f"names: {path!r} and {owners[name].path!r} both become {name!r}."
+                    )
+                owners.setdefault(name, Place(path, index, our_part))
+                taken[their_part[0]] = whole.outputs(_divides(whole, our_part, path)), their_part
+    return {name: _beside(name, parts) for name, parts in pieces.items()}, owners
+
+
+def from_matrices(
+    matrices: Mapping[str, Matrix],
+    names: NameMap,
+    like: Any,
+    kernels: Mapping[str, tuple[int, ...]],
+    scale: float,
+) -> tuple[dict[str, Adapter], dict[str, np.ndarray]]:
+    """``{path: Adapter}`` and ``{path: mask}`` of the increments of PyTorch modules.
+
+    The matrices of a stack are filled up to the largest rank among them with zero rows whose mask
+    is False. A matrix that a stack lacks has rank 0.
+
+    Args:
+      matrices: by the name of the module.
+      names: to translate the names.
+      like: a tree with adapters of the wanted paths, stacks and sizes (their ranks do not matter);
+        None to have it all follow from the names.
+      kernels: sizes of convolutions, by path, where the file tells them.
+      scale: of the increments.
+
+    Raises:
+      ValueError: a name is of no path, or sizes do not fit.
+    """
+    known = {} if like is None else pytree.adapters(like)
+    places = _places(matrices, names) if like is None else _places_like(matrices, names, known)
+    adapters, masks = {}, {}
+    for path, (stack, by_index) in places.items():
+        joined = {index: _joined(path, parts) for index, parts in by_index.items()}
+        matrix = _stacked(path, stack, joined) if stack else joined[()]
+        ins, outs = matrix.q.shape[-1], matrix.p.shape[-1]
+        layout = known[path].layout if path in known else _layout(kernels.get(path), ins, outs)
+        size = kernel_size(known[path]) if path in known else kernels.get(path)
+        q = _from_torch(matrix.q, size)
+        adapters[path] = Adapter(
+            *map(as_jax, (matrix.p, matrix.lam, q)), scale=scale, layout=layout
+        )
+        masks[path] = matrix.mask
+    return adapters, masks
+
+
+_Parts = dict[tuple[int, int], Matrix]  # by part k of n of the adapter's outputs
+_Places = dict[str, tuple[tuple[int, ...], dict[tuple[int, ...], _Parts]]]
+
+
+def _places(matrices: Mapping[str, Matrix], names: NameMap) -> _Places:
+    """Which matrices make up each adapter, by what the names say."""
+    found: dict[str, dict[tuple[int, ...], _Parts]] = {}
+    for name, matrix in matrices.items():
+        for place, their_part in names.to_flax(name):
+            parts = found.setdefault(place.path, {}).setdefault(place.at, {})
+            if place.part in parts:
+                raise ValueError(f"names: {name!r} and another module both become {place}.")
+            parts[place.part] = _rows_of(matrix, their_part, name)
+    places: _Places = {}
+    for path, by_index in found.items():
+        if len({len(index) for index in by_index}) > 1:
+            raise ValueError(f"names: {path!r} would have different numbers of stack axes.")
+        stack = tuple(max(axis) + 1 for axis in zip(*by_index))
+        if math.prod(stack) > 2 * len(by_index) + 8:
+            raise ValueError(
+                f"{path!r} would be a stack of {math.prod(stack)} matrices, of which the file has "
+                f"{len(by_index)}: pass like=adapters of the model if that is meant."
+            )
+        places[path] = stack, by_index
+    return places
+
+
+def _places_like(matrices, names, like: Mapping[str, Adapter]) -> _Places:
+    """Which matrices make up each adapter of ``like``; checked to be all, and to fit."""
+    places: _Places = {}
+    used: set[str] = set()
+    for path, adapter in like.items():
+        stack, ins, outs = adapter.lam.shape[:-1], adapter.q.shape[-1], adapter.p.shape[-1]
+        by_index: dict[tuple[int, ...], _Parts] = {}
+        for index in np.ndindex(stack):
+            for name, our_part, their_part in names.to_hf(path, index):
+                used.add(name)
+                if name in matrices:
+                    matrix = _rows_of(matrices[name], their_part, name)
+                else:
+                    matrix = _empty(ins, outs // our_part[1])
+                if (matrix.q.shape[1], matrix.p.shape[1] * our_part[1]) != (ins, outs):
+                    raise ValueError(
+                        f"{name!r} is for {matrix.q.shape[1]} inputs and {matrix.p.shape[1]} "
+                        f"outputs, but {path!r} of like, of which it is to be part {our_part[0]} "
+                        f"of {our_part[1]}, has {ins} and {outs}."
+                    )
+                by_index.setdefault(index, {})[our_part] = matrix
+        places[path] = stack, by_index
+    if over := sorted(set(matrices) - used):
+        raise ValueError(
+            f"like has no adapter for {', '.join(map(repr, over[:3]))}"
+            f"{' ...' if over[3:] else ''}: adapt the model with the file's config, or pass the "
+            "names= that belong to this model."
+        )
+    return places
+
+
+def _beside(name: str, parts: Mapping[int, tuple[Matrix, tuple[int, int]]]) -> Matrix:
+    """The increments of parts of a module's outputs as one: their rows, with zeros outside."""
+    (first, (_, count)), *_ = parts.values()
+    if count == 1:
+        return first
+    out = first.p.shape[1]
+    rows = []
+    for k, (matrix, _) in sorted(parts.items()):
+        if matrix.p.shape[1] != out or matrix.q.shape[1] != first.q.shape[1]:
+            raise ValueError(f"the parts of {name!r} have different sizes: it takes equal ones.")
+        p = np.zeros((matrix.p.shape[0], count * out), matrix.p.dtype)
+        p[:, k * out : (k + 1) * out] = matrix.p
+        rows.append(matrix._replace(p=p))
+    return _concatenated(rows)
+
+
+def _rows_of(matrix: Matrix, part: tuple[int, int], name: str) -> Matrix:
+    """The inverse: part k of n of a module's outputs, and only the rows that act on it.
+
+    A row that is zero everywhere belongs to the same part as the row before it.
+    """
+    if part[1] == 1:
+        return matrix
+    count = _divides(matrix, part, name)[1]
+    acts = np.stack([(p != 0).any(axis=1) for p in np.split(matrix.p, count, axis=1)], axis=1)
+    for row in range(len(acts)):
+        if not acts[row].any():
+            acts[row] = acts[row - 1] if row else np.arange(count) == 0
+    mine = acts[:, part[0]]
+    return Matrix(*(leaf[mine] for leaf in matrix.outputs(part)))
+
+
+def _joined(path: str, parts: _Parts) -> Matrix:
+    """The matrix whose outputs are those of the parts, one after another.
+
+    Where all have the same q and λ it has that many rows, as before it was taken apart; otherwise
+    the rows of all, each zero outside its part.
+    """
+    count = next(iter(parts))[1]
+    if any(part[1] != count for part in parts):
+        raise ValueError(f"names: {path!r} is divided in different ways.")
+    if count == 1:
+        return next(iter(parts.values()))
+    first = next(iter(parts.values()))
+    empty = _empty(first.q.shape[1], first.p.shape[1])
+    ordered = [parts.get((k, count), empty) for k in range(count)]
+    same = all(
+        a.dtype == b.dtype and a.tobytes() == b.tobytes()
+        for matrix in ordered
+        for a, b in zip(matrix[1:], first[1:])
+    )
+    if same and all(matrix.p.shape == first.p.shape for matrix in ordered):
+        return first._replace(p=np.concatenate([matrix.p for matrix in ordered], axis=1))
+    return _beside(path, {k: (matrix, (k, count)) for k, matrix in enumerate(ordered)})
+
+
+def _stacked(path: str, stack: tuple[int, ...], found: Mapping[tuple[int, ...], Matrix]) -> Matrix:
+    """The matrices in one array a factor, each filled up to the largest rank."""
+    some = list(found.values())
+    ins, outs = some[0].q.shape[1], some[0].p.shape[1]
+    if any((m.q.shape[1], m.p.shape[1]) != (ins, outs) for m in some):
+        raise ValueError(f"the matrices of the stack {path!r} have different sizes.")
+    rank = max(len(m.lam) for m in some)
+    width = ins + outs + 1
+    need, have = math.prod(stack) * rank * width, sum(len(m.lam) for m in some) * width
+    if need > _MAX_PADDING * have + _SMALL:
+        raise ValueError(
+            f"the stack {path!r} would take {need} numbers, of which the file has {have}: its "
+            "ranks are too different for one array."
+        )
+    dtype = lambda i: _common([m[i].dtype for m in some if len(m.lam)] or [some[0][i].dtype])
+    result = Matrix(
+        np.zeros((*stack, rank, outs), dtype(0)),
+        np.zeros((*stack, rank), dtype(1)),
+        np.zeros((*stack, rank, ins), dtype(2)),
+        np.zeros((*stack, rank), bool),
+    )
+    for index, matrix in found.items():
+        for whole, leaf in zip(result, matrix):
+            whole[(*index, slice(len(leaf)))] = leaf
+    return result
+
+
+def _concatenated(rows: Sequence[Matrix]) -> Matrix:
+    rows = [matrix for matrix in rows if len(matrix.lam)] or list(rows[:1])
+    dtypes = [_common([m[i].dtype for m in rows]) for i in range(4)]
+    return Matrix(*(np.concatenate(c).astype(d) for c, d in zip(zip(*rows), dtypes)))
+
+
+def _common(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """One dtype that holds all exactly."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
+def _empty(ins: int, outs: int) -> Matrix:
+    none = lambda *shape: np.zeros((0, *shape), np.float32)
+    return Matrix(none(outs), none(), none(ins), np.zeros(0, bool))
+
+
+def _divides(matrix: Matrix, part: tuple[int, int], name: str) -> tuple[int, int]:
+    if matrix.p.shape[1] % part[1]:
+        raise ValueError(
+            f"{name!r} has {matrix.p.shape[1]} outputs, which are not {part[1]} equal parts."
+        )
+    return part
+
+
+def kernel_size(adapter: Adapter) -> tuple[int, ...] | None:
+    """Return the kernel size of a convolution's adapter; None for other layers."""
+    layout = adapter.layout
+    if layout is None or layout.kind != "conv" or layout.shape is None:
+        return None
+    return layout.shape[len(layout.shape) - layout.ndim :][: layout.ndim - 2]
+
+
+def _layout(size: tuple[int, ...] | None, ins: int, outs: int) -> Layout:
+    """Return the layout of a weight that is known by its PyTorch module alone."""
+    if size is None:
+        return Layout(kind="unknown")
+    axes = len(size)
+    shape = (*size, ins // math.prod(size), outs)
+    return Layout("kernel", tuple(range(axes + 1)), (axes + 1,), kind="conv", shape=shape)
+
+
+def _to_torch(q: np.ndarray, size: tuple[int, ...] | None) -> np.ndarray:
+    """Return a convolution's inputs ``[*kernel, in]`` in PyTorch's order, ``[in, *kernel]``."""
+    if not size:
+        return q
+    q = q.reshape(*q.shape[:-1], *size, -1)
+    return np.moveaxis(q, -1, -1 - len(size)).reshape(*q.shape[: -1 - len(size)], -1)
+
+
+def _from_torch(q: np.ndarray, size: tuple[int, ...] | None) -> np.ndarray:
+    if not size:
+        return q
+    ins = q.shape[-1] // math.prod(size)
+    q = q.reshape(*q.shape[:-1], ins, *size)
+    return np.moveaxis(q, -1 - len(size), -1).reshape(*q.shape[: -1 - len(size)], -1)
+
+
+def as_jax(array: np.ndarray) -> jax.Array:
+    """The array in JAX, in its own dtype.
+
+    Raises:
+      ValueError: JAX would round it, because 64-bit types are off.
+    """
+    if array.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            "the file has float64 numbers, which JAX would round: call "
+            "jax.config.update('jax_enable_x64', True) first."
+        )
+    return jnp.asarray(array)

@@ -1,0 +1,275 @@
+"""Adapters added into a Hugging Face checkpoint of the base model, one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.evaluation import rank_pattern
+from adalora_jax._src.huggingface.files import read_adapter
+from adalora_jax._src.huggingface.matrices import Matrix, common_scale, to_matrices
+from adalora_jax._src.huggingface.names import as_names, hf_names
+from adalora_jax._src.huggingface.saved import saved_to_torch
+from adalora_jax._src.huggingface.tying import Change, tied_to, untie, untied
+from adalora_jax._src.huggingface.weights import INDEX, Weights, read_weights
+from adalora_jax._src.tensorfile import (
+    FLOATS,
+    TensorFile,
+    inside,
+    new_file,
+    new_folder,
+    open_regular,
+    spec_of,
+    stream_tensors,
+    to_bytes,
+    writing_to,
+)
+
+# What else a checkpoint's folder may hold of weights; it would be the base's, not merged.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+_OTHER_WEIGHTS += (".onnx", ".onnx_data", ".ot", ".tflite")
+# Models whose modules and whose checkpoints have different names, or had once.
+_RENAMED = (("vit", "vit_v4"), ("vit_v4", "vit"))
+
+
+def merge_pretrained(
+    adapter: str | os.PathLike[str] | Mapping[str, Any],
+    base_directory: str | os.PathLike[str],
+    out_directory: str | os.PathLike[str],
+    *,
+    config: Any = None,
+    masks: Any = None,
+    names: Any = None,
+    tied: bool | None = None,
+    safe: bool = True,
+    progress: Callable[[list[str]], Iterable[str]] | None = None,
+) -> None:
+    """Writes the base model's checkpoint with the adapter's increments added to its weights.
+
+    The result is a checkpoint like the base's, in as many files, for whatever loads that. One
+    tensor is in memory at a time. Sums are made in at least float32 and rounded once, to the
+    dtype of the weight; tensors without an increment are copied byte by byte, and so are the
+    folder's other files, but for weights in other formats. Where the base ties its head to its
+    embedding and they differ afterwards, both are stored, and ``config.json`` says
+    ``tie_word_embeddings: false``. The folder appears under its name when it is complete.
+
+    Args:
+      adapter: the folder of a PEFT adapter (AdaLoRA or LoRA), or what :func:`save_pretrained
+        <adalora_jax.huggingface.save_pretrained>` takes as adapters.
+      base_directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files.
+      out_directory: must not exist, or be empty.
+      config: of adapters that are no folder, for its ``fan_in_fan_out``.
+      masks, names: of adapters that are no folder, as in ``save_pretrained``.
+      tied: where the base ties its head to an embedding that the adapter changes, and the head is
+        not in the adapter: True if the head changed with the embedding, False if it kept the
+        base's weight. By default False for the folder of an adapter, as PEFT does it.
+      safe: refuse a sum that is not finite.
+      progress: put around the list of tensors while it is gone through, such as ``tqdm.tqdm``.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged or malicious; an increment fits no weight of the base, or its
+        Flax layer does not compute with the sum; a weight has a dtype that is not computed with; or
+        what a tied head becomes is not known.
+      OSError: ``out_directory`` cannot be written.
+
+    >>> import pathlib, tempfile
+    >>> from adalora_jax import Adapter
+    >>> from adalora_jax._src.tensorfile import TensorFile, new_file, save_tensors
+    >>> adapter = Adapter(np.ones((4, 2)), np.ones(4), np.ones((4, 3)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     base, out = pathlib.Path(folder, "base"), pathlib.Path(folder, "out")
+    ...     base.mkdir()
+    ...     with new_file(base / "model.safetensors") as file:
+    ...         save_tensors(file, {"query.weight": np.zeros((2, 3), np.float32)})
+    ...     merge_pretrained({"query": adapter}, base, out)
+    ...     with TensorFile(out / "model.safetensors") as file:
+    ...         print(file.read("query.weight")[0])
+    [4. 4. 4.]
+    """
+    if isinstance(adapter, Mapping):
+        _refuse_unmergeable(adapter)
+        names, scale = as_names(names), common_scale(adapter, 1.0)
+        pattern = None if masks is None else rank_pattern(masks)
+        matrices, _ = to_matrices(adapter, scale, pattern, names)
+        saved = saved_to_torch(adapter, names)
+        flagged = config is not None and config.fan_in_fan_out
+        conv1d = {name for name in matrices if flagged or names.is_conv1d(name)}
+    else:
+        file = read_adapter(adapter)
+        matrices, saved, scale = file.matrices, file.saved, file.config.scaling
+        conv1d = set(matrices) if file.config.fan_in_fan_out else set()
+        tied = bool(tied)  # PEFT leaves the head as it is.
+    base, out = read_weights(Path(base_directory)), Path(out_directory)
+    if out.resolve().is_relative_to(base.folder.resolve()):
+        raise ValueError(f"out_directory={str(out)!r} lies in the base's folder: name another.")
+    conv1d |= base.conv1d(matrices)
+    live = {name: matrix.live() for name, matrix in matrices.items() if matrix.mask.any()}
+    changes = _changes(base, live, saved, conv1d)
+    settings = untied(base.config or {}) if untie(base, changes, tied) else None
+    with writing_to("out_directory", out_directory), new_folder(out) as folder:
+        _copy_others(base, folder, settings)
+        _write(base, changes, scale, folder, safe, progress or (lambda tensors: tensors))
+
+
+def _refuse_unmergeable(adapters: Mapping[str, Any]) -> None:
+    """Raise where an adapter's Flax layer does not compute with the sum of weight and increment."""
+    for path, adapter in pytree.adapters(adapters).items():
+        note = adapter.layout.note if adapter.layout else ""
+        if note:
+            raise ValueError(
+                f"the increment of {path!r} cannot be merged: {note}. Where the PyTorch model does "
+                "compute with the sum, write the adapter with save_pretrained and merge its folder."
+            )
+
+
+def _changes(
+    base: Weights,
+    matrices: Mapping[str, Matrix],
+    saved: Mapping[str, np.ndarray],
+    conv1d: set[str],
+) -> dict[str, Change]:
+    """What is to be done, by tensor of the base; all of it checked."""
+    specs = base.specs
+    changes: dict[str, Change] = {}
+    for name, matrix in matrices.items():
+        key = next(filter(None, (base.find(f"{n}.weight") for n in _names(name))), None)
+        source = tied_to(base, f"{name}.weight") if key is None else None
+        if key is None and source is None:
+            near = difflib.get_close_matches(f"{name}.weight", specs, 3, 0.3)
+            raise ValueError(
+                f"the base in {base.folder} has no weight for {name!r}; the nearest: "
+                f"{', '.join(near) or 'none'}. Is it the model that the adapter was trained for?"
+            )
+        key, stored = key or f"{name}.weight", source or key or ""
+        shape, ins, outs = specs[stored].shape, matrix.q.shape[1], matrix.p.shape[1]
+        straight = len(shape) >= 2 and shape[0] == outs and math.prod(shape[1:]) == ins
+        turned = shape == (ins, outs)
+        if not straight and not turned:
+            raise ValueError(
+                f"{name!r} is for {ins} inputs and {outs} outputs, but {stored!r} of the base has "
+                f"the shape {list(shape)}."
+            )
+        if specs[stored].dtype not in FLOATS:
+            raise ValueError(
+                f"{stored!r} of the base has dtype {specs[stored].dtype}: merge into a base that "
+                "is not quantised."
+            )
+        is_transposed = turned and (not straight or name in conv1d)
+        changes[key] = Change(matrix, is_transposed, source=source)
+    for name, value in saved.items():
+        key = base.find(name) or name
+        if key in changes:
+            raise ValueError(f"{key!r} is both adapted and saved.")
+        spec = specs.get(key)
+        if spec is not None and (spec.shape != value.shape or spec.dtype not in FLOATS):
+            raise ValueError(
+                f"{name!r} has shape {list(value.shape)}, but {key!r} of the base is a "
+                f"{spec.dtype} tensor of {list(spec.shape)}."
+            )
+        changes[key] = Change(value=value if spec is None else value.astype(FLOATS[spec.dtype]))
+    return changes
+
+
+def _names(module: str) -> list[str]:
+    """What a module may be called in a checkpoint."""
+    result = [module]
+    for one, other in _RENAMED:
+        for prefix in (None, ""):
+            with contextlib.suppress(ValueError):
+                place = hf_names(one, prefix=prefix).to_flax(module)[0][0]
+                result.append(hf_names(other, prefix=prefix).to_hf(place.path)[0][0])
+    return result
+
+
+def _write(
+    base: Weights,
+    changes: Mapping[str, Change],
+    scale: float,
+    folder: Path,
+    safe: bool,
+    progress: Callable[[list[str]], Iterable[str]],
+) -> None:
+    files = {name: dict(specs) for name, specs in base.files.items()}
+    last = next(reversed(files))
+    for name, change in changes.items():
+        if change.source is not None:
+            files[base.file_of(change.source)][name] = base.specs[change.source]
+        elif name not in base.specs and change.value is not None:
+            files[last][name] = spec_of(change.value)
+    steps = iter(progress([tensor for specs in files.values() for tensor in specs]))
+    for name, specs in files.items():
+        with TensorFile(inside(base.folder, name)) as source, new_file(folder / name) as target:
+
+            def data(tensor: str, source: TensorFile = source) -> Iterator[bytes]:
+                next(steps, None)
+                change = changes.get(tensor, Change())
+                if change.matrix is not None:
+                    weight = source.read(change.source or tensor)
+                    yield to_bytes(_merged(weight, change, change.matrix, scale, tensor, safe))
+                elif change.value is not None:
+                    yield to_bytes(change.value)
+                else:
+                    yield from source.chunks(change.source or tensor)
+
+            stream_tensors(target, specs, data, base.metadata[name])
+    next(steps, None)  # lets a progress bar know that it is over
+    if base.index is not None:
+        places = {tensor: name for name, specs in files.items() for tensor in specs}
+        size = sum(spec.nbytes for specs in files.values() for spec in specs.values())
+        about = base.index.get("metadata")
+        about = {**(about if isinstance(about, dict) else {}), "total_size": size}
+        with new_file(folder / INDEX) as target:
+            target.write(json.dumps({"metadata": about, "weight_map": places}, indent=2).encode())
+
+
+def _merged(
+    weight: np.ndarray, change: Change, matrix: Matrix, scale: float, name: str, safe: bool
+) -> np.ndarray:
+    """``W + s · pᵀ diag(λ) q``, rounded once to the dtype of W."""
+    wide = np.promote_types(weight.dtype, np.float32)
+    p, lam, q = (leaf.astype(wide) for leaf in matrix[:3])
+    delta = (p * (lam * wide.type(scale))[:, None]).T @ q
+    delta = delta.T if change.transposed else delta.reshape(weight.shape)
+    with np.errstate(over="ignore"):
+        merged = (weight.astype(wide) + delta).astype(weight.dtype)
+    if safe and not np.isfinite(merged.astype(wide)).all():
+        raise ValueError(
+            f"the merged {name!r} is not finite in {weight.dtype}: check the adapter, or convert "
+            "the base to a wider dtype."
+        )
+    return merged
+
+
+def _copy_others(base: Weights, folder: Path, settings: Mapping[str, Any] | None) -> None:
+    """Copies all files but weights and hidden ones; links that lead out are refused.
+
+    Args:
+      base: the checkpoint.
+      folder: of the copies.
+      settings: in place of its config.
+    """
+    for root, folders, names in os.walk(base.folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(root).relative_to(base.folder)
+        for name in sorted(names):
+            path = here / name
+            if name.startswith(".") or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
+                continue
+            (folder / here).mkdir(parents=True, exist_ok=True)
+            source = open_regular(inside(base.folder, path.as_posix()))
+            with source, new_file(folder / path) as target:
+                if settings is not None and path.as_posix() == "config.json":
+                    target.write(f"{json.dumps(settings, indent=2)}\n".encode())
+                else:
+                    shutil.copyfileobj(source, target)

@@ -1,0 +1,214 @@
+"""How the tensors of a checkpoint become the parameters of a Flax model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.huggingface.names import NameMap
+from adalora_jax._src.huggingface.weights import Weights
+from adalora_jax._src.tensorfile import FLOATS
+
+_BIASES = ("bias", "b")
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "shared",
+)  # what a head may be tied to
+HEAD = re.compile(r"(.*\.)?(lm_head|embed_out|cls\.predictions\.decoder)\.weight")
+_OLD = {".weight": ".gamma", ".bias": ".beta"}  # of the first checkpoints of BERT
+
+
+class Piece(NamedTuple):
+    """Part k of n of a tensor's outputs, which is part i of m of a parameter's."""
+
+    key: str
+    ours: tuple[int, int]
+    theirs: tuple[int, int]
+
+
+class Reading(NamedTuple):
+    """Where a parameter comes from, and what its axes are for."""
+
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]  # axes that index slices
+    ins: tuple[int, ...] | None  # axes that a layer sums over; None if it is no layer's weight
+    outs: tuple[int, ...]
+    slices: dict[tuple[int, ...], list[Piece]]
+    turned: frozenset[str]  # the tensors that are [out, in]
+
+    def value(self, index: tuple[int, ...], read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The slice at ``index``, with axes of length 1 for the stack.
+
+        Args:
+          index: on the stack.
+          read: gives a tensor by its name.
+        """
+        parts = []
+        for key, _, (part, count) in self.slices[index]:
+            array = read(key)
+            if self.ins is not None:
+                array = _as_matrix(array, key in self.turned)
+            parts.append(array if count == 1 else np.split(array, count, axis=-1)[part])
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        order = (*(self.ins or ()), *self.outs)
+        whole = whole.reshape([self.shape[axis] for axis in order])
+        whole = whole.transpose(np.argsort(order))
+        return np.expand_dims(whole, self.stack)
+
+
+class Source(NamedTuple):
+    """A checkpoint, and what its tensors are called in the model."""
+
+    weights: Weights
+    names: NameMap
+
+    def reading(self, path: str, shape: Sequence[int], layer: Layout | None) -> Reading | str:
+        """How the parameter ``path`` is read; or the name of a tensor that is not there.
+
+        Args:
+          path: of the parameter.
+          shape: of it, with all stacked axes.
+          layer: how it reads as matrices, where that is known.
+
+        Raises:
+          ValueError: the tensors are there, but have shapes or dtypes that do not fit.
+        """
+        wanted = ""
+        for stack in _stacks(len(shape), layer):
+            slices: dict[tuple[int, ...], list[Piece]] = {}
+            for index in np.ndindex(*(shape[axis] for axis in stack)):
+                pieces, looked_for = self._pieces(path, index)
+                if not pieces:
+                    wanted = looked_for if slices else wanted or looked_for
+                    break
+                slices[index] = pieces
+            else:
+                return self._reading(path, tuple(shape), layer, stack, slices)
+        return wanted
+
+    def _pieces(self, path: str, index: tuple[int, ...]) -> tuple[list[Piece], str]:
+        """Where a slice comes from; if there is no such tensor, the name it should have."""
+        module, _, last = path.rpartition("/")
+        end = ".bias" if last in _BIASES else ".weight"
+        ways = [
+            [(f"{name}{end}", ours, theirs) for name, ours, theirs in way]
+            for of, ends in ((module, (end, _OLD[end])), (path, ("", end)))
+            if (way := self.names.match(of, index))
+            for end in ends
+        ]
+        exactly = lambda key: key if key in self.weights.specs else None
+        for find in (exactly, self.weights.find, self._tied):
+            for way in ways:
+                pieces = [Piece(find(key) or "", ours, theirs) for key, ours, theirs in way]
+                if all(piece.key for piece in pieces):
+                    return pieces, ""
+        return [], ways[0][0][0] if ways else ""
+
+    def _tied(self, key: str) -> str | None:
+        """The embeddings as the weight of a head, where the two are one and stored once."""
+        config = self.weights.config or {"tie_word_embeddings": False}
+        ties = config.get("tie_word_embeddings", True)  # so transformers has it by default
+        last = lambda name: name.removesuffix(".weight").rpartition(".")[2]
+        same = [name for name in self.weights.specs if last(name) in EMBEDDINGS]
+        return same[0] if ties and len(same) == 1 and HEAD.fullmatch(key) else None
+
+    def _reading(self, path, shape, layer, stack, slices) -> Reading:
+        keys = {piece.key for pieces in slices.values() for piece in pieces}
+        for key in sorted(keys):
+            if self.weights.specs[key].dtype not in FLOATS:
+                raise ValueError(
+                    f"{key!r}, for {path!r}, has dtype {self.weights.specs[key].dtype}; only "
+                    f"{', '.join(FLOATS)} can be loaded."
+                )
+        own = tuple(axis for axis in range(len(shape)) if axis not in stack)
+        if layer is None and path.rpartition("/")[2] != "kernel":
+            for pieces in slices.values():
+                self._check_plain(path, shape, own, pieces)
+            return Reading(shape, stack, None, own, slices, frozenset())
+        if layer is None:
+            ways = [(own[:n], own[n:]) for n in range(len(own) + 1)]
+        else:
+            lifted = len(shape) - len(layer.stack) - len(layer.ins) - len(layer.outs)
+            ways = [tuple(tuple(lifted + a for a in axes) for axes in (layer.ins, layer.outs))]
+        turned = frozenset(key for key in keys if self._is_turned(key, layer))
+        size = lambda axes: math.prod(shape[axis] for axis in axes)
+        for pieces in slices.values():
+            sizes = [self._sizes(piece, piece.key in turned) for piece in pieces]
+            ins, outs = sizes[0][0], sum(outs for _, outs in sizes)
+            same = all(other == ins for other, _ in sizes)
+            ways = [way for way in ways if same and (size(way[0]), size(way[1])) == (ins, outs)]
+            if not ways:
+                raise ValueError(self._misfit(path, shape, pieces, f"{ins} inputs, {outs} outputs"))
+        ins, outs = ways[0]
+        return Reading(shape, stack, ins, outs, slices, turned)
+
+    def _is_turned(self, key: str, layer: Layout | None) -> bool:
+        """Whether a weight is ``[out, in]``: not that of an embedding or of a Conv1D."""
+        module = key.removesuffix(".weight")
+        conv1d = self.names.is_conv1d(module) or bool(self.weights.conv1d([module]))
+        return not conv1d and (layer is None or layer.kind != "embed")
+
+    def _sizes(self, piece: Piece, turned: bool) -> tuple[int, int]:
+        """Inputs and outputs of a piece."""
+        first, *rest = self.weights.specs[piece.key].shape or (1,)
+        ins, outs = (math.prod(rest), first) if turned else (first, math.prod(rest))
+        if outs % piece.theirs[1]:
+            raise ValueError(
+                f"{piece.key!r} has {outs} outputs, not {piece.theirs[1]} equal parts."
+            )
+        return ins, outs // piece.theirs[1]
+
+    def _check_plain(self, path, shape, own, pieces: list[Piece]) -> None:
+        """Refuses tensors that are not the numbers of a parameter in their order."""
+        shapes = [self.weights.specs[piece.key].shape for piece in pieces]
+        divided = any(piece.theirs[1] > 1 for piece in pieces) or len(pieces) > 1
+        if all(len(shape) <= 1 for shape in shapes):
+            have = sum(math.prod(s) // piece.theirs[1] for s, piece in zip(shapes, pieces))
+            if have != math.prod(shape[axis] for axis in own):
+                raise ValueError(self._misfit(path, shape, pieces, f"{have} numbers"))
+            return
+        short = lambda sizes: [size for size in sizes if size != 1]
+        module, _, end = pieces[0].key.rpartition(".")
+        last = module.rpartition(".")[2]
+        embeds = "embed" in f"{last}/{path.rpartition('/')[2]}" or last in (*EMBEDDINGS, "wpe")
+        if end == "weight" and len(short(shapes[0])) > 1 and not embeds:
+            raise ValueError(
+                f"which axes of {path!r} {list(shape)} are inputs is not known, and "
+                f"{pieces[0].key!r} {list(shapes[0])} may have to be turned: pass what a linen "
+                f"model is called with, or equations={{{path!r}: ...}}."
+            )
+        if divided or short(shapes[0]) != short(shape[axis] for axis in own):
+            raise ValueError(self._misfit(path, shape, pieces, "numbers in this order"))
+
+    def _misfit(self, path, shape, pieces: list[Piece], what: str) -> str:
+        have = " and ".join(
+            f"{piece.key!r} {list(self.weights.specs[piece.key].shape)}" for piece in pieces
+        )
+        return f"{path!r} of shape {list(shape)} does not hold {have} ({what})."
+
+
+def _stacks(axes: int, layer: Layout | None) -> list[tuple[int, ...]]:
+    """Which axes may index slices; by the layer, or else any number of them in front."""
+    if layer is None:
+        return [tuple(range(count)) for count in range(axes + 1)]
+    lifted = axes - len(layer.stack) - len(layer.ins) - len(layer.outs)
+    return [(*range(lifted), *(lifted + axis for axis in layer.stack))]
+
+
+def _as_matrix(array: np.ndarray, turned: bool) -> np.ndarray:
+    """A weight as ``[in, out]``; of a convolution ``[out, in, *kernel]`` with the kernel first.
+
+    >>> _as_matrix(np.zeros((4, 3, 5, 5)), True).shape
+    (75, 4)
+    """
+    if not turned:
+        return array.reshape(len(array), -1)
+    return array.transpose(*range(2, array.ndim), 1, 0).reshape(-1, len(array))

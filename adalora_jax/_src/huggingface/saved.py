@@ -1,0 +1,160 @@
+"""The parameters that trained beside the adapters, as the PyTorch model has them, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.huggingface.matrices import as_jax
+from adalora_jax._src.huggingface.names import NameMap
+
+# Parameters of Flax modules, and how many axes each has without a stack.
+_AXES = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
+_EMBEDDINGS = {"wte", "wpe", "embed_tokens", "shared"}
+
+
+def saved_to_torch(adapters: Any, names: NameMap) -> dict[str, np.ndarray]:
+    """``{"<module>.weight": array}`` of all that is no adapter: what ``modules_to_save`` trained.
+
+    Raises:
+      ValueError: a parameter whose PyTorch form its name and shape do not tell.
+    """
+    result: dict[str, np.ndarray] = {}
+    for path, leaf in _saved_leaves(adapters).items():
+        array = np.asarray(jax.device_get(leaf))
+        module, _, kind = path.rpartition("/")
+        axes = _axes(module, kind, array.ndim, names)
+        if axes is None or array.ndim < axes or not module:
+            raise ValueError(
+                f"{path!r} of shape {array.shape} cannot be written for PyTorch: only parameters "
+                f"named {', '.join(_AXES)} of layers can, a kernel with one axis of inputs and "
+                "one of outputs. Leave it out, or write its module's increment into the base."
+            )
+        stack = array.shape[: array.ndim - axes]
+        for index in np.ndindex(stack):
+            try:
+                (name, *parts), *more = names.to_hf(module, index)
+            except ValueError as error:
+                raise ValueError(f"{path!r} of shape {array.shape}: {error}") from None
+            if more or parts != [(0, 1), (0, 1)]:
+                raise ValueError(f"{path!r} is a part of {name!r} and cannot be saved alone.")
+            value = array[index]
+            if kind == "kernel":
+                value = _kernel_to_torch(value, names.is_conv1d(name))
+            key = _key(name, kind)
+            if key in result:
+                raise ValueError(f"names: {path!r} and another parameter both become {key!r}.")
+            result[key] = value
+    return result
+
+
+def saved_from_torch(saved: Mapping[str, np.ndarray], names: NameMap, like: Any) -> dict[str, Any]:
+    """The inverse of :func:`saved_to_torch`, in the containers of ``like``.
+
+    Without ``like``, ``{module: {"kernel": ..., "bias": ...}}``: a weight with one axis is a scale,
+    one with two a kernel, or an embedding where the module's name says so.
+
+    Raises:
+      ValueError: a tensor fits no parameter.
+    """
+    if like is None:
+        return _by_their_names(saved, names)
+    used: set[str] = set()
+
+    def find(path: tuple[Any, ...], leaf: Any) -> jax.Array | None:
+        if pytree.is_adapter(leaf):
+            return None
+        module, _, kind = pytree.path_name(path).rpartition("/")
+        axes = _axes(module, kind, len(leaf.shape), names)
+        stack = tuple(leaf.shape)[: len(leaf.shape) - (axes or 0)]
+        arrays = []
+        for index in np.ndindex(stack):
+            name = names.to_hf(module, index)[0][0]
+            key = _key(name, kind)
+            if key not in saved or axes is None:
+                raise ValueError(
+                    f"the file has no {key!r} for {pytree.path_name(path)!r} of like: take it out "
+                    "of like if it is to stay as in the base."
+                )
+            used.add(key)
+            kernel = kind == "kernel"
+            conv1d = names.is_conv1d(name)
+            arrays.append(_kernel_from_torch(saved[key], conv1d) if kernel else saved[key])
+        shapes = {(*stack, *array.shape) for array in arrays}
+        if shapes != {tuple(leaf.shape)}:
+            raise ValueError(
+                f"{pytree.path_name(path)!r} has shape {sorted(shapes)} in the file, but in like "
+                f"it has {tuple(leaf.shape)}."
+            )
+        return as_jax(np.stack(arrays).reshape(leaf.shape))
+
+    found = jax.tree_util.tree_map_with_path(find, like, is_leaf=pytree.is_adapter)
+    if over := sorted(set(saved) - used):
+        raise ValueError(
+            f"like has no parameter for {', '.join(map(repr, over[:3]))}: name their modules in "
+            "modules_to_save of the config that makes it."
+        )
+    return {path: node for path, node in found.items() if node is not None}
+
+
+def _by_their_names(saved: Mapping[str, np.ndarray], names: NameMap) -> dict[str, Any]:
+    result: dict[str, dict[str, jax.Array]] = {}
+    for key, array in saved.items():
+        name, _, kind = key.rpartition(".")
+        if kind == "weight":
+            last = name.rpartition(".")[2]
+            embeds = last in _EMBEDDINGS or last.endswith("embeddings")
+            kind = "scale" if array.ndim == 1 else "embedding" if embeds else "kernel"
+        elif kind != "bias":
+            kind = ""
+        if kind not in _AXES or (array.ndim != _AXES[kind] and (kind, array.ndim) != ("kernel", 4)):
+            raise ValueError(f"{key!r} of shape {array.shape} is no parameter known in Flax.")
+        (place, part), *more = names.to_flax(name)
+        if more or place.at or part != (0, 1) or place.part != (0, 1):
+            raise ValueError(f"{key!r} is a part of {place.path!r}: pass like=, the adapters.")
+        if kind == "kernel":
+            array = _kernel_from_torch(array, names.is_conv1d(name))
+        module = result.setdefault(place.path, {})
+        if kind in module:
+            raise ValueError(f"names: {key!r} and another tensor become the same {place.path!r}.")
+        module[kind] = as_jax(array)
+    return result
+
+
+def _key(name: str, kind: str) -> str:
+    return f"{name}.{'bias' if kind == 'bias' else 'weight'}"
+
+
+def _saved_leaves(adapters: Any) -> dict[str, Any]:
+    """The leaves of a tree that belong to no adapter, by path."""
+    nodes = jax.tree_util.tree_flatten_with_path(adapters, is_leaf=pytree.is_adapter)[0]
+    return {pytree.path_name(path): node for path, node in nodes if not pytree.is_adapter(node)}
+
+
+def _axes(module: str, kind: str, ndim: int, names: NameMap) -> int | None:
+    """Return how many axes a parameter has without a stack's; None for one that is not known.
+
+    A kernel of four or five axes is a convolution's, unless the names say that it is stacked.
+    """
+    if kind != "kernel":
+        return _AXES.get(kind)
+    for stacked in range(ndim - 1):
+        if ndim - stacked != 3 and names.match(module, (0,) * stacked):
+            return ndim - stacked
+    return _AXES[kind]
+
+
+def _kernel_to_torch(kernel: np.ndarray, conv1d: bool) -> np.ndarray:
+    """``[*size, in, out]`` as ``[out, in, *size]``."""
+    if conv1d:
+        return kernel
+    axes = kernel.ndim
+    return kernel.transpose(axes - 1, axes - 2, *range(axes - 2))
+
+
+def _kernel_from_torch(weight: np.ndarray, conv1d: bool) -> np.ndarray:
+    return weight if conv1d else weight.transpose(*range(2, weight.ndim), 1, 0)

@@ -1,0 +1,1 @@
+"""Which weights of a Flax model are adapted, and how a term is added."""

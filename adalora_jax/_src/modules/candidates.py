@@ -1,0 +1,63 @@
+"""Modules of a model that could be adapted, and why some of them cannot."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.modules.usage import Use
+
+# Begins the note of a layer that may be merged once outputs have been compared.
+UNKNOWN = "it is not known how its weight is used, since "
+
+
+class Candidate(NamedTuple):
+    """A module of the model, as selection sees it.
+
+    Attributes:
+      module: the linen or NNX module.
+      layer: how its weight is read; None where its kind cannot be adapted.
+      shape: of the whole weight, stacked axes included.
+      refused: why this layer cannot be adapted although it has a weight; empty where it can.
+      note: why its increment cannot be merged; empty where it can.
+      dropout: whether its scope has random numbers for dropout.
+      wrapper: the Flax wrapper that normalises its weight, such as ``WeightNorm``; empty without.
+    """
+
+    module: Any
+    layer: Layout | None = None
+    shape: tuple[int, ...] = ()
+    refused: str = ""
+    note: str = ""
+    dropout: bool = True
+    wrapper: str = ""
+
+
+def judged(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
+    """Return the candidate with what the use of its weight means for an adapter.
+
+    Args:
+      candidate: a layer.
+      use: of its weight.
+      foreign: whether its class extends no layer of Flax's, so that the adapter's term is added to
+        the output of all that it does.
+    """
+    if use.unseen:
+        return candidate._replace(note=f"{UNKNOWN}its class takes other arguments than one input")
+    if use.elsewhere:
+        return candidate._replace(
+            refused="its weight is also used outside of the layer, where there would be no "
+            "increment, while a merged model has it in both (an embedding that is the head, too, "
+            "works with embed.attend)"
+        )
+    if use.transformed:
+        return candidate._replace(
+            note="its layer transforms the stored weight before it is used, so no sum of weights "
+            "computes the same; serve it unmerged"
+        )
+    if use.followed and foreign:
+        return candidate._replace(
+            note="its layer does more than to multiply its input with the weight and add to the "
+            "product, so no sum of weights computes the same; serve it unmerged"
+        )
+    return candidate

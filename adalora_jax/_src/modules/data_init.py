@@ -1,0 +1,240 @@
+"""Initial values that need the model: from its weights, or from what goes into its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx as flax_nnx
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.adapter import Adapter, Observer, known_scale
+from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.low_rank import wide
+from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.modules import linen_layers, merging, nnx_frontend, nnx_layers
+
+_Model = TypeVar("_Model", bound=flax_nnx.Module)
+_OBSERVED = ("dense", "general", "einsum", "conv")  # an embedding's inputs are no numbers
+
+
+@overload
+def pissa_init(variables: _Model) -> _Model: ...
+
+
+@overload
+def pissa_init(
+    variables: Mapping[str, Any], adapters: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]: ...
+
+
+def pissa_init(variables: Any, adapters: Any = None) -> Any:
+    """Return adapters that start as the top singular vectors of their weights, and the remainder.
+
+    With ``W = Σ_i σ_i u_i v_iᵀ``, σ falling, triplet i becomes ``p = v_i, λ = σ_i / s, q = u_i``,
+    and the base ``W − Σ_{i < r} σ_i u_i v_iᵀ`` (`PiSSA <https://arxiv.org/abs/2404.02948>`_, in SVD
+    form): the adapted model is what it was, to within rounding. Rows beyond the weight's rank stay
+    as they are, with λ = 0.
+
+    Args:
+      variables: of a linen model; or an adapted NNX model. Not changed.
+      adapters: ``{path: Adapter}``, fresh, for linen variables.
+
+    Returns:
+      ``(variables, adapters)`` for linen, a model for NNX. Checkpoints and exports of the adapters
+      go with this base, not with the original one.
+
+    Raises:
+      ValueError: a weight is quantised, or its layer transforms it before use.
+
+    >>> import adalora_jax, flax.linen as nn
+    >>> model, x = nn.Dense(4), jnp.ones((2, 6))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> config = AdaLoraConfig(total_step=10, init_r=3, target_r=2, target_modules=".*")
+    >>> adapted = adalora_jax.linen.adapt(model, config)
+    >>> adapters = adapted.init(jax.random.key(1), variables, x)
+    >>> corrected, adapters = pissa_init(variables, adapters)
+    >>> y = adapted.apply(corrected, adapters, x)
+    >>> bool(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
+    True
+    >>> bool(abs(model.apply(corrected, x) - y).max() > 0.1)
+    True
+    """
+    if isinstance(variables, flax_nnx.Module):
+        new = nnx_frontend.adapters(variables)
+        for path, module in nnx_layers.modules(variables):
+            if isinstance(module, nnx_layers.Adapted) and path in new:
+                variable = getattr(module, new[path].layout.weight)
+                qwix = nnx_layers.by_qwix(variable)
+                new[path] = _principal(
+                    new[path], variable if qwix else variable.get_raw_value(), path
+                )
+        changed = nnx_frontend.with_adapters(variables, new)
+        return nnx_frontend.unmerged(changed, changed, checked=False)
+    linen_layers.check_variables(variables)
+    params, new = linen_layers.unboxed(variables), dict(adapters)
+    for path, adapter in pytree.adapters(new).items():
+        name = (adapter.layout or Layout()).weight
+        weight = pytree.at(params, pytree.weight_path(params, path, name))
+        new[path] = _principal(adapter, weight, path)
+    return merging.unmerge(variables, new), new
+
+
+def _principal(adapter: Adapter, weight: Any, path: str) -> Adapter:
+    layer, scale = adapter.layout or Layout(), known_scale(adapter, path)
+    if pytree.is_packed(weight) or nnx_layers.by_qwix(weight):
+        raise ValueError(
+            f"the weight of {path!r} is quantised, so nothing can be taken out of it: start with "
+            "the weights as they were, and quantise what is left."
+        )
+    matrix = layer.to_matrix(weight)
+    u, sigma, vt = jnp.linalg.svd(matrix.astype(wide(matrix.dtype)), full_matrices=False)
+    rank = min(adapter.lam.shape[-1], sigma.shape[-1])
+    lam = (sigma / scale).astype(adapter.lam.dtype)
+    lam = jnp.zeros_like(adapter.lam).at[..., :rank].set(lam[..., :rank])
+    q = _rows(adapter.q, jnp.matrix_transpose(u), rank)
+    return adapter._replace(p=_rows(adapter.p, vt, rank), lam=lam, q=q)
+
+
+def _rows(own: jax.Array, new: jax.Array, rank: int) -> jax.Array:
+    """``own [..., r, d]`` with its first rows replaced."""
+    return own.at[..., :rank, :].set(new[..., :rank, :].astype(own.dtype))
+
+
+def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, jax.Array]:
+    """Return ``Σ xᵀx`` over all inputs x of each adapted layer, of the base model on one batch.
+
+    Those of several batches add up: ``jax.tree.map(jnp.add, first, second)``. It takes one forward
+    and backward pass of the model, may be jitted, and needs ``in²`` numbers per layer. A
+    convolution's inputs are its patches. Embeddings are left out.
+
+    Args:
+      model: an adapted NNX model, which is left as it is; or an adapted linen module.
+      *inputs, **kwargs: what the model is called with; for linen ``variables`` and ``adapters``
+        first, as in ``adapted.apply``; of the adapters only the shapes count. The outputs must
+        depend on each layer in a way that can be differentiated.
+
+    Returns:
+      ``{path: [*stack, in, in]}``, in at least float32.
+
+    >>> import adalora_jax, flax.linen as nn
+    >>> model, x = nn.Dense(4), jnp.arange(12.0).reshape(2, 6)
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> adapted = adalora_jax.linen.adapt(model, AdaLoraConfig(total_step=9, target_modules=".*"))
+    >>> adapters = adapted.init(jax.random.key(1), variables, x)
+    >>> bool((input_second_moments(adapted, variables, adapters, x)[""] == x.T @ x).all())
+    True
+    """
+    if isinstance(model, flax_nnx.Module):
+        adapters = nnx_frontend.adapters(model)
+        run = lambda observers: _observed_nnx(model, observers)(*inputs, **kwargs)
+    else:
+        variables, adapters, *rest = inputs
+        run = lambda observers: model.apply(variables, observers, *rest, **kwargs)
+    kinds = {path: (a.layout or Layout()).kind for path, a in pytree.adapters(adapters).items()}
+    found = pytree.adapters(adapters).items()
+    return _moments(run, {path: a for path, a in found if kinds[path] in _OBSERVED})
+
+
+def _observed_nnx(model: Any, observers: Any) -> Any:
+    copy: Any = nnx_frontend.with_adapters(model, observers)
+    for _, module in nnx_layers.modules(copy):
+        if isinstance(module, nnx_layers.Adaptation):
+            module.kind = Observer
+    return copy
+
+
+def _moments(run: Callable[[Any], Any], adapters: Mapping[str, Adapter]) -> dict[str, jax.Array]:
+    """The gradients of the observers' q, which are q xᵀx, for q = I."""
+
+    def observer(adapter):
+        *stack, _, ins = adapter.q.shape
+        p = jnp.zeros((*stack, 1, adapter.p.shape[-1]))  # of it only the width is looked at
+        q = jnp.broadcast_to(jnp.eye(ins, dtype=wide(adapter.q.dtype)), (*stack, ins, ins))
+        return Observer(p, jnp.zeros((*stack, ins)), q, adapter.scale, adapter.layout)
+
+    def total(observers) -> Any:
+        leaves = [leaf for leaf in jax.tree.leaves(run(observers)) if hasattr(leaf, "dtype")]
+        floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return sum((jnp.sum(leaf.astype("float32")) for leaf in floats), start=jnp.zeros(()))
+
+    grads = jax.grad(total)({path: observer(adapter) for path, adapter in adapters.items()})
+    return {path: observer.q for path, observer in grads.items()}
+
+
+def eva_ranks(
+    moments: Mapping[str, jax.Array], config: AdaLoraConfig, *, max_rank: int | None = None
+) -> AdaLoraConfig:
+    """The config with initial ranks by how much of its input's variance each triplet explains.
+
+    Component i of a layer explains ``ν_i / Σ_j ν_j`` of it, with the eigenvalues ν of ``Σ xᵀx``. As
+    in EVA the components of all layers compete for ``init_r`` triplets a matrix on average, and the
+    ranks stand in ``rank_pattern``. Each layer keeps at least one. The matrices of a stack have one
+    rank, by the mean over them, and a triplet of it costs one in each.
+
+    Args:
+      moments: of the layers, ``{path: [*stack, in, in]}``.
+      config: gives each layer's ``init_r`` and, in ``rank_limits``, its ``max_r``. Its scale stays.
+      max_rank: the highest rank of a layer; twice its ``init_r`` without it.
+
+    Raises:
+      ValueError: ``max_rank`` is below 1.
+
+    >>> moments = {"flat": jnp.eye(8), "thin": jnp.diag(jnp.array([8.0, 1, 0, 0, 0, 0, 0, 0]))}
+    >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2)
+    >>> eva_ranks(moments, config).rank_pattern
+    (('flat', 7), ('thin', 1))
+    """
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank={max_rank} must be at least 1, or None.")
+    candidates, ranks, left = [], {}, 0
+    for path, moment in moments.items():
+        spec = config.spec_of(path)
+        share = jnp.mean(_explained(moment), axis=range(moment.ndim - 2))
+        number = math.prod(moment.shape[:-2])
+        limit = min(max_rank or 2 * spec.init_r, moment.shape[-1])
+        limit = min(limit, spec.max_r) if config.rank_limits else limit
+        for i, value in enumerate(np.asarray(share)[1:limit]):
+            candidates.append((-value, path, i, number))
+        ranks[path], left = 1, left + number * (spec.init_r - 1)
+    for _, path, _, number in sorted(candidates):
+        if number <= left:
+            ranks[path], left = ranks[path] + 1, left - number
+    return config.replace(rank_pattern=ranks)
+
+
+def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The adapters with ``q_i`` the direction in which the inputs vary i-th most, and λ = 0.
+
+    Those are the top right singular vectors of the inputs, stacked as rows: the eigenvectors of
+    ``Σ xᵀx`` (EVA). p stays. Adapters without moments stay as they are.
+
+    Args:
+      adapters: ``{path: Adapter}``, fresh, of the ranks that :func:`eva_ranks` gave.
+      moments: of their layers.
+
+    >>> adapter = Adapter(jnp.ones((1, 4)), jnp.ones(1), jnp.ones((1, 3)))
+    >>> moments = {"query": jnp.diag(jnp.array([1.0, 9.0, 4.0]))}
+    >>> abs(eva_init({"query": adapter}, moments)["query"].q)
+    Array([[0., 1., 0.]], dtype=float32)
+    """
+    new = dict(adapters)
+    for path, moment in moments.items():
+        adapter = new[path]
+        vectors = jnp.linalg.eigh(moment)[1][..., ::-1]  # by rising eigenvalues, as columns
+        rank = min(adapter.q.shape[-2:])
+        q = _rows(adapter.q, jnp.matrix_transpose(vectors), rank)
+        new[path] = adapter._replace(lam=jnp.zeros_like(adapter.lam), q=q)
+    return new
+
+
+def _explained(moment: jax.Array) -> jax.Array:
+    """The share of each eigenvalue in their sum, highest first."""
+    values = jnp.maximum(jnp.linalg.eigvalsh(moment)[..., ::-1], 0)
+    total = jnp.sum(values, axis=-1, keepdims=True)
+    return values / jnp.where(total > 0, total, 1)

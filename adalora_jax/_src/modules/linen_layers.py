@@ -1,0 +1,380 @@
+"""The layers of a linen model: found in a trace of it, and read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.errors
+import flax.linen as nn
+import jax
+from flax.core import meta, unfreeze
+from jax.ad_checkpoint import checkpoint_name
+from jax.tree_util import DictKey, tree_flatten_with_path
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.modules import layers, usage
+from adalora_jax._src.modules.candidates import Candidate, judged
+
+METHODS = ("__call__", "attend")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Here:
+    """Nothing, but different at each place of the parameters and in each trace.
+
+    ``nn.jit`` runs a model's code once for all calls that look alike, and once for all layers that
+    do; what watches the code run would see the others only by the difference.
+    """
+
+    path: tuple[str, ...]
+    trace: object
+
+
+def candidates(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    declared: Mapping[type, Layout] | None = None,
+) -> dict[str, Candidate]:
+    """Return all modules that the model calls, by path, seen in a trace of it.
+
+    Modules that share their scope (``nn.share_scope``) have one path. Where several of them are
+    layers, each has the path of its weight. The trace also shows how each weight is used, see
+    ``usage.py``. A module that the model applies to weights of its own making
+    (``head.apply({"params": ...}, x)``) is not one of the model's layers.
+    """
+    try:
+        found, uses, foreign = _traced(module, variables, args, kwargs, declared)
+    except flax.errors.ScopeCollectionNotFound:  # nn.map_variables(init=True) that may write
+        kwargs = {"mutable": False, **kwargs}
+        found, uses, foreign = _traced(module, variables, args, kwargs, declared)
+    refused = {
+        (*filter(None, path.split("/")), weight or "")
+        for path, here in found.items()
+        for weight, candidate in here.items()
+        if candidate.refused
+    }
+    changed = {place for place, use in uses.items() if use.transformed} - refused
+    if changed:  # also what stands beside the weight, where an adapter would?
+        _, probes, _ = _traced(module, variables, args, kwargs, declared, probed=True)
+        changed = {place for place in changed if (p := probes.get(place)) and p.transformed}
+    result = {}
+    for path, here in found.items():
+        for weight, candidate in here.items():
+            place = (*filter(None, path.split("/")), weight or "")
+            if place in uses and place not in refused:
+                here[weight] = (
+                    candidate._replace(refused=_REWRITTEN)
+                    if place in changed
+                    else judged(candidate, uses[place], place in foreign)
+                )
+        several = {f"{path}/{weight}".lstrip("/"): here[weight] for weight in here if weight}
+        first = next(iter(several.values()), None) or here[None]
+        result |= several if len(several) > 1 else {path: first}
+    return result
+
+
+def _stacked_behind(module: nn.Module, layer: Layout) -> str:
+    """Return why a layer cannot be adapted whose weight a lifted vmap maps along a later axis."""
+    weight = meta.unbox(module.get_variable("params", layer.weight))
+    axes = layers.mapped_axes(weight) if isinstance(weight, jax.Array) else []
+    if not any(axes):
+        return ""
+    return (
+        f"nn.vmap stacks its weight along axis {max(axes)}, and an adapter is stacked along the "
+        "first: use variable_axes={'params': 0}"
+    )
+
+
+_REWRITTEN = (
+    "a lifted transform (nn.map_variables) changes the parameters that its layer sees, and would "
+    "change its adapter, too"
+)
+# They look the weights of the module inside up by name.
+_WRAPPERS = (nn.WeightNorm, nn.SpectralNorm)
+_Place = tuple[str, ...]  # of a weight: the path of its module, and its name
+
+
+def _traced(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    declared: Mapping[type, Layout] | None,
+    probed: bool = False,
+) -> tuple[dict[str, dict[str | None, Candidate]], dict[_Place, usage.Use], set[_Place]]:
+    """Return the modules that the model calls, the use of each weight, and foreign layers.
+
+    With ``probed`` the uses are those of a further parameter beside each weight.
+    """
+    variables, params = whole(variables), unboxed(variables)
+    found: dict[str, dict[str | None, Candidate]] = {}
+    places: dict[_Place, int] = {}
+    scaled: set[int] = set()
+    foreign: set[_Place] = set()
+    trace, active = object(), []
+
+    def record(call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if context.method_name not in METHODS or not _belongs(module, trace):
+            return call(*call_args, **call_kwargs)
+        layer = layer_of(module, input_of(call_args, call_kwargs)[1], declared)
+        shape = _whole_shape(module, layer, params) if layer else ()
+        refused = _refusal(shape, active, module.path) or (
+            _stacked_behind(module, layer) if layer else ""
+        )
+        dropout = "dropout" in module.scope.rngs
+        wrapper = next((type(m).__name__ for m in active if isinstance(m, _WRAPPERS)), "")
+        candidate = Candidate(
+            *(module, layer, shape or (), refused), dropout=dropout, wrapper=wrapper
+        )
+        here = found.setdefault("/".join(module.path), {})
+        here.setdefault(layer.weight if layer else None, candidate)
+        active.append(module)
+        try:
+            if layer is None:
+                return call(*call_args, **call_kwargs)
+            place = (*module.path, layer.weight)
+            index = places.setdefault(place, len(places))
+            if layers.weight_scale(layer, module) != 1:
+                scaled.add(index)
+            if not type(module).__module__.startswith("flax."):
+                foreign.add(place)
+                call_args = usage.mark_input(index, call_args)
+            if probed and module.has_variable("params", _probe_of(layer.weight)):
+                probe = meta.unbox(module.get_variable("params", _probe_of(layer.weight)))
+                checkpoint_name(probe, usage.probe_name(index))
+            with jax.named_scope(usage.scope_name(index)):
+                output = call(*call_args, **call_kwargs)
+            return usage.mark_output(index, output)
+        finally:
+            active.pop()
+
+    is_data = lambda value: all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
+    flat, treedef = jax.tree.flatten((args, {"mutable": nn.DenyList("params"), **kwargs}))
+    data = {i: leaf for i, leaf in enumerate(flat) if is_data(leaf)}
+
+    def run(variables, rng, data):
+        args, kwargs = treedef.unflatten([data.get(i, leaf) for i, leaf in enumerate(flat)])
+        # A stream named params is flax's default for every stream a model may ask for.
+        rngs = {"params": rng, "dropout": rng}
+        output = module.apply(variables, *args, **{"rngs": rngs, **kwargs})
+        return [leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype")]
+
+    marked = {**variables, "params": _marked(unfreeze(variables["params"]), (), trace, probed)}
+    with nn.intercept_methods(record):
+        closed = jax.make_jaxpr(run)(marked, jax.random.key(0), data)
+    weights: dict[_Place, list[int]] = {}
+    for position, (path, _) in enumerate(tree_flatten_with_path(marked)[0]):
+        keys = tuple(key.key for key in path if isinstance(key, DictKey))
+        for place in places:
+            sought = (*place[:-1], _probe_of(place[-1])) if probed else place
+            if keys == ("params", *sought):
+                weights.setdefault(place, []).append(position)
+    # A weight in packed integers is several arrays.
+    positions = {where[0]: places[p] for p, where in weights.items() if len(where) == 1}
+    uses = usage.find_uses(closed.jaxpr, positions, frozenset(scaled))
+    return found, {place: uses[i] for place, i in places.items() if i in uses}, foreign
+
+
+def _refusal(
+    shape: tuple[int, ...] | None, active: Sequence[nn.Module], path: Sequence[str]
+) -> str:
+    """Return why a layer cannot be adapted where it is called; empty where it can."""
+    if any("/" in part for part in path):
+        return "there is a '/' in its name, which separates names in a path: give it another"
+    if shape is None:
+        return "its weight is made of a parameter by nn.map_variables"
+    wrapper = next((module for module in active if _normalises_all(module)), None)
+    if wrapper is None:
+        return ""
+    return f"it is inside of {type(wrapper).__name__}, which would normalise its adapter, too"
+
+
+def _probe_of(weight: str) -> str:
+    # Not by the weight's name, which nn.WeightNorm would take for the weight.
+    return f"{pytree.HOLDER}_probe_{weight.encode().hex()}"
+
+
+def _belongs(module: nn.Module, trace: object) -> bool:
+    """Return whether the module's scope is one of the traced model's parameters."""
+    scope = module.scope
+    if scope is None or not scope.has_variable("params", pytree.HOLDER):
+        return scope is None or not module.variables.get("params")
+    here = scope.get_variable("params", pytree.HOLDER)
+    return isinstance(here, _Here) and here.trace is trace
+
+
+def _normalises_all(module: nn.Module) -> bool:
+    """Return whether a module is a wrapper that normalises every parameter inside of it."""
+    if isinstance(module, nn.WeightNorm):
+        return not module.variable_filter
+    return isinstance(module, nn.SpectralNorm)
+
+
+def _marked(params: Any, path: tuple[str, ...], trace: object, probed: bool) -> Any:
+    if not isinstance(params, Mapping):
+        return params
+    if pytree.HOLDER in params:
+        raise ValueError(
+            f"variables: the model has a module called {'/'.join((*path, pytree.HOLDER))!r}, the "
+            "name under which an adapter is put beside its weight: give the module another."
+        )
+    inside = {name: _marked(node, (*path, name), trace, probed) for name, node in params.items()}
+    own = {name: node for name, node in params.items() if not isinstance(node, Mapping)}
+    probes = {_probe_of(name): node for name, node in own.items()} if probed else {}
+    return {**inside, **probes, pytree.HOLDER: _Here(path, trace)}
+
+
+def layer_of(
+    module: nn.Module, equation: str | None, declared: Mapping[type, Layout] | None = None
+) -> Layout | None:
+    """Return how a bound module's weight reads; None for one that cannot be adapted."""
+    if declared and type(module) in declared:
+        return declared[type(module)]
+    own = meta.unbox(dict(module.variables.get("params", {})))
+    own = {
+        name: leaf
+        for name, leaf in own.items()
+        if not isinstance(leaf, Mapping) and not name.startswith(pytree.HOLDER)
+    }
+    weights = {name: leaf.ndim for name, leaf in own.items()}
+    if len(own) > 1 and (mine := _spoken_of(module, own)):
+        weights = {name: weights[name] for name in mine}
+    return layers.layer_of(module, weights, equation)
+
+
+def _spoken_of(module: nn.Module, own: Mapping[str, Any]) -> list[str]:
+    """The parameters of a scope that are the module's, not those of others that share the scope.
+
+    By what its fields say: a name, or else the shape.
+    """
+    names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+    said = [getattr(module, name, None) for name in names]
+    named = [name for name in own if any(isinstance(v, str) and v == name for v in said)]
+    shape: Any = getattr(module, "shape", None)
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else None
+    return named or [name for name in own if tuple(own[name].shape) == shape]
+
+
+def input_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """The array a layer was called with, and the equation if it was given one."""
+    values = [*args, *kwargs.values()]
+    equations = [value for value in values if isinstance(value, str) and "->" in value]
+    arrays = [value for value in values if hasattr(value, "shape")]
+    return (arrays or [None])[0], (equations or [None])[0]
+
+
+def _whole_shape(module, layer, params) -> tuple[int, ...] | None:
+    """Return the shape of a layer's weight, with the axes that lifted transforms stacked in front.
+
+    None where the weight is not stored as the layer sees it.
+    """
+    weight = pytree.at(params, (*module.path, layer.weight))
+    if not module.has_variable("params", layer.weight):
+        return None
+    own = own_shape(module, layer)
+    if weight is None or (len(weight.shape) == len(own) and tuple(weight.shape) != own):
+        return None
+    stacked = tuple(weight.shape)
+    if stacked[len(stacked) - len(own) :] != own:
+        raise ValueError(
+            f"{'/'.join(module.path)!r} has a weight of shape {stacked} for layers of shape {own}: "
+            "adapters need stacked layers along leading axes; give nn.scan or nn.vmap "
+            "variable_axes={'params': 0}."
+        )
+    return stacked
+
+
+def own_shape(module: nn.Module, layer: Layout) -> tuple[int, ...]:
+    """The shape of a layer's weight as the layer itself sees it."""
+    return tuple(meta.unbox(module.get_variable("params", layer.weight)).shape)
+
+
+def whole(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The variables with the weights of a quantised model in their places in ``params``.
+
+    >>> whole({"params": {"up": {"bias": 0}}, "quantized": {"up": {"kernel": 1}}})
+    {'params': {'up': {'bias': 0, 'kernel': 1}}}
+    """
+    if pytree.PACKED not in variables:
+        return variables
+    rest = {name: leaf for name, leaf in variables.items() if name != pytree.PACKED}
+    return {**rest, "params": _overlaid(variables["params"], variables[pytree.PACKED])}
+
+
+def apart(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of :func:`whole`."""
+    params, packed = _apart(unfreeze(variables["params"]))
+    return {**variables, "params": params, **({pytree.PACKED: packed} if packed else {})}
+
+
+def unboxed(variables: Mapping[str, Any]) -> Any:
+    """The parameters without their metadata, where they are: unboxing by Flax may move them."""
+    return meta.map_axis_meta(_box_value, unfreeze(whole(variables)["params"]))
+
+
+def _box_value(box: Any) -> Any:
+    return box.value if isinstance(box, nn.Partitioned) else box.unbox()
+
+
+def check_variables(variables: Any) -> None:
+    """Raise where ``variables`` is not what ``module.init`` returns.
+
+    Raises:
+      TypeError: it is not a mapping.
+      ValueError: it has no ``params``.
+    """
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"variables is a {type(variables).__name__}: it must be the model's variables, as "
+            "module.init returns them; arguments are (variables, adapters, *inputs)."
+        )
+    if "params" not in variables:
+        shown = ", ".join(map(repr, list(variables)[:5]))
+        raise ValueError(
+            f"variables has no 'params', but {shown}: pass the whole variables of module.init, or "
+            "{'params': params}."
+        )
+
+
+def in_base_dtype(node: Any, base: Any, path: str) -> Any:
+    """Return parameters that trained along in the dtypes that the base has there.
+
+    Raises:
+      ValueError: containers or shapes are not those of the base.
+    """
+    leaves, treedef = jax.tree.flatten(node)
+    like = jax.tree.leaves(meta.map_axis_meta(_box_value, base), is_leaf=pytree.is_packed)
+    shapes = lambda values: [tuple(value.shape) for value in values]
+    if shapes(leaves) != shapes(like):
+        raise ValueError(
+            f"adapters[{path!r}] has parameters of shapes {shapes(leaves)}, but the model has "
+            f"{shapes(like)} there: they were made for another model."
+        )
+    return treedef.unflatten([leaf.astype(old.dtype) for leaf, old in zip(leaves, like)])
+
+
+def _apart(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Nested parameters without the packed weights, and these alone."""
+    rest: dict[str, Any] = {}
+    packed: dict[str, Any] = {}
+    for name, node in params.items():
+        if isinstance(node, Mapping):
+            rest[name], inside = _apart(node)
+            packed |= {name: inside} if inside else {}
+        else:
+            (packed if pytree.is_packed(node) else rest)[name] = node
+    return rest, packed
+
+
+def _overlaid(below: Any, above: Any) -> Any:
+    """Nested dicts, with the leaves of both."""
+    if not isinstance(above, Mapping):
+        return above
+    return {**below, **{name: _overlaid(below.get(name, {}), above[name]) for name in above}}

@@ -1,0 +1,641 @@
+"""Adapters for ``flax.nnx`` models.
+
+A copy of the model is made whose adapted layers have one more child, ``adalora``, that holds p,
+lam and q, and a class that subclasses the layer's own and adds the term. Paths of the base's
+variables and ``isinstance`` stay what they were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adalora_jax._src.core import evaluation, pytree
+from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.layout import Layout, declared
+from adalora_jax._src.modules import layers as kinds
+from adalora_jax._src.modules import sharding, targets
+from adalora_jax._src.modules.candidates import UNKNOWN, Candidate, judged
+from adalora_jax._src.modules.nnx_layers import (
+    FLAX_LAYERS,
+    Adaptation,
+    Adapted,
+    AdapterParam,
+    SavedParam,
+    adapted_class,
+    base_class,
+    by_qwix,
+    layer_of,
+    modules,
+    parameters,
+    readers,
+    rewritten,
+    stored,
+    unreached,
+    use_of,
+    weight_name,
+)
+
+_Model = TypeVar("_Model", bound=nnx.Module)
+
+
+def adapt(
+    model: _Model,
+    config: AdaLoraConfig,
+    rngs: nnx.Rngs | jax.Array | int = 0,
+    *,
+    rules: sharding.Rules | None = None,
+    layers: Mapping[type, Layout] | None = None,
+) -> _Model:
+    """Return a copy of ``model`` with AdaLoRA adapters in the layers that ``config`` selects.
+
+    The copy shares the base's arrays and leaves ``model`` as it is. The adapters' variables are
+    :class:`AdapterParam`, a subclass of ``nnx.LoRAParam``, and so are those of
+    ``modules_to_save`` (:class:`SavedParam`): ``wrt=nnx.LoRAParam`` selects what trains. Layers
+    that share a weight share its adapter. An increment counts where its layer is called; code that
+    takes the weight out of a module and computes with it sees the base. So a layer whose weight the
+    code of another module reads is merged only by ``adalora_jax.merge(model, inputs=...)``, which
+    compares outputs.
+
+    Args:
+      model: any NNX module; also one whose weights ``qwix.quantize_model`` quantised.
+      config: the targets, ranks and scale.
+      rngs: where the initial values come from, and the dropout of the adapters: an ``nnx.Rngs``
+        (stream ``params``, and ``dropout``), a PRNG key, or a seed.
+      rules: where adapters are to lie on a mesh, see :func:`adalora_jax.sharding.derive`. By
+        default as the base's arrays do, or as its ``out_sharding`` metadata says, which an
+        adapter's variables have then, too.
+      layers: ``{class: Layout}`` of layers that are not Flax's: each must compute
+        ``y = x W + b`` over the last axes of x with the weight that its layout names.
+
+    Returns:
+      A module of the same class as ``model``, or of a subclass where ``model`` is itself adapted.
+
+    Raises:
+      TypeError: ``model`` is no NNX module, or ``config`` no :class:`AdaLoraConfig`.
+      ValueError: the config selects nothing, or something that cannot be adapted; or the model
+        has adapters already.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> class Model(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.query = nnx.Linear(6, 4, rngs=rngs)
+    ...     def __call__(self, x):
+    ...         return self.query(x)
+    >>> model, x = Model(nnx.Rngs(0)), jnp.ones((2, 6))
+    >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=["query"]), nnx.Rngs(1))
+    >>> bool((adapted(x) == model(x)).all()), isinstance(adapted.query, nnx.Linear)
+    (True, True)
+    """
+    layers = declared(layers)
+    chosen, tied = _chosen(model, config, layers)
+    if not isinstance(rngs, nnx.Rngs):
+        rngs = nnx.Rngs(rngs)
+    adapted = nnx.clone(model)
+    by_path: dict[str, Any] = dict(modules(adapted))
+    weights = {p: stored(getattr(by_path[p], t.layer.weight)) for p, t in chosen.items()}
+    where = {p: (t.layer, t.shape, placement(weights[p])) for p, t in chosen.items()}
+    specs = sharding.derive(where, rules)
+    at = sharding.on_mesh(specs, [place for _, _, place in where.values()])
+    fresh = targets.init_all(rngs.params(), chosen, config, at)
+    for path, target in chosen.items():
+        module = by_path[path]
+        stack = target.layer.matrix(target.shape)[0][: len(target.shape) - target.layer.ndim]
+        dropout = _dropout(config, rngs, stack)
+        foreign = bool(layers) and type(module) in layers
+        module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, foreign)
+        _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
+        module.__class__ = adapted_class(type(module), foreign)
+    for path, owner in tied.items():
+        module = by_path[path]
+        module.adalora = by_path[owner].adalora
+        foreign = bool(layers) and type(module) in layers
+        module.__class__ = adapted_class(type(module), foreign)
+    _save(adapted, config)
+    return adapted
+
+
+def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
+    """The table of what would be adapted: layers, shapes, ranks, parameters.
+
+    Args:
+      model: any NNX module; one made by ``nnx.eval_shape`` will do.
+      config: as in :func:`adapt`.
+
+    >>> model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))))
+    >>> print(describe(model, AdaLoraConfig(total_step=10, target_modules="all-linear")))
+    layer      kind    matrices   in   out   rank   parameters   kernel      cost
+    layers/0   dense          1    6     4     12          132       24   550.0 %
+    total                     1                12          132       24   550.0 %
+    memory: adapters 528 bytes, importance 1.1 kB
+    """
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    shapes = {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in params}
+    return targets.describe(_chosen(model, config)[0], config, candidates(model), shapes)
+
+
+def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
+    """``config`` with a function as ``target_modules`` replaced by what it chose in ``model``.
+
+    A function may give a :class:`~adalora_jax.RankSpec` where it would say True. The optimizer
+    and merging see paths, not modules, so those must be in the config before it is used.
+
+    >>> def choose(path, module):
+    ...     return adalora_jax.RankSpec(init_r=4) if isinstance(module, nnx.Linear) else False
+    >>> import adalora_jax
+    >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = resolve(model, AdaLoraConfig(total_step=10, target_r=2, target_modules=choose))
+    >>> adapters(adapt(model, config))["layers/0"].lam.shape
+    (4,)
+    """
+    return targets.resolve(_candidates(model, config), config)
+
+
+def adapters(model: nnx.Module) -> dict[str, Any]:
+    """Return ``{path: Adapter}`` and the parameters of ``modules_to_save``, as linen's ``init``.
+
+    Checkpoints, banks and exports work on them; each adapter knows its scale and its weight.
+
+    >>> adapted = adapt(
+    ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
+    ...     AdaLoraConfig(total_step=10, target_modules="all-linear"),
+    ... )
+    >>> adapters(adapted)["layers/0"].p.shape
+    (12, 4)
+    """
+    found: dict[str, Any] = dict(pytree.adapters(nnx.state(model, AdapterParam)))
+    saved: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, SavedParam)):
+        name = "/".join(map(str, path))
+        root = variable.get_metadata()["root"]
+        parts = name.removeprefix(root).strip("/").split("/") if name != root else []
+        _put(saved, [root, *parts], variable.get_raw_value())
+    return found | saved
+
+
+def _put(nested: dict[str, Any], parts: list[str], leaf: Any) -> None:
+    for part in parts[:-1]:
+        nested = nested.setdefault(part, {})
+    nested[parts[-1]] = leaf
+
+
+def set_adapters(model: nnx.Module, new: Mapping[str, Any]) -> None:
+    """Put other values into the adapters of ``model``, and what trained along, in place.
+
+    Args:
+      model: as :func:`adapt` made it.
+      new: as :func:`adapters` returns them: all of the model's paths, of its shapes. Scales are
+        those of ``new``.
+
+    Raises:
+      ValueError: paths or shapes are not those of the model.
+
+    >>> import jax.numpy as jnp
+    >>> adapted = adapt(
+    ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
+    ...     AdaLoraConfig(total_step=10, target_modules="all-linear"),
+    ... )
+    >>> set_adapters(adapted, jax.tree.map(jnp.ones_like, adapters(adapted)))
+    >>> float(adapted.layers[0].adalora.lam[0])
+    1.0
+    """
+    existing = adapters(model)
+    if differing := sorted(
+        path for path in {*existing, *new} if _shapes(existing.get(path)) != _shapes(new.get(path))
+    ):
+        raise ValueError(
+            f"the new adapters do not fit the model at {', '.join(differing[:8])}: they need the "
+            "model's paths and shapes, and the parameters of modules_to_save where it has some; "
+            "with_adapters takes others."
+        )
+    _check_layouts(existing, new)
+    for path, module in modules(model):
+        if isinstance(module, Adaptation):
+            adapter = new[path.rpartition("/")[0] if "/" in path else ""]
+            for name, value in zip(Adapter._fields, adapter):
+                getattr(module, name)[...] = value
+            if adapter.scale is not None and adapter.scale != module.scale:
+                module.replace(module.adapter._replace(scale=adapter.scale), keep_metadata=True)
+    _set_saved(model, new)
+
+
+def _shapes(node: Any) -> Any:
+    if isinstance(node, Adapter):
+        return [tuple(leaf.shape) for leaf in node]
+    flat = jax.tree_util.tree_flatten_with_path(node)[0]
+    return {pytree.leaf_name(path): tuple(leaf.shape) for path, leaf in flat}
+
+
+def _check_layouts(existing: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for path, adapter in new.items():
+        if not isinstance(adapter, Adapter):
+            continue
+        layer = existing[path].layout
+        if layer is not None and layer.shape is not None and adapter.layout is not None:
+            kinds.check_fit(layer, adapter, layer.shape, path)
+
+
+def _set_saved(model: nnx.Module, new: Mapping[str, Any]) -> None:
+    """Put the parameters that trained along into the model, in place, where ``new`` has them."""
+    for path, variable in nnx.to_flat_state(nnx.state(model, SavedParam)):
+        name = "/".join(map(str, path))
+        root = variable.get_metadata()["root"]
+        if root in new:
+            parts = name.removeprefix(root).strip("/").split("/") if name != root else []
+            own = parameters(model)[name]
+            own.set_raw_value(
+                jax.numpy.asarray(pytree.at(new[root], parts), own.get_raw_value().dtype)
+            )
+
+
+def with_adapters(model: _Model, new: Mapping[str, Any]) -> _Model:
+    """Return a copy of an adapted model with other adapters, of any rank.
+
+    For adapters that :func:`adalora_jax.compact` made smaller, for those of another run, and under
+    ``jax.vmap`` for a batch in which every example has its adapters. A layer without an adapter in
+    ``new`` loses its own; parameters of ``modules_to_save`` stay where ``new`` has none.
+
+    Args:
+      model: as :func:`adapt` made it; not changed.
+      new: ``{path: Adapter}``, and parameters of ``modules_to_save``.
+
+    Raises:
+      ValueError: a path is not adapted in ``model``, or an adapter is for another weight.
+
+    >>> adapted = adapt(
+    ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
+    ...     AdaLoraConfig(total_step=10, target_modules="all-linear"),
+    ... )
+    >>> small = jax.tree.map(lambda leaf: leaf[:3], adapters(adapted))
+    >>> with_adapters(adapted, small).layers[0].adalora.p.shape
+    (3, 4)
+    """
+    existing = adapters(model)
+    if foreign := sorted(set(new) - set(existing)):
+        raise ValueError(
+            f"new has adapters for {', '.join(foreign[:8])}, where the model has none: it is "
+            f"adapted at {', '.join(sorted(existing)[:8])}."
+        )
+    _check_layouts(existing, new)
+    copy = nnx.clone(model)
+    found = modules(copy)
+    paths = {id(m): path.rpartition("/")[0] for path, m in found if isinstance(m, Adaptation)}
+    replaced: set[int] = set()  # layers that share a weight share its adapter
+    for _, module in found:
+        if not isinstance(module, Adapted):
+            continue
+        path, adaptation = paths[id(module.adalora)], module.adalora
+        if path not in new:
+            del module.adalora
+            module.__class__ = base_class(type(module))
+        elif id(adaptation) not in replaced:
+            replaced.add(id(adaptation))
+            adapter = new[path]
+            facts = existing[path]
+            if adapter.scale is None or adapter.layout is None:
+                scale = facts.scale if adapter.scale is None else adapter.scale
+                adapter = adapter._replace(scale=scale, layout=facts.layout)
+            adaptation.replace(adapter, keep_metadata=True)
+    _set_saved(copy, new)
+    return copy
+
+
+def optimizer_like(optimizer: nnx.Optimizer, model: Any, opt_state: Any) -> nnx.Optimizer:
+    """Return a copy of an optimizer for another model, with another state."""
+    copy = nnx.Optimizer(model, optimizer.tx, wrt=optimizer.wrt)
+    copy.opt_state = pytree.in_containers(copy.opt_state, opt_state)
+    copy.step[...] = optimizer.step[...]
+    return copy
+
+
+def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None = None) -> _Model:
+    """Return a copy of an adapted model with its increments merged, see :func:`adalora_jax.merge`.
+
+    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
+    >>> adapted, x = adapt(base, config), jax.numpy.ones((2, 6))
+    >>> bool(jax.numpy.allclose(merged(adapted)(x), adapted(x), rtol=1e-4))
+    True
+    >>> type(merged(adapted).layers[0])
+    <class 'flax.nnx.nn.linear.Linear'>
+    """
+    copy = nnx.clone(model)
+    if not any(isinstance(module, Adapted) for _, module in modules(copy)):
+        raise ValueError("the model has no adapters: there is nothing to merge.")
+    _add_increments(copy, model, 1, safe, checked=inputs is not None)
+    for _, module in modules(copy):
+        if isinstance(module, Adapted):
+            del module.adalora
+            module.__class__ = base_class(type(module))
+    copy = release_saved(copy)
+    if inputs is not None:
+        _refuse_another_output(model, copy, inputs)
+    return copy
+
+
+def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[Any, ...]) -> None:
+    """Raise where a merged model computes something else than the adapted one.
+
+    Rounding to the weights' dtype moves an output by about the root of that dtype's precision.
+    """
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain, nnx.Param))}
+    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    bound = max(float(jnp.finfo(dtype).eps) for dtype in floats) ** 0.5
+    ours, theirs = (
+        [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(nnx.clone(model)(*inputs))]
+        for model in (adapted, plain)
+    )
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        error, size = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(a))
+        if not error <= bound * size:
+            raise ValueError(
+                f"inputs: output {index} of the merged model is off by {error:.2g}, of a norm of "
+                f"{size:.2g}: the code reads the weight of an adapted layer by hand, where there "
+                "is no increment (layer.kernel[...] outside of the layer): leave that layer out of "
+                "target_modules, or serve the model unmerged."
+            )
+
+
+def release_saved(model: _Model) -> _Model:
+    """Make what trained along a plain parameter again, in the base's dtype, in place."""
+    by_path = dict(modules(model))
+    for path, variable in parameters(model).items():
+        if isinstance(variable, SavedParam):
+            parent, _, name = path.rpartition("/")
+            setattr(by_path[parent], name, variable.released())
+    return model
+
+
+def unmerged(
+    model: _Model, adapted: nnx.Module, *, safe: bool = False, checked: bool = True
+) -> _Model:
+    """Return a copy of a merged model without its increments, see :func:`adalora_jax.unmerge`.
+
+    Args:
+      model: as :func:`merged` gave it.
+      adapted: the model that was merged.
+      safe: raise where a result is not finite.
+      checked: outputs were compared when the model was merged, so layers whose use is unknown are
+        unmerged, too.
+
+    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
+    >>> adapted = adapt(base, config)
+    >>> restored = unmerged(merged(adapted), adapted)
+    >>> difference = restored.layers[0].kernel[...] - base.layers[0].kernel[...]
+    >>> bool(abs(difference).max() < 1e-6)
+    True
+    """
+    if not isinstance(adapted, nnx.Module):
+        raise TypeError(
+            f"adapters is a {type(adapted).__name__}: for an NNX model it must be the adapted "
+            "model that was merged."
+        )
+    restored = nnx.clone(model)
+    _add_increments(restored, adapted, -1, safe, checked=checked)
+    return restored
+
+
+def _add_increments(
+    model: nnx.Module, adapted: nnx.Module, sign: int, safe: bool, checked: bool = False
+) -> None:
+    """Add the increments of ``adapted`` to the weights of ``model``, in place.
+
+    Args:
+      model: gets the increments.
+      adapted: has them.
+      sign: 1 to add, -1 to subtract.
+      safe: raise where a result is not finite.
+      checked: the outputs are compared, so layers whose use is unknown are merged, too.
+    """
+    own = dict(modules(model))
+    done: set[int] = set()  # a tied weight has several layers
+    for path, module in modules(adapted):
+        if not isinstance(module, Adapted):
+            continue
+        adapter = module.adalora.adapter
+        layer = adapter.layout or kinds.known(layer_of(module), module)
+        if layer.note.startswith(UNKNOWN):
+            if not checked:
+                raise ValueError(
+                    f"the increment of {path!r} cannot be merged: {layer.note}: "
+                    "merge(model, inputs=(...)) merges it where the outputs stay the same."
+                )
+            layer = dataclasses.replace(layer, note="")
+            adapter = adapter._replace(layout=layer)
+        weight = getattr(own.get(path), weight_name(module), None)
+        if weight is None:
+            raise ValueError(f"model has no layer {path!r}: it is another one than was adapted.")
+        if by_qwix(weight) or pytree.is_packed(weight.get_raw_value()):
+            raise ValueError(
+                f"the weight of {path!r} is quantised and cannot be merged into in place: "
+                "adalora_jax.quantization.merge dequantises or requantises it, and reports the "
+                "error."
+            )
+        if id(weight) in done:
+            continue
+        done.add(id(weight))
+        weight[...] = kinds.merged_weight(path, weight[...], adapter, layer, sign=sign, safe=safe)
+
+
+def eval_model(model: _Model, optimizer: nnx.Optimizer) -> _Model:
+    """Return a copy of a model with the masks applied: evaluate, merge and export this one.
+
+    Between two masks a pruned λ may grow back, so the model that trains is not what the allocator
+    decided; see :func:`adalora_jax.eval_params`.
+
+    Args:
+      model: as :func:`adapt` made it, trained; not changed.
+      optimizer: the ``nnx.Optimizer`` that trains it, or its ``opt_state``.
+
+    Raises:
+      ValueError: the optimizer holds no allocator, or one for another model.
+
+    >>> import optax, adalora_jax as adalora
+    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear")
+    >>> model = adapt(nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))), config)
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    >>> type(eval_model(model, optimizer)) is type(model)
+    True
+    """
+    opt_state = optimizer.opt_state if isinstance(optimizer, nnx.Optimizer) else optimizer
+    copy = nnx.clone(model)
+    state = nnx.state(copy, nnx.LoRAParam)
+    nnx.update(copy, evaluation.eval_params(opt_state, state))
+    return copy
+
+
+def candidates(
+    model: nnx.Module,
+    *,
+    of_adapted: bool = False,
+    layers: Mapping[type, Layout] | None = None,
+) -> dict[str, Candidate]:
+    """All modules of the model by path, as selection sees them.
+
+    Raises:
+      TypeError: ``model`` is no NNX module.
+      ValueError: the model has adapters, and is not meant to.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, not a flax.nnx module; adalora_jax.linen.adapt "
+            "takes linen modules."
+        )
+    found: dict[str, Candidate] = {}
+    reasons, reading = rewritten(model), readers(model)
+    for path, module in modules(model):
+        if isinstance(module, Adaptation) and not of_adapted:
+            raise ValueError(
+                f"the model is adapted already, at {path!r}: adapt the base model, or set its "
+                "adapters with set_adapters."
+            )
+        if pytree.HOLDER in path.split("/"):
+            continue
+        layer = layer_of(module, declared=(layers or {}).get(type(module)))
+        if layer and not hasattr(module, layer.weight):
+            raise ValueError(
+                f"layers={{{type(module).__name__}: ...}}: the layer {path!r} has no parameter "
+                f"called {layer.weight!r}."
+            )
+        shape = tuple(getattr(module, layer.weight).shape) if layer else ()
+        if layer is None or len(shape) >= layer.ndim:
+            refused = reasons.get(path, "")
+            if layer and not refused and type(module) not in (layers or {}):
+                refused = unreached(base_class(type(module)))
+            candidate = Candidate(module, layer, shape, refused if layer else "")
+            use = use_of(module, layer) if layer and not refused and not of_adapted else None
+            if use and use.unseen and type(module) in (layers or {}):
+                use = None  # its user says what it computes
+            if layer and use:
+                foreign = not issubclass(type(module), FLAX_LAYERS)
+                candidate = judged(candidate, use, foreign)
+            if layer and not candidate.note and (id(module), layer.weight) in reading:
+                reader = reading[id(module), layer.weight]
+                candidate = candidate._replace(
+                    note=f"{UNKNOWN}the code of {reader} reads `.{layer.weight}` of a layer"
+                )
+            found[path] = candidate
+    return found
+
+
+def _candidates(
+    model: Any, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
+) -> dict[str, Candidate]:
+    found = candidates(model, layers=layers)
+    if not isinstance(config, AdaLoraConfig):
+        raise TypeError(f"config={reprlib.repr(config)} must be an AdaLoraConfig.")
+    return found
+
+
+def _chosen(
+    model: nnx.Module, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
+) -> tuple[dict[str, targets.Target], dict[str, str]]:
+    """What is adapted, by path; and the layers whose weight is that of such a layer, with its path.
+
+    A weight has one adapter, at the first of its layers in the order of the graph, as it has one
+    place in the model's state.
+    """
+    candidates = _candidates(model, config, layers)
+    chosen = targets.select(candidates, config)
+    _refuse_tied_outside(model, candidates, chosen)
+    owners: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for path in (path for path in candidates if path in chosen):
+        layer, shape = chosen[path][:2]
+        owner = owners.setdefault(id(getattr(candidates[path].module, layer.weight)), path)
+        if owner == path:
+            continue
+        first = chosen[owner].layer
+        if not first.same_axes(layer):
+            raise ValueError(
+                f"{owner!r} and {path!r} share a weight of shape {shape} but use it differently "
+                f"({first.kind}, {layer.kind}), so no adapter fits both: name one of them in "
+                "exclude_modules."
+            )
+        tied[path] = owner
+    return {path: target for path, target in chosen.items() if path not in tied}, tied
+
+
+def _refuse_tied_outside(
+    model: nnx.Module, candidates: Mapping[str, Candidate], chosen: Mapping[str, Any]
+) -> None:
+    """Raise where a weight is adapted at one of the places that share it.
+
+    Raises:
+      ValueError: naming the layer and the other places.
+    """
+    places: dict[int, list[str]] = {}
+    for path, module in modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Variable):
+                places.setdefault(id(value), []).append(f"{path}/{name}".lstrip("/"))
+    for path, target in chosen.items():
+        weight = getattr(candidates[path].module, target.layer.weight)
+        adapted = {f"{p}/{t.layer.weight}".lstrip("/") for p, t in chosen.items()}
+        if others := [place for place in places.get(id(weight), []) if place not in adapted]:
+            layers = ", ".join(repr(place.rpartition("/")[0]) for place in others)
+            raise ValueError(
+                f"target_modules: {path!r} shares its weight with {layers}, which would not have "
+                "the increment, while a merged model has it in both: adapt all of them, or none."
+            )
+
+
+def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> nnx.Dropout | None:
+    """The adapter's dropout, with a key for each of the stacked layers."""
+    if not config.lora_dropout:
+        return None
+    dropout = nnx.Dropout(config.lora_dropout, rngs=rngs)
+    if stack:
+        dropout.rngs = rngs["dropout"].split(stack)
+    return dropout
+
+
+def placement(variable: Any) -> Any:
+    """Where a variable's array lies, or is to lie by its metadata."""
+    named, mesh = variable.get_metadata("out_sharding", None), variable.get_metadata("mesh", None)
+    if named and not isinstance(named, NamedSharding):
+        named = nnx.spmd.get_var_pspec(variable)
+        named = NamedSharding(mesh, named) if mesh and named else named
+    return sharding.sharding_of(variable.get_value(), named or None)
+
+
+def _annotate(adaptation: Any, target: targets.Target, weight: Any, specs: Adapter | None) -> None:
+    """The base's sharding metadata for its adapter: the names that it has, by its own rules."""
+    named = weight.get_metadata("out_sharding", None)
+    if not named:
+        return
+    named = named.spec if isinstance(named, NamedSharding) else PartitionSpec(*named)
+    specs = specs or sharding.adapter_specs(target.layer, target.shape, named)
+    rest = {n: v for n, v in weight.get_metadata().items() if n in ("mesh", "sharding_rules")}
+    for name, spec in zip(Adapter._fields, specs):
+        getattr(adaptation, name).set_metadata(out_sharding=tuple(spec), **rest)
+
+
+def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
+    """Makes the parameters named by ``modules_to_save`` trainable: a copy, of another type."""
+    if not config.modules_to_save:
+        return
+    nodes = parameters(model)
+    roots = targets.saved_roots(list(nodes), config)
+    by_path = dict(modules(model))
+    for path, variable in nodes.items():
+        if targets.saved(path, config):
+            parent, _, name = path.rpartition("/")
+            if parent not in by_path:  # inside of what Qwix made of a weight
+                raise ValueError(
+                    f"modules_to_save: {path!r} is quantised, so it cannot train: leave it as it "
+                    "is in the rules for Qwix, or do not name it."
+                )
+            root = next(r for r in roots if path == r or path.startswith(f"{r}/"))
+            setattr(by_path[parent], name, SavedParam.of(variable, root))

@@ -1,0 +1,625 @@
+"""What an adapted NNX layer is: its adapter, its class, and how its weight is read."""
+
+from __future__ import annotations
+
+import contextvars
+import copyreg
+import dis
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.low_rank import wide
+from adalora_jax._src.modules import layers, usage
+
+# Where the class that Qwix gives a model's root keeps the class that it was.
+UNQUANTIZED = "_unquantized_type"
+# Values are made where they belong; Flax would need the mesh again to see to it, at every copy.
+PLACED = {"eager_sharding": False}
+
+
+class AdapterParam(nnx.LoRAParam):
+    """p, lam or q of an adapter."""
+
+
+class SavedParam(nnx.LoRAParam):
+    """A base parameter named by ``modules_to_save``, which trains along with the adapters."""
+
+    @classmethod
+    def of(cls, variable: nnx.Variable, root: str) -> SavedParam:
+        """Return a trainable copy of a parameter in at least float32.
+
+        Args:
+          variable: of the base.
+          root: path of the outermost module or parameter that ``modules_to_save`` names there.
+        """
+        value = variable.get_value()
+        known = {"root": root, "base_dtype": value.dtype}
+        metadata = variable.get_metadata() | PLACED | known
+        return cls(jnp.array(value, wide(value.dtype)), **metadata)
+
+    def get_value(self, **index: Any) -> Any:
+        """Return what trains, or, for an index, what the model computes with.
+
+        Layers read ``self.kernel[...]``: that is in the base's dtype. Flax's optimizer, averages
+        and copies take the whole value, in full precision.
+        """
+        value = super().get_value(**index)
+        return self._computed(value) if index else value
+
+    def __jax_array__(self) -> jax.Array:
+        return self._computed(self.get_value())
+
+    @property
+    def value(self) -> Any:
+        return self._computed(super().value)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.set_value(value)
+
+    def _computed(self, value: Any) -> Any:
+        dtype = self.get_metadata().get("base_dtype")
+        return value.astype(dtype) if dtype is not None and hasattr(value, "astype") else value
+
+    def released(self) -> nnx.Param:
+        """Return the trained values as a plain parameter of the base's dtype."""
+        metadata = self.get_metadata()
+        dtype = metadata.pop("base_dtype")
+        del metadata["root"]
+        return nnx.Param(self.get_raw_value().astype(dtype), **metadata)
+
+
+class Adaptation(nnx.Module):
+    """The adapter of one layer, as a child module of that layer.
+
+    Attributes:
+      p, lam, q: the factors, see :class:`adalora_jax.Adapter`.
+      scale: s of the increment.
+      layout: of the layer's weight.
+      dropout: of the layer's input on its way into the adapter, or None. It holds the rate, the
+        random numbers and the mode; the mask is made where it is used.
+      forward_mode: as in the config.
+      declared: whether the layout is one that the user declared for the layer's class.
+      kind: Adapter, or Observer where the layer's inputs are looked at.
+    """
+
+    kind: type[Adapter] = Adapter
+    p: AdapterParam
+    lam: AdapterParam
+    q: AdapterParam
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        dropout: nnx.Dropout | None = None,
+        forward_mode: bool = False,
+        declared: bool = False,
+    ):
+        self.replace(adapter)
+        self.declared = declared
+        self.dropout = dropout
+        self.forward_mode = forward_mode
+
+    def replace(self, adapter: Adapter, *, keep_metadata: bool = False) -> None:
+        """Hold another adapter, of any rank, in new variables.
+
+        Their metadata say what weight they belong to, for a state of them has nothing else.
+        """
+        self.scale, self.layout = adapter.scale, adapter.layout
+        known = PLACED | {"scale": self.scale, "layout": self.layout}
+        for name, value in zip(Adapter._fields, adapter):
+            metadata = getattr(self, name).get_metadata() if keep_metadata else {}
+            setattr(self, name, AdapterParam(value, **metadata | known))
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter with the three factors as they are now."""
+        return self.kind(self.p[...], self.lam[...], self.q[...], self.scale, self.layout)
+
+    def _add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
+        """The layer's output with the adapter's term added."""
+        adapter = self.adapter
+        equation = next((v for v in call.values() if isinstance(v, str)), None)
+        found = self.layout if self.declared else layer_of(layer, equation)
+        spec = layers.known(found, layer)
+        shape = getattr(layer, spec.weight).shape
+        layers.check_fit(spec, adapter, shape, type(layer).__name__)
+        if any(layers.mapped_axes(_weight_of(layer))):
+            raise ValueError(
+                f"nnx.vmap stacks the weight of a {type(layer).__name__} along another axis than "
+                "the first, and an adapter is stacked along the first: make the stack with axis 0."
+            )
+        key, rate, dropout = None, 0.0, self.dropout
+        if dropout is not None and not dropout.deterministic and spec.kind != "embed":
+            key, rate = next_key(dropout), dropout.rate
+        return output + layers.term(
+            *(spec, layer, adapter, x, shape, output.dtype),
+            key=key,
+            dropout_rate=rate,
+            forward_mode=self.forward_mode,
+            equation=equation,
+            attend=call.get("attend", False),
+            convolve=_convolve,
+        )
+
+
+def next_key(dropout: nnx.Dropout) -> jax.Array | None:
+    """The key that this call of a dropout has; None for one without random numbers.
+
+    >>> next_key(nnx.Dropout(0.1)) is None
+    True
+    """
+    stream = dropout.rngs
+    return None if stream is None else stream()
+
+
+class _Call:
+    """The call of a subclass of a Flax layer that is running.
+
+    Attributes:
+      layer: the module.
+      weight: its weight's value when the call began.
+      reached: the call has got to the Flax layer's own.
+    """
+
+    def __init__(self, layer: nnx.Module, weight: Any):
+        self.layer, self.weight, self.reached = layer, weight, False
+
+
+# The calls that are running, innermost last.
+_CALLS: contextvars.ContextVar[tuple[_Call, ...]] = contextvars.ContextVar("calls", default=())
+
+
+def weight_name(layer: Any) -> str:
+    """Return what an adapted layer calls its weight.
+
+    Layers that share a weight share its adapter, whose layout has the name that the first gives it.
+    """
+    name = layer.adalora.layout.weight
+    return name if hasattr(layer, name) else layers.known(layer_of(layer), layer).weight
+
+
+def _weight_of(layer: Any) -> Any:
+    variable = getattr(layer, weight_name(layer))
+    return variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
+
+
+class Adapted(nnx.Module):
+    """Adds the adapter's term to what the layer computes."""
+
+    adalora: Adaptation
+
+    def __call__(self, inputs, *args, **kwargs):
+        self._check_reached()
+        output = super().__call__(inputs, *args, **kwargs)
+        named = {str(name): value for name, value in (dict(enumerate(args)) | kwargs).items()}
+        return _unintercepted(self.adalora._add)(self, output, inputs, **named)
+
+    def _check_reached(self) -> None:
+        """Note that the Flax layer is reached, and raise if it was given another weight."""
+        for call in _CALLS.get()[-1:]:
+            if call.layer is self:
+                call.reached = True
+                if call.weight is not _weight_of(self):
+                    raise ValueError(
+                        f"{type(self).__name__} changes its weight before it calls the layer it "
+                        "extends, so no sum of weights computes what the adapted layer does: "
+                        "leave it out of target_modules."
+                    )
+
+
+class _AdaptedEmbed(Adapted):
+    """An embedding, which is also used the other way round."""
+
+    def attend(self, query, *args, **kwargs):
+        self._check_reached()
+        output = super().attend(query, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return _unintercepted(self.adalora._add)(self, output, query, attend=True)
+
+
+class _Checked(nnx.Module):
+    """Goes in front of a subclass of a Flax layer and sees to it that its adapter takes part."""
+
+    def __call__(self, *args, **kwargs):
+        return self._checked("__call__", args, kwargs)
+
+    def _checked(self, method: str, args: Any, kwargs: Any) -> Any:
+        call = _Call(self, _weight_of(self))
+        token = _CALLS.set((*_CALLS.get(), call))
+        try:
+            output = getattr(super(), method)(*args, **kwargs)
+        finally:
+            _CALLS.reset(token)
+        if not call.reached:
+            raise ValueError(
+                f"the {method} of {base_class(type(self)).__name__} does not reach that of the "
+                f"Flax layer it extends, so its adapter would add nothing: {_DECLARE}."
+            )
+        return output
+
+
+class _CheckedEmbed(_Checked):
+    def attend(self, *args, **kwargs):
+        return self._checked("attend", args, kwargs)
+
+
+_DECLARE = (
+    "if it computes y = x W + b, declare it with adapt(..., layers={cls: Layout(...)}), or leave "
+    "it out of target_modules"
+)
+
+
+def _unintercepted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as it is in a model that Qwix quantised, too.
+
+    While such a model runs, Qwix puts its own in place of JAX's products. It would take p and q for
+    weights that are still to be quantised.
+    """
+    qwix = sys.modules.get("qwix._src.interception")  # there is no such model without it
+    return function if qwix is None else qwix.disable_interceptions(function)
+
+
+FLAX_LAYERS = (
+    nnx.Linear,
+    nnx.LinearGeneral,
+    nnx.Einsum,
+    nnx.Embed,
+    nnx.Conv,
+    nnx.ConvTranspose,
+)
+
+
+def adapted_class(cls: type, declared: bool = False) -> type:
+    """Return a subclass of ``cls`` whose adapter's term is added to the Flax layer's output.
+
+    Args:
+      cls: class of the layer.
+      declared: the user declared it as a layer: the term is added to its own output.
+    """
+    mixin = _AdaptedEmbed if issubclass(cls, nnx.Embed) else Adapted
+    return extended_class(cls, mixin, "AdaLora", declared)
+
+
+class _Extended(type(nnx.Module)):
+    """The class of classes that are made here. They are pickled by what they were made of."""
+
+    made_of: tuple[Any, ...]
+
+
+copyreg.pickle(_Extended, lambda cls: (_part_of, cls.made_of))
+
+
+def _part_of(part: str, *arguments: Any) -> type:
+    cls = extended_class(*arguments)
+    return cls if part == "whole" else next(b for b in cls.__bases__ if isinstance(b, _Extended))
+
+
+def extended_class(cls: type, mixin: type, prefix: str, outside: bool = False) -> type:
+    """Return a subclass of ``cls`` in which ``mixin`` goes right before the Flax layer's own class.
+
+    In front of the Flax class in the method order, so that a subclass that does something to the
+    layer's output does it to the extended one. There is one class for each, so that graph
+    definitions of two models are equal.
+
+    Args:
+      cls: class of the layer.
+      mixin: the class with the methods to add.
+      prefix: of the new class's name.
+      outside: put the mixin before ``cls`` itself.
+
+    >>> [c.__name__ for c in extended_class(nnx.Linear, Adapted, "AdaLora").__mro__[:3]]
+    ['AdaLoraLinear', 'Adapted', 'Linear']
+    """
+    return _extended(cls, mixin, prefix, outside)
+
+
+@functools.cache
+def _extended(cls: type, mixin: type, prefix: str, outside: bool) -> type:
+    base = cls if outside else _layer_class(cls) or cls
+    arguments = (cls, mixin, prefix, outside)
+    make = lambda part, name, bases: types.new_class(
+        f"{prefix}{name}",
+        bases,
+        {"metaclass": _Extended},
+        lambda body: body.update(__module__=__name__, made_of=(part, *arguments)),
+    )
+    if base is cls:
+        return make("whole", cls.__name__, (mixin, cls))
+    inner = make("inner", base.__name__, (mixin, base))
+    if not issubclass(mixin, Adapted):
+        return make("whole", cls.__name__, (cls, inner))
+    checked = _CheckedEmbed if issubclass(cls, nnx.Embed) else _Checked
+    return make("whole", cls.__name__, (checked, cls, inner))
+
+
+def _layer_class(cls: type) -> type | None:
+    """Return the Flax layer among the bases of a class, or what counts as one.
+
+    A layer that runs on a packed weight counts as the Flax layer that it is; and so does one that
+    Qwix gave a class of its own, which bypasses the classes between it and its layer.
+    """
+
+    def is_layer(base):
+        own = vars(base)
+        return base in FLAX_LAYERS or "stands_for_its_layer" in own or UNQUANTIZED in own
+
+    return next((base for base in cls.__mro__ if is_layer(base)), None)
+
+
+def unreached(cls: type) -> str:
+    """Return why calls of a layer's class do not get to its Flax layer; empty where they do.
+
+    >>> unreached(nnx.Linear)
+    ''
+    """
+    base = _layer_class(cls)
+    for own in cls.__mro__ if base else ():
+        if own is base:
+            break
+        for name in ("__call__", "attend"):
+            code = getattr(inspect.unwrap(vars(own).get(name, len)), "__code__", None)
+            if code is not None and "__class__" not in code.co_freevars:
+                return (
+                    f"its {name} does not call super().{name}, so its adapter would add nothing: "
+                    f"{_DECLARE}"
+                )
+    return ""
+
+
+def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
+    """Return how a layer uses its weight, seen in a trace of the layer alone.
+
+    Flax's own layers that are as Flax made them need no trace: they multiply with what is stored.
+    None for them and for quantised weights. A class whose call takes other arguments than one input
+    is unseen.
+    """
+    weight, shape = getattr(module, layer.weight), tuple(getattr(module, layer.weight).shape)
+    size = layers.input_shape(layer, module, shape)
+    if size is None or by_qwix(weight) or _is_plain(module, weight):
+        return None
+    graph, state = nnx.split(module)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    places = [i for i, (path, _) in enumerate(leaves) if pytree.leaf_name(path) == layer.weight]
+    if len(places) != 1:  # in packed integers, of several arrays
+        return None
+    lifted = len(shape) - layer.ndim
+    structs = [jax.ShapeDtypeStruct(leaf.shape[lifted:], leaf.dtype) for _, leaf in leaves]
+    foreign = _layer_class(type(module)) is None
+
+    def run(leaves, x):
+        copy = nnx.merge(graph, treedef.unflatten(leaves))
+        copy.__class__ = extended_class(type(copy), _Marked, "Marked")
+        output = copy(usage.mark_input(0, x) if foreign else x)
+        return [leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype")]
+
+    x = jax.ShapeDtypeStruct(size, jnp.int32 if layer.kind == "embed" else jnp.float32)
+    try:
+        closed = jax.make_jaxpr(run)(structs, x)
+    except Exception:  # whatever a class of a user's raises for arguments that are not its own
+        return usage.Use(False, False, False, unseen=True)
+    scaled = frozenset({0} if layers.weight_scale(layer, module) != 1 else ())
+    return usage.find_uses(closed.jaxpr, {places[0]: 0}, scaled)[0]
+
+
+class _Marked(nnx.Module):
+    """Runs a layer under the name by which a trace is searched for it."""
+
+    def __call__(self, *args, **kwargs):
+        with jax.named_scope(usage.scope_name(0)):
+            output = super().__call__(*args, **kwargs)
+        return usage.mark_output(0, output)
+
+
+def _is_plain(module: nnx.Module, weight: Any) -> bool:
+    """Return whether a layer is one of Flax's, with the functions and the variables of Flax."""
+    cls = type(module)
+    reading = ("get_value", "__getitem__", "__jax_array__")
+    if any(getattr(type(weight), n, None) is not getattr(nnx.Variable, n, None) for n in reading):
+        return False
+    if cls not in FLAX_LAYERS:
+        return False
+    dtypes = ("dtype", "param_dtype", "preferred_element_type")  # types, which are callable, too
+    given = {
+        name: (getattr(module, name, parameter.default), parameter.default)
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.default is not parameter.empty
+        and name not in dtypes
+        and not name.endswith("_init")
+    }
+    changed = [
+        name
+        for name, (value, default) in given.items()
+        if (callable(value) or callable(default)) and value is not default
+    ]
+    return not changed and "on_get_value" not in weight.get_metadata()
+
+
+def rewritten(model: nnx.Module) -> dict[str, str]:
+    """Return ``{path: reason}`` of the layers inside of wrappers that rewrite their weights."""
+    wrappers = (nnx.WeightNorm, nnx.SpectralNorm)
+    found = {p: type(m).__name__ for p, m in modules(model) if isinstance(m, wrappers)}
+    inside = lambda path, wrapper: not wrapper or path.startswith(f"{wrapper}/")
+    return {
+        path: f"it is inside of {name}, which rewrites its weight at every call"
+        for path, _ in modules(model)
+        for wrapper, name in found.items()
+        if inside(path, wrapper)
+    }
+
+
+def readers(model: nnx.Module) -> dict[tuple[int, str], str]:
+    """Return ``{(id of a module, attribute): class}`` of code that reads attributes of others.
+
+    Such code may multiply with a layer's weight by hand. Whose attribute it reads is not seen, so
+    that may be any module that can be reached from the reading one, by whatever path.
+    """
+    found: dict[tuple[int, str], str] = {}
+    for path, module in modules(model):
+        names = _attributes_read(type(module))
+        for inner, other in modules(module) if names else ():
+            if inner and pytree.HOLDER not in path.split("/"):
+                found.update({(id(other), name): type(module).__name__ for name in names})
+    return found
+
+
+@functools.cache
+def _attributes_read(cls: type) -> frozenset[str]:
+    """Return the names of attributes that a class's methods read of anything but ``self``.
+
+    Methods of Flax's classes and constructors do not count.
+    """
+    names: set[str] = set()
+    for own in cls.__mro__:
+        if own.__module__.partition(".")[0] in ("flax", "adalora_jax", "builtins"):
+            continue
+        for name, method in vars(own).items():
+            code = getattr(_function(method), "__code__", None)
+            if name != "__init__" and code is not None:
+                is_method = code.co_argcount and not isinstance(method, (staticmethod, classmethod))
+                names |= _read_by(code, code.co_varnames[0] if is_method else None)
+    return frozenset(names)
+
+
+def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
+    """Return the attributes that a function and those within it read of anything but ``self``."""
+    names: set[str] = set()
+    of_self = False
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not of_self:
+            names.add(step.argval)
+        if step.opname != "EXTENDED_ARG":
+            loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+            loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            of_self = loads and loaded[-1] == self_name  # one operation may load two variables
+    if "getattr" in code.co_names:
+        names |= {constant for constant in code.co_consts if isinstance(constant, str)}
+    for inner in filter(inspect.iscode, code.co_consts):
+        names |= _read_by(inner, self_name)
+    return names
+
+
+def _function(method: Any) -> Any:
+    """Return the function in a method, a property or what decorators made of either."""
+    method = getattr(method, "fget", None) or getattr(method, "__func__", method)
+    return inspect.unwrap(method) if callable(method) else method
+
+
+def base_class(cls: type) -> type:
+    """Return the class that an adapted layer's class was made from."""
+    made = (Adapted, _Checked)
+    return next(base for base in cls.__mro__ if not issubclass(base, made))
+
+
+def modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
+    """Every module of the model once, with its path, in the order of the graph."""
+    return [
+        ("/".join(map(str, path)), node)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+    ]
+
+
+def parameters(model: nnx.Module) -> dict[str, Any]:
+    """``{path: variable}`` of the base's parameters, adapters left out.
+
+    >>> list(parameters(nnx.Linear(6, 4, rngs=nnx.Rngs(0))))
+    ['bias', 'kernel']
+    """
+    return {
+        "/".join(map(str, path)): variable
+        for path, variable in nnx.iter_graph(model)
+        if is_weight(variable) and not isinstance(variable, AdapterParam)
+    }
+
+
+def with_parameters(model: nnx.Module, new: Mapping[str, Any]) -> Any:
+    """A copy of ``model`` with other values in the parameters at some paths.
+
+    >>> model = with_parameters(
+    ...     nnx.Linear(6, 4, rngs=nnx.Rngs(0)), {"bias": jax.numpy.ones(4)}
+    ... )
+    >>> model.bias[0]
+    Array(1., dtype=float32)
+    """
+    copy = nnx.clone(model)
+    for path, variable in parameters(copy).items():
+        if path in new:
+            variable.set_value(new[path])
+    return copy
+
+
+def layer_of(
+    module: nnx.Module, equation: str | None = None, declared: Layout | None = None
+) -> Layout | None:
+    """Return how a module's weight reads; None for one that cannot be adapted.
+
+    Args:
+      module: any module.
+      equation: of an einsum, where it is given at the call.
+      declared: the layout that a user declared for the module's class.
+    """
+    if declared is not None:
+        return declared
+    params = {n: v.ndim for n, v in vars(module).items() if is_weight(v)}
+    return layers.layer_of(module, params, equation)
+
+
+def is_weight(value: Any) -> bool:
+    """True for a parameter, or what holds a weight in integers."""
+    packed = isinstance(value, nnx.Variable) and pytree.is_packed(value.get_raw_value())
+    return packed or isinstance(value, nnx.Param) or by_qwix(value)
+
+
+def by_qwix(value: Any) -> bool:
+    """True for a weight as ``qwix.quantize_model`` leaves it: integers and scales in one object.
+
+    >>> by_qwix(nnx.Param(1.0))
+    False
+    """
+    return hasattr(value, "how") and hasattr(getattr(value, "array", None), "qvalue")
+
+
+def stored(weight: Any) -> nnx.Variable:
+    """The variable that says where a weight lies."""
+    return weight.array.qvalue if by_qwix(weight) else weight
+
+
+def pure(state: Any) -> Any:
+    """A pytree with the values of its variables in their places; ``nnx.as_pure`` of newer Flax.
+
+    >>> pure({"scale": nnx.Param(2.0)})
+    {'scale': 2.0}
+    """
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    value = lambda node: pure(node.get_raw_value()) if is_variable(node) else node
+    return jax.tree.map(value, state, is_leaf=is_variable)
+
+
+def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
+    """The convolution of ``module`` with another kernel and without bias."""
+    names = ("strides", "padding", "kernel_dilation", "dtype", "param_dtype", "precision")
+    names += ("promote_dtype", "preferred_element_type")
+    if isinstance(module, nnx.ConvTranspose):
+        kind, names = nnx.ConvTranspose, (*names, "transpose_kernel")
+    else:
+        kind = nnx.Conv
+        names = (*names, "input_dilation", "feature_group_count", "conv_general_dilated")
+    same = kind(
+        *(module.in_features, features, module.kernel_size),
+        **{name: getattr(module, name) for name in names},
+        use_bias=False,
+        kernel_init=lambda key, shape, dtype: kernel,
+        rngs=nnx.Rngs(0),
+    )
+    return same(x)

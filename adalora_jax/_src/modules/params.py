@@ -1,0 +1,52 @@
+"""Parameters of a model by their paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx, traverse_util
+from flax.core import unfreeze
+
+from adalora_jax._src.modules import linen_layers, nnx_layers
+
+
+def parameters_of(model: Any, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Every parameter of a model by its path: arrays or shapes for linen, variables for NNX.
+
+    Args:
+      model: an NNX module, or a linen module.
+      variables: of the linen module.
+
+    Raises:
+      TypeError: it is neither, or a linen module without variables.
+    """
+    if isinstance(model, nnx.Module) and variables is None:
+        return nnx_layers.parameters(model)
+    if not isinstance(model, nn.Module) or variables is None:
+        raise TypeError(
+            f"model is a {type(model).__name__} with variables={type(variables).__name__}: it must "
+            "be an NNX module, or a linen module with its variables."
+        )
+    return by_path(linen_layers.unboxed(variables))
+
+
+def by_path(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of nested dicts by path.
+
+    >>> by_path({"up": {"kernel": 1}})
+    {'up/kernel': 1}
+    """
+    return traverse_util.flatten_dict(unfreeze(dict(params)), sep="/")
+
+
+def replaced(params: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts with other leaves at some paths.
+
+    >>> replaced({"up": {"kernel": 1, "bias": 2}}, {"up/kernel": 3})
+    {'up': {'kernel': 3, 'bias': 2}}
+    """
+    flat = traverse_util.flatten_dict(unfreeze(dict(params)), keep_empty_nodes=True)
+    flat |= {tuple(path.split("/")): leaf for path, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,46 @@
+"""Adapters and configs in ``flax.serialization``: what ``to_bytes`` and Flax's checkpoints hold.
+
+An adapter is stored as its three arrays. Its scale and layout, and the config in the allocator's
+state, are those of the target that it is restored into.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import serialization
+
+from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.allocator import AdaLoraState
+from adalora_jax._src.core.config import AdaLoraConfig
+
+
+def _arrays(adapter: Adapter) -> dict[str, Any]:
+    return {name: serialization.to_state_dict(leaf) for name, leaf in adapter._asdict().items()}
+
+
+def _adapter(target: Adapter, state: dict[str, Any]) -> Adapter:
+    if set(state) != set(Adapter._fields):
+        raise ValueError(f"the state of an adapter has {sorted(state)}: it must have p, lam and q.")
+    own = target._asdict()
+    restore = serialization.from_state_dict
+    return target._replace(**{name: restore(own[name], state[name], name) for name in own})
+
+
+def _parts(state: AdaLoraState) -> dict[str, Any]:
+    to = serialization.to_state_dict
+    return {"adapters": to(state.adapters), "allocator": to(state.allocator)}
+
+
+def _state(target: AdaLoraState, state: dict[str, Any]) -> AdaLoraState:
+    restore = serialization.from_state_dict
+    parts: dict[str, Any] = {
+        name: restore(getattr(target, name), state[name], name)
+        for name in ("adapters", "allocator")
+    }
+    return AdaLoraState(**parts)
+
+
+serialization.register_serialization_state(Adapter, _arrays, _adapter)
+serialization.register_serialization_state(AdaLoraState, _parts, _state)
+serialization.register_serialization_state(AdaLoraConfig, lambda _: {}, lambda config, _: config)

@@ -1,0 +1,121 @@
+"""Where the leaves of a training state are on a mesh: as the parameters that they belong to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import tree_flatten_with_path, tree_map_with_path
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.allocator import allocator_states, map_state
+from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.modules.sharding import full, mesh_of, sharding_of, spec_of
+
+
+def shardings(
+    state: PyTree,
+    like: PyTree = None,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> PyTree:
+    """Return the NamedSharding of every leaf, for ``jit``'s in and out shardings, and for orbax.
+
+    Of an optimizer's state, the leaves that belong to a parameter, such as moments and the
+    allocator's averages, are sharded like it, with axes in front, such as a history's, replicated;
+    masks are sharded like λ. All other leaves are replicated, and so are those that have not their
+    parameter's shape.
+
+    Args:
+      state: what trains, in the containers of ``like``; or, with ``tx``, an optimizer's state. Of
+        arrays or ``jax.ShapeDtypeStruct``.
+      like: where the parameters are: the adapters themselves on their devices, their shardings, or
+        the PartitionSpecs of ``adapted.specs``. Without it ``state`` is looked at.
+      tx: the optimizer whose state it is.
+      mesh: of the PartitionSpecs; that of ``like`` or of ``jax.set_mesh`` by default.
+
+    Returns:
+      The containers of ``state``, with a ``NamedSharding`` at each leaf.
+
+    Raises:
+      ValueError: there is no mesh, or ``state`` has another structure than ``like``, or than
+        ``tx`` gives it.
+
+    >>> import jax, optax, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4)
+    >>> adapters = {"up": adalora.init_adapter(jax.random.key(0), 64, 256, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> weights = {"up": (adalora.Layout(), (64, 256), PartitionSpec(None, "model"))}
+    >>> specs = adalora.sharding.derive(weights)
+    >>> mesh = jax.make_mesh((1,), ("model",))
+    >>> placed = shardings(jax.eval_shape(tx.init, adapters), specs, tx=tx, mesh=mesh)
+    >>> placed.allocator.sensitivity["up"].p.spec, placed.inner[0].mu["up"].q.spec
+    (P(None, 'model'), P(None, None))
+    >>> opt_state = jax.jit(tx.init, out_shardings=placed)(adapters)
+    """
+    if like is None and tx is not None:
+        raise ValueError("like=None: of an optimizer's state it must say where the parameters are.")
+    like = state if like is None else like
+    mesh = mesh or mesh_of(like)
+    if mesh is None:
+        raise ValueError(
+            "mesh=None, and no array has a NamedSharding: pass mesh=, or call within "
+            "jax.set_mesh(mesh)."
+        )
+    place = lambda leaf, owner: _as(owner, leaf.shape, mesh)
+    if tx is None:
+        owners = {pytree.leaf_name(path): leaf for path, leaf in tree_flatten_with_path(like)[0]}
+        named, treedef = tree_flatten_with_path(state)
+        names = [pytree.leaf_name(path) for path, _ in named]
+        if sorted(names) != sorted(owners):
+            differing = sorted({*names} ^ {*owners})
+            raise ValueError(
+                f"state has other leaves than like, at {differing[:5]}: pass the parameters "
+                "alone, and an optimizer's state with tx=."
+            )
+        return treedef.unflatten([place(leaf, owners[n]) for n, (_, leaf) in zip(names, named)])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    values = pytree.bare(state)
+    # What a user wrote down has neither scale nor layout, which are part of the structure.
+    known = [pytree.adapters(found.sensitivity) for found in allocator_states(values)]
+    like = _with_facts(pytree.bare(like), {p: a for found in known for p, a in found.items()})
+    lams = {path: adapter.lam for path, adapter in pytree.adapters(like).items()}
+    on_mask = lambda path, mask: place(mask, lams[path])
+    placed = map_state(tx, place, on_mask, values, like, other=lambda leaf: everywhere)
+    return pytree.in_containers(state, placed)
+
+
+def _with_facts(like: PyTree, known: Mapping[str, Adapter]) -> PyTree:
+    """Return the tree with the scale and the layout of the adapters at the same paths."""
+
+    def replaced(path, node):
+        other = known.get(pytree.path_name(path))
+        if not isinstance(node, Adapter) or other is None:
+            return node
+        return node._replace(scale=other.scale, layout=other.layout)
+
+    return tree_map_with_path(replaced, like, is_leaf=lambda node: isinstance(node, Adapter))
+
+
+def _as(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The sharding of what has ``shape`` and belongs to ``owner``: an array, its sharding or spec.
+
+    On all devices where the shape shows that it is no copy of the owner, as in factored moments.
+    """
+    is_place = isinstance(owner, (NamedSharding, PartitionSpec))
+    spec = spec_of(owner if is_place else sharding_of(owner))
+    own = shape[len(shape) - len(spec) :] if is_place else owner.shape
+    before = len(shape) - len(own)
+    if before < 0 or tuple(shape[before:]) != tuple(own) or len(spec) > len(own):
+        return NamedSharding(mesh, PartitionSpec())
+    ways = lambda names: math.prod(
+        mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)) if name
+    )
+    if any(size % ways(names) for size, names in zip(own, spec)):
+        return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(*[None] * before, *full(spec, len(own))))

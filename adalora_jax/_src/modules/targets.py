@@ -1,0 +1,492 @@
+"""Which layers are adapted: patterns, predicates, ranks; and the table that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from adalora_jax._src.core import rank_spec
+from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.init import init_adapter
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.rank_spec import RankSpec
+from adalora_jax._src.core.text import table
+from adalora_jax._src.modules import sharding
+from adalora_jax._src.modules.candidates import Candidate
+from adalora_jax._src.modules.layers import SUPPORTED
+
+_LINEAR_KINDS = ("dense", "general", "einsum", "weight")
+
+
+class Target(NamedTuple):
+    """A weight that is adapted.
+
+    Attributes:
+      layer: how the weight is read as matrices.
+      shape: of the whole weight.
+      rank: triplets of each matrix at the start.
+      note: why the increment cannot be merged; empty where it can.
+    """
+
+    layer: Layout
+    shape: tuple[int, ...]
+    rank: int
+    note: str = ""
+
+
+def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, Target]:
+    """Return the layers that ``config`` asks for, by path, sorted.
+
+    ``target_modules`` means what it means in PEFT: a list of names, each matching the paths that
+    end with it at a separator; or one regex that must match a whole path; or ``"all-linear"``. It
+    may also be a function ``(path, module) -> bool | RankSpec``, see :func:`resolve`. Paths are
+    written ``encoder/layers_0/query``; ``encoder.layers_0.query`` matches as well.
+
+    A name in a list is meant literally, so each must lead to a layer that can be adapted. A regex
+    or a function picks among the layers that can. Each pattern of ``exclude_modules`` must match
+    a module, each of ``rank_limits`` a layer that is adapted.
+
+    Args:
+      candidates: every module of the model by path.
+      config: patterns, ranks.
+
+    Raises:
+      ValueError: nothing is selected, a pattern matches nothing, or a name in the list is that of
+        a module that cannot be adapted; with the nearest paths there are. Or a function returned a
+        RankSpec.
+    """
+    chosen = _chosen(candidates, config)
+    if specs := _specs(chosen, config):
+        path = next(iter(specs))
+        raise ValueError(
+            f"target_modules gave {specs[path]} for {path!r}, which only this call would know: "
+            "write it into the config with config = adalora_jax.linen.resolve(model, config, "
+            "variables, *inputs) or adalora_jax.nnx.resolve(model, config), and use that config."
+        )
+    for pattern, _ in config.rank_limits or ():
+        if not any(rank_spec.matches(pattern, path) for path in chosen):
+            raise ValueError(
+                f"rank_limits: {pattern!r} matches no adapted layer; they are "
+                f"{', '.join(list(chosen)[:10])}."
+            )
+    ranks = _ranks(list(chosen), config)
+    return {p: Target(c.layer, c.shape, ranks[p], c.note) for p, c in chosen.items() if c.layer}
+
+
+def resolve(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> AdaLoraConfig:
+    """Return ``config`` with a function as ``target_modules`` replaced by what it chose.
+
+    The optimizer and merging see paths, not modules, so the function cannot tell them the ranks
+    it chose; and a config without functions can be saved. Each RankSpec becomes an entry of
+    ``rank_limits``, before those there are.
+    """
+    if not callable(config.target_modules):
+        return config
+    chosen = _chosen(candidates, config)
+    # The pattern of a path also matches longer paths with the same end: those come first.
+    specs = sorted(_specs(chosen, config).items(), key=lambda item: (-len(item[0]), item[0]))
+    limits = [(re.escape(path), spec) for path, spec in specs]
+    return config.replace(
+        target_modules=f"(?:{'|'.join(map(re.escape, chosen))})",
+        rank_limits=[*limits, *(config.rank_limits or ())] or None,
+    )
+
+
+def _specs(chosen: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, RankSpec]:
+    """The RankSpecs that a function as ``target_modules`` gives."""
+    if not callable(config.target_modules):
+        return {}
+    verdicts = {path: config.target_modules(path, c.module) for path, c in chosen.items()}
+    return {path: spec for path, spec in verdicts.items() if isinstance(spec, RankSpec)}
+
+
+def _chosen(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, Candidate]:
+    """The candidates that are selected, in the order of their paths."""
+    kept = _matched(candidates, config)
+    for path in kept if isinstance(config.target_modules, tuple) else ():
+        if not _adaptable(candidates[path]):
+            raise ValueError(_cannot_adapt(path, candidates))
+    chosen = [path for path in kept if _adaptable(candidates[path])]
+    if not chosen and kept:
+        reasons = [f"{p!r}: {c.refused}" for p in kept if (c := candidates[p]).refused]
+        if not reasons:
+            raise ValueError(_cannot_adapt(kept[0], candidates))
+        raise ValueError(
+            f"target_modules={config.target_modules!r} selects no layer that can be adapted: "
+            f"{'; '.join(reasons[:8])}. {_nearest('', candidates)}"
+        )
+    if not chosen:
+        raise ValueError(_selects_nothing(candidates, config))
+    return {path: candidates[path] for path in chosen}
+
+
+def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list[str]:
+    """The paths that the patterns of ``config`` pick, whether they can be adapted or not, sorted.
+
+    Raises:
+      ValueError: there is no ``target_modules``, or a pattern matches nothing.
+    """
+    wanted, excluded = config.target_modules, config.exclude_modules
+    if wanted is None:
+        raise ValueError(
+            "target_modules=None: say which layers to adapt, as name suffixes, a regex or "
+            f"'all-linear'. {_nearest('', candidates)}"
+        )
+    for name in wanted if isinstance(wanted, tuple) else ():
+        _require_match("target_modules", name, (name,), candidates)
+    for name in excluded if isinstance(excluded, tuple) else ():
+        _require_match("exclude_modules", name, (name,), candidates)
+    if isinstance(excluded, str):
+        _require_match("exclude_modules", excluded, excluded, candidates)
+    for name in excluded if isinstance(excluded, tuple) else ():
+        _refuse_container(name, candidates)
+    matched = [
+        path
+        for path, candidate in candidates.items()
+        if _matches(wanted, path, candidate)
+        and not (excluded and _matches(excluded, path, candidate))
+    ]
+    for name in wanted if isinstance(wanted, tuple) else ():
+        named = [path for path in matched if _is_suffix(name, path)]
+        if named and all(saved(path, config) for path in named):
+            raise ValueError(
+                f"target_modules={wanted!r}: {name!r} selects no layer: modules_to_save already "
+                f"trains {', '.join(map(repr, named[:8]))} as a whole. Name a layer in one of the "
+                "two."
+            )
+    matched = [path for path in matched if not saved(path, config)]
+    _require_indices(matched, config)
+    return sorted(path for path in matched if _layer_index_matches(path, config))
+
+
+def _refuse_container(name: str, candidates: Mapping[str, Candidate]) -> None:
+    """Raise where a name in ``exclude_modules`` is that of modules that only hold layers."""
+    found = [path for path, c in candidates.items() if _is_suffix(name, path)]
+    inside = [p for p, c in candidates.items() if c.layer and p.startswith(f"{found[0]}/")]
+    if inside and not any(candidates[path].layer for path in found):
+        raise ValueError(
+            f"exclude_modules: {name!r} is {found[0]!r}, which holds layers but is none, so it "
+            f"excludes nothing: name the layers ({', '.join(inside[:8])}), or use the regular "
+            f"expression '.*{re.escape(name)}/.*'."
+        )
+
+
+def _require_indices(paths: Sequence[str], config: AdaLoraConfig) -> None:
+    """Raise where ``layers_to_transform`` holds an index that no path has."""
+    wanted = config.layers_to_transform
+    if wanted is None or not paths:
+        return
+    known = {_layer_index(path, cast("Any", config.layers_pattern)) for path in paths} - {None}
+    indices = wanted if isinstance(wanted, tuple) else (wanted,)
+    for index in indices:
+        if index not in known and known & {*indices}:
+            raise ValueError(
+                f"layers_to_transform: no layer that target_modules picks has the index {index}; "
+                f"there are {sorted(cast('Any', known))}."
+            )
+
+
+def _require_match(field: str, name: str, wanted: Any, candidates: Mapping[str, Candidate]) -> None:
+    if not any(_matches(wanted, path, c) for path, c in candidates.items()):
+        raise ValueError(
+            f"{field}: {name!r} matches no module. {_whole_path(wanted)}"
+            f"{_nearest(name, candidates)}"
+        )
+
+
+def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> str:
+    """The message where no path is picked: which setting took the matches away, or what is near."""
+    wanted = config.target_modules
+    names = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    filters = {name: value for name in names if (value := getattr(config, name)) is not None}
+    start = f"target_modules={wanted!r}"
+    matched = sorted(path for path, c in candidates.items() if _matches(wanted, path, c))
+    if trained := [path for path in matched if saved(path, config)]:
+        return (
+            f"{start}, modules_to_save={config.modules_to_save!r} selects no layer: "
+            f"modules_to_save already trains {', '.join(map(repr, trained[:8]))} as a whole. Name "
+            "a layer in one of the two."
+        )
+    after = "".join(f", {name}={value!r}" for name, value in filters.items()) if matched else ""
+    hint = "" if matched else _whole_path(wanted)
+    near = _nearest(wanted if isinstance(wanted, str) else "", candidates)
+    return f"{start}{after} selects no layer. {hint}{near}"
+
+
+def _whole_path(wanted: Any) -> str:
+    """What a string means, for a message where it matches nothing."""
+    if not isinstance(wanted, str) or wanted == "all-linear":
+        return ""
+    return (
+        "A string is a regular expression for the whole path; a list of names, "
+        f"{[wanted]!r}, matches the ends of paths. "
+    )
+
+
+def _adaptable(candidate: Candidate) -> bool:
+    return candidate.layer is not None and not candidate.refused
+
+
+def saved(path: str, config: AdaLoraConfig) -> bool:
+    """Return whether ``modules_to_save`` names this path, or a module that holds it.
+
+    >>> saved("head/kernel", AdaLoraConfig(total_step=1, modules_to_save=["head"]))
+    True
+    """
+    parts = path.split("/")
+    prefixes = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    return any(_is_suffix(name, p) for name in config.modules_to_save or () for p in prefixes)
+
+
+def saved_roots(paths: Sequence[str], config: AdaLoraConfig) -> list[str]:
+    """Return the outermost nodes that are to be saved, of parameter ``paths`` and their parents.
+
+    Raises:
+      ValueError: a name in ``modules_to_save`` matches nothing.
+    """
+    parents = {
+        "/".join(path.split("/")[:n]) for path in paths for n in range(1, len(path.split("/")) + 1)
+    }
+    for name in config.modules_to_save or ():
+        if not any(_is_suffix(name, path) for path in parents):
+            near = ", ".join(_by_similarity(name, parents)[:5])
+            raise ValueError(
+                f"modules_to_save: {name!r} matches no parameter or module; the nearest: {near}."
+            )
+    roots = [
+        p for p in sorted(parents) if any(_is_suffix(n, p) for n in config.modules_to_save or ())
+    ]
+    return [p for p in roots if not any(p.startswith(f"{other}/") for other in roots)]
+
+
+def init_all(
+    key: jax.Array,
+    targets: Mapping[str, Target],
+    config: AdaLoraConfig,
+    shardings: Mapping[str, Adapter] | None = None,
+) -> dict[str, Adapter]:
+    """Make adapters for all targets, in one jitted call, each placed as ``shardings`` says.
+
+    Weights that read alike are initialised together: a deep model compiles as fast as a shallow
+    one. The values do not depend on the mesh.
+
+    Raises:
+      TypeError: ``key`` is not a PRNG key.
+    """
+    alike: dict[Any, list[int]] = {}
+    for index, target in enumerate(targets.values()):
+        alike.setdefault((*target.layer.matrix(target.shape), target.rank), []).append(index)
+
+    def init(key):
+        keys = jax.random.split(key, len(targets))
+        fresh: dict[int, Adapter] = {}
+        for shape, members in alike.items():
+            many = _init_alike(keys[jnp.array(members)], *shape, config=config)
+            for n, index in enumerate(members):
+                fresh[index] = jax.tree.map(operator.itemgetter(n), many)
+        return {path: fresh[index]._replace(**known[path]) for index, path in enumerate(targets)}
+
+    known = facts(targets, config)
+    shardings = shardings and {path: a._replace(**known[path]) for path, a in shardings.items()}
+    return sharding.placed(init, shardings, key)
+
+
+def facts(targets: Mapping[str, Target], config: AdaLoraConfig) -> dict[str, dict[str, Any]]:
+    """Return ``{path: static fields}`` of the adapters: by them each knows its weight."""
+    return {
+        path: {
+            "scale": config.scale_of(path),
+            "layout": dataclasses.replace(
+                target.layer, shape=tuple(target.shape), note=target.note
+            ),
+        }
+        for path, target in targets.items()
+    }
+
+
+def _init_alike(keys, stack, in_features, out_features, rank, config) -> Adapter:
+    """One adapter a key, stacked."""
+    one = lambda key: init_adapter(key, in_features, out_features, config, rank=rank, stack=stack)
+    return jax.vmap(one)(keys)
+
+
+def describe(
+    targets: Mapping[str, Target],
+    config: AdaLoraConfig,
+    candidates: Mapping[str, Candidate] | None = None,
+    parameters: Mapping[str, tuple[int, ...]] | None = None,
+) -> str:
+    """Return a table of what would be adapted: shapes, starting ranks, parameters and cost.
+
+    The cost is the adapter's share of the weight: of its parameters, and for a dense layer of its
+    multiply-adds. Below are the memory that comes on top of the base model, what
+    ``modules_to_save`` trains, a line for each of the ``candidates`` that the config picks but that
+    cannot be adapted, and the ``parameters`` of two or more axes that no known layer holds.
+
+    >>> dense = Target(Layout(), (60, 40), 2)
+    >>> print(describe({"query": dense}, AdaLoraConfig(total_step=10)))
+    layer    kind     matrices   in   out   rank   parameters   kernel    cost
+    query    dense           1   60    40      2          202     2400   8.4 %
+    total                    1                 2          202     2400   8.4 %
+    memory: adapters 808 bytes, importance 1.6 kB
+    """
+    rows = []
+    for path, (layer, shape, rank, _) in targets.items():
+        stack, ins, outs = layer.matrix(shape)
+        n = math.prod(stack)
+        count, kernel = n * rank * (ins + outs + 1), n * ins * outs
+        rows.append((path, layer.kind, n, ins, outs, rank, count, kernel, _percent(count, kernel)))
+    matrices, count, kernel = (sum(row[i] for row in rows) for i in (2, 6, 7))
+    rank = sum(row[2] * row[5] for row in rows)
+    total = ("total", "", matrices, "", "", rank, count, kernel, _percent(count, kernel))
+    header = ("layer", "kind", "matrices", "in", "out", "rank", "parameters", "kernel", "cost")
+    adapters = count * jnp.dtype(config.param_dtype).itemsize
+    importance = count * 2 * 4 + rank  # two float32 averages a parameter, a boolean a triplet
+    memory = f"memory: adapters {_bytes(adapters)}, importance {_bytes(importance)}"
+    refused = {p: candidates[p] for p in _matched(candidates, config)} if candidates else {}
+    lines = [f"not adapted: {p} {c.shape}: {c.refused}" for p, c in refused.items() if c.refused]
+    trained = _trained_along(parameters or {}, config)
+    left_out = _of_no_layer(parameters or {}, candidates or {}, config)
+    return "\n".join([table([header, *rows, total], left=2), memory, *trained, *lines, *left_out])
+
+
+def _trained_along(parameters: Mapping[str, tuple[int, ...]], config: AdaLoraConfig) -> list[str]:
+    """Return a line that names what ``modules_to_save`` trains, if anything."""
+    if not config.modules_to_save or not parameters:
+        return []
+    return [f"trained along: {', '.join(saved_roots(list(parameters), config))}"]
+
+
+def _of_no_layer(
+    parameters: Mapping[str, tuple[int, ...]],
+    candidates: Mapping[str, Candidate],
+    config: AdaLoraConfig,
+) -> list[str]:
+    """Return a line that names the matrices that no known layer holds, if there are any."""
+    layers = {path: c.layer for path, c in candidates.items() if c.layer}
+    held = {f"{path}/{layer.weight}".lstrip("/") for path, layer in layers.items()} | {*layers}
+    found = [
+        f"{path} {shape}"
+        for path, shape in parameters.items()
+        # Of a stack of layers, biases and norms have two axes as well.
+        if len(shape) >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
+        if not saved(path, config)
+        if not any(path == place or path.startswith(f"{place}/") for place in held)
+    ]
+    if not found:
+        return []
+    shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    return [
+        f"in no layer of a known kind: {shown}. To adapt one, declare the class of its module: "
+        "adapt(..., layers={Class: Layout(...)})"
+    ]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if isinstance(count, float) else f"{count} {unit}"
+        count = count / 1000
+    return f"{count:.1f} GB"
+
+
+def _matches(wanted: Any, path: str, candidate: Candidate) -> bool:
+    if callable(wanted):
+        return bool(wanted(path, candidate.module))
+    if wanted == "all-linear":
+        return candidate.layer is not None and candidate.layer.kind in _LINEAR_KINDS
+    if isinstance(wanted, str):
+        return any(re.fullmatch(wanted, form) for form in (path, path.replace("/", ".")))
+    return any(_is_suffix(name, path) for name in wanted)
+
+
+def _is_suffix(name: str, path: str) -> bool:
+    """PEFT's rule: the path is the name, or ends with it at a separator."""
+    name, path = name.replace(".", "/").strip("/"), path.replace(".", "/")
+    return path == name or path.endswith(f"/{name}")
+
+
+def _layer_index_matches(path: str, config: AdaLoraConfig) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == ():
+        return True
+    index = _layer_index(path, cast("Any", config.layers_pattern))
+    return index in (wanted if isinstance(wanted, tuple) else (wanted,))
+
+
+def _layer_index(path: str, names: tuple[str, ...] | None) -> int | None:
+    """The index of the layer that holds ``path``: 3 of ``h/3/mlp/up`` and of ``block_3/mlp/up``.
+
+    As in PEFT, a number that is a path component of its own counts, the last one where there are
+    several, and ``layers_pattern`` can name the list. Without such a component the number that
+    ends the first name is taken, as in linen's own names.
+    """
+    parents = path.rpartition("/")[0]
+    for name in names or (r"[^/]+",):
+        # A pattern may have groups, so the index is the last one.
+        found = list(re.finditer(rf"(?:^|/)(?:{name})/(\d+)(?=/|$)", parents))[-1:]
+        found = found or list(re.finditer(rf"(?:^|/)(?:{name})_(\d+)(?=/|$)", parents))[:1]
+        if found:
+            return int(found[0][found[0].re.groups])
+    return None
+
+
+def _ranks(paths: Sequence[str], config: AdaLoraConfig) -> dict[str, int]:
+    """What ``init_r`` and ``rank_limits`` say, or else an earlier run's ``rank_pattern``."""
+    ranks = {path: config.spec_of(path).init_r for path in paths}
+    for name, rank in config.rank_pattern or ():
+        name = name.removesuffix(".lora_E").removeprefix("base_model.model.")
+        found = [path for path in paths if _is_suffix(path, name) or _is_suffix(name, path)]
+        if not found:
+            raise ValueError(
+                f"rank_pattern: {name!r} is no adapted layer; they are {', '.join(paths[:10])}."
+            )
+        ranks |= dict.fromkeys(found, _rank(rank))
+    return ranks
+
+
+def _rank(rank: Any) -> int:
+    """Of a number, of the booleans of one adapter, or of the largest in a stack."""
+    if isinstance(rank, int):
+        return rank
+    return max(map(_rank, rank)) if any(isinstance(entry, tuple) for entry in rank) else sum(rank)
+
+
+def _cannot_adapt(path: str, candidates: Mapping[str, Candidate]) -> str:
+    refused, kind = candidates[path].refused, type(candidates[path].module).__name__
+    if refused:
+        return f"target_modules: {path!r} cannot be adapted: {refused}."
+    inside = [p for p, c in candidates.items() if p.startswith(f"{path}/") and _adaptable(c)]
+    instead = f"Name the layers in it: {', '.join(inside[:8])}." if inside else ""
+    return (
+        f"target_modules: {path!r} is a {kind}, which cannot be adapted; kinds that can: "
+        f"{SUPPORTED}. {instead or _nearest(path, candidates)}"
+    )
+
+
+def _nearest(name: str, candidates: Mapping[str, Candidate]) -> str:
+    paths = [path for path, candidate in candidates.items() if _adaptable(candidate)]
+    if not paths:
+        return f"The model has no layer that can be adapted; kinds that can: {SUPPORTED}."
+    near = _by_similarity(name, paths)[:8]
+    return f"The nearest layers that can be adapted: {', '.join(near)}."
+
+
+def _by_similarity(name: str, paths: Iterable[str]) -> list[str]:
+    """The paths by how much they, or their last names, are like ``name``; the nearest first."""
+    plain = re.sub(r"[^\w/]+", "", name.replace(".", "/"))
+    ratio = lambda path: difflib.SequenceMatcher(None, plain, path).ratio()
+    return sorted(sorted(paths), key=lambda p: -max(ratio(p), ratio(p.rpartition("/")[2])))

@@ -1,0 +1,242 @@
+"""How a model uses its weights, seen in a trace: as they are stored, transformed, or elsewhere.
+
+An increment ``ΔW`` may be added to a stored weight only if the layer multiplies with that weight
+and adds nothing that depends on it, and if nothing else in the model reads it. A jaxpr tells. While
+the model is traced, each layer's call runs under a name (:func:`scope_name`) and its output passes
+through a marker of that name; :func:`find_uses` follows every weight from the program's inputs to
+those markers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+_NAME = re.compile(r"adalora:(\d+):")
+_PROBE = re.compile(r"adalora-probe:(\d+):")
+_INPUTS = re.compile(r"adalora-input:(\d+):")
+# They leave the entries as they are, and their places.
+_PASSING = {
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "layout_constraint",
+    "mesh_cast",
+    "optimization_barrier",
+    "pvary",
+    "reduce_precision",
+    "reshard",
+    "sharding_constraint",
+}
+# They move the entries.
+_MOVING = {
+    "broadcast_in_dim",
+    "dynamic_slice",
+    "expand_dims",
+    "reshape",
+    "rev",
+    "slice",
+    "squeeze",
+    "transpose",
+}
+_PADDING = {"concatenate", "pad"}
+_PRODUCTS = {"conv_general_dilated", "dot_general", "gather"}
+_SUMS = {"add", "add_any", "cumsum", "psum", "psum_invariant", "reduce_sum"}
+_CONTRACTIONS = {*_PRODUCTS, "ragged_dot", "ragged_dot_general", "sort", "top_k"}
+
+# Stages of a value on its way: the weight itself, made of it, or the layer's product with it.
+_RAW, _CHANGED, _PRODUCT = "raw", "changed", "product"
+# And of what a layer is given to multiply its weight with.
+_INPUT = "input"
+
+
+class Use(NamedTuple):
+    """How one weight is used.
+
+    Attributes:
+      transformed: its layer computes with something made of it.
+      followed: its layer does more to the product than adding to it.
+      elsewhere: something outside of its layer reads it.
+      unseen: the layer could not be traced, so the other three are unknown.
+    """
+
+    transformed: bool
+    followed: bool
+    elsewhere: bool
+    unseen: bool = False
+
+
+def scope_name(index: int) -> str:
+    """Return the name under which the layer of a weight is traced.
+
+    >>> scope_name(3)
+    'adalora:3:'
+    """
+    return f"adalora:{index}:"
+
+
+def probe_name(index: int) -> str:
+    """Return the name of the marker by which a layer shows its probe, see :func:`find_uses`.
+
+    >>> probe_name(3)
+    'adalora-probe:3:'
+    """
+    return f"adalora-probe:{index}:"
+
+
+def mark_output(index: int, output: Any) -> Any:
+    """Return a layer's output behind the marker that ends the layer for :func:`find_uses`."""
+    return _named(scope_name(index), output)
+
+
+def mark_input(index: int, x: Any) -> Any:
+    """Return a layer's input behind a marker: a layer that multiplies something else is followed.
+
+    For classes that are no Flax layers. What they make of their input their adapter does not see.
+    """
+    return _named(f"adalora-input:{index}:", x)
+
+
+def _named(name: str, tree: Any) -> Any:
+    is_float = lambda leaf: hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name) if is_float(leaf) else leaf, tree)
+
+
+def find_uses(
+    jaxpr: core.Jaxpr, weights: Mapping[int, int], scaled: frozenset[int] = frozenset()
+) -> dict[int, Use]:
+    """Return how each weight of a traced program is used.
+
+    Args:
+      jaxpr: of the program.
+      weights: ``{position among the inputs: index of the weight}``. One may be a probe, which no
+        layer computes with: it is transformed if its layer sees something else than the input.
+      scaled: indices of the weights that their layers multiply by a known constant.
+    """
+    walk = _Walk(scaled)
+    tags = [
+        frozenset({(weights[i], _RAW)}) if i in weights else frozenset()
+        for i in range(len(jaxpr.invars))
+    ]
+    walk.run(jaxpr, tags, None)
+    return {
+        index: Use(
+            index in walk.transformed,
+            index in walk.followed,
+            index in walk.outside and index not in walk.transformed,
+        )
+        for index in weights.values()
+    }
+
+
+_Tags = frozenset[tuple[int, str]]
+_NONE: _Tags = frozenset()
+
+
+class _Walk:
+    """One pass over a program, with the stages of all weights at once."""
+
+    def __init__(self, scaled: frozenset[int]):
+        self.scaled = scaled
+        self.transformed: set[int] = set()
+        self.followed: set[int] = set()
+        self.outside: set[int] = set()
+        self.marked: set[int] = set()
+
+    def run(self, jaxpr: Any, given: Sequence[_Tags], scope: int | None) -> list[_Tags]:
+        """Return the tags of a jaxpr's outputs from those of its inputs."""
+        tags: dict[Any, _Tags] = dict(zip(jaxpr.invars, given))
+        read = lambda v: _NONE if isinstance(v, core.Literal) else tags.get(v, _NONE)
+        for eqn in jaxpr.eqns:
+            inputs = [read(v) for v in eqn.invars]
+            marks = eqn.primitive.name == "name" and _INPUTS.fullmatch(eqn.params["name"])
+            if any(inputs) or marks:
+                names = _NAME.findall(str(eqn.source_info.name_stack))
+                inner = int(names[-1]) if names else scope
+                outputs = self.equation(eqn, inputs, inner)
+                tags.update((v, t) for v, t in zip(eqn.outvars, outputs) if t)
+        return [read(v) for v in jaxpr.outvars]
+
+    def equation(self, eqn: Any, inputs: list[_Tags], scope: int | None) -> list[_Tags]:
+        primitive, count = eqn.primitive.name, len(eqn.outvars)
+        if primitive == "scan":
+            return self.run(eqn.params["jaxpr"].jaxpr, inputs, scope)
+        if primitive == "cond":
+            branches = [self.run(b.jaxpr, inputs[1:], scope) for b in eqn.params["branches"]]
+            return [frozenset().union(*tags) for tags in zip(*branches)]
+        if primitive == "while":
+            skip = eqn.params["cond_nconsts"]
+            return self.run(eqn.params["body_jaxpr"].jaxpr, inputs[skip:], scope)[-count:]
+        if (called := _called(eqn)) is not None:
+            return self.run(called, inputs, scope)
+        if primitive == "name" and (mark := _NAME.fullmatch(eqn.params["name"])):
+            index = int(mark[1])  # from here on the layer's output is the model's business
+            return [frozenset((i, s) for i, s in inputs[0] if i != index)]
+        if primitive == "name" and (mark := _INPUTS.fullmatch(eqn.params["name"])):
+            self.marked.add(int(mark[1]))
+            return [inputs[0] | {(int(mark[1]), _INPUT)}]
+        if primitive == "name" and (probe := _PROBE.fullmatch(eqn.params["name"])):
+            if (int(probe[1]), _RAW) not in inputs[0]:
+                self.transformed.add(int(probe[1]))
+            return [_NONE]
+        result: set[tuple[int, str]] = set()
+        for index in {i for tags in inputs for i, _ in tags}:
+            stages = [{s for i, s in tags if i == index} for tags in inputs]
+            if stage := self.stage(eqn, stages, index, scope == index):
+                result.add((index, stage))
+        return [frozenset(result)] * count
+
+    def stage(self, eqn: Any, inputs: list[set[str]], index: int, inside: bool) -> str | None:
+        """Return what an operation makes of the values that depend on one weight."""
+        primitive, given = eqn.primitive.name, inputs
+        inputs = [stages - {_INPUT} for stages in given]
+        seen = set().union(*inputs)
+        if not seen:
+            return _INPUT if primitive in _PASSING | _MOVING | _PADDING else None
+        if primitive in _PASSING or (primitive in _MOVING and inside and seen != {_CHANGED}):
+            return next(stage for stage in (_PRODUCT, _CHANGED, _RAW) if stage in seen)
+        times_constant = primitive in ("mul", "div") and any(
+            not stages and _size(v) == 1 for stages, v in zip(inputs, eqn.invars)
+        )
+        if inside and index in self.scaled and times_constant:
+            return next(iter(seen))
+        if not inside:
+            if _RAW in seen:
+                self.outside.add(index)
+            if _PRODUCT in seen:  # it has left its layer without passing by the marker
+                self.followed.add(index)
+            return None if primitive in _CONTRACTIONS or seen == {_PRODUCT} else _CHANGED
+        if primitive in _PRODUCTS and sum(map(bool, inputs)) == 1 and seen != {_PRODUCT}:
+            if _CHANGED in seen:
+                self.transformed.add(index)
+            if index in self.marked and not any(stages == {_INPUT} for stages in given):
+                self.followed.add(index)
+            return _PRODUCT
+        if seen == {_PRODUCT}:
+            first = bool(inputs[0]) and primitive == "sub"
+            if primitive not in _SUMS and not first:
+                self.followed.add(index)
+            return _PRODUCT
+        if primitive in _CONTRACTIONS:  # of two things that depend on the weight
+            self.transformed.add(index)
+            return _PRODUCT
+        return _CHANGED
+
+
+def _size(variable: Any) -> int:
+    return getattr(variable.aval, "size", 1)
+
+
+def _called(eqn: Any) -> Any:
+    """Return the jaxpr that a call-like operation runs on its inputs, if it is one."""
+    for value in eqn.params.values():
+        jaxpr = getattr(value, "jaxpr", value)
+        if hasattr(jaxpr, "eqns") and len(jaxpr.invars) == len(eqn.invars):
+            return jaxpr
+    return None

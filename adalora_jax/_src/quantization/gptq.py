@@ -1,0 +1,351 @@
+"""GPTQ checkpoints of Hugging Face models, kept in the packed form they come in.
+
+A linear layer of ``in`` inputs and ``out`` outputs, in groups of g inputs, is four tensors:
+
+| tensor | shape | is |
+| --- | --- | --- |
+| ``qweight`` | ``[in · bits / 32, out]`` int32 | the weight, 32 / bits inputs in a word |
+| ``qzeros`` | ``[in / g, out · bits / 32]`` int32 | zero points, 32 / bits outputs in a word |
+| ``scales`` | ``[in / g, out]`` float16 | one for each group and output |
+| ``g_idx`` | ``[in]`` int32 | the group of each input; with act-order in any order |
+
+Lowest bits come first, and
+``W[i, o] = scales[g_idx[i], o] · (qweight[i, o] − qzeros[g_idx[i], o])``.
+The format ``"gptq"`` (v1) stores zero points less one: its writers take one from each field of the
+packed words, with the borrow, and so it is added to the words, with the carry. ``"gptq_v2"``
+stores them as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import safe_open
+
+from adalora_jax._src.modules import nnx_layers
+from adalora_jax._src.modules.params import parameters_of, replaced
+from adalora_jax._src.quantization import packed
+from adalora_jax._src.quantization.packed import Packed
+
+_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+_FORMATS = ("gptq", "gptq_v2")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GptqWeight(Packed):
+    """A weight in GPTQ's packed form; stacked layers have leading axes in front of all arrays."""
+
+    qweight: jax.Array  # [in · bits / 32, out] uint32
+    qzeros: jax.Array  # [groups, out · bits / 32] uint32, without the offset of v1
+    scales: jax.Array  # [groups, out], in the dtype of the dequantised weight
+    groups: jax.Array | None  # [in] int32; None where groups are consecutive inputs
+    bits: int = dataclasses.field(metadata={"static": True})
+    own: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # shape of one layer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (*self.qweight.shape[:-2], *self.own)
+
+    @property
+    def dtype(self) -> Any:
+        """That of the scales."""
+        return self.scales.dtype
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The weight, computed in float32 and rounded once."""
+        layer = _dequantize
+        for _ in self.qweight.shape[:-2]:
+            layer = jax.vmap(layer)
+        dense = layer(jax.lax.stop_gradient(self)).reshape(self.shape)
+        return dense.astype(self.dtype if dtype is None else dtype)
+
+    def requantize(self, weight: jax.Array) -> Packed:
+        """Not possible.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(
+            "a GPTQ weight cannot be requantised: its numbers were chosen layer by layer on "
+            "calibration data, which is not there. Merge into a dtype, or into a recipe such as "
+            "'int8'."
+        )
+
+    def as_shape(self, own: tuple[int, ...], dtype: Any) -> GptqWeight:
+        """The same for a layer whose weight has these axes and this dtype."""
+        return dataclasses.replace(self, own=tuple(own), scales=self.scales.astype(dtype))
+
+
+def _dequantize(weight: GptqWeight) -> jax.Array:
+    """One layer's ``[in, out]`` in float32."""
+    values = packed.unpack(weight.qweight, 0, weight.bits).astype(jnp.float32)
+    zeros = packed.unpack(weight.qzeros, 1, weight.bits).astype(jnp.float32)
+    scales = weight.scales.astype(jnp.float32)
+    if weight.groups is not None:
+        return scales[weight.groups] * (values - zeros[weight.groups])
+    count, out = scales.shape
+    grouped = values.reshape(count, -1, out)
+    return (scales[:, None] * (grouped - zeros[:, None])).reshape(-1, out)
+
+
+def from_tensors(
+    qweight: Any,
+    qzeros: Any,
+    scales: Any,
+    g_idx: Any = None,
+    *,
+    checkpoint_format: str = "gptq",
+    dtype: Any = jnp.float32,
+    name: str = "the layer",
+) -> GptqWeight:
+    """A weight from the four tensors of a checkpoint.
+
+    Args:
+      qweight, qzeros, scales, g_idx: as in the table above; without ``g_idx`` the groups are
+        consecutive inputs.
+      checkpoint_format: ``"gptq"`` or ``"gptq_v2"``.
+      dtype: of the dequantised weight, and of the scales.
+      name: for messages.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together, or bits are neither 4 nor 8.
+
+    >>> weight = from_tensors(
+    ...     np.full((2, 8), 0x98765432, np.uint32).view(np.int32),  # 2 ... 9 in each column
+    ...     np.full((1, 1), 0x77777777, np.int32),  # 8, less one
+    ...     np.full((1, 8), 0.5, np.float16),
+    ... )
+    >>> weight.shape, weight.dequantize()[:8, 0]
+    ((16, 8), Array([-3. , -2.5, -2. , -1.5, -1. , -0.5,  0. ,  0.5], dtype=float32))
+    """
+    if checkpoint_format not in _FORMATS:
+        raise ValueError(f"checkpoint_format={checkpoint_format!r} must be one of {_FORMATS}.")
+    qweight, qzeros, scales = (np.asarray(tensor) for tensor in (qweight, qzeros, scales))
+    shapes = f"{name}: qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape}"
+    if qweight.dtype != np.int32 or qzeros.dtype != np.int32:
+        raise ValueError(f"{name}: qweight and qzeros must be int32, not {qweight.dtype}.")
+    if not qweight.ndim == qzeros.ndim == scales.ndim == 2 or qzeros.shape[0] != scales.shape[0]:
+        raise ValueError(f"{shapes} do not belong together.")
+    count, out = scales.shape
+    bits, rest = divmod(32 * qzeros.shape[1], out)
+    if rest or bits not in (4, 8) or qweight.shape[1] != out:
+        raise ValueError(f"{shapes}: packed in {bits} bits; 4 and 8 can be read.")
+    ins = qweight.shape[0] * 32 // bits
+    groups = None
+    if g_idx is not None:
+        groups = np.asarray(g_idx)
+        if groups.shape != (ins,) or groups.min() < 0 or groups.max() >= count:
+            raise ValueError(
+                f"{name}: g_idx of shape {groups.shape} must give each of {ins} inputs one of "
+                f"{count} groups."
+            )
+    if groups is None or (ins % count == 0 and (groups == np.arange(ins) // (ins // count)).all()):
+        if ins % count:
+            raise ValueError(f"{name}: {ins} inputs are not {count} groups of one size.")
+        groups = None
+    words = qzeros.view(np.uint32)
+    if checkpoint_format == "gptq":
+        one = {4: 0x11111111, 8: 0x01010101}[bits]
+        words = words + np.uint32(one)  # modulo 2³²
+    return GptqWeight(
+        qweight=jnp.asarray(qweight.view(np.uint32)),
+        qzeros=jnp.asarray(words),
+        scales=jnp.asarray(scales).astype(dtype),
+        groups=None if groups is None else jnp.asarray(groups, jnp.int32),
+        bits=bits,
+        own=(ins, out),
+    )
+
+
+def read_gptq(directory: str | pathlib.Path, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """All GPTQ layers of a checkpoint, ``{name: {"kernel": GptqWeight, "bias": array}}``.
+
+    The tensors go from the files to the device as they are, one layer at a time.
+
+    Args:
+      directory: with ``*.safetensors`` and a ``config.json`` or ``quantize_config.json``.
+      dtype: of the dequantised weights.
+
+    Raises:
+      ValueError: there is no GPTQ layer, or the checkpoint is of another method.
+    """
+    directory = pathlib.Path(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    settings = _settings(directory)
+    found: dict[str, dict[str, tuple[pathlib.Path, str]]] = {}
+    for file in files:
+        with safe_open(file, framework="numpy") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                name, _, tensor = key.rpartition(".")
+                found.setdefault(name, {})[tensor] = (file, key)
+    layers = {name: places for name, places in found.items() if "qweight" in places}
+    if not layers:
+        raise ValueError(
+            f"{directory} has {len(files)} safetensors files and no qweight in them: it is no GPTQ "
+            "checkpoint."
+        )
+    result = {}
+    for name, places in layers.items():
+        tensors = {t: _read(*places[t]) for t in (*_TENSORS, "bias") if t in places}
+        bias = tensors.pop("bias", None)
+        missing = [t for t in _TENSORS[:3] if t not in tensors]
+        if missing:
+            raise ValueError(f"{name!r} has a qweight but no {' and no '.join(missing)}.")
+        weight = from_tensors(
+            **tensors,
+            checkpoint_format=settings.get("checkpoint_format") or "gptq",
+            dtype=dtype,
+            name=name,
+        )
+        result[name] = {"kernel": weight, "bias": None if bias is None else jnp.asarray(bias)}
+    return result
+
+
+def _read(file: pathlib.Path, key: str) -> np.ndarray:
+    with safe_open(file, framework="numpy") as tensors:
+        return tensors.get_tensor(key)
+
+
+def _settings(directory: pathlib.Path) -> dict[str, Any]:
+    """What the checkpoint says of how it was quantised."""
+    for file in ("quantize_config.json", "config.json"):
+        if (directory / file).exists():
+            said = json.loads((directory / file).read_text(encoding="utf-8"))
+            said = said.get("quantization_config", said if file.startswith("quantize") else {})
+            method = said.get("quant_method", "gptq")
+            if method != "gptq":
+                raise ValueError(f"{directory / file} says quant_method={method!r}, not 'gptq'.")
+            if said:
+                return said
+    return {}
+
+
+def load_gptq(
+    directory: str | pathlib.Path,
+    model: Any,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    names: Mapping[str, Any] | Callable[[str], Any] | None = None,
+    dtype: Any = jnp.float32,
+) -> Any:
+    """A model whose kernels are those of a GPTQ checkpoint, in their packed form.
+
+    A layer's bias is taken along. All other parameters stay what they are; kernels that are
+    replaced may be mere shapes, as ``jax.eval_shape`` or ``nnx.eval_shape`` makes them.
+
+    Args:
+      directory: of a Hugging Face checkpoint with safetensors.
+      model: a linen or NNX module.
+      variables: of a linen module; not changed.
+      names: the checkpoint's name of a layer from its path in the model: a dict, or a function
+        that gives None for layers that are not in the checkpoint. A list of names is a stack of
+        layers, in this order. Without it ``/`` becomes ``.``, and paths which that does not lead
+        to a name stay as they are.
+      dtype: of the dequantised kernels.
+
+    Returns:
+      ``(module, variables)`` for linen, as from
+      :func:`~adalora_jax.quantized.quantize_linen`; a model for NNX.
+
+    Raises:
+      ValueError: no layer of the checkpoint has a place in the model, a name is not in the
+        checkpoint, or a shape is another.
+    """
+    layers = read_gptq(directory, dtype)
+    params = parameters_of(model, variables)
+    named = _named(params, layers, names)
+    kernels, biases = {}, {}
+    for path, parts in named.items():
+        place = lambda name, path=path: f"{path}/{name}".lstrip("/")
+        kernels[place("kernel")] = _kernel(parts, tuple(params[place("kernel")].shape), path, dtype)
+        bias = _bias(parts, params.get(place("bias")), path)
+        biases |= {} if bias is None else {place("bias"): bias}
+    if isinstance(model, nnx.Module):
+        model = packed.pack_nnx(model, kernels)
+        modules = dict(nnx_layers.modules(model))
+        for path, bias in biases.items():
+            parent, _, name = path.rpartition("/")
+            getattr(modules[parent], name).set_value(bias)
+        return model
+    module, variables = packed.pack_linen(model, variables or {}, kernels)
+    return module, {**variables, "params": replaced(variables["params"], biases)}
+
+
+def _bias(parts, place, path) -> jax.Array | None:
+    """The checkpoint's bias in the shape and dtype of the model's."""
+    given = [part["bias"] for part in parts]
+    if any(bias is None for bias in given):
+        return None
+    if place is not None:
+        return jnp.stack(given).reshape(place.shape).astype(place.dtype)
+    if any(jnp.any(bias != 0) for bias in given):
+        raise ValueError(f"{path!r} has a bias in the checkpoint but none in the model.")
+    return None  # some writers give every layer a bias
+
+
+def _kernel(parts, shape, path, dtype) -> GptqWeight:
+    """The kernel of one layer of this shape, or of a stack of layers."""
+    stack = (len(parts),) if len(parts) > 1 else ()
+    own = shape[len(stack) :]
+    for part in parts:
+        ins, outs = part["kernel"].own
+        splits = [np.prod(own[:n], dtype=int) for n in range(1, len(own))]
+        if shape[: len(stack)] != stack or ins not in splits or ins * outs != np.prod(own):
+            raise ValueError(
+                f"{path!r} has a kernel of shape {shape}, which does not read as {[*stack]} "
+                f"matrices of {ins} x {outs}, as the checkpoint has it."
+            )
+    weights = [part["kernel"].as_shape(own, dtype) for part in parts]
+    if len(weights) == 1:
+        return weights[0]
+    if any(weight.groups is not None for weight in weights):
+        weights = [_with_groups(weight) for weight in weights]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+
+
+def _with_groups(weight: GptqWeight) -> GptqWeight:
+    if weight.groups is not None:
+        return weight
+    ins, count = weight.qweight.shape[0] * 32 // weight.bits, weight.scales.shape[0]
+    return dataclasses.replace(weight, groups=jnp.arange(ins, dtype=jnp.int32) // (ins // count))
+
+
+def _named(params, layers, names) -> dict[str, list[dict[str, Any]]]:
+    """The checkpoint's layers for each path of the model."""
+    named = {}
+    for place in params:
+        path, _, name = place.rpartition("/")
+        if name != "kernel":
+            continue
+        if names is None:
+            wanted = path.replace("/", ".")
+            wanted = wanted if wanted in layers else None
+        else:
+            wanted = names.get(path) if isinstance(names, Mapping) else names(path)
+        if wanted is None:
+            continue
+        wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+        for one in wanted:
+            if one not in layers:
+                raise ValueError(
+                    f"names gives {one!r} for {path!r}, which is no GPTQ layer of the checkpoint. "
+                    f"It has {', '.join(list(layers)[:6])} ..."
+                )
+        named[path] = [layers[one] for one in wanted]
+    if not named:
+        raise ValueError(
+            "no layer of the checkpoint has a place in the model: say with names= which is which. "
+            f"The checkpoint has {', '.join(list(layers)[:4])} ..., the model "
+            f"{', '.join(list(params)[:4])} ..."
+        )
+    return named

@@ -1,0 +1,503 @@
+"""Adapters on a base in int8, int4 or NF4: Qwix quantises the weights, the adapters go on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, overload
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import qwix
+from flax import nnx
+from flax.core import meta
+
+from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import adapters as found_adapters
+from adalora_jax._src.core.pytree import at, is_packed, weight_path
+from adalora_jax._src.modules import (
+    linen_frontend,
+    linen_layers,
+    merging,
+    nnx_frontend,
+    nnx_layers,
+    targets,
+)
+from adalora_jax._src.modules.candidates import Candidate
+from adalora_jax._src.modules.layers import check_fit, known, weight_increment
+from adalora_jax._src.modules.params import by_path, replaced
+from adalora_jax._src.quantization import packed, qwix_models
+from adalora_jax._src.quantization.gptq import load_gptq
+from adalora_jax._src.quantization.packed import Packed
+
+__all__ = [
+    "MergeLoss",
+    "Merged",
+    "QwixWeight",
+    "Recipe",
+    "load_gptq",
+    "merge",
+    "quantize",
+]
+
+_QTYPES = ("int8", "int4", "nf4")
+_KINDS = ("dense", "general", "einsum", "conv")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which weights are quantised, and how.
+
+    ``"int8"``, ``"int4"`` and ``"nf4"`` stand for the recipes of that type with the defaults:
+
+    | recipe | one scale for | bits a weight (bf16 base) |
+    | --- | --- | --- |
+    | int8 | each output channel | 8 |
+    | int4 | each block of 64 inputs of an output channel | 4.25 |
+    | nf4 | each block of 64 inputs of an output channel | 4.25 |
+
+    Quantised are all dense, general, einsum and conv layers, but no embeddings: those are looked
+    up, not multiplied. What is not quantised stays in the dtype that it has.
+
+    >>> Recipe(qtype="nf4", exclude_modules=["head"]).block
+    64
+    """
+
+    qtype: str  # "int8", "int4" or "nf4"
+    block: int | str | None = "default"  # inputs that share a scale; None: all of a channel's
+    target_modules: Any = None  # as in AdaLoraConfig; None: all layers but embeddings
+    exclude_modules: Any = None  # as in AdaLoraConfig: layers that stay as they are
+    dtype: str | None = None  # cast to it: scales, and so the dequantised kernels, and what stays
+
+    def __post_init__(self):
+        if self.qtype not in _QTYPES:
+            raise ValueError(f"qtype={self.qtype!r} must be one of {_QTYPES}.")
+        if self.block == "default":
+            object.__setattr__(self, "block", None if self.qtype == "int8" else 64)
+        if self.block is not None and not (isinstance(self.block, int) and self.block > 0):
+            raise ValueError(f"block={self.block!r} must be a positive integer, or None.")
+        if self.dtype is not None and not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
+            raise ValueError(f"dtype={self.dtype!r} must be a floating-point dtype, or None.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QwixWeight(Packed):
+    """A weight as Qwix quantised it, two 4-bit numbers in a byte.
+
+    In bytes of our own: not every back end keeps arrays of 4-bit numbers packed when it computes.
+    """
+
+    qvalue: jax.Array  # int8 for int8, else uint8
+    scale: jax.Array  # as many axes as qvalue; each divides that of the weight
+    qtype: str = dataclasses.field(metadata={"static": True})
+    axis: int | None = dataclasses.field(metadata={"static": True})  # from the end: of the pairs
+
+    @classmethod
+    def of(cls, array: qwix.QArray, qtype: str, axes: Sequence[int]) -> QwixWeight:
+        """What Qwix quantised, packed along the first of ``axes`` (from the end) of even size."""
+        if qtype == "int8":
+            return cls(array.qvalue, array.scale, qtype, None)
+        values = array.qvalue.astype(jnp.uint8) & 15
+        axis = next((axis for axis in axes if array.shape[axis] % 2 == 0), None)
+        values = values if axis is None else packed.pack_nibbles(values, axis)
+        return cls(values, array.scale, qtype, axis)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        shape = list(self.qvalue.shape)
+        if self.axis is not None:
+            shape[self.axis] *= 2
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> Any:
+        """That of the scales."""
+        return self.scale.dtype
+
+    @property
+    def array(self) -> qwix.QArray:
+        """The same in Qwix's type, unpacked; no gradient passes."""
+        values, scale = jax.lax.stop_gradient((self.qvalue, self.scale))
+        if self.axis is not None:
+            values = packed.unpack(values, self.axis, 4)
+        if self.qtype == "int4":  # of two's complement
+            values = (values ^ 8).astype(jnp.int8) - 8
+        return qwix.QArray(values, scale, qtype=self.qtype)
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The weight, computed in the dtype of its scales."""
+        dense = qwix.dequantize(self.array)
+        return dense if dtype is None else dense.astype(dtype)
+
+    def requantize(self, weight: jax.Array) -> QwixWeight:
+        """Another weight with the blocks of this one."""
+        sizes = list(enumerate(zip(self.shape, self.scale.shape)))
+        channelwise = tuple(i for i, (size, scales) in sizes if size == scales)
+        tiled = tuple((i, n // m) for i, (n, m) in sizes if m not in (1, n))
+        axes = () if self.axis is None else (self.axis,)
+        return _quantize(weight.astype(self.dtype), self.qtype, channelwise, tiled, axes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(weight, qtype, channelwise, tiled, axes):
+    array = qwix.quantize(weight, qtype, channelwise_axes=channelwise, tiled_axes=dict(tiled))
+    return QwixWeight.of(array, qtype, axes)
+
+
+def quantize_weight(weight: jax.Array, recipe: str | Recipe, layer: Layout) -> QwixWeight:
+    """Return one weight, quantised by Qwix.
+
+    A block lies along the inputs: as many of the last ones as fit, whole axes where they do, and
+    otherwise the largest part of an axis that divides it.
+
+    Args:
+      weight: of any shape that ``layer`` has, stacked axes in front.
+      recipe: a :class:`Recipe` or the name of one.
+      layer: how the weight reads as matrices.
+
+    >>> packed = quantize_weight(jnp.ones((256, 8)), "nf4", Layout())
+    >>> packed.shape, packed.qvalue.shape, packed.scale.shape
+    ((256, 8), (128, 8), (4, 8))
+    """
+    recipe = _recipe(recipe)
+    first = weight.ndim - layer.ndim
+    ins = [first + axis for axis in layer.ins]
+    channelwise = [axis for axis in range(weight.ndim) if axis not in ins]
+    tiled = {}
+    left = recipe.block if isinstance(recipe.block, int) else weight.size
+    for axis in reversed(ins):
+        size = weight.shape[axis]
+        tile = next(n for n in range(min(left, size), 0, -1) if size % n == 0)
+        left = left // tile if tile == size else 1
+        if tile == 1:
+            channelwise.append(axis)
+        elif tile < size:
+            tiled[axis] = tile
+    weight = weight if recipe.dtype is None else weight.astype(recipe.dtype)
+    outs = [first + axis for axis in layer.outs]
+    axes = tuple(axis - weight.ndim for axis in (*reversed(ins), *reversed(outs)))
+    return _quantize(weight, recipe.qtype, tuple(channelwise), tuple(tiled.items()), axes)
+
+
+_Model = TypeVar("_Model", bound=nnx.Module)
+
+
+@overload
+def quantize(model: _Model, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> _Model: ...
+
+
+@overload
+def quantize(
+    model: nn.Module | linen_frontend.AdaptedModule,
+    recipe: str | Recipe,
+    variables: Mapping[str, Any],
+    *inputs: Any,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]: ...
+
+
+def quantize(model: Any, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> Any:
+    """Return a model with a quantised base: of linen with its variables, or of NNX.
+
+    One weight is quantised at a time. Under ``jax.eval_shape`` nothing is allocated.
+
+    Args:
+      model: a linen module, adapted or not, or an NNX model, with adapters or without; left as it
+        is. Adapters continue as they are.
+      recipe: ``"int8"``, ``"int4"``, ``"nf4"`` or a :class:`Recipe`.
+      *inputs, **kwargs: for linen the variables first, then what the model is called with, to see
+        its layers. An NNX model needs none.
+
+    Returns:
+      ``(module, variables)`` for linen: the module is called, and adapted, like the one that was
+      given; the variables have the integers in a collection called ``quantized`` and the rest in
+      ``params``, so that ``jax.grad`` with respect to ``params`` and adapters needs no filter. For
+      NNX a model of the same class, in which each quantised weight is a
+      ``PackedWeight``: not an ``nnx.Param``, so ``nnx.grad`` needs no
+      filter.
+
+    Raises:
+      TypeError: ``model`` is of neither framework, or linen's variables are missing.
+      ValueError: the recipe selects no layer, or the model is quantised already.
+
+    >>> import flax.linen as nn
+    >>> model, x = nn.Dense(4), jnp.ones((2, 64))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> quantised, packed = quantize(model, "int8", variables, x)
+    >>> sorted(packed["params"]), packed["quantized"]["kernel"].qvalue.dtype
+    (['bias'], dtype('int8'))
+    >>> bool(jnp.allclose(quantised.apply(packed, x), model.apply(variables, x), atol=0.1))
+    True
+    >>> model = nnx.Linear(64, 4, rngs=nnx.Rngs(0))
+    >>> quantised = quantize(model, "int8")
+    >>> quantised.kernel.get_raw_value().qvalue.dtype, quantised.kernel.shape
+    (dtype('int8'), (64, 4))
+    """
+    recipe = _recipe(recipe)
+    if isinstance(model, nnx.Module):
+        return _quantized_nnx(model, recipe)
+    if not isinstance(model, (nn.Module, linen_frontend.AdaptedModule)):
+        raise TypeError(
+            f"model is a {type(model).__name__}: it must be a flax.linen module, followed by its "
+            "variables, or a flax.nnx module."
+        )
+    if not inputs:
+        raise TypeError("variables are missing: quantize(module, recipe, variables, *inputs).")
+    variables, *inputs_ = inputs
+    return _quantized_linen(model, recipe, variables, inputs_, kwargs)
+
+
+def _quantized_linen(module, recipe, variables, inputs, kwargs):
+    if isinstance(module, linen_frontend.AdaptedModule):
+        inner, variables = _quantized_linen(module.module, recipe, variables, inputs, kwargs)
+        return dataclasses.replace(module, module=inner), variables
+    linen_layers.check_variables(variables)
+    params = linen_layers.whole(variables)["params"]
+    weights: dict[str, Packed] = {}
+    found = linen_layers.candidates(module, variables, tuple(inputs), kwargs)
+    for path, target in _targets(found, recipe):
+        parts = weight_path(params, path, target.layer.weight)
+        place, weight = "/".join(parts), meta.unbox(at(params, parts))
+        weights[place] = quantize_weight(_floats(weight, place), recipe, target.layer)
+    module, variables = packed.pack_linen(module, variables, weights)
+    return module, {**variables, "params": _cast(variables["params"], recipe.dtype)}
+
+
+def _quantized_nnx(model, recipe):
+    weights: dict[str, Packed] = {}
+    for path, target in _targets(nnx_frontend.candidates(model, of_adapted=True), recipe):
+        place = f"{path}/{target.layer.weight}".lstrip("/")
+        variable = getattr(dict(nnx_layers.modules(model))[path], target.layer.weight)
+        value = nnx_layers.stored(variable).get_raw_value()
+        weights[place] = quantize_weight(_floats(value, place), recipe, target.layer)
+    model = packed.pack_nnx(model, weights)
+    if recipe.dtype is not None:
+        is_base = lambda path, leaf: type(leaf) is nnx.Param
+        nnx.update(model, _cast(nnx.state(model, is_base), recipe.dtype))
+    return model
+
+
+class MergeLoss(NamedTuple):
+    """Relative error of W + ΔW in the format that it was put into."""
+
+    weight: float  # ‖W' − (W + ΔW)‖ / ‖W + ΔW‖
+    increment: float  # the same against ‖ΔW‖: at 1 the error is as large as what was learnt
+
+
+class Merged(NamedTuple):
+    """A model with the increments in its weights, and what that cost."""
+
+    result: Any  # variables for linen, a model for NNX
+    errors: dict[str, MergeLoss]  # by path, of the layers that were quantised
+
+
+@overload
+def merge(variables: nnx.Module, adapters: None = None, *, to: Any = "requantize") -> Merged: ...
+
+
+@overload
+def merge(
+    variables: Mapping[str, Any], adapters: Mapping[str, Any], *, to: Any = "requantize"
+) -> Merged: ...
+
+
+def merge(variables: Any, adapters: Any = None, *, to: Any = "requantize") -> Merged:
+    """Merge adapters into a quantised base: in floats, or quantised again.
+
+    An integer cannot hold ``W + ΔW``, so something is lost, and the result says how much. One
+    weight at a time is dense. Layers that were not quantised merge as on a float base.
+
+    Args:
+      variables: of a quantised linen module; or an adapted NNX model, whose base may be one that
+        ``qwix.quantize_model`` made, too. Not changed.
+      adapters: as in :func:`adalora_jax.merge`, with the masks applied; for linen variables.
+      to: a floating-point dtype: all quantised weights are dequantised to it, and the result is a
+        float model's. ``"requantize"``: each merged weight in the format it had. A recipe or the
+        name of one: each merged weight by that recipe.
+
+    Returns:
+      ``(result, errors)``: variables or a model, and a :class:`MergeLoss` for each quantised layer
+      that had an adapter.
+
+    Raises:
+      ValueError: ``to`` is none of these, or asks for a GPTQ weight to be requantised; or as
+        :func:`adalora_jax.merge`.
+
+    >>> import adalora_jax, flax.linen as nn
+    >>> model, x = nn.Dense(4), jnp.ones((2, 64))
+    >>> quantised, variables = quantize(model, "int8", model.init(jax.random.key(0), x), x)
+    >>> options = {"init_lora_weights": False}
+    >>> config = AdaLoraConfig(total_step=10, target_modules=".*", **options)
+    >>> adapted = adalora_jax.linen.adapt(quantised, config)
+    >>> adapters = adapted.init(jax.random.key(1), variables, x)
+    >>> merged, errors = merge(variables, adapters, to="float32")
+    >>> list(merged), errors[""].weight < 1e-6
+    (['params'], True)
+    >>> expected = adapted.apply(variables, adapters, x)
+    >>> bool(jnp.allclose(model.apply(merged, x), expected, atol=1e-3))
+    True
+    >>> base = quantize(nnx.Sequential(nnx.Linear(64, 4, rngs=nnx.Rngs(0))), "nf4")
+    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", **options)
+    >>> merged, errors = merge(adalora_jax.nnx.adapt(base, config))
+    >>> type(merged.layers[0].kernel).__name__, 0 < errors["layers/0"].weight < 0.2
+    ('PackedWeight', True)
+    """
+    if isinstance(variables, nnx.Module):
+        return _merged_nnx(variables, to)
+    linen_layers.check_variables(variables)
+    whole = linen_layers.whole(variables)
+    weights = {p: w for p, w in by_path(whole["params"]).items() if is_packed(w)}
+    merged, errors = {}, {}
+    for path, adapter in found_adapters(dict(adapters)).items():
+        layer = adapter.layout or Layout()
+        place = "/".join(weight_path(whole["params"], path, layer.weight))
+        if place in weights:
+            weight = weights[place]
+            delta = _checked_increment(path, weight, adapter, layer)
+            merged[place], errors[path] = _put(weight, delta, layer, to)
+    if _dtype(to) is not None:
+        rest = {place: weight for place, weight in weights.items() if place not in merged}
+        merged |= {place: weight.dequantize(to) for place, weight in rest.items()}
+    rest = {path: node for path, node in adapters.items() if path not in errors}
+    params = replaced(whole["params"], merged)
+    result = {**whole, "params": params}
+    return Merged(merging.merge(linen_layers.apart(result), rest), errors)
+
+
+def _checked_increment(path: str, weight: Packed, adapter: Any, layer: Layout) -> jax.Array:
+    check_fit(layer, adapter, weight.shape, path)
+    if layer.kind == "unknown" or layer.note:
+        raise ValueError(
+            f"the increment of {path!r} cannot be merged: "
+            + (layer.note or "it was read without like=adapters of this model")
+            + ". Serve the adapted model, or merge a float model, and quantise that."
+        )
+    return weight_increment(layer, adapter, weight.shape)
+
+
+def _merged_nnx(model: Any, to: Any) -> Merged:
+    model = nnx.clone(model)
+    dtype = _dtype(to)
+    dense: dict[int, Any] = {}  # a tied weight has several layers
+    errors = _merge_by_qwix(model, to)
+    for path, module in nnx_layers.modules(model):
+        if not isinstance(module, packed.PackedLayer):
+            continue
+        adaptation = getattr(module, "adalora", None)
+        layer = adaptation.layout if adaptation else nnx_layers.layer_of(module)
+        layer = known(layer, module)
+        variable = getattr(module, layer.weight)
+        weight = variable.get_raw_value()
+        if adaptation is not None:
+            if is_packed(weight) and id(variable) not in dense:
+                delta = _checked_increment(path, weight, adaptation.adapter, layer)
+                dense[id(variable)], errors[path] = _put(weight, delta, layer, to)
+            del module.adalora
+            module.__class__ = nnx_layers.base_class(type(module))
+        new = dense.get(id(variable), weight)
+        if is_packed(new) and dtype is not None:
+            new = dense[id(variable)] = new.dequantize(dtype)
+        if is_packed(new):
+            variable.set_value(new)
+        else:
+            packed.unpack_layer(module, layer.weight, new)
+    left = any(isinstance(m, nnx_layers.Adapted) for _, m in nnx_layers.modules(model))
+    result = nnx_frontend.merged(model) if left else nnx_frontend.release_saved(model)
+    return Merged(result, errors)
+
+
+def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
+    """Merges into the weights that Qwix itself quantised, in place; what that cost."""
+    dtype, errors = _dtype(to), {}
+    held = qwix_models.weights(model)
+    if held and dtype is None and to != "requantize":
+        raise ValueError(
+            f"to={to!r}: Qwix quantised this model, and would take it for one of its own still. "
+            "Merge to='requantize', or to a dtype and quantise that with quantize_nnx."
+        )
+    for path, module, name, weight in held:
+        adaptation, layer = getattr(module, "adalora", None), nnx_layers.layer_of(module)
+        new: Any = weight if dtype is None else weight.dequantize(dtype)
+        if adaptation is not None and layer is not None and layer.weight == name:
+            delta = _checked_increment(path, weight, adaptation.adapter, layer)
+            new, errors[path] = _put(weight, delta, layer, to)
+            del module.adalora
+            module.__class__ = nnx_layers.base_class(type(module))
+        setattr(module, name, weight.variable(new))
+    if held and dtype is not None:
+        qwix_models.release(model)
+    return errors
+
+
+def _put(weight: Packed, delta: jax.Array, layer: Layout, to: Any) -> tuple[Any, MergeLoss]:
+    """``W + ΔW`` in the format asked for, and the error of that."""
+    target = weight.dequantize(jnp.float32) + delta
+    if (dtype := _dtype(to)) is not None:
+        new = target.astype(dtype)
+    elif to == "requantize":
+        new = weight.requantize(target)
+    else:
+        new = quantize_weight(target.astype(weight.dtype), to, layer)
+    back = new.dequantize(jnp.float32) if isinstance(new, Packed) else new.astype(jnp.float32)
+    error, whole, learnt = (
+        float(jnp.linalg.norm(a.ravel())) for a in (back - target, target, delta)
+    )
+    return new, MergeLoss(error / whole, error / learnt if learnt else float(error > 0))
+
+
+def _dtype(to: Any) -> Any:
+    """``to`` as a floating-point dtype; None for what says how to quantise."""
+    if to == "requantize" or isinstance(to, Recipe) or to in _QTYPES:
+        return None
+    try:
+        dtype = jnp.dtype(to)
+    except TypeError:
+        dtype = jnp.dtype(int)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"to={to!r} must be a floating-point dtype, 'requantize', a Recipe or one of {_QTYPES}."
+        )
+    return dtype
+
+
+def _recipe(recipe: str | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else Recipe(qtype=recipe)
+
+
+def _targets(candidates: Mapping[str, Candidate], recipe: Recipe) -> Any:
+    """The layers that the recipe selects, by path."""
+    candidates = {
+        path: c._replace(refused=f"it is inside of {c.wrapper}, which would not find its weight")
+        if c.wrapper and c.layer
+        else c
+        for path, c in candidates.items()
+    }
+    if recipe.target_modules is None:
+        # The others keep their paths, so that exclude_modules may name them.
+        fits = lambda candidate: candidate.layer is not None and candidate.layer.kind in _KINDS
+        candidates = {p: c if fits(c) else c._replace(layer=None) for p, c in candidates.items()}
+    config = AdaLoraConfig(
+        total_step=1,
+        target_modules=".*" if recipe.target_modules is None else recipe.target_modules,
+        exclude_modules=recipe.exclude_modules,
+    )
+    return targets.select(candidates, config).items()
+
+
+def _floats(weight: Any, place: str) -> Any:
+    if not jnp.issubdtype(weight.dtype, jnp.floating) or is_packed(weight):
+        raise ValueError(f"{place!r} is quantised already: quantise the float model.")
+    return weight
+
+
+def _cast(tree: Any, dtype: str | None) -> Any:
+    """The floating-point leaves in another dtype."""
+    if dtype is None:
+        return tree
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if floating(leaf) else leaf, tree)

@@ -1,0 +1,144 @@
+"""The order of imports, the boundary between public and private, and what an import pulls in."""
+
+import ast
+import importlib
+import importlib.util
+import subprocess
+import sys
+import types
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import adalora_jax as adalora
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "adalora_jax"
+FACADES = sorted({path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"})
+# What each package of the implementation may import of the others, and from outside.
+BELOW = {
+    "core": set(),
+    "modules": {"core"},
+    "quantization": {"core", "modules"},
+    "huggingface": {"core", "modules", "tensorfile"},
+    "tensorfile": set(),
+    "checkpoint": {"core", "tensorfile"},
+    "plot": {"core"},
+}
+OUTSIDE = {
+    "core": {"jax", "numpy", "optax"},
+    "modules": {"jax", "numpy", "optax", "flax"},
+    "quantization": {"jax", "numpy", "flax", "qwix", "safetensors"},
+    "huggingface": {"jax", "numpy"},
+    "tensorfile": {"jax", "ml_dtypes", "numpy"},
+    "checkpoint": {"jax", "numpy", "orbax"},
+    "plot": {"jax", "numpy", "matplotlib"},
+}
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def imports(name):
+    """The names of all modules that a file imports when it runs, at its top or in a function."""
+    tree = ast.parse(FILES[name].read_text())
+    is_typing = lambda node: isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    typing = {id(inner) for node in ast.walk(tree) if is_typing(node) for inner in ast.walk(node)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in FILES else node.module for name in whole}
+    return found
+
+
+@cache
+def floor(name):
+    """One more than the highest module that a module imports."""
+    below = {other for other in imports(name) if other in FILES} - {name, "adalora_jax"}
+    return 1 + max(map(floor, below), default=0)
+
+
+def test_there_are_at_most_ten_floors():
+    assert max(map(floor, FILES)) <= 10
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("adalora_jax._src.")])
+def test_a_module_imports_only_what_its_package_may(name):
+    package = name.split(".")[2]
+    for other in imports(name):
+        top, *rest = other.split(".")
+        if top == "adalora_jax":
+            if rest:
+                assert rest[0] == "_src", f"{name} imports the public {other}"
+                assert rest[1] in {package, *BELOW[package]}, f"{name} imports {other}"
+            continue
+        if top not in sys.stdlib_module_names:
+            assert top in OUTSIDE[package], f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "demo" in name])
+def test_the_demo_uses_public_names_alone(name):
+    assert not [other for other in imports(name) if "_src" in other]
+
+
+@pytest.mark.parametrize("name", FACADES)
+def test_a_facade_names_what_it_imports(name):
+    path = FILES[f"adalora_jax.{name}"]
+    statements = ast.parse(path.read_text()).body
+    kinds = {type(statement) for statement in statements[1:]}
+    assert kinds == {ast.ImportFrom, ast.Assign}, "a docstring, imports and __all__"
+    assert len(path.read_text().splitlines()) <= 60
+    module = importlib.import_module(f"adalora_jax.{name}")
+    public = {n for n, value in vars(module).items() if not n.startswith("_")}
+    assert sorted(public) == sorted(module.__all__)
+
+
+def test_importing_the_package_leaves_the_optional_packages_alone():
+    optional = ["orbax", "qwix", "safetensors", "matplotlib", "sklearn", "tqdm", "torch"]
+    code = (
+        "import flax.linen, flax.nnx, optax, sys; before = set(sys.modules); import adalora_jax; "
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "adalora_jax" in loaded.stdout.split()
+    assert not set(optional) & set(loaded.stdout.split())
+
+
+def test_modules_with_further_packages_are_imported_when_asked_for():
+    code = (
+        "import sys, adalora_jax as adalora; assert 'orbax' not in sys.modules; "
+        "print(adalora.checkpoint.__name__, adalora.huggingface.__name__); "
+        "assert 'orbax' in sys.modules and 'quantization' in dir(adalora); adalora.budget_of"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["adalora_jax.checkpoint", "adalora_jax.huggingface"]
+    assert "AttributeError: module 'adalora_jax' has no attribute 'budget_of'" in done.stderr
+
+
+def test_all_lists_exactly_the_public_names():
+    public = {name for name in vars(adalora) if not name.startswith("_")}
+    # Modules that are imported when asked for are there once another test has asked.
+    asked = {name for name in public if isinstance(getattr(adalora, name), types.ModuleType)}
+    lazy = asked - {"linen", "nnx", "scores", "sharding"}
+    assert set(adalora.__all__) == public - lazy
+    assert sorted(adalora.__all__) == sorted(set(adalora.__all__))
+
+
+def test_no_public_name_is_that_of_a_module_it_is_not():
+    for name in adalora.__all__:
+        found = importlib.util.find_spec(f"adalora_jax.{name}")
+        assert found is None or isinstance(getattr(adalora, name), types.ModuleType), name
