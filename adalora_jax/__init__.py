@@ -1,4 +1,37 @@
-"""AdaLoRA for JAX: adapters ``ΔW = P Λ Q`` for any Flax model, with rank where it matters."""
+"""AdaLoRA for JAX: adapters ``ΔW = P Λ Q`` for Flax models, with ranks allocated in training.
+
+`AdaLoRA <https://arxiv.org/abs/2303.10512>`_ writes the increment of a weight as a sum of triplets
+``(p_i, λ_i, q_i)``. During training it scores all triplets of a model, and sets λ of those with the
+lowest scores to 0 until a budget is met. Each layer is left with its own rank.
+
+The steps of a run, and their functions:
+
+=============================================  =================================================
+:class:`AdaLoraConfig`                         set the hyper-parameters
+:func:`linen.adapt`, :func:`nnx.adapt`         add adapters to a Flax model
+:func:`adalora`                                wrap an optax optimizer: its updates allocate ranks
+:func:`orthogonality`                          the penalty to add to the loss
+:func:`info`, :func:`ranks`, :func:`summary`   monitor the allocation
+:func:`finish`                                 make the final mask if it is missing
+:func:`eval_params`                            apply the masks, for evaluation and export
+:func:`compact`                                remove the pruned triplets
+:func:`merge`                                  add the increments to the base model's weights
+=============================================  =================================================
+
+Submodules:
+
+===================================  ===========================================================
+``linen``, ``nnx``                   adapters for the two Flax APIs
+``scores``, ``inits``                triplet scores; initial values from weights or inputs
+``protocols``                        signatures of the functions that a config accepts
+``bank``                             several adapters of one model
+``sharding``                         shardings of adapters and optimizer states on a mesh
+``checkpoint``, ``huggingface``      orbax checkpoints; files of Hugging Face PEFT and base models
+``quantization``, ``qwix_models``    quantised base models (need qwix, ``quantization`` also
+                                     safetensors)
+``plot``                             figures of a run (needs matplotlib)
+===================================  ===========================================================
+"""
 
 import importlib as _importlib
 import importlib.util as _util

@@ -1,4 +1,4 @@
-"""The command line, ``python -m adalora_jax --help``: what is in a folder, and in other formats."""
+"""The command line ``python -m adalora_jax``: inspection and export of saved adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adalora_jax._src.core.config import AdaLoraConfig
 
 
 class Found(NamedTuple):
-    """The adapters in a folder, whatever its format."""
+    """Adapters read from a folder in any supported format."""
 
     what: str
     adapters: dict[str, Any]
@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command with these arguments, those of the command line by default."""
+    """Run a command with these arguments, by default those of the command line."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -91,7 +91,7 @@ def _names(text: str) -> Any:
 
 
 def _find(folder: pathlib.Path) -> Found:
-    """The adapters in a folder.
+    """Read the adapters in a folder.
 
     Raises:
       ValueError, FileNotFoundError: it holds none.
@@ -112,7 +112,7 @@ def _find(folder: pathlib.Path) -> Found:
 
 
 def _description(folder: pathlib.Path) -> str:
-    """The text that ``inspect`` prints."""
+    """Return the text that ``inspect`` prints."""
     found = _find(folder)
     adapters, config = pytree.adapters(found.adapters), found.config
     live = sum(evaluation.ranks(found.masks).values())
@@ -137,7 +137,7 @@ def _description(folder: pathlib.Path) -> str:
 
 
 def _phase(step: int, config: AdaLoraConfig) -> str:
-    """Where a run stands that has made ``step`` updates."""
+    """Return the phase of a run after ``step`` updates."""
     if step <= config.tinit + 1:
         return "in the warm-up"
     return "in the final phase" if step > config.final_step else "while the budget falls"

@@ -1,12 +1,13 @@
-"""Files of Hugging Face: adapters for PEFT and from it, and the base's own. No torch needed.
+"""Hugging Face files: PEFT adapters and base model checkpoints. PyTorch is not required.
 
 ========================  =====================================================================
-:func:`save_pretrained`   an AdaLoRA adapter that PEFT loads
-:func:`save_as_lora`      a plain LoRA adapter that computes the same, also for serving engines
-:func:`load_pretrained`   an adapter that PEFT wrote, of either kind
-:func:`merge_pretrained`  the base model's checkpoint with the increments in its weights
-:func:`load_base`         the base model's checkpoint as the parameters of a Flax model
-:class:`NameMap`          what layers are called in Flax and in PyTorch; :func:`hf_names` has some
+:func:`save_pretrained`   writes an AdaLoRA adapter that PEFT loads
+:func:`save_as_lora`      writes an equivalent plain LoRA adapter, for PEFT and serving engines
+:func:`load_pretrained`   reads an AdaLoRA or LoRA adapter that PEFT wrote, as :class:`Loaded`
+:func:`merge_pretrained`  writes the base model's checkpoint with the increments in its weights
+:func:`load_base`         reads the base model's checkpoint as the parameters of a Flax model
+:class:`NameMap`          maps layer names between Flax and PyTorch models
+:func:`hf_names`          returns the :class:`NameMap` of a model family
 ========================  =====================================================================
 """
 

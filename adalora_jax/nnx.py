@@ -1,8 +1,13 @@
 """Adapters for ``flax.nnx`` models.
 
-A copy of the model is made whose adapted layers have one more child, ``adalora``, that holds p,
-lam and q, and a class that subclasses the layer's own and adds the term. Paths of the base's
-variables and ``isinstance`` stay what they were.
+:func:`adapt` returns a copy of the model. An adapted layer has an additional child ``adalora`` with
+p, lam and q, and its class is a subclass of the layer's own class that adds the adapter's output.
+The paths of the base model's variables and ``isinstance`` checks do not change.
+
+:func:`adapters` returns the adapters as a dict; :func:`set_adapters` changes their values in place,
+:func:`with_adapters` returns a copy with adapters of other ranks. :func:`eval_model` returns a copy
+with the masks applied. :func:`describe` shows the layers that a config would adapt, and
+:func:`resolve` replaces a function as ``target_modules`` by the layers that it selects.
 """
 
 from adalora_jax._src.modules.nnx_frontend import (

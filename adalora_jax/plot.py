@@ -1,9 +1,9 @@
-"""Pictures of what the allocator did: where the rank went, when, and by which scores.
+"""Figures of the rank allocation: ranks, budgets and scores over the steps of a run.
 
-A run is drawn from a list of what :func:`adalora_jax.info` gave, one a step or one every so many
-steps; they may stay on the device until then. ``jax.lax.scan`` stacks them into one, which will do
-as well. Every function returns a :class:`matplotlib.figure.Figure` of its own, which a notebook
-shows and ``figure.savefig("ranks.png")`` writes; ``pyplot`` and its global state are not involved.
+The functions take a list of the results of :func:`adalora_jax.info`, from every step or every few
+steps. The arrays may be on the device, and results that ``jax.lax.scan`` stacked into one are
+accepted as well. Every function returns a new :class:`matplotlib.figure.Figure`, which a notebook
+displays and ``figure.savefig("ranks.png")`` writes. ``pyplot`` and its global state are not used.
 """
 
 from adalora_jax._src.plot import (

@@ -1,4 +1,15 @@
-"""The functions that a config takes in place of a name: what each is called with, and returns."""
+"""Signatures of the functions that :class:`AdaLoraConfig` accepts instead of a name.
+
+===================================================  ===========================================
+:class:`ScoreFunction`, of a :class:`ScoreInputs`    ``score``: scores of the triplets
+:class:`BudgetSchedule`                              ``budget_schedule``: budget at a step
+:class:`BudgetCost`                                  ``budget_unit``: cost of one triplet
+:class:`InitFunction`                                ``init``: initial values of a matrix
+:class:`ProxFunction`                                ``prox``: map of λ after each update
+:class:`TargetFunction`                              ``target_modules``, ``exclude_modules``:
+                                                     selection of layers
+===================================================  ===========================================
+"""
 
 from adalora_jax._src.core.protocols import (
     BudgetCost,

@@ -1,9 +1,12 @@
-"""Where adapters lie on a mesh of devices: as the weights they adapt, unless told otherwise.
+"""Shardings of adapters and optimizer states on a device mesh, derived from the base model's.
 
-The engine is JAX's own: a ``jax.sharding.NamedSharding`` for each array, and ``jax.jit``. What is
-here only says which. Of an adapter, p lies as the weight's output axes, q as its input axes, the
-stack as the weight's stack; triplets are on all devices. Averages, masks and the optimizer's
-moments lie as what they belong to, and everything else is on all devices.
+They are plain ``jax.sharding.NamedSharding`` objects for ``jax.jit``; there is no custom runtime.
+In an adapter, ``p`` is sharded like the weight's output axes, ``q`` like its input axes, and stack
+axes like the weight's; the triplet axis is replicated. Moving averages, masks and the optimizer's
+moments are sharded like the parameters that they belong to. All other arrays are replicated.
+
+:func:`adapter_specs` derives the PartitionSpecs of one adapter, :func:`derive` those of all, with
+:data:`Rules` for exceptions, and :func:`shardings` the NamedShardings of a training state.
 """
 
 from adalora_jax._src.modules.sharding import Rules, adapter_specs, derive

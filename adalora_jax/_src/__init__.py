@@ -1,1 +1,1 @@
-"""The implementation; what is public, the modules above it name in ``__all__``."""
+"""The implementation. The public modules in ``adalora_jax`` list their names in ``__all__``."""

@@ -1,4 +1,4 @@
-"""Save, restore, resume: the whole training state in one orbax checkpoint."""
+"""Saving and restoring the whole training state in one orbax checkpoint."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from adalora_jax._src.core.pytree import PyTree, leaf_name
 from adalora_jax._src.tensorfile import writing_to
 
 _FORMAT = "adalora_jax/2"
-# By these the optimizer and its adapters go on; what is adapted may be said in another way.
+# Fields that the optimizer and its adapters depend on; layer selection may be written differently.
 _OF_THE_RUN = (
     *("total_step", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
     *("lora_alpha", "scale"),
 )
 _PARTS = ("adapters", "opt_state")
-_MOST_COMPRESSED = 40_000  # zstd makes nothing smaller by more than this factor, not even zeros
+_MOST_COMPRESSED = 40_000  # bound on the compression factor of zstd, which even zeros do not exceed
 
 
 class Checkpoint(NamedTuple):
-    """The content of a checkpoint, as :func:`restore` read it.
+    """The content of a checkpoint, as :func:`restore` returns it.
 
     Attributes:
-      adapters: what trains, as it was saved: ``{path: Adapter}`` and the parameters of
-        ``modules_to_save``, or in the containers of ``target``.
+      adapters: the trained parameters, with the saved shapes and dtypes: ``{path: Adapter}`` and
+        the parameters of ``modules_to_save``, or the containers of ``target``.
       opt_state: the optimizer's state.
-      allocator: the allocator's state in it, with dicts by path whatever ``opt_state`` has.
-      step: of the trainer: what ``save`` was given, or the number of updates.
-      config: of the run.
-      version: of the library that saved it.
+      allocator: the allocator's state, taken from ``opt_state``; always in dicts by path.
+      step: the trainer's step that was passed to ``save``, or else the number of updates.
+      config: the run's config.
+      version: the version of the library that saved the checkpoint.
     """
 
     adapters: PyTree
@@ -64,23 +64,24 @@ def save(
     *,
     step: int | None = None,
 ) -> None:
-    """Writes adapters, optimizer and allocator state, step, config and version to a new folder.
+    """Write adapters, optimizer and allocator state, step, config and version to a new folder.
 
-    The folder appears under its name only when it is complete, however the process ends. For a
-    row of checkpoints, saved in the background, use ``orbax.checkpoint.CheckpointManager`` with
-    :func:`save_args`.
+    The write is atomic: the folder exists only once it is complete, even if the process is killed.
+    To keep several checkpoints or to save asynchronously, use
+    ``orbax.checkpoint.CheckpointManager`` with :func:`save_args`.
 
     Args:
-      path: the folder, which must not exist.
-      adapters: what trains: the dict that ``adapted.init`` gave, or an NNX State. The base model
-        is not saved.
-      opt_state: with one :class:`AllocatorState` in it: of optax, or the ``opt_state`` of an
-        ``nnx.Optimizer``.
-      config: of this run. A function in it is saved by its name alone.
-      step: the trainer's step, if it counts differently from the optimizer's updates.
+      path: the folder to write; it must not exist.
+      adapters: the trained parameters: the dict that ``adapted.init`` returned, or an NNX State.
+        The base model is not saved.
+      opt_state: a state that contains one :class:`AllocatorState`: an optax state, or the
+        ``opt_state`` of an ``nnx.Optimizer``.
+      config: the run's config. Only the name of a function in it is saved.
+      step: the trainer's step, if it differs from the number of optimizer updates.
 
     Raises:
-      ValueError: ``path`` exists, ``opt_state`` holds no allocator, or is of another config.
+      ValueError: ``path`` exists, ``opt_state`` does not contain exactly one allocator or belongs
+        to another config, or two leaves have the same path.
       OSError: ``path`` cannot be written.
 
     >>> import jax, optax, tempfile, adalora_jax as adalora
@@ -110,7 +111,17 @@ def save(
 def save_args(
     adapters: PyTree, opt_state: PyTree, config: AdaLoraConfig, *, step: int | None = None
 ) -> ocp.args.Composite:
-    """The ``args`` of ``CheckpointManager.save``, for the same content as :func:`save`.
+    """Return the ``args`` of ``CheckpointManager.save``, for the same content as :func:`save`.
+
+    Args:
+      adapters, opt_state, config, step: as in :func:`save`.
+
+    Returns:
+      The orbax arguments for one checkpoint; :func:`restore` reads the folder of its step.
+
+    Raises:
+      ValueError: ``opt_state`` does not contain exactly one allocator or belongs to another config,
+        or two leaves have the same path.
 
     >>> import jax, optax, tempfile, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
@@ -153,24 +164,27 @@ def restore(
     target: tuple[PyTree, PyTree] | None = None,
     config: AdaLoraConfig | None = None,
 ) -> Checkpoint:
-    """Reads back exactly what was saved.
-
-    What comes out has the containers of ``target``; or, with ``tx`` alone, is ``{path: Adapter}``
-    (and ``{path: array}`` for ``modules_to_save``) with the state that ``tx`` has for it; or, with
-    neither, the same adapters and the optimizer state as a flat dict, for a look or an export.
+    """Restore the content of a checkpoint bit for bit.
 
     Args:
-      path: a folder that :func:`save` made, or the folder of a step of a ``CheckpointManager``.
-      tx: the optimizer, as ``adalora(...)`` or a chain made it.
-      target: ``(adapters, opt_state)`` as they were saved, of arrays or ``jax.ShapeDtypeStruct``.
-        The arrays come back with the shardings they have here, so also on another mesh.
-      config: what the run goes on with, to be compared with the saved one. It is needed to go on
-        where that one holds functions.
+      path: a folder that :func:`save` wrote, or the folder of a step of a ``CheckpointManager``.
+      tx: the optimizer, as returned by ``adalora(...)`` or an optax chain around it.
+      target: ``(adapters, opt_state)`` with the saved structure, shapes and dtypes, of arrays or
+        ``jax.ShapeDtypeStruct``. The arrays are restored with the shardings of ``target``, which
+        may be on another mesh.
+      config: the config to continue with; it must equal the saved one. It is required, together
+        with ``tx`` or ``target``, if the saved config contains functions.
+
+    Returns:
+      A :class:`Checkpoint`. With ``target`` it has the containers of ``target``. With ``tx`` alone,
+      ``adapters`` is ``{path: Adapter}`` and the parameters of ``modules_to_save``, nested in dicts
+      as they were saved, and ``opt_state`` has the structure of ``tx.init(adapters)``. With
+      neither, ``adapters`` is the same and ``opt_state`` is a flat dict, for inspection or export.
 
     Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it is no checkpoint of this library, is incomplete or damaged; or it is of another
-        config, optimizer or model: with the differences.
+      FileNotFoundError: the folder does not exist.
+      ValueError: the folder is not a checkpoint of this library, is incomplete or damaged, or
+        belongs to another config, optimizer or model (the message lists the differences).
     """
     folder = _folder(path)
     about = _about(folder)
@@ -210,7 +224,7 @@ def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
-    """Both trees as one flat dict of leaves."""
+    """Return the leaves of both trees as one flat dict."""
     return {
         f"{part}/{name}": leaf
         for part, node in zip(_PARTS, (adapters, opt_state))
@@ -219,7 +233,7 @@ def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
 
 
 def _named(node: PyTree) -> dict[str, Any]:
-    """``{name: leaf}``, with names that are the same for a dict, a Flax dict and an NNX State."""
+    """Return ``{name: leaf}``, with equal names for a dict, a Flax dict and an NNX State."""
     flat = tree_util.tree_flatten_with_path(node)[0]
     named = {leaf_name(path): leaf for path, leaf in flat}
     if len(named) < len(flat):
@@ -228,7 +242,7 @@ def _named(node: PyTree) -> dict[str, Any]:
 
 
 def _part(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries at and under ``prefix``, which is cut off."""
+    """Return the entries at and under ``prefix``, with the prefix removed from their names."""
     return {
         name[len(prefix) + 1 :]: entry
         for name, entry in named.items()
@@ -252,7 +266,7 @@ def _adapters(
     facts: Mapping[str, Mapping[str, Any]] | None = None,
     nested: Mapping[str, list[str]] | None = None,
 ) -> dict[str, Any]:
-    """Return ``{path: Adapter}``, and other leaves nested as they were, from names of leaves."""
+    """Rebuild ``{path: Adapter}`` and the nesting of all other leaves from a flat dict."""
     rest = dict(named)
     found: dict[str, Any] = {}
     for stem in [name[: -len("lam")] for name in rest if f"/{name}".endswith("/lam")]:
@@ -282,7 +296,7 @@ def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dic
     """Return ``{path: {"scale": ..., "layout": ...}}`` of a checkpoint.
 
     Raises:
-      ValueError: they are not as saved.
+      ValueError: these values, or the nesting of the other leaves, are malformed.
     """
     try:
         facts = {
@@ -300,7 +314,7 @@ def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dic
 
 
 def _refuse_other_facts(folder: pathlib.Path, facts: Mapping[str, Any], adapters: PyTree) -> None:
-    """Raise where the adapters of a target are for other weights, or of another scale."""
+    """Raise if an adapter of the target has another scale or layout than the saved one."""
     for path, adapter in pytree.adapters(adapters).items():
         saved = facts.get(path, {"scale": None, "layout": None})
         here = {"scale": adapter.scale, "layout": adapter.layout}
@@ -317,7 +331,7 @@ def _refuse_other_facts(folder: pathlib.Path, facts: Mapping[str, Any], adapters
 
 
 def _nested_paths(adapters: PyTree) -> dict[str, list[str]]:
-    """Return ``{name: keys}`` of the leaves outside of adapters, to nest them as they were."""
+    """Return ``{name: keys}`` of the leaves outside of adapters, to restore their nesting."""
     is_node = lambda node: pytree.is_adapter(node) or pytree.is_variable(node)
     flat = tree_util.tree_flatten_with_path(adapters, is_leaf=is_node)[0]
     keys = lambda path: [tree_util.keystr((key,), simple=True) for key in path]
@@ -344,13 +358,13 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _key(entry: list[Any], kind: str) -> Any:
-    """The abstract random key that an array as described is the data of."""
+    """Return the abstract random key whose data is an array of the given shape and dtype."""
     wrap = functools.partial(jax.random.wrap_key_data, impl=kind)
     return jax.eval_shape(wrap, jax.ShapeDtypeStruct(tuple(entry[0]), entry[1]))
 
 
 def _data(leaf: Any) -> jax.Array:
-    """What is stored of a leaf: orbax takes arrays of numbers."""
+    """Return the array that is stored for a leaf, since orbax cannot store random keys."""
     return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
 
 
@@ -360,7 +374,7 @@ def _spec(leaf: Any) -> tuple[tuple[int, ...], str]:
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What orbax is to make of a leaf: shape, dtype and the place it goes to."""
+    """Return the shape, dtype and sharding that orbax restores a leaf with."""
     sharding = None if _is_key(leaf) else getattr(leaf, "sharding", None)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(*_spec(leaf), sharding=sharding)
@@ -368,7 +382,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 @jax.jit
 def _fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """A number for the bits of each array, the same for every sharding."""
+    """Return a checksum of the bits of each array, independent of its sharding."""
     return {name: _fingerprint(array) for name, array in arrays.items()}
 
 
@@ -383,16 +397,17 @@ def _fingerprint(array: jax.Array) -> jax.Array:
 
 
 def _digest(about: Mapping[str, Any]) -> str:
-    """Return a checksum of a description, of the step and the config above all."""
+    """Return a checksum of a checkpoint's metadata, which includes the step and the config."""
     read = json.loads(json.dumps({name: about[name] for name in about if name != "digest"}))
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def _about(folder: pathlib.Path) -> dict[str, Any]:
-    """What a checkpoint says about itself; nothing else has been read when it is refused.
+    """Return a checkpoint's metadata, validated before any array is read.
 
     Raises:
-      FileNotFoundError, ValueError: as :func:`restore`.
+      FileNotFoundError: the folder does not exist.
+      ValueError: the folder is not a checkpoint of this version's format, or is damaged.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: there is no such checkpoint.")
@@ -435,10 +450,10 @@ def _about(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _size(shape: list[int], dtype: str, fingerprint: int) -> int:
-    """Bytes of an array as described.
+    """Return the size in bytes of an array that the metadata describes.
 
     Raises:
-      TypeError, ValueError: the description is none.
+      TypeError, ValueError: the description is malformed.
     """
     ints = all(type(n) is int and n >= 0 for n in [*shape, fingerprint])
     if not ints or jnp.dtype(dtype).kind not in "biufV" or jnp.dtype(dtype).hasobject:
@@ -477,7 +492,7 @@ def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def _refuse_another_config(opt_state: Any, config: AdaLoraConfig, what: str) -> None:
-    """Raise where an optimizer's state is of a run with another config."""
+    """Raise if the config in an optimizer's state differs in a field of the run."""
     configs = allocator_state(opt_state).config, config
     numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
     if differing := _differing(*numbers):
@@ -515,7 +530,7 @@ def _orbax(folder: pathlib.Path, **items: Any) -> Any:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**items))
-    except Exception as error:  # whatever orbax, tensorstore or the file system make of bad bytes
+    except Exception as error:  # orbax, tensorstore and the file system raise many types
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{folder} is damaged: orbax cannot read it ({said:.200}).") from error
 

@@ -1,9 +1,9 @@
-"""Pictures of what the allocator did: where the rank went, when, and by which scores.
+"""Figures of the allocator's decisions: the rank of every adapter, over time, and the scores.
 
-A run is drawn from a list of what :func:`adalora_jax.info` gave, one a step or one every so many
-steps; they may stay on the device until then. ``jax.lax.scan`` stacks them into one, which will do
-as well. Every function returns a :class:`matplotlib.figure.Figure` of its own, which a notebook
-shows and ``figure.savefig("ranks.png")`` writes; ``pyplot`` and its global state are not involved.
+A run is drawn from a list of the results of :func:`adalora_jax.info`, one per step or one every few
+steps; they may stay on the device until they are drawn. The stacked result of ``jax.lax.scan`` is
+accepted, too. Every function returns a new :class:`matplotlib.figure.Figure`, which a notebook
+displays and ``figure.savefig("ranks.png")`` writes. ``pyplot`` and its global state are not used.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from adalora_jax._src.core.monitor import AllocatorInfo
 _COLOURS = "viridis"
 _BUDGET = {"label": "budget", "color": "tab:orange", "lw": 3, "alpha": 0.6}
 _LIVE = {"label": "live triplets", "color": "black", "lw": 1}
-_WIDTH = 9.0  # inches, of a picture over time
-_ROW = 0.24  # inches a row of text needs
-_TALLEST = 14.0  # inches; beyond it rows get thinner and only some are labelled
-_ITSELF = "·"  # the module name of an adapter that is the layer
+_WIDTH = 9.0  # inches; width of a figure over time
+_ROW = 0.24  # inches; height of a row of text
+_TALLEST = 14.0  # inches; above this height rows get thinner and only some are labelled
+_ITSELF = "·"  # module name of an adapter whose path ends with the layer's number
 
 
 def rank_heatmap(
@@ -39,17 +39,21 @@ def rank_heatmap(
     highest: int | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Ranks as a table of layers × modules, one coloured cell an adapter.
+    """Draw ranks as a table of layers × modules, one coloured cell per adapter.
 
-    The first number in a path is its layer, what follows is the module: ``blocks/0/query`` and
-    ``blocks_0/query`` are both layer 0, module ``query``, and so is ``blocks/query[0]``, slice 0 of
-    a stack. Paths without a number share one row.
+    The first number in a path is its layer and the remainder is the module: ``blocks/0/query`` and
+    ``blocks_0/query`` are both layer 0, module ``query``. ``blocks/query[0]``, slice 0 of a stack,
+    is layer 0, module ``blocks/query``. Paths without a number share one row.
 
     Args:
-      ranks: ``{path: rank}``, as :func:`adalora_jax.ranks` gives; or an :class:`AllocatorInfo`.
-      highest: the rank at the upper end of the colours, such as ``config.init_r``; without it
-        the highest rank there is.
-      title: above the table.
+      ranks: ``{path: rank}``, as :func:`adalora_jax.ranks` returns it; or an
+        :class:`AllocatorInfo`.
+      highest: the rank at the upper end of the colour scale, such as ``config.init_r``; by default
+        the highest rank in ``ranks``.
+      title: the title of the figure.
+
+    Returns:
+      The figure: one row per layer, one column per module.
 
     Raises:
       ValueError: ``ranks`` is empty.
@@ -101,19 +105,24 @@ def rank_history(
     highest: int | None = None,
     title: str | None = None,
 ) -> Figure:
-    """The rank of every adapter over time, under the curve of their sum and of the budget.
+    """Draw the rank of every adapter over time, below curves of their sum and of the budget.
 
     Args:
-      history: infos, which bring their own steps and budgets; or one ``{path: rank}`` a step, as
-        :func:`adalora_jax.ranks` gives.
-      steps: the step each of those was taken at; without it they are numbered from 0.
-      budget: the budget at each of them, ``allocator_state(opt_state).budget``.
+      history: infos, as in :func:`rank_curves`; or one ``{path: rank}`` per step, as
+        :func:`adalora_jax.ranks` returns it.
+      steps: the step of each entry of ``history``; without it they are numbered from 0. Ignored
+        for infos, which contain their steps.
+      budget: the budget at each entry, ``allocator_state(opt_state).budget``. Ignored for infos,
+        which contain their budgets.
       highest: as in :func:`rank_heatmap`.
-      title: above the picture.
+      title: the title of the figure.
+
+    Returns:
+      The figure: the curves, and one row per adapter (per slice of a stack) coloured by rank.
 
     Raises:
-      ValueError: ``history`` is empty, its entries name different adapters, ``steps`` does not
-        rise, or ``steps`` or ``budget`` has another length.
+      ValueError: ``history`` is empty, its entries name different adapters, ``steps`` is not
+        strictly increasing, or ``steps`` or ``budget`` has another length.
 
     >>> history = [{"query": 4, "up": 4}, {"query": 2, "up": 4}, {"query": 1, "up": 3}]
     >>> figure = rank_history(history, steps=[0, 10, 20], budget=[8, 6, 4])
@@ -163,17 +172,22 @@ def rank_history(
 def rank_curves(
     infos: Iterable[AllocatorInfo] | AllocatorInfo, *, title: str | None = None
 ) -> Figure:
-    """Budget and live triplets over time, and how the ranks of the adapters spread.
+    """Draw the budget and the number of active triplets over time, and the distribution of ranks.
 
-    The second picture has the mean rank, the middle half of all matrices and the range from the
-    lowest rank to the highest, so it is as easy to read for a thousand matrices as for ten.
+    The second plot shows the mean rank, the interquartile range over all matrices, and the range
+    from the lowest to the highest rank, so it is readable for any number of matrices.
 
     Args:
-      infos: of the run, see the head of this module.
-      title: above the picture.
+      infos: the results of :func:`adalora_jax.info` during a run, in the order of their steps; or
+        one :class:`AllocatorInfo` with a leading axis of steps, as from ``jax.lax.scan``.
+      title: the title of the figure.
+
+    Returns:
+      The figure: two plots over the same steps.
 
     Raises:
-      ValueError: ``infos`` is empty, has other things in it, or steps that do not rise.
+      ValueError: ``infos`` is empty, contains objects of other types, names different adapters, or
+        its steps are not strictly increasing.
 
     >>> masks = [np.array([[True, True], [True, last]]) for last in (True, False)]
     >>> infos = [AllocatorInfo(i, 4 - i, 4 - i, {"up": m}, {}) for i, m in enumerate(masks)]
@@ -207,19 +221,21 @@ def rank_curves(
 def importance_history(
     infos: Iterable[AllocatorInfo] | AllocatorInfo, *, title: str | None = None
 ) -> Figure:
-    """How much every adapter matters over time: the sum of its triplets' scores, in log colours.
+    """Draw the importance of every adapter over time: the sum of its triplets' scores.
 
-    The colours span six orders of magnitude at most; what is below has the darkest one.
-
-    Above it the scores a triplet is up against: the highest, the mean of those that live, and the
-    lowest of those, below which triplets are pruned.
+    Colours are logarithmic and span at most six orders of magnitude below the highest sum; lower
+    sums have the darkest colour, and sums of 0 have none. The curves above show the highest, mean
+    and lowest score of the active triplets; triplets below the lowest are pruned.
 
     Args:
-      infos: of the run, see the head of this module.
-      title: above the picture.
+      infos: as in :func:`rank_curves`.
+      title: the title of the figure.
+
+    Returns:
+      The figure: the curves, and one row per adapter (per slice of a stack) coloured by importance.
 
     Raises:
-      ValueError: ``infos`` is empty, has other things in it, or steps that do not rise.
+      ValueError: as in :func:`rank_curves`.
 
     >>> masks = {"up": np.array([True, False])}
     >>> scores = [{"up": np.array([4.0, 2.0]) / (1 + i)} for i in range(3)]
@@ -259,18 +275,21 @@ def importance_history(
 def lifetimes(
     infos: Iterable[AllocatorInfo] | AllocatorInfo, *, title: str | None = None
 ) -> Figure:
-    """Which triplets died when: one cell a triplet, coloured by the step of its last death.
+    """Draw when each triplet was pruned: one cell per triplet, coloured by its last pruning step.
 
-    The cells of those that live in the end are white; a grey one is no triplet, where adapters
-    started at different ranks. A star means that a triplet had died before and was revived.
+    Cells of triplets that are active at the end are white. Grey cells are padding, where adapters
+    have different initial ranks. A star marks a triplet that was pruned more than once.
 
     Args:
-      infos: of the run, see the head of this module. A death between two of them counts for the
+      infos: as in :func:`rank_curves`. A triplet pruned between two infos counts as pruned at the
         later one.
-      title: above the table.
+      title: the title of the figure.
+
+    Returns:
+      The figure: one row per adapter (per slice of a stack), one column per triplet.
 
     Raises:
-      ValueError: ``infos`` is empty, has other things in it, or steps that do not rise.
+      ValueError: as in :func:`rank_curves`.
 
     >>> lives = np.array([[1, 1, 1], [0, 1, 0], [1, 1, 0], [0, 1, 0]], bool)
     >>> infos = [AllocatorInfo(10 * i, 3, 3, {"up": mask}, {}) for i, mask in enumerate(lives)]
@@ -323,7 +342,11 @@ def lifetimes(
 
 
 def _checked(infos: Any) -> list[AllocatorInfo]:
-    """A run's infos, one a step, in NumPy."""
+    """Return a run's infos as NumPy arrays, one info per recorded step.
+
+    Raises:
+      ValueError: as in :func:`rank_curves`.
+    """
     found, others = _infos(infos)
     if others or not found:
         raise ValueError(
@@ -338,7 +361,7 @@ def _checked(infos: Any) -> list[AllocatorInfo]:
 
 
 def _infos(history: Any) -> tuple[list[AllocatorInfo], list[Any]]:
-    """The infos in ``history``, fetched from the device at once, and whatever else is in it."""
+    """Return the infos in ``history``, fetched in one transfer, and all other entries."""
     if isinstance(history, AllocatorInfo):
         history = jax.device_get(history)
         count = np.size(history.step)
@@ -361,7 +384,7 @@ def _ranks(ranks: Mapping[str, int] | AllocatorInfo) -> Mapping[str, int]:
 
 
 def _rows(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One number a matrix, the slices of a stack each on its own."""
+    """Return one value per matrix; every slice of a stack is a separate matrix."""
     return {
         pytree.row_name(path, index): values[path][index]
         for path in sorted(values, key=_natural)
@@ -370,7 +393,7 @@ def _rows(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _natural(path: str) -> list[Any]:
-    """Sorts layer 10 after layer 9."""
+    """Return a sort key that puts layer 10 after layer 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
@@ -379,7 +402,7 @@ def _positive(value: Any) -> Any:
 
 
 class _Figure(Figure):
-    """A figure that a notebook shows although ``pyplot`` does not manage it."""
+    """A figure that a notebook displays although ``pyplot`` does not manage it."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -392,7 +415,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _over_rows(count: int, title: str) -> tuple[Figure, Any, Any]:
-    """A figure with curves above one coloured row an adapter, over the same steps."""
+    """Create a figure with curves above one coloured row per adapter, over the same steps."""
     height = min(0.5 + _ROW * count, _TALLEST)
     figure = _figure(_WIDTH, height + 2.0)
     curves, rows = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, height])
@@ -402,7 +425,7 @@ def _over_rows(count: int, title: str) -> tuple[Figure, Any, Any]:
 
 
 def _edges(steps: Sequence[int]) -> np.ndarray:
-    """Where the steps begin, and the last one ends: what holds at one holds until the next."""
+    """Return the edges of the steps' intervals: the values at a step hold until the next one."""
     return np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1)
 
 
@@ -413,7 +436,7 @@ def _stairs(axes: Any, values: Any, edges: np.ndarray, **style: Any) -> None:
 def _coloured(
     axes: Any, edges: np.ndarray, table: np.ndarray, names: list[str], colours: dict[str, Any]
 ) -> Any:
-    """One row of colours a name."""
+    """Draw one row of coloured cells per name."""
     places = np.arange(len(names) + 1) - 0.5
     image = axes.pcolormesh(edges, places, table, cmap=_COLOURS, **colours)
     axes.invert_yaxis()
@@ -422,13 +445,15 @@ def _coloured(
 
 
 def _label_rows(axes: Any, names: list[str], height: float) -> None:
-    """Every row's name where there is room for it, else every second, third ... one."""
+    """Label every row if there is room, and otherwise every second, third, ... row."""
     stride = int(np.ceil(len(names) * 0.6 * _ROW / height))
     axes.set_yticks(range(0, len(names), stride), names[::stride], fontsize=8)
 
 
 def _place(path: str) -> tuple[tuple[str, tuple[int, ...]], str]:
-    """The layer, as a prefix and numbers (so that 10 sorts after 9), and the module of a path.
+    """Return the layer and the module of a path.
+
+    The layer is a prefix and a tuple of numbers, so that layer 10 sorts after layer 9.
 
     >>> _place("encoder/layers_3/attention/query")
     (('encoder/layers', (3,)), 'attention/query')
@@ -446,7 +471,7 @@ def _place(path: str) -> tuple[tuple[str, tuple[int, ...]], str]:
 
 
 def _layer_names(layers: list[tuple[str, tuple[int, ...]]]) -> list[str]:
-    """The numbers alone where they say enough, else with what stands before them."""
+    """Return the layers' numbers, with their prefixes if there are several prefixes."""
     several = len({prefix for prefix, numbers in layers if numbers}) > 1
     names = []
     for prefix, numbers in layers:

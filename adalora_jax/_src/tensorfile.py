@@ -1,10 +1,9 @@
-"""Safetensors and JSON files that may come from a stranger, and writing that leaves no halves.
+"""Safetensors and JSON from untrusted files; atomic writing.
 
-A file is believed in nothing: sizes, names, dtypes, shapes and offsets are checked before memory
-is taken for what they announce, and nothing in a file is ever executed. What is wrong with one
-is a ``ValueError`` that names it. Reading and writing are done here and not by the package
-``safetensors``, because a header has to be judged before it is acted upon, and because a whole
-model has to pass through tensor by tensor.
+Sizes, names, dtypes, shapes and offsets are validated before memory is allocated for them, and no
+code in a file is executed. A damaged or malicious file raises a ``ValueError`` that names it. The
+package ``safetensors`` is not used, because a header must be validated before it is used, and
+because a whole model must be read and written one tensor at a time.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-MAX_HEADER = 100_000_000  # the format's own limit
+MAX_HEADER = 100_000_000  # bytes; the limit of the format
 MAX_JSON = 16 * 2**20
 _MAX_NAME = 1024
 _MAX_AXES = 16
-_MAX_SIZE = 2**40  # of one axis
+_MAX_SIZE = 2**40  # length of one axis
 _CHUNK = 8 * 2**20
 
-# Bits of every dtype of the format, and those that NumPy computes with.
+# Bits per element of every dtype of the format, and the dtypes that can be read as arrays.
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -54,12 +53,12 @@ _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 class Spec(NamedTuple):
-    """What a header says of one tensor."""
+    """A header's description of one tensor."""
 
     dtype: str  # the format's name: "F32", "BF16", ...
     shape: tuple[int, ...]
-    start: int = 0  # first byte in the file
-    stop: int = 0
+    start: int = 0  # offset of the first byte in the file
+    stop: int = 0  # offset after the last byte
 
     @property
     def nbytes(self) -> int:
@@ -67,18 +66,19 @@ class Spec(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file that is open for reading, its header checked.
-
-    ``specs`` is ``{name: Spec}`` in the order of the data, and ``metadata`` what the header has
-    of it. A context manager.
+    """A safetensors file that is open for reading, with a validated header; a context manager.
 
     Args:
-      path: of the file.
-      max_header: bytes that the header may have; in memory it takes some ten times as many.
+      path: path of the file.
+      max_header: maximum size of the header in bytes; parsed, it takes about ten times the memory.
+
+    Attributes:
+      specs: ``{name: Spec}`` in the order of the data.
+      metadata: ``{name: text}``, the header's ``__metadata__``.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no safetensors file, or a damaged or a malicious one.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not a safetensors file, or is damaged or malicious.
     """
 
     def __init__(self, path: str | os.PathLike[str], max_header: int = MAX_HEADER):
@@ -97,10 +97,10 @@ class TensorFile:
         self._file.close()
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor ``name``, of one of the dtypes in ``FLOATS``.
+        """Return the tensor ``name``.
 
         Raises:
-          ValueError: it has another dtype, or the file was cut off since it was opened.
+          ValueError: its dtype is not in ``FLOATS``, or the file was truncated after it was opened.
         """
         spec = self.specs[name]
         if spec.dtype not in FLOATS:
@@ -115,7 +115,7 @@ class TensorFile:
         return array
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of the tensor ``name``, some megabytes at a time."""
+        """Yield the bytes of the tensor ``name`` in chunks of 8 MiB."""
         spec = self.specs[name]
         self._file.seek(spec.start)
         left = spec.stop - spec.start
@@ -127,7 +127,7 @@ class TensorFile:
             yield data
 
     def is_current(self) -> bool:
-        """Whether no other file has taken this one's place since it was opened."""
+        """Return whether the path still refers to the opened file, not to a replacement."""
         return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
 
     def _ends_inside(self, name: str) -> ValueError:
@@ -135,10 +135,11 @@ class TensorFile:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Opens a regular file for reading; not a pipe or a device, which may never end.
+    """Open a regular file for reading; not a pipe or a device, which may be endless.
 
     Raises:
-      FileNotFoundError, ValueError: it is not there, or is something else.
+      FileNotFoundError: the path does not exist.
+      ValueError: the path is not a regular file, or cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -154,10 +155,11 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file of at most 16 MiB.
+    """Return the JSON object in a file of at most 16 MiB.
 
     Raises:
-      FileNotFoundError, ValueError: it is not there, is too large, or holds something else.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is too large, or does not contain a valid JSON object.
     """
     with open_regular(Path(path)) as file:
         size = os.fstat(file.fileno()).st_size
@@ -167,7 +169,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: Any) -> dict[str, Any]:
-    """The JSON object in ``data``; no key twice, no NaN, and nothing nested beyond reason.
+    """Return the JSON object in ``data``; raise for duplicate keys, NaN, and excessive nesting.
 
     >>> parse_json(b'{"r": 8}', "adapter_config.json")
     {'r': 8}
@@ -250,7 +252,7 @@ def _integers(value: Any, most: int) -> bool:
 
 
 def save_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as a safetensors file, as PyTorch's tools expect it.
+    """Write arrays as a safetensors file with the metadata that PyTorch's tools expect.
 
     Raises:
       ValueError: an array has a dtype that is not in ``FLOATS``.
@@ -261,7 +263,7 @@ def save_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
                 f"{name!r} has dtype {array.dtype}; only {', '.join(map(str, _NAMES))} can be "
                 "written."
             )
-    # The widest first, so that every tensor is aligned to its dtype.
+    # Wide dtypes first, so that every tensor is aligned to its dtype.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     specs = {name: spec_of(tensors[name]) for name in order}
     stream_tensors(file, specs, lambda name: [to_bytes(tensors[name])], {"format": "pt"})
@@ -273,13 +275,13 @@ def stream_tensors(
     data: Callable[[str], Iterable[bytes]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a safetensors file of tensors that need not be in memory together.
+    """Write a safetensors file one tensor at a time, so that memory need not hold all of them.
 
     Args:
-      file: open for writing.
-      specs: what is to be in it, in this order.
-      data: the bytes of a tensor, by its name.
-      metadata: for the header.
+      file: a file that is open for writing.
+      specs: ``{name: Spec}`` of the tensors, in the order of the data; offsets are ignored.
+      data: function that returns the bytes of a tensor by its name, in chunks.
+      metadata: the header's ``__metadata__``.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -300,7 +302,7 @@ def stream_tensors(
 
 
 def spec_of(array: np.ndarray) -> Spec:
-    """How an array is described in a header.
+    """Return the header's description of an array.
 
     >>> spec_of(np.zeros((2, 3), np.float16))
     Spec(dtype='F16', shape=(2, 3), start=0, stop=0)
@@ -309,13 +311,13 @@ def spec_of(array: np.ndarray) -> Spec:
 
 
 def to_bytes(array: np.ndarray) -> bytes:
-    """The elements of an array in the format's order: C order, little endian."""
+    """Return the elements of an array in the order of the format: C order, little endian."""
     return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that must not exist; at the end its data are on disk."""
+    """Open a file that must not exist yet; on exit, wait until its data are on disk."""
     with open(path, "xb") as file:
         yield file
         sync(file)
@@ -323,9 +325,9 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Opens a temporary folder that becomes ``path`` at the end, if all went well.
+    """Create a temporary folder that is renamed to ``path`` on exit, or removed after an error.
 
-    Temporary folders of earlier calls for the same ``path`` that were killed are removed.
+    Temporary folders that killed processes left for the same ``path`` are removed first.
 
     Raises:
       ValueError: ``path`` exists and is not an empty folder.
@@ -351,7 +353,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing_to(argument: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the argument, and its value, in the errors of the file system.
+    """Add the argument's name and value to the messages of file system errors.
 
     >>> with writing_to("directory", "/full/disk"):
     ...     raise OSError(28, "No space left on device")
@@ -363,7 +365,7 @@ a folder in which files can be made.
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # raised here, with a message for the user
+        if error.errno is None:  # raised by this library, with its own message
             raise
         raise OSError(
             error.errno,
@@ -373,13 +375,13 @@ a folder in which files can be made.
 
 
 def sync(file: BinaryIO) -> None:
-    """Waits until the file's data are on disk."""
+    """Wait until the file's data are on disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Waits until the folder's entries are on disk, where the system does that for folders."""
+    """Wait until the folder's entries are on disk, if the system supports that for folders."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # Windows, or a folder that may be written but not listed
@@ -387,7 +389,7 @@ def sync_folder(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Others say that this file system cannot do it.
+        # Other errors mean that the file system does not support fsync on folders.
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
     finally:
@@ -395,19 +397,20 @@ def sync_folder(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes, in hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """The file ``name`` of ``folder``, which must lie in it, also once links are followed.
+    """Return the path of the file ``name`` in ``folder``, which must not resolve outside of it.
 
-    The download cache of Hugging Face is made of links into a folder ``blobs`` beside
-    ``snapshots``; those may be followed.
+    Links into ``blobs``, the sibling folder of ``snapshots``, are allowed, since the download cache
+    of Hugging Face consists of them.
 
     Raises:
-      FileNotFoundError, ValueError: it is not there, or leads elsewhere.
+      FileNotFoundError: the file does not exist.
+      ValueError: ``name`` is not a plain relative name, or a link leads out of the folder.
 
     >>> inside(Path("."), "../secret")
     Traceback (most recent call last):
@@ -434,12 +437,12 @@ def inside(folder: Path, name: Any) -> Path:
 
 
 def beside(path: Path) -> Path:
-    """Returns a new name for a temporary file or folder in the folder of ``path``."""
+    """Return a new name for a temporary file or folder in the folder of ``path``."""
     return path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Returns the temporary files or folders that killed processes left beside ``path``.
+    """Return the temporary files or folders that killed processes left next to ``path``.
 
     >>> leftovers(Path("model.safetensors"))
     []

@@ -1,4 +1,4 @@
-"""The command line of the demo: ``python -m adalora_jax.demo --help``."""
+"""Command line of the demo: ``python -m adalora_jax.demo --help``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 
 PICTURE = "ranks.png"
-_MIN_STEPS = 10  # fewer leave no room for warm-up, pruning and the final phase
+_MIN_STEPS = 10  # fewer are too few for warm-up, pruning and the final phase
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the demo with these arguments, those of the command line by default."""
+    """Run the demo with the arguments ``argv``, by default those of the command line."""
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments)
@@ -25,12 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f'{error.name} is missing: pip install "adalora-jax[demo]" brings it.')
     except KeyboardInterrupt:
         print("\ninterrupted: no picture was drawn", file=sys.stderr)
-        sys.exit(130)  # as shells have it
+        sys.exit(130)  # the shells' exit status for SIGINT
 
 
 def _run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
-    # Here and not above, because these need the packages of the extra.
+    # Imported here, because they need the packages of the extra ``demo``.
     from adalora_jax.demo import report, train
 
     framework = importlib.import_module(f"adalora_jax.demo.in_{arguments.framework}")
@@ -77,9 +77,13 @@ def _integer(lowest: int, highest: int):
 
 
 def _folder(text: str) -> pathlib.Path:
-    """Return a folder in which a picture can be written; a wrong one is refused before training.
+    """Return the path of a folder, after a check that a picture can be written to it.
 
-    What is made to find that out is removed, so that nothing stays behind if the demo is stopped.
+    The check runs before training. Folders that it creates are removed again, so that none remain
+    if the demo is interrupted.
+
+    Raises:
+      argparse.ArgumentTypeError: no picture can be written.
     """
     folder = pathlib.Path(text)
     made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
@@ -95,7 +99,7 @@ def _folder(text: str) -> pathlib.Path:
         ) from None
     finally:
         for path in made:
-            with contextlib.suppress(OSError):  # it was not made, or others put a file there
+            with contextlib.suppress(OSError):  # it was not created, or has files of others by now
                 path.rmdir()
     return folder
 

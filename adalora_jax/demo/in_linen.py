@@ -1,4 +1,4 @@
-"""The demo in ``flax.linen``: the model, and a train step of pure functions."""
+"""Model and train step of the demo in ``flax.linen``, as pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adalora_jax.demo.methods import Method, Progress, cross_entropy, patches
 
 
 class Block(nn.Module):
-    """One layer of a Vision Transformer: attention, then a multi-layer perceptron."""
+    """Layer of a Vision Transformer: attention, then a multi-layer perceptron."""
 
     heads: int
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Reads an image as 16 patches of 2 × 2 pixels and gives one logit for each digit."""
+    """Classifier that maps images, as 16 patches of 2 × 2 pixels, to one logit per digit."""
 
     width: int = 64
     depth: int = 4
@@ -49,12 +49,12 @@ class VisionTransformer(nn.Module):
 
 
 def create(seed: int) -> Any:
-    """The variables of a new model."""
+    """Return the variables of a new model."""
     return VisionTransformer().init(jax.random.key(seed), jnp.zeros((1, 8, 8)))
 
 
 class Learner:
-    """One method at work: what it trains, its optimizer's state, and its step."""
+    """Training run of one method: its parameters, optimizer state and train step."""
 
     def __init__(self, base: Any, method: Method, seed: int):
         model = VisionTransformer()
@@ -63,8 +63,8 @@ class Learner:
             self.frozen, self.trainable = None, base
             apply: Any = lambda _, variables, pixels: model.apply(variables, pixels)
         else:
-            # The base is an argument that is never differentiated; the adapters are a small
-            # separate tree, in which the parameters of modules_to_save sit beside them.
+            # Gradients are computed with respect to a small separate tree, which contains the
+            # adapters and the parameters of modules_to_save, and not with respect to the base.
             adapted: Any = adalora.linen.adapt(model, method.config)
             self.frozen = base
             self.trainable = adapted.init(jax.random.key(seed), base, jnp.zeros((1, 8, 8)))
@@ -87,21 +87,21 @@ class Learner:
 
     @property
     def base(self) -> Any:
-        """What full fine-tuning has trained, to be the base of other methods."""
+        """Fully fine-tuned variables, the base of the other methods."""
         return self.trainable
 
     def step(self, pixels: Any, digits: Any) -> Progress:
-        """One optimizer step on one batch."""
+        """Run one optimizer step on one batch."""
         self.trainable, self.opt_state, progress = self._step(
             self.frozen, self.trainable, self.opt_state, pixels, digits
         )
         return progress
 
     def finish(self) -> None:
-        """End the run within its budget, and apply the masks for evaluation."""
+        """Make the final mask if it is still missing, and apply the masks for evaluation."""
         if self._method.adaptive:
             self.trainable, self.opt_state = adalora.finish(self.opt_state, self.trainable)
 
     def logits(self, pixels: Any) -> jax.Array:
-        """``[n, 10]``, one row an image."""
+        """Return the logits of images: ``[n, 10]``, one row per image."""
         return self._logits(self.frozen, self.trainable, pixels)

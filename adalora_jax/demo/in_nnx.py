@@ -1,4 +1,4 @@
-"""The demo in ``flax.nnx``: the model, and a train step that updates it in place."""
+"""Model and train step of the demo in ``flax.nnx``, with updates in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adalora_jax.demo.methods import Method, Progress, cross_entropy, patches
 
 
 class Block(nnx.Module):
-    """One layer of a Vision Transformer: attention, then a multi-layer perceptron."""
+    """Layer of a Vision Transformer: attention, then a multi-layer perceptron."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
         self.heads = heads
@@ -34,7 +34,7 @@ class Block(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """Reads an image as 16 patches of 2 × 2 pixels and gives one logit for each digit."""
+    """Classifier that maps images, as 16 patches of 2 × 2 pixels, to one logit per digit."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 64, depth: int = 4, heads: int = 4):
         self.embed = nnx.Linear(4, width, rngs=rngs)
@@ -51,20 +51,20 @@ class VisionTransformer(nnx.Module):
 
 
 def create(seed: int) -> VisionTransformer:
-    """A new model."""
+    """Return a new model."""
     return VisionTransformer(nnx.Rngs(seed))
 
 
 class Learner:
-    """One method at work: the model it trains, its optimizer, and its step."""
+    """Training run of one method: its model, optimizer and train step."""
 
     def __init__(self, base: VisionTransformer, method: Method, seed: int):
         if method.config is None:
             # Full fine-tuning: every parameter is trained.
             self.model, self.wrt = nnx.clone(base), nnx.Param
         else:
-            # A new model: base is left as it is. Its adapters are LoRAParams, and so are the
-            # parameters of modules_to_save; all others are frozen by the filter alone.
+            # adapt returns a copy of base. The adapters and the parameters of modules_to_save are
+            # LoRAParams, so this filter freezes all other parameters.
             self.model = adalora.nnx.adapt(base, method.config, rngs=nnx.Rngs(seed))
             self.wrt = nnx.LoRAParam
         self.optimizer = nnx.Optimizer(self.model, method.optimizer, wrt=self.wrt)
@@ -85,28 +85,28 @@ class Learner:
 
     @property
     def base(self) -> VisionTransformer:
-        """What full fine-tuning has trained, to be the base of other methods."""
+        """Fully fine-tuned model, the base of the other methods."""
         return self.model
 
     @property
     def trainable(self) -> nnx.State:
-        """The state that the optimizer updates."""
+        """State that the optimizer updates."""
         return nnx.state(self.model, self.wrt)
 
     @property
     def opt_state(self) -> Any:
-        """The optimizer's state."""
+        """State of the optimizer."""
         return self.optimizer.opt_state
 
     def step(self, pixels: Any, digits: Any) -> Progress:
-        """One optimizer step on one batch."""
+        """Run one optimizer step on one batch."""
         return self._step(self.model, self.optimizer, pixels, digits)
 
     def finish(self) -> None:
-        """End the run within its budget, and apply the masks for evaluation."""
+        """Make the final mask if it is still missing, and apply the masks for evaluation."""
         if self._method.adaptive:
             self.model, self.optimizer = adalora.finish(self.optimizer, self.model)
 
     def logits(self, pixels: Any) -> jax.Array:
-        """``[n, 10]``, one row an image."""
+        """Return the logits of images: ``[n, 10]``, one row per image."""
         return self._logits(self.model, pixels)

@@ -1,4 +1,4 @@
-"""The four ways of adapting a model that the demo compares, whichever Flax it is written in."""
+"""Adaptation methods that the demo compares, independent of the Flax API."""
 
 from __future__ import annotations
 
@@ -13,31 +13,45 @@ import adalora_jax as adalora
 
 
 class Progress(NamedTuple):
-    """What a train step reports. It comes out of the compiled step and stays on the device."""
+    """Results of a train step, which remain on the device.
+
+    Attributes:
+      loss: mean loss of the batch, ``[]`` float32, without the penalty.
+      budget: number of triplets that the allocator allows, ``[]`` int32; None without AdaLoRA.
+      masks: the allocator's boolean masks of active triplets; None without AdaLoRA.
+    """
 
     loss: jax.Array
-    budget: jax.Array | None = None  # triplets allowed; None without AdaLoRA
-    masks: Any = None  # which triplets live, for adalora.ranks
+    budget: jax.Array | None = None
+    masks: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way of training: the optimizer, and the adapters it trains."""
+    """Training method: an optimizer and the adapters that it trains.
+
+    Attributes:
+      title: name in the output.
+      optimizer: the optimizer.
+      config: config of the adapters; None: the base itself is trained.
+      fixed: names of the adapters' factors that the optimizer does not change.
+      adaptive: whether the optimizer is ``adalora_jax.adalora``.
+    """
 
     title: str
     optimizer: optax.GradientTransformation
-    config: adalora.AdaLoraConfig | None = None  # None: no adapters, the base itself is trained
-    fixed: tuple[str, ...] = ()  # the factors of the adapters that the optimizer leaves alone
-    adaptive: bool = False  # whether the optimizer is AdaLoRA's
+    config: adalora.AdaLoraConfig | None = None
+    fixed: tuple[str, ...] = ()
+    adaptive: bool = False
 
     def penalty(self, trainable: Any) -> jax.Array | float:
-        """What is added to the loss in training."""
+        """Return the orthogonality penalty for the training loss; 0 without AdaLoRA."""
         if self.adaptive and self.config is not None:
             return adalora.orthogonality(trainable, self.config)
         return 0.0
 
     def progress(self, loss: jax.Array, opt_state: Any) -> Progress:
-        """The report of one step."""
+        """Return the results of one step."""
         if not self.adaptive:
             return Progress(loss)
         allocator = adalora.allocator_state(opt_state)
@@ -45,17 +59,18 @@ class Method:
 
 
 def pretraining(steps: int) -> Method:
-    """How the base itself is made."""
+    """Return the method that pre-trains the base."""
     return Method("pre-training on 0-4", adamw(2e-3, steps))
 
 
 def adaptations(steps: int) -> list[Method]:
-    """What is then compared.
+    """Return the adaptation methods that the demo compares.
 
-    The classifier trains along in all of them (``modules_to_save``): without that a model of the
-    digits 0-4 can say nothing of 5-9. Each method has the best learning rate of a coarse search, in
-    steps of about 3, by the test images of other seeds than the default: 10 to 12, and 10 to 14
-    for LoRA and AdaLoRA. From twice that rate on those two get worse.
+    All of them train the classifier (``modules_to_save``), since a model of the digits 0-4 cannot
+    classify 5-9. Each method has the best learning rate of a coarse search over rates about a
+    factor of 3 apart, by accuracy on the test images of seeds 10 to 12, or 10 to 14 for LoRA and
+    AdaLoRA; the default seed was not used. At twice their rates or more, LoRA and AdaLoRA get
+    worse.
     """
     config = adalora.AdaLoraConfig(
         total_step=steps,
@@ -67,10 +82,10 @@ def adaptations(steps: int) -> list[Method]:
         target_modules=["query", "key", "value", "out", "up", "down"],
         modules_to_save=["head"],
     )
-    # LoRA is the adapter with λ held at 1 and the final rank from the start, in every layer alike.
+    # LoRA is the adapter with λ fixed at 1 and with the final rank from the start in every layer.
     lora = config.replace(init_r=config.target_r, lora_alpha=2, init="lambda_one")
     return [
-        # With p held at 0, too, an adapter does nothing: only the classifier is trained.
+        # With p fixed at 0, too, adapter outputs are 0, and only the classifier is trained.
         Method(
             "frozen base", without(adamw(1e-1, steps), "p", "lam", "q"), lora, ("p", "lam", "q")
         ),
@@ -86,12 +101,12 @@ def adaptations(steps: int) -> list[Method]:
 
 
 def adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with a learning rate that falls to 0 over the run."""
+    """Return AdamW with a learning rate that falls linearly to 0 over the run."""
     return optax.adamw(optax.linear_schedule(learning_rate, 0.0, steps))
 
 
 def without(inner: optax.GradientTransformation, *fixed: str) -> optax.GradientTransformation:
-    """``inner`` for everything except the named factors of the adapters, which stay as they are."""
+    """Return ``inner`` without updates of the named factors of the adapters."""
     parts: dict[Hashable, optax.GradientTransformation] = {}
     for label in ("p", "lam", "q", "other"):
         parts[label] = optax.set_to_zero() if label in fixed else inner
@@ -99,11 +114,11 @@ def without(inner: optax.GradientTransformation, *fixed: str) -> optax.GradientT
 
 
 def patches(pixels: jax.Array) -> jax.Array:
-    """16 patches of 2 × 2 pixels: ``[n, 8, 8]`` becomes ``[n, 16, 4]``."""
+    """Split images into 16 patches of 2 × 2 pixels: ``[n, 8, 8]`` to ``[n, 16, 4]``."""
     blocks = pixels.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3)
     return blocks.reshape(-1, 16, 4)
 
 
 def cross_entropy(logits: jax.Array, digits: jax.Array) -> jax.Array:
-    """The mean loss of a batch."""
+    """Return the mean cross-entropy of a batch, for ``[n, 10]`` logits and ``[n]`` digits."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, digits).mean()

@@ -1,4 +1,4 @@
-"""What the demo prints and draws at the end."""
+"""Tables and figure of the demo's results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adalora_jax.demo.train import Run
 
 
 def accuracy_table(runs: list[Run]) -> str:
-    """One row a method: how well it reads test images of 5-9, and how much it trained for it."""
+    """Return a table with accuracy on test images of 5-9 and parameter counts per method."""
     rows = [("digits 5-9", "test accuracy", "parameters trained", "left at the end")]
     rows += [
         (run.method.title, f"{run.accuracy:.1%}", f"{run.trained:,}", f"{run.kept:,}")
@@ -24,13 +24,13 @@ def accuracy_table(runs: list[Run]) -> str:
 
 
 def rank_table(runs: list[Run]) -> str:
-    """The ranks AdaLoRA arrived at, layer by layer."""
+    """Return a table of AdaLoRA's final ranks per layer."""
     learner = _adaptive(runs).learner
     return adalora.summary(learner.trainable, adalora.allocator_state(learner.opt_state))
 
 
 def save_picture(runs: list[Run], path: pathlib.Path) -> None:
-    """Draws the rank of every adapter over time."""
+    """Write a figure of the rank of every adapter over time to ``path``."""
     history = _adaptive(runs).history
     figure = adalora.plot.rank_history(
         [adalora.ranks(progress.masks) for progress in history],

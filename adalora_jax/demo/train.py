@@ -1,4 +1,4 @@
-"""The loop around the train step, and what is measured afterwards."""
+"""Training loop and measurements of the demo."""
 
 from __future__ import annotations
 
@@ -12,58 +12,70 @@ import adalora_jax as adalora
 from adalora_jax.demo.data import batches, load
 from adalora_jax.demo.methods import Method, Progress, adaptations, pretraining
 
-_SHOW_EVERY = 10  # steps; reading a number off the device waits for the step that makes it
+_SHOW_EVERY = 10  # steps; reading a value from the device blocks until its step is done
 
 
 class Learner(Protocol):
-    """What ``in_linen`` and ``in_nnx`` both provide: one method at work on a model."""
+    """Interface of a training run of one method, implemented by ``in_linen`` and ``in_nnx``."""
 
     @property
     def base(self) -> Any:
-        """The model as full fine-tuning left it, to be the base of other methods."""
+        """Fully fine-tuned model, the base of the other methods."""
         ...
 
     @property
     def trainable(self) -> Any:
-        """The tree that the optimizer updates: adapters, and whatever trains beside them."""
+        """Tree that the optimizer updates: adapters and ``modules_to_save``, or the whole model."""
         ...
 
     @property
     def opt_state(self) -> Any:
-        """The optimizer's state."""
+        """State of the optimizer."""
         ...
 
     def step(self, pixels: np.ndarray, digits: np.ndarray) -> Progress:
-        """One optimizer step on one batch."""
+        """Run one optimizer step on one batch."""
         ...
 
     def finish(self) -> None:
-        """End the run within its budget, and apply the masks for evaluation."""
+        """Make the final mask if it is still missing, and apply the masks for evaluation."""
         ...
 
     def logits(self, pixels: np.ndarray) -> jax.Array:
-        """``[n, 10]``, one row an image."""
+        """Return the logits of images: ``[n, 10]``, one row per image."""
         ...
 
 
 class Run(NamedTuple):
-    """One method, trained and measured."""
+    """Finished training run of one method, with its measurements.
+
+    Attributes:
+      method: the method.
+      learner: the model and optimizer after training.
+      history: the results of each step, on the host.
+      accuracy: share of test images that are classified correctly, in [0, 1].
+      trained: number of parameters that the optimizer changes at the start.
+      kept: ``trained`` without the parameters of triplets that are pruned at the end.
+    """
 
     method: Method
     learner: Learner
     history: list[Progress]
-    accuracy: float  # on test images
-    trained: int  # parameters that the optimizer changes at first
-    kept: int  # those that are left at the end, when pruned triplets are not counted
+    accuracy: float
+    trained: int
+    kept: int
 
 
 def compare(framework: Any, steps: int, seed: int) -> list[Run]:
-    """Pre-trains a base on 0-4 and adapts it to 5-9 by each method, over the same batches.
+    """Pre-train a base on 0-4 and adapt it to 5-9 by each method, on the same batches.
 
     Args:
       framework: the module ``in_linen`` or ``in_nnx``.
-      steps: of the pre-training, and of each method.
-      seed: of the weights, the split into training and test images, and the batches.
+      steps: number of steps of the pre-training and of each method.
+      seed: seed of the weights, the split into training and test images, and the batches.
+
+    Returns:
+      One run per method, without the pre-training.
     """
     fresh = framework.create(seed)
     base = fit(framework, fresh, pretraining(steps), range(5), steps, seed).learner.base
@@ -73,7 +85,7 @@ def compare(framework: Any, steps: int, seed: int) -> list[Run]:
 
 
 def fit(framework: Any, base: Any, method: Method, digits: range, steps: int, seed: int) -> Run:
-    """Trains ``base`` by one method, shows how it goes, and measures the outcome."""
+    """Train ``base`` by one method with a progress bar, and measure the result."""
     train, test = load(digits, seed)
     learner: Learner = framework.Learner(base, method, seed)
     history = []

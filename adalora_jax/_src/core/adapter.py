@@ -1,4 +1,4 @@
-"""The adapter of one weight: its three factors and what is computed from them."""
+"""Adapter of one weight: its three factors, the layer's output with it, and the dense increment."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from adalora_jax._src.core.low_rank import low_rank, low_rank_plain, observed, w
 )
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The increment ``ΔW = s · P Λ Q`` of one weight, one triplet per row.
+    """Factors of the increment ``ΔW = s · P Λ Q`` of one weight, one triplet per row.
 
+    This is the increment of `AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_ with a scale s.
     Triplet i is ``(p[i], lam[i], q[i])``, so pruning, slicing and stacking all select rows. Leading
-    axes are stacked layers; each slice is a matrix with r triplets. The dense form of the increment
-    is ``s · qᵀ diag(lam) p``, ``[..., in, out]``.
+    axes are stacked layers; each slice is the adapter of one matrix, with r triplets. The dense
+    form of the increment is ``s · qᵀ diag(lam) p``, ``[..., in, out]``.
 
-    A pytree with three leaves. The scale and the layout are static: they are part of its structure,
-    so every function that takes adapters knows their weights. Iteration, ``_asdict`` and
-    ``_replace`` work as those of a NamedTuple of the three leaves; ``_replace`` changes static
-    fields, too.
+    An adapter is a pytree with three leaves. The scale and the layout are static, a part of the
+    tree's structure, so every function that takes adapters has access to them. Iteration,
+    ``_asdict`` and ``_replace`` work as for a NamedTuple of the three leaves; ``_replace`` also
+    changes static fields.
 
     Attributes:
-      p: left singular vectors ``[..., r, out]``, the paper's P transposed.
-      lam: singular values ``[..., r]``, which are pruned.
-      q: right singular vectors ``[..., r, in]``.
-      scale: the factor s, fixed for the adapter's life, also after compaction; None where it is not
-        known, as in a mapping of arrays.
-      layout: the weight that the adapter belongs to; None for a dense ``kernel [..., in, out]``.
+      p: float array ``[..., r, out]``: left singular vectors, the paper's P transposed.
+      lam: float array ``[..., r]``: singular values, which are pruned.
+      q: float array ``[..., r, in]``: right singular vectors.
+      scale: float, static: the factor s, constant for the whole run, also after compaction. None:
+        not known, as for a mapping of arrays.
+      layout: Layout, static: axes of the adapted weight. None: a dense ``kernel [..., in, out]``.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)), scale=0.5)
     >>> len(jax.tree.leaves(adapter)), jax.tree.map(jnp.zeros_like, adapter).scale
@@ -65,9 +66,10 @@ class Adapter:
 
 
 class Observer(Adapter):
-    """An adapter that adds nothing; the gradient of its q, of any loss, is ``q Σ xᵀx``.
+    """Adapter with zero output that measures the second moments of its layer's inputs.
 
-    The sum is over all inputs x of its layer, see :func:`~adalora_jax._src.core.low_rank.observed`.
+    The gradient of any loss with respect to q is ``q Σ xᵀx``, summed over all inputs x of the
+    layer, see :func:`~adalora_jax._src.core.low_rank.observed`.
     """
 
 
@@ -79,8 +81,12 @@ jax.tree_util.register_dataclass(
 def known_scale(adapter: Adapter, name: str = "adapter") -> float:
     """Return the adapter's scale.
 
+    Args:
+      adapter: any adapter.
+      name: name of the adapter, for the message.
+
     Raises:
-      ValueError: it is not known.
+      ValueError: the scale is None.
     """
     if adapter.scale is None:
         raise ValueError(
@@ -101,16 +107,19 @@ def increment(
     forward_mode: bool = False,
     precision: Any = None,
 ) -> jax.Array:
-    """``s · ((x qᵀ) · lam) p``: what the adapter adds to its layer's output.
+    """Return the adapter output ``s · ((x qᵀ) · lam) p``, the adapter's term in the layer's output.
 
     Args:
-      adapter: with leading axes, x has the same ones in front.
-      x: ``[*stack, ..., in]``; the dtype of the computation and of the result.
-      key: for the dropout of x; without it there is none.
+      adapter: the factors, with any leading (stack) axes.
+      x: ``[*stack, ..., in]``; its dtype is the dtype of the computation and of the result.
+      key: PRNG key for the dropout of x; None: no dropout.
       scale: s, usually ``adapter.scale``.
       dropout_rate: in [0, 1); static.
-      forward_mode: leave the derivative to JAX, which is slower and has ``jax.jvp``.
+      forward_mode: True: use JAX's autodiff, which is slower and supports ``jax.jvp``.
       precision: as in ``jax.lax.dot_general``.
+
+    Returns:
+      ``[*stack, ..., out]``.
 
     >>> import jax, jax.numpy as jnp
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
@@ -133,20 +142,20 @@ def increment(
 
 
 def seed_of(key: jax.Array | None) -> jax.Array | None:
-    """What :func:`~adalora_jax._src.core.low_rank.keep` makes a mask from; None without a key.
+    """Return the seed that :func:`~adalora_jax._src.core.low_rank.keep` hashes; None without a key.
 
     >>> seed_of(jax.random.key(0)).shape
     (2,)
     """
     if key is None:
         return None
-    # The words of the key itself: drawing numbers from it would take longer than the mask does.
+    # The key's own words, since drawing random numbers from it would cost more than the mask.
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return (jax.random.key_data(key) if typed else key).ravel()[:2]
 
 
 def keys_of(key: jax.Array | None, stack: tuple[int, ...]) -> jax.Array | None:
-    """A key for each slice of a stack; None without a key.
+    """Return one key per slice of a stack, the key itself without stack axes, or None for None.
 
     >>> keys_of(jax.random.key(0), (2, 3)).shape, keys_of(None, (2, 3))
     ((2, 3), None)
@@ -174,23 +183,28 @@ def forward(
 ) -> jax.Array:
     """Return the adapted layer's output, ``y = x W + b + s · ((x qᵀ) · lam) p``. Jitted.
 
+    The adapted weight ``W + s · qᵀ diag(lam) p`` is that of `AdaLoRA, Eq. (3)
+    <https://arxiv.org/abs/2303.10512>`_ with a scale s.
+
     Args:
-      adapter: of this layer, with its scale s. With leading (stack) axes, x, kernel and bias have
-        them too.
-      x: ``[..., in]``.
-      kernel: W, ``[in, out]``; without it only the increment is computed.
-      bias: b, ``[out]``.
-      mask: ``[r]`` booleans; a triplet whose entry is false does not count.
-      dropout_rate: of the adapter's input, in [0, 1); static.
-      dropout_key: needed when ``dropout_rate > 0``; without it there is no dropout.
-      forward_mode: leave the derivative to JAX, which is slower and has ``jax.jvp``; static.
+      adapter: the layer's adapter, with its scale s. Its leading (stack) axes, if any, also come
+        first in x, kernel and bias.
+      x: the layer's input, ``[*stack, ..., in]``.
+      kernel: W, ``[*stack, in, out]``. None: the term ``x W`` is omitted.
+      bias: b, ``[*stack, out]``. None: no bias.
+      mask: booleans, ``[*stack, r]`` or broadcastable to it; triplets whose entry is False are
+        ignored. None: all triplets count.
+      dropout_rate: dropout probability of the adapter's input, in [0, 1); static.
+      dropout_key: PRNG key for the dropout. None: no dropout, at any rate.
+      forward_mode: True: use JAX's autodiff, which is slower and supports ``jax.jvp``; static.
       precision: as in ``jax.lax.dot_general``; static.
 
     Returns:
-      ``[..., out]``, in the dtype that ``x @ kernel`` has (that of x without a kernel).
+      ``[*stack, ..., out]``, in the dtype of ``x @ kernel`` (of x without a kernel); where that is
+      an integer dtype, it is promoted with the adapter's dtypes.
 
     Raises:
-      ValueError: shapes do not fit, ``dropout_rate`` is outside [0, 1), or the adapter's scale is
+      ValueError: shapes do not match, ``dropout_rate`` is outside [0, 1), or the adapter's scale is
         not known.
 
     >>> import jax, jax.numpy as jnp
@@ -216,7 +230,7 @@ def forward(
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate={dropout_rate} must be at least 0 and below 1.")
     dtype = x.dtype if kernel is None else jnp.result_type(x, kernel)
-    if not jnp.issubdtype(dtype, jnp.inexact):  # an increment is never cut to an integer
+    if not jnp.issubdtype(dtype, jnp.inexact):  # the adapter output must not be truncated
         dtype = jnp.result_type(dtype, *adapter)
     if mask is not None:
         adapter = adapter._replace(lam=jnp.where(mask, adapter.lam, 0))
@@ -237,10 +251,19 @@ def forward(
 
 
 def delta_weight(adapter: Adapter) -> jax.Array:
-    """Return the dense increment ``s · qᵀ diag(lam) p``, ``[..., in, out]``, in at least float32.
+    """Return the dense increment ``ΔW = s · qᵀ diag(lam) p``.
+
+    It is the term ``P Λ Q`` of `AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_, scaled by s
+    and transposed to Flax's ``[in, out]``.
+
+    Args:
+      adapter: factors ``p [..., r, out]``, ``lam [..., r]``, ``q [..., r, in]`` and the scale s.
+
+    Returns:
+      ``[..., in, out]``, in the dtype of ``lam`` but at least float32.
 
     Raises:
-      ValueError: the adapter's scale is not known, or its shapes do not belong together.
+      ValueError: the adapter's scale is not known, or its shapes do not match.
 
     >>> import jax.numpy as jnp
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.array([1.0, 2.0]), jnp.ones((2, 3)), scale=0.5)
@@ -256,10 +279,14 @@ def delta_weight(adapter: Adapter) -> jax.Array:
 
 
 def check_adapter(adapter: Adapter, name: str = "adapter") -> None:
-    """Refuses an adapter whose three shapes do not belong together.
+    """Check that the shapes of p, lam and q match.
+
+    Args:
+      adapter: any adapter.
+      name: name of the adapter, for the message.
 
     Raises:
-      ValueError: naming the adapter and its shapes.
+      ValueError: they do not match; the message has the adapter's name and shapes.
     """
     p, lam, q = (tuple(jnp.shape(leaf)) for leaf in adapter)
     if not lam or p[:-1] != lam or q[:-1] != lam:

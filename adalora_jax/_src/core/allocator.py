@@ -1,4 +1,4 @@
-"""The allocator: which triplets live, decided over all adapters together."""
+"""The rank allocator: scores, budget and masks over all adapters together."""
 
 from __future__ import annotations
 
@@ -30,23 +30,26 @@ from adalora_jax._src.core.selection import cut, entry, in_a_row, kept
 
 
 class AllocatorState(NamedTuple):
-    """State that the allocator carries from step to step; leaves keep their shapes and dtypes.
+    """The allocator's state between steps; its leaves have constant shapes and dtypes.
 
-    ``masks``, ``sensitivity`` and ``uncertainty`` have the containers of the adapters' tree: at
-    each adapter's place a boolean array ``[..., r]``, or an :class:`Adapter` of float32 moving
-    averages, and None at the place of anything that is not an adapter.
+    ``masks``, ``sensitivity`` and ``uncertainty`` are trees in the containers of the parameters.
+    Instead of each adapter they have a boolean array ``[..., r]`` (``masks``) or an
+    :class:`Adapter` of float32 moving averages; instead of any other leaf, None.
 
     Attributes:
-      step: int32 scalar: number of updates so far, so the number of the next step.
-      budget: int32 scalar: allowed at the last step, in ``config.budget_unit``.
-      masks: the standing decision: True where a triplet is active.
-      sensitivity: Ī, the smoothed ``|w · g|``.
-      uncertainty: Ū, its smoothed deviation.
-      applied: boolean scalar: the last update set pruned λ to 0.
-      overridden: int32 scalar: pruned λ that were not 0 although an update had set them to 0: the
-        largest number so far. Above 0, something changes updates after this transformation.
-      penalty: float32 scalar: the orthogonality penalty, with ``config.orth_reg_in_update``.
-      config: of the run; static.
+      step: int32 scalar: number of updates so far, which is the index of the next step.
+      budget: int32 scalar: the budget at the last step, in ``config.budget_unit``.
+      masks: booleans ``[..., r]`` per adapter: True for an active triplet.
+      sensitivity: Ī, the smoothed sensitivity ``|w · g|`` of every parameter (`AdaLoRA, Eq. (9)
+        <https://arxiv.org/abs/2303.10512>`_).
+      uncertainty: Ū, the smoothed deviation of the sensitivity from Ī (`AdaLoRA, Eq. (10)
+        <https://arxiv.org/abs/2303.10512>`_).
+      applied: boolean scalar: True if the last update set pruned λ to 0.
+      overridden: int32 scalar: the largest number of pruned λ found so far that were not 0 although
+        an update had set them to 0. A value above 0 means that something changes the updates after
+        this transformation.
+      penalty: float32 scalar: the orthogonality penalty with ``config.orth_reg_in_update``, else 0.
+      config: the config of the run; static.
     """
 
     step: jax.Array
@@ -68,11 +71,11 @@ jax.tree_util.register_static(AdaLoraConfig)
 )
 @dataclasses.dataclass(frozen=True)
 class AdaLoraState:
-    """Adapters and allocator state: all that :func:`allocate` needs.
+    """The adapters and the allocator's state, as :func:`allocate` takes and returns them.
 
     Attributes:
       adapters: a tree with adapters in it.
-      allocator: the state of the allocator, with the (static) config.
+      allocator: the allocator's state, which includes the (static) config.
     """
 
     adapters: PyTree
@@ -80,23 +83,30 @@ class AdaLoraState:
 
 
 def init_state(adapters: PyTree, config: AdaLoraConfig) -> AdaLoraState:
-    """A fresh :class:`AdaLoraState` around a copy of ``adapters``.
+    """Return the initial :class:`AdaLoraState`: a copy of ``adapters``, all triplets active.
+
+    Args:
+      adapters: a tree with adapters in it; other leaves are copied, too.
+      config: the config of the run.
+
+    Returns:
+      The state before step 0, with moving averages of 0 and the initial budget.
 
     Raises:
-      ValueError: there is no adapter in ``adapters``.
+      ValueError: ``adapters`` contains no adapter, or all triplets together cost 2³¹ or more.
     """
     return AdaLoraState(jax.tree.map(jnp.copy, adapters), init_allocator(adapters, config))
 
 
 def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
-    """The allocator's state before the first step: all triplets live, averages 0.
+    """Return the allocator's state before the first step: all triplets active, averages 0.
 
     Args:
-      params: a tree with adapters in it; other leaves are passed over.
-      config: for the initial budget.
+      params: a tree with adapters in it; other leaves are ignored.
+      config: the config of the run, which determines the initial budget.
 
     Raises:
-      ValueError: there is no adapter in ``params``.
+      ValueError: ``params`` contains no adapter, or all triplets together cost 2³¹ or more.
     """
     adapters = pytree.canonical(params)
     if not jax.tree.leaves(adapters):
@@ -104,7 +114,7 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
             f"no adapter was found in the {type(params).__name__} of parameters: pass the adapters "
             "that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam."
         )
-    # zeros_like and ones_like: the state is sharded as the parameters are.
+    # zeros_like and ones_like give the state the shardings of the parameters.
     zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), adapters)
     masks = pytree.each(lambda adapter: jnp.ones_like(adapter.lam, bool), adapters)
     return AllocatorState(
@@ -122,25 +132,38 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
 
 @jax.jit
 def allocate(state: AdaLoraState, grads: PyTree, step: ArrayLike) -> tuple[AdaLoraState, PyTree]:
-    """One update of the allocator: importance, budget, masks. Jitted.
+    """Update the allocator by one step: moving averages, budget and masks. Jitted.
 
-    To be called once an optimizer step, after the optimizer moved the adapters (with
-    ``sensitivity_at="current"``: before). The masks are the standing decision, at every step. They
-    are applied to the returned adapters (pruned λ exactly 0) whenever a new mask was due, at all
-    steps from the final mask on, and with ``hold_mask`` at all steps; between two masks of the
-    budgeting phase a pruned λ may otherwise grow back, so that it can be revived. With
-    ``revive=False`` a mask chooses among those that live, and pruned λ stay 0.
+    Call it once per optimizer step, after the optimizer updated the adapters (with
+    ``sensitivity_at="current"``: before). With the default config, a call in the budgeting phase
+    computes::
 
-    If any gradient is not finite the allocator's state stays as it was.
+        I ← |w · g|                                       (8)
+        Ī ← β1 Ī + (1 − β1) I                             (9)
+        Ū ← β2 Ū + (1 − β2) |I − Ī|                       (10)
+        s = Ī · Ū                                         (11)
+        S_i = s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)    (7)
+        λ_i ← λ_i if S_i is among the top b(t), else 0    (6)
+
+    with the numbers of the equations in `AdaLoRA <https://arxiv.org/abs/2303.10512>`_ and the cubic
+    schedule b(t) of :func:`adalora_jax.budget`. All triplets of all adapters compete for b(t).
+
+    A new mask is made at multiples of ``deltaT`` in the budgeting phase, and at the final step. The
+    current masks are applied to the returned adapters (pruned λ exactly 0) when a new mask is due,
+    at all steps from the final mask on, and with ``hold_mask`` at all steps. At other steps of the
+    budgeting phase a pruned λ may grow back, so that its triplet can be revived. With
+    ``revive=False`` a mask selects among the active triplets only, and pruned λ stay 0.
+
+    If any ``w · g`` is not finite, the allocator's state does not change.
 
     Args:
       state: adapters, allocator state and config.
-      grads: the gradients that led to this step, same structure as the adapters.
-      step: the optimizer step, counted from 0; Python int or traced. Steps may be skipped: a
-        missed final step is made up for at the next call.
+      grads: the gradients of this step, in the structure of the adapters.
+      step: the optimizer step, counted from 0; a Python int or an integer scalar, may be traced.
+        Steps may be skipped: without a call at the final step, the next call makes the final mask.
 
     Returns:
-      The new state, and its masks.
+      ``(state, masks)``: the new state, and its masks ``[..., r]``, True for an active triplet.
 
     Raises:
       ValueError: structure or shapes of ``grads`` are not those of the adapters.
@@ -161,7 +184,7 @@ def allocate(state: AdaLoraState, grads: PyTree, step: ArrayLike) -> tuple[AdaLo
     step = jnp.asarray(step, jnp.int32)
     allocator = update_allocator(state.allocator, adapters, gradients, step)
     now = enforced(state.allocator, step)
-    done = allocator.step != state.allocator.step  # a bad gradient changes nothing
+    done = allocator.step != state.allocator.step  # False if a gradient is not finite
     allocator = allocator._replace(applied=jnp.where(done, now, allocator.applied))
     columns = (pytree.listed(adapters), pytree.listed(allocator.masks))
     masked = pytree.batched(functools.partial(_masked_batch, now), pytree.alike(*columns), *columns)
@@ -175,11 +198,11 @@ def update_allocator(
     gradients: PyTree,
     step: jax.Array,
 ) -> AllocatorState:
-    """The allocator's next state, from adapters and gradients in canonical form.
+    """Return the allocator's next state, from adapters and gradients in canonical form.
 
-    Before the final phase the averages take in ``|w · g|``; when a mask is due the best triplets of
-    all adapters are kept, as many as b(t) pays for. Nothing changes where a gradient (or weight) is
-    not finite.
+    Before the final phase the averages are updated with ``|w · g|``. When a mask is due, the
+    highest-scoring triplets of all adapters are kept within the budget b(t). The state does not
+    change if any ``w · g`` is not finite.
     """
     config = state.config
     given = pytree.listed(weights), pytree.listed(gradients)
@@ -198,7 +221,7 @@ def update_allocator(
             for i, part in enumerate((state.sensitivity, state.uncertainty))
         )
 
-    # Not jnp.where, which reads and writes all averages also when they are to stay as they are.
+    # Not jnp.where, which reads and writes all averages even if they do not change.
     sensitivity, uncertainty = jax.lax.cond(
         finite & (step < config.total_step - config.tfinal),
         new_averages,
@@ -214,7 +237,7 @@ def update_allocator(
     )
     return state._replace(
         step=jnp.where(finite, step + 1, state.step),
-        # Final when the mask is: compaction may leave fewer adapters to count.
+        # Fixed from the final mask on, because compaction may remove adapters from the count.
         budget=jnp.where(finite & (state.step <= config.final_step), allowed, state.budget),
         masks=masks,
         sensitivity=sensitivity,
@@ -230,11 +253,11 @@ def best_masks(
     uncertainty: PyTree,
     allowed: jax.Array,
 ) -> PyTree:
-    """Return new masks: the best triplets of all adapters, as many as ``allowed`` pays for.
+    """Return new masks: the highest-scoring triplets of all adapters within the budget.
 
     Args:
-      state: whose masks count where pruned triplets are not revived.
-      weights, gradients, sensitivity, uncertainty: in canonical form, for the scores.
+      state: the allocator's state; with ``revive=False`` its masks limit the selection.
+      weights, gradients, sensitivity, uncertainty: inputs of the scores, in canonical form.
       allowed: the budget, in ``config.budget_unit``.
     """
     config = state.config
@@ -267,23 +290,24 @@ def _scored(factor, weights, gradients, sensitivity, uncertainty, config):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _entered(scores, limits, alive, costs, dtype):
-    """A batch for the ranking: in a row, and one by one."""
+    """Return a batch's entries for the selection, concatenated and one per adapter."""
     rows = zip(scores, limits, alive, costs)
     entries = [entry(score.astype(dtype), *rest) for score, *rest in rows]
     return in_a_row(entries), entries
 
 
 def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
-    """Whether a new mask is to be made at ``step``, given the state's ``step`` before it.
+    """Return whether a new mask is due at ``step``, given the state's ``step`` before the update.
 
-    Every ``deltaT`` steps in the budgeting phase, and once at or after ``config.final_step``.
+    A mask is due at multiples of ``deltaT`` in the budgeting phase, and once at or after
+    ``config.final_step``.
     """
     budgeting = (step > config.tinit) & (step < config.final_step) & (step % config.deltaT == 0)
     return budgeting | ((step >= config.final_step) & (next_step <= config.final_step))
 
 
 def enforced(before: AllocatorState, step: jax.Array) -> jax.Array:
-    """Return whether the masks are to be applied at ``step``; otherwise λ may grow back."""
+    """Return whether the masks are applied at ``step``; otherwise pruned λ may grow back."""
     config = before.config
     held = config.hold_mask or not config.revive
     return mask_due(config, step, before.step) | (step >= config.final_step) | held
@@ -307,8 +331,8 @@ def _masked_batch(now, adapters, masks):
 def with_facts(grads: PyTree, params: PyTree) -> PyTree:
     """Return ``grads`` with the scale and layout of the parameters in each :class:`Adapter`.
 
-    Gradients made by hand, ``Adapter(p, lam, q)``, say nothing of the weight; JAX would find
-    another structure in them.
+    Gradients constructed as ``Adapter(p, lam, q)`` have default metadata. Scale and layout are part
+    of a pytree's structure, so JAX would reject them as a different structure.
     """
     known = pytree.adapters(params)
 
@@ -323,11 +347,11 @@ def with_facts(grads: PyTree, params: PyTree) -> PyTree:
 
 
 def matching_gradients(grads: PyTree, params: PyTree) -> PyTree:
-    """The gradients of the adapters in canonical form, checked against the adapters.
+    """Return the gradients of the adapters in canonical form, checked against the adapters.
 
     Raises:
-      ValueError: naming the adapters that have no gradient, or one of another shape, and
-        gradients without an adapter.
+      ValueError: an adapter has no gradient or one of another shape, or a gradient has no adapter;
+        the message names them.
     """
     have, want = pytree.adapters(grads), pytree.adapters(params)
     problems = [f"{path} has no gradient" for path in want if path not in have]
@@ -349,10 +373,10 @@ def matching_gradients(grads: PyTree, params: PyTree) -> PyTree:
 def _limits(
     config: AdaLoraConfig, adapters: PyTree, allowed: jax.Array
 ) -> list[tuple[ArrayLike, ArrayLike]] | None:
-    """``(min_r, max_r)`` of every adapter; None where nothing is limited.
+    """Return ``(min_r, max_r)`` of every adapter; None without limits.
 
-    Allocation per adapter is that with limits too: the same number for each matrix, and what does
-    not divide among them to the best of the next triplets, one a matrix.
+    Allocation per adapter is expressed as limits, too: every matrix keeps an equal number of
+    triplets, and the remainder of the budget goes to the best next triplets, one per matrix.
     """
     if config.allocation == "per_adapter":
         share = allowed // _one_each(config, adapters)
@@ -376,7 +400,7 @@ def current_budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> 
 
 
 def _one_each(config: AdaLoraConfig, adapters: PyTree) -> int:
-    """What one triplet of every matrix costs: their number, in triplets."""
+    """Return the total cost of one triplet per matrix; in triplets, the number of matrices."""
     costs, found = _costs(config, adapters), pytree.adapters(adapters).values()
     return sum(c * math.prod(a.lam.shape[:-1]) for c, a in zip(costs, found))
 
@@ -394,25 +418,27 @@ def map_state(
     rest: PyTree,
     other: Callable[[Any], Any] = lambda leaf: leaf,
 ) -> PyTree:
-    """Map over an optimizer's state by what its leaves belong to, not by their names.
+    """Map over an optimizer's state by the parameter that each leaf belongs to, not by its name.
 
     Args:
       tx: the optimizer.
-      function: of a leaf that belongs to a parameter, and of that parameter's leaf of ``rest``.
-      on_mask: of the path of an adapter and its mask.
+      function: called with a leaf that belongs to a parameter, and that parameter's leaf of
+        ``rest``.
+      on_mask: called with the path of an adapter, and its mask.
       opt_state: the state of ``tx``.
-      rest: a tree of the parameters' structure; its leaves are not None.
-      other: of all other leaves.
+      rest: a tree in the structure of the parameters; its leaves are not None.
+      other: called with every other leaf.
 
     Raises:
-      ValueError: the optimizer keeps something of the parameters that is not one leaf for each.
+      ValueError: the optimizer stores something else per parameter than one leaf, or the state is
+        not that of ``tx``.
     """
     is_state = lambda node: isinstance(node, AllocatorState)
     is_masked = lambda node: isinstance(node, optax.MaskedNode)
     averages = ("sensitivity", "uncertainty")
     plain = jax.tree.map(lambda leaf: False, rest)
 
-    def whole(node):  # map_params takes trees of the parameters' structure, without None
+    def whole(node):  # map_params needs trees in the parameters' structure, without None
         if not is_state(node):
             return node
         return node._replace(**{n: pytree.insert(plain, getattr(node, n)) for n in averages})
@@ -456,17 +482,24 @@ def map_state(
 
 
 def allocator_states(opt_state: PyTree) -> list[AllocatorState]:
-    """Return every :class:`AllocatorState` in any nesting of optax states."""
+    """Return every :class:`AllocatorState` in a nested optax state."""
     is_state = lambda node: isinstance(node, AllocatorState)
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
-    return [pytree.bare(state) for state in found]  # nnx.Optimizer keeps every leaf in a Variable
+    return [pytree.bare(state) for state in found]  # nnx.Optimizer stores leaves as Variables
 
 
 def allocator_state(opt_state: PyTree) -> AllocatorState:
-    """Return the :class:`AllocatorState` in any nesting of optax states, or ``nnx.Optimizer``'s.
+    """Return the :class:`AllocatorState` in a nested optax state or in an ``nnx.Optimizer``.
+
+    Args:
+      opt_state: the state of an optimizer that :func:`adalora_jax.adalora` wrapped, at any depth of
+        ``optax.chain`` and similar; or an ``nnx.Optimizer``.
+
+    Returns:
+      The allocator's state, with the arrays of NNX Variables in place of the Variables.
 
     Raises:
-      ValueError: there is none, or more than one.
+      ValueError: ``opt_state`` contains no allocator state, or more than one.
 
     >>> import jax, optax, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4)

@@ -1,4 +1,4 @@
-"""Several adapters of one model: under names, together, or one for each example of a batch."""
+"""Several adapters of one model: selected by name, combined, or selected per example."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from adalora_jax._src.core.pytree import PyTree
 )
 @dataclasses.dataclass(frozen=True)
 class AdapterBank:
-    """Adapters of one model under names, in arrays of one shape, so that choosing is indexing.
+    """Named sets of adapters for one model, stacked in arrays so that selection is indexing.
 
-    Each adapter is padded with λ = 0 to the largest rank at its path, and is zero at the paths
-    where it has none. Index 0 belongs to no name and is zero everywhere: the base model. Where sets
-    have other scales than the first at their path, λ is multiplied by the ratio. A bank is
-    immutable; every method returns a new one.
+    Each adapter is padded with λ = 0 to the largest rank at its path. A set is zero at the paths
+    where it has no adapter. Index 0 has no name and is zero everywhere: the base model. If a set
+    has another scale than the first one at a path, its λ is multiplied by the ratio. A bank is
+    immutable: :meth:`load` and :meth:`delete` return a new one.
 
     Attributes:
-      stacked: ``{path: Adapter}`` with an axis of ``1 + len(names)`` in front.
-      others: ``{path: parameters}`` of ``modules_to_save``, stacked likewise, the base's first.
-      names: in the order of that axis; static.
+      stacked: ``{path: Adapter}`` with a leading axis of size ``1 + len(names)``.
+      others: ``{path: parameters}`` of ``modules_to_save``, stacked in the same way; index 0 has
+        those of the base model.
+      names: names of the sets, in the order of the leading axis, from index 1; static.
 
     >>> import adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(
@@ -51,15 +52,15 @@ class AdapterBank:
 
     @classmethod
     def of(cls, named: Mapping[str, PyTree], base: Mapping[str, Any] | None = None) -> AdapterBank:
-        """Return a bank of ``{name: adapters}``.
+        """Return a bank of the sets in ``{name: adapters}``.
 
         Args:
-          named: sets of adapters, as in :meth:`load`.
-          base: as in :meth:`load`.
+          named: the sets by name, each as in :meth:`load`.
+          base: parameters of the base model, as in :meth:`load`.
 
         Raises:
-          TypeError: ``named`` is no mapping.
-          ValueError: as :meth:`load`.
+          TypeError: ``named`` is not a mapping.
+          ValueError: as in :meth:`load`.
         """
         if not isinstance(named, Mapping):
             raise TypeError(
@@ -73,18 +74,20 @@ class AdapterBank:
     def load(
         self, name: str, adapters: PyTree, base: Mapping[str, Any] | None = None
     ) -> AdapterBank:
-        """Return the bank with one more set of adapters, or with another one under that name.
+        """Return the bank with another set of adapters; it replaces a set of the same name.
 
         Args:
-          name: of the set.
+          name: name of the set.
           adapters: ``{path: Adapter}`` as :func:`adalora_jax.eval_params` or
-            :func:`adalora_jax.compact` returned them, and what ``modules_to_save`` trained.
-          base: ``{path: parameters}`` of the base model at the paths of ``modules_to_save``: what
-            the base and sets that did not train them use. Needed once, with the first such set.
+            :func:`adalora_jax.compact` returned them, and the parameters of ``modules_to_save``.
+          base: ``{path: parameters}`` of the base model at the paths of ``modules_to_save``, for
+            the base model and for sets that did not train them. Needed once, with the first set
+            that has them.
 
         Raises:
-          ValueError: the name is empty; there is no adapter; one is for a weight of another shape
-            than the bank's at its path, or of unknown scale; or ``base`` lacks a path.
+          ValueError: ``name`` is not a string or is empty; ``adapters`` contains no adapter or is
+            not a dict by path; an adapter is for a weight of another shape than the bank's at its
+            path, or its scale is unknown; or ``base`` lacks a path.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name={name!r} must be a string that is not empty.")
@@ -129,10 +132,13 @@ class AdapterBank:
         return pytree.adapters(selected), _others(selected)
 
     def delete(self, name: str) -> AdapterBank:
-        """The bank without one set of adapters.
+        """Return the bank without one set of adapters.
+
+        Args:
+          name: name of the set.
 
         Raises:
-          ValueError: there is none of that name.
+          ValueError: the bank has no set of this name.
         """
         removed = int(self.index(name))
         without = lambda leaf: jnp.delete(leaf, removed, axis=0)
@@ -140,10 +146,16 @@ class AdapterBank:
         return AdapterBank(stacked, others, tuple(n for n in self.names if n != name))
 
     def index(self, names: str | Sequence[str | None] | None) -> jax.Array:
-        """Where names stand in the bank: an int32 scalar or array. None is the base model.
+        """Return the indices of names in the bank.
+
+        Args:
+          names: a name, or a sequence of names; None is the base model.
+
+        Returns:
+          An int32 scalar, or ``[len(names)]`` for a sequence.
 
         Raises:
-          ValueError: there is no such name.
+          ValueError: the bank has no set of a name.
         """
         place: dict[str | None, int] = {n: i for i, n in enumerate((None, *self.names))}
         wanted = [names] if names is None or isinstance(names, str) else list(names)
@@ -157,13 +169,19 @@ class AdapterBank:
         return found[0] if names is None or isinstance(names, str) else found
 
     def select(self, which: Any) -> dict[str, Any]:
-        """Return the adapters, and what trained along, of a name, of None, or of an index.
+        """Return the adapters, and the parameters of ``modules_to_save``, of one or more sets.
 
-        An index, from :meth:`index`, may be traced: switching, and switching off, compile nothing
-        again. Several names give arrays with an axis in front, see :func:`per_example`.
+        Args:
+          which: a name, None for the base model, a list or tuple of these, or indices from
+            :meth:`index`. Indices may be traced, so that a jitted function can select another set,
+            or the base model, without compiling again.
+
+        Returns:
+          ``{path: Adapter}`` and ``{path: parameters}`` in one dict. For several sets the arrays
+          have a leading axis, see :func:`per_example`.
 
         Raises:
-          ValueError: there is no such name.
+          ValueError: the bank has no set of a name.
         """
         if which is None or isinstance(which, (str, list, tuple)):
             which = self.index(which)
@@ -171,20 +189,24 @@ class AdapterBank:
 
 
 def combine_adapters(*adapters: Mapping[str, Any], weights: Sequence[Any] | None = None) -> Any:
-    """Adapters whose increments are the weighted sums of those given: exact, of the summed rank.
+    """Combine sets of adapters into one whose increments are weighted sums, ``ΔW = Σ_k w_k ΔW_k``.
 
-    Differentiable, so that one set can train while others stay as they are:
-    ``adapted.apply(variables, combine_adapters(trained, frozen), x)``. Other leaves, such
-    as those of a classifier that trains along, are those of the first set.
+    The sums are exact: triplets are concatenated, so ranks add up. The function is differentiable,
+    so one set can train while others are frozen:
+    ``adapted.apply(variables, combine_adapters(trained, frozen), x)``.
 
     Args:
-      *adapters: ``{path: Adapter}``; where scales differ, λ is multiplied by the ratio to the
-        first one's.
-      weights: a factor for each; 1 by default.
+      *adapters: sets ``{path: Adapter}``. If scales at a path differ, λ is multiplied by the ratio
+        to the first one's.
+      weights: a factor w_k per set, scalars, may be traced; 1 by default.
+
+    Returns:
+      ``{path: Adapter}`` with the paths of all sets. Other entries, such as those of a classifier
+      in ``modules_to_save``, are those of the first set.
 
     Raises:
-      ValueError: the number of weights is another, or the adapters at a path are for different
-        weights.
+      ValueError: the numbers of weights and sets differ, the adapters at a path are for weights of
+        different shapes, or a scale is unknown.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
     >>> both = combine_adapters({"query": adapter}, {"query": adapter}, weights=[0.5, 2.0])
@@ -215,14 +237,20 @@ def combine_adapters(*adapters: Mapping[str, Any], weights: Sequence[Any] | None
 
 
 def truncate(adapters: PyTree, rank: int) -> PyTree:
-    """The nearest adapters of at most this rank: ``ΔW`` by its largest singular values.
+    """Return the nearest adapters of at most this rank: ``ΔW`` with its largest singular values.
 
     With ``qᵀ = Q₁ R₁`` and ``pᵀ = Q₂ R₂`` the singular values of ``ΔW = Q₁ (R₁ Λ R₂ᵀ) Q₂ᵀ`` are
-    those of the small matrix in the middle (Eckart and Young, 1936). P and Q come out orthonormal.
+    those of the small matrix ``R₁ Λ R₂ᵀ``; the largest give the nearest matrix of a lower rank
+    (Eckart and Young, 1936).
 
     Args:
-      adapters: any tree with adapters in it; the rest of it stays as it is.
-      rank: of the result, which is smaller where an adapter's weight or rank is.
+      adapters: any tree with adapters in it; other leaves do not change.
+      rank: maximum rank of the result. It is lower if the adapter's rank or a dimension of its
+        weight is.
+
+    Returns:
+      The containers of ``adapters``. P and Q have orthonormal rows, λ are the singular values of
+      ``P Λ Q`` in descending order; scales do not change.
 
     Raises:
       ValueError: ``rank`` is below 1.
@@ -239,18 +267,18 @@ def truncate(adapters: PyTree, rank: int) -> PyTree:
 
 
 def per_example(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of ``(adapters, *inputs)`` for a batch whose examples have adapters of their own.
+    """Map a function of ``(adapters, *inputs)`` over a batch with different adapters per example.
 
-    The base model's products stay products with the whole batch; only those with the adapters are
-    one an example. What the function does over a batch, such as batch statistics, it does over
-    single examples here.
+    Products with the base model's weights remain products with the whole batch; only those with the
+    adapters are computed per example. ``function`` sees batches of one example, so operations over
+    the batch, such as batch statistics, are over single examples.
 
     Args:
-      function: takes adapters and inputs with a batch axis in front.
+      function: takes adapters, and inputs with a leading batch axis; its outputs have that axis.
 
     Returns:
-      A function that takes the same, but adapters with that batch axis, as ``bank.select`` gives
-      them for several names.
+      A function of the same arguments, in which the adapters also have the batch axis, as
+      :meth:`AdapterBank.select` returns them for several names.
 
     >>> from adalora_jax import forward
     >>> adapter = Adapter(jnp.ones((3, 2, 4)), jnp.ones((3, 2)), jnp.ones((3, 2, 5)))
@@ -267,7 +295,7 @@ def per_example(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stack(members: Sequence[Mapping[str, Adapter]]) -> dict[str, Adapter]:
-    """``{path: Adapter}`` with one place for each member, zero where it has no adapter."""
+    """Return ``{path: Adapter}`` stacked over the members; zero for a member without an adapter."""
     stacked = {}
     for path in sorted({path for member in members for path in member}):
         there = [member[path] for member in members if path in member]
@@ -288,7 +316,7 @@ def _others(adapters: Any) -> dict[str, Any]:
 
 
 def _padded(adapter: Adapter, rank: int) -> Adapter:
-    """Return the adapter with zeros as further triplets."""
+    """Return the adapter padded with zero triplets to ``rank``."""
 
     def pad(leaf: jax.Array, axis: int) -> jax.Array:
         widths = [(0, 0)] * leaf.ndim
@@ -311,7 +339,10 @@ def _truncated(adapter: Adapter, rank: int) -> Adapter:
 
 
 def _check_same_weight(name: str, path: str, adapter: Adapter, first: Adapter) -> None:
-    """Refuses an adapter for a weight of another shape than that of the first one at its path."""
+    """Raise an error if an adapter is for another weight than the first one at its path.
+
+    Stack, ``in`` and ``out`` must be equal, and the axes of the layouts, if both are known.
+    """
     shape = lambda a: (*a.lam.shape[:-1], a.q.shape[-1], a.p.shape[-1])
     have, want = shape(adapter), shape(first)
     axes = adapter.layout is None or first.layout is None or adapter.layout.same_axes(first.layout)

@@ -1,4 +1,4 @@
-"""What the value of a config field may be: each check gives it back in the form that is kept."""
+"""Validation of config fields, and their conversion to the stored form."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from collections.abc import Callable
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MAX_INT = 2**31 - 1  # of int32, in which steps and triplets are counted
-MAX_NUMBER = 2.0**127 * (2 - 2.0**-23)  # of float32, in which is computed
-MIN_NUMBER = 2.0**-126  # the smallest that float32 holds in full precision
+MAX_INT = 2**31 - 1  # the largest int32, the dtype that counts steps and triplets
+MAX_NUMBER = 2.0**127 * (2 - 2.0**-23)  # the largest float32, the dtype of the computation
+MIN_NUMBER = 2.0**-126  # the smallest normal float32
 
 
 @dataclasses.dataclass(frozen=True)
 class MissingFunction:
-    """Stands in a config for a function that could not be saved with it."""
+    """Placeholder for a function that could not be saved with its config.
+
+    Calling it raises a ValueError.
+
+    Attributes:
+      name: qualified name of the function.
+    """
 
     name: str
 
@@ -28,10 +34,15 @@ class MissingFunction:
 
 
 def integer(name: str, value: Any, *, minimum: int) -> int:
-    """Return ``value`` as an int from ``minimum`` to the largest int32; ``name`` is for messages.
+    """Return ``value`` as an int from ``minimum`` to the largest int32.
+
+    Args:
+      name: name of the field, for the message.
+      value: the value to check; bool is not accepted.
+      minimum: the smallest valid value.
 
     Raises:
-      ValueError: it is not such an integer.
+      ValueError: ``value`` is not an integer in this range.
 
     >>> integer("init_r", 3, minimum=1)
     3
@@ -50,16 +61,16 @@ def integer(name: str, value: Any, *, minimum: int) -> int:
 
 
 def number(name: str, value: Any, range_: str, ok: Callable[[float], bool]) -> int | float:
-    """Return ``value`` as an int or a float that float32 can hold and for which ``ok`` is true.
+    """Return ``value`` as an int or float that satisfies ``ok`` and is within float32's range.
 
     Args:
-      name: of the field, for the message.
-      value: to check.
-      range_: what ``ok`` tests, in words.
-      ok: a condition.
+      name: name of the field, for the message.
+      value: the value to check; bool and str are not accepted.
+      range_: description of ``ok``, for the message.
+      ok: predicate on ``float(value)``.
 
     Raises:
-      ValueError: it is not such a number.
+      ValueError: ``value`` is not a number, does not satisfy ``ok``, or exceeds float32's range.
 
     >>> number("beta1", 0.85, "below 1", lambda v: v < 1)
     0.85
@@ -78,10 +89,10 @@ def number(name: str, value: Any, range_: str, ok: Callable[[float], bool]) -> i
 
 
 def scaling(name: str, alpha: float, init_r: int) -> None:
-    """Refuse an alpha whose ``alpha / init_r`` is not 0 but is so in float32.
+    """Check that ``alpha / init_r``, if positive, is at least the smallest normal float32.
 
     Raises:
-      ValueError: naming ``name``, the alpha and the rank.
+      ValueError: it is smaller; the message has ``name``, alpha and rank.
 
     >>> scaling("lora_alpha", 5e-324, 12)
     Traceback (most recent call last):
@@ -97,21 +108,21 @@ float32: raise lora_alpha.
 
 
 def shown(value: Any) -> str:
-    """Return ``repr(value)``, but not the digits of an astronomic integer.
+    """Return ``repr(value)``, or the bit length of an integer of more than 256 bits.
 
     >>> shown(12), shown(10**5000)
     ('12', 'an integer of 16610 bits')
     """
-    # Python itself refuses to print integers of more than 4300 digits.
+    # Python raises an error for the repr of an integer of more than 4300 digits.
     huge = isinstance(value, int) and value.bit_length() > 256
     return f"an integer of {value.bit_length()} bits" if huge else repr(value)
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...], or_callable: bool = False) -> Any:
-    """Return a value that is ``allowed``, or a function where one may be given.
+    """Return ``value`` if it is one of ``allowed``, or a function with ``or_callable``.
 
     Raises:
-      ValueError: it is neither; naming all choices.
+      ValueError: it is neither; the message has all choices.
 
     >>> choice("init", "zeros", ("gaussian", "lambda_one"))
     Traceback (most recent call last):
@@ -121,7 +132,7 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...], or_callable: bool = 
     if or_callable and callable(value):
         return value
     if isinstance(value, (str, type(None))) and value in allowed:
-        return allowed[allowed.index(value)]  # a subclass of str has another repr
+        return allowed[allowed.index(value)]  # a subclass of str may have another repr
     options = ", ".join(repr(option) for option in allowed)
     raise ValueError(
         f"{name}={value!r} must be one of {options}{', or a function' if or_callable else ''}."
@@ -129,10 +140,10 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...], or_callable: bool = 
 
 
 def regex(name: str, value: str) -> str:
-    """Return a regular expression that compiles.
+    """Return ``value`` if it compiles as a regular expression.
 
     Raises:
-      ValueError: it does not; naming the field it was given for.
+      ValueError: it does not compile; the message has the field's name.
 
     >>> regex("exclude_modules", "(")
     Traceback (most recent call last):
@@ -148,13 +159,13 @@ subpattern at position 0.
 
 
 def names(name: str, value: Any) -> Any:
-    """Return a regex as a string, any other collection of names as a tuple, and a function as is.
+    """Return a regex as a str, names as a tuple, and a function or None unchanged.
 
-    A string is a regex in ``target_modules`` and ``exclude_modules``, and one name elsewhere; the
-    names in ``layers_pattern`` are regexes.
+    In ``target_modules`` and ``exclude_modules`` a string is a regex and a function is accepted; in
+    other fields a string is one name. The names in ``layers_pattern`` are regexes. Sets are sorted.
 
     Raises:
-      ValueError: it is none of them, or a regex that does not compile.
+      ValueError: ``value`` is none of these, or a regex does not compile.
 
     >>> names("target_modules", {"value", "query"}), names("target_modules", ".*query")
     (('query', 'value'), '.*query')
@@ -173,12 +184,15 @@ def names(name: str, value: Any) -> Any:
         function = ", or a function" if selects else ""
         raise ValueError(f"{name}={value!r} must be a list of names or a string{function}.")
     for entry in result if name == "layers_pattern" else ():
-        regex(name, f"(?:{entry})")  # as it is used, in the middle of another
+        regex(name, f"(?:{entry})")  # in a group, as it is used inside a longer regex
     return tuple(map(str.__str__, result))
 
 
 def indices(name: str, value: Any) -> int | tuple[int, ...] | None:
-    """One index, or several as a tuple.
+    """Return one index as an int, several as a tuple, and None unchanged. Sets are sorted.
+
+    Raises:
+      ValueError: an index is not an integer of at least 0.
 
     >>> indices("layers_to_transform", [0, 2]), indices("layers_to_transform", 3)
     ((0, 2), 3)
@@ -193,9 +207,12 @@ def indices(name: str, value: Any) -> int | tuple[int, ...] | None:
 
 
 def rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
-    """A hashable form of ``{path: rank}`` or PEFT's ``{path: [True, False, ...]}``, sorted.
+    """Return ``{path: rank}`` or PEFT's ``{path: [True, False, ...]}`` as sorted, hashable pairs.
 
-    The booleans of a stack of layers are lists in a list. An empty list is rank 0.
+    A stack of layers has nested lists of booleans. An empty list is rank 0. None stays None.
+
+    Raises:
+      ValueError: ``value`` is not such a mapping, or a rank is negative or above int32.
 
     >>> rank_pattern({"query": 2, "key": [True, False]})
     (('key', (True, False)), ('query', 2))
@@ -220,7 +237,10 @@ def rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
 
 
 def dtype_name(name: str, value: Any) -> str:
-    """The name of a floating dtype.
+    """Return the name of a dtype, which must be in :data:`DTYPES`.
+
+    Raises:
+      ValueError: it is not.
 
     >>> import jax.numpy as jnp
     >>> dtype_name("param_dtype", jnp.bfloat16)
@@ -235,7 +255,11 @@ def dtype_name(name: str, value: Any) -> str:
 
 
 def _triplets(keep: list[Any] | tuple[Any, ...]) -> tuple[Any, ...]:
-    """Booleans, or lists of them at the same depth, as tuples."""
+    """Return a list of booleans, or nested lists of them, as tuples.
+
+    Raises:
+      TypeError: a list mixes booleans with lists, or has other entries.
+    """
     if all(isinstance(entry, bool) for entry in keep):
         return tuple(keep)
     if not all(isinstance(entry, (list, tuple)) for entry in keep):

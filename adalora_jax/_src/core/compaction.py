@@ -1,4 +1,4 @@
-"""Ranks after pruning, and adapters and optimizer states without the pruned triplets."""
+"""Compaction: adapters and optimizer states without the pruned triplets, and a table of ranks."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ from adalora_jax._src.core.pytree import PyTree
 
 
 def compact(params: PyTree, opt_state: Any, tx: optax.GradientTransformation | None = None) -> Any:
-    """Return the parameters without their pruned triplets: the same function, at smaller ranks.
+    """Return the parameters without their pruned triplets: the same function at smaller ranks.
 
-    The masks decide, never the values of λ: they are applied first. An adapter of rank 0 is left
-    out. The adapters of a stack stay one array, of the largest rank among them, padded with λ = 0.
-    Scales stay, and so does everything that is not an adapter. Not for use under ``jit``, since the
-    shapes depend on the masks.
+    The masks are applied first and alone determine the removed triplets, independently of the
+    values of λ. An adapter of rank 0 is removed. A stack remains one array of its largest rank;
+    lower-rank slices are padded with λ = 0. Scales and all other leaves do not change. It does not
+    work under ``jit``, because the shapes depend on the masks.
 
-    With ``tx`` training continues at that size: the optimizer's moments, the averages and the masks
-    are cut like the adapters; a jitted step compiles once more for the new shapes. The task's
-    gradients are those of before; the orthogonality penalty no longer counts the removed rows.
+    With ``tx`` the optimizer's state is compacted, too, so training can continue at the new size:
+    moments, moving averages and masks lose the same rows as the adapters. A jitted step compiles
+    again for the new shapes. The gradients of the task's loss do not change; the orthogonality
+    penalty no longer counts the removed rows.
 
     Args:
-      params: what trains: a tree with adapters in it, as the optimizer sees it.
-      opt_state: with the masks in it, see :func:`adalora_jax.masks`; with ``tx`` its whole state.
-      tx: the optimizer, to cut its state as well.
+      params: the trained parameters: a tree with adapters in it, as the optimizer updates it.
+      opt_state: masks, or a state that contains them, as in :func:`adalora_jax.masks`; with ``tx``
+        its complete state.
+      tx: the optimizer, if its state is to be compacted.
 
     Returns:
-      ``params`` in their containers, less the entries of adapters of rank 0; with ``tx``
+      ``params`` in their containers, without the entries of adapters of rank 0; with ``tx``
       ``(params, opt_state)``.
 
     Raises:
-      ValueError: an adapter has no mask; with ``tx``, the final mask is still to come, or the
-        optimizer keeps something of an adapter that is not of its shape.
+      ValueError: an adapter has no mask, or a mask has no adapter of its shape; with ``tx``, the
+        final mask is missing, or the optimizer stores an array of another shape for an adapter.
 
     Warns:
-      UserWarning: without ``tx``, if the final mask is still to come: :func:`finish` makes it.
+      UserWarning: without ``tx``, if the final mask is missing; :func:`finish` makes it.
 
     >>> import jax, jax.numpy as jnp, optax, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2, tfinal=1)
@@ -78,13 +80,13 @@ def compact(params: PyTree, opt_state: Any, tx: optax.GradientTransformation | N
 
 
 class _Cut:
-    """The surviving rows of one leaf of an adapter, and where they are padding.
+    """The remaining rows of one leaf of an adapter.
 
     Attributes:
-      name: of the leaf, for messages.
-      shape: of the leaf.
-      rows: ``[..., rank]`` indices of the surviving triplets.
-      after: number of axes behind that of the triplets.
+      name: name of the leaf, for error messages.
+      shape: shape of the leaf.
+      rows: ``[..., rank]`` indices of the remaining triplets.
+      after: number of axes after the triplet axis.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], rows: np.ndarray, after: int):
@@ -92,7 +94,7 @@ class _Cut:
 
 
 def _cuts(params: PyTree, by_path: Mapping[str, np.ndarray]) -> PyTree:
-    """Return a :class:`_Cut` for each leaf of an adapter, and False for other leaves."""
+    """Return a tree with a :class:`_Cut` per leaf of an adapter and False for other leaves."""
 
     def cuts(path, adapter):
         rows = surviving_rows(by_path[path])[0]
@@ -106,15 +108,15 @@ def _cuts(params: PyTree, by_path: Mapping[str, np.ndarray]) -> PyTree:
 
 
 def _cut(leaf: Any, cut: Any) -> Any:
-    """Return the surviving rows of a leaf of an adapter, or of something of its shape."""
+    """Return the remaining rows of a leaf of an adapter, or of an array of the leaf's shape."""
     if cut is False:
         return leaf
     if cut.rows.shape[-1] == 0:
         return _REMOVED
-    before = leaf.ndim - len(cut.shape)  # axes in front of the adapter's, such as a history's
+    before = leaf.ndim - len(cut.shape)  # extra leading axes, such as a history's
     if before < 0 or leaf.shape[before:] != cut.shape:
         if leaf.size == 1:
-            return leaf  # a placeholder
+            return leaf  # an optimizer's placeholder
         raise ValueError(
             f"opt_state: the optimizer keeps an array of shape {leaf.shape} for {cut.name!r} of "
             f"shape {cut.shape}, so it cannot be cut: compact(params, opt_state) the parameters "
@@ -145,11 +147,19 @@ def _cut_state(tx: Any, opt_state: Any, cuts: PyTree, by_path: Any, small: PyTre
 
 
 def summary(adapters: PyTree, state: Any = None) -> str:
-    """A table for people: one row an adapter, with its shape, live rank and parameters.
+    """Return a text table of the adapters: sizes, ranks and active parameters per matrix.
 
     Args:
       adapters: any tree with adapters in it.
-      state: as in :func:`adalora_jax.masks`; without it every triplet counts as active.
+      state: an optimizer's state, or masks, as in :func:`adalora_jax.masks`; None counts every
+        triplet as active.
+
+    Returns:
+      A table with one row per matrix and one for the total. Columns: path, ``in``, ``out``, number
+      of active triplets (``rank``), number of all triplets (``of``), number of active parameters.
+
+    Raises:
+      ValueError: ``adapters`` contains no adapter, or ``state`` no masks.
 
     >>> import jax.numpy as jnp, adalora_jax as adalora
     >>> adapter = adalora.Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
@@ -180,7 +190,7 @@ def summary(adapters: PyTree, state: Any = None) -> str:
 
 
 def surviving_rows(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows that remain of an adapter, and which of them are not a stack's padding.
+    """Return the remaining rows of an adapter, and False for those that pad a slice of a stack.
 
     >>> rows, active = surviving_rows(np.array([[True, False, True], [False, True, False]]))
     >>> rows.tolist(), active.tolist()
@@ -191,7 +201,7 @@ def surviving_rows(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.take_along_axis(mask, rows, axis=-1)
 
 
-_REMOVED = object()  # in the place of a leaf whose adapter has rank 0
+_REMOVED = object()  # replaces a leaf whose adapter has rank 0
 
 
 def _without_removed(node: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""The hyper-parameters of AdaLoRA, and every refusal of one."""
+"""Hyper-parameters of AdaLoRA and their validation."""
 
 from __future__ import annotations
 
@@ -64,102 +64,147 @@ _FLAGS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaLoraConfig:
-    """The hyper-parameters of an AdaLoRA run; immutable, hashable, static under ``jax.jit``.
+    """Hyper-parameters of an AdaLoRA run: immutable, hashable, static under ``jax.jit``.
 
-    Fields shared with Hugging Face PEFT have its names and defaults, so the keyword arguments of
-    ``peft.AdaLoraConfig`` can be pasted in. Steps are optimizer steps, counted from 0.
+    The fields of ``peft.AdaLoraConfig`` have the same names and defaults here, so its keyword
+    arguments can be pasted in. Steps are optimizer steps, counted from 0. Below, n is the number of
+    adapted matrices; every slice of a stack is one.
 
-    The run has three phases. Up to and including step ``tinit`` nothing is pruned; then, until
-    step ``total_step - tfinal``, the budget falls from ``init_r`` to ``target_r`` triplets per
-    adapter on average, with a new mask every ``deltaT`` steps; after that the last mask stays.
+    A run has three phases. Up to and including step ``tinit`` nothing is pruned. Then, until step
+    ``total_step - tfinal``, the budget falls from ``init_r`` to ``target_r`` triplets per matrix,
+    averaged over all matrices, with a new mask every ``deltaT`` steps. After that the mask is
+    fixed.
 
-    Any sequence or set of names may be given; fields store it as a tuple, mappings as pairs.
-    What a function is called with is in :mod:`adalora_jax.protocols`.
+    Where names are expected, any sequence or set is accepted and stored as a tuple; mappings are
+    stored as pairs. :mod:`adalora_jax.protocols` has the signatures of the custom functions.
+
+    Each entry below starts with the allowed values and the default. "PEFT" marks the fields of
+    ``peft.AdaLoraConfig``; the defaults of the other fields give PEFT's behaviour. The equations
+    are those of `AdaLoRA <https://arxiv.org/abs/2303.10512>`_.
 
     Attributes:
-      total_step: optimizer steps of the whole run, over which the budget schedule is laid out.
-        Required.
-      target_r: triplets per adapter at the end, on average over all adapters.
-      init_r: triplets per adapter at the start; at least ``target_r``.
-      tinit: last step of the warm-up, in which nothing is pruned.
-      tfinal: steps at the end in which the mask no longer changes.
-      deltaT: steps from one mask to the next. In between a pruned λ may grow back.
-      beta1: decay of the smoothed sensitivity Ī, above 0 and below 1.
-      beta2: decay of its uncertainty Ū, above 0 and below 1.
-      orth_reg_weight: weight of the orthogonality penalty, see ``adalora_jax.orthogonality``.
-      orth_reg_in_update: True adds the gradient of the orthogonality penalty inside the update of
-        ``adalora_jax.adalora``, for a trainer that owns the loss. Then ``orthogonality`` refuses
-        this config, since the penalty would count twice. False: add it to the loss yourself.
-      rank_pattern: start from the ranks of an earlier run: ``{path: rank}``, or the booleans of
-        ``adalora_jax.rank_pattern``, one per triplet. None: by ``init_r`` and ``rank_limits``.
-      rank_limits: where the rank of some layers starts, its limits and alpha:
-        ``{pattern: RankSpec}``; a dict of its fields or an ``init_r`` alone will do. A pattern is
-        a regex for the whole path or its end at a separator, so a name is one. The first match
-        counts.
-      lora_alpha: increments are scaled by ``lora_alpha / init_r``, for the whole run; by 1 where
-        it is not above 0. The property ``scaling`` has the factor.
-      scale: the factor itself, whatever the rank. None: by ``lora_alpha``.
-      lora_dropout: probability of dropout on the input of an adapter while training, below 1.
-      target_modules: the layers to adapt. A list of names, each of which matches the paths that
-        end with it at a separator; a string, which is a regex for the whole path;
-        ``"all-linear"``, every linear layer (dense, einsum, recurrent gates; no convolution, no
-        embedding); or a function ``(path, module) -> bool | RankSpec``. Required by ``adapt``.
-      exclude_modules: layers that stay as they are, in the same forms.
-      layers_to_transform: adapt only the layers with this index, or these indices, in the list of
-        layers they belong to: 3 for ``h/3/mlp/up`` and for ``block_3/mlp/up``. None: all.
-      layers_pattern: name or names of the list that ``layers_to_transform`` counts in; regexes.
-        None: any list.
-      modules_to_save: names of base parameters or modules that are trained along, in float32,
-        such as a new classifier.
-      init_lora_weights: False draws p, λ and q from the standard normal, so the adapted model does
-        not start as the base model. PEFT's switch for tests.
-      fan_in_fan_out: has no effect here, Flax kernels are always ``[in, out]``; kept for the
-        files of PEFT, where it marks GPT-2's ``Conv1D``.
-      budget_schedule: how the budget changes between ``tinit`` and the final mask: ``"cubic"``,
-        the paper's, prunes most at the beginning; ``"linear"``; ``"grow"`` rises from one triplet
-        per matrix, up to ``init_r`` (IncreLoRA); or a ``BudgetSchedule``. See
-        ``adalora_jax.budget``.
-      budget_unit: what the budget counts: ``"triplets"``; ``"parameters"`` or ``"flops"``, by
-        which a triplet of a wide layer costs more than one of a narrow layer; or a
-        ``BudgetCost``.
-      score: what ranks the triplets, from the smoothed sensitivity Ī of ``|w g|`` and its
-        uncertainty Ū: ``"sensitivity_uncertainty"``, ``Ī Ū``, the paper's;
-        ``"smoothed_sensitivity"``, Ī; ``"sensitivity"``, ``|w g|`` of this step;
-        ``"magnitude"``, ``|λ|``; ``"upper_confidence"``, ``Ī + Ū``;
-        ``"sensitivity_over_uncertainty"``, ``Ī / Ū`` (IGU-LoRA); ``"signal_to_noise"``, ``|w|``
-        over the deviation of its posterior; or a ``ScoreFunction``.
-      score_over: ``"triplet"``: the score of λ plus the means of those of its vectors; ``"lam"``:
-        that of λ alone.
-      allocation: ``"global"``: all triplets compete for one budget; ``"per_adapter"``: every
-        matrix has the same rank.
-      init: initial values: ``"gaussian"``, λ = 0, p and q normal with deviation 0.02;
-        ``"lambda_one"``, λ = 1 and p = 0; ``"orthonormal"``, λ = 0, p and q with orthonormal
-        rows; or an ``InitFunction``.
-      orthogonality: norm of the penalty: ``"frobenius"``, PEFT's ``‖M Mᵀ − I‖``; ``"squared"``,
-        its square, the paper's.
-      param_dtype: dtype of p, λ and q: float32, bfloat16, float16 or float64.
-      sensitivity_at: takes w in ``|w g|`` after the update (``"updated"``, as PEFT does) or before
-        it (``"current"``).
-      lam_lr_multiplier: multiplies the update that the inner optimizer makes of λ.
-      prox: what λ goes through after each update: None, nothing; ``"soft_threshold"``, the
-        proximal step of an L1 penalty (SoRA); or a ``ProxFunction``.
-      prox_weight: strength of ``prox``.
-      forward_mode: True makes ``jax.jvp`` and ``jax.hessian`` work; training steps are slower.
-      hold_mask: True holds a pruned λ at 0 until a later mask revives its triplet.
-      revive: False holds it at 0 for the rest of the run.
+      total_step: int ≥ 1, required; PEFT. Number of optimizer steps in the run, the paper's T. The
+        budget schedule spans them; ``tinit < total_step - tfinal`` must hold. Used by ``budget``
+        and by the allocator.
+      target_r: int ≥ 1, default 8; PEFT. Triplets per matrix at the end, averaged over all
+        matrices: the final budget is b(T) = ``target_r`` · n. Used by ``budget``.
+      init_r: int ≥ ``target_r``, default 12; PEFT. Triplets per matrix at the start: the initial
+        budget is b(0) = ``init_r`` · n. ``rank_limits`` and ``rank_pattern`` override it for single
+        layers. Used by ``adapt``, ``init_adapter``, ``budget`` and ``scaling``.
+      tinit: int ≥ 0, default 0; PEFT. t_i, the last step of the warm-up, in which nothing is
+        pruned. Used by ``budget`` and by the allocator.
+      tfinal: int ≥ 0, default 0; PEFT. t_f, the number of steps at the end, from the final mask on.
+        Mask, Ī and Ū do not change after it. Used by ``budget`` and by the allocator.
+      deltaT: int ≥ 1, default 1; PEFT. Δ_T, the number of steps from one mask to the next. Between
+        two masks a pruned λ may grow back, see ``hold_mask``. Used by the allocator.
+      beta1: float above 0 and below 1, default 0.85; PEFT. β1, the decay of the smoothed
+        sensitivity Ī, Eq. (9). Used by the allocator.
+      beta2: float above 0 and below 1, default 0.85; PEFT. β2, the decay of the uncertainty Ū,
+        Eq. (10). Used by the allocator.
+      orth_reg_weight: finite float ≥ 0, default 0.5; PEFT. γ, the weight of the orthogonality
+        penalty, Eq. (4). Used by ``adalora_jax.orthogonality``, and by ``adalora_jax.adalora`` with
+        ``orth_reg_in_update``.
+      orth_reg_in_update: bool, default False. True: ``adalora_jax.adalora`` adds the gradient of
+        the orthogonality penalty inside its update, for a trainer that owns the loss, and
+        ``adalora_jax.orthogonality`` raises an error for this config, since the penalty would count
+        twice. False: add ``orthogonality`` to the loss yourself.
+      rank_pattern: ``{path: rank}``, its pairs, or None (default); PEFT. Ranks of an earlier run
+        to start from, ahead of ``init_r`` and ``rank_limits``. A rank is an int ≥ 0, or the
+        booleans of ``adalora_jax.rank_pattern``, one per triplet (nested lists for a stack). None:
+        the ranks follow from ``init_r`` and ``rank_limits``. Used by ``adapt`` and by the reader
+        and writer of PEFT files.
+      rank_limits: ``{pattern: RankSpec}``, its pairs, or None (default). Initial rank, limits and
+        alpha of the layers that match; a value may also be a dict of the fields of
+        :class:`RankSpec`, or an ``init_r`` alone. A pattern is a regex for the whole path or for
+        its end at a separator, so the name of a layer is one. The first match counts. Used by
+        ``adapt`` (``init_r``), the allocator (``min_r`` and ``max_r``, which
+        ``allocation="per_adapter"`` excludes) and :meth:`scale_of` (``alpha``, ``init_r``).
+      lora_alpha: finite number, default 8; PEFT. Increments are scaled by ``lora_alpha / init_r``
+        for the whole run, or by 1 where ``lora_alpha`` is not above 0; see :attr:`scaling`. Has no
+        effect if ``scale`` is set.
+      scale: finite float ≥ 1.18e-38, or None (default). The factor s of the increments, for any
+        rank; an ``alpha`` in ``rank_limits`` has precedence. None: s is computed from
+        ``lora_alpha``. Used by :attr:`scaling` and :meth:`scale_of`.
+      lora_dropout: float ≥ 0 and below 1, default 0; PEFT. Probability of dropout on the input of
+        an adapter during training. Used by the adapted linen or NNX model.
+      target_modules: names, str, ``TargetFunction`` or None (default); PEFT. The layers to adapt;
+        required by ``adapt``. A list of names, each of which matches the paths that end with it at
+        a separator; a string, which is a regex for the whole path; ``"all-linear"``, every linear
+        layer (dense, einsum, recurrent gates; no convolution, no embedding); or a function
+        ``(path, module) -> bool | RankSpec``. Used by ``adapt``.
+      exclude_modules: names, str, ``TargetFunction`` or None (default); PEFT. The layers that are
+        not adapted, in the forms of ``target_modules``. None: no layer is excluded. Used by
+        ``adapt``.
+      layers_to_transform: int ≥ 0, a collection of them, or None (default); PEFT. Adapt only the
+        layers with this index, or these indices, in the list of layers that contains them: 3 for
+        ``h/3/mlp/up`` and for ``block_3/mlp/up``. None: all. Used by ``adapt``.
+      layers_pattern: name or names, or None (default); PEFT. Regexes for the name of the list that
+        ``layers_to_transform`` counts in. None: any list. Used by ``adapt``.
+      modules_to_save: name or names, or None (default); PEFT. Base parameters or modules that are
+        trained along with the adapters, in float32, such as a new classifier. Used by ``adapt``.
+      init_lora_weights: bool, default True; PEFT. False: p, λ and q are drawn from the standard
+        normal distribution, so the adapted model does not start as the base model; PEFT's switch
+        for tests. Used by ``init_adapter``.
+      fan_in_fan_out: bool, default False; PEFT. Has no effect on training, since Flax kernels are
+        always ``[in, out]``; kept for PEFT files, where it marks GPT-2's ``Conv1D``. Used by the
+        reader and writer of PEFT files and by ``merge_pretrained``.
+      budget_schedule: ``"cubic"`` (default), ``"linear"``, ``"grow"`` or a ``BudgetSchedule``. How
+        the budget b(t) changes between ``tinit`` and the final mask: ``"cubic"``, the paper's,
+        prunes most at the beginning; ``"linear"`` prunes evenly; ``"grow"`` rises from one triplet
+        per matrix, up to ``init_r`` in a single matrix (IncreLoRA). Used by ``budget``.
+      budget_unit: ``"triplets"`` (default), ``"parameters"``, ``"flops"`` or a ``BudgetCost``. The
+        unit of the budget; with ``"parameters"`` and ``"flops"`` a triplet of a wide layer costs
+        more than one of a narrow layer. Used by the allocator.
+      score: name or ``ScoreFunction``. The score that ranks the triplets, from the smoothed
+        sensitivity Ī of ``|w g|``, Eqs. (8) and (9), and its uncertainty Ū, Eq. (10):
+        ``"sensitivity_uncertainty"`` (default), ``Ī Ū``, Eq. (11); ``"smoothed_sensitivity"``, Ī;
+        ``"sensitivity"``, ``|w g|`` of this step; ``"magnitude"``, ``|λ|``;
+        ``"upper_confidence"``, ``Ī + Ū``; ``"sensitivity_over_uncertainty"``, ``Ī / Ū``
+        (IGU-LoRA); ``"signal_to_noise"``, ``|w|`` over the deviation of its posterior. Used by the
+        allocator.
+      score_over: ``"triplet"`` (default), the score of λ plus the means of the scores of p and q,
+        Eq. (7); or ``"lam"``, the score of λ alone. Has no effect on ``"magnitude"`` and on a
+        ``ScoreFunction``. Used by the allocator.
+      allocation: ``"global"`` (default), all triplets compete for one budget, Eq. (6); or
+        ``"per_adapter"``, every matrix has the same rank. Used by the allocator.
+      init: ``"gaussian"`` (default), λ = 0, p and q normal with standard deviation 0.02;
+        ``"lambda_one"``, λ = 1 and p = 0; ``"orthonormal"``, λ = 0, p and q with orthonormal rows;
+        or an ``InitFunction``. Initial values. Used by ``init_adapter``.
+      orthogonality: ``"frobenius"`` (default), PEFT's ``‖M Mᵀ − I‖``; or ``"squared"``, its square,
+        as in Eq. (4). Norm of the penalty. Used by ``adalora_jax.orthogonality``, and by
+        ``adalora_jax.adalora`` with ``orth_reg_in_update``.
+      param_dtype: float32 (default), bfloat16, float16 or float64, as a name or a dtype; stored as
+        its name. Dtype of p, λ and q. Used by ``init_adapter``.
+      sensitivity_at: ``"updated"`` (default), w in ``|w g|`` is taken after the update, as in PEFT;
+        or ``"current"``, before it. Used by ``adalora_jax.adalora``.
+      lam_lr_multiplier: finite float ≥ 0, default 1. Factor on the inner optimizer's update of λ.
+        Used by ``adalora_jax.adalora``.
+      prox: None (default), ``"soft_threshold"`` or a ``ProxFunction``. Map applied to λ after each
+        update: None, the identity; ``"soft_threshold"``, the proximal step of an L1 penalty (SoRA).
+        Used by ``adalora_jax.adalora``.
+      prox_weight: finite float ≥ 0, default 0. Strength of ``prox``. Used by
+        ``adalora_jax.adalora``.
+      forward_mode: bool, default False. True: ``jax.jvp`` and ``jax.hessian`` work; training steps
+        are slower. Used by the adapted linen or NNX model.
+      hold_mask: bool, default False. True: a pruned λ stays 0 until a later mask makes its triplet
+        active again. Used by the allocator.
+      revive: bool, default True. False: a pruned λ stays 0 for the rest of the run; not allowed
+        with ``budget_schedule="grow"``. Used by the allocator.
 
     Args:
-      task_type: accepted with any of PEFT's values, and not stored, as the next three are not.
-      bias: accepted as ``"none"``: biases are not trained.
-      inference_mode: accepted with either value.
-      peft_type: accepted as ``"ADALORA"``.
-      r: refused: AdaLoRA starts at ``init_r``.
-      use_dora: refused: AdaLoRA has no DoRA form.
-      loftq_config: refused: quantize the base instead.
+      task_type: None or one of PEFT's values. This and the arguments below are PEFT's; they are
+        checked and not stored.
+      bias: must be ``"none"``: biases are not trained.
+      inference_mode: True or False; has no effect.
+      peft_type: must be ``"ADALORA"``.
+      r: must be None: AdaLoRA starts at ``init_r``.
+      use_dora: must be False: AdaLoRA has no DoRA form.
+      loftq_config: must be None or empty: quantize the base model instead.
 
     Raises:
-      ValueError: for any value that cannot work, naming the argument, its value and a way out.
-      TypeError: for a name that is not an argument. For PEFT's others use :meth:`from_peft`.
+      ValueError: a value cannot work; the message has the argument, its value and a remedy.
+      TypeError: ``total_step`` is missing, or a name is not an argument. For PEFT's other arguments
+        use :meth:`from_peft`.
 
     >>> config = AdaLoraConfig(total_step=1000, tinit=100, tfinal=300, target_modules=["query"])
     >>> config.scaling
@@ -283,9 +328,10 @@ prunes to target_r, so init_r must be at least 8.
 
     @property
     def scaling(self) -> float:
-        """The factor s of an increment: ``scale``, or else ``lora_alpha / init_r``.
+        """Factor s of the increments: ``scale`` if it is set, else ``lora_alpha / init_r``.
 
-        It is 1 where ``lora_alpha`` is not above 0. See :meth:`scale_of` for that of one layer.
+        It is 1 where ``lora_alpha`` is not above 0. :meth:`scale_of` returns the factor of one
+        layer.
 
         >>> AdaLoraConfig(total_step=9, lora_alpha=24).scaling
         2.0
@@ -297,8 +343,9 @@ prunes to target_r, so init_r must be at least 8.
     def scale_of(self, path: str) -> float:
         """Return the factor s of the adapter at ``path``.
 
-        It is :attr:`scaling`, unless ``rank_limits`` gives the layer an alpha or, without a
-        ``scale``, a rank: then ``alpha / init_r`` of these.
+        It is :attr:`scaling`, unless ``rank_limits`` sets the layer's alpha or, if ``scale`` is
+        None, its ``init_r``. Then it is ``alpha / init_r`` with the layer's values, or 1 where that
+        alpha is not above 0.
 
         >>> config = AdaLoraConfig(total_step=9, rank_limits={"query": RankSpec(alpha=24)})
         >>> config.scale_of("encoder/query"), config.scale_of("encoder/key") == config.scaling
@@ -310,10 +357,10 @@ prunes to target_r, so init_r must be at least 8.
         return spec.alpha / spec.init_r if spec.alpha > 0 else 1.0
 
     def spec_of(self, path: str) -> LayerRank:
-        """Return the rank of the layer at ``path``, every field filled in.
+        """Return the rank of the layer at ``path``, with defaults for the fields that are None.
 
         A pattern of ``rank_limits`` is a regex for the whole path or for its end at a separator,
-        so a plain name is one; the first that matches counts.
+        so the name of a layer is one. The first match counts.
 
         >>> limits = {"query": 24, r".*/mlp/.*": {"max_r": 8}}
         >>> config = AdaLoraConfig(total_step=9, rank_limits=limits)
@@ -333,7 +380,7 @@ prunes to target_r, so init_r must be at least 8.
 
     @property
     def final_step(self) -> int:
-        """The step of the final mask: ``total_step - tfinal``, at the latest the last step."""
+        """Step of the final mask: ``total_step - tfinal``, at most ``total_step - 1``."""
         return min(self.total_step - self.tfinal, self.total_step - 1)
 
     @property
@@ -341,9 +388,9 @@ prunes to target_r, so init_r must be at least 8.
         return cast("Any", self.rank_limits or ())
 
     def replace(self, **changes: Any) -> AdaLoraConfig:
-        """Return a copy with some fields changed, checked like a new one.
+        """Return a copy with some fields changed, validated like a new config.
 
-        The same as ``dataclasses.replace(config, **changes)``.
+        Equivalent to ``dataclasses.replace(config, **changes)``.
 
         >>> config = AdaLoraConfig(total_step=10, lora_alpha=24)
         >>> config.replace(init_r=8).scaling, config.replace(scale=1.5).replace(init_r=8).scaling
@@ -354,7 +401,7 @@ prunes to target_r, so init_r must be at least 8.
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain JSON values, for checkpoints; :meth:`from_dict` reads them.
 
-        A function, which JSON cannot hold, is represented by its name.
+        Functions are represented by their names, since JSON cannot represent functions.
 
         >>> config = AdaLoraConfig(total_step=10, target_modules=["q"], rank_limits={"q": 4})
         >>> AdaLoraConfig.from_dict(config.to_dict()) == config
@@ -366,10 +413,11 @@ prunes to target_r, so init_r must be at least 8.
     def from_dict(cls, values: Mapping[str, Any]) -> AdaLoraConfig:
         """Return the config that :meth:`to_dict` wrote.
 
-        A function in it can be named but not called, see :meth:`missing_functions`.
+        Functions are restored by name only and raise an error when called, see
+        :meth:`missing_functions`.
 
         Raises:
-          ValueError: a field is unknown here.
+          ValueError: a field is unknown, or its value is not valid.
 
         >>> saved = AdaLoraConfig(total_step=10, score=min).to_dict()
         >>> AdaLoraConfig.from_dict(saved).missing_functions()
@@ -398,17 +446,20 @@ prunes to target_r, so init_r must be at least 8.
     def from_peft(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> AdaLoraConfig:
         """Read a PEFT AdaLoRA config: a mapping, an ``adapter_config.json``, or its folder.
 
-        Keys about where the model came from are dropped. A ``UserWarning`` reports keys that are
-        unknown here, and those that PEFT's AdaLoRA takes over from LoRA without using them; they
-        are left out. The paths in ``rank_pattern`` become this library's: ``encoder/query`` for
-        ``encoder.query.lora_E``.
+        Keys that describe the origin of the model are dropped. Unknown keys, and keys that PEFT's
+        AdaLoRA inherits from LoRA but does not use, are dropped with a ``UserWarning``. The paths
+        in ``rank_pattern`` are converted: ``encoder.query.lora_E`` to ``encoder/query``.
 
         Args:
-          source: what ``peft.AdaLoraConfig.to_dict()`` gives, or a path to the saved form.
+          source: the result of ``peft.AdaLoraConfig.to_dict()``, or a path to the saved config.
+
+        Returns:
+          The config, with the defaults of this class for the fields that PEFT does not have.
 
         Raises:
-          ValueError: the config is not AdaLoRA's, or asks for something that changes the
-            computation and that AdaLoRA here does not do.
+          ValueError: the config is not an AdaLoRA config, or sets an option that changes the
+            computation and is not supported here.
+          OSError: the file cannot be read.
 
         >>> saved = {"peft_type": "ADALORA", "total_step": 10, "bias": "none", "r": 8}
         >>> AdaLoraConfig.from_peft(saved | {"target_modules": ["value", "query"]}).target_modules
@@ -425,16 +476,17 @@ works without it.
     def to_peft(self) -> dict[str, Any]:
         """Return the keyword arguments of ``peft.AdaLoraConfig``, as plain JSON values.
 
-        Without a ``task_type``, which has no counterpart here, PEFT leaves out the orthogonality
-        term: add one there. The fields that PEFT does not have and that change the computation are
-        refused unless they have the value that means PEFT's behaviour. ``orth_reg_in_update`` is
-        left out: PEFT's model adds the penalty to its loss.
+        The result has no ``task_type``, which has no counterpart here. Add one, because PEFT omits
+        the orthogonality penalty without it. Fields that PEFT does not have and that change the
+        computation must have their defaults, which give PEFT's behaviour; ``scale`` is written as
+        ``lora_alpha``. ``orth_reg_in_update`` is omitted: PEFT's model adds the penalty to its
+        loss.
 
         >>> AdaLoraConfig(total_step=10, target_modules=["q"]).to_peft()["target_modules"]
         ['q']
 
         Raises:
-          ValueError: a field is set to something that PEFT cannot do.
+          ValueError: a field has a value that PEFT does not support.
         """
         for name in (n for n in _DEFAULTS if n in _OURS - {"scale", "orth_reg_in_update"}):
             value, default = getattr(self, name), _DEFAULTS[name]
@@ -466,12 +518,12 @@ works without it.
             result["rank_pattern"] = peft_keys.written_pattern(
                 cast("Any", self.rank_pattern), self.init_r
             )
-        # PEFT's own spelling of the options that are refused here.
+        # Options that this config rejects, with PEFT's values for "not used".
         return result | {"use_dora": False, "loftq_config": {}, "bias": "none"}
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdaLoraConfig)}
-# The fields PEFT does not have; the defaults are its behaviour.
+# Fields that PEFT does not have; their defaults give PEFT's behaviour.
 _OURS = {
     "rank_limits",
     "scale",
@@ -503,7 +555,7 @@ def _init_or_explain(self: AdaLoraConfig, *args: Any, **kwargs: Any) -> None:
     _init(self, *args, **kwargs)
 
 
-# The generated method says "unexpected keyword argument" to the keys that PEFT's snippets have.
+# The generated method would report PEFT's other keys only as "unexpected keyword argument".
 setattr(AdaLoraConfig, "__init__", _init_or_explain)  # noqa: B010
 
 

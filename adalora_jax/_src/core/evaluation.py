@@ -1,4 +1,4 @@
-"""What training decided: masks, the parameters with them applied, and the end of a run."""
+"""Results of training: masks, ranks, masked parameters, and the final mask."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adalora_jax._src.core.allocator import (
 )
 from adalora_jax._src.core.pytree import PyTree
 
-NEEDS = {  # of the built-in scores, beside the averages
+NEEDS = {  # inputs of the built-in scores in addition to the moving averages
     "magnitude": ("params",),
     "signal_to_noise": ("params",),
     "sensitivity": ("params", "grads"),
@@ -28,14 +28,17 @@ NEEDS = {  # of the built-in scores, beside the averages
 
 
 def masks(state: Any) -> dict[str, jax.Array]:
-    """Return ``{path: [..., r] booleans}``: True where a triplet is active.
+    """Return the masks of all adapters by path.
 
     Args:
-      state: anything with an :class:`AllocatorState` in it, such as an optimizer's state; an
-        :class:`AllocatorInfo`; or such a dict of masks itself.
+      state: a pytree that contains an :class:`AllocatorState`, such as an optimizer's state; an
+        :class:`AllocatorInfo`; or a dict or tree of masks.
+
+    Returns:
+      ``{path: mask}``, with booleans ``[..., r]``: True for an active triplet.
 
     Raises:
-      ValueError: there is no allocator in it, and it is not made of boolean arrays.
+      ValueError: ``state`` contains neither an allocator state nor only boolean arrays.
 
     >>> masks({"query": jnp.array([True, False])})["query"].tolist()
     [True, False]
@@ -57,22 +60,23 @@ def masks(state: Any) -> dict[str, jax.Array]:
 
 
 def eval_params(opt_state: PyTree, params: PyTree) -> PyTree:
-    """Return the parameters with the masks applied: evaluate, merge and export these.
+    """Return the parameters with the masks applied, for evaluation, merging and export.
 
-    Between two masks a pruned λ may grow back, so the parameters that train are not what the
-    allocator decided. Other leaves pass through. Works under ``jit``. Parameters that
-    ``optax.contrib.schedule_free`` trains are averaged first, as
-    ``schedule_free_eval_params`` does it, whether it is inside of ``adalora`` or around it.
+    Between two masks a pruned λ may grow back, so the trained parameters may contain λ that the
+    masks prune. Other leaves do not change. Works under ``jit``. If the optimizer has an
+    ``optax.contrib.schedule_free``, inside or around ``adalora``, the parameters are first replaced
+    by its average, as by ``optax.contrib.schedule_free_eval_params``.
 
     Args:
-      opt_state: with an :class:`AllocatorState` in it, as the optimizer returned it.
-      params: what trains: a dict of adapters, a bigger tree, an NNX State; in its containers.
+      opt_state: the optimizer's state, which contains an :class:`AllocatorState`.
+      params: the trained parameters: a dict of adapters, a larger tree, or an NNX State.
 
     Returns:
-      The containers of ``params``, with λ exactly 0 where a mask is False.
+      The parameters in the containers of ``params``, with λ exactly 0 where a mask is False.
 
     Raises:
-      ValueError: the state holds no allocator, or its masks are for other adapters.
+      ValueError: the state contains no allocator state or more than one ``schedule_free`` state, or
+        its masks are for other adapters than those of ``params``.
 
     >>> import optax, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
@@ -85,14 +89,14 @@ def eval_params(opt_state: PyTree, params: PyTree) -> PyTree:
 
 
 def apply_masks(params: PyTree, state: Any) -> PyTree:
-    """Return the tree with λ exactly 0 wherever a mask is False.
+    """Return the tree with λ exactly 0 where a mask is False.
 
     Args:
       params: any tree with adapters in it.
       state: as in :func:`masks`.
 
     Raises:
-      ValueError: a mask is for an adapter that is not there, or of another shape.
+      ValueError: a mask is for an adapter that ``params`` does not have, or of another shape.
     """
     found, by_path = pytree.adapters(params), masks(state)
     lacking = [
@@ -115,7 +119,7 @@ def apply_masks(params: PyTree, state: Any) -> PyTree:
 
 
 def _by_path(function: Any, params: PyTree, paths: Any) -> PyTree:
-    """Return the canonical tree with ``function(path, adapter)`` at the adapters of these paths."""
+    """Return the canonical tree of ``params`` with ``function(path, adapter)`` at ``paths``."""
     adapters = pytree.canonical(params)
     names = list(pytree.adapters(params))
     listed = pytree.listed(adapters)
@@ -124,7 +128,7 @@ def _by_path(function: Any, params: PyTree, paths: Any) -> PyTree:
 
 
 def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
-    """Return the average that ``schedule_free`` evaluates, or the parameters themselves."""
+    """Return ``schedule_free``'s average of the parameters, or ``params`` if it is not used."""
     state_type = optax.contrib.ScheduleFreeState
     is_state = lambda node: isinstance(node, state_type)
     found = [n for n in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(n)]
@@ -139,25 +143,25 @@ def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
 
 
 def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tuple[PyTree, PyTree]:
-    """End a run within its budget: make the final mask if it is still to come, and apply it.
+    """End a run within its budget: make the final mask if it is missing, and apply the masks.
 
-    Skipped updates (a loss scale's overflow under ``optax.apply_if_finite``) or a run that stops
-    early leave the final mask unmade. It is made from the standing averages, for the budget of
-    ``config.final_step``; after the final mask only the masks are applied. Every run may end with
-    this call. Works under ``jit``.
+    A run has no final mask if it stops early, or if updates were skipped (a loss scale's overflow
+    under ``optax.apply_if_finite``). The final mask is made from the current moving averages, with
+    the budget of ``config.final_step``. If there is one already, only the masks are applied, so
+    every run may end with this call. Works under ``jit``.
 
     Args:
-      opt_state: with one :class:`AllocatorState` in it.
-      params: what trains, as the optimizer sees it.
-      grads: the last gradients, for scores that look at them (``"sensitivity"`` and functions),
-        where the final mask is still to come, or under ``jit``.
+      opt_state: the optimizer's state, which contains one :class:`AllocatorState`.
+      params: the trained parameters, in the containers that the optimizer updates.
+      grads: the last gradients, in the same containers. Needed by scores that depend on gradients
+        (``"sensitivity"`` and functions) if the final mask is missing, or under ``jit``.
 
     Returns:
-      ``(params, opt_state)``, in their containers. Further updates are of the final phase.
+      ``(params, opt_state)``, in their containers. Further updates belong to the final phase.
 
     Raises:
-      ValueError: no update was made yet, so that nothing is known of any triplet; the score needs
-        ``grads``; or the state is for other adapters.
+      ValueError: no update was made yet, so there are no averages; the score needs ``grads``; the
+        state contains no allocator state or more than one, or one for other adapters.
 
     >>> import jax, jax.numpy as jnp, optax, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=40, init_r=4, target_r=2)
@@ -205,7 +209,7 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
 
 
 def unfinished(state: Any) -> str:
-    """Return a sentence that says that the final mask is still to come; empty where it was made.
+    """Return a message that the final mask is missing; an empty string if it was made.
 
     >>> unfinished({"query": jnp.array([True])})
     ''
@@ -221,13 +225,17 @@ def unfinished(state: Any) -> str:
 
 
 def ranks(state: Any) -> dict[str, int]:
-    """Return ``{path: rank}``: each adapter's active triplets, each slice of a stack by itself.
+    """Return the rank of every matrix: its number of active triplets.
 
     Args:
-      state: as in :func:`adalora_jax.masks`.
+      state: an optimizer's state, an :class:`AllocatorInfo`, or masks, as in
+        :func:`adalora_jax.masks`; not traced.
+
+    Returns:
+      ``{path: rank}`` with Python integers; slices of a stack are separate, as ``path[0]``.
 
     Raises:
-      ValueError: as there.
+      ValueError: as in :func:`adalora_jax.masks`.
 
     >>> import jax.numpy as jnp
     >>> ranks({"query": jnp.array([True, False]), "up": jnp.array([[True, True], [False, True]])})
@@ -242,10 +250,17 @@ def ranks(state: Any) -> dict[str, int]:
 
 
 def rank_pattern(state: Any) -> dict[str, list]:
-    """Return ``{path: [True, False, ...]}``, PEFT's ``rank_pattern``; nested lists for a stack.
+    """Return the masks as lists of booleans, the form of PEFT's ``rank_pattern``.
 
     Args:
-      state: as in :func:`adalora_jax.masks`.
+      state: an optimizer's state, an :class:`AllocatorInfo`, or masks, as in
+        :func:`adalora_jax.masks`; not traced.
+
+    Returns:
+      ``{path: [True, False, ...]}``, True for an active triplet; nested lists for a stack.
+
+    Raises:
+      ValueError: as in :func:`adalora_jax.masks`.
 
     >>> import jax.numpy as jnp
     >>> rank_pattern({"query": jnp.array([True, False])})

@@ -9,7 +9,7 @@ from adalora_jax._src.core.adapter import Adapter, keys_of
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.low_rank import wide
 
-_STD = 0.02  # of p and q at the start: PEFT's and loralib's
+_STD = 0.02  # initial standard deviation of p and q, as in PEFT and loralib
 
 
 def init_adapter(
@@ -21,34 +21,39 @@ def init_adapter(
     rank: int | None = None,
     stack: tuple[int, ...] = (),
 ) -> Adapter:
-    """Return a fresh adapter, whose increment is zero with each of the built-in initial values.
+    """Return a new adapter; with each built-in ``config.init`` its increment is zero.
 
-    It is that of a dense ``kernel [*stack, in, out]``; ``adapt`` makes those of other layers.
+    The adapter is for a dense ``kernel [*stack, in, out]``; for other layers use ``adapt``. By
+    ``config.init``:
 
-    ``init="gaussian"``: λ = 0, p and q normal with standard deviation 0.02 (PEFT, loralib).
-    ``init="lambda_one"``: λ = 1, p = 0, q as before. ``init="orthonormal"``: λ = 0, p and q with
-    orthonormal rows, ``p pᵀ = q qᵀ = I``, drawn evenly from all such; more rows than a row is long
-    cannot be that, and of those the columns are orthonormal (the penalty of
-    ``orthogonality="squared"`` is smooth there, ``"frobenius"`` has a kink).
-    ``init_lora_weights=False`` draws all three from the standard normal, so that the increment is
-    not zero (PEFT's switch for tests).
+    * ``"gaussian"``: λ = 0, p and q normal with standard deviation 0.02 (PEFT, loralib);
+    * ``"lambda_one"``: λ = 1, p = 0, q as for ``"gaussian"``;
+    * ``"orthonormal"``: λ = 0, p and q with orthonormal rows, ``p pᵀ = q qᵀ = I``, uniformly
+      distributed; if the rank exceeds the row length, the columns are orthonormal instead. At
+      orthonormal rows the penalty is smooth with ``orthogonality="squared"`` and has a kink with
+      ``"frobenius"``;
+    * a function: called once per matrix of a stack, as
+      ``init(key, in_features, out_features, rank, dtype)``; returns ``(p, lam, q)``. If their
+      product is not zero, the adapted model does not start as the base model.
 
-    A function as ``config.init`` is called, once for each matrix of a stack, as
-    ``init(key, in_features, out_features, rank, dtype)`` and gives ``(p, lam, q)``. If their
-    product is not zero, the adapted model does not start as the base model.
+    With ``init_lora_weights=False`` (PEFT's switch for tests) and a built-in ``init``, all three
+    factors are drawn from the standard normal distribution, so the increment is not zero.
 
     Args:
-      key: a PRNG key.
-      in_features, out_features: of the weight.
-      config: gives the rank ``init_r``, the init and ``param_dtype``.
-      rank: another rank than ``init_r``; the scale stays ``config.scaling``.
+      key: PRNG key.
+      in_features, out_features: int ≥ 1: sizes of the weight.
+      config: the source of ``init``, ``init_lora_weights``, ``param_dtype``, ``scaling`` and the
+        rank ``init_r``.
+      rank: int ≥ 0: a rank in place of ``init_r``; the scale remains ``config.scaling``.
       stack: leading axes, for stacked weights.
 
     Returns:
-      An :class:`Adapter` with ``p [*stack, r, out]``, ``lam [*stack, r]``, ``q [*stack, r, in]``.
+      An :class:`Adapter` with ``p [*stack, r, out]``, ``lam [*stack, r]`` and
+      ``q [*stack, r, in]``, of dtype ``param_dtype``.
 
     Raises:
-      ValueError: a size is not positive, or a function gave other shapes.
+      ValueError: ``in_features`` or ``out_features`` is below 1, ``rank`` is negative, or a
+        function returned other shapes.
 
     >>> import jax
     >>> adapter = init_adapter(jax.random.key(0), 6, 4, AdaLoraConfig(total_step=10, init_r=8))
@@ -80,7 +85,7 @@ def init_adapter(
 
 
 def _own_init(key, in_features, out_features, rank, stack, config):
-    """What a function gives, once for each matrix of a stack."""
+    """Return an adapter from a custom ``config.init``, called once per matrix of a stack."""
     dtype = jnp.dtype(config.param_dtype)
 
     def one(key):
@@ -99,10 +104,14 @@ def _own_init(key, in_features, out_features, rank, stack, config):
 
 
 def _orthonormal(normal: jax.Array) -> jax.Array:
-    """The rows of each normal matrix made orthonormal, or its columns where those are shorter."""
+    """Return each matrix with orthonormal rows, or columns where it has no more columns than rows.
+
+    Args:
+      normal: ``[..., r, d]``, drawn from the standard normal distribution.
+    """
     wide_matrix = normal.shape[-2] < normal.shape[-1]
     tall = jnp.swapaxes(normal, -1, -2) if wide_matrix else normal
     q, r = jnp.linalg.qr(tall.astype(wide(normal.dtype)))
-    # With the signs that make r's diagonal positive the distribution is even (Mezzadri 2007).
+    # Signs that make the diagonal of r positive give the uniform distribution (Mezzadri 2007).
     q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
     return (jnp.swapaxes(q, -1, -2) if wide_matrix else q).astype(normal.dtype)

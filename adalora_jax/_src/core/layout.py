@@ -1,5 +1,4 @@
-"""How a weight reads as matrices: which axes are stacked, which the layer sums over, which it
-outputs."""
+"""Layouts: the axes of a weight that are stacked, that the layer sums over, and that it outputs."""
 
 from __future__ import annotations
 
@@ -15,21 +14,28 @@ KINDS = ("dense", "general", "einsum", "embed", "conv", "weight", "unknown")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The axes of a layer's weight by their role. Hashable, so static under ``jax.jit``.
+    """Roles of the axes of a layer's weight; hashable, so static under ``jax.jit``.
 
-    A weight of any number of axes is a stack of matrices ``[in, out]``. Axes count within the
-    layer's own weight, without the leading axes that a lifted transform stacks on it.
+    A weight with any number of axes is read as a stack of matrices ``[in, out]``. Axes are numbered
+    within the layer's own weight, without the leading axes that a lifted transform adds.
 
     Attributes:
-      weight: name of the parameter in its module.
-      ins: axes that the layer sums over, in order.
-      outs: axes that appear in the layer's output, in order.
-      stack: axes that index separate matrices.
-      kind: how the layer computes: ``"dense"`` (``y = x W`` over the last axes of x), ``"general"``
-        (DenseGeneral), ``"einsum"``, ``"embed"`` (a look-up), ``"conv"``, ``"weight"`` (a module
-        that returns its weight), or ``"unknown"``: read from a file that does not say.
-      shape: shape of the whole weight, stacked axes included; None where it is not known.
-      note: why an increment cannot be added to this weight; empty where it can.
+      weight: str, default ``"kernel"``: name of the parameter in its module.
+      ins: tuple of ints, default ``(0,)``: axes that the layer sums over, in order.
+      outs: tuple of ints, default ``(1,)``: axes that appear in the layer's output, in order.
+      stack: tuple of ints, default ``()``: axes that index separate matrices.
+      kind: str, default ``"dense"``: the layer's computation. ``"dense"`` (``y = x W`` over the
+        last axes of x), ``"general"`` (DenseGeneral), ``"einsum"``, ``"embed"`` (a look-up),
+        ``"conv"``, ``"weight"`` (a module that returns its weight), or ``"unknown"`` (read from a
+        file that does not specify it).
+      shape: tuple of ints: shape of the whole weight, stacked axes included. None (default): not
+        known.
+      note: str: the reason why an increment cannot be added to this weight; empty (default) where
+        it can.
+
+    Raises:
+      ValueError: ``kind`` is unknown; or ``ins``, ``outs`` and ``stack`` do not name every axis
+        once, or ``ins`` or ``outs`` is empty.
 
     >>> Layout("kernel", ins=(0, 1), outs=(2,), kind="conv", shape=(3, 2, 4)).matrix((3, 2, 4))
     ((), 6, 4)
@@ -63,7 +69,7 @@ class Layout:
         return len(self.stack) + len(self.ins) + len(self.outs)
 
     def same_axes(self, other: Layout) -> bool:
-        """Return whether both layouts read a weight as the same matrices.
+        """Return whether both layouts have the same stack, input and output axes.
 
         >>> Layout("kernel").same_axes(Layout("w", kind="einsum"))
         True
@@ -72,7 +78,9 @@ class Layout:
         return axes(self) == axes(other)
 
     def matrix(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
-        """Return ``(stack, in, out)`` of a weight of this shape; leading extra axes are stacked.
+        """Return ``(stack, in, out)`` for a weight of this shape.
+
+        Extra leading axes, those of lifted transforms, come first in ``stack``.
 
         >>> Layout().matrix((12, 64, 256))
         ((12,), 64, 256)
@@ -82,7 +90,7 @@ class Layout:
         return (*lifted, *(own[axis] for axis in self.stack)), size(self.ins), size(self.outs)
 
     def to_weight(self, delta: jax.Array, shape: Sequence[int]) -> jax.Array:
-        """Return ``delta [*stack, in, out]`` with the axes of a weight of this shape.
+        """Return ``delta [*stack, in, out]`` with the axes of a weight of the given shape.
 
         >>> import jax.numpy as jnp
         >>> layout = Layout(ins=(0, 1), outs=(2,), kind="conv")
@@ -121,7 +129,7 @@ class Layout:
         """Return the layout that :meth:`to_dict` wrote.
 
         Raises:
-          ValueError: a field has another type than it was written with.
+          ValueError: a field is missing, unknown, of another type or invalid.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
         is_axes = lambda value: (
@@ -145,10 +153,11 @@ class Layout:
 
 
 def declared(layers: Any) -> dict[type, Layout] | None:
-    """Return the layouts that a user declared for layers of other classes than Flax's.
+    """Return the layouts that a user declared for custom layer classes, checked; None for None.
 
     Raises:
-      ValueError: it is not ``{class: Layout}``, or a kind needs attributes of Flax's layers.
+      ValueError: ``layers`` is not ``{class: Layout}``, or a layout has stack axes, a shape, or a
+        kind other than ``"dense"`` and ``"embed"``, which need no attributes of Flax's layers.
 
     >>> declared(None) is None
     True

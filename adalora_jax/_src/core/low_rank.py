@@ -1,4 +1,4 @@
-"""The one hot operation: ``((x qᵀ) · c) p`` with its own derivative."""
+"""The low-rank product ``((x qᵀ) · c) p`` with a custom derivative, and its dropout."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ def low_rank(
     rate: float = 0.0,
     precision: Any = None,
 ) -> jax.Array:
-    """``y = ((x qᵀ) · c) p``, the product with a rank-r matrix in SVD form.
+    """Compute ``y = ((x qᵀ) · c) p``, the product with a rank-r matrix in SVD form.
 
-    Autodiff's weight gradients put the large operand, the activations, on the left of their
-    products, and XLA's CPU back end then transposes it. The derivative here always puts the small
-    ``[tokens, r]`` operand on the left::
+    In JAX's own derivative, the weight gradients are products with the large operand, the
+    activations, on the left, and XLA's CPU back end then transposes it. This derivative always has
+    the small ``[tokens, r]`` operand on the left::
 
         gc = g pᵀ,  m = hᵀ g,  dp = c · m,  dc = Σ_out p · m,  dq = (gc · c)ᵀ x,  dx = (gc · c) q
 
-    with ``h = x qᵀ``. What is kept for it is x and h. With a seed, ``x · keep`` takes the place of
-    x, with the zeros and ones of :func:`keep`, which are made anew for the derivative. Sums over
-    tokens are accumulated in at least float32, because sums in bfloat16 stall. Forward-mode
-    differentiation is not defined; :func:`low_rank_plain` has it.
+    with ``h = x qᵀ``. The activations stored for it are x and h. With a seed, ``x · keep`` replaces
+    x, where ``keep`` is the mask of zeros and ones from :func:`keep`; the derivative recomputes the
+    mask. Sums over tokens are accumulated in at least float32, because sums in bfloat16 stall.
+    Forward-mode differentiation is not defined; use :func:`low_rank_plain` for it.
 
     Args:
-      x: ``[..., in]``; its dtype is the dtype of the computation and of the result.
-      p: ``[r, out]``. c: ``[r]``. q: ``[r, in]``; any float dtypes.
-      seed: ``[2]`` uint32, for dropout of x, without the factor ``1 / (1 - rate)``: scale c by it.
-      rate: of the dropout; static.
+      x: layer inputs ``[..., in]``; their dtype is that of the computation and of the result.
+      p: ``[r, out]``, any float dtype.
+      c: scaled singular values ``[r]``, any float dtype.
+      q: ``[r, in]``, any float dtype.
+      seed: ``[2]`` uint32 for dropout of x; None for no dropout. The factor ``1 / (1 - rate)`` is
+        not applied: multiply c by it.
+      rate: dropout probability in [0, 1); static.
       precision: as in ``jax.lax.dot_general``; static.
 
     Returns:
@@ -62,9 +65,9 @@ def low_rank_plain(
     rate: float = 0.0,
     precision: Any = None,
 ) -> jax.Array:
-    """:func:`low_rank` left to JAX to differentiate, for forward mode (``jax.jvp``, ``hessian``).
+    """Compute :func:`low_rank` with JAX's own derivative, for ``jax.jvp`` and ``jax.hessian``.
 
-    ``AdaLoraConfig(forward_mode=True)`` takes it for all layers of a model.
+    ``AdaLoraConfig(forward_mode=True)`` selects it for all layers of a model.
 
     >>> import jax, jax.numpy as jnp
     >>> x, p, c, q = jnp.ones((5, 3)), jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3))
@@ -75,9 +78,10 @@ def low_rank_plain(
 
 
 def observed(x: jax.Array, q: jax.Array, out_features: int) -> jax.Array:
-    """Zeros ``[..., out]``, with ``q Σ xᵀx`` as the derivative for q whatever comes back to them.
+    """Return zeros ``[..., out]`` whose gradient for q is ``q Σ xᵀx``, for every cotangent.
 
-    So the gradient of a model's output sees what goes into its layers, through any scan or map.
+    A gradient of the model's output thereby collects the second moments of its layers' inputs,
+    through any scan or map.
 
     >>> import jax, jax.numpy as jnp
     >>> x, loss = jnp.arange(6.0).reshape(3, 2), lambda q: jnp.sum(observed(x, q, 4))
@@ -92,7 +96,7 @@ def observed(x: jax.Array, q: jax.Array, out_features: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def silent(h: jax.Array, out_features: int) -> jax.Array:
-    """Zeros in place of what is made of h, with h itself, ``∂ ½‖h‖² / ∂h``, as the derivative.
+    """Return zeros ``[..., out]`` whose gradient for h is h itself, ``∂ ½‖h‖² / ∂h``.
 
     >>> silent(jnp.ones((5, 2)), 3).shape
     (5, 3)
@@ -100,7 +104,7 @@ def silent(h: jax.Array, out_features: int) -> jax.Array:
     return jnp.zeros((*h.shape[:-1], out_features), h.dtype)
 
 
-# What comes back says nothing of h, and is let go.
+# The cotangent does not depend on h and is ignored.
 silent.defvjp(lambda h, out: (silent(h, out), h), lambda out, h, g: (h,))
 
 
@@ -108,10 +112,10 @@ silent.defvjp(lambda h, out: (silent(h, out), h), lambda out, h, g: (h,))
 def on_dropped(
     function: Callable[[jax.Array, Any], Any], x: jax.Array, weights: Any, seed: Any, rate: float
 ) -> Any:
-    """``function(x · keep, weights)``, keeping x and not its product with the mask.
+    """Compute ``function(x · keep, weights)``, storing x for the derivative and not ``x · keep``.
 
-    For layers whose low-rank term is no :func:`low_rank`. The function must be linear in each of
-    its arguments, or else what it computes is computed again for the derivative.
+    It serves layers whose adapter output is not computed by :func:`low_rank`. The function must be
+    linear in each of its arguments; otherwise the derivative repeats its computation.
 
     >>> import jax, jax.numpy as jnp
     >>> x, seed = jnp.ones(4), jnp.zeros(2, jnp.uint32)
@@ -122,7 +126,7 @@ def on_dropped(
 
 
 def dropped(x: jax.Array, seed: jax.Array | None, rate: float) -> jax.Array:
-    """x where :func:`keep` says so and 0 elsewhere; x itself without a seed.
+    """Return x with 0 where the mask from :func:`keep` is False; x itself without a seed.
 
     >>> dropped(jnp.ones(3), None, 0.5)
     Array([1., 1., 1.], dtype=float32)
@@ -136,18 +140,18 @@ def dropped(x: jax.Array, seed: jax.Array | None, rate: float) -> jax.Array:
 
 
 def keep(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
-    """Booleans that are False with the probability ``rate``, each by its own place alone.
+    """Return booleans that are False with probability ``rate``, each a hash of its index.
 
-    Every index is hashed into 32 bits, axis after axis. That takes 4 % of the time of
-    ``jax.random.bernoulli`` on a CPU and is fused into whatever uses it, so it is cheaper to
-    compute twice than to keep; and sharded arrays get the same values as whole ones. The function
-    that mixes is Wellons's ``lowbias32``, of the family of MurmurHash3's finalizer. It is meant for
-    dropout; for anything else there is ``jax.random``.
+    Every index is hashed into 32 bits, one axis after the other. That takes 4 % of the time of
+    ``jax.random.bernoulli`` on a CPU and is fused into its consumer, so computing the mask twice is
+    cheaper than storing it. Sharded arrays get the same values as unsharded ones. The hash function
+    is Wellons's ``lowbias32``, of the family of MurmurHash3's finalizer. It is meant for dropout
+    only; use ``jax.random`` for anything else.
 
     Args:
       seed: ``[2]`` uint32, any two numbers, such as ``jax.random.key_data(key)``.
-      shape: of the result.
-      rate: in [0, 1).
+      shape: shape of the result.
+      rate: probability of False, in [0, 1).
 
     >>> kept = keep(jnp.array([1, 2], jnp.uint32), (100, 100), 0.25)
     >>> 0.73 < float(kept.mean()) < 0.77
@@ -163,19 +167,19 @@ def keep(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
 
 
 def _mixed(bits):
-    """A permutation of the 32-bit integers in which every bit in changes every bit out."""
+    """Permute the 32-bit integers so that every input bit affects every output bit."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
     bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
     return bits ^ (bits >> 16)
 
 
 def never(after: jax.Array) -> jax.Array:
-    """A false that depends on the value of a float array, which the compiler cannot know.
+    """Return False, computed from a float array such that XLA cannot fold it to a constant.
 
-    What is computed with it is computed after that array, and not merged with the same computation
-    earlier in the program. An optimization_barrier would say the same, but XLA removes those before
-    it merges common subexpressions and schedules on a CPU. Elsewhere it is the barrier, since to
-    read an element of a sharded array is to wait for a message.
+    A computation that uses the result runs after the array is available and is not merged with an
+    equal computation earlier in the program. An ``optimization_barrier`` has the same purpose, but
+    on a CPU XLA removes it before it merges common subexpressions and schedules. Other platforms
+    use the barrier, because reading one element of a sharded array needs communication.
 
     >>> never(jnp.ones(3))
     Array(False, dtype=bool)
@@ -193,7 +197,7 @@ def never(after: jax.Array) -> jax.Array:
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype to accumulate in: ``dtype``, but at least float32.
+    """Return the dtype to accumulate in: ``dtype``, but at least float32.
 
     >>> wide(jnp.bfloat16), wide(jnp.float64)
     (dtype('float32'), dtype('float64'))
@@ -203,7 +207,7 @@ def wide(dtype: Any) -> Any:
 
 
 def explicit_sharding(like: jax.Array, spec: Iterable[Any]) -> NamedSharding | None:
-    """What to tell JAX of a product's sharding where mesh axes are explicit; None where not.
+    """Return the ``out_sharding`` of a product on a mesh with explicit axes; None on other meshes.
 
     >>> explicit_sharding(jnp.ones((2, 3)), ("data", None)) is None
     True
@@ -212,7 +216,7 @@ def explicit_sharding(like: jax.Array, spec: Iterable[Any]) -> NamedSharding | N
     if not mesh.axis_names or not mesh.are_all_axes_explicit:
         return None
     used, kept = set(), []
-    for entry in spec:  # a mesh axis splits one axis only: the first that it can
+    for entry in spec:  # a mesh axis may shard only one array axis: the first one wins
         names = set(entry if isinstance(entry, tuple) else (entry,)) - {None}
         kept.append(None if names & used else entry)
         used |= names
@@ -237,7 +241,7 @@ def _backward(rate, precision, residuals, g):
     seed = _later(seed, g)
     gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype, at(h))
     dh = (gc * _row(c, h)).astype(x.dtype)
-    # Both derivatives are in hᵀ g: a row is summed for c, which is no sum down columns of tokens.
+    # dp and dc share hᵀ g, so dc is a sum along rows of length out, not down columns of tokens.
     m = _contract(h.astype(x.dtype), g, tokens, tokens, precision, dtype, at(p))
     dp = m * c.astype(dtype)[:, None]
     dc = jnp.sum(m * p.astype(dtype), axis=1)
@@ -266,29 +270,29 @@ on_dropped.defvjp(_on_dropped_forward, _on_dropped_backward)
 
 
 def _later(seed, g):
-    """The seed, known only when g is: the mask is made again instead of kept."""
+    """Return the seed made dependent on g, so that the mask is recomputed instead of stored."""
     return None if seed is None or g.size == 0 else seed ^ never(g).astype(seed.dtype)
 
 
 def _as_varying_as(cotangent, primal):
-    """Return the cotangent summed over the mesh axes of a shard_map on which the primal is one.
+    """Return the cotangent summed over the mesh axes on which it varies but the primal does not.
 
-    As the transpose of JAX's own products does it, ``jax.shard_map(check_vma=True)``.
+    Under ``jax.shard_map(check_vma=True)`` the transposes of JAX's own products do the same.
     """
     extra = _varying(cotangent) - _varying(primal)
-    # A set has another order in every process, and all must compile one program.
+    # All processes must compile the same program, but a set's order differs between them.
     axes = tuple(name for name in jax.typeof(cotangent).sharding.mesh.axis_names if name in extra)
     return lax.psum(cotangent, axes) if axes else cotangent
 
 
 def _varying(array):
-    """Return the mesh axes on which an array inside of a shard_map differs."""
+    """Return the mesh axes on which an array varies inside a ``shard_map``."""
     kind = getattr(jax.typeof(array), "manual_axis_type", None)
     return frozenset(kind.varying if kind is not None else ())
 
 
 def _row(c, like):
-    """``c [r]`` as ``[1, ..., r]``, in the dtype of ``like [..., r]``."""
+    """Return ``c [r]`` as ``[1, ..., r]``, in the dtype of ``like [..., r]``."""
     return jnp.expand_dims(c.astype(like.dtype), range(like.ndim - 1))
 
 
@@ -297,7 +301,7 @@ def _spec(array):
 
 
 def _contract(a, b, a_axes, b_axes, precision, dtype, out_sharding):
-    """``dot_general`` over the named axes, without batch axes."""
+    """Compute ``dot_general`` over the given axes, without batch axes."""
     as_tuple = lambda axes: axes if isinstance(axes, tuple) else (axes,)
     return lax.dot_general(
         a,

@@ -1,4 +1,4 @@
-"""What the allocator is doing, as numbers that a jitted step can return."""
+"""The allocator's decisions and scores, as arrays that a jitted step can return."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from adalora_jax._src.core.scores import ScoreInputs, triplet_scores
 
 
 class AllocatorInfo(NamedTuple):
-    """The allocator's decision after an update, and the scores that it ranks by.
+    """The allocator's masks after an update, and the scores by which it ranks triplets.
 
-    A pytree of arrays, small beside the adapters (5 bytes per triplet), with flat dicts by path
-    whatever containers the optimizer's state has. A list of them is what
-    :mod:`adalora_jax.plot` draws a run from.
+    A pytree of arrays, small compared with the adapters (5 bytes per triplet). Its dicts are keyed
+    by path, whichever containers the optimizer's state has. :mod:`adalora_jax.plot` draws a run
+    from a list of them.
 
     Attributes:
-      step: int32 scalar: updates so far.
-      budget: int32 scalar: allowed, in ``config.budget_unit``.
+      step: int32 scalar: number of updates so far.
+      budget: int32 scalar: the budget, in ``config.budget_unit``.
       live: int32 scalar: number of active triplets.
-      masks: ``{path: [..., r] booleans}``: True where a triplet is active.
-      scores: ``{path: [..., r] float32}``: what triplets are ranked by.
+      masks: ``{path: [..., r] booleans}``: True for an active triplet.
+      scores: ``{path: [..., r] float32}``: the scores of the triplets.
       overridden: int32 scalar: the largest number of pruned λ found that were not 0 although an
-        update had set them to 0. Above 0, something changes updates after ``adalora(...)``: a scale
-        or ``schedule_free`` around it.
+        update had set them to 0. A value above 0 means that something changes the updates after
+        ``adalora(...)``, such as a scale or ``schedule_free`` around it. None if unknown.
       inactive: ``{path: [...] booleans}``: True for a matrix whose smoothed sensitivities are all
-        0: its layer got no gradient, since the loss does not depend on it. None where that is not
-        known.
-      penalty: float32 scalar: the orthogonality penalty; None where ``info`` was given no
-        parameters and the penalty is not part of the update.
+        0: the loss does not depend on its layer, which therefore got no gradient. None if unknown.
+      penalty: scalar in at least float32: the orthogonality penalty. None if :func:`info` got no
+        ``params`` and the update does not include the penalty.
     """
 
     step: jax.Array
@@ -49,25 +48,29 @@ class AllocatorInfo(NamedTuple):
     penalty: jax.Array | None = None
 
     def metrics(self, prefix: str = "", *, each: bool = False) -> dict[str, jax.Array]:
-        """The same as ``{name: scalar}``, for TensorBoard or whatever takes a dict of metrics.
+        """Return the numbers as ``{name: scalar}``, for TensorBoard and other metric writers.
 
         ============================================  ===========================================
-        ``budget``, ``live``                          what is allowed, in the config's unit, and
-                                                      triplets alive
+        ``budget``, ``live``                          the budget in the config's unit, and the
+                                                      number of active triplets
         ``rank_min``, ``rank_mean``, ``rank_max``     over all matrices
         ``score_mean``, ``score_max``                 over all triplets
-        ``score_threshold``                           the lowest score of a triplet that lives;
-                                                      infinite where none does
-        ``overridden``, ``inactive``                  λ that came back though pruned, and matrices
-                                                      without a gradient: both should be 0
+        ``score_threshold``                           the lowest score of an active triplet;
+                                                      infinite if none is active
+        ``overridden``, ``inactive``                  the number of pruned λ that were not 0, and
+                                                      of matrices without a gradient: both should
+                                                      be 0
         ``penalty``                                   the orthogonality penalty, if it is known
-        ``rank/<path>``, ``score/<path>``             with ``each``: of every matrix, the score as
-                                                      the sum over its triplets
+        ``rank/<path>``, ``score/<path>``             with ``each``: per matrix, the rank and the
+                                                      sum of the scores of its triplets
         ============================================  ===========================================
 
         Args:
-          prefix: put before every name, such as ``"adalora/"``.
-          each: every matrix as well; a slice of a stack is ``path[0]``.
+          prefix: a string in front of every name, such as ``"adalora/"``.
+          each: True adds the values per matrix; a slice of a stack is ``path[0]``.
+
+        Returns:
+          A dict of scalar arrays.
 
         >>> masks = {"query": jnp.array([True, True]), "up": jnp.array([True, False])}
         >>> scores = {"query": jnp.array([4.0, 2.0]), "up": jnp.array([3.0, 1.0])}
@@ -118,28 +121,33 @@ def info(
     params: PyTree | None = None,
     grads: PyTree | None = None,
 ) -> AllocatorInfo:
-    """Looks at the allocator, inside a jitted step or outside of it.
+    """Return the allocator's masks, budget and scores, inside or outside of a jitted step.
 
-    To be called on the new state, after ``tx.update``. It computes the scores once more from the
-    moving averages, which is little beside the averages' own update, and reads nothing off the
-    device: ``metrics = {"loss": loss, **info(opt_state).metrics("adalora/")}`` may be
-    returned by every step and read when it suits.
+    Call it on the new state, after ``tx.update``. It computes the scores again from the moving
+    averages, which is cheap compared with the update of the averages. It copies nothing to the
+    host, so every step may return
+    ``metrics = {"loss": loss, **info(opt_state).metrics("adalora/")}``.
 
-    Right after a new mask, the ``budget`` highest ``scores`` (within ``rank_limits``) are the
-    triplets that live; in another ``budget_unit``, the highest that the budget pays for. Between
-    two masks scores move on. From the final mask on the averages, and so the scores made of them,
-    stay.
+    Right after a new mask, the active triplets are those with the ``budget`` highest ``scores``
+    (within ``rank_limits``); in another ``budget_unit``, the highest within the budget. Between two
+    masks the scores change while the mask does not. From the final mask on, the averages do not
+    change, nor do the scores computed from them.
 
     Args:
-      opt_state: anything with one :class:`AllocatorState` in it: the state of an optax optimizer
-        or an ``nnx.Optimizer``, an :class:`AdaLoraState`, or that state itself.
-      params: the adapters, in any tree. Needed by a score that looks at the weights, as
-        ``"magnitude"``, ``"sensitivity"`` and functions do: those after the update, in which a λ
-        that it pruned is 0 already (before it, with ``sensitivity_at="current"``).
-      grads: what ``tx.update`` was given. Needed by ``"sensitivity"`` and functions.
+      opt_state: a pytree that contains one :class:`AllocatorState`: the state of an optax
+        optimizer, an ``nnx.Optimizer``, an :class:`AdaLoraState`, or the allocator's state.
+      params: the adapters, in any tree. Needed by scores that depend on weights: ``"magnitude"``,
+        ``"signal_to_noise"``, ``"sensitivity"`` and functions. Pass those after the update, in
+        which a newly pruned λ is already 0; with ``sensitivity_at="current"``, those before it.
+      grads: the gradients that ``tx.update`` got. Needed by ``"sensitivity"`` and functions.
+
+    Returns:
+      An :class:`AllocatorInfo`. Its arrays share no buffers with ``opt_state``, which the next step
+      may donate.
 
     Raises:
-      ValueError: there is no allocator, or the score needs ``params`` or ``grads``.
+      ValueError: ``opt_state`` contains no allocator state or more than one, or the score needs
+        ``params`` or ``grads``.
 
     >>> import optax, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
@@ -166,7 +174,7 @@ def info(
             f"keep: pass {' and '.join(f'{name}={name}' for name in missing)} to info."
         )
     averages = [pytree.adapters(part) for part in (state.sensitivity, state.uncertainty)]
-    # A score that needs no weights or gradients gets something of their shapes.
+    # A score that depends on neither weights nor gradients gets arrays of the same shapes.
     weights, gradients = (
         averages[0] if value is None else pytree.adapters(value) for value in given.values()
     )
@@ -176,7 +184,7 @@ def info(
         path: triplet_scores(ScoreInputs(*(part[path] for part in parts)), config) for path in masks
     }
     live = sum((mask.sum() for mask in masks.values()), start=jnp.zeros((), jnp.int32))
-    # No buffer is shared with the state, which the next step may donate.
+    # Copies, because the next step may donate the state's buffers.
     step, budget, masks = jax.tree.map(jnp.copy, (state.step, state.budget, masks))
     inactive = {path: (_total(averages[0][path]) == 0) & (step > 0) for path in masks}
     value = jnp.copy(state.penalty) if config.orth_reg_in_update else None
@@ -188,14 +196,14 @@ def info(
 
 
 def _total(adapter: Any) -> jax.Array:
-    """Return the sum over each matrix's triplets, which is 0 only where all entries are."""
+    """Return the sum of absolute values per matrix, which is 0 only if all entries are 0."""
     own = lambda leaf: tuple(range(adapter.lam.ndim - 1, leaf.ndim))
     p, lam, q = (jnp.sum(jnp.abs(leaf), axis=own(leaf)) for leaf in adapter)
     return p + lam + q
 
 
 def _rows(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """One scalar a matrix, the slices of a stack each on its own."""
+    """Return ``{row name: scalar}`` with one entry per matrix; slices of a stack are separate."""
     return {
         pytree.row_name(path, index): value[index]
         for path, value in values.items()

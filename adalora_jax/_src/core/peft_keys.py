@@ -1,4 +1,4 @@
-"""The hyper-parameters as Hugging Face PEFT writes them: what its keys mean here."""
+"""Conversion between the keys of Hugging Face PEFT's AdaLoRA config and this library's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of a PEFT `adapter_config.json` that say where a model came from or how PEFT runs it. They
-# do not change what AdaLoRA computes.
+# Keys of a PEFT `adapter_config.json` that describe the origin of a model or how PEFT runs it. They
+# do not change AdaLoRA's computation.
 _PEFT_BOOKKEEPING = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -22,7 +22,7 @@ _PEFT_BOOKKEEPING = {
     "runtime_config",
     "task_type",
 }
-# Keys that change what PEFT's AdaLoRA trains, with the values that mean "not used".
+# Keys that change the training of PEFT's AdaLoRA, with the values that mean "not used".
 _PEFT_UNSUPPORTED = {
     "bias": ("none",),
     "ensure_weight_tying": (False,),
@@ -30,8 +30,7 @@ _PEFT_UNSUPPORTED = {
     "target_parameters": ([],),
     "trainable_token_indices": ([], {}),
 }
-# Keys of PEFT's LoRA, inherited by its AdaLoRA config and without effect there, with the values
-# that ask for nothing.
+# Keys that PEFT's AdaLoRA config inherits from LoRA but does not use, with their values for "off".
 _PEFT_IGNORED = {
     "alora_invocation_tokens": ([],),
     "alpha_pattern": ({},),
@@ -66,10 +65,10 @@ def check_accepted(
     use_dora: Any,
     loftq_config: Any,
 ) -> None:
-    """Check the arguments of PEFT's that a config takes but does not store.
+    """Check PEFT's arguments that a config accepts but does not store.
 
     Raises:
-      ValueError: one asks for something that AdaLoRA here does not do.
+      ValueError: an argument sets an option that is not supported here.
 
     >>> check_accepted("CAUSAL_LM", "all", False, "ADALORA", None, False, None)
     Traceback (most recent call last):
@@ -106,10 +105,13 @@ modules_to_save.
 
 
 def refuse_names(unknown: set[str]) -> None:
-    """Refuse arguments that only PEFT's config has, with the way to pass them.
+    """Raise an error for arguments that only PEFT's config has.
+
+    Args:
+      unknown: names of arguments that ``AdaLoraConfig`` does not have.
 
     Raises:
-      TypeError: naming them.
+      TypeError: PEFT has some of them; the message has their names and points to ``from_peft``.
 
     >>> refuse_names({"revision"})
     Traceback (most recent call last):
@@ -128,14 +130,17 @@ with AdaLoraConfig.from_peft({...}).
 
 
 def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -> dict[str, Any]:
-    """Return the keyword arguments that a PEFT AdaLoRA config gives, for ``from_peft``.
+    """Return the keyword arguments for ``AdaLoraConfig`` from a PEFT AdaLoRA config.
+
+    Unknown keys, and keys that PEFT's AdaLoRA does not use, are dropped with a ``UserWarning``.
 
     Args:
-      source: a mapping, an ``adapter_config.json``, or its folder.
-      fields: the keys that mean the same here.
+      source: a mapping, the path of an ``adapter_config.json``, or of its folder.
+      fields: the keys that have the same meaning here.
 
     Raises:
-      ValueError: the config is not AdaLoRA's, or asks for something that is not done here.
+      ValueError: the config is not an AdaLoRA config, or sets an option that is not supported here.
+      OSError: the file cannot be read.
 
     >>> read({"peft_type": "ADALORA", "init_r": 8, "revision": None}, {"init_r"})
     {'init_r': 8}
@@ -172,7 +177,7 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
         warnings.warn(
             f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=3
         )
-    # PEFT holds them as sets, and saves those in any order.
+    # PEFT stores them as sets and saves them in arbitrary order; `checks.names` sorts sets.
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values.get(name), (list, tuple)):
             values[name] = set(values[name])
@@ -184,8 +189,12 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
 def written_pattern(pattern: tuple[tuple[str, Any], ...], init_r: int) -> dict[str, list[bool]]:
     """Return a ``rank_pattern`` with PEFT's keys.
 
+    Args:
+      pattern: pairs of path and booleans, one per triplet; an empty tuple is rank 0.
+      init_r: number of booleans to write for rank 0.
+
     Raises:
-      ValueError: it gives a rank alone.
+      ValueError: an entry is a rank instead of booleans.
 
     >>> written_pattern((("encoder/query", (True, False)), ("key", ())), init_r=2)
     {'encoder.query.lora_E': [True, False], 'key.lora_E': [False, False]}
@@ -202,7 +211,13 @@ def written_pattern(pattern: tuple[tuple[str, Any], ...], init_r: int) -> dict[s
 
 
 def _read_pattern(value: Any) -> dict[str, list[bool]]:
-    """PEFT's keys end in ``.lora_E``; while it trains, the adapter's name follows."""
+    """Return PEFT's ``rank_pattern`` with this library's paths.
+
+    PEFT's keys end in ``.lora_E``, followed by the adapter's name during training.
+
+    Raises:
+      ValueError: a key or value has another form.
+    """
     form = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_E(?:\.[^.]+)?")
     result = {}
     for key, keep in value.items() if isinstance(value, Mapping) else [("", value)]:

@@ -1,4 +1,4 @@
-"""The functions that a config takes in place of a name: what each is called with, and returns."""
+"""Protocols of the functions that a config accepts in place of the name of a built-in one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ScoreFunction(Protocol):
-    """Ranks the triplets of one adapter: ``AdaLoraConfig(score=...)``.
+    """Custom score of the triplets of one adapter, for ``AdaLoraConfig(score=...)``.
 
     >>> from adalora_jax import AdaLoraConfig
     >>> def smoothed(evidence):
@@ -25,19 +25,20 @@ class ScoreFunction(Protocol):
     """
 
     def __call__(self, evidence: ScoreInputs, /) -> ArrayLike:
-        """Return a score per triplet.
+        """Return one score per triplet.
 
         Args:
-          evidence: weight, gradient and averages of one adapter; traced.
+          evidence: weight, gradient and moving averages of one adapter; traced.
 
         Returns:
-          ``[..., r]``, in the shape of ``lam``; the highest scores survive.
+          Scores in the shape of ``lam``, ``[..., r]``. The triplets with the highest scores stay
+          active.
         """
         ...
 
 
 class BudgetSchedule(Protocol):
-    """Sets the budget between warm-up and final mask: ``AdaLoraConfig(budget_schedule=...)``.
+    """Custom budget between warm-up and final mask, for ``AdaLoraConfig(budget_schedule=...)``.
 
     >>> from adalora_jax import AdaLoraConfig, budget
     >>> def half(config, step, n_adapters):
@@ -52,17 +53,18 @@ class BudgetSchedule(Protocol):
         Args:
           config: the config of the run.
           step: int32, the optimizer step counted from 0; traced.
-          n_adapters: number of matrices; with another ``budget_unit`` than triplets, the cost of
-            one triplet of each.
+          n_adapters: number of matrices; if ``budget_unit`` is not ``"triplets"``, the cost of one
+            triplet of each matrix, summed over the matrices.
 
         Returns:
-          A number in the shape of ``step``; rounded down and clipped to the initial budget.
+          The budget, in the shape of ``step``. It is rounded down and clipped to between 0 and the
+          initial budget; NaN counts as the initial budget.
         """
         ...
 
 
 class BudgetCost(Protocol):
-    """Prices one triplet of an adapter: ``AdaLoraConfig(budget_unit=...)``.
+    """Custom cost per triplet of an adapter, for ``AdaLoraConfig(budget_unit=...)``.
 
     >>> from adalora_jax import AdaLoraConfig
     >>> def inputs(path, in_features, out_features):
@@ -75,17 +77,17 @@ class BudgetCost(Protocol):
         """Return the cost of one triplet.
 
         Args:
-          path: path of the layer, ``encoder/layers_0/query``.
-          in_features, out_features: sizes of its weight as a matrix.
+          path: path of the layer, such as ``encoder/layers_0/query``.
+          in_features, out_features: sizes of the layer's weight as a matrix.
 
         Returns:
-          An integer of at least 1.
+          The cost, an integer of at least 1.
         """
         ...
 
 
 class InitFunction(Protocol):
-    """Makes the initial factors of one matrix: ``AdaLoraConfig(init=...)``.
+    """Custom initial factors of one matrix, for ``AdaLoraConfig(init=...)``.
 
     >>> import jax, jax.numpy as jnp
     >>> from adalora_jax import AdaLoraConfig, init_adapter
@@ -100,19 +102,22 @@ class InitFunction(Protocol):
     def __call__(
         self, key: jax.Array, in_features: int, out_features: int, rank: int, dtype: np.dtype, /
     ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
-        """Return ``(p, lam, q)``, of shapes ``[rank, out]``, ``[rank]`` and ``[rank, in]``.
+        """Return the initial factors of one matrix.
 
         Args:
-          key: a PRNG key; traced.
+          key: PRNG key; traced.
           in_features, out_features: sizes of the weight as a matrix.
           rank: number of triplets.
           dtype: ``param_dtype``, to which the results are cast.
+
+        Returns:
+          ``(p, lam, q)``, of shapes ``[rank, out]``, ``[rank]`` and ``[rank, in]``.
         """
         ...
 
 
 class ProxFunction(Protocol):
-    """Maps λ after each update of the optimizer: ``AdaLoraConfig(prox=...)``.
+    """Custom map of λ after each optimizer update, for ``AdaLoraConfig(prox=...)``.
 
     >>> import jax.numpy as jnp
     >>> from adalora_jax import AdaLoraConfig
@@ -126,17 +131,17 @@ class ProxFunction(Protocol):
         """Return the new λ of one adapter.
 
         Args:
-          lam: ``[..., r]``, as the optimizer leaves it; traced.
+          lam: λ after the inner optimizer's update, ``[..., r]``; traced.
           weight: ``prox_weight``.
 
         Returns:
-          An array in the shape of ``lam``.
+          The new λ, in the shape of ``lam``.
         """
         ...
 
 
 class TargetFunction(Protocol):
-    """Picks layers: ``AdaLoraConfig(target_modules=...)`` or ``exclude_modules``.
+    """Custom selection of layers, for ``AdaLoraConfig(target_modules=...)`` or ``exclude_modules``.
 
     >>> from adalora_jax import AdaLoraConfig
     >>> def queries(path, module):
@@ -146,14 +151,15 @@ class TargetFunction(Protocol):
     """
 
     def __call__(self, path: str, module: Any, /) -> bool | RankSpec:
-        """Return whether the layer is picked.
+        """Return whether the layer is selected.
 
         Args:
-          path: path of the module, ``encoder/layers_0/query``.
+          path: path of the module, such as ``encoder/layers_0/query``.
           module: the linen or NNX module.
 
         Returns:
-          True or False; as ``target_modules`` also a ``RankSpec``, which picks the layer and gives
-          its rank once ``linen.resolve`` or ``nnx.resolve`` has written it into the config.
+          True or False. A function for ``target_modules`` may also return a ``RankSpec``, which
+          selects the layer and sets its rank; ``linen.resolve`` or ``nnx.resolve`` must then write
+          it into the config.
         """
         ...

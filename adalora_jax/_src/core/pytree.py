@@ -1,4 +1,4 @@
-"""Finding adapters in a pytree: a dict, a Flax dict, an NNX State, or a mixture of them."""
+"""Adapters in pytrees: in a dict, a Flax dict, an NNX State, or a mixture of them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from adalora_jax._src.core.adapter import Adapter, check_adapter
 
 PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in them
 
-HOLDER = "adalora"  # the name under which a Flax module holds its adapter's p, lam and q
-PACKED = "quantized"  # the linen collection of weights that are packed integers
-BATCH = 128  # adapters that one traced function takes, at most
+HOLDER = "adalora"  # key of an adapter's p, lam and q among the variables of a Flax module
+PACKED = "quantized"  # linen collection of weights that are stored as packed integers
+BATCH = 128  # maximum number of adapters per call of a traced function
 _FIELDS = frozenset(Adapter._fields)
 
 
 def is_adapter(node: Any) -> bool:
-    """True for an :class:`Adapter`, and for a mapping with exactly the keys p, lam and q.
+    """Return whether a node is an :class:`Adapter` or a mapping with exactly the keys p, lam and q.
 
-    The second is what an adapter looks like inside a Flax parameter tree or an NNX State.
+    Flax parameter trees and NNX States represent an adapter as such a mapping.
 
     >>> is_adapter({"p": 0, "lam": 0, "q": 0}), is_adapter({"kernel": 0})
     (True, False)
@@ -33,7 +33,7 @@ def is_adapter(node: Any) -> bool:
 
 
 def is_packed(node: Any) -> bool:
-    """True for a weight in packed integers, which has to be dequantised to compute with it.
+    """Return whether a weight is stored as packed integers, which computations must dequantise.
 
     >>> is_packed(1.0)
     False
@@ -42,7 +42,7 @@ def is_packed(node: Any) -> bool:
 
 
 def at(nested: Any, path: Sequence[str]) -> Any:
-    """The node of nested dicts at ``path``; None where there is none.
+    """Return the node of nested dicts at ``path``; None if there is none.
 
     >>> at({"up": {"kernel": 1}}, ["up", "kernel"]), at({"up": 1}, ["down"])
     (1, None)
@@ -53,9 +53,9 @@ def at(nested: Any, path: Sequence[str]) -> Any:
 
 
 def weight_path(params: Any, path: str, weight: str) -> list[str]:
-    """The parts of the path of a layer's weight among nested parameters.
+    """Return the path of a layer's weight in nested parameters, as a list of names.
 
-    The path of a layer is that of its module, or that of its weight where a scope has several.
+    A layer's path is that of its module, or that of its weight if a scope has several weights.
 
     >>> params = {"up": {"kernel": 1}, "mlp": {"gate": 2, "linear": 3}}
     >>> weight_path(params, "up", "kernel"), weight_path(params, "mlp/linear", "linear")
@@ -67,7 +67,7 @@ def weight_path(params: Any, path: str, weight: str) -> list[str]:
 
 
 def is_variable(node: Any) -> bool:
-    """True for an NNX Variable, which holds an array and says where it lies.
+    """Return whether a node is an NNX Variable, which holds an array and its sharding metadata.
 
     >>> is_variable(1.0)
     False
@@ -76,7 +76,7 @@ def is_variable(node: Any) -> bool:
 
 
 def bare(tree: PyTree) -> PyTree:
-    """``tree`` with the arrays of NNX Variables in place of the Variables.
+    """Return ``tree`` with every NNX Variable replaced by its array.
 
     >>> bare({"a": 1.0})
     {'a': 1.0}
@@ -86,16 +86,17 @@ def bare(tree: PyTree) -> PyTree:
 
 
 def canonical(tree: PyTree, *, variables: bool = False) -> PyTree:
-    """The same containers with an :class:`Adapter` at each adapter and None at all else.
+    """Return the containers of ``tree`` with an :class:`Adapter` per adapter and None elsewhere.
 
-    Everything that is computed over adapters is computed on this form, with ``jax.tree.map``.
+    This canonical form is the input of ``jax.tree.map`` in all computations over adapters.
 
     Args:
       tree: containers of any kind.
-      variables: leave NNX Variables as they are; otherwise their arrays are taken.
+      variables: True keeps NNX Variables; False replaces them by their arrays.
 
     Raises:
-      ValueError: an adapter's shapes do not belong together.
+      ValueError: the shapes of an adapter are inconsistent, or only some of p, lam and q are masked
+        out by optax.
 
     >>> import jax.numpy as jnp
     >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
@@ -108,7 +109,7 @@ def canonical(tree: PyTree, *, variables: bool = False) -> PyTree:
 
 
 def each(function: Callable[..., Any], adapters: PyTree, *rest: PyTree) -> Any:
-    """``jax.tree.map`` over a canonical tree, one call an :class:`Adapter` instead of a leaf.
+    """Map a function over a canonical tree like ``jax.tree.map``, but per :class:`Adapter`.
 
     >>> import jax.numpy as jnp
     >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
@@ -120,7 +121,7 @@ def each(function: Callable[..., Any], adapters: PyTree, *rest: PyTree) -> Any:
 
 
 def listed(adapters: PyTree) -> list[Any]:
-    """The adapters of a canonical tree in their fixed order; or what there is one of an adapter.
+    """Flatten a canonical tree to a list; each Adapter, or value in its position, is one leaf.
 
     >>> listed({"key": None, "query": Adapter(1, 2, 3)}), listed({"key": None, "query": True})
     ([Adapter(p=1, lam=2, q=3, scale=1.0)], [True])
@@ -129,7 +130,7 @@ def listed(adapters: PyTree) -> list[Any]:
 
 
 def filled(adapters: PyTree, values: Sequence[Any]) -> PyTree:
-    """A canonical tree with other values in its adapters' places, in their order.
+    """Return a canonical tree with its adapters replaced by ``values``, in the tree's order.
 
     >>> filled({"key": None, "query": Adapter(1, 2, 3)}, [True])
     {'key': None, 'query': True}
@@ -139,12 +140,10 @@ def filled(adapters: PyTree, values: Sequence[Any]) -> PyTree:
 
 
 def alike(*columns: Sequence[Any]) -> list[list[int]]:
-    """Which adapters agree in the types of all columns: their indices, in batches.
+    """Group adapters with equal types in all columns; return batches of at most 128 indices.
 
-    A type is shape, dtype and, on a mesh with explicit axes, sharding.
-
-    A jitted function that takes one batch is traced for each kind of adapter, not for each
-    adapter, so that thousands of them are traced in seconds.
+    A type is shape, dtype and, on a mesh with explicit axes, sharding. A jitted function of one
+    batch is traced per type, not per adapter, so thousands of adapters are traced in seconds.
 
     >>> import numpy as np
     >>> alike([np.ones(2), np.ones(3), np.ones(2)])
@@ -162,9 +161,9 @@ def alike(*columns: Sequence[Any]) -> list[list[int]]:
 
 
 def by_role(indices: Iterable[int], paths: Sequence[str]) -> list[list[int]]:
-    """Return the indices in groups whose paths are the same but for numbers.
+    """Return the indices in groups whose paths differ only in numbers.
 
-    Layers of one role are sharded alike, so their arrays may be joined without moving any.
+    Layers of one role have the same sharding, so their arrays can be joined without communication.
 
     >>> by_role(range(3), ["h/0/up", "h/0/down", "h/1/up"])
     [[0, 2], [1]]
@@ -176,7 +175,7 @@ def by_role(indices: Iterable[int], paths: Sequence[str]) -> list[list[int]]:
 
 
 def pick(batch: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
-    """The entries of a batch, in each column.
+    """Return the entries of each column at the indices of a batch.
 
     >>> pick([0, 2], "abc", "xyz")
     [['a', 'c'], ['x', 'z']]
@@ -187,7 +186,9 @@ def pick(batch: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
 def batched(
     function: Callable[..., Any], batches: Iterable[Sequence[int]], *columns: Sequence[Any]
 ) -> list[Any]:
-    """``[function(*row) for row in zip(*columns)]`` by a function that takes and returns lists.
+    """Apply a function of lists to each batch; return one result per entry, in the columns' order.
+
+    The result is ``[f(*row) for row in zip(*columns)]``, where ``function`` maps f over lists.
 
     >>> batched(lambda a, b: [x + y for x, y in zip(a, b)], [[0, 2], [1]], "abc", "xyz")
     ['ax', 'by', 'cz']
@@ -197,7 +198,7 @@ def batched(
 
 
 def spread(batches: Sequence[Sequence[int]], values: Sequence[Sequence[Any]]) -> list[Any]:
-    """What was made of each batch, in the adapters' own order.
+    """Return the values of all batches as one list, in the order of the adapters.
 
     >>> spread([[0, 2], [1]], ["ac", "b"])
     ['a', 'b', 'c']
@@ -219,7 +220,7 @@ def in_containers(own: PyTree, values: PyTree) -> Any:
 
 
 def insert(tree: PyTree, adapters: PyTree) -> PyTree:
-    """``tree`` with the values of its adapters taken from ``adapters``, in canonical form.
+    """Return ``tree`` with the values of its adapters replaced by those of a canonical tree.
 
     >>> import jax.numpy as jnp
     >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
@@ -236,7 +237,22 @@ def insert(tree: PyTree, adapters: PyTree) -> PyTree:
 
 
 def adapters(tree: PyTree) -> dict[str, Adapter]:
-    """``{path: Adapter}`` of all adapters in ``tree``, in their fixed order.
+    """Return ``{path: Adapter}`` of all adapters in ``tree``, in the order of its leaves.
+
+    Scale and layout are None for an adapter that is stored as a mapping of arrays. For one in an
+    NNX State they are read from the metadata of its ``lam``.
+
+    Args:
+      tree: a dict, a Flax dict, an NNX State, or a mixture of them. Adapters that
+        ``optax.masked`` removed are skipped.
+
+    Returns:
+      A dict of :class:`Adapter` with the arrays of NNX Variables in place of the Variables. A path
+      is ``encoder/query``; that of an adapter at the root is ``""``.
+
+    Raises:
+      ValueError: the shapes of an adapter are inconsistent, or only some of p, lam and q are masked
+        out by optax.
 
     >>> import jax.numpy as jnp
     >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
@@ -252,7 +268,7 @@ def adapters(tree: PyTree) -> dict[str, Adapter]:
 
 
 def _facts(node: Any) -> dict[str, Any]:
-    """Return scale and layout as the metadata of an NNX adapter's lam has them."""
+    """Return the scale and layout from the metadata of an NNX adapter's ``lam``."""
     lam: Any = node["lam"] if isinstance(node, Mapping) else None
     if not is_variable(lam):
         return {}
@@ -261,7 +277,7 @@ def _facts(node: Any) -> dict[str, Any]:
 
 
 def leaves_with_path(tree: PyTree) -> dict[str, Any]:
-    """``{path: leaf}`` for a tree that has one leaf an adapter, such as the masks.
+    """Return ``{path: leaf}`` for a tree with one leaf per adapter, such as the masks.
 
     >>> leaves_with_path({"encoder": {"query": 1, "adalora": 2}})
     {'encoder': 2, 'encoder/query': 1}
@@ -270,10 +286,17 @@ def leaves_with_path(tree: PyTree) -> dict[str, Any]:
 
 
 def param_labels(tree: PyTree, other: str = "other") -> PyTree:
-    """``"p"``, ``"lam"``, ``"q"`` for the leaves of adapters and ``other`` for the rest.
+    """Return ``"p"``, ``"lam"`` or ``"q"`` for the leaves of adapters, ``other`` for other leaves.
 
-    For ``optax.partition``, to treat the factors differently: freeze one, give another its own
-    learning rate.
+    With ``optax.partition`` these labels give each factor its own optimizer: freeze one, or train
+    it with another learning rate.
+
+    Args:
+      tree: any tree with adapters in it, such as the trainable parameters.
+      other: label of the leaves that do not belong to an adapter.
+
+    Returns:
+      A tree of strings in the containers of ``tree``.
 
     >>> import jax.numpy as jnp, optax
     >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
@@ -290,7 +313,7 @@ def param_labels(tree: PyTree, other: str = "other") -> PyTree:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as ``a/b/c``; the name of the holder inside a module is left out.
+    """Return a key path as ``a/b/c``; the key :data:`HOLDER` at its end is omitted.
 
     >>> path_name((tree_util.DictKey("layers"), tree_util.DictKey(0), tree_util.DictKey(HOLDER)))
     'layers/0'
@@ -301,7 +324,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
-    """Return the paths of the leaves, an NNX Variable counting as one leaf.
+    """Return the paths of the leaves; an NNX Variable counts as one leaf.
 
     >>> leaf_paths({"up": {"kernel": 1.0}})
     ['up/kernel']
@@ -311,7 +334,7 @@ def leaf_paths(tree: PyTree) -> list[str]:
 
 
 def row_name(path: str, index: tuple[int, ...]) -> str:
-    """What a matrix is called: its path, with its index where it is a slice of a stack.
+    """Return the name of a matrix: its path, with its index if it is a slice of a stack.
 
     >>> row_name("layers/up", (0, 3)), row_name("head", ())
     ('layers/up[0,3]', 'head')
@@ -320,7 +343,7 @@ def row_name(path: str, index: tuple[int, ...]) -> str:
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """A leaf's key path as ``a/b/c``, the same for a dict, a Flax dict and an NNX State.
+    """Return a leaf's key path as ``a/b/c``, equal for a dict, a Flax dict and an NNX State.
 
     >>> leaf_name((tree_util.DictKey("up"), tree_util.DictKey(HOLDER), tree_util.DictKey("lam")))
     'up/lam'
@@ -332,19 +355,19 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def _nodes(tree):
-    """The adapters and the other leaves of ``tree``, each with its path, and what holds them.
+    """Flatten ``tree`` with path; each adapter, and each NNX Variable elsewhere, is one leaf.
 
-    A Variable counts as one leaf, so that what stands at its place does not depend on whether the
-    parameters come in Variables, as to an optimizer's ``init``, or as arrays, as to its ``update``.
+    The structure is then independent of whether the parameters are Variables, as in an optimizer's
+    ``init``, or arrays, as in its ``update``.
     """
     is_leaf = lambda node: is_adapter(node) or is_variable(node)
     return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
 
 
 def _as_adapter(node: Any, path: tuple[Any, ...], is_leaf: Any = None) -> Adapter | None:
-    """Return the node as an :class:`Adapter`; None where it is not one, or masked out by optax.
+    """Return the node as an :class:`Adapter`; None if it is not one or is masked out by optax.
 
-    A mapping of arrays does not say what weight it belongs to, so scale and layout are not known.
+    A mapping of arrays has no metadata about its weight, so its scale and layout are unknown.
     """
     if not is_adapter(node):
         return None
@@ -371,11 +394,11 @@ def _as_adapter(node: Any, path: tuple[Any, ...], is_leaf: Any = None) -> Adapte
 
 
 def _like(node: Any, adapter: Adapter) -> Any:
-    """``adapter`` in the containers of ``node``: an Adapter, a dict, a State of Variables."""
+    """Return ``adapter`` in the containers of ``node``: an Adapter, a dict, or an NNX State."""
     named, treedef = tree_util.tree_flatten_with_path(node)
     return treedef.unflatten([getattr(adapter, _field(key)) for key, _ in named])
 
 
 def _field(path: tuple[Any, ...]) -> str:
-    """The first entry of a leaf's path inside an adapter: p, lam or q."""
+    """Return the first entry of a leaf's path inside an adapter: p, lam or q."""
     return tree_util.keystr(path[:1], simple=True)

@@ -1,4 +1,4 @@
-"""The rank of some layers: where it starts and its limits, by pattern."""
+"""Initial rank, rank limits and alpha of the layers that match a pattern."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from adalora_jax._src.core import checks
 
 @dataclasses.dataclass(frozen=True)
 class RankSpec:
-    """The rank of some layers: where it starts, its limits, and alpha. None leaves the default.
+    """Initial rank, rank limits and alpha of some layers; None selects the default.
 
     Attributes:
-      init_r: triplets of each matrix at the start; None: the ``init_r`` of the config.
-      min_r: pruning leaves each matrix at least this many; None: 0.
-      max_r: and, once it has begun, at most this many; None: ``init_r``.
-      alpha: the increments of these layers are scaled by ``alpha / init_r``, or by 1 where it is
-        not above 0; None: the scale of the config.
+      init_r: int ≥ 1 or None: triplets per matrix at the start. None: the ``init_r`` of the config.
+      min_r: int ≥ 0 or None: every mask keeps at least this many triplets of each matrix. None: 0.
+      max_r: int ≥ 0 or None: every mask keeps at most this many triplets of each matrix. None:
+        ``init_r``.
+      alpha: finite number or None: the increments of these layers are scaled by
+        ``alpha / init_r``, or by 1 where it is not above 0. None: the scale or alpha of the config.
 
     Raises:
-      ValueError: a value that cannot work, with its name.
+      ValueError: a value is invalid, or ``min_r ≤ max_r ≤ init_r`` does not hold for the values
+        that are not None; the message has the names and values.
 
     >>> RankSpec(init_r=8, min_r=2)
     RankSpec(init_r=8, min_r=2, max_r=None, alpha=None)
@@ -51,7 +53,14 @@ class RankSpec:
 
 
 class LayerRank(NamedTuple):
-    """The rank of one layer: a :class:`RankSpec` with every field filled in."""
+    """Rank of one layer: a :class:`RankSpec` with the defaults filled in.
+
+    Attributes:
+      init_r: int: triplets per matrix at the start.
+      min_r: int: the fewest triplets per matrix that a mask keeps.
+      max_r: int: the most triplets per matrix that a mask keeps.
+      alpha: float: numerator of the scale ``alpha / init_r``.
+    """
 
     init_r: int
     min_r: int
@@ -60,14 +69,15 @@ class LayerRank(NamedTuple):
 
 
 def parse(value: Any, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
-    """Return ``{pattern: RankSpec, its fields as a dict, or init_r}`` as pairs, in its order.
+    """Return ``rank_limits`` as pairs of pattern and :class:`RankSpec`, in the given order.
 
     Args:
-      value: the mapping, or its pairs.
-      init_r: of the layers whose pattern has none; the limits must not be above it.
+      value: a mapping from pattern to a :class:`RankSpec`, a dict of its fields, or an ``init_r``;
+        or the pairs of such a mapping; or None, which is returned.
+      init_r: initial rank for the patterns that have none; their limits must not exceed it.
 
     Raises:
-      ValueError: naming the pattern and what is wrong with it.
+      ValueError: an entry is invalid; the message has the pattern and the reason.
 
     >>> parse({"query": 8}, init_r=12)
     (('query', RankSpec(init_r=8, min_r=None, max_r=None, alpha=None)),)
@@ -91,7 +101,7 @@ def parse(value: Any, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
 
 
 def find(limits: Iterable[tuple[str, RankSpec]], path: str) -> RankSpec:
-    """Return the first spec whose pattern :func:`matches` the path; else an empty one.
+    """Return the first spec whose pattern :func:`matches` the path, or else ``RankSpec()``.
 
     >>> find((("query", RankSpec(init_r=8)),), "layers/0/query").init_r
     8
@@ -100,7 +110,7 @@ def find(limits: Iterable[tuple[str, RankSpec]], path: str) -> RankSpec:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Return whether a regex matches the path, or its end at a separator.
+    """Return whether a regex matches the whole path or its end at a separator, ``/`` or ``.``.
 
     >>> matches("query", "layers/0/query"), matches("query", "layers/0/subquery")
     (True, False)

@@ -1,4 +1,4 @@
-"""The regulariser that keeps P and Q near orthonormal."""
+"""The orthogonality regulariser of P and Q."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ from adalora_jax._src.core.pytree import PyTree
 
 
 def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
-    """The weighted penalty, to be added to the training loss and left out of evaluation::
+    """Return the weighted orthogonality penalty of all P and Q, a term of the training loss.
 
-        orth_reg_weight · mean over all P and Q of ‖M Mᵀ − I‖_F        "frobenius", PEFT's
-        orth_reg_weight · sum over all P and Q of ‖M Mᵀ − I‖²_F        "squared", Eq. 4
+    By ``config.orthogonality`` it is one of::
 
-    Pruned triplets stay in it. Every slice of a stack is a matrix of its own.
+        orth_reg_weight · mean over all P and Q of ‖M Mᵀ − I‖_F        "frobenius", as in PEFT
+        orth_reg_weight · sum over all P and Q of ‖M Mᵀ − I‖²_F        "squared"
+
+    where ``"squared"`` is `AdaLoRA, Eq. (4) <https://arxiv.org/abs/2303.10512>`_, and M is the
+    stored ``p [r, out]``, the paper's P transposed, or ``q [r, in]``. Pruned triplets count. Every
+    slice of a stack is a separate matrix. Omit the penalty in evaluation.
 
     Args:
-      adapters: any tree with adapters in it: the dict, a bigger tree, an NNX State.
-      config: the weight and, by ``config.orthogonality``, the form.
+      adapters: any tree with adapters in it: the dict, a larger tree, or an NNX State.
+      config: the config of the run; ``orth_reg_weight`` and ``orthogonality`` are read.
 
     Returns:
-      A scalar in at least float32. Its gradient is finite everywhere; that of ``"squared"``, which
-      grows with the third power of M, as long as it can be represented.
+      A scalar in at least float32. Its gradient is finite everywhere, for ``"squared"`` as long as
+      the dtype can represent it: that gradient grows with the third power of M.
 
     Raises:
-      ValueError: there is no adapter in ``adapters``.
+      TypeError: ``config`` is not an :class:`AdaLoraConfig`.
+      ValueError: ``adapters`` contains no adapter; or ``config.orth_reg_in_update`` is True, so
+        that the penalty would count twice.
 
     >>> from adalora_jax import Adapter
     >>> adapter = Adapter(2 * jnp.eye(3), jnp.zeros(3), jnp.eye(3))
@@ -53,7 +59,7 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
 
 
 def penalty(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
-    """Return :func:`orthogonality`, wherever it is added."""
+    """Return the value of :func:`orthogonality`, also with ``config.orth_reg_in_update``."""
     found = pytree.adapters(adapters)
     matrices = {
         (path, name): getattr(adapter, name)
@@ -65,7 +71,7 @@ def penalty(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
             f"no adapter was found in the {type(adapters).__name__} given as adapters: pass the "
             "adapters, or an NNX state filtered by nnx.LoRAParam."
         )
-    # Starting a kernel is quick on a CPU, where joined matrices take longer to compile.
+    # On a CPU, kernel launches are cheap and joined matrices take longer to compile.
     one_by_one = lambda: jnp.concatenate([_deviations(m) for m in matrices.values()])
     deviations = jax.lax.platform_dependent(cpu=one_by_one, default=lambda: _joined(matrices))
     if config.orthogonality == "squared":
@@ -74,11 +80,11 @@ def penalty(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
 
 
 def _joined(matrices: Mapping[tuple[str, str], jax.Array]) -> jax.Array:
-    """Return the deviations from one array per role: a few kernels instead of many.
+    """Return the deviations of all matrices, computed per role: a few kernels instead of many.
 
-    Matrices of one role have the same path but for numbers, and the same type: shape, dtype and
-    explicit sharding. They are sharded alike, so a new axis in front, which is not sharded, moves
-    nothing between devices.
+    Matrices of one role have paths that differ only in numbers, and the same type: shape, dtype and
+    explicit sharding. They have the same sharding, so stacking them along a new unsharded leading
+    axis needs no communication.
     """
     roles: dict[Any, list[jax.Array]] = {}
     for (path, name), m in matrices.items():
@@ -87,16 +93,16 @@ def _joined(matrices: Mapping[tuple[str, str], jax.Array]) -> jax.Array:
     return jnp.concatenate([deviation(jnp.stack(members)).ravel() for members in roles.values()])
 
 
-@jax.jit  # one trace for all matrices that are alike
+@jax.jit  # one trace for all matrices of one shape and dtype
 def _deviations(m):
     return deviation(m).ravel()
 
 
 def deviation(m: jax.Array) -> jax.Array:
-    """``‖M Mᵀ − I‖_F`` for ``m [..., r, d]``, one value a matrix, in at least float32.
+    """Return ``‖M Mᵀ − I‖_F`` for ``m [..., r, d]``, one value per matrix, in at least float32.
 
-    Its gradient ``2 (D / ‖D‖) M``, ``D = M Mᵀ − I``, is finite everywhere: 0 where M is exactly
-    orthonormal, and where M Mᵀ is beyond the dtype, with infinity as the value.
+    Its gradient ``2 (D / ‖D‖) M``, with ``D = M Mᵀ − I``, is finite everywhere. It is 0 if the rows
+    of M are exactly orthonormal, and also if M Mᵀ overflows the dtype; the value is then infinite.
 
     >>> import jax.numpy as jnp
     >>> deviation(2 * jnp.eye(3))
@@ -108,7 +114,7 @@ def deviation(m: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _gram(m):
-    """``M Mᵀ``, whose derivative is one product instead of two, because the result is symmetric."""
+    """Compute ``M Mᵀ``; its derivative is one product, not two, because the result is symmetric."""
     return _rows_by_rows(m, m)
 
 
@@ -131,10 +137,10 @@ def _rows_by_rows(a, b):
 
 @jax.custom_jvp
 def _norm(d):
-    """``‖D‖_F`` of each matrix, infinite where D is not finite.
+    """Compute ``‖D‖_F`` of each matrix; infinite if D is not finite.
 
-    Squares are added up twice, as they are and of a D made small, for where they are beyond the
-    dtype. That is one kernel; to look for the largest entry first would be another.
+    Squares are summed twice, of D and of a scaled-down D, whose sum is used if the first overflows.
+    Both sums are one kernel; a search for the largest entry would need a second one.
     """
     small = 2.0 ** -(jnp.finfo(d.dtype).maxexp // 2)
     scales = jnp.array([1, small], d.dtype).reshape(2, *[1] * d.ndim)
@@ -152,14 +158,14 @@ def _norm_jvp(primals, tangents):
 
 @jax.custom_jvp
 def _unit(d, norm):
-    """``D / ‖D‖_F``, the slope of the norm; 0 where that is 0 or infinite."""
+    """Compute ``D / ‖D‖_F``, the gradient of the norm; 0 if the norm is 0 or infinite."""
     some = ((norm > 0) & (norm < jnp.inf))[..., None, None]
     return jnp.where(some, d, 0) / jnp.where(some, norm[..., None, None], 1)
 
 
 @_unit.defjvp
 def _unit_jvp(primals, tangents):
-    """``E − U ⟨U, E⟩`` with ``E = dD / ‖D‖_F``: of numbers around 1 only, whatever D is."""
+    """Compute ``E − U ⟨U, E⟩`` with ``E = dD / ‖D‖_F``, so that the scale of D cancels."""
     (d, norm), (tangent, _) = primals, tangents
     unit, change = _unit(d, norm), _unit(tangent, norm)
     return unit, change - unit * jnp.sum(unit * change, axis=(-2, -1), keepdims=True)

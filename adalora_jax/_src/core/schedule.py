@@ -1,4 +1,4 @@
-"""The budget b(t): how many triplets may live in all adapters together, and what each costs."""
+"""Budget b(t) for the active triplets of all adapters, and the cost per triplet."""
 
 from __future__ import annotations
 
@@ -21,37 +21,41 @@ def budget(
     *,
     initial: int | None = None,
 ) -> jax.Array:
-    """Triplets allowed in total at ``step``.
+    """Return the budget b(t) at ``step``: the number of triplets that may be active in total.
 
-    With ``b0 = init_r · n``, ``bT = target_r · n`` and ``c`` falling from 1 at ``tinit`` to 0 at
-    ``total_step − tfinal``::
+    With n = ``n_adapters``, ``b0 = init_r · n``, ``bT = min(target_r · n, b0)`` and ``c``, which
+    falls linearly from 1 at ``tinit`` to 0 at ``total_step − tfinal``::
 
-        cubic    b = ⌊(b0 − bT) c³ + bT⌋        (the code of the paper and of PEFT)
+        cubic    b = ⌊(b0 − bT) c³ + bT⌋
         linear   b = ⌊b0 − (1 − c)(b0 − bT)⌋
-        grow     b = ⌊b1 + (1 − c)(bT − b1)⌋    b1 = min(n, bT): rises from one triplet a matrix
+        grow     b = ⌊b1 + (1 − c)(bT − b1)⌋    b1 = min(n, bT): one triplet per matrix
 
-    b0 up to and including ``tinit``, bT from the final step on. The values are those of Python's
-    float64, at any ``step`` type and precision setting, so they are PEFT's to the last triplet.
+    The budget is b0 up to and including ``tinit`` and bT from the final step on. ``"cubic"`` is the
+    schedule of `AdaLoRA <https://arxiv.org/abs/2303.10512>`_ as in the authors' code and in PEFT,
+    which differs from the equation printed in the paper. Values are computed in Python's float64
+    for any dtype of ``step`` and any precision setting, so they equal PEFT's exactly.
 
-    In a run that grows, as in IncreLoRA, ``init_r`` is what a matrix can rise to. It starts with
-    the best triplets of the warm-up; the others are there all the time, with λ = 0 and a gradient.
+    With ``"grow"``, as in IncreLoRA, ``init_r`` is the maximum rank of a matrix. The first mask
+    keeps the best triplets of the warm-up; the others stay in the adapters with λ = 0 and receive
+    gradients, so later masks can make them active.
 
-    A function as ``config.budget_schedule`` is called as ``schedule(config, step, n_adapters)``
-    with a traced step and gives b in between; it is rounded down and kept within 0 and b0. A NaN
-    prunes nothing: it counts as b0.
+    A function as ``config.budget_schedule`` is called as ``schedule(config, step, n_adapters)``,
+    with an int32 array as step, and returns b between ``tinit`` and the final step. The result is
+    rounded down and clipped to [0, b0]. NaN counts as b0, so nothing is pruned.
 
     Args:
       config: the schedule and its phases.
-      step: optimizer step counted from 0; a Python int or an integer array, traced or not.
-      n_adapters: matrices that share the budget; every slice of a stack is one. Where the budget
-        is counted in another unit, what one triplet of each costs together, see :func:`cost`.
-      initial: b0 where the adapters do not all start at ``init_r``.
+      step: optimizer step, counted from 0; a Python int or an integer array, traced or not.
+      n_adapters: int: number of matrices that share the budget; every slice of a stack is one. In
+        another ``budget_unit`` than triplets: the cost of one triplet of each matrix, summed over
+        the matrices, see :func:`cost`.
+      initial: int: b0, if not all adapters start at ``init_r``. None: ``init_r · n_adapters``.
 
     Returns:
-      int32, in the shape of ``step``.
+      int32 array in the shape of ``step``, in ``config.budget_unit``.
 
     Raises:
-      ValueError: a function as ``config.budget_schedule`` gave another shape than the step's.
+      ValueError: a function as ``config.budget_schedule`` returned another shape than the step's.
 
     >>> config = AdaLoraConfig(total_step=1000, init_r=12, target_r=8, budget_schedule="linear")
     >>> [int(budget(config, step, 10)) for step in (0, 500, 999)]
@@ -77,18 +81,19 @@ def budget(
 
 
 def cost(config: AdaLoraConfig, path: str, in_features: int, out_features: int) -> int:
-    """What one triplet of the adapter at ``path`` takes from the budget, by ``config.budget_unit``.
+    """Return the cost of one triplet of the adapter at ``path``, in ``config.budget_unit``.
 
     ``"triplets"``: 1. ``"parameters"``: ``in + out + 1``, so a triplet of a wide layer costs more
     than one of a narrow layer. ``"flops"``: ``2 in + 2 out + 1``, its additions and multiplications
-    for one input of a dense layer. Where layers are run differently often, as convolutions or
-    experts are, a function says it: ``(path, in_features, out_features)`` → a whole number.
+    for one input of a dense layer. If some layers run more often than others, such as convolutions
+    and experts, pass a function ``(path, in_features, out_features) -> int``.
 
-    The budget is then what ``init_r`` triplets of each matrix cost, falling to what ``target_r`` of
-    each cost, and a schedule of one's own gets the cost of one of each as ``n_adapters``.
+    The budget then falls from the cost of ``init_r`` triplets of each matrix to the cost of
+    ``target_r`` triplets of each matrix. A custom schedule receives the cost of one triplet of each
+    matrix, summed over the matrices, as ``n_adapters``.
 
     Raises:
-      ValueError: a function gave something else than a whole number of at least 1.
+      ValueError: a function returned a value that is not an integer of at least 1.
 
     >>> config = AdaLoraConfig(total_step=10, budget_unit="parameters")
     >>> cost(config, "mlp/up", 512, 2048), cost(config, "attn/query", 512, 512)
@@ -105,9 +110,15 @@ def cost(config: AdaLoraConfig, path: str, in_features: int, out_features: int) 
 def _staircase(
     config: AdaLoraConfig, initial: int, target: int, first: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The steps at which a built-in schedule changes and its values from there on.
+    """Return the steps at which a built-in schedule changes, and its values from there on.
 
-    Computed in float64 ahead of time: in float32 the floor falls on the other side at some steps.
+    Both are computed in float64 ahead of time, since in float32 the floor differs at some steps.
+
+    Args:
+      config: the schedule and its phases.
+      initial: b0.
+      target: bT.
+      first: b1 of ``"grow"``.
     """
     span = config.total_step - config.tfinal - config.tinit
     starts, values = [0], [initial]

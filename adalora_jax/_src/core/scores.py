@@ -1,4 +1,4 @@
-"""How much every triplet matters: smoothed sensitivity, its uncertainty, and the scores."""
+"""Importance of triplets: smoothed sensitivity, its uncertainty, and the scores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,24 @@ from jax.typing import ArrayLike
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 
-_MOST = 1e6  # of Ī ÷ Ū, where there is no uncertainty
-_PRIOR = 1e-4  # δ, the precision of a prior: that of a weight decay of 1e-4
-_TOGETHER = 8  # leaves in one test: more streams of memory than that no processor reads ahead
+_MOST = 1e6  # upper bound of Ī / Ū, and its value where Ū = 0 and Ī > 0
+_PRIOR = 1e-4  # δ, the precision of the prior, equal to a weight decay of 1e-4
+_TOGETHER = 8  # leaves per fused check; processors prefetch about as many memory streams
 
 
 class ScoreInputs(NamedTuple):
-    """What a score may look at, for one adapter; every field has the adapter's shapes.
+    """Inputs of a score for one adapter.
 
-    ``sensitivity`` and ``uncertainty`` are the float32 moving averages Ī and Ū.
+    Every field is an :class:`Adapter` with arrays of the shapes ``p [..., r, out]``,
+    ``lam [..., r]`` and ``q [..., r, in]``.
+
+    Attributes:
+      weight: the parameters w, in their dtype.
+      gradient: the gradients g of the parameters.
+      sensitivity: float32: the smoothed sensitivity Ī, `AdaLoRA, Eq. (9)
+        <https://arxiv.org/abs/2303.10512>`_.
+      uncertainty: float32: the uncertainty Ū, `AdaLoRA, Eq. (10)
+        <https://arxiv.org/abs/2303.10512>`_.
     """
 
     weight: Adapter
@@ -31,7 +40,9 @@ class ScoreInputs(NamedTuple):
 
 
 def raw_sensitivity(weight: jax.Array, gradient: jax.Array) -> jax.Array:
-    """``I = |w · g|`` (Eq. 8 of the paper), in float32 whatever the parameters are.
+    """Return the sensitivity ``I = |w · g|`` in float32, for parameters of any dtype.
+
+    This is `AdaLoRA, Eq. (8) <https://arxiv.org/abs/2303.10512>`_.
 
     >>> raw_sensitivity(jnp.array([1.0, -2.0]), jnp.array([3.0, 4.0]))
     Array([3., 8.], dtype=float32)
@@ -42,10 +53,19 @@ def raw_sensitivity(weight: jax.Array, gradient: jax.Array) -> jax.Array:
 def smooth(
     raw: jax.Array, sensitivity: jax.Array, uncertainty: jax.Array, config: AdaLoraConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """One step of the two moving averages (Eqs. 9 and 10), started at 0, without bias correction::
+    """Return the moving averages Ī and Ū after one step.
+
+    They start at 0 and have no bias correction (`AdaLoRA, Eqs. (9) and (10)
+    <https://arxiv.org/abs/2303.10512>`_)::
 
         Ī ← β1 Ī + (1 − β1) I
         Ū ← β2 Ū + (1 − β2) |I − Ī|        with the new Ī
+
+    Args:
+      raw: the sensitivity I of this step, float32.
+      sensitivity: Ī before the step, in the shape of ``raw``.
+      uncertainty: Ū before the step, in the shape of ``raw``.
+      config: the source of ``beta1`` and ``beta2``.
 
     >>> config = AdaLoraConfig(total_step=10, beta1=0.5, beta2=0.5)
     >>> [float(x) for x in smooth(jnp.float32(4), jnp.float32(0), jnp.float32(0), config)]
@@ -64,7 +84,7 @@ def smooth_batch(
     uncertainty: Sequence[Adapter],
     config: AdaLoraConfig,
 ) -> list[tuple[Adapter, Adapter]]:
-    """``(Ī, Ū)`` of each adapter after :func:`smooth` took in its ``|w · g|``."""
+    """Return ``(Ī, Ū)`` of each adapter, updated with its ``|w · g|`` by :func:`smooth`."""
     pairs = [
         [_smooth_leaf(*leaves, config=config) for leaves in zip(*adapter)]
         for adapter in zip(weights, gradients, sensitivity, uncertainty)
@@ -72,17 +92,18 @@ def smooth_batch(
     return [(Adapter(*(s for s, _ in pair)), Adapter(*(u for _, u in pair))) for pair in pairs]
 
 
-@functools.partial(jax.jit, static_argnames="config")  # one trace for all leaves that are alike
+@functools.partial(jax.jit, static_argnames="config")  # one trace per shape and dtype
 def _smooth_leaf(weight, gradient, sensitivity, uncertainty, config):
     return smooth(raw_sensitivity(weight, gradient), sensitivity, uncertainty, config)
 
 
 @jax.jit
 def finite_batch(weights: Sequence[Adapter], gradients: Sequence[Adapter]) -> jax.Array:
-    """Whether ``w · g`` is finite in every element of adapters that are :func:`tree.alike`.
+    """Return whether ``w · g`` is finite in every element of the adapters.
 
-    A finite number times 0 is 0, any other is NaN, and so is a sum in which there is a NaN. One
-    kernel reads several leaves at once, so they must be of one role: sharded alike.
+    A finite number times 0 is 0, any other number times 0 is NaN, and a sum with a NaN is NaN. One
+    kernel reads several leaves, so the adapters must have equal shapes and dtypes, and the same
+    role, which implies the same sharding.
     """
     tests = []
     for field in zip(*(zip(*pair) for pair in zip(weights, gradients))):
@@ -94,13 +115,17 @@ def finite_batch(weights: Sequence[Adapter], gradients: Sequence[Adapter]) -> ja
 
 
 def triplet_mean(element_scores: Adapter) -> jax.Array:
-    """A triplet's score from its elements' (Eq. 7): ``s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``.
+    """Return the scores of triplets from the scores of their elements.
+
+    ``S_i = s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``, `AdaLoRA, Eq. (7)
+    <https://arxiv.org/abs/2303.10512>`_.
 
     Args:
-      element_scores: with the shapes of an adapter.
+      element_scores: scores s of the elements, float arrays ``p [..., r, out]``, ``lam [..., r]``
+        and ``q [..., r, in]``.
 
     Returns:
-      ``[..., r]``.
+      One score per triplet, ``[..., r]``.
 
     >>> triplet_mean(Adapter(p=jnp.ones((2, 3)), lam=jnp.zeros(2), q=2 * jnp.ones((2, 4))))
     Array([3., 3.], dtype=float32)
@@ -111,21 +136,22 @@ def triplet_mean(element_scores: Adapter) -> jax.Array:
 
 @jax.jit
 def largest(averages: Sequence[jax.Array]) -> jax.Array:
-    """Return the largest entry of all of them."""
+    """Return the largest entry of all arrays."""
     return jnp.max(jnp.stack([jnp.max(leaf) for leaf in averages]))
 
 
 def representable(of_lam: jax.Array) -> jax.Array:
-    """Return the factor of all averages with which float32 represents the products of two.
+    """Return the factor by which to multiply all averages so that float32 represents ``Ī · Ū``.
 
-    ``Ī · Ū`` of averages below 1e-19 would be 0, of those above 1e19 infinite, and either way there
-    would be no order. The factor brings the largest average of a λ between 2⁻⁵⁰ and 2⁵⁰, as near
-    as it gets; it is a power of two, which is exact, and 1 for a λ that is there already. It goes
-    no further, for the averages of p and q may be much larger, by the penalty's gradient. Those of
-    λ are few, and all of them are on every device.
+    Otherwise products of averages below 1e-19 underflow to 0 and products of averages above 1e19
+    overflow to infinity, and the triplets have no order. The factor moves the largest average of a
+    λ to the nearest end of the range from 2⁻⁵⁰ to 2⁵⁰, and is 1 for an average inside the range. It
+    is a power of two, so the multiplication is exact. It scales no more than necessary, because the
+    averages of p and q may be much larger, due to the penalty's gradient. Only averages of λ are
+    used: they are few and replicated on every device.
 
     Args:
-      of_lam: the largest average of a λ; 0, of which nothing follows, gives 1.
+      of_lam: the largest average of a λ, float32 scalar; 0 has the factor 1.
 
     >>> [float(representable(jnp.float32(2.0**n))) for n in (-60, -40, 0, 40, 60)]
     [1024.0, 1.0, 1.0, 1.0, 0.0009765625]
@@ -138,30 +164,32 @@ def representable(of_lam: jax.Array) -> jax.Array:
 def triplet_scores(
     evidence: ScoreInputs, config: AdaLoraConfig, factor: ArrayLike = 1
 ) -> jax.Array:
-    """The score by which the triplets of one adapter are ranked.
+    """Return the scores by which the triplets of one adapter are ranked.
 
     ``config.score`` is one of
 
-    * ``"sensitivity_uncertainty"``: ``Ī · Ū`` (Eq. 11), the paper's and PEFT's;
+    * ``"sensitivity_uncertainty"``: ``Ī · Ū``, as in `AdaLoRA, Eq. (11)
+      <https://arxiv.org/abs/2303.10512>`_ and PEFT;
     * ``"smoothed_sensitivity"``: ``Ī``;
     * ``"sensitivity"``: ``I``, of this step alone;
     * ``"upper_confidence"``: ``Ī + Ū``;
-    * ``"sensitivity_over_uncertainty"``: ``Ī ÷ Ū``, at most 1e6, and 0 where ``Ī = 0``: what is
-      steadily useful (IGU-LoRA);
+    * ``"sensitivity_over_uncertainty"``: ``Ī / Ū``, at most 1e6, and 0 where ``Ī = 0``; it favours
+      elements of steady importance (IGU-LoRA);
     * ``"signal_to_noise"``: ``|w| / σ`` of a weight's posterior (Chen and Garner 2024), with
       ``σ⁻² = h + δ`` and the Fisher information ``(Ī / w)²`` as h, so ``√(Ī² + δ w²)``; δ is 1e-4;
-    * ``"magnitude"``: ``|λ|``, whatever ``score_over`` says;
+    * ``"magnitude"``: ``|λ|``, for any ``score_over``;
 
-    summed over the triplet by :func:`triplet_mean`, or of λ alone with ``score_over="lam"``; or a
-    function that takes an :class:`ScoreInputs` and returns the scores of the triplets.
+    combined per triplet by :func:`triplet_mean`, or of λ alone with ``score_over="lam"``; or a
+    function that takes a :class:`ScoreInputs` and returns the scores of the triplets.
 
     Args:
-      evidence: of one adapter.
-      config: for ``score`` and ``score_over``.
-      factor: :func:`representable`; it multiplies both averages in ``Ī · Ū``.
+      evidence: weight, gradient and averages of one adapter.
+      config: the source of ``score`` and ``score_over``.
+      factor: the result of :func:`representable`, by which both averages in ``Ī · Ū`` are
+        multiplied.
 
     Returns:
-      ``[..., r]``, float32 for the built-in scores.
+      One score per triplet, ``[..., r]``; float32 for the built-in scores.
 
     Raises:
       ValueError: a function returned another shape.

@@ -1,4 +1,4 @@
-"""The best of all triplets: which scores survive a budget, exactly, without sorting them."""
+"""Exact top-b selection of triplets over all adapters, without sorting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from adalora_jax._src.core.pytree import PyTree
 
-Limits = Sequence[tuple[ArrayLike, ArrayLike]]  # (least, most) for the matrices of each leaf
+Limits = Sequence[tuple[ArrayLike, ArrayLike]]  # (least, most) per matrix, for each leaf
 
 
 def keep_best(
@@ -21,24 +21,27 @@ def keep_best(
     limits: Limits | None = None,
     costs: Sequence[ArrayLike] | None = None,
 ) -> PyTree:
-    """Masks that keep exactly the ``count`` highest scores over all leaves together.
+    """Return masks that keep exactly the ``count`` highest scores of all leaves together.
 
     Ties are broken by position: earlier leaves, then earlier rows. NaN ranks below every number.
 
-    With ``limits``, every matrix (row of a leaf) keeps its ``least`` best scores first; what is
-    left of ``count`` goes to the highest of the others, at most ``most`` in a matrix. No other
-    masks within the limits keep a higher sum. If the limits leave no room for ``count``, the
-    number nearest to it that they allow is kept.
+    With ``limits``, every matrix (row of a leaf) first keeps its ``least`` highest scores; the
+    remainder of ``count`` goes to the highest other scores, at most ``most`` per matrix in total.
+    No other masks within the limits keep a higher sum. If the limits do not allow ``count``, the
+    nearest number that they allow is kept.
 
-    With ``costs``, it is the most of them that ``count`` pays for, from the highest down: up to the
-    first that is too dear, also where a cheaper one behind it would fit.
+    With ``costs``, ``count`` is an amount to spend: scores are kept from the highest down until the
+    next one would exceed it. Cheaper ones after that are not tried.
 
     Args:
       scores: a tree of arrays of any shapes.
-      count: how many to keep; may be traced.
-      limits: ``(least, most)`` for the matrices of each leaf, in the order of the leaves.
-      costs: of each score of a leaf, in the order of the leaves; positive integers. What all scores
-        cost is below 2³¹.
+      count: number of scores to keep, or their total cost; an integer scalar, may be traced.
+      limits: ``(least, most)`` per matrix, for each leaf in the order of the leaves.
+      costs: cost per score, for each leaf in the order of the leaves; positive integers. The total
+        cost of all scores is below 2³¹.
+
+    Returns:
+      A tree of booleans in the structure and shapes of ``scores``; True for a kept score.
 
     >>> keep_best({"a": jnp.array([1.0, 3.0]), "b": jnp.array([jnp.nan, 1.0])}, 2)
     {'a': Array([ True,  True], dtype=bool), 'b': Array([False, False], dtype=bool)}
@@ -55,24 +58,32 @@ def keep_best(
 
 
 class Entry(NamedTuple):
-    """The scores of one leaf as they take part, on every device; or of several, in a row.
+    """Replicated sort keys of one leaf, or of several leaves concatenated.
 
-    A turn is 0 for the scores of a matrix that are kept first, 1 for those that compete for what
-    is left, and 2 for those that are never kept. Where all compete it is None, and so is the cost
-    where it is 1.
+    Attributes:
+      keys: unsigned integers in the order of the scores.
+      turns: int32 per score: 0 for the scores that a matrix keeps first, 1 for those that compete
+        for the remainder, 2 for those that are never kept; None if all compete.
+      cost: int32 cost per score; None if it is 1.
     """
 
-    keys: jax.Array  # unsigned integers in the order of the scores
+    keys: jax.Array
     turns: jax.Array | None
-    cost: jax.Array | None  # of each of the scores
+    cost: jax.Array | None
 
 
 class Cut(NamedTuple):
-    """What a score needs to survive: more than ``lowest``, or being of the first that equal it."""
+    """The threshold of a selection: keys above ``lowest`` are kept, and the first ties with it.
 
-    lowest: jax.Array  # a key
-    left: jax.Array  # what those that equal it may cost
-    all_equal: jax.Array  # whether that is enough for all of them
+    Attributes:
+      lowest: the lowest key that is kept, a scalar in the dtype of the keys.
+      left: int32 scalar: total cost allowed for the keys equal to ``lowest``.
+      all_equal: boolean scalar: True if that suffices for all of them.
+    """
+
+    lowest: jax.Array
+    left: jax.Array
+    all_equal: jax.Array
 
 
 def entry(
@@ -81,13 +92,13 @@ def entry(
     alive: jax.Array | None = None,
     cost: ArrayLike | None = None,
 ) -> Entry:
-    """The scores of one leaf, with what is known of its matrices.
+    """Return the :class:`Entry` of one leaf.
 
     Args:
-      scores: of one dtype in all leaves that are ranked together.
-      limits: the least and the most that a matrix keeps.
-      alive: False where a score is never kept.
-      cost: of each of the scores.
+      scores: ``[..., r]``; leaves that are ranked together have one dtype.
+      limits: minimum and maximum number of scores to keep per matrix.
+      alive: booleans ``[..., r]``: False for a score that is never kept.
+      cost: cost per score.
 
     >>> entry(jnp.array([2.0, 3.0, 4.0]), (1, 2)).turns
     Array([2, 1, 0], dtype=int32)
@@ -101,7 +112,7 @@ def entry(
 
 
 def in_a_row(entries: Sequence[Entry]) -> Entry:
-    """All of them in one row.
+    """Concatenate entries into one, with flat arrays.
 
     >>> in_a_row([entry(jnp.array([2, 3])), entry(jnp.array([0]))]).keys - jnp.uint32(2**31)
     Array([2, 3, 0], dtype=uint32)
@@ -112,11 +123,11 @@ def in_a_row(entries: Sequence[Entry]) -> Entry:
 
 
 def cut(row: Entry, count: ArrayLike) -> Cut:
-    """Where to cut so that ``count`` survive, or all that may if there are fewer.
+    """Find the threshold that keeps ``count`` scores, or all eligible ones if there are fewer.
 
-    The lowest key that survives is found bit by bit, from the highest down: a bit belongs to it if
-    enough keys are as high with that bit set. That is 32 sums over the row, whatever its length,
-    and needs neither a sort nor the scatter that turns its order into a mask.
+    The lowest kept key is found bit by bit, from the highest bit down: a bit is set if enough keys
+    are at least as high with it set. That takes one sum over the row per bit of a key (32 for
+    float32), and needs neither a sort nor the scatter that turns a sort order into a mask.
 
     >>> cut(Entry(jnp.array([1, 5, 5, 5], jnp.uint32), None, None), 2)[:2]
     (Array(5, dtype=uint32), Array(2, dtype=int32))
@@ -139,13 +150,13 @@ def cut(row: Entry, count: ArrayLike) -> Cut:
 
 
 def _total(entry: Entry, mask: jax.Array) -> jax.Array:
-    """What those in a mask cost."""
+    """Return the total cost of the scores in a mask."""
     price = mask if entry.cost is None else jnp.where(mask, entry.cost, 0)
     return jnp.sum(price, dtype=jnp.int32)
 
 
 def kept(entries: Sequence[Entry], cut: Cut) -> list[jax.Array]:
-    """The masks of all leaves. Equal scores at the cut are rare, and are only then counted.
+    """Return the masks of all leaves; ties at the threshold are counted only if some are dropped.
 
     >>> entries = [entry(jnp.array([2, 3])), entry(jnp.array([2, 2]))]
     >>> kept(entries, Cut(jnp.uint32(2 + 2**31), jnp.int32(2), jnp.bool(False)))
@@ -161,12 +172,12 @@ def kept(entries: Sequence[Entry], cut: Cut) -> list[jax.Array]:
 
     at_once = lambda: [_from(one, cut.lowest) for one in entries]
     masks = jax.lax.cond(cut.all_equal, at_once, in_order)
-    # Or how a mask is to lie would spread to the scores, and they would have to be sent twice.
+    # Otherwise the mask's sharding propagates to the scores and costs a second all-gather.
     return [_everywhere(mask) for mask in masks]
 
 
-# Jitted, so that leaves of one shape are traced once; and the same program for each of them,
-# without its place in a row, so that they are compiled once.
+# Jitted, so that leaves of one shape are traced once. Their program does not depend on a leaf's
+# position, so it is also compiled once.
 
 
 @jax.jit
@@ -176,7 +187,7 @@ def _from(entry, lowest):
 
 @jax.jit
 def _first(entry, lowest, left):
-    """The mask where ``left`` pays for keys that equal the lowest, and what then is left."""
+    """Return the mask if ``left`` may be spent on keys equal to ``lowest``, and the remainder."""
     above, tied = entry.keys > lowest, _by_turn(entry, entry.keys == lowest, first=False)
 
     def count():
@@ -185,7 +196,7 @@ def _first(entry, lowest, left):
         after = jnp.maximum(left - _total(entry, tied), 0)
         return _by_turn(entry, above | (tied & (spent <= left))), after
 
-    # A branch, or XLA would put what was left before each leaf into the program of the leaf.
+    # Without the branch, XLA would inline the computation of ``left`` into the leaf's program.
     return jax.lax.cond(left > 0, count, lambda: (_by_turn(entry, above), jnp.zeros_like(left)))
 
 
@@ -197,9 +208,10 @@ def _by_turn(entry, mask, first=True):
 
 
 def _ascending(scores: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the scores, NaN below all, 0 and −0 the same.
+    """Convert scores to unsigned integers of the same order; NaN is lowest, 0 equals −0.
 
-    The bits of positive floats are in their order as they are, those of negative ones in reverse.
+    The bits of positive floats, read as integers, have the floats' order; those of negative floats
+    have the reverse order.
     """
     exact = jnp.issubdtype(scores.dtype, jnp.integer) or scores.dtype == bool
     if scores.dtype.itemsize < 4:
@@ -217,18 +229,18 @@ def _ascending(scores: jax.Array) -> jax.Array:
 
 def _turn(scores: jax.Array, alive: jax.Array, least: ArrayLike, most: ArrayLike) -> jax.Array:
     order = jnp.lexsort((-scores, ~alive), axis=-1)
-    place = jnp.argsort(order, axis=-1)  # the inverse permutation: each score's place in its row
+    place = jnp.argsort(order, axis=-1)  # the inverse permutation: positions when sorted
     least = jnp.minimum(least, most)
     turn = (place >= least).astype(jnp.int32) + (place >= most).astype(jnp.int32)
     return jnp.where(alive, turn, 2)
 
 
 def _everywhere(scores: jax.Array) -> jax.Array:
-    """The scores on every device, in one row of their own.
+    """Return the scores replicated on every device.
 
-    Adapters may be sharded differently. Explicit mesh axes want one sharding for what is
-    concatenated; automatic ones would spread the sharding of one adapter to the others, which
-    indexing with an array does not.
+    Adapters may have different shardings. With explicit mesh axes, arrays need one sharding to be
+    concatenated. With automatic axes, XLA would propagate the sharding of one adapter to the
+    others; indexing with an array prevents that.
     """
     mesh = jax.typeof(scores).sharding.mesh
     if mesh.are_all_axes_explicit:

@@ -1,4 +1,4 @@
-"""Tables of plain text."""
+"""Plain-text tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def table(rows: Sequence[Sequence[Any]], left: int = 1) -> str:
-    """Rows of cells as aligned text, the first ``left`` columns to the left.
+    """Return rows of cells as aligned text; the first ``left`` columns are left-aligned.
 
     >>> print(table([("a", 1), ("bcd", 23)]))
     a      1

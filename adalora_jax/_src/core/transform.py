@@ -1,4 +1,4 @@
-"""The optax wrapper: any optimizer, with AdaLoRA's rank allocation in its update."""
+"""The optax wrapper that adds AdaLoRA's rank allocation to the update of any optimizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from adalora_jax._src.core.regularizer import penalty
 
 
 class AdaLoraOptState(NamedTuple):
-    """The inner optimizer's state and the allocator's."""
+    """The state of the optimizer that :func:`adalora` returns.
+
+    Attributes:
+      inner: the inner optimizer's state.
+      allocator: the allocator's state. For an NNX State as parameters its averages and masks are in
+        Variables; :func:`adalora_jax.allocator_state` returns it with arrays.
+    """
 
     inner: optax.OptState
     allocator: AllocatorState
@@ -36,34 +42,53 @@ class AdaLoraOptState(NamedTuple):
 def adalora(
     inner: optax.GradientTransformation, config: AdaLoraConfig
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that each of its updates also allocates the rank budget.
+    """Wrap an optimizer so that each of its updates also allocates the rank budget.
 
-    One update is: the inner optimizer's step, in which the moves of λ are multiplied by
-    ``lam_lr_multiplier`` and λ goes through ``prox``; then the importance of every triplet from the
-    gradient that came in and the parameters that come out (PEFT's order; the parameters that went
-    in with ``sensitivity_at="current"``), then, when one is due, a new mask over all adapters.
-    After ``optax.apply_updates`` a pruned λ is exactly 0. Steps are counted in the state, one an
-    applied update.
+    One update has three parts:
 
-    The proximal step makes λ sparse on its own, beside the masks: with ``η = prox_weight``,
+    1. The inner optimizer's step. The update of λ is multiplied by ``lam_lr_multiplier``, and λ is
+       mapped by ``prox``.
+    2. The moving averages, from the incoming gradient and the updated parameters, as in PEFT; with
+       ``sensitivity_at="current"``, from the parameters before the update.
+    3. When a mask is due, a new mask over all adapters. Every pruned λ is then exactly 0 after
+       ``optax.apply_updates``, and at all steps from the final mask on. In between it may grow
+       back, unless ``hold_mask`` or ``revive=False`` keeps it at 0.
 
-    * ``prox="soft_threshold"``: ``λ ← sign(λ) max(|λ| − η, 0)``, that of ``η ‖λ‖₁`` (SoRA);
-    * a function: ``λ ← prox(λ, η)``, called for each adapter with ``lam [..., r]``.
+    :func:`adalora_jax.allocate` has the equations of 2 and 3 (`AdaLoRA, Eqs. (6)–(12)
+    <https://arxiv.org/abs/2303.10512>`_). The state counts one step per update; an update in which
+    any ``w · g`` is not finite does not count.
 
-    The parameters may be the adapters' dict, a bigger tree in which adapters sit beside other
-    trainables (those are the inner optimizer's business alone), or an NNX State. Nothing that
-    changes updates may follow this transformation, or pruned λ do not stay 0:
-    ``info(opt_state).overridden`` counts such λ. Accumulation belongs outside,
-    ``optax.MultiSteps(adalora(...), k)``. Clipping may come before it or be part of
-    ``inner``: in ``optax.chain(clip, adalora(...))`` importance sees clipped gradients, as in
-    PEFT; in ``adalora(optax.chain(clip, ...))`` it sees the raw ones.
+    The proximal step makes λ sparse in addition to the masks. With ``η = prox_weight``:
+
+    * ``prox="soft_threshold"``: ``λ ← sign(λ) max(|λ| − η, 0)``, the proximal operator of
+      ``η ‖λ‖₁`` (`SoRA <https://arxiv.org/abs/2311.11696>`_);
+    * a function: ``λ ← prox(λ, η)``, called per adapter with ``lam [..., r]``.
+
+    The parameters may be the adapters' dict, a larger tree with adapters and other trainable
+    parameters (which only the inner optimizer updates), or an NNX State. No transformation that
+    changes updates may follow this one, or pruned λ do not stay 0; ``info(opt_state).overridden``
+    counts such λ. Put gradient accumulation around it, ``optax.MultiSteps(adalora(...), k)``.
+    Clipping may precede it or be part of ``inner``: in ``optax.chain(clip, adalora(...))`` the
+    sensitivities are those of clipped gradients, as in PEFT; in
+    ``adalora(optax.chain(clip, ...), config)`` those of raw gradients.
 
     Args:
       inner: any optax optimizer.
-      config: of this run.
+      config: the config of the run, the same with which the model was adapted.
+
+    Returns:
+      A transformation whose state is an :class:`AdaLoraOptState`. Its ``update`` needs ``params``.
 
     Raises:
-      TypeError: ``inner`` is no optax transformation, or ``config`` no :class:`AdaLoraConfig`.
+      TypeError: ``inner`` is not an optax transformation, or is an ``optax.MultiSteps``; ``config``
+        is not an :class:`AdaLoraConfig`; or ``update`` gets a state that is not from ``init``.
+      ValueError: from ``init``: the parameters contain no adapter, an adapter that ``adapt`` made
+        has another scale than ``config`` gives it, or ``inner`` accumulates gradients. From
+        ``update``: ``params`` is None, or parameters or gradients have other adapters than the
+        state.
+
+    Warns:
+      UserWarning: from ``init``, if weights that have an adapter are among the parameters.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from adalora_jax import init_adapter
@@ -91,7 +116,7 @@ def adalora(
             return AdaLoraOptState(inner.init(params), _placeholder_state(params, config))
         _check_scales(params, config)
         _warn_of_trained_base(params)
-        # Some optimizers keep the first parameters; callers donate both, so it must be a copy.
+        # Some optimizers store the initial parameters: copy, as callers donate params and state.
         own = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
         inner_state = jax.tree.map(own, inner.init(params))
         _refuse_accumulation(inner_state)
@@ -137,7 +162,7 @@ def adalora(
         pruned = pytree.spread(batches, [moves for moves, _ in results])
         revived = sum(count for _, count in results)
         allocator = allocator._replace(
-            # A gradient that is not finite changes nothing in the state.
+            # The state does not change if a gradient is not finite.
             applied=jnp.where(allocator.step != before.step, now, before.applied),
             overridden=jnp.maximum(before.overridden, jnp.where(before.applied, revived, 0)),
         )
@@ -150,10 +175,10 @@ def adalora(
 
 
 def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState:
-    """The averages and masks in NNX Variables of the kind that their parameters are in, if any.
+    """Return the state with averages and masks in NNX Variables like those of the parameters.
 
-    As other optimizers' moments are: the metadata of a Variable says where on a mesh it is to lie,
-    and what places an optimizer's state goes by that.
+    Other optimizers' moments are Variables, too: code that shards an optimizer's state reads the
+    sharding from a Variable's metadata.
     """
     own = pytree.canonical(params, variables=True)
     return state._replace(
@@ -164,7 +189,7 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
 
 
 def soft_threshold(lam: jax.Array, weight: float) -> jax.Array:
-    """``sign(λ) max(|λ| − η, 0)``: the proximal operator of ``η ‖λ‖₁``.
+    """Compute ``sign(λ) max(|λ| − η, 0)``, the proximal operator of ``η ‖λ‖₁``.
 
     >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0)
     Array([-2.,  0.,  1.], dtype=float32)
@@ -173,7 +198,7 @@ def soft_threshold(lam: jax.Array, weight: float) -> jax.Array:
 
 
 def _through_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Adapter:
-    """The update with which λ becomes what ``config.prox`` makes of it after its move."""
+    """Return the update after which λ is ``config.prox`` of its updated value."""
     prox = config.prox if callable(config.prox) else soft_threshold
     dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
     before = adapter.lam.astype(dtype)
@@ -194,9 +219,9 @@ def _prune(
     old_masks: list[jax.Array],
     masks: list[jax.Array],
 ) -> tuple[list[Adapter], jax.Array]:
-    """Return the updates with which a pruned λ becomes 0, λ + (−λ), if masks are applied now.
+    """Return the updates after which pruned λ are 0, λ + (−λ), if masks are applied now.
 
-    And how many λ are not 0 that the masks of the last update had pruned.
+    The second result is the number of λ that are not 0 although the last update's masks prune them.
     """
     result, revived = [], []
     for adapter, move, old, mask in zip(adapters, moves, old_masks, masks):
@@ -215,7 +240,7 @@ _ACCUMULATION = (
 
 
 def _refuse_accumulation(inner_state: Any) -> None:
-    """Raise where the inner optimizer applies an update only at some of its calls."""
+    """Raise an error if the inner optimizer applies an update only at some of its calls."""
     kinds = {"MultiStepsState", "ApplyEvery"}
     is_one = lambda node: type(node).__name__ in kinds
     for node in jax.tree.leaves(inner_state, is_leaf=is_one):
@@ -224,7 +249,7 @@ def _refuse_accumulation(inner_state: Any) -> None:
 
 
 def _check_scales(params: Any, config: AdaLoraConfig) -> None:
-    """Raise where an adapter was made with another config than the optimizer gets."""
+    """Raise an error if an adapter's scale is not the one that the optimizer's config gives it."""
     for path, adapter in pytree.adapters(params).items():
         expected = config.scale_of(path)
         if adapter.layout is not None and adapter.scale not in (None, expected):
@@ -235,7 +260,7 @@ def _check_scales(params: Any, config: AdaLoraConfig) -> None:
 
 
 def _warn_of_trained_base(params: Any) -> None:
-    """Warn where an adapted NNX layer's own weight is among the parameters that train."""
+    """Warn if the base weight of an adapted NNX layer is among the trainable parameters."""
     known = {p: a.layout for p, a in pytree.adapters(params).items() if a.layout is not None}
     weights = {f"{path}/{layout.weight}".lstrip("/") for path, layout in known.items()}
     if base := sorted(weights & set(pytree.leaf_paths(params))):
@@ -248,7 +273,7 @@ def _warn_of_trained_base(params: Any) -> None:
 
 
 def _check_adapters(params: Any, state: AllocatorState) -> None:
-    """Raise where the adapters are not those that the state was made for."""
+    """Raise an error if the adapters differ from those for which the state was initialised."""
     shapes = {path: a.lam.shape for path, a in pytree.adapters(params).items()}
     known = {path: mask.shape for path, mask in pytree.leaves_with_path(state.masks).items()}
     if shapes != known:
@@ -260,7 +285,7 @@ def _check_adapters(params: Any, state: AllocatorState) -> None:
 
 
 def _with_penalty(grads: Any, params: Any, state: AllocatorState) -> tuple[Any, AllocatorState]:
-    """Return the gradients with the orthogonality penalty's added, and the state with its value."""
+    """Add the orthogonality penalty's gradients; return them and the state with its value."""
     value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(pytree.canonical(params))
     own = pytree.canonical(grads)
     add = lambda grad, more: grad + more.astype(grad.dtype)
@@ -271,14 +296,17 @@ def _with_penalty(grads: Any, params: Any, state: AllocatorState) -> tuple[Any, 
 
 
 def _is_placeholder(params: Any) -> bool:
-    """True for the childless node by which ``optax.tree.map_params`` finds copies of params."""
+    """Return whether params is the placeholder that ``optax.tree.map_params`` passes to ``init``.
+
+    It is a node without children.
+    """
     treedef = jax.tree.structure(params)
     childless = treedef.num_leaves == 0 and treedef.num_nodes == 1
     return childless and not (params is None or isinstance(params, (Mapping, list, tuple)))
 
 
 def _placeholder_state(params: Any, config: AdaLoraConfig) -> AllocatorState:
-    """Return a state in which only the averages are marked as shaped like the parameters."""
+    """Return a state in which only the averages are marked as having the parameters' shapes."""
     scalar = jnp.zeros((), jnp.int32)
     return AllocatorState(
         *(scalar, scalar, scalar, params, params, scalar, scalar, scalar), config=config

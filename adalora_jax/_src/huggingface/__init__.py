@@ -1,1 +1,1 @@
-"""Files of Hugging Face, for adapters and base models."""
+"""Hugging Face files of adapters and base models."""

@@ -1,4 +1,4 @@
-"""Whole adapters, written as PEFT saves them and read from what it saved."""
+"""Adapters in PEFT's file format: saving, loading, and export as plain LoRA."""
 
 from __future__ import annotations
 
@@ -23,18 +23,25 @@ from adalora_jax._src.huggingface.matrices import (
 from adalora_jax._src.huggingface.names import NameMap, Place, as_names
 from adalora_jax._src.huggingface.saved import saved_from_torch, saved_to_torch
 
-# What PEFT has in common with us and keeps; the layers are written out one by one.
+# Config fields that PEFT shares and that are written unchanged; layers are listed one by one.
 _KEPT = ("total_step", "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")
 _KEPT += ("orth_reg_weight", "lora_dropout", "init_lora_weights")
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 class Loaded(NamedTuple):
-    """An adapter from a file, ready for the Flax model."""
+    """An adapter loaded from a file, with the paths of the Flax model.
 
-    adapters: dict[str, Any]  # {path: Adapter}, and {path: parameters} of modules_to_save
-    config: AdaLoraConfig  # its paths are those of the Flax model; adapt(model, config) fits
-    masks: dict[str, np.ndarray]  # {path: [..., r]}: which triplets live
+    Attributes:
+      adapters: ``{path: Adapter}``, and ``{path: parameters}`` of ``modules_to_save``, in the
+        file's dtypes; λ of a LoRA adapter is float32.
+      config: the adapter's config with Flax paths, as ``adapt(model, config)`` takes it.
+      masks: ``{path: [..., r] booleans}``: True where a triplet is active.
+    """
+
+    adapters: dict[str, Any]
+    config: AdaLoraConfig
+    masks: dict[str, np.ndarray]
 
 
 def save_pretrained(
@@ -47,33 +54,36 @@ def save_pretrained(
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> None:
-    """Writes an AdaLoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
+    """Write an AdaLoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
 
-    The masks decide what is written, whatever the values of λ: rows that they prune are cut, and
-    ``rank_pattern`` says which, as PEFT does it. Everything else is written bit for bit, in its
-    own dtype. PEFT has one alpha and one init_r for all layers: where adapters have different
-    scales, λ is multiplied by the ratio, and init_r is the largest there is. What mattered
-    in training alone and PEFT does not know (score, schedule, ...) is left out, so a run that goes
-    on in PEFT goes on by PEFT's rules. PEFT's scale is ``alpha / (init_r + 1e-5)``. Adapters of
-    queries, keys and values that PyTorch computes in one module become one with the rows of all
-    three, each zero outside its third: the same function, and they come apart again when read.
+    The masks alone determine the written rows, independently of the values of λ: pruned rows are
+    removed and recorded in ``rank_pattern``, as in PEFT. All other numbers are written bit for bit,
+    in their own dtype. PEFT has one alpha and one init_r for all layers, so if adapters have
+    different scales, λ is multiplied by the ratio, and init_r is the largest rank, at least
+    ``config.init_r``. Training options that PEFT does not have (score, schedule, ...) are omitted,
+    so a run that continues in PEFT follows PEFT's rules. PEFT's scale is
+    ``alpha / (init_r + 1e-5)``. If PyTorch computes queries, keys and values in one module, their
+    adapters are combined into one with the rows of all three, each zero outside its third. This
+    computes the same function, and :func:`load_pretrained` splits it again.
 
     Args:
-      directory: made if need be. Its two files are replaced one after the other, in an order in
-        which nobody can read a mixture.
+      directory: the folder to write; it is created if it does not exist. Existing files are
+        replaced in an order such that readers never see a mismatched pair.
       adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``: the trained
         parameters with the masks applied, see :func:`adalora_jax.eval_params`.
-      config: of the run, for PEFT's config file; the scale is that of the adapters.
+      config: the run's config, for PEFT's config file. The scale is read from the adapters.
       masks: the optimizer's state, or as in :func:`adalora_jax.masks`; without them every triplet
-        is written.
-      names: what the layers are called in PyTorch: a family such as ``"bert"``, pairs of names, or
+        is written. A ``UserWarning`` reports a state whose final mask is still to come.
+      names: the names of the layers in PyTorch: a family such as ``"bert"``, pairs of names, or
         a :class:`~adalora_jax.huggingface.names.NameMap`. Without it ``/`` becomes ``.``.
-      base_model: the base model's name on the Hub, or path, for the config.
-      task_type: PEFT's, such as ``"CAUSAL_LM"``. With one of a classifier, such as ``"SEQ_CLS"``,
-        that has to be among the adapters.
+      base_model: the base model's name on the Hub, or its path, for the config.
+      task_type: PEFT's task type, such as ``"CAUSAL_LM"``. For a classifier's, such as
+        ``"SEQ_CLS"``, ``adapters`` must contain the classifier's parameters.
 
     Raises:
-      ValueError: a path has no name in PyTorch, a parameter no form there, or a mask is missing.
+      ValueError: a path has no name in PyTorch, a parameter has no PyTorch form, a mask is missing
+        or has another size, or ``task_type`` is not one of PEFT's or lacks the classifier.
+      OSError: ``directory`` cannot be written.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -123,31 +133,35 @@ def load_pretrained(
     names: Any = None,
     like: Any = None,
 ) -> Loaded:
-    """Reads an AdaLoRA adapter that PEFT wrote, finished or in training, or a plain LoRA adapter.
+    """Read an AdaLoRA adapter that PEFT wrote, finished or in training, or a plain LoRA adapter.
 
-    It computes what PEFT computes after ``from_pretrained`` of the same files. All numbers come as
-    they are, but in two cases λ is made: with ``lora_alpha <= 0`` PEFT's scale follows the rank
-    that was left, ``r / init_r``, and λ is multiplied by that; a LoRA adapter gets its
-    ``lora_alpha / r`` as λ, and a config without a schedule of its own.
+    The result computes the same function as PEFT after ``from_pretrained`` of the same files.
+    Numbers are loaded unchanged, except for λ in two cases: with ``lora_alpha <= 0`` PEFT's scale
+    is ``r / init_r`` with the remaining rank ``r``, and λ is multiplied by it; in a LoRA adapter
+    every λ is ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``), and the config has
+    no schedule.
 
-    The files may come from a stranger: nothing in them is executed, and everything is checked.
+    The files may be untrusted: they are validated, and no code in them is executed.
 
     Args:
-      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      directory: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
       names: as in :func:`save_pretrained`.
-      like: adapters of the Flax model (arrays, or shapes from ``jax.eval_shape``), where the names
-        alone do not tell whether layers are stacked or a projection is divided. Ranks may differ.
-        From it each adapter knows its weight. Without it that is not known, since an AdaLoRA file
-        does not tell a convolution from a linear layer: such an adapter is refused for a
-        convolution, and cannot be merged into a square weight.
+      like: adapters of the Flax model (arrays, or shapes from ``jax.eval_shape``), for cases where
+        the names do not determine whether layers are stacked or a projection is split. Ranks may
+        differ. Each adapter takes its :class:`~adalora_jax.Layout` from ``like``. Without ``like``
+        the layout is unknown, since an AdaLoRA file does not distinguish a convolution from a
+        linear layer: such an adapter raises an error in a convolution, and cannot be merged into a
+        square weight.
 
     Returns:
-      A :class:`Loaded`. The layers of a stack are filled up to the largest rank among them; those
-      triplets are zero and masked.
+      A :class:`Loaded`. The layers of a stack are padded to the largest rank among them with
+      triplets that are zero and whose mask is False.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is damaged, or malicious, or does not fit ``like``; or it is a pickle.
+      ValueError: a file is damaged or malicious, does not fit ``like`` or ``names``, uses an
+        unsupported option, has float64 numbers while JAX's 64-bit types are disabled, or is a
+        pickle.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -201,19 +215,22 @@ def save_as_lora(
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> None:
-    """Writes a plain LoRA adapter that computes the same, for PEFT and for serving engines.
+    """Write a plain LoRA adapter that computes the same function, for PEFT and serving engines.
 
-    λ and the scale go into B, computed in float32 and rounded once to its dtype. Every module has
-    the rank that training left it (``rank_pattern``); modules of rank 0 are left out. alpha is
-    written equal to the rank, for each module, so that engines which know one ``lora_alpha / r``
-    for all modules compute the same as PEFT.
+    ``A = q`` and ``B = scale · pᵀ diag(λ)``, so that ``B A`` is the increment of `AdaLoRA, Eq. (3)
+    <https://arxiv.org/abs/2303.10512>`_. ``B`` is computed in at least float32 and rounded once to
+    the dtype of ``p``. The rank of every module is its number of active triplets
+    (``rank_pattern``); modules of rank 0 are omitted. Each module's alpha equals its rank, so that
+    engines with a single ``lora_alpha / r`` for all modules compute the same function as PEFT.
 
     Args:
       directory, adapters, config, masks, names, base_model, task_type: as in
         :func:`save_pretrained`.
 
     Raises:
-      ValueError: as there; or no triplet is left, or a product is not finite in its dtype.
+      ValueError: as in :func:`save_pretrained`; or no triplet is active, or ``B`` is not finite in
+        its dtype.
+      OSError: ``directory`` cannot be written.
 
     >>> import json, pathlib, tempfile
     >>> import jax.numpy as jnp
@@ -246,8 +263,8 @@ def save_as_lora(
     ranks = {name: len(matrix.lam) for name, matrix in matrices.items()}
     most = max(ranks.values())
     others = {name for name, rank in ranks.items() if rank != most}
-    # PEFT takes the first key that ends a name, so a longer name comes first, and cannot be left
-    # out where a shorter one would be taken for it.
+    # PEFT uses the first key that is a suffix of the module's name. Longer names therefore come
+    # first, and are listed even at the common rank if a shorter key would match them.
     others |= {name for name in ranks if any(name.endswith(f".{other}") for other in others)}
     others = {name: ranks[name] for name in sorted(others, key=lambda n: (-len(n), n))}
     settings = {
@@ -269,7 +286,7 @@ def save_as_lora(
 
 
 def _warn_unfinished(masks: Any) -> None:
-    """Warn where the masks are not the final ones of their run."""
+    """Warn if the masks are not the final ones of their run."""
     if masks is not None and (reason := unfinished(masks)):
         warnings.warn(f"{reason}: finish(opt_state, params) makes it.", stacklevel=3)
 
@@ -279,7 +296,7 @@ def _factors(matrix: Matrix) -> dict[str, np.ndarray]:
 
 
 def _folded(matrix: Matrix, scale: float, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of plain LoRA, without a scale."""
+    """Return A and B of plain LoRA, with λ and the scale multiplied into B."""
     wide = np.promote_types(matrix.p.dtype, np.float32)
     c = matrix.lam.astype(wide) * wide.type(scale)
     with np.errstate(over="ignore"):
@@ -295,9 +312,10 @@ def _folded(matrix: Matrix, scale: float, name: str) -> tuple[np.ndarray, np.nda
 def _written_pattern(
     matrices: Mapping[str, Matrix], places: Mapping[str, Place], config: AdaLoraConfig, length: int
 ) -> dict[str, list[bool]]:
-    """``{module: which of so many triplets are written}``.
+    """Return ``{module: length booleans}``, PEFT's ``rank_pattern``: True for written triplets.
 
-    Of an adapter that was cut already, the config may know which rows it once had.
+    For a compacted adapter, ``config.rank_pattern`` may contain the mask that it was compacted
+    with.
     """
     known = dict(config.rank_pattern or ())
     result = {}
@@ -316,7 +334,10 @@ def _written_pattern(
 def _read_pattern(
     file: AdapterFile, masks: Mapping[str, np.ndarray], names: NameMap
 ) -> dict[str, list] | None:
-    """``rank_pattern`` with Flax paths: the file's own where each matrix is one module's."""
+    """Return ``rank_pattern`` with Flax paths, or None if the file prunes no triplet.
+
+    It is the file's pattern where each matrix corresponds to one module, and the mask otherwise.
+    """
     full = file.config.init_r
     if not file.patterns and all(m.all() and m.shape[-1] == full for m in masks.values()):
         return None
@@ -329,13 +350,13 @@ def _read_pattern(
             keep = file.patterns.get(name, [False] * full)
             exact &= not more and parts == [(0, 1), (0, 1)] and sum(keep) == mask[index].sum()
             kept[index] = keep
-        # An empty list would not say that it is one of booleans.
+        # A mask of rank 0 is written as booleans of full length, since an empty list has no type.
         result[path] = (kept if exact else mask if mask.shape[-1] else kept & False).tolist()
     return result
 
 
 def _modules(parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    """The modules that the parameters belong to."""
+    """Return the sorted names of the modules that the parameters belong to."""
     return tuple(sorted({name.rpartition(".")[0] for name in parameters}))
 
 
@@ -346,7 +367,7 @@ def _conv1d(matrices: Mapping[str, Matrix], config: AdaLoraConfig, names: NameMa
 def _about(
     base_model: str | None, task_type: str | None, saved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Where the adapter belongs, for its config."""
+    """Return the base model, task type and mode for PEFT's config."""
     if task_type not in (None, *_TASKS):
         raise ValueError(f"task_type={task_type!r} is none of PEFT's: {', '.join(_TASKS)}.")
     if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not saved:

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as the base: its tensors as the parameters of a Flax model."""
+"""Base models from Hugging Face checkpoints: tensors loaded as parameters of a Flax model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from adalora_jax._src.modules.params import by_path, parameters_of
 from adalora_jax._src.tensorfile import TensorFile, inside
 
 Allowed: TypeAlias = bool | str | Sequence[str]
-# What transformers kept in checkpoints, once, that is no parameter.
+# Buffers that older versions of transformers stored in checkpoints.
 _BUFFERS = re.compile(r"(.*\.)?(position_ids|rotary_emb\.inv_freq|attn\.(masked_)?bias)")
 _SHOWN = 6
 _NO_MESH = Mesh(np.empty((), object), ())
@@ -50,39 +50,43 @@ def load_base(
     progress: Callable[[list[str]], Iterable[str]] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The parameters of a model from a Hugging Face checkpoint, in the model's own form.
+    """Load the parameters of a model from a Hugging Face checkpoint.
 
-    Weights ``[out, in]`` are turned, heads get axes of their own, scanned layers are stacked, and
-    projections in one are divided or put together, as the name map says. All of it is checked by
-    the files' headers before a number is read. Then one tensor is in memory at a time, beside the
-    result. The files may come from a stranger: nothing in them is run.
+    PyTorch weights ``[out, in]`` are transposed, attention heads get a separate axis, scanned
+    layers are stacked, and projections are split or concatenated as the name map specifies. Names,
+    shapes and dtypes are checked against the files' headers before any tensor is read. Tensors are
+    then read one at a time, so memory holds the result and one tensor. The files may be untrusted:
+    no code in them is executed.
 
     Args:
-      directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files; or
-        one safetensors file.
+      directory: a folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and
+        the files it names; or one safetensors file.
       model: a linen or NNX module.
-      variables: of a linen module. Shapes are enough, as from ``jax.eval_shape(model.init, ...)``,
-        and for NNX a model from ``nnx.eval_shape``. Where they have shardings, or metadata and
-        there is a mesh, the parameters come out placed so.
-      *args, **kwargs: what a linen model is called with. Needed for weights whose axes only their
-        use tells: those of einsum layers. The model is traced, not run.
-      names: as in :func:`~adalora_jax.huggingface.save_pretrained`: a family such as ``"llama"``,
-        pairs of names, or a NameMap. Names are those of modules; a pair may also name a parameter.
-      dtype: of the result; by default that of the model's parameters.
-      equations: ``{pattern: equation}`` of weights that no Flax layer and no Einsum holds, with
-        the weight as the second operand: ``{"mlp/w_in": "...d,df->...f"}``.
-      allow_missing: True, or regexes of the parameters that may keep what they are where the
-        checkpoint has nothing for them, such as a new head.
-      allow_unused: True, or regexes of the tensors that may be left over.
-      progress: put around the list of parameters while it is gone through, such as ``tqdm.tqdm``.
+      variables: the variables of a linen module; None for NNX. Shapes suffice: from
+        ``jax.eval_shape(model.init, ...)``, or for NNX a model from ``nnx.eval_shape``. Parameters
+        get the shardings of these arrays, or those of their sharding metadata if there is a mesh.
+      *args, **kwargs: arguments of a call of the linen model. They are needed for weights whose
+        axes only the call determines, those of einsum layers. The model is traced, not run.
+      names: the names of the layers in the checkpoint: a family such as ``"llama"``, pairs of
+        names, or a :class:`~adalora_jax.huggingface.NameMap`. Names refer to modules; a pair may
+        also name a parameter. Without it ``/`` becomes ``.``.
+      dtype: floating-point dtype of the result; by default that of each of the model's parameters.
+      equations: ``{pattern: equation}`` for weights that belong neither to a Flax layer nor to an
+        Einsum module, with the weight as the second operand: ``{"mlp/w_in": "...d,df->...f"}``.
+      allow_missing: True, or regexes of the parameters that keep their value in the model if the
+        checkpoint does not contain them, such as a new head.
+      allow_unused: True, or regexes of the checkpoint's tensors that may remain unused.
+      progress: function that wraps the list of parameters during iteration, such as ``tqdm.tqdm``.
 
     Returns:
-      The variables for linen, a new model for NNX.
+      The variables with the loaded ``params`` for linen, a new model for NNX.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is damaged; or parameters are missing in the checkpoint, tensors are left
-        over, or shapes do not fit, naming them.
+      TypeError: ``model`` is neither an NNX module nor a linen module with its variables.
+      ValueError: a file is damaged or malicious; parameters are missing in the checkpoint, tensors
+        remain unused, or shapes or dtypes do not fit (the message names them); a pattern in
+        ``equations`` matches no parameter; or a number overflows ``dtype``.
 
     >>> import flax.linen as nn, pathlib, tempfile
     >>> from adalora_jax._src.tensorfile import new_file, save_tensors
@@ -103,7 +107,7 @@ def load_base(
     leaves, places = _parameters(model, variables)
     known = _layers(model, variables, args, kwargs, leaves, equations or {})
     readings: dict[str, Reading] = {}
-    missing: dict[str, str] = {}  # the name that was looked for, by path
+    missing: dict[str, str] = {}  # {path: the tensor name that was looked up}
     misfits: list[str] = []
     for name, leaf in leaves.items():
         try:
@@ -117,7 +121,7 @@ def load_base(
             missing[name] = found
     _check(path, weights, readings, missing, misfits, (allow_missing, allow_unused))
     mesh, new = sharding.mesh_of(list(places.values())), {}
-    # Blocks are written on single devices, which a mesh in the context would forbid.
+    # A mesh in the context would forbid writing blocks on single devices.
     with _opened(weights) as read, jax.set_mesh(_NO_MESH):
         for name in (progress or list)(list(readings)):
             leaf, reading = leaves[name], readings[name]
@@ -132,7 +136,7 @@ def load_base(
 
 
 def _parameters(model: Any, variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every parameter of the model by its path, and where it lies."""
+    """Return the parameters of the model and their shardings, both by path."""
     leaves = parameters_of(model, variables)
     if variables is None:
         return leaves, {path: nnx_frontend.placement(variable) for path, variable in leaves.items()}
@@ -140,7 +144,12 @@ def _parameters(model: Any, variables: Any) -> tuple[dict[str, Any], dict[str, A
 
 
 def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, layers.Layout]:
-    """How weights read as matrices, by their paths, as far as the model tells."""
+    """Return the layouts of the weights by path, as far as model and ``equations`` determine them.
+
+    Raises:
+      ValueError: a pattern of ``equations`` matches no parameter, or its equation does not
+        determine the inputs and outputs.
+    """
     known: dict[str, layers.Layout] = {}
     if variables is None:
         for path, candidate in nnx_frontend.candidates(model, of_adapted=True).items():
@@ -169,7 +178,7 @@ def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, laye
 
 
 def _check(path, weights, readings, missing, misfits, allowed) -> None:
-    """Refuses a checkpoint and a model that do not belong together, with all that is wrong."""
+    """Raise one error that lists all mismatches between a checkpoint and a model, if any."""
     pieces = [p for reading in readings.values() for ps in reading.slices.values() for p in ps]
     used = {piece.key for piece in pieces}
     unused = [n for n in weights.specs if n not in used and not _BUFFERS.fullmatch(n)]
@@ -217,7 +226,7 @@ def _some(leaves: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _opened(weights: Weights) -> Iterator[Callable[[str], np.ndarray]]:
-    """Reads tensors by their names; each file is opened when it is first needed."""
+    """Yield a function that reads a tensor by its name; files are opened on first use."""
     files = {tensor: name for name, specs in weights.files.items() for tensor in specs}
     with contextlib.ExitStack() as stack:
         opened: dict[str, TensorFile] = {}
@@ -232,10 +241,10 @@ def _opened(weights: Weights) -> Iterator[Callable[[str], np.ndarray]]:
 
 
 def _cast(reading: Reading, index, read, dtype, name: str) -> np.ndarray:
-    """A slice of a parameter in its dtype.
+    """Return a slice of a parameter, cast to ``dtype``.
 
     Raises:
-      ValueError: a number is too large for it.
+      ValueError: ``dtype`` is not a floating-point type, or a finite number overflows it.
     """
     value = reading.value(index, read)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -251,7 +260,7 @@ def _cast(reading: Reading, index, read, dtype, name: str) -> np.ndarray:
 
 
 def _sharding(where: Any, leaf: Any, mesh: Any) -> Any:
-    """Where a parameter is to lie, None for the default device."""
+    """Return the sharding of a parameter; None for the default device."""
     if isinstance(where, PartitionSpec) and mesh is not None:
         where = NamedSharding(mesh, where)
     if isinstance(where, NamedSharding):
@@ -263,7 +272,7 @@ _write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
 def _placed(reading: Reading, dtype: Any, where: Any, parts: Iterable[Any]) -> jax.Array:
-    """An array put together on its devices, so that not all of it is here at a time."""
+    """Assemble an array on its devices, so that the host holds one part of it at a time."""
     shape = reading.shape
     everything = {None: (slice(None),) * len(shape)}
     blocks = everything if where is None else where.addressable_devices_indices_map(shape)
@@ -277,7 +286,7 @@ def _placed(reading: Reading, dtype: Any, where: Any, parts: Iterable[Any]) -> j
         for axis, number in zip(reading.stack, index):
             first[axis] = number
         for device, span in spans.items():
-            # What the part and the device's block have in common, from low to high.
+            # The intersection [low, high) of the part and the device's block, per axis.
             both = [(max(f, a), min(f + n, b)) for f, n, (a, b) in zip(first, part.shape, span)]
             if any(low >= high for low, high in both):
                 continue

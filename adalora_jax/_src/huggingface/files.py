@@ -1,4 +1,4 @@
-"""The two files of a PEFT adapter: read with suspicion, written whole or not at all."""
+"""The two files of a PEFT adapter: validated when read, replaced atomically when written."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from adalora_jax._src.tensorfile import (
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-_PREVIOUS = f".{CONFIG}.previous.tmp"  # the old config, while new weights take their place
+_PREVIOUS = f".{CONFIG}.previous.tmp"  # the old config, until the new weights are in place
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([ABE])(\.weight)?")
-# What the keys of PEFT's modules have besides, until its save_pretrained takes it out.
+# Key components of a raw state dict that PEFT's save_pretrained removes.
 _RAW = re.compile(
     r"\.(?:lora_[ABE]|modules_to_save)\.(?!weight$|bias$)([^.\s/]{1,99})(?:\.|$)"
     r"|\.(?:original_module|base_layer)\."
@@ -44,13 +44,13 @@ _RAW = re.compile(
 _MOST = 2**31 - 1
 _LONGEST = 256  # characters of a module's name, which name maps match with regexes
 
-# What the values of a config may be. Others are for AdaLoraConfig to judge.
+# Config keys by the type of their values. AdaLoraConfig checks the values themselves.
 _INTEGERS = {"r", "init_r", "target_r", "tinit", "tfinal", "deltaT", "total_step"}
 _NUMBERS = {"lora_alpha", "lora_dropout", "beta1", "beta2", "orth_reg_weight"}
 _FLAGS = {"fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode"}
 _NAMES = {"target_modules", "exclude_modules", "modules_to_save", "layers_pattern"}
 _TEXTS = {"peft_type", "task_type", "bias", "base_model_name_or_path", "revision"}
-# Options of plain LoRA that change what it computes, with the values that mean "not used".
+# Options of plain LoRA that change its computation, with the values that mean "not used".
 _LORA_UNSUPPORTED = {
     "bias": ("none",),
     "ensure_weight_tying": (False,),
@@ -66,9 +66,9 @@ _LORA_UNSUPPORTED = {
     "kasa_config": (),
     "alora_invocation_tokens": ([],),
 }
-# Ways to begin that take the adapter's first increment out of the base.
+# Initialisations that subtract the initial increment from the base's weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# LoRA's other keys: read here, or of training and PEFT's bookkeeping alone.
+# LoRA's other keys: either read here, or relevant only for training and PEFT's bookkeeping.
 _LORA_KNOWN = _INTEGERS | _NUMBERS | _FLAGS | _NAMES | _TEXTS | set(_LORA_UNSUPPORTED)
 _LORA_KNOWN |= {"rank_pattern", "alpha_pattern", "layers_to_transform", "init_lora_weights"}
 _LORA_KNOWN |= {"auto_mapping", "peft_version", "runtime_config", "qalora_group_size"}
@@ -77,22 +77,22 @@ _LORA_KNOWN |= {"lora_ga_config", "velora_config"}
 
 
 class AdapterFile(NamedTuple):
-    """What is in a PEFT adapter's folder, in the names of the PyTorch model."""
+    """The content of a PEFT adapter's folder, with the names of the PyTorch model."""
 
     config: AdaLoraConfig
     matrices: dict[str, Matrix]  # by module; the increment is config.scaling · pᵀ diag(lam) q
-    saved: dict[str, np.ndarray]  # by parameter: what modules_to_save trained
-    patterns: dict[str, list[bool]]  # PEFT's rank_pattern, by module; {} if there is none
-    kernels: dict[str, tuple[int, ...]]  # of convolutions, by module, where the shapes tell
+    saved: dict[str, np.ndarray]  # by parameter: those of modules_to_save
+    patterns: dict[str, list[bool]]  # PEFT's rank_pattern, by module; empty if it is not set
+    kernels: dict[str, tuple[int, ...]]  # kernel sizes by module, where the shapes contain them
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
-    """Reads the folder of an AdaLoRA or plain LoRA adapter that PEFT wrote.
+    """Read the folder of an AdaLoRA or plain LoRA adapter that PEFT wrote.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: one is damaged, malicious, contradicts the other, or asks for what is not
-        supported here; naming it.
+      ValueError: a file is damaged or malicious, contradicts the other one, or uses an unsupported
+        option (the message names the file).
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -147,18 +147,18 @@ def write_adapter(
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
 ) -> None:
-    """Writes the two files of an adapter, in place of another one if need be.
+    """Write the two files of an adapter, replacing an existing adapter atomically.
 
-    However it ends, :func:`read_adapter` finds the old adapter or the new one, whole. At no moment
-    is there an ``adapter_config.json`` beside another adapter's weights, so that PEFT reads no
-    mixture either. One process at a time may write to a folder.
+    Even if the process is killed, :func:`read_adapter` reads either the complete old adapter or the
+    complete new one. The folder never contains an ``adapter_config.json`` that belongs to other
+    weights, so PEFT never reads a mismatched pair. Only one process at a time may write to it.
 
     Raises:
-      ValueError: the config is too large, or a tensor has a dtype that is not written.
+      ValueError: the config is too large, or a tensor has an unsupported dtype.
       OSError: the folder cannot be written.
     """
     folder = Path(directory)
-    # Sorted here and not inside: the order of a pattern's keys has a meaning.
+    # Only the top level is sorted: the order of a pattern's keys is significant.
     text = json.dumps(dict(sorted(settings.items())), indent=2, allow_nan=False) + "\n"
     if len(text) > MAX_JSON:
         raise ValueError(f"the config has {len(text)} characters, more than anybody would read.")
@@ -174,10 +174,10 @@ def write_adapter(
             if (folder / CONFIG).exists():
                 os.replace(folder / CONFIG, folder / _PREVIOUS)
             sync_folder(folder)
-            os.replace(weights, folder / WEIGHTS)  # From here on the new adapter is read.
+            os.replace(weights, folder / WEIGHTS)  # From here on readers see the new adapter.
             sync_folder(folder)
         except BaseException:
-            # The first error is the one to report; the next save settles it again.
+            # Report the original error; the next save calls _settle again.
             with contextlib.suppress(OSError):
                 _settle(folder)
             raise
@@ -185,7 +185,10 @@ def write_adapter(
 
 
 def _settle(folder: Path) -> None:
-    """Completes or undoes a save, whichever its weights ask for, and removes temporary files."""
+    """Complete or roll back an interrupted save, and remove temporary files.
+
+    The save is completed if its weights are in place.
+    """
     name = _config_name(folder)
     if name != CONFIG:
         os.replace(folder / name, folder / CONFIG)
@@ -195,10 +198,11 @@ def _settle(folder: Path) -> None:
 
 
 def _config_name(folder: Path) -> str:
-    """Returns the name of the config that belongs to the weights.
+    """Return the name of the config that belongs to the weights.
 
-    It is ``adapter_config.json``, which is absent while weights are replaced: then it is the new
-    config, named after the digest of its weights, or else the previous one.
+    This is ``adapter_config.json``, unless a save is in progress or was interrupted and that file
+    is absent. Then it is the new config, whose name contains the digest of its weights, if those
+    are in place, and otherwise the previous config.
     """
     kept = {path.name for path in leftovers(folder / CONFIG)}
     if not kept or os.path.lexists(folder / CONFIG):
@@ -224,7 +228,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _check_types(settings: Mapping[str, Any]) -> None:
-    """Refuses values of other types than PEFT's, and numbers beyond reason."""
+    """Raise if a value's type is not PEFT's, or a number is too large or not finite."""
     for key, value in settings.items():
         if not key.isprintable() or len(key) > _LONGEST:
             raise ValueError(f"there is a key {key[:99]!r}.")
@@ -264,7 +268,11 @@ def _all(values: Any, test: Any) -> bool:
 
 
 def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """``{module: {A, B, E: tensor}}`` and ``{parameter: tensor}``, shapes and dtypes checked."""
+    """Return ``{module: {A, B, E: tensor}}`` and ``{parameter: tensor}`` of tensor names.
+
+    Raises:
+      ValueError: a name, shape or dtype is not that of PEFT's format, or a factor is missing.
+    """
     layout: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
     for key, spec in file.specs.items():
@@ -331,7 +339,7 @@ def _adalora(config, factors, saved) -> AdapterFile:
             mask = pattern
         lam = e[:, 0]
         if config.lora_alpha <= 0 and pattern is not None:
-            # Then PEFT's scale is r / init_r, with the r that is left.
+            # PEFT's scale is then r / init_r with the remaining rank r.
             wide = np.promote_types(lam.dtype, np.float32)
             lam = (lam.astype(wide) * (int(pattern.sum()) / config.init_r)).astype(wide)
         matrices[name] = Matrix(b.T, lam, a, mask)
@@ -353,7 +361,7 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
         )
     unknown = [key for key in sorted(set(settings) - _LORA_KNOWN) if settings[key] is not False]
     if unknown := [key for key in unknown if settings[key] not in ("", [], {})]:
-        # Seen from read_adapter, load_pretrained or merge_pretrained, and its caller.
+        # Attribute the warning to the caller of load_pretrained or merge_pretrained.
         warnings.warn(
             f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=4
         )
@@ -369,7 +377,7 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
 
 
 def _lora(settings: Mapping[str, Any], factors, saved) -> AdapterFile:
-    """λ is the scale of each module, and the config has no schedule of its own."""
+    """Return a plain LoRA adapter with each module's scale as its λ, and a config of one step."""
     alphas = settings.get("alpha_pattern", {})
     matrices = {}
     for name, (a, b) in factors.items():
@@ -397,7 +405,7 @@ def _lora(settings: Mapping[str, Any], factors, saved) -> AdapterFile:
 
 
 def _names_module(key: str, name: str) -> bool:
-    """PEFT's rule for the keys of patterns, without regexes."""
+    """Return whether a pattern's key names a module, by PEFT's rule without regexes."""
     if key.startswith("^"):
         return name == key[1:]
     return name == key or name.endswith(f".{key}")

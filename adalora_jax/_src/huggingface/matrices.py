@@ -1,8 +1,8 @@
-"""Adapters of a Flax model as increments of PyTorch modules, and back, bit for bit.
+"""Bit-exact conversion between adapters of a Flax model and increments of PyTorch modules.
 
-One adapter may be the increments of many modules: a stack of layers, keys and values in one
-einsum, queries, keys and values in one projection. Rows are only ever selected, put together and
-filled up with zeros here, so every number that goes one way comes back as it was.
+One adapter may correspond to the increments of several modules: a stack of layers, keys and values
+in one einsum, or queries, keys and values in one projection. Rows are only selected, concatenated
+and zero-padded, so the round trip is bit-exact, unless adapters have different scales.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.huggingface.names import NameMap, Place
 
-# Zero rows that may be added to bring the matrices of a stack to one size, relative to what the
-# file holds: a few bytes in it must not become gigabytes.
+# Limit on the size of a zero-padded stack, relative to the size of its matrices in the file: a file
+# of a few bytes must not allocate gigabytes.
 _MAX_PADDING = 64
-_SMALL = 2**22  # elements that may be added in any case
+_SMALL = 2**22  # elements allowed in addition to that
 
 
 class Matrix(NamedTuple):
-    """The increment of one PyTorch module: ``scale · (pᵀ diag(lam) q)``, ``[out, in]``."""
+    """The factors of one PyTorch module's increment ``scale · (pᵀ diag(lam) q)``, ``[out, in]``."""
 
     p: np.ndarray  # [r, out]: PEFT's B, transposed
     lam: np.ndarray  # [r]: PEFT's E
     q: np.ndarray  # [r, in]: PEFT's A
-    mask: np.ndarray  # [r]: which triplets live
+    mask: np.ndarray  # [r], bool: True where a triplet is active
 
     def live(self) -> Matrix:
-        """Only the triplets that live."""
+        """Return the matrix with only its active triplets."""
         return Matrix(*(leaf[self.mask] for leaf in self))
 
     def outputs(self, part: tuple[int, int]) -> Matrix:
-        """The increment of part k of n equal parts of the outputs."""
+        """Return the increment of part k of n equal parts of the outputs."""
         return self._replace(p=np.split(self.p, part[1], axis=1)[part[0]])
 
 
 def common_scale(adapters: Any, default: float) -> float:
-    """Return the one scale that all adapters have; ``default`` where they differ."""
+    """Return the scale that all adapters share, or ``default`` if their scales differ."""
     scales = {known_scale(adapter, path) for path, adapter in pytree.adapters(adapters).items()}
     return scales.pop() if len(scales) == 1 else default
 
@@ -52,18 +52,20 @@ def common_scale(adapters: Any, default: float) -> float:
 def to_matrices(
     adapters: Any, scale: float, pattern: Mapping[str, list] | None, names: NameMap
 ) -> tuple[dict[str, Matrix], dict[str, Place]]:
-    """``{PyTorch module: its increment}``, pruned rows included, and ``{module: whose it is}``.
+    """Return ``{module: matrix}``, pruned rows included, and ``{module: place in its adapter}``.
 
-    All are of one scale: where an adapter has another, λ is multiplied by the ratio.
+    All matrices share one scale: λ of an adapter with another scale is multiplied by the ratio.
 
     Args:
       adapters: any tree with adapters in it.
-      scale: of the increments.
-      pattern: ``{path: mask}`` as nested lists; None for all triplets.
-      names: to translate paths.
+      scale: the common scale of the increments.
+      pattern: ``{path: mask}`` as nested lists; None if all triplets are active.
+      names: the map from paths to PyTorch modules.
 
     Raises:
-      ValueError: there is no adapter, a path has no name there, or a mask is missing.
+      ValueError: the tree contains no adapter, a path has no PyTorch name, two adapters get the
+        same name, outputs cannot be divided as ``names`` specifies, or a mask is missing or has
+        another size.
     """
     found = pytree.adapters(adapters)
     if not found:
@@ -106,21 +108,21 @@ def from_matrices(
     kernels: Mapping[str, tuple[int, ...]],
     scale: float,
 ) -> tuple[dict[str, Adapter], dict[str, np.ndarray]]:
-    """``{path: Adapter}`` and ``{path: mask}`` of the increments of PyTorch modules.
+    """Convert the increments of PyTorch modules to ``{path: Adapter}`` and ``{path: mask}``.
 
-    The matrices of a stack are filled up to the largest rank among them with zero rows whose mask
-    is False. A matrix that a stack lacks has rank 0.
+    The matrices of a stack are padded to the largest rank among them with zero rows whose mask is
+    False. A matrix missing from a stack has rank 0.
 
     Args:
-      matrices: by the name of the module.
-      names: to translate the names.
-      like: a tree with adapters of the wanted paths, stacks and sizes (their ranks do not matter);
-        None to have it all follow from the names.
-      kernels: sizes of convolutions, by path, where the file tells them.
-      scale: of the increments.
+      matrices: the increments by module name.
+      names: the map from module names to paths.
+      like: a tree of adapters with the expected paths, stacks and sizes (their ranks are ignored);
+        None to derive these from the names.
+      kernels: kernel sizes of convolutions, by path, where the file contains them.
+      scale: the scale of the increments.
 
     Raises:
-      ValueError: a name is of no path, or sizes do not fit.
+      ValueError: a name has no path, or sizes do not fit.
     """
     known = {} if like is None else pytree.adapters(like)
     places = _places(matrices, names) if like is None else _places_like(matrices, names, known)
@@ -144,7 +146,7 @@ _Places = dict[str, tuple[tuple[int, ...], dict[tuple[int, ...], _Parts]]]
 
 
 def _places(matrices: Mapping[str, Matrix], names: NameMap) -> _Places:
-    """Which matrices make up each adapter, by what the names say."""
+    """Group the matrices by adapter, as the names determine it."""
     found: dict[str, dict[tuple[int, ...], _Parts]] = {}
     for name, matrix in matrices.items():
         for place, their_part in names.to_flax(name):
@@ -167,7 +169,7 @@ def _places(matrices: Mapping[str, Matrix], names: NameMap) -> _Places:
 
 
 def _places_like(matrices, names, like: Mapping[str, Adapter]) -> _Places:
-    """Which matrices make up each adapter of ``like``; checked to be all, and to fit."""
+    """Group the matrices by adapter of ``like``; check that all of them are used and fit."""
     places: _Places = {}
     used: set[str] = set()
     for path, adapter in like.items():
@@ -198,7 +200,7 @@ def _places_like(matrices, names, like: Mapping[str, Adapter]) -> _Places:
 
 
 def _beside(name: str, parts: Mapping[int, tuple[Matrix, tuple[int, int]]]) -> Matrix:
-    """The increments of parts of a module's outputs as one: their rows, with zeros outside."""
+    """Combine the increments of parts of a module's outputs: all rows, zero outside their part."""
     (first, (_, count)), *_ = parts.values()
     if count == 1:
         return first
@@ -214,7 +216,7 @@ def _beside(name: str, parts: Mapping[int, tuple[Matrix, tuple[int, int]]]) -> M
 
 
 def _rows_of(matrix: Matrix, part: tuple[int, int], name: str) -> Matrix:
-    """The inverse: part k of n of a module's outputs, and only the rows that act on it.
+    """Invert :func:`_beside`: return part k of n of the outputs, with the rows that act on it.
 
     A row that is zero everywhere belongs to the same part as the row before it.
     """
@@ -230,10 +232,11 @@ def _rows_of(matrix: Matrix, part: tuple[int, int], name: str) -> Matrix:
 
 
 def _joined(path: str, parts: _Parts) -> Matrix:
-    """The matrix whose outputs are those of the parts, one after another.
+    """Return the matrix whose outputs are the concatenated outputs of the parts.
 
-    Where all have the same q and λ it has that many rows, as before it was taken apart; otherwise
-    the rows of all, each zero outside its part.
+    If all parts share q, λ and the mask, it has the same number of rows as each part, which
+    restores a matrix that was split; otherwise it has the rows of all parts, each zero outside its
+    part.
     """
     count = next(iter(parts))[1]
     if any(part[1] != count for part in parts):
@@ -254,7 +257,7 @@ def _joined(path: str, parts: _Parts) -> Matrix:
 
 
 def _stacked(path: str, stack: tuple[int, ...], found: Mapping[tuple[int, ...], Matrix]) -> Matrix:
-    """The matrices in one array a factor, each filled up to the largest rank."""
+    """Stack the matrices into one array per factor, each zero-padded to the largest rank."""
     some = list(found.values())
     ins, outs = some[0].q.shape[1], some[0].p.shape[1]
     if any((m.q.shape[1], m.p.shape[1]) != (ins, outs) for m in some):
@@ -287,7 +290,7 @@ def _concatenated(rows: Sequence[Matrix]) -> Matrix:
 
 
 def _common(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """One dtype that holds all exactly."""
+    """Return one dtype that represents the values of all dtypes exactly."""
     if len(set(dtypes)) == 1:
         return dtypes[0]
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
@@ -315,7 +318,7 @@ def kernel_size(adapter: Adapter) -> tuple[int, ...] | None:
 
 
 def _layout(size: tuple[int, ...] | None, ins: int, outs: int) -> Layout:
-    """Return the layout of a weight that is known by its PyTorch module alone."""
+    """Return the layout of a weight of which only the PyTorch module's sizes are known."""
     if size is None:
         return Layout(kind="unknown")
     axes = len(size)
@@ -324,7 +327,7 @@ def _layout(size: tuple[int, ...] | None, ins: int, outs: int) -> Layout:
 
 
 def _to_torch(q: np.ndarray, size: tuple[int, ...] | None) -> np.ndarray:
-    """Return a convolution's inputs ``[*kernel, in]`` in PyTorch's order, ``[in, *kernel]``."""
+    """Reorder a convolution's inputs ``[*kernel, in]`` to PyTorch's ``[in, *kernel]``."""
     if not size:
         return q
     q = q.reshape(*q.shape[:-1], *size, -1)
@@ -340,10 +343,10 @@ def _from_torch(q: np.ndarray, size: tuple[int, ...] | None) -> np.ndarray:
 
 
 def as_jax(array: np.ndarray) -> jax.Array:
-    """The array in JAX, in its own dtype.
+    """Convert an array to JAX without changing its dtype.
 
     Raises:
-      ValueError: JAX would round it, because 64-bit types are off.
+      ValueError: JAX would round the array, because 64-bit types are disabled.
     """
     if array.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(

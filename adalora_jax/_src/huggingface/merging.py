@@ -1,4 +1,4 @@
-"""Adapters added into a Hugging Face checkpoint of the base model, one tensor at a time."""
+"""Merging of adapters into a Hugging Face checkpoint of the base model, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from adalora_jax._src.tensorfile import (
     writing_to,
 )
 
-# What else a checkpoint's folder may hold of weights; it would be the base's, not merged.
+# Weights in other formats are not copied, because they would be the base's, unmerged.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 _OTHER_WEIGHTS += (".onnx", ".onnx_data", ".ot", ".tflite")
-# Models whose modules and whose checkpoints have different names, or had once.
+# Families whose module names differ from their checkpoints' names in some version.
 _RENAMED = (("vit", "vit_v4"), ("vit_v4", "vit"))
 
 
@@ -54,33 +54,40 @@ def merge_pretrained(
     safe: bool = True,
     progress: Callable[[list[str]], Iterable[str]] | None = None,
 ) -> None:
-    """Writes the base model's checkpoint with the adapter's increments added to its weights.
+    """Write the base model's checkpoint with the adapter's increments added to its weights.
 
-    The result is a checkpoint like the base's, in as many files, for whatever loads that. One
-    tensor is in memory at a time. Sums are made in at least float32 and rounded once, to the
-    dtype of the weight; tensors without an increment are copied byte by byte, and so are the
-    folder's other files, but for weights in other formats. Where the base ties its head to its
-    embedding and they differ afterwards, both are stored, and ``config.json`` says
-    ``tie_word_embeddings: false``. The folder appears under its name when it is complete.
+    A merged weight is ``W + scale · pᵀ diag(λ) q`` (`AdaLoRA, Eq. (3)
+    <https://arxiv.org/abs/2303.10512>`_), with the active triplets only. It is computed in at least
+    float32 and rounded once, to the dtype of ``W``. Parameters of ``modules_to_save`` replace the
+    base's, in its dtype, or are added. All other tensors are copied byte for byte, in as many files
+    as the base has, and so are the folder's other files, except hidden ones and weights in other
+    formats. One tensor of the base is in memory at a time. If the base ties its head to its
+    embedding and the two differ after the merge, both are stored and ``config.json`` gets
+    ``tie_word_embeddings: false``. ``out_directory`` is written atomically.
 
     Args:
-      adapter: the folder of a PEFT adapter (AdaLoRA or LoRA), or what :func:`save_pretrained
-        <adalora_jax.huggingface.save_pretrained>` takes as adapters.
-      base_directory: with ``model.safetensors``, or ``model.safetensors.index.json`` and its files.
-      out_directory: must not exist, or be empty.
-      config: of adapters that are no folder, for its ``fan_in_fan_out``.
-      masks, names: of adapters that are no folder, as in ``save_pretrained``.
-      tied: where the base ties its head to an embedding that the adapter changes, and the head is
-        not in the adapter: True if the head changed with the embedding, False if it kept the
-        base's weight. By default False for the folder of an adapter, as PEFT does it.
-      safe: refuse a sum that is not finite.
-      progress: put around the list of tensors while it is gone through, such as ``tqdm.tqdm``.
+      adapter: the folder of a PEFT adapter (AdaLoRA or LoRA), or a dict of adapters as in
+        :func:`save_pretrained <adalora_jax.huggingface.save_pretrained>`.
+      base_directory: a folder with ``model.safetensors``, or with ``model.safetensors.index.json``
+        and the files it names.
+      out_directory: the folder to write, outside of ``base_directory``. It must not exist, or be
+        empty.
+      config: the run's config, for a dict of adapters; only its ``fan_in_fan_out`` is read.
+      masks, names: for a dict of adapters, as in ``save_pretrained``.
+      tied: whether a head that is not in the adapter, and that the base ties to an embedding which
+        the adapter changes, changes with it (True) or keeps the base's weight (False). Without it,
+        False for the folder of an adapter, as in PEFT; for a dict of adapters it must be passed in
+        this case.
+      safe: raise an error if a merged weight is not finite.
+      progress: function that wraps the list of tensors during iteration, such as ``tqdm.tqdm``.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a file is damaged or malicious; an increment fits no weight of the base, or its
-        Flax layer does not compute with the sum; a weight has a dtype that is not computed with; or
-        what a tied head becomes is not known.
+      ValueError: a file is damaged or malicious; an increment does not fit a weight of the base, or
+        its Flax layer does not compute with the sum of weight and increment; a weight's dtype is
+        not one of floating-point numbers; a merged weight is not finite (with ``safe``); the new
+        value of a tied head cannot be determined; or ``out_directory`` is not empty or is inside of
+        ``base_directory``.
       OSError: ``out_directory`` cannot be written.
 
     >>> import pathlib, tempfile
@@ -109,7 +116,7 @@ def merge_pretrained(
         file = read_adapter(adapter)
         matrices, saved, scale = file.matrices, file.saved, file.config.scaling
         conv1d = set(matrices) if file.config.fan_in_fan_out else set()
-        tied = bool(tied)  # PEFT leaves the head as it is.
+        tied = bool(tied)  # PEFT does not change the head.
     base, out = read_weights(Path(base_directory)), Path(out_directory)
     if out.resolve().is_relative_to(base.folder.resolve()):
         raise ValueError(f"out_directory={str(out)!r} lies in the base's folder: name another.")
@@ -123,7 +130,7 @@ def merge_pretrained(
 
 
 def _refuse_unmergeable(adapters: Mapping[str, Any]) -> None:
-    """Raise where an adapter's Flax layer does not compute with the sum of weight and increment."""
+    """Raise if an adapter's Flax layer does not compute with the sum of weight and increment."""
     for path, adapter in pytree.adapters(adapters).items():
         note = adapter.layout.note if adapter.layout else ""
         if note:
@@ -139,7 +146,7 @@ def _changes(
     saved: Mapping[str, np.ndarray],
     conv1d: set[str],
 ) -> dict[str, Change]:
-    """What is to be done, by tensor of the base; all of it checked."""
+    """Return the changes by tensor of the base, with names, shapes and dtypes checked."""
     specs = base.specs
     changes: dict[str, Change] = {}
     for name, matrix in matrices.items():
@@ -182,7 +189,7 @@ def _changes(
 
 
 def _names(module: str) -> list[str]:
-    """What a module may be called in a checkpoint."""
+    """Return the names that a module may have in a checkpoint."""
     result = [module]
     for one, other in _RENAMED:
         for prefix in (None, ""):
@@ -223,7 +230,7 @@ def _write(
                     yield from source.chunks(change.source or tensor)
 
             stream_tensors(target, specs, data, base.metadata[name])
-    next(steps, None)  # lets a progress bar know that it is over
+    next(steps, None)  # Exhausting the iterator closes a progress bar.
     if base.index is not None:
         places = {tensor: name for name, specs in files.items() for tensor in specs}
         size = sum(spec.nbytes for specs in files.values() for spec in specs.values())
@@ -236,7 +243,7 @@ def _write(
 def _merged(
     weight: np.ndarray, change: Change, matrix: Matrix, scale: float, name: str, safe: bool
 ) -> np.ndarray:
-    """``W + s · pᵀ diag(λ) q``, rounded once to the dtype of W."""
+    """Return ``W + s · pᵀ diag(λ) q``, rounded once to the dtype of W."""
     wide = np.promote_types(weight.dtype, np.float32)
     p, lam, q = (leaf.astype(wide) for leaf in matrix[:3])
     delta = (p * (lam * wide.type(scale))[:, None]).T @ q
@@ -252,12 +259,15 @@ def _merged(
 
 
 def _copy_others(base: Weights, folder: Path, settings: Mapping[str, Any] | None) -> None:
-    """Copies all files but weights and hidden ones; links that lead out are refused.
+    """Copy the files of a checkpoint, except weights and hidden ones.
 
     Args:
       base: the checkpoint.
-      folder: of the copies.
-      settings: in place of its config.
+      folder: the destination.
+      settings: the content of the new ``config.json``; None to copy the base's.
+
+    Raises:
+      ValueError: a link points out of the checkpoint's folder.
     """
     for root, folders, names in os.walk(base.folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -1,4 +1,4 @@
-"""What a weight of a Flax model is called in the PyTorch model of Hugging Face, and back."""
+"""Maps between module names in Flax models and in the PyTorch models of Hugging Face."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from typing import Any, NamedTuple
 
 
 class Place(NamedTuple):
-    """Where a matrix is: the path of a weight, a slice of its stack, a part of its outputs."""
+    """The location of a matrix: a weight's path, a slice of its stack, a part of its outputs."""
 
     path: str
-    at: tuple[int, ...] = ()  # the index of the slice
+    at: tuple[int, ...] = ()  # the slice's index on the stack
     part: tuple[int, int] = (0, 1)  # part 0 of 1: all of the outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-    """Pairs ``(Flax, Hugging Face)`` of names of modules, to be read in both directions.
+    """Pairs ``(Flax, Hugging Face)`` of module names, applied in both directions.
 
     ====================  =========================================================================
-    in a name             means
+    in a name             meaning
     ====================  =========================================================================
-    ``{i}``               a number; any one letter
-    ``{path}``            any part of a path, its separators translated; any longer word
-    ``name[{i}]``         Flax side: the slice i of a weight with a stack axis, as from ``nn.scan``
+    ``{i}``               a number; the placeholder may be any single letter
+    ``{path}``            any part of a path, with its separators translated; the placeholder may
+                          be any longer word
+    ``name[{i}]``         Flax side only: slice i of a weight with a stack axis, as from ``nn.scan``
     ``name[1]``           the same with a fixed index, as in a weight that holds keys and values
-    ``name:0/3``          the first of three equal parts of the outputs, on either side: of a layer
-                          that computes queries, keys and values in one
+    ``name:0/3``          the first of three equal parts of the outputs, on either side: for a layer
+                          that computes queries, keys and values in one projection
     ====================  =========================================================================
 
-    The first pair that fits a name counts. A dict of pairs, or a list of them, will do wherever a
-    NameMap is asked for.
+    The first pair that matches a name is used. Functions that take a NameMap also take a dict or a
+    list of pairs.
 
-    Args:
-      pairs: the pairs of names.
-      conv1d: the last names of those PyTorch modules that are a ``Conv1D``, whose weights are
-        ``[in, out]`` as in Flax: GPT-2's.
+    Attributes:
+      pairs: the pairs of names; the constructor also takes a dict.
+      conv1d: the last components of the names of the PyTorch modules that are a ``Conv1D``, whose
+        weights are ``[in, out]`` as in Flax (GPT-2's).
 
     Raises:
-      ValueError: a pair that cannot be read, or whose sides have different placeholders.
+      ValueError: a pair cannot be parsed, or its sides have different placeholders.
 
     >>> names = NameMap([("blocks/attn/query[{i}]", "model.layers.{i}.self_attn.q_proj")])
     >>> names.to_hf("blocks/attn/query", (7,))
@@ -75,14 +76,18 @@ class NameMap:
     def to_hf(
         self, path: str, index: tuple[int, ...] = ()
     ) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
-        """Where the matrix ``index`` of the weight ``path`` goes.
+        """Return the PyTorch modules of one matrix of a Flax weight.
+
+        Args:
+          path: the path of the weight.
+          index: the matrix's index on the weight's stack axes.
 
         Returns:
-          ``(name, part of this matrix's outputs, part of that module's outputs)``, one for each
-          module that it goes to.
+          ``(name, part of this matrix's outputs, part of that module's outputs)`` for each module;
+          part k of n is ``(k, n)``.
 
         Raises:
-          ValueError: no pair fits; with the nearest that there are.
+          ValueError: no pair matches (the message lists the nearest), or ``path`` contains a dot.
         """
         if "." in path:
             raise ValueError(
@@ -97,7 +102,7 @@ class NameMap:
     def match(
         self, path: str, index: tuple[int, ...] = ()
     ) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
-        """As :meth:`to_hf`, but nothing where no pair fits."""
+        """Return the result of :meth:`to_hf`, or an empty list if no pair matches."""
         found: dict[int, tuple[str, tuple[int, int], tuple[int, int]]] = {}
         count = 0
         for ours, theirs in self._templates:
@@ -109,13 +114,16 @@ class NameMap:
         return [found[part] for part in sorted(found)] if len(found) == count else []
 
     def to_flax(self, name: str) -> list[tuple[Place, tuple[int, int]]]:
-        """Where the outputs of the PyTorch module ``name`` go.
+        """Return the places of a PyTorch module's outputs in the Flax model.
+
+        Args:
+          name: the name of the module.
 
         Returns:
-          ``(place, part of that module's outputs)``, one for each part.
+          ``(place, part of the module's outputs)`` for each part; part k of n is ``(k, n)``.
 
         Raises:
-          ValueError: no pair fits; with the nearest that there are.
+          ValueError: no pair matches (the message lists the nearest).
         """
         found: dict[int, tuple[Place, tuple[int, int]]] = {}
         count = 0
@@ -131,7 +139,7 @@ class NameMap:
         return [found[part] for part in sorted(found)]
 
     def is_conv1d(self, name: str) -> bool:
-        """Whether the PyTorch module ``name`` keeps its weight as ``[in, out]``."""
+        """Return whether the PyTorch module ``name`` stores its weight as ``[in, out]``."""
         return name.rpartition(".")[2] in self.conv1d
 
     @functools.cached_property
@@ -154,9 +162,9 @@ class NameMap:
 class _Template:
     """One side of a pair, parsed."""
 
-    text: str  # with / between the parts, on either side
+    text: str  # with / as the separator, on both sides
     index: tuple[str, ...]  # numbers and placeholders
-    part: tuple[int, int]
+    part: tuple[int, int]  # (k, n): part k of n of the outputs
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
@@ -177,7 +185,7 @@ class _Template:
         return re.compile("".join(pieces))
 
     def match(self, path: str, index: tuple[int, ...]) -> dict[str, str] | None:
-        """The values of the placeholders, or None."""
+        """Return the values of the placeholders, or None if path or index do not match."""
         if len(index) != len(self.index) or (found := self._regex.fullmatch(path)) is None:
             return None
         values = found.groupdict()
@@ -215,8 +223,8 @@ def _template(name: str) -> _Template:
 
 IDENTITY = NameMap((("{path}", "{path}"),))
 
-# The parts of a layer, from the layer on: as the Flax port within transformers (up to version 4)
-# has them, which are the names of the PyTorch model, and as Flax's own attention has them.
+# Module names within a layer, in two Flax variants: the Flax port in transformers (up to version
+# 4), which uses the PyTorch names, and Flax's built-in attention.
 _BERT = (
     ("attention/self/{query}", "attention.self.{query}"),
     ("attention/output/dense", "attention.output.dense"),
@@ -235,7 +243,7 @@ _VIT_V4 = {
     "v": "attention.attention.value",
     "o": "attention.output.dense",
 }
-# transformers 5 has renamed the layers of ViT, but not those in its checkpoints.
+# transformers 5 renamed the layers of ViT, but not the tensors in its checkpoints.
 _VIT = {
     "attention/attention/query": ("attention.q_proj", "attention.attention.query"),
     "attention/attention/key": ("attention.k_proj", "attention.attention.key"),
@@ -299,7 +307,7 @@ _GEMMA3 = (  # and Gemma 2
     ("attn/_query_norm", "self_attn.q_norm"),
     ("attn/_key_norm", "self_attn.k_norm"),
 )
-# What is beside the list of layers.
+# Modules outside of the list of layers.
 _BESIDE_BERT = (("embeddings/{word}", "embeddings.{word}"),)
 _BESIDE_VIT = (*_BESIDE_BERT, ("layernorm", "layernorm"))
 _BESIDE_GPT2 = tuple((name, name) for name in ("wte", "wpe", "ln_f"))
@@ -314,7 +322,7 @@ _HEADS = ("classifier", "score", "qa_outputs", "lm_head", "pooler.dense", "cls.{
 
 class _Family(NamedTuple):
     layers: str  # the list of layers in the PyTorch model, without the prefix
-    prefix: str  # what a model with a head puts in front
+    prefix: str  # the prefix of these names in a model with a head
     parts: tuple[tuple[str, str], ...]
     flax_layers: tuple[str, ...]  # names of the list in Flax models
     beside: tuple[tuple[str, str], ...]
@@ -351,27 +359,30 @@ _FAMILIES = {
 
 @functools.lru_cache(maxsize=256)
 def hf_names(family: str, *, root: str | None = None, prefix: str | None = None) -> NameMap:
-    """The map for a family of models, such as bert, llama or gemma3.
+    """Return the name map of a family of models, such as bert, llama or gemma3.
 
-    It knows the names of the Flax models in transformers (up to version 4), of Tunix, of
-    google-deepmind/gemma, and of layers built on Flax's own attention, each with its layers as
-    ``layers/3``, as ``layers_3``, or stacked in ``layers``. Where a PyTorch module could be several
-    of these, reading a file takes the first, and ``load_pretrained(like=...)`` decides.
-    ``"vit"`` has the names of transformers 5, ``"vit_v4"`` those of transformers 4.
+    It covers the Flax models in transformers (up to version 4), Tunix and google-deepmind/gemma,
+    and layers built on Flax's attention modules, with layers named ``layers/3`` or ``layers_3``, or
+    stacked in ``layers``. If several Flax names match a PyTorch module, a file is read with the
+    first one, unless ``load_pretrained(like=...)`` selects another. ``"vit"`` has the names of
+    transformers 5, ``"vit_v4"`` those of transformers 4.
 
-    Only names are translated. A Flax model whose attention pairs other features in its rotary
-    embedding than the PyTorch model does (Meta's Llama and MaxText's) has its rows in another
-    order, too.
+    Only names are translated, not the order of rows: in a Flax model whose rotary embedding pairs
+    other features than the PyTorch model's (Meta's Llama, MaxText), rows are ordered differently.
 
     Args:
       family: bert, gpt2, llama, mistral, gemma, gemma2, gemma3, qwen2, qwen3, vit or vit_v4.
-      root: what is in front of the list of layers in the Flax model. None: nothing, or what the
-        PyTorch model has there.
-      prefix: what the PyTorch model has in front of it: None for that of a model with a head,
-        ``"bert"``, ``"transformer"``, ``"model"`` or ``"vit"``; ``""`` for a bare one.
+      root: path of the module that contains the list of layers in the Flax model. None accepts both
+        an empty path and the PyTorch model's prefix.
+      prefix: prefix of the layers' names in the PyTorch model. None is the prefix in a model with a
+        head (``"bert"``, ``"transformer"``, ``"model"`` or ``"vit"``); ``""`` is for a model
+        without a head.
+
+    Returns:
+      The :class:`NameMap` of the family.
 
     Raises:
-      ValueError: there is no such family.
+      ValueError: ``family`` is unknown.
 
     >>> hf_names("llama").to_hf("layers/3/attn/q_proj")[0][0]
     'model.layers.3.self_attn.q_proj'
@@ -403,12 +414,19 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
 
 
 def _orders(roots: Sequence[str], lists: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Separate layers first, since they are the likelier, and the PyTorch names first."""
+    """Return ``(separator, root, list)`` of names, the likelier and the PyTorch names first.
+
+    Separate layers are likelier than stacked ones.
+    """
     return [(s, r, layers) for s in ("/{i}/", "_{i}/", "/") for r in roots for layers in lists]
 
 
 def _stacked(name: str) -> str:
-    """``a/b`` as ``a/b[{i}]``, ``a/b[1]`` as ``a/b[{i},1]``, ``a/b:0/2`` as ``a/b[{i}]:0/2``."""
+    """Add a stack index to a name.
+
+    ``a/b`` becomes ``a/b[{i}]``, ``a/b[1]`` becomes ``a/b[{i},1]``, and ``a/b:0/2`` becomes
+    ``a/b[{i}]:0/2``.
+    """
     path, colon, part = name.partition(":")
     path = path.replace("[", "[{i},") if "[" in path else f"{path}[{{i}}]"
     return f"{path}{colon}{part}"
@@ -417,7 +435,7 @@ def _stacked(name: str) -> str:
 def as_names(
     names: NameMap | str | Mapping[str, str] | Iterable[tuple[str, str]] | None,
 ) -> NameMap:
-    """What a user gives for ``names`` as a :class:`NameMap`; None translates ``/`` to ``.``.
+    """Convert the argument ``names`` to a :class:`NameMap`; None translates ``/`` to ``.``.
 
     >>> as_names(None).to_hf("encoder/query")[0][0]
     'encoder.query'

@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint become the parameters of a Flax model."""
+"""Conversion of a checkpoint's tensors to the parameters of a Flax model."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ EMBEDDINGS = (
     "word_embeddings",
     "embed_in",
     "shared",
-)  # what a head may be tied to
+)  # modules that a head may be tied to
 HEAD = re.compile(r"(.*\.)?(lm_head|embed_out|cls\.predictions\.decoder)\.weight")
-_OLD = {".weight": ".gamma", ".bias": ".beta"}  # of the first checkpoints of BERT
+_OLD = {".weight": ".gamma", ".bias": ".beta"}  # names in the first BERT checkpoints
 
 
 class Piece(NamedTuple):
-    """Part k of n of a tensor's outputs, which is part i of m of a parameter's."""
+    """Part k of n of a tensor's outputs, which is part i of m of a parameter's outputs."""
 
-    key: str
-    ours: tuple[int, int]
-    theirs: tuple[int, int]
+    key: str  # the tensor's name
+    ours: tuple[int, int]  # (i, m)
+    theirs: tuple[int, int]  # (k, n)
 
 
 class Reading(NamedTuple):
-    """Where a parameter comes from, and what its axes are for."""
+    """The source tensors of a parameter and the roles of its axes."""
 
     shape: tuple[int, ...]
     stack: tuple[int, ...]  # axes that index slices
-    ins: tuple[int, ...] | None  # axes that a layer sums over; None if it is no layer's weight
-    outs: tuple[int, ...]
-    slices: dict[tuple[int, ...], list[Piece]]
+    ins: tuple[int, ...] | None  # axes that a layer sums over; None if it is not a layer's weight
+    outs: tuple[int, ...]  # the layer's output axes; all axes but the stack's if ins is None
+    slices: dict[tuple[int, ...], list[Piece]]  # by the index on the stack
     turned: frozenset[str]  # the tensors that are [out, in]
 
     def value(self, index: tuple[int, ...], read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """The slice at ``index``, with axes of length 1 for the stack.
+        """Return the slice at ``index``, with axes of length 1 for the stack.
 
         Args:
-          index: on the stack.
-          read: gives a tensor by its name.
+          index: the index on the stack axes.
+          read: function that returns a tensor by its name.
         """
         parts = []
         for key, _, (part, count) in self.slices[index]:
@@ -65,21 +65,25 @@ class Reading(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A checkpoint, and what its tensors are called in the model."""
+    """A checkpoint and the map between its names and the model's."""
 
     weights: Weights
     names: NameMap
 
     def reading(self, path: str, shape: Sequence[int], layer: Layout | None) -> Reading | str:
-        """How the parameter ``path`` is read; or the name of a tensor that is not there.
+        """Return the reading of a parameter, or the name of a missing tensor.
 
         Args:
-          path: of the parameter.
-          shape: of it, with all stacked axes.
-          layer: how it reads as matrices, where that is known.
+          path: path of the parameter.
+          shape: its shape, stacked axes included.
+          layer: its layout; None if that is not known.
+
+        Returns:
+          The :class:`Reading`, or the missing tensor's name, which is empty if ``names`` does not
+          map the path.
 
         Raises:
-          ValueError: the tensors are there, but have shapes or dtypes that do not fit.
+          ValueError: the tensors exist, but their shapes or dtypes do not fit.
         """
         wanted = ""
         for stack in _stacks(len(shape), layer):
@@ -95,7 +99,7 @@ class Source(NamedTuple):
         return wanted
 
     def _pieces(self, path: str, index: tuple[int, ...]) -> tuple[list[Piece], str]:
-        """Where a slice comes from; if there is no such tensor, the name it should have."""
+        """Return the pieces of a slice; if a tensor is missing, no pieces and its expected name."""
         module, _, last = path.rpartition("/")
         end = ".bias" if last in _BIASES else ".weight"
         ways = [
@@ -113,9 +117,9 @@ class Source(NamedTuple):
         return [], ways[0][0][0] if ways else ""
 
     def _tied(self, key: str) -> str | None:
-        """The embeddings as the weight of a head, where the two are one and stored once."""
+        """Return the embedding that is stored in place of the weight ``key`` of a tied head."""
         config = self.weights.config or {"tie_word_embeddings": False}
-        ties = config.get("tie_word_embeddings", True)  # so transformers has it by default
+        ties = config.get("tie_word_embeddings", True)  # True is the default in transformers
         last = lambda name: name.removesuffix(".weight").rpartition(".")[2]
         same = [name for name in self.weights.specs if last(name) in EMBEDDINGS]
         return same[0] if ties and len(same) == 1 and HEAD.fullmatch(key) else None
@@ -151,13 +155,13 @@ class Source(NamedTuple):
         return Reading(shape, stack, ins, outs, slices, turned)
 
     def _is_turned(self, key: str, layer: Layout | None) -> bool:
-        """Whether a weight is ``[out, in]``: not that of an embedding or of a Conv1D."""
+        """Return whether a weight is ``[out, in]``: True except for embeddings and Conv1D."""
         module = key.removesuffix(".weight")
         conv1d = self.names.is_conv1d(module) or bool(self.weights.conv1d([module]))
         return not conv1d and (layer is None or layer.kind != "embed")
 
     def _sizes(self, piece: Piece, turned: bool) -> tuple[int, int]:
-        """Inputs and outputs of a piece."""
+        """Return the numbers of inputs and outputs of a piece."""
         first, *rest = self.weights.specs[piece.key].shape or (1,)
         ins, outs = (math.prod(rest), first) if turned else (first, math.prod(rest))
         if outs % piece.theirs[1]:
@@ -167,7 +171,7 @@ class Source(NamedTuple):
         return ins, outs // piece.theirs[1]
 
     def _check_plain(self, path, shape, own, pieces: list[Piece]) -> None:
-        """Refuses tensors that are not the numbers of a parameter in their order."""
+        """Raise unless the tensors hold the parameter's numbers in the parameter's order."""
         shapes = [self.weights.specs[piece.key].shape for piece in pieces]
         divided = any(piece.theirs[1] > 1 for piece in pieces) or len(pieces) > 1
         if all(len(shape) <= 1 for shape in shapes):
@@ -196,7 +200,7 @@ class Source(NamedTuple):
 
 
 def _stacks(axes: int, layer: Layout | None) -> list[tuple[int, ...]]:
-    """Which axes may index slices; by the layer, or else any number of them in front."""
+    """Return the candidates for the stack axes: the layer's, or any number of leading axes."""
     if layer is None:
         return [tuple(range(count)) for count in range(axes + 1)]
     lifted = axes - len(layer.stack) - len(layer.ins) - len(layer.outs)
@@ -204,7 +208,7 @@ def _stacks(axes: int, layer: Layout | None) -> list[tuple[int, ...]]:
 
 
 def _as_matrix(array: np.ndarray, turned: bool) -> np.ndarray:
-    """A weight as ``[in, out]``; of a convolution ``[out, in, *kernel]`` with the kernel first.
+    """Return a weight as ``[in, out]``; inputs of a convolution are ordered ``[*kernel, in]``.
 
     >>> _as_matrix(np.zeros((4, 3, 5, 5)), True).shape
     (75, 4)

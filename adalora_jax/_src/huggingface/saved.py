@@ -1,4 +1,4 @@
-"""The parameters that trained beside the adapters, as the PyTorch model has them, and back."""
+"""Parameters of ``modules_to_save``, converted between their Flax and PyTorch forms."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.huggingface.matrices import as_jax
 from adalora_jax._src.huggingface.names import NameMap
 
-# Parameters of Flax modules, and how many axes each has without a stack.
+# Number of axes of each parameter of a Flax module, without stack axes.
 _AXES = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
 _EMBEDDINGS = {"wte", "wpe", "embed_tokens", "shared"}
 
 
 def saved_to_torch(adapters: Any, names: NameMap) -> dict[str, np.ndarray]:
-    """``{"<module>.weight": array}`` of all that is no adapter: what ``modules_to_save`` trained.
+    """Return ``{"<module>.weight": array}`` of the parameters of ``modules_to_save``.
+
+    These are all leaves of the tree that do not belong to an adapter.
 
     Raises:
-      ValueError: a parameter whose PyTorch form its name and shape do not tell.
+      ValueError: a parameter's name and shape do not determine its PyTorch form, it is only a part
+        of a PyTorch parameter, or two parameters get the same name.
     """
     result: dict[str, np.ndarray] = {}
     for path, leaf in _saved_leaves(adapters).items():
@@ -53,13 +56,15 @@ def saved_to_torch(adapters: Any, names: NameMap) -> dict[str, np.ndarray]:
 
 
 def saved_from_torch(saved: Mapping[str, np.ndarray], names: NameMap, like: Any) -> dict[str, Any]:
-    """The inverse of :func:`saved_to_torch`, in the containers of ``like``.
+    """Invert :func:`saved_to_torch`, in the containers of ``like``.
 
-    Without ``like``, ``{module: {"kernel": ..., "bias": ...}}``: a weight with one axis is a scale,
-    one with two a kernel, or an embedding where the module's name says so.
+    Without ``like`` return ``{module: {"kernel": ..., "bias": ...}}``: a weight with one axis is a
+    scale, one with two axes is an embedding if the module's name indicates it and a kernel
+    otherwise, and one with four axes is the kernel of a convolution.
 
     Raises:
-      ValueError: a tensor fits no parameter.
+      ValueError: a tensor has no matching parameter, a parameter of ``like`` has no tensor, or
+        their shapes differ.
     """
     if like is None:
         return _by_their_names(saved, names)
@@ -130,15 +135,15 @@ def _key(name: str, kind: str) -> str:
 
 
 def _saved_leaves(adapters: Any) -> dict[str, Any]:
-    """The leaves of a tree that belong to no adapter, by path."""
+    """Return the leaves of a tree that do not belong to an adapter, by path."""
     nodes = jax.tree_util.tree_flatten_with_path(adapters, is_leaf=pytree.is_adapter)[0]
     return {pytree.path_name(path): node for path, node in nodes if not pytree.is_adapter(node)}
 
 
 def _axes(module: str, kind: str, ndim: int, names: NameMap) -> int | None:
-    """Return how many axes a parameter has without a stack's; None for one that is not known.
+    """Return the number of axes of a parameter without stack axes; None for an unknown parameter.
 
-    A kernel of four or five axes is a convolution's, unless the names say that it is stacked.
+    A kernel of four or five axes is a convolution's, unless ``names`` maps it as a stack.
     """
     if kind != "kernel":
         return _AXES.get(kind)
@@ -149,7 +154,7 @@ def _axes(module: str, kind: str, ndim: int, names: NameMap) -> int | None:
 
 
 def _kernel_to_torch(kernel: np.ndarray, conv1d: bool) -> np.ndarray:
-    """``[*size, in, out]`` as ``[out, in, *size]``."""
+    """Transpose a kernel ``[*size, in, out]`` to ``[out, in, *size]``, unless it is a Conv1D's."""
     if conv1d:
         return kernel
     axes = kernel.ndim

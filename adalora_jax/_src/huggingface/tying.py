@@ -1,4 +1,4 @@
-"""Heads that a checkpoint ties to its embedding: which merged models must store both."""
+"""Heads tied to the embedding of a checkpoint, and the merged models that must store both."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from adalora_jax._src.huggingface.weights import Weights
 from adalora_jax._src.tensorfile import TensorFile, inside
 
 _FLAG = "tie_word_embeddings"
-# Where a config of several models has that of the one with the head.
+# Keys under which a composite config stores the config of the model that has the head.
 _NESTED = ("text_config", "language_config", "llm_config", "decoder", "generator", "thinker_config")
 _WITH_HEAD = re.compile(
     r"CausalLM|LMHead|ConditionalGeneration|MaskedLM|PreTraining|ImageTextToText"
 )
-# An embedding inside a model whose head is lm_head beside it.
+# The embedding of a decoder whose head is the sibling module ``lm_head``.
 _DECODER = re.compile(
     r"((?:.+\.)?)(?:model|transformer)\.(?:language_model\.|decoder\.)?(?:embed_tokens|wte)\.weight"
 )
@@ -30,16 +30,18 @@ _WAY_OUT = (
 
 
 class Change(NamedTuple):
-    """What happens to one tensor of the base."""
+    """The change of one tensor of the base: an increment, or a replacement."""
 
-    matrix: Matrix | None = None  # its increment
-    transposed: bool = False  # of a weight that is [in, out]
-    value: np.ndarray | None = None  # or what takes its place
-    source: str | None = None  # the tensor of the base that a new one begins as
+    matrix: Matrix | None = None  # the increment
+    transposed: bool = False  # whether the weight is [in, out]
+    value: np.ndarray | None = None  # the replacement
+    source: str | None = None  # the base's tensor that a new tensor is copied from
 
 
 def tied_to(base: Weights, name: str) -> str | None:
-    """Returns the embedding that is the weight ``name`` of a head, where the base stores it once.
+    """Return the embedding that the base stores in place of the weight ``name`` of a tied head.
+
+    None if ``name`` is not the weight of a head that the base ties to exactly one embedding.
 
     >>> from pathlib import Path
     >>> from adalora_jax._src.tensorfile import Spec
@@ -55,24 +57,25 @@ def tied_to(base: Weights, name: str) -> str | None:
 
 
 def untie(base: Weights, changes: dict[str, Change], tied: bool | None) -> bool:
-    """Adds the changes of a tied head that those of its embedding ask for.
+    """Add to ``changes`` the change of a tied head that a changed embedding requires.
 
     Args:
       base: the checkpoint.
-      changes: by tensor, in which the head's is added.
-      tied: whether a head that is not in ``changes`` moves with the embedding; None if that is
+      changes: the changes by tensor; the head's is added in place.
+      tied: whether a head that is not in ``changes`` changes with the embedding; None if that is
         unknown.
 
     Returns:
-      Whether the head and the embedding are no longer the same, so that the config must say so.
+      True if the head and the embedding differ afterwards, so that the config has to set
+      ``tie_word_embeddings`` to false.
 
     Raises:
-      ValueError: what the head becomes is not known, or under which name it is stored.
+      ValueError: the new value of the head, or its name in the checkpoint, cannot be determined.
     """
     flags = _flags(base.config or {_FLAG: False})
     names = {**base.specs, **changes}
     embeddings, heads = _embeddings(names), _heads(names)
-    # A head of another name is new, and has the shape of the embedding.
+    # A new tensor with the embedding's shape is a head under another name.
     shapes = [base.specs[name].shape for name in embeddings if name in base.specs]
     new = {n: c.value for n, c in changes.items() if n not in base.specs}
     heads += [n for n, v in new.items() if v is not None and v.shape in shapes and n not in heads]
@@ -94,7 +97,7 @@ def untie(base: Weights, changes: dict[str, Change], tied: bool | None) -> bool:
         )
     differ = head in base.specs and not _equal(base, embedding, head)
     if differ and not (flags and all(flags)):
-        return any(flags)  # not tied, whatever the default of its model
+        return any(flags)  # Values differ: not tied, even if the model's default is to tie them.
     if head in changes and (value := changes[head].value) is not None:
         return not _is_value(base, embedding, changes.get(embedding), value)
     if differ:
@@ -122,7 +125,7 @@ def untie(base: Weights, changes: dict[str, Change], tied: bool | None) -> bool:
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a model's config for a head that is not its embedding.
+    """Return a model's config with ``tie_word_embeddings`` set to false, nested configs included.
 
     >>> untied({"model_type": "llava", "text_config": {"tie_word_embeddings": True}})
     {'model_type': 'llava', 'text_config': {'tie_word_embeddings': False}, \
@@ -137,7 +140,7 @@ def _nested(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _flags(config: Mapping[str, Any]) -> list[bool]:
-    """What a config and those in it say; nothing where all leave it to the model's default."""
+    """Return the tying flags of a config and its nested configs; empty if none is set."""
     flags = [bool(config[_FLAG])] if config.get(_FLAG) is not None else []
     return flags + [flag for inner in _nested(config).values() for flag in _flags(inner)]
 
@@ -168,7 +171,7 @@ def _head_of(base: Weights, embedding: str) -> str:
 
 
 def _equal(base: Weights, one: str, other: str) -> bool:
-    """Whether two tensors of the base are the same, bit for bit."""
+    """Return whether two tensors of the base are equal, bit for bit."""
     if base.specs[one][:2] != base.specs[other][:2]:
         return False
     with _open(base, one) as first, _open(base, other) as second:
@@ -176,7 +179,7 @@ def _equal(base: Weights, one: str, other: str) -> bool:
 
 
 def _is_value(base: Weights, embedding: str, change: Change | None, value: np.ndarray) -> bool:
-    """Whether the embedding becomes, or stays, this value."""
+    """Return whether the embedding equals ``value`` once its change is applied."""
     if change is not None:
         final = change.value
     else:

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face checkpoint, by what the headers of its files say."""
+"""The tensors of a Hugging Face checkpoint, as the headers of its files describe them."""
 
 from __future__ import annotations
 
@@ -17,30 +17,34 @@ _CONV1D = {"gpt2": frozenset(hf_names("gpt2").conv1d)}  # by model_type
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What is where in a checkpoint; nothing of it is read yet."""
+    """The tensor headers of a checkpoint; no tensor is read yet."""
 
     folder: Path
     files: dict[str, dict[str, Spec]]  # {file: {tensor: Spec}}
-    metadata: dict[str, dict[str, str]]  # of each file
-    index: dict[str, Any] | None  # of a sharded checkpoint
+    metadata: dict[str, dict[str, str]]  # {file: its header's metadata}
+    index: dict[str, Any] | None  # the index of a sharded checkpoint; None for a single file
 
     @functools.cached_property
     def specs(self) -> dict[str, Spec]:
-        """Of all tensors."""
+        """The specs of all tensors, by name."""
         return {name: spec for specs in self.files.values() for name, spec in specs.items()}
 
     @functools.cached_property
     def config(self) -> dict[str, Any] | None:
-        """The model's ``config.json``, if there is one."""
+        """The content of the model's ``config.json``; None if that file does not exist."""
         there = (self.folder / "config.json").exists()
         return read_json(inside(self.folder, "config.json")) if there else None
 
     def file_of(self, tensor: str) -> str:
-        """Returns the name of the file that has a tensor."""
+        """Return the name of the file that stores a tensor."""
         return next(name for name, specs in self.files.items() if tensor in specs)
 
     def find(self, key: str) -> str | None:
-        """The tensor of that name; or of that name with or without a prefix, if there is one such.
+        """Return the name of the tensor ``key``, or of the only one that differs by a prefix.
+
+        Returns:
+          ``key`` itself if such a tensor exists; otherwise the single name that is ``key`` with
+          leading components added or removed; None if no name or several names match.
 
         >>> weights = Weights(Path(), {"": {"bert.pooler.dense.weight": Spec("F32", ())}}, {}, None)
         >>> weights.find("pooler.dense.weight")
@@ -53,18 +57,22 @@ class Weights:
         return near[0] if len(near) == 1 else None
 
     def conv1d(self, modules: Iterable[str]) -> set[str]:
-        """Those of the modules that are a Conv1D by what the config says the model is."""
+        """Return the modules that are a Conv1D in a model of the config's ``model_type``."""
         kind = (self.config or {}).get("model_type")
         known = _CONV1D.get(kind, frozenset()) if isinstance(kind, str) else frozenset()
         return {name for name in modules if name.rpartition(".")[2] in known}
 
 
 def read_weights(folder: Path, only: str | None = None) -> Weights:
-    """Looks through the checkpoint in a folder, or through one safetensors file of it.
+    """Read the headers of the checkpoint in a folder, or of one of its safetensors files.
+
+    Args:
+      folder: the checkpoint's folder.
+      only: the name of the one file to read; None for the whole checkpoint.
 
     Raises:
-      FileNotFoundError: there are no safetensors files.
-      ValueError: one is damaged or malicious, or the index contradicts them.
+      FileNotFoundError: ``folder`` does not exist, or a safetensors file is missing.
+      ValueError: a file is damaged or malicious, or the index contradicts the files.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: pass that of the base model.")

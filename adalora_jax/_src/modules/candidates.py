@@ -1,4 +1,4 @@
-"""Modules of a model that could be adapted, and why some of them cannot."""
+"""Modules of a model that could be adapted, with the reasons why some of them cannot."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any, NamedTuple
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.modules.usage import Use
 
-# Begins the note of a layer that may be merged once outputs have been compared.
+# Prefix of the note of a layer that can be merged only if the outputs are compared.
 UNKNOWN = "it is not known how its weight is used, since "
 
 
 class Candidate(NamedTuple):
-    """A module of the model, as selection sees it.
+    """A module of the model that may be selected.
 
     Attributes:
       module: the linen or NNX module.
-      layer: how its weight is read; None where its kind cannot be adapted.
-      shape: of the whole weight, stacked axes included.
-      refused: why this layer cannot be adapted although it has a weight; empty where it can.
-      note: why its increment cannot be merged; empty where it can.
+      layer: how its weight is read; None if modules of its kind cannot be adapted.
+      shape: shape of the whole weight, stacked axes included.
+      refused: why this layer cannot be adapted although it has a weight; empty if it can.
+      note: why its increment cannot be merged; empty if it can.
       dropout: whether its scope has random numbers for dropout.
-      wrapper: the Flax wrapper that normalises its weight, such as ``WeightNorm``; empty without.
+      wrapper: the Flax wrapper that normalises its weight, such as ``WeightNorm``; empty if none.
     """
 
     module: Any
@@ -34,13 +34,13 @@ class Candidate(NamedTuple):
 
 
 def judged(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
-    """Return the candidate with what the use of its weight means for an adapter.
+    """Return the candidate with ``refused`` or ``note`` set according to the use of its weight.
 
     Args:
       candidate: a layer.
-      use: of its weight.
-      foreign: whether its class extends no layer of Flax's, so that the adapter's term is added to
-        the output of all that it does.
+      use: how its weight is used.
+      foreign: whether its class does not extend a Flax layer, so that the adapter output is added
+        to the output of its whole method.
     """
     if use.unseen:
         return candidate._replace(note=f"{UNKNOWN}its class takes other arguments than one input")

@@ -1,4 +1,4 @@
-"""Initial values that need the model: from its weights, or from what goes into its layers."""
+"""Initial values computed from the model's weights or from the inputs of its layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import linen_layers, merging, nnx_frontend, nnx_layers
 
 _Model = TypeVar("_Model", bound=flax_nnx.Module)
-_OBSERVED = ("dense", "general", "einsum", "conv")  # an embedding's inputs are no numbers
+_OBSERVED = ("dense", "general", "einsum", "conv")  # an embedding's inputs are indices
 
 
 @overload
@@ -34,24 +34,25 @@ def pissa_init(
 
 
 def pissa_init(variables: Any, adapters: Any = None) -> Any:
-    """Return adapters that start as the top singular vectors of their weights, and the remainder.
+    """Move the top singular vectors of the weights from the base into the adapters.
 
-    With ``W = Σ_i σ_i u_i v_iᵀ``, σ falling, triplet i becomes ``p = v_i, λ = σ_i / s, q = u_i``,
-    and the base ``W − Σ_{i < r} σ_i u_i v_iᵀ`` (`PiSSA <https://arxiv.org/abs/2404.02948>`_, in SVD
-    form): the adapted model is what it was, to within rounding. Rows beyond the weight's rank stay
-    as they are, with λ = 0.
+    With ``W = Σ_i σ_i u_i v_iᵀ``, σ in descending order, triplet i becomes ``p = v_i, λ = σ_i / s,
+    q = u_i``, and the base weight ``W − Σ_{i < r} σ_i u_i v_iᵀ``
+    (`PiSSA <https://arxiv.org/abs/2404.02948>`_, in SVD form). The adapted model computes the same
+    function as before, to within rounding. Rows beyond ``min(in, out)`` keep p and q, with λ = 0.
 
     Args:
-      variables: of a linen model; or an adapted NNX model. Not changed.
-      adapters: ``{path: Adapter}``, fresh, for linen variables.
+      variables: variables of a linen model, with ``params``; or an adapted NNX model. Not changed.
+      adapters: ``{path: Adapter}``, newly initialised, for linen variables; None for an NNX model.
 
     Returns:
       ``(variables, adapters)`` for linen, a model for NNX. Checkpoints and exports of the adapters
-      go with this base, not with the original one.
+      belong to this base, not to the original one.
 
     Raises:
-      ValueError: a weight is quantised, or its layer transforms it before use.
-
+      TypeError: the variables are not a mapping.
+      ValueError: a weight is quantised, its layer transforms it before use, or an adapter does not
+        fit its weight or has no known scale.
     >>> import adalora_jax, flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.ones((2, 6))
     >>> variables = model.init(jax.random.key(0), x)
@@ -102,25 +103,25 @@ def _principal(adapter: Adapter, weight: Any, path: str) -> Adapter:
 
 
 def _rows(own: jax.Array, new: jax.Array, rank: int) -> jax.Array:
-    """``own [..., r, d]`` with its first rows replaced."""
+    """Return ``own [..., r, d]`` with its first ``rank`` rows replaced by those of ``new``."""
     return own.at[..., :rank, :].set(new[..., :rank, :].astype(own.dtype))
 
 
 def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, jax.Array]:
     """Return ``Σ xᵀx`` over all inputs x of each adapted layer, of the base model on one batch.
 
-    Those of several batches add up: ``jax.tree.map(jnp.add, first, second)``. It takes one forward
-    and backward pass of the model, may be jitted, and needs ``in²`` numbers per layer. A
-    convolution's inputs are its patches. Embeddings are left out.
+    The results of several batches can be added: ``jax.tree.map(jnp.add, first, second)``. The
+    function takes one forward and backward pass, can be jitted, and needs ``in²`` numbers per
+    matrix. A convolution's inputs are its patches. Embeddings are left out.
 
     Args:
-      model: an adapted NNX model, which is left as it is; or an adapted linen module.
-      *inputs, **kwargs: what the model is called with; for linen ``variables`` and ``adapters``
-        first, as in ``adapted.apply``; of the adapters only the shapes count. The outputs must
-        depend on each layer in a way that can be differentiated.
+      model: an adapted NNX model, which is not changed; or an adapted linen module.
+      *inputs, **kwargs: the arguments of the model; for linen ``variables`` and ``adapters`` come
+        first, as in ``adapted.apply``; the values of the adapters do not matter. The outputs must
+        be differentiable functions of each layer's output.
 
     Returns:
-      ``{path: [*stack, in, in]}``, in at least float32.
+      ``{path: array [*stack, in, in]}``, in at least float32.
 
     >>> import adalora_jax, flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.arange(12.0).reshape(2, 6)
@@ -150,11 +151,11 @@ def _observed_nnx(model: Any, observers: Any) -> Any:
 
 
 def _moments(run: Callable[[Any], Any], adapters: Mapping[str, Adapter]) -> dict[str, jax.Array]:
-    """The gradients of the observers' q, which are q xᵀx, for q = I."""
+    """Return the gradients of the observers' q, which are ``q Σ xᵀx``, with q = I."""
 
     def observer(adapter):
         *stack, _, ins = adapter.q.shape
-        p = jnp.zeros((*stack, 1, adapter.p.shape[-1]))  # of it only the width is looked at
+        p = jnp.zeros((*stack, 1, adapter.p.shape[-1]))  # only its width is used
         q = jnp.broadcast_to(jnp.eye(ins, dtype=wide(adapter.q.dtype)), (*stack, ins, ins))
         return Observer(p, jnp.zeros((*stack, ins)), q, adapter.scale, adapter.layout)
 
@@ -170,17 +171,21 @@ def _moments(run: Callable[[Any], Any], adapters: Mapping[str, Adapter]) -> dict
 def eva_ranks(
     moments: Mapping[str, jax.Array], config: AdaLoraConfig, *, max_rank: int | None = None
 ) -> AdaLoraConfig:
-    """The config with initial ranks by how much of its input's variance each triplet explains.
+    """Return the config with initial ranks chosen by the input variance that triplets explain.
 
-    Component i of a layer explains ``ν_i / Σ_j ν_j`` of it, with the eigenvalues ν of ``Σ xᵀx``. As
-    in EVA the components of all layers compete for ``init_r`` triplets a matrix on average, and the
-    ranks stand in ``rank_pattern``. Each layer keeps at least one. The matrices of a stack have one
-    rank, by the mean over them, and a triplet of it costs one in each.
+    Component i of a layer explains ``ν_i / Σ_j ν_j`` of its input's variance, with the eigenvalues
+    ν of ``Σ xᵀx``. As in `EVA <https://arxiv.org/abs/2410.07170>`_ the components of all layers
+    compete for a mean of ``init_r`` triplets per matrix. Each layer keeps at least one. The
+    matrices of a stack have one rank, by their mean shares, so that a higher rank costs one triplet
+    in each of them.
 
     Args:
-      moments: of the layers, ``{path: [*stack, in, in]}``.
-      config: gives each layer's ``init_r`` and, in ``rank_limits``, its ``max_r``. Its scale stays.
-      max_rank: the highest rank of a layer; twice its ``init_r`` without it.
+      moments: ``{path: array [*stack, in, in]}`` as :func:`input_second_moments` returns them.
+      config: has each layer's ``init_r`` and, in ``rank_limits``, its ``max_r``.
+      max_rank: the highest rank of a layer; None: twice its ``init_r``.
+
+    Returns:
+      A copy of the config with the ranks in ``rank_pattern``; its scale is the same.
 
     Raises:
       ValueError: ``max_rank`` is below 1.
@@ -209,15 +214,21 @@ def eva_ranks(
 
 
 def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """The adapters with ``q_i`` the direction in which the inputs vary i-th most, and λ = 0.
+    """Return the adapters with the inputs' principal directions as q, and λ = 0.
 
-    Those are the top right singular vectors of the inputs, stacked as rows: the eigenvectors of
-    ``Σ xᵀx`` (EVA). p stays. Adapters without moments stay as they are.
+    ``q_i`` is the i-th right singular vector of the inputs, stacked as rows: the i-th eigenvector
+    of ``Σ xᵀx`` (`EVA <https://arxiv.org/abs/2410.07170>`_). p is kept. Adapters without moments
+    are not changed.
 
     Args:
-      adapters: ``{path: Adapter}``, fresh, of the ranks that :func:`eva_ranks` gave.
-      moments: of their layers.
+      adapters: ``{path: Adapter}``, newly initialised, of the ranks that :func:`eva_ranks` chose.
+      moments: ``{path: array [*stack, in, in]}`` as :func:`input_second_moments` returns them.
 
+    Returns:
+      ``{path: Adapter}``, a new dict.
+
+    Raises:
+      KeyError: ``moments`` has a path without an adapter.
     >>> adapter = Adapter(jnp.ones((1, 4)), jnp.ones(1), jnp.ones((1, 3)))
     >>> moments = {"query": jnp.diag(jnp.array([1.0, 9.0, 4.0]))}
     >>> abs(eva_init({"query": adapter}, moments)["query"].q)
@@ -226,7 +237,7 @@ def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, An
     new = dict(adapters)
     for path, moment in moments.items():
         adapter = new[path]
-        vectors = jnp.linalg.eigh(moment)[1][..., ::-1]  # by rising eigenvalues, as columns
+        vectors = jnp.linalg.eigh(moment)[1][..., ::-1]  # eigh: columns, ascending
         rank = min(adapter.q.shape[-2:])
         q = _rows(adapter.q, jnp.matrix_transpose(vectors), rank)
         new[path] = adapter._replace(lam=jnp.zeros_like(adapter.lam), q=q)
@@ -234,7 +245,7 @@ def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, An
 
 
 def _explained(moment: jax.Array) -> jax.Array:
-    """The share of each eigenvalue in their sum, highest first."""
+    """Return each eigenvalue's share of their sum, highest first."""
     values = jnp.maximum(jnp.linalg.eigvalsh(moment)[..., ::-1], 0)
     total = jnp.sum(values, axis=-1, keepdims=True)
     return values / jnp.where(total > 0, total, 1)

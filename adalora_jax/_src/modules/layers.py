@@ -1,9 +1,8 @@
-"""The layer kinds: how each one's weight reads as matrices, and the term an adapter adds to it.
+"""Layer kinds: how each one's weight is read as matrices, and its adapter output.
 
-A weight of any number of axes is a stack of matrices ``[in, out]``: some axes are summed over by
-the layer (in), some appear in its output (out), and some index separate matrices (stack). Both
-Flax front ends hand their modules here; what is read off a module are attributes that linen and
-NNX spell alike.
+A weight of any number of axes is a stack of matrices ``[in, out]``: the layer sums over some axes
+(in), some appear in its output (out), and some index separate matrices (stack). Both Flax front
+ends use this module, which reads a layer's attributes by their names in linen or NNX.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ SUPPORTED = (
 
 
 def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = None) -> Layout | None:
-    """The layer that ``module`` is, or None for a module that cannot be adapted.
+    """Return the layout of a module's weight; None if the module cannot be adapted.
 
     Args:
       module: a linen or NNX module.
-      weights: ``{name: number of axes}`` of the module's own parameters; lifted axes left out
-        where they are known to be lifted.
-      equation: of an einsum, where it is given at the call and not held by the module.
+      weights: ``{name: number of axes}`` of the module's own parameters, without lifted axes
+        where these are known.
+      equation: the equation of an einsum, if it is an argument of the call.
 
     >>> from flax import linen
     >>> layer_of(linen.DenseGeneral((2, 3), axis=(-2, -1)), {"kernel": 4})
@@ -78,7 +77,7 @@ def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = Non
     equation = equation or _equation(module)
     axes = _einsum_axes(equation) if equation else None
     most = max(weights.values(), default=0)
-    named = [name for name, n in weights.items() if n == most]  # a bias has fewer
+    named = [name for name, n in weights.items() if n == most]  # a bias has fewer axes
     if axes is None or len(named) != 1 or most < sum(map(len, axes)):
         return None
     stack, ins, outs = axes
@@ -86,10 +85,10 @@ def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = Non
 
 
 def known(layer: Layout | None, module: Any) -> Layout:
-    """The layer of a module that has an adapter.
+    """Return the layout of a module that has an adapter.
 
     Raises:
-      ValueError: the module cannot be adapted; naming its type and the kinds that can.
+      ValueError: the module cannot be adapted; the message names its type and the kinds that can.
     """
     if layer is None:
         raise ValueError(
@@ -100,10 +99,11 @@ def known(layer: Layout | None, module: Any) -> Layout:
 
 
 def check_fit(layer: Layout, adapter: Adapter, shape: Sequence[int], path: str) -> None:
-    """Refuses an adapter made for another weight.
+    """Raise an error if an adapter was made for another weight.
 
     Raises:
-      ValueError: naming the path, the weight's shape and the adapter's.
+      ValueError: the shapes or axes of adapter and weight differ, or the adapter's file does not
+        record the order of a convolution's inputs; the message names the path.
     """
     stack, in_features, out_features = layer.matrix(shape)
     have = (adapter.lam.shape[:-1], adapter.q.shape[-1], adapter.p.shape[-1])
@@ -130,7 +130,7 @@ def check_fit(layer: Layout, adapter: Adapter, shape: Sequence[int], path: str) 
 
 
 def weight_increment(layer: Layout, adapter: Adapter, shape: Sequence[int]) -> jax.Array:
-    """Return the dense increment of a weight of this shape, in at least float32.
+    """Return the dense increment ΔW for a weight of this shape, in at least float32.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 6)), scale=0.5)
     >>> layer = Layout("kernel", (0, 1), (2,), kind="conv")
@@ -146,8 +146,8 @@ def merged_weight(
     """Return ``W + ΔW`` (or with ``sign=-1`` ``W − ΔW``), rounded once to the weight's dtype.
 
     Raises:
-      ValueError: the layer does not use its weight as it is stored, the adapter is for another
-        weight, or with ``safe`` the result is not finite.
+      ValueError: the adapter's scale is not known, the adapter is for another weight, the layer
+        does not use its weight as it is stored, or with ``safe`` the result is not finite.
     """
     known_scale(adapter, path)
     check_fit(layer, adapter, weight.shape, path)
@@ -160,14 +160,16 @@ def merged_weight(
 def lora_pair(
     layer: Layout, module: Any, adapter: Adapter, shape: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
-    """The increment of a weight as a LoRA in Qwix's layout: ``ΔW = A B``, with s and λ in B.
+    """Return the increment of a weight as a LoRA in Qwix's layout: ``ΔW = A B``, with s and λ in B.
 
-    A has the axes that the layer sums over and then the rank, B the rank and then the other axes;
-    those of an einsum in the weight's order, those of the other kinds as one axis. Matrices that
-    see one input, as in a weight for keys and values, have one A there, so their ranks add up.
+    A has the axes that the layer sums over, followed by the rank; B has the rank, followed by the
+    other axes. An einsum keeps its axes, in the weight's order; other kinds flatten them into one.
+    Stacked matrices with one shared input, such as keys and values, share one A, so their ranks
+    add up.
 
     Raises:
-      ValueError: an embedding, a convolution, or matrices that see an input each.
+      ValueError: the layer is not dense, general or einsum, its stacked matrices have separate
+        inputs, or the adapter's scale is not known.
 
     >>> kv = Layout("w", (2,), (1, 3), (0,), "einsum")  # BSD,CKDH->CBSKH
     >>> adapter = Adapter(jnp.ones((2, 4, 15)), jnp.ones((2, 4)), jnp.ones((2, 4, 6)))
@@ -203,7 +205,7 @@ def lora_pair(
 
 
 def add_increment(weight: jax.Array, delta: jax.Array) -> jax.Array:
-    """``W + ΔW``, summed in at least float32 and rounded once, to the weight's dtype.
+    """Return ``W + ΔW``, summed in at least float32 and rounded once, to the weight's dtype.
 
     >>> add_increment(jnp.ones(2, jnp.bfloat16), jnp.ones(2)).dtype
     dtype(bfloat16)
@@ -213,10 +215,10 @@ def add_increment(weight: jax.Array, delta: jax.Array) -> jax.Array:
 
 
 def finite(weight: jax.Array, path: str) -> jax.Array:
-    """The merged weight of the layer at ``path``, if it is finite.
+    """Return the merged weight of the layer at ``path`` if all its entries are finite.
 
     Raises:
-      ValueError: it is not.
+      ValueError: an entry is not finite.
     """
     if not bool(jnp.isfinite(weight).all()):
         raise ValueError(
@@ -241,27 +243,28 @@ def term(
     attend: bool = False,
     convolve: Callable[[Any, jax.Array, jax.Array, int], jax.Array],
 ) -> jax.Array:
-    """What an adapter adds to the output of its layer.
+    """Return the adapter output, the term that an adapter adds to its layer's output.
 
     Args:
-      layer: of ``module``, as :func:`layer_of` gave it.
-      module: read for axes, groups, precision, and what it multiplies its weight by.
-      adapter: with the layer's own stack axes in front.
+      layer: the layout of the module's weight, from :func:`layer_of`.
+      module: the layer; its axes, groups, precision and weight scale are read.
+      adapter: the adapter, with the layer's own stack axes in front.
       x: the layer's input; token ids for an embedding.
-      shape: of the layer's own weight.
-      dtype: of the layer's output; the computation's dtype.
-      key: for the dropout of x; without it there is none. Embeddings have none at all.
+      shape: shape of the layer's own weight.
+      dtype: dtype of the layer's output and of the computation.
+      key: PRNG key for the dropout of x; None disables dropout. Not used for embeddings.
       dropout_rate: in [0, 1).
-      forward_mode: leave derivatives to JAX, see ``low_rank_plain``.
-      equation: of an einsum, where it is given at the call.
+      forward_mode: use JAX's automatic derivative, see ``low_rank_plain``.
+      equation: the equation of an einsum, if it is an argument of the call.
       attend: an embedding is used as an output layer, ``x Eᵀ``.
-      convolve: ``(module, x, kernel, features)``: the module's convolution with another kernel.
+      convolve: ``(module, x, kernel, features)``: apply the module's convolution with another
+        kernel.
 
     Returns:
-      An array of the shape and dtype of the layer's output.
+      An array with the shape and dtype of the layer's output.
     """
     precision = getattr(module, "precision", None)
-    # NumPy arrays would pass through vmap as they are, which custom derivatives do not take.
+    # jax.vmap may pass NumPy arrays through unchanged, and custom derivatives reject them.
     adapter, x = jax.tree.map(jnp.asarray, adapter), jnp.asarray(x)
     scale = known_scale(adapter, getattr(module, "name", None) or type(module).__name__)
     scale = scale * weight_scale(layer, module)
@@ -273,7 +276,7 @@ def term(
         return _lookup(adapter, x, scale, dtype)
     x, how = x.astype(dtype), {**how, "dropout_rate": dropout_rate}
     if layer.kind == "dense":
-        lead = x.shape[: x.ndim - len(layer.ins)]  # several axes where a user's layout says so
+        lead = x.shape[: x.ndim - len(layer.ins)]  # a declared layout may have several
         y = increment(adapter, x.reshape(*lead, -1), key, **how)
         return y.reshape(*lead, *(shape[axis] for axis in layer.outs))
     if layer.kind == "conv":
@@ -293,7 +296,7 @@ def term(
 
 
 def _contraction(layer, labels, adapter, x, key, shape, how):
-    """The term of ``y = einsum(x, W)``: x as ``[stack, free, in]``, low-rank, and back."""
+    """Return the adapter output of ``y = einsum(x, W)``, computed on x as ``[stack, free, in]``."""
     xs, ws, ys = labels
     axes = (layer.stack, layer.ins, layer.outs)
     stack, ins, outs = ("".join(ws[axis] for axis in axes) for axes in axes)
@@ -304,7 +307,7 @@ def _contraction(layer, labels, adapter, x, key, shape, how):
     function = functools.partial(increment, **how)
     keys = keys_of(key, tuple(size[a] for a in stack if a in xs))
     for label in reversed(stack):
-        own = 0 if label in xs else None  # an input of all matrices is dropped alike for all
+        own = 0 if label in xs else None  # a shared input has one dropout mask
         function = jax.vmap(function, in_axes=(0, own, own))
     order = [*stack, *free, *outs]
     y = function(adapter, x, keys).reshape([size[a] for a in order])
@@ -312,7 +315,7 @@ def _contraction(layer, labels, adapter, x, key, shape, how):
 
 
 def _lookup(adapter, ids, scale, dtype):
-    """The rows ``ids`` of the increment of an embedding, ``s · (q[:, ids]ᵀ · lam) p``."""
+    """Return the rows ``ids`` of an embedding's increment, ``s · (q[:, ids]ᵀ · lam) p``."""
     rows = jnp.moveaxis(jnp.take(adapter.q, ids, axis=1), 0, -1).astype(wide(dtype))  # [..., r]
     c = adapter.lam.astype(rows.dtype) * jnp.asarray(scale, rows.dtype)
     rows = rows * jnp.broadcast_to(c, rows.shape)
@@ -320,7 +323,7 @@ def _lookup(adapter, ids, scale, dtype):
 
 
 def _conv_kernel(layer, module, adapter, shape, dtype):
-    """q as a convolution kernel with r output features a group, and their number."""
+    """Return q as a convolution kernel with r output features per group, and their number."""
     groups = getattr(module, "feature_group_count", 1)
     rank = adapter.lam.shape[0]
     shape = [rank if axis in layer.outs else size for axis, size in enumerate(shape)]
@@ -331,7 +334,7 @@ def _conv_kernel(layer, module, adapter, shape, dtype):
 
 
 def _mix(adapter, h, groups, scale, precision):
-    """The 1 x 1 convolution that ends a low-rank convolution: ``h [..., groups · r]`` to out."""
+    """Apply the 1 x 1 convolution that maps ``h [..., groups · r]`` to ``[..., out]``."""
     if isinstance(adapter, Observer):
         zeros: Any = silent(h, adapter.p.shape[-1])
         return zeros
@@ -346,7 +349,7 @@ def _mix(adapter, h, groups, scale, precision):
 
 
 def _kind(module: Any) -> str | None:
-    """The kind of a module that is one of Flax's layers or a subclass of one."""
+    """Return the kind of a Flax layer or of a subclass of one; None for other modules."""
     for cls in type(module).__mro__:
         if cls.__module__.startswith("flax.") and cls.__name__ in _KINDS:
             return _KINDS[cls.__name__]
@@ -361,17 +364,17 @@ def _equation(module: Any) -> str | None:
 
 
 def weight_scale(layer: Layout, module: Any) -> float:
-    """What an einsum module of a model zoo multiplies its weight by before it uses it.
+    """Return the factor by which an einsum module multiplies its weight before use; 1 if none.
 
-    Gemma's hold it as ``w_scale``. An increment of W is then one of ``w_scale · W``, whether it is
-    merged or computed beside it.
+    Gemma's einsum modules store it as ``w_scale``. An increment ΔW of their weight changes the
+    layer by ``w_scale · ΔW``, merged or not.
     """
     scale = getattr(module, "w_scale", None) if layer.kind == "einsum" else None
     return scale if isinstance(scale, (int, float)) else 1.0
 
 
 def mapped_axes(value: Any) -> list[int]:
-    """Return the axes along which ``jax.vmap`` maps a value that is seen inside of it.
+    """Return the axes along which the enclosing ``jax.vmap`` calls map a value.
 
     >>> seen = []
     >>> _ = jax.vmap(lambda x: seen.extend(mapped_axes(x)), in_axes=1)(jnp.ones((2, 3)))
@@ -387,7 +390,7 @@ def mapped_axes(value: Any) -> list[int]:
 
 
 def input_shape(layer: Layout, module: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """Return the shape of an input that a layer takes; None where that is not known.
+    """Return the shape of an example input of a layer; None if it is not known.
 
     >>> input_shape(Layout("kernel"), None, (6, 4))
     (2, 3, 6)
@@ -418,7 +421,7 @@ def input_shape(layer: Layout, module: Any, shape: Sequence[int]) -> tuple[int, 
 
 
 def _general(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Batch axes, contracted axes and features of a DenseGeneral or a LinearGeneral."""
+    """Return batch axes, contracted axes and features of a DenseGeneral or a LinearGeneral."""
     as_tuple = lambda value: tuple(value) if isinstance(value, Iterable) else (value,)
     batch = module.batch_dims if hasattr(module, "batch_dims") else module.batch_axis
     features = module.features if hasattr(module, "features") else module.out_features
@@ -430,13 +433,13 @@ def _general_equation(module: Any, ndim: int) -> str:
     xs = _letters(ndim)
     outs = _letters(len(features), skip=ndim)
     in_order = lambda axes: "".join(xs[a] for a in sorted(a % ndim for a in axes))
-    batch, ins = in_order(batch), in_order(axis)  # Flax's order, whatever the order in ``axis``
+    batch, ins = in_order(batch), in_order(axis)  # Flax sorts the axes
     free = "".join(a for a in xs if a not in batch + ins)
     return f"{xs},{batch}{ins}{outs}->{batch}{free}{outs}"
 
 
 def _labels(equation: str, ndim: int) -> tuple[str, str, str]:
-    """The labels of input, weight and output, with ``...`` written out for an input of ndim axes.
+    """Return the labels of input, weight and output, with ``...`` expanded to an input's ndim.
 
     >>> _labels("...d, df -> ...f", 3)
     ('ABd', 'df', 'ABf')
@@ -453,10 +456,10 @@ def _operands(equation: str) -> tuple[list[str], str]:
 
 
 def _roles(xs: str, ws: str, ys: str) -> tuple[str, str, str]:
-    """The weight's labels that index matrices, that are summed over, and that are put out.
+    """Return the weight's stack, input and output labels.
 
-    A label of all three operands is a stack. One that leads both weight and output without being
-    in the input is a stack too: such a weight holds one matrix for each of several outputs.
+    A label in all three operands is a stack label. So are equal leading labels of weight and
+    output that are not in the input: such a weight holds one matrix for each of several outputs.
     """
     stack = [a for a in ws if a in xs and a in ys]
     for w, y in zip(ws, ys):
@@ -469,7 +472,7 @@ def _roles(xs: str, ws: str, ys: str) -> tuple[str, str, str]:
 
 
 def _einsum_axes(equation: str) -> tuple[tuple[int, ...], ...] | None:
-    """Stack, in and out axes of the weight; None where the equation is no sum of products x W."""
+    """Return the weight's stack, in and out axes; None if the equation is not a sum of x W."""
     operands, ys = _operands(equation)
     if len(operands) != 2 or not ys or "..." in operands[1]:
         return None

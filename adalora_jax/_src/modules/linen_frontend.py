@@ -1,7 +1,7 @@
-"""Adapters for ``flax.linen`` models, whose code stays as it is.
+"""Adapters for ``flax.linen`` models, without changes to their code.
 
-While the model runs, an interceptor adds each adapter's term to the output of its layer. For
-that the adapters are joined into the model's ``params``, next to the weights they adapt, so that
+While the model runs, an interceptor adds each adapter output to the output of its layer. The
+adapters are joined into the model's ``params``, next to the weights they adapt, so that
 ``nn.scan``, ``nn.vmap`` and ``nn.remat`` slice and stack them like any other parameter.
 """
 
@@ -50,10 +50,10 @@ class AdaptedModule:
     """A linen module and the config by which it is adapted; see :func:`adapt`.
 
     Attributes:
-      module: the model, unbound.
-      config: targets, ranks and scale.
-      rules: shardings of adapters, where they are not derived from the base's.
-      layers: layouts of layers that are not Flax's, by class.
+      module: the model, an unbound linen module.
+      config: targets, ranks and scale of the adapters.
+      rules: shardings of adapters that differ from those derived from the base; None if none do.
+      layers: ``{class: Layout}`` of layers that are not Flax's; None if there are none.
     """
 
     module: nn.Module
@@ -64,23 +64,27 @@ class AdaptedModule:
     def init(
         self, key: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """Fresh trainable parameters: ``{path: Adapter}`` and the ``modules_to_save``.
+        """Initialise the trainable parameters: adapters and the ``modules_to_save``.
 
-        The model is traced, not run, to see which layers there are; that needs no memory. Under
+        The model is traced, not run, to find its layers; this needs no memory. Under
         ``jax.eval_shape`` nothing is allocated at all.
 
         Args:
           key: a PRNG key.
-          variables: of the model, as ``module.init`` gave them; arrays or their shapes.
-          *args, **kwargs: what the model is called with; ``method`` as in ``apply``.
+          variables: the model's variables, as ``module.init`` returns them; arrays or
+            ``jax.ShapeDtypeStruct``.
+          *args, **kwargs: the arguments of the model; ``method`` as in ``module.apply``.
 
         Returns:
-          A dict by path, ``layers/attn/query``: an :class:`~adalora_jax.Adapter` each, and for
-          each of ``modules_to_save`` a copy of its parameters. On the mesh that the base is on, or
-          else that of ``jax.set_mesh``, they lie as :meth:`specs` says.
+          A dict by path (``layers/attn/query``) with an :class:`~adalora_jax.Adapter` per layer,
+          and for each of ``modules_to_save`` a copy of its parameters in at least float32. If the
+          base is on a mesh, or ``jax.set_mesh`` sets one, they are sharded as :meth:`specs`
+          returns.
 
         Raises:
-          ValueError: the config selects nothing, or something that cannot be adapted.
+          TypeError: ``key`` is not a PRNG key, or ``variables`` is not a mapping.
+          ValueError: ``variables`` has no ``params``, or the config selects nothing or a module
+            that cannot be adapted.
 
         Warns:
           UserWarning: ``lora_dropout`` is above 0, but a layer gets no random numbers for it.
@@ -108,17 +112,21 @@ class AdaptedModule:
         return {**fresh, **saved}
 
     def specs(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The PartitionSpecs of what :meth:`init` makes, derived from where the base lies.
+        """Return the PartitionSpecs of the result of :meth:`init`, derived from the base's.
 
-        A weight lies as its array's NamedSharding says, or else as its metadata does:
-        ``nn.with_partitioning``, or ``nn.with_logical_partitioning`` with rules of its own or those
-        of ``nn.logical_axis_rules``. For :func:`adalora_jax.shardings`.
+        A weight's sharding is that of its array, a NamedSharding, or else that of its metadata:
+        ``nn.with_partitioning``, or ``nn.with_logical_partitioning`` with custom rules or those
+        of ``nn.logical_axis_rules``. For :func:`adalora_jax.sharding.shardings`.
 
         Args:
           variables, *args, **kwargs: as in :meth:`init`; shapes are enough.
 
         Returns:
           ``{path: Adapter of PartitionSpecs}``, and trees of them for ``modules_to_save``.
+
+        Raises:
+          ValueError: as in :meth:`init`, or a sharding rule is not valid, see
+            :func:`adalora_jax.sharding.derive`.
         """
         chosen = self._targets(variables, *args, **kwargs)
         specs, known = self._specs(variables, chosen), targets.facts(chosen, self.config)
@@ -146,24 +154,28 @@ class AdaptedModule:
         mutable: Any = False,
         **kwargs: Any,
     ) -> Any:
-        """``module.apply`` with the adapters' terms added; jit, grad and vmap as usual.
+        """Apply the model with its adapters; jit, grad and vmap work as for ``module.apply``.
 
-        An adapter's own dropout is active where the model's is: in a call that has a ``dropout``
-        rng and no ``deterministic=True`` or ``train=False`` around the layer.
+        Each adapted layer computes with ``W + ΔW``
+        (`AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_). Dropout of an adapter's input
+        needs a ``dropout`` rng. It is off if the layer, or the innermost call around it that has
+        such an argument, has ``deterministic=True`` or ``train=False``.
 
         Args:
-          variables: of the model; not changed, and not differentiated unless asked for.
-          adapters: as :meth:`init` gave them, trained or not. A mapping of p, lam and q in the
-            place of an :class:`Adapter` gets the scale of this config.
-          *args: of the model.
-          mutable: as in ``module.apply``; what comes back never contains adapters.
-          **kwargs: of the model and of ``module.apply`` (``rngs``, ``method`` ...).
+          variables: the model's variables; not changed, and differentiated only on request.
+          adapters: the result of :meth:`init`, trained or not. A mapping of p, lam and q in place
+            of an :class:`Adapter` gets the scale of this config.
+          *args: arguments of the model.
+          mutable: as in ``module.apply``; the mutated variables never contain adapters.
+          **kwargs: arguments of the model and of ``module.apply`` (``rngs``, ``method`` ...).
 
         Returns:
-          What ``module.apply`` returns.
+          The result of ``module.apply``.
 
         Raises:
-          ValueError: an adapter belongs to no layer of this model, or to one of another shape.
+          TypeError: ``variables`` or ``adapters`` is not a mapping.
+          ValueError: ``variables`` has no ``params``, or an adapter does not fit a layer of this
+            model.
         """
         joined, sharing = self._join(variables, adapters)
         with nn.intercept_methods(_adding(sharing, self.layers)):
@@ -176,12 +188,18 @@ class AdaptedModule:
         return output, mutated
 
     def bind(self, variables: Mapping[str, Any]) -> BoundModule:
-        """Return a module of which the adapters are the parameters, for loops that know no others.
+        """Return a module whose only parameters are the adapters, for existing training loops.
 
         Args:
-          variables: of the model. Under ``jit`` they become constants of the program, so pass a
-            large base to :meth:`apply` instead.
+          variables: the model's variables. Under ``jit`` they become constants of the program, so
+            pass a large base to :meth:`apply` instead.
 
+        Returns:
+          A :class:`BoundModule`, with ``init`` and ``apply`` as in linen modules.
+
+        Raises:
+          TypeError: ``variables`` is not a mapping.
+          ValueError: ``variables`` has no ``params``.
         >>> import jax.numpy as jnp
         >>> model, x = nn.Dense(4), jnp.ones((2, 6))
         >>> config = AdaLoraConfig(total_step=10, target_modules=".*")
@@ -194,7 +212,17 @@ class AdaptedModule:
         return BoundModule(self, variables)
 
     def describe(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
-        """The table of what :meth:`init` would make, before anything is allocated."""
+        """Return a table of the adapters that :meth:`init` makes; nothing is allocated.
+
+        Args:
+          variables, *args, **kwargs: as in :meth:`init`; shapes are enough.
+
+        Returns:
+          The table as text, see :func:`describe`.
+
+        Raises:
+          ValueError: the config selects nothing, or a module that cannot be adapted.
+        """
         found = self.candidates(variables, *args, **kwargs)
         params = jax.tree_util.tree_flatten_with_path(unboxed(variables))[0]
         shapes = {pytree.path_name(path): tuple(leaf.shape) for path, leaf in params}
@@ -211,9 +239,10 @@ class AdaptedModule:
         return candidates(self.module, variables, args, kwargs, self.layers)
 
     def _join(self, variables, adapters):
-        """The variables with each adapter, and each saved module, in its place in ``params``.
+        """Return variables with adapters and saved modules in ``params``, and shared scopes.
 
-        And the paths of the modules that share their scope, and so its adapters, with others.
+        The second value is the set of paths of scopes in which several modules have weights, whose
+        adapters are stored under the names of the weights.
         """
         check_variables(variables)
         if not isinstance(adapters, Mapping):
@@ -239,7 +268,7 @@ class AdaptedModule:
             held = _Held.of(node, self.config, path)
             if isinstance(there, dict):
                 there[pytree.HOLDER] = held
-            else:  # the weight itself, of a scope with several
+            else:  # the path is that of a weight, in a scope with several
                 pytree.at(params, parts[:-1])[_of_weight(parts[-1])] = held
                 sharing.add(tuple(parts[:-1]))
         return {**variables, "params": params}, sharing
@@ -247,11 +276,11 @@ class AdaptedModule:
 
 @dataclasses.dataclass(frozen=True)
 class BoundModule:
-    """An adapted module with its base, called as a linen module is; see :meth:`AdaptedModule.bind`.
+    """An adapted module with its base, used like a linen module; see :meth:`AdaptedModule.bind`.
 
     Attributes:
       adapted: the module and its config.
-      variables: of the base.
+      variables: the variables of the base.
     """
 
     adapted: AdaptedModule
@@ -263,20 +292,32 @@ class BoundModule:
         """Return ``{"params": adapters}`` and the base's other collections.
 
         Args:
-          rngs: a PRNG key, or a dict of them with one for ``params``, as linen modules take.
-          *args, **kwargs: as in :meth:`AdaptedModule.init`.
+          rngs: a PRNG key, or a dict of keys with one for ``params``, as for linen modules.
+          *args, **kwargs: the model's arguments, as in :meth:`AdaptedModule.init`.
+
+        Returns:
+          Variables, with ``{path: Adapter}`` and the ``modules_to_save`` as ``params``.
+
+        Raises:
+          ValueError: as in :meth:`AdaptedModule.init`.
         """
         key = rngs["params"] if isinstance(rngs, Mapping) else rngs
         fresh = self.adapted.init(key, self.variables, *args, **kwargs)
         return {**self.variables, "params": fresh}
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return what the adapted model computes.
+        """Return the output of the adapted model.
 
         Args:
-          variables: as :meth:`init` gave them: adapters as ``params``; other collections, such as
-            ``batch_stats``, take the place of the base's.
+          variables: the result of :meth:`init`, with adapters as ``params``; other collections,
+            such as ``batch_stats``, replace the base's.
           *args, **kwargs: as in :meth:`AdaptedModule.apply`.
+
+        Returns:
+          The result of :meth:`AdaptedModule.apply`.
+
+        Raises:
+          ValueError: ``variables`` has no ``params``, or as in :meth:`AdaptedModule.apply`.
         """
         if not isinstance(variables, Mapping) or "params" not in variables:
             raise ValueError("variables: pass {'params': adapters}, as init returned them.")
@@ -291,24 +332,29 @@ def adapt(
     rules: sharding.Rules | None = None,
     layers: Mapping[type, Layout] | None = None,
 ) -> AdaptedModule:
-    """Gives a linen model AdaLoRA adapters without changing its code, class or parameters.
+    """Add AdaLoRA adapters to a linen model without changing its code, class or parameters.
 
-    Which layers are adapted is decided in :meth:`AdaptedModule.init`, when their shapes are known.
-    A layer's increment counts where the layer is called; code that takes the weight out of a module
-    and computes with it (``x @ embed.embedding.T`` instead of ``embed.attend(x)``) sees the base.
+    The adapted layers are selected in :meth:`AdaptedModule.init`, when their shapes are known. An
+    increment has an effect only in calls of its layer: code that reads a module's weight and
+    computes with it (``x @ embed.embedding.T`` instead of ``embed.attend(x)``) uses the base.
 
     Args:
       model: any linen module, unbound.
-      config: the targets, ranks and scale.
-      rules: where adapters are to lie on a mesh, if not as :meth:`AdaptedModule.specs` derives it:
-        ``{pattern: Adapter of PartitionSpecs}`` or a function, see
-        :func:`adalora_jax.sharding.derive`.
+      config: targets, ranks and scale of the adapters.
+      rules: shardings of the adapters, if they are to differ from those that
+        :meth:`AdaptedModule.specs` derives: ``{pattern: Adapter of PartitionSpecs}`` or a
+        function, see :func:`adalora_jax.sharding.derive`.
       layers: ``{class: Layout}`` of layers that are not Flax's: each must compute
-        ``y = x W + b`` over the last axes of x with the weight that its layout names.
+        ``y = x W + b`` over the last axes of x, or look up rows of W (``kind="embed"``), with the
+        weight that its layout names.
+
+    Returns:
+      An :class:`AdaptedModule`, with the methods ``init`` and ``apply``.
 
     Raises:
-      TypeError: ``model`` is no linen module, or ``config`` no :class:`AdaLoraConfig`.
-
+      TypeError: ``model`` is not a linen module, or ``config`` is not an :class:`AdaLoraConfig`.
+      ValueError: ``layers`` is not ``{class: Layout}``, or a layout has another kind than
+        ``"dense"`` or ``"embed"``, stack axes, or a shape.
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> model, x = nn.Dense(4, name="query"), jnp.ones((2, 6))
     >>> variables = model.init(jax.random.key(0), x)
@@ -330,12 +376,20 @@ def adapt(
 def describe(
     model: nn.Module, config: AdaLoraConfig, variables: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> str:
-    """The table of what would be adapted: layers, shapes, ranks, parameters.
+    """Return a table of the layers that ``config`` selects: shapes, ranks, parameters, cost.
 
     Args:
       model, config: as in :func:`adapt`.
       variables, *args, **kwargs: as in :meth:`AdaptedModule.init`; shapes are enough.
 
+    Returns:
+      The table as text. Cost is the adapter's parameters relative to the weight's. The lines below
+      the table list the memory needed in addition to the base, the ``modules_to_save``, and
+      selected modules and other matrices that are not adapted.
+
+    Raises:
+      TypeError: as in :func:`adapt`.
+      ValueError: the config selects nothing, or a module that cannot be adapted.
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> model, x = nn.Dense(4), jnp.ones((2, 6))
     >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
@@ -351,15 +405,22 @@ def describe(
 def resolve(
     model: nn.Module, config: AdaLoraConfig, variables: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> AdaLoraConfig:
-    """``config`` with a function as ``target_modules`` replaced by what it chose in ``model``.
+    """Return ``config`` with a ``target_modules`` function replaced by the paths it selects.
 
-    A function may give a :class:`~adalora_jax.RankSpec` where it would say True. The optimizer
-    and merging see paths, not modules, so those must be in the config before it is used.
+    The function may return a :class:`~adalora_jax.RankSpec` instead of True. The optimizer and
+    merging see paths, not modules, so RankSpecs must be resolved before the config is used.
 
     Args:
       model, config: as in :func:`adapt`.
       variables, *args, **kwargs: as in :meth:`AdaptedModule.init`; shapes are enough.
 
+    Returns:
+      A config with a regex as ``target_modules`` and each RankSpec in ``rank_limits``; ``config``
+      itself if its ``target_modules`` is not a function.
+
+    Raises:
+      TypeError: as in :func:`adapt`.
+      ValueError: the function selects no layer that can be adapted.
     >>> import adalora_jax, flax.linen as nn, jax, jax.numpy as jnp
     >>> def choose(path, module):
     ...     return adalora_jax.RankSpec(init_r=4) if isinstance(module, nn.Dense) else False
@@ -370,12 +431,12 @@ def resolve(
     >>> adapt(model, config).init(jax.random.key(1), variables, x)["layers_0"].lam.shape
     (4,)
     """
-    adapt(model, config)  # its refusals
+    adapt(model, config)  # validates the arguments
     return targets.resolve(candidates(model, variables, args, kwargs), config)
 
 
 def placement(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Where each parameter lies: a NamedSharding, or what the metadata says, or None."""
+    """Return the sharding of each parameter: its array's, or its metadata's, or None."""
 
     def where(node):
         if not isinstance(node, nn.Partitioned):
@@ -392,19 +453,19 @@ def placement(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Frame(NamedTuple):
-    """A method call that is under way."""
+    """A method call in progress."""
 
     name: tuple[Any, ...]  # path and method
     dropout_off: bool
-    inner: set[Any]  # names of the calls within that have added their term
+    inner: set[Any]  # names of inner calls that have added their adapter output
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Held:
-    """An adapter among the parameters of a model that runs, with what else its term depends on.
+    """An adapter in the parameters of a running model, with static settings of its output.
 
-    That is part of its type, for what ``nn.jit`` has traced is used again where types are equal.
+    The settings are part of the pytree's type, because ``nn.jit`` reuses traces of equal types.
     """
 
     adapter: Adapter
@@ -416,18 +477,18 @@ class _Held:
         if isinstance(node, Adapter):
             known_scale(node, path)
             adapter = node
-        else:  # p, lam and q, as trainers of nested dicts hold them
+        else:  # a mapping of p, lam and q, as in trainers with nested dicts
             adapter = pytree.adapters(node)[""]._replace(scale=config.scale_of(path))
         return cls(adapter, config.lora_dropout, config.forward_mode)
 
 
 def _of_weight(name: str) -> str:
-    """The holder of an adapter of one of several weights in a scope."""
+    """Return the key of the adapter of one of several weights in a scope."""
     return f"{pytree.HOLDER}_{name}"
 
 
 def _adding(sharing: set[tuple[str, ...]], declared: Mapping[type, Layout] | None) -> Callable:
-    """The interceptor that adds the adapters' terms; one for each run of the model."""
+    """Return an interceptor that adds the adapter outputs; make one per run of the model."""
     frames: list[_Frame] = []
 
     def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -441,7 +502,7 @@ def _adding(sharing: set[tuple[str, ...]], declared: Mapping[type, Layout] | Non
             output = call(*args, **kwargs)
         finally:
             frames.pop()
-        # Where a subclass's method calls the layer's own, the term belongs to the inner call.
+        # If a subclass's method calls the layer's own, only the inner call adds the output.
         held = _held(context, args, kwargs, sharing, declared)
         if held is None or frame.name in frame.inner:
             return output
@@ -459,7 +520,7 @@ def _held(
     sharing: set[tuple[str, ...]],
     declared: Mapping[type, Layout] | None,
 ) -> _Held | None:
-    """The adapter of the layer that was called, if it was one that has an adapter."""
+    """Return the adapter of the called layer; None if it has none."""
     module = context.module
     if context.method_name not in METHODS or module.scope is None:
         return None
@@ -471,7 +532,7 @@ def _held(
 
 
 def _add(held, context, args, kwargs, output, dropout_off, declared):
-    """The output of a layer with its adapter's term added."""
+    """Return the output of a layer with its adapter output added."""
     module, (x, equation) = context.module, input_of(args, kwargs)
     layer = layers.known(layer_of(module, equation, declared), module)
     shape = own_shape(module, layer)
@@ -493,8 +554,8 @@ def _add(held, context, args, kwargs, output, dropout_off, declared):
 
 
 def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> Any:
-    """The convolution of ``module`` with another kernel and without bias."""
-    # Flax's own class: a subclass may do more than convolve.
+    """Apply the convolution of ``module`` with another kernel and without bias."""
+    # Use Flax's own class, since a subclass may do more than convolve.
     kind = nn.ConvTranspose if isinstance(module, nn.ConvTranspose) else nn.Conv
     names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
     fields = {name: getattr(module, name) for name in names}
@@ -503,7 +564,10 @@ def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> An
 
 
 def _dropout_off(module, method, args, kwargs) -> bool | None:
-    """What a call says about dropout, by its arguments or else by the module's attribute."""
+    """Return whether a call's arguments, or else the module's attributes, turn dropout off.
+
+    None if neither specifies it.
+    """
     bound = inspect.signature(method).bind_partial(*args, **kwargs)
     bound.apply_defaults()
     for said in (bound.arguments, kwargs, vars(module)):
@@ -514,7 +578,7 @@ def _dropout_off(module, method, args, kwargs) -> bool | None:
 
 
 def _trainable_copy(leaf: Any) -> Any:
-    """Return a copy in at least float32: smaller steps than a bfloat16 holds would be lost."""
+    """Return a copy in at least float32, since bfloat16 would round small updates away."""
     if pytree.is_packed(leaf):
         leaf = leaf.dequantize()
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -526,7 +590,7 @@ def _trainable_copy(leaf: Any) -> Any:
 
 
 def _strip(params: Any) -> Any:
-    """Without adapters."""
+    """Return the parameters without the adapters."""
     if not isinstance(params, Mapping):
         return params
     kept = {name: node for name, node in params.items() if not isinstance(node, _Held)}

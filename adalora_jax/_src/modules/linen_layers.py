@@ -1,4 +1,4 @@
-"""The layers of a linen model: found in a trace of it, and read."""
+"""Layers of a linen model: tracing to find them, and their weights' layouts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ METHODS = ("__call__", "attend")
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Here:
-    """Nothing, but different at each place of the parameters and in each trace.
+    """A static marker, unique per scope and trace.
 
-    ``nn.jit`` runs a model's code once for all calls that look alike, and once for all layers that
-    do; what watches the code run would see the others only by the difference.
+    ``nn.jit`` traces a model's code once for all calls and layers whose inputs have equal types.
+    The marker makes these types differ, so that the interceptor sees every layer.
     """
 
     path: tuple[str, ...]
@@ -41,16 +41,16 @@ def candidates(
     kwargs: Mapping[str, Any],
     declared: Mapping[type, Layout] | None = None,
 ) -> dict[str, Candidate]:
-    """Return all modules that the model calls, by path, seen in a trace of it.
+    """Return all modules that the model calls in a trace, by path.
 
-    Modules that share their scope (``nn.share_scope``) have one path. Where several of them are
+    Modules that share their scope (``nn.share_scope``) have one path. If several of them are
     layers, each has the path of its weight. The trace also shows how each weight is used, see
-    ``usage.py``. A module that the model applies to weights of its own making
+    ``usage.py``. A module that the model applies to computed weights
     (``head.apply({"params": ...}, x)``) is not one of the model's layers.
     """
     try:
         found, uses, foreign = _traced(module, variables, args, kwargs, declared)
-    except flax.errors.ScopeCollectionNotFound:  # nn.map_variables(init=True) that may write
+    except flax.errors.ScopeCollectionNotFound:  # nn.map_variables(init=True) if mutable
         kwargs = {"mutable": False, **kwargs}
         found, uses, foreign = _traced(module, variables, args, kwargs, declared)
     refused = {
@@ -60,7 +60,7 @@ def candidates(
         if candidate.refused
     }
     changed = {place for place, use in uses.items() if use.transformed} - refused
-    if changed:  # also what stands beside the weight, where an adapter would?
+    if changed:  # are parameters next to the weight, such as an adapter, changed as well?
         _, probes, _ = _traced(module, variables, args, kwargs, declared, probed=True)
         changed = {place for place in changed if (p := probes.get(place)) and p.transformed}
     result = {}
@@ -80,7 +80,10 @@ def candidates(
 
 
 def _stacked_behind(module: nn.Module, layer: Layout) -> str:
-    """Return why a layer cannot be adapted whose weight a lifted vmap maps along a later axis."""
+    """Return why a layer cannot be adapted if a lifted vmap stacks its weight along a later axis.
+
+    Empty if its weight is not stacked, or along the first axis.
+    """
     weight = meta.unbox(module.get_variable("params", layer.weight))
     axes = layers.mapped_axes(weight) if isinstance(weight, jax.Array) else []
     if not any(axes):
@@ -95,9 +98,9 @@ _REWRITTEN = (
     "a lifted transform (nn.map_variables) changes the parameters that its layer sees, and would "
     "change its adapter, too"
 )
-# They look the weights of the module inside up by name.
+# These wrappers look up the weights of the wrapped module by name.
 _WRAPPERS = (nn.WeightNorm, nn.SpectralNorm)
-_Place = tuple[str, ...]  # of a weight: the path of its module, and its name
+_Place = tuple[str, ...]  # a weight's module path and name
 
 
 def _traced(
@@ -110,7 +113,7 @@ def _traced(
 ) -> tuple[dict[str, dict[str | None, Candidate]], dict[_Place, usage.Use], set[_Place]]:
     """Return the modules that the model calls, the use of each weight, and foreign layers.
 
-    With ``probed`` the uses are those of a further parameter beside each weight.
+    With ``probed`` the uses are those of a probe, an extra parameter next to each weight.
     """
     variables, params = whole(variables), unboxed(variables)
     found: dict[str, dict[str | None, Candidate]] = {}
@@ -161,7 +164,7 @@ def _traced(
 
     def run(variables, rng, data):
         args, kwargs = treedef.unflatten([data.get(i, leaf) for i, leaf in enumerate(flat)])
-        # A stream named params is flax's default for every stream a model may ask for.
+        # Flax uses the stream named params for every stream that is missing.
         rngs = {"params": rng, "dropout": rng}
         output = module.apply(variables, *args, **{"rngs": rngs, **kwargs})
         return [leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype")]
@@ -176,7 +179,7 @@ def _traced(
             sought = (*place[:-1], _probe_of(place[-1])) if probed else place
             if keys == ("params", *sought):
                 weights.setdefault(place, []).append(position)
-    # A weight in packed integers is several arrays.
+    # Skip weights in packed integers, which consist of several arrays.
     positions = {where[0]: places[p] for p, where in weights.items() if len(where) == 1}
     uses = usage.find_uses(closed.jaxpr, positions, frozenset(scaled))
     return found, {place: uses[i] for place, i in places.items() if i in uses}, foreign
@@ -185,7 +188,7 @@ def _traced(
 def _refusal(
     shape: tuple[int, ...] | None, active: Sequence[nn.Module], path: Sequence[str]
 ) -> str:
-    """Return why a layer cannot be adapted where it is called; empty where it can."""
+    """Return why a layer cannot be adapted at this call; empty if it can."""
     if any("/" in part for part in path):
         return "there is a '/' in its name, which separates names in a path: give it another"
     if shape is None:
@@ -197,12 +200,12 @@ def _refusal(
 
 
 def _probe_of(weight: str) -> str:
-    # Not by the weight's name, which nn.WeightNorm would take for the weight.
+    # Encoded, since nn.WeightNorm would take a name that contains the weight's for the weight.
     return f"{pytree.HOLDER}_probe_{weight.encode().hex()}"
 
 
 def _belongs(module: nn.Module, trace: object) -> bool:
-    """Return whether the module's scope is one of the traced model's parameters."""
+    """Return whether the module's parameters are those of the traced model."""
     scope = module.scope
     if scope is None or not scope.has_variable("params", pytree.HOLDER):
         return scope is None or not module.variables.get("params")
@@ -211,7 +214,7 @@ def _belongs(module: nn.Module, trace: object) -> bool:
 
 
 def _normalises_all(module: nn.Module) -> bool:
-    """Return whether a module is a wrapper that normalises every parameter inside of it."""
+    """Return whether a module is a wrapper that normalises every parameter inside it."""
     if isinstance(module, nn.WeightNorm):
         return not module.variable_filter
     return isinstance(module, nn.SpectralNorm)
@@ -234,7 +237,7 @@ def _marked(params: Any, path: tuple[str, ...], trace: object, probed: bool) -> 
 def layer_of(
     module: nn.Module, equation: str | None, declared: Mapping[type, Layout] | None = None
 ) -> Layout | None:
-    """Return how a bound module's weight reads; None for one that cannot be adapted."""
+    """Return the layout of a bound module's weight; None if it cannot be adapted."""
     if declared and type(module) in declared:
         return declared[type(module)]
     own = meta.unbox(dict(module.variables.get("params", {})))
@@ -250,9 +253,9 @@ def layer_of(
 
 
 def _spoken_of(module: nn.Module, own: Mapping[str, Any]) -> list[str]:
-    """The parameters of a scope that are the module's, not those of others that share the scope.
+    """Return the parameters of a shared scope that belong to the module.
 
-    By what its fields say: a name, or else the shape.
+    They are those whose names are values of the module's fields, or else those of its ``shape``.
     """
     names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
     said = [getattr(module, name, None) for name in names]
@@ -263,7 +266,7 @@ def _spoken_of(module: nn.Module, own: Mapping[str, Any]) -> list[str]:
 
 
 def input_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """The array a layer was called with, and the equation if it was given one."""
+    """Return the array that a layer was called with, and the einsum equation, if any."""
     values = [*args, *kwargs.values()]
     equations = [value for value in values if isinstance(value, str) and "->" in value]
     arrays = [value for value in values if hasattr(value, "shape")]
@@ -271,9 +274,12 @@ def input_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, str | None]:
 
 
 def _whole_shape(module, layer, params) -> tuple[int, ...] | None:
-    """Return the shape of a layer's weight, with the axes that lifted transforms stacked in front.
+    """Return the shape of a layer's weight, including axes stacked in front by lifted transforms.
 
-    None where the weight is not stored as the layer sees it.
+    None if the weight is not stored in the form that the layer sees.
+
+    Raises:
+      ValueError: the weight is stacked along other than leading axes.
     """
     weight = pytree.at(params, (*module.path, layer.weight))
     if not module.has_variable("params", layer.weight):
@@ -292,12 +298,12 @@ def _whole_shape(module, layer, params) -> tuple[int, ...] | None:
 
 
 def own_shape(module: nn.Module, layer: Layout) -> tuple[int, ...]:
-    """The shape of a layer's weight as the layer itself sees it."""
+    """Return the shape of a layer's weight as the layer itself sees it."""
     return tuple(meta.unbox(module.get_variable("params", layer.weight)).shape)
 
 
 def whole(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The variables with the weights of a quantised model in their places in ``params``.
+    """Return the variables of a quantised model with its packed weights moved into ``params``.
 
     >>> whole({"params": {"up": {"bias": 0}}, "quantized": {"up": {"kernel": 1}}})
     {'params': {'up': {'bias': 0, 'kernel': 1}}}
@@ -309,13 +315,13 @@ def whole(variables: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def apart(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of :func:`whole`."""
+    """Move packed weights out of ``params``, the inverse of :func:`whole`."""
     params, packed = _apart(unfreeze(variables["params"]))
     return {**variables, "params": params, **({pytree.PACKED: packed} if packed else {})}
 
 
 def unboxed(variables: Mapping[str, Any]) -> Any:
-    """The parameters without their metadata, where they are: unboxing by Flax may move them."""
+    """Return the parameters without metadata, with their shardings: Flax's unbox may reshard."""
     return meta.map_axis_meta(_box_value, unfreeze(whole(variables)["params"]))
 
 
@@ -324,7 +330,7 @@ def _box_value(box: Any) -> Any:
 
 
 def check_variables(variables: Any) -> None:
-    """Raise where ``variables`` is not what ``module.init`` returns.
+    """Raise an error unless ``variables`` has the form that ``module.init`` returns.
 
     Raises:
       TypeError: it is not a mapping.
@@ -344,10 +350,10 @@ def check_variables(variables: Any) -> None:
 
 
 def in_base_dtype(node: Any, base: Any, path: str) -> Any:
-    """Return parameters that trained along in the dtypes that the base has there.
+    """Return parameters of ``modules_to_save`` in the dtypes of the base's parameters.
 
     Raises:
-      ValueError: containers or shapes are not those of the base.
+      ValueError: the shapes differ from those of the base.
     """
     leaves, treedef = jax.tree.flatten(node)
     like = jax.tree.leaves(meta.map_axis_meta(_box_value, base), is_leaf=pytree.is_packed)
@@ -361,7 +367,7 @@ def in_base_dtype(node: Any, base: Any, path: str) -> Any:
 
 
 def _apart(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Nested parameters without the packed weights, and these alone."""
+    """Return nested parameters without the packed weights, and the packed weights."""
     rest: dict[str, Any] = {}
     packed: dict[str, Any] = {}
     for name, node in params.items():
@@ -374,7 +380,7 @@ def _apart(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _overlaid(below: Any, above: Any) -> Any:
-    """Nested dicts, with the leaves of both."""
+    """Return nested dicts with the leaves of both; those of ``above`` take precedence."""
     if not isinstance(above, Mapping):
         return above
     return {**below, **{name: _overlaid(below.get(name, {}), above[name]) for name in above}}

@@ -1,4 +1,4 @@
-"""Verbs for linen variables and NNX models alike: merge, unmerge, compact, finish."""
+"""Functions for both linen variables and NNX models: merge, unmerge, compact, finish."""
 
 from __future__ import annotations
 
@@ -37,36 +37,41 @@ def merge(
     safe: bool = False,
     inputs: tuple[Any, ...] | None = None,
 ) -> Any:
-    """Return the plain model's parameters with every increment added: ``W + s · qᵀ diag(λ) p``.
+    """Return the plain model's parameters with every increment added.
 
-    Each adapter knows its weight, so this is exact for every kind of layer. Sums are made in at
-    least float32 and rounded once, to the weight's dtype. In bfloat16 that costs an increment of
-    1/100 of its weight's norm 16 % of itself, and one of 1/1000 77 % (``benchmarks/merging.py``).
+    Each weight becomes ``W + s · qᵀ diag(λ) p``
+    (`AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_). An adapter stores the layout of its
+    weight, so this is exact for every kind of layer. Sums are computed in at least float32 and
+    rounded once, to the weight's dtype. In bfloat16 an increment of 1/100 of its weight's norm
+    loses 16 % of itself to rounding, and one of 1/1000 loses 77 % (``benchmarks/merging.py``).
     Parameters that ``modules_to_save`` trained replace the base's, in the base's dtype.
 
-    Live λ are merged: pass what :func:`adalora_jax.eval_params` (or ``nnx.eval_model``) returned,
-    in which the masks are applied.
+    Masks are not applied: pass the result of :func:`adalora_jax.eval_params` (or
+    ``nnx.eval_model``), which applies them.
 
     Args:
-      variables: of a linen model, with ``params``; or an adapted NNX model. Not changed, so they
-        are the copy to go back to.
-      adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``, for linen variables.
-      safe: raise where a merged weight is not finite.
-      inputs: of an NNX model: raise where the merged model computes something else with them than
-        the adapted one. Required where it is not known how a layer's weight is used, since its
-        class takes more than one input or the code of another module reads the weight. A linen
-        model needs none: it was traced with inputs when it was adapted.
+      variables: variables of a linen model, with ``params``; or an adapted NNX model. They are not
+        changed, so they can serve as a backup of the base.
+      adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``, for linen variables;
+        None for an NNX model.
+      safe: raise an error if a merged weight is not finite.
+      inputs: arguments for an NNX model, to compare the outputs of the adapted and the merged
+        model. Required if the use of a layer's weight is not known, because its class takes more
+        than one input or the code of another module reads the weight. Not for linen variables: a
+        linen model was traced with inputs when it was adapted.
 
     Returns:
       Variables for the plain linen module; or a copy of the NNX model without adapters, of the
       classes that it had before ``adapt``.
 
     Raises:
-      ValueError: an adapter fits no weight of the model; a layer transforms its weight before it
-        uses it, so that no sum of weights computes the same, or its use is not known and there are
-        no ``inputs``; a weight is quantised (then
-        :func:`adalora_jax.quantization.merge` merges); a result is not finite with ``safe``; or
-        outputs for ``inputs`` differ.
+      TypeError: linen variables or adapters are not a mapping.
+      ValueError: an adapter fits no weight of the model or has no known scale; a layer transforms
+        its weight before use, so that no sum of weights is equivalent; the use of a weight is not
+        known and ``inputs`` is None; a weight is quantised (use
+        :func:`adalora_jax.quantization.merge`); with ``safe`` a result is not finite; the outputs
+        for ``inputs`` differ; an NNX model has no adapters or is given with ``adapters``; or
+        ``inputs`` are given with linen variables.
 
     >>> import jax.numpy as jnp
     >>> variables = {"params": {"query": {"kernel": jnp.zeros((5, 6))}}}
@@ -100,16 +105,23 @@ def unmerge(
 
 
 def unmerge(variables: Any, adapters: Any, *, safe: bool = False) -> Any:
-    """Subtract the increments that :func:`merge` added.
+    """Return the base parameters: subtract the increments that :func:`merge` added.
 
-    The base comes back to within one rounding of its dtype; keep the variables themselves where it
-    must come back bit for bit. Parameters of ``modules_to_save`` stay as they were merged.
+    The result equals the base to within one rounding of its dtype; keep the original variables if
+    you need it bit for bit. Parameters of ``modules_to_save`` keep their merged values.
 
     Args:
-      variables: merged linen variables, or a merged NNX model.
-      adapters: those that were merged; for an NNX model the adapted model that was merged.
-      safe: as in :func:`merge`.
+      variables: merged linen variables, or a merged NNX model. Not changed.
+      adapters: the adapters that were merged; for an NNX model the adapted model that was merged.
+      safe: raise an error if a resulting weight is not finite.
 
+    Returns:
+      Linen variables, or an NNX model.
+
+    Raises:
+      TypeError: linen variables are not a mapping; or for an NNX model, ``adapters`` is not one.
+      ValueError: an adapter fits no weight of the model, its layer transforms the weight before
+        use, a weight is quantised, or with ``safe`` a result is not finite.
     >>> import jax.numpy as jnp
     >>> variables = {"params": {"query": {"kernel": jnp.zeros((5, 6))}}}
     >>> adapters = {"query": Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))}
@@ -123,7 +135,7 @@ def unmerge(variables: Any, adapters: Any, *, safe: bool = False) -> Any:
 
 
 def compact(params: Any, opt_state: Any, tx: optax.GradientTransformation | None = None) -> Any:
-    """Return what trains without its pruned triplets, see :func:`compaction.compact`."""
+    """Return the parameters without their pruned triplets, see :func:`compaction.compact`."""
     if not isinstance(params, nnx.Module):
         return compaction.compact(params, opt_state, tx)
     if not isinstance(opt_state, nnx.Optimizer):
@@ -200,11 +212,11 @@ def _merged_variables(variables: Any, adapters: Any, safe: bool, sign: int) -> d
 
 
 def _layout_of(adapter: Adapter, existing: Any, path: str) -> Layout:
-    """Return the layout of the weight at ``path``, as the adapter knows it.
+    """Return the adapter's layout of the weight at ``path``.
 
     Raises:
-      ValueError: the parameters there are not what the adapter was made for, or a file does not
-        say which axes are which and the sizes allow more than one reading.
+      ValueError: the adapter was made for another weight, or its file does not specify the axes'
+        roles and the sizes do not determine them.
     """
     layer = adapter.layout or Layout()
     own = existing if isinstance(existing, Mapping) else {path.rpartition("/")[2]: existing}
@@ -231,7 +243,11 @@ def _layout_of(adapter: Adapter, existing: Any, path: str) -> Layout:
 
 
 def _only_reading(adapter: Adapter, shapes: Mapping[str, Sequence[int]], path: str) -> Layout:
-    """Return the one layout that the sizes allow: a weight ``[*stack, in, out]``, not square."""
+    """Return the only layout that the sizes allow: a non-square weight ``[*stack, in, out]``.
+
+    Raises:
+      ValueError: the weight is square, or no or several parameters have this shape.
+    """
     ins, outs = adapter.q.shape[-1], adapter.p.shape[-1]
     wanted = (*adapter.lam.shape[:-1], ins, outs)
     fitting = [name for name, shape in shapes.items() if tuple(shape) == wanted]

@@ -1,8 +1,8 @@
 """Adapters for ``flax.nnx`` models.
 
-A copy of the model is made whose adapted layers have one more child, ``adalora``, that holds p,
-lam and q, and a class that subclasses the layer's own and adds the term. Paths of the base's
-variables and ``isinstance`` stay what they were.
+:func:`adapt` copies the model. Each adapted layer of the copy has an additional child, ``adalora``,
+with p, lam and q, and a subclass of the layer's class that adds the adapter output. The paths of
+the base's variables and the results of ``isinstance`` do not change.
 """
 
 from __future__ import annotations
@@ -57,32 +57,40 @@ def adapt(
 ) -> _Model:
     """Return a copy of ``model`` with AdaLoRA adapters in the layers that ``config`` selects.
 
-    The copy shares the base's arrays and leaves ``model`` as it is. The adapters' variables are
-    :class:`AdapterParam`, a subclass of ``nnx.LoRAParam``, and so are those of
-    ``modules_to_save`` (:class:`SavedParam`): ``wrt=nnx.LoRAParam`` selects what trains. Layers
-    that share a weight share its adapter. An increment counts where its layer is called; code that
-    takes the weight out of a module and computes with it sees the base. So a layer whose weight the
-    code of another module reads is merged only by ``adalora_jax.merge(model, inputs=...)``, which
-    compares outputs.
+    A dense layer ``y = x W + b`` becomes ``y = x (W + s · P Λ Q) + b``, where ``P Λ Q`` is
+    ``qᵀ diag(lam) p`` (`AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_).
+
+    The copy shares the base's arrays; ``model`` is not changed. The adapters' variables are
+    :class:`AdapterParam` and the parameters of ``modules_to_save`` are :class:`SavedParam`, both
+    subclasses of ``nnx.LoRAParam``, so ``wrt=nnx.LoRAParam`` selects everything that trains. Layers
+    that share a weight share its adapter.
+
+    The adapter output is added when the layer is called. Code that reads the weight from the module
+    and computes with it uses the base's weight. If the code of another module reads a layer's
+    weight, the layer can only be merged by ``adalora_jax.merge(model, inputs=...)``, which compares
+    outputs.
 
     Args:
-      model: any NNX module; also one whose weights ``qwix.quantize_model`` quantised.
-      config: the targets, ranks and scale.
-      rngs: where the initial values come from, and the dropout of the adapters: an ``nnx.Rngs``
-        (stream ``params``, and ``dropout``), a PRNG key, or a seed.
-      rules: where adapters are to lie on a mesh, see :func:`adalora_jax.sharding.derive`. By
-        default as the base's arrays do, or as its ``out_sharding`` metadata says, which an
-        adapter's variables have then, too.
-      layers: ``{class: Layout}`` of layers that are not Flax's: each must compute
-        ``y = x W + b`` over the last axes of x with the weight that its layout names.
+      model: any NNX module, including one whose weights ``qwix.quantize_model`` quantised.
+      config: targets, ranks and scale.
+      rngs: random numbers for the initial values and for the adapters' dropout: an ``nnx.Rngs``
+        (streams ``params`` and ``dropout``), a PRNG key, or a seed.
+      rules: shardings of the adapters on a mesh, see :func:`adalora_jax.sharding.derive`. By
+        default they are derived from the shardings of the base's arrays or from its
+        ``out_sharding`` metadata; the adapters' variables then have such metadata, too.
+      layers: ``{class: Layout}`` of layers that are not Flax's. Each must compute
+        ``y = x W + b`` over the last axes of x with the weight that its layout names, or be an
+        embedding.
 
     Returns:
-      A module of the same class as ``model``, or of a subclass where ``model`` is itself adapted.
+      A module of the same class as ``model``, or of a subclass if ``model`` itself is an adapted
+      layer.
 
     Raises:
-      TypeError: ``model`` is no NNX module, or ``config`` no :class:`AdaLoraConfig`.
-      ValueError: the config selects nothing, or something that cannot be adapted; or the model
-        has adapters already.
+      TypeError: ``model`` is not an NNX module, or ``config`` is not an :class:`AdaLoraConfig`.
+      ValueError: the config selects nothing, or something that cannot be adapted; only some of the
+        layers that share a weight are selected, or they use it differently; ``layers`` is invalid;
+        or the model already has adapters.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -125,11 +133,19 @@ def adapt(
 
 
 def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
-    """The table of what would be adapted: layers, shapes, ranks, parameters.
+    """Return a table of the layers that :func:`adapt` would adapt: shapes, ranks and parameters.
 
     Args:
-      model: any NNX module; one made by ``nnx.eval_shape`` will do.
+      model: any NNX module, including one made by ``nnx.eval_shape``.
       config: as in :func:`adapt`.
+
+    Returns:
+      Text with one row per layer, a row of totals, and the memory of the adapters and of the
+      importance averages.
+
+    Raises:
+      TypeError: as in :func:`adapt`.
+      ValueError: as in :func:`adapt`.
 
     >>> model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))))
     >>> print(describe(model, AdaLoraConfig(total_step=10, target_modules="all-linear")))
@@ -144,10 +160,23 @@ def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
 
 
 def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
-    """``config`` with a function as ``target_modules`` replaced by what it chose in ``model``.
+    """Return ``config`` with a ``target_modules`` function replaced by the paths it selects.
 
-    A function may give a :class:`~adalora_jax.RankSpec` where it would say True. The optimizer
-    and merging see paths, not modules, so those must be in the config before it is used.
+    The function may return a :class:`~adalora_jax.RankSpec` instead of True. The optimizer and
+    merging see paths, not modules, so the config must contain these ranks before it is used.
+
+    Args:
+      model: any NNX module.
+      config: as in :func:`adapt`; returned as it is if ``target_modules`` is not a function.
+
+    Returns:
+      A config in which ``target_modules`` is a regex of the selected paths and the RankSpecs are
+      entries of ``rank_limits``.
+
+    Raises:
+      TypeError: as in :func:`adapt`.
+      ValueError: the function selects nothing that can be adapted, a pattern matches nothing, or
+        the model already has adapters.
 
     >>> def choose(path, module):
     ...     return adalora_jax.RankSpec(init_r=4) if isinstance(module, nnx.Linear) else False
@@ -161,9 +190,16 @@ def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
 
 
 def adapters(model: nnx.Module) -> dict[str, Any]:
-    """Return ``{path: Adapter}`` and the parameters of ``modules_to_save``, as linen's ``init``.
+    """Return ``{path: Adapter}`` and the parameters of ``modules_to_save``.
 
-    Checkpoints, banks and exports work on them; each adapter knows its scale and its weight.
+    The form is that of ``init`` of an adapted linen module. Checkpoints, banks and exports take it.
+
+    Args:
+      model: as :func:`adapt` returns it.
+
+    Returns:
+      A dict by path: an :class:`~adalora_jax.Adapter` with scale and layout per adapted layer, and
+      the parameters, in at least float32, per module or parameter that ``modules_to_save`` names.
 
     >>> adapted = adapt(
     ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
@@ -189,15 +225,16 @@ def _put(nested: dict[str, Any], parts: list[str], leaf: Any) -> None:
 
 
 def set_adapters(model: nnx.Module, new: Mapping[str, Any]) -> None:
-    """Put other values into the adapters of ``model``, and what trained along, in place.
+    """Set the adapters of ``model`` and its parameters of ``modules_to_save``, in place.
 
     Args:
-      model: as :func:`adapt` made it.
-      new: as :func:`adapters` returns them: all of the model's paths, of its shapes. Scales are
-        those of ``new``.
+      model: as :func:`adapt` returns it.
+      new: new values as :func:`adapters` returns them, with all of the model's paths and shapes.
+        Their scales replace those of the model.
 
     Raises:
-      ValueError: paths or shapes are not those of the model.
+      ValueError: the paths or shapes are not those of the model, or an adapter was made for a
+        weight with other axes.
 
     >>> import jax.numpy as jnp
     >>> adapted = adapt(
@@ -245,7 +282,7 @@ def _check_layouts(existing: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def _set_saved(model: nnx.Module, new: Mapping[str, Any]) -> None:
-    """Put the parameters that trained along into the model, in place, where ``new`` has them."""
+    """Set the parameters of ``modules_to_save`` that are in ``new``, in place."""
     for path, variable in nnx.to_flat_state(nnx.state(model, SavedParam)):
         name = "/".join(map(str, path))
         root = variable.get_metadata()["root"]
@@ -260,16 +297,20 @@ def _set_saved(model: nnx.Module, new: Mapping[str, Any]) -> None:
 def with_adapters(model: _Model, new: Mapping[str, Any]) -> _Model:
     """Return a copy of an adapted model with other adapters, of any rank.
 
-    For adapters that :func:`adalora_jax.compact` made smaller, for those of another run, and under
-    ``jax.vmap`` for a batch in which every example has its adapters. A layer without an adapter in
-    ``new`` loses its own; parameters of ``modules_to_save`` stay where ``new`` has none.
+    Use it for adapters that :func:`adalora_jax.compact` made smaller, for those of another run, and
+    under ``jax.vmap`` for a batch in which every example has its own adapters.
 
     Args:
-      model: as :func:`adapt` made it; not changed.
-      new: ``{path: Adapter}``, and parameters of ``modules_to_save``.
+      model: as :func:`adapt` returns it; not changed.
+      new: ``{path: Adapter}`` and parameters of ``modules_to_save``. Layers that are not in ``new``
+        lose their adapters; parameters of ``modules_to_save`` that are not in ``new`` keep their
+        values.
+
+    Returns:
+      The copy. Adapters without a scale or layout in ``new`` have those of ``model``.
 
     Raises:
-      ValueError: a path is not adapted in ``model``, or an adapter is for another weight.
+      ValueError: a path is not adapted in ``model``, or an adapter was made for another weight.
 
     >>> adapted = adapt(
     ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
@@ -310,7 +351,7 @@ def with_adapters(model: _Model, new: Mapping[str, Any]) -> _Model:
 
 
 def optimizer_like(optimizer: nnx.Optimizer, model: Any, opt_state: Any) -> nnx.Optimizer:
-    """Return a copy of an optimizer for another model, with another state."""
+    """Return a copy of an optimizer for another model, with another state but the same step."""
     copy = nnx.Optimizer(model, optimizer.tx, wrt=optimizer.wrt)
     copy.opt_state = pytree.in_containers(copy.opt_state, opt_state)
     copy.step[...] = optimizer.step[...]
@@ -319,6 +360,14 @@ def optimizer_like(optimizer: nnx.Optimizer, model: Any, opt_state: Any) -> nnx.
 
 def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None = None) -> _Model:
     """Return a copy of an adapted model with its increments merged, see :func:`adalora_jax.merge`.
+
+    Args:
+      model: as :func:`adapt` returns it; not changed.
+      safe: whether to raise an error if a merged weight is not finite.
+      inputs: arguments for which the outputs of both models are compared.
+
+    Raises:
+      ValueError: as in :func:`adalora_jax.merge`.
 
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
@@ -343,9 +392,13 @@ def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None 
 
 
 def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[Any, ...]) -> None:
-    """Raise where a merged model computes something else than the adapted one.
+    """Raise an error if the outputs of a merged model differ from those of the adapted one.
 
-    Rounding to the weights' dtype moves an output by about the root of that dtype's precision.
+    The bound on the relative error is the square root of the machine epsilon of the coarsest weight
+    dtype, about the effect of rounding the weights.
+
+    Raises:
+      ValueError: an output differs by more; the message has its index, error and norm.
     """
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain, nnx.Param))}
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
@@ -366,7 +419,7 @@ def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple
 
 
 def release_saved(model: _Model) -> _Model:
-    """Make what trained along a plain parameter again, in the base's dtype, in place."""
+    """Convert SavedParams to plain parameters of the base's dtype, in place; return the model."""
     by_path = dict(modules(model))
     for path, variable in parameters(model).items():
         if isinstance(variable, SavedParam):
@@ -381,11 +434,15 @@ def unmerged(
     """Return a copy of a merged model without its increments, see :func:`adalora_jax.unmerge`.
 
     Args:
-      model: as :func:`merged` gave it.
+      model: as :func:`merged` returned it; not changed.
       adapted: the model that was merged.
-      safe: raise where a result is not finite.
-      checked: outputs were compared when the model was merged, so layers whose use is unknown are
-        unmerged, too.
+      safe: whether to raise an error if a result is not finite.
+      checked: whether outputs were compared at merging, so that layers whose weight has an unknown
+        use are unmerged, too.
+
+    Raises:
+      TypeError: ``adapted`` is not an NNX module.
+      ValueError: as in :func:`adalora_jax.merge`.
 
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
@@ -411,11 +468,15 @@ def _add_increments(
     """Add the increments of ``adapted`` to the weights of ``model``, in place.
 
     Args:
-      model: gets the increments.
-      adapted: has them.
+      model: the model whose weights change.
+      adapted: the model with the adapters.
       sign: 1 to add, -1 to subtract.
-      safe: raise where a result is not finite.
-      checked: the outputs are compared, so layers whose use is unknown are merged, too.
+      safe: whether to raise an error if a result is not finite.
+      checked: whether outputs are compared, so that layers whose weight has an unknown use are
+        merged, too.
+
+    Raises:
+      ValueError: a weight cannot be merged, is quantised, or is not in ``model``.
     """
     own = dict(modules(model))
     done: set[int] = set()  # a tied weight has several layers
@@ -448,17 +509,20 @@ def _add_increments(
 
 
 def eval_model(model: _Model, optimizer: nnx.Optimizer) -> _Model:
-    """Return a copy of a model with the masks applied: evaluate, merge and export this one.
+    """Return a copy of a model with the masks applied, for evaluation, merging and export.
 
-    Between two masks a pruned λ may grow back, so the model that trains is not what the allocator
-    decided; see :func:`adalora_jax.eval_params`.
+    Between two masks a pruned λ may become non-zero again, so the model in training can have more
+    active triplets than the allocator's masks; see :func:`adalora_jax.eval_params`.
 
     Args:
-      model: as :func:`adapt` made it, trained; not changed.
+      model: an adapted model in training; not changed.
       optimizer: the ``nnx.Optimizer`` that trains it, or its ``opt_state``.
 
+    Returns:
+      The copy, with λ exactly 0 wherever a mask is False.
+
     Raises:
-      ValueError: the optimizer holds no allocator, or one for another model.
+      ValueError: the optimizer's state has no allocator, or one for another model.
 
     >>> import optax, adalora_jax as adalora
     >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear")
@@ -481,11 +545,18 @@ def candidates(
     of_adapted: bool = False,
     layers: Mapping[type, Layout] | None = None,
 ) -> dict[str, Candidate]:
-    """All modules of the model by path, as selection sees them.
+    """Return all modules of the model by path, as input of the selection.
+
+    Args:
+      model: any NNX module.
+      of_adapted: whether the model may have adapters. If so, the uses of its weights are not
+        traced.
+      layers: layouts of declared layers, by class.
 
     Raises:
-      TypeError: ``model`` is no NNX module.
-      ValueError: the model has adapters, and is not meant to.
+      TypeError: ``model`` is not an NNX module.
+      ValueError: the model has adapters and ``of_adapted`` is False, or a declared layer does not
+        have the parameter that its layout names.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
@@ -516,7 +587,7 @@ def candidates(
             candidate = Candidate(module, layer, shape, refused if layer else "")
             use = use_of(module, layer) if layer and not refused and not of_adapted else None
             if use and use.unseen and type(module) in (layers or {}):
-                use = None  # its user says what it computes
+                use = None  # the declaration specifies the computation
             if layer and use:
                 foreign = not issubclass(type(module), FLAX_LAYERS)
                 candidate = judged(candidate, use, foreign)
@@ -541,10 +612,13 @@ def _candidates(
 def _chosen(
     model: nnx.Module, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
 ) -> tuple[dict[str, targets.Target], dict[str, str]]:
-    """What is adapted, by path; and the layers whose weight is that of such a layer, with its path.
+    """Return the adapted layers, and ``{path: path}`` from other layers to the one they share with.
 
-    A weight has one adapter, at the first of its layers in the order of the graph, as it has one
-    place in the model's state.
+    A weight has one adapter, at the first of its layers in graph order, just as it has one path in
+    the model's state.
+
+    Raises:
+      ValueError: layers that share a weight use it differently, or only some of them are selected.
     """
     candidates = _candidates(model, config, layers)
     chosen = targets.select(candidates, config)
@@ -570,10 +644,10 @@ def _chosen(
 def _refuse_tied_outside(
     model: nnx.Module, candidates: Mapping[str, Candidate], chosen: Mapping[str, Any]
 ) -> None:
-    """Raise where a weight is adapted at one of the places that share it.
+    """Raise an error if only some of the layers that share a weight are adapted.
 
     Raises:
-      ValueError: naming the layer and the other places.
+      ValueError: the message names an adapted layer and the others.
     """
     places: dict[int, list[str]] = {}
     for path, module in modules(model):
@@ -592,7 +666,7 @@ def _refuse_tied_outside(
 
 
 def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> nnx.Dropout | None:
-    """The adapter's dropout, with a key for each of the stacked layers."""
+    """Return the adapter's dropout, with one key per stacked layer; None if the rate is 0."""
     if not config.lora_dropout:
         return None
     dropout = nnx.Dropout(config.lora_dropout, rngs=rngs)
@@ -602,7 +676,7 @@ def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> n
 
 
 def placement(variable: Any) -> Any:
-    """Where a variable's array lies, or is to lie by its metadata."""
+    """Return the sharding of a variable's array, else the one that its metadata specify."""
     named, mesh = variable.get_metadata("out_sharding", None), variable.get_metadata("mesh", None)
     if named and not isinstance(named, NamedSharding):
         named = nnx.spmd.get_var_pspec(variable)
@@ -611,7 +685,11 @@ def placement(variable: Any) -> Any:
 
 
 def _annotate(adaptation: Any, target: targets.Target, weight: Any, specs: Adapter | None) -> None:
-    """The base's sharding metadata for its adapter: the names that it has, by its own rules."""
+    """Set sharding metadata of an adapter's variables, if its weight has some.
+
+    Axis names are derived from the weight's unless ``specs`` are given; mesh and sharding rules are
+    copied.
+    """
     named = weight.get_metadata("out_sharding", None)
     if not named:
         return
@@ -623,7 +701,7 @@ def _annotate(adaptation: Any, target: targets.Target, weight: Any, specs: Adapt
 
 
 def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
-    """Makes the parameters named by ``modules_to_save`` trainable: a copy, of another type."""
+    """Replace the parameters that ``modules_to_save`` names by trainable SavedParams, in place."""
     if not config.modules_to_save:
         return
     nodes = parameters(model)
@@ -632,7 +710,7 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     for path, variable in nodes.items():
         if targets.saved(path, config):
             parent, _, name = path.rpartition("/")
-            if parent not in by_path:  # inside of what Qwix made of a weight
+            if parent not in by_path:  # inside of a weight that Qwix quantised
                 raise ValueError(
                     f"modules_to_save: {path!r} is quantised, so it cannot train: leave it as it "
                     "is in the rules for Qwix, or do not name it."

@@ -1,4 +1,4 @@
-"""What an adapted NNX layer is: its adapter, its class, and how its weight is read."""
+"""Adapted NNX layers: their adapters, their classes, and the analysis of their weights."""
 
 from __future__ import annotations
 
@@ -22,26 +22,37 @@ from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import wide
 from adalora_jax._src.modules import layers, usage
 
-# Where the class that Qwix gives a model's root keeps the class that it was.
+# Attribute of the class that Qwix sets on a model's root; its value is the original class.
 UNQUANTIZED = "_unquantized_type"
-# Values are made where they belong; Flax would need the mesh again to see to it, at every copy.
+# Arrays are already placed; disable Flax's eager sharding, which needs a mesh on every copy.
 PLACED = {"eager_sharding": False}
 
 
 class AdapterParam(nnx.LoRAParam):
-    """p, lam or q of an adapter."""
+    """Trainable variable with ``p``, ``lam`` or ``q`` of an :class:`~adalora_jax.Adapter`.
+
+    Attributes:
+      scale: metadata; float, the factor s of the adapter.
+      layout: metadata; the :class:`~adalora_jax.Layout` of the adapted weight.
+    """
 
 
 class SavedParam(nnx.LoRAParam):
-    """A base parameter named by ``modules_to_save``, which trains along with the adapters."""
+    """Trainable copy of a base parameter that ``modules_to_save`` names, in at least float32.
+
+    Attributes:
+      root: metadata; path of the outermost module or parameter that ``modules_to_save`` names.
+      base_dtype: metadata; dtype of the base parameter, which the model computes with.
+    """
 
     @classmethod
     def of(cls, variable: nnx.Variable, root: str) -> SavedParam:
         """Return a trainable copy of a parameter in at least float32.
 
         Args:
-          variable: of the base.
-          root: path of the outermost module or parameter that ``modules_to_save`` names there.
+          variable: the base parameter.
+          root: path of the outermost module or parameter that ``modules_to_save`` names and that
+            contains ``variable``.
         """
         value = variable.get_value()
         known = {"root": root, "base_dtype": value.dtype}
@@ -49,10 +60,10 @@ class SavedParam(nnx.LoRAParam):
         return cls(jnp.array(value, wide(value.dtype)), **metadata)
 
     def get_value(self, **index: Any) -> Any:
-        """Return what trains, or, for an index, what the model computes with.
+        """Return the trained value, or, with an index, the indexed value in the base's dtype.
 
-        Layers read ``self.kernel[...]``: that is in the base's dtype. Flax's optimizer, averages
-        and copies take the whole value, in full precision.
+        Layers read ``self.kernel[...]`` and compute in the base's dtype. Flax's optimizers,
+        averages and copies read without an index, in full precision.
         """
         value = super().get_value(**index)
         return self._computed(value) if index else value
@@ -81,17 +92,19 @@ class SavedParam(nnx.LoRAParam):
 
 
 class Adaptation(nnx.Module):
-    """The adapter of one layer, as a child module of that layer.
+    """Child module of a layer that holds its adapter.
 
     Attributes:
-      p, lam, q: the factors, see :class:`adalora_jax.Adapter`.
-      scale: s of the increment.
-      layout: of the layer's weight.
-      dropout: of the layer's input on its way into the adapter, or None. It holds the rate, the
-        random numbers and the mode; the mask is made where it is used.
+      p: left singular vectors ``[*stack, r, out]``, see :class:`adalora_jax.Adapter`.
+      lam: singular values ``[*stack, r]``.
+      q: right singular vectors ``[*stack, r, in]``.
+      scale: the factor s of the increment.
+      layout: the layout of the layer's weight.
+      dropout: dropout of the adapter's input, or None. Only its rate, random numbers and mode are
+        used; the adapter computes the mask itself.
       forward_mode: as in the config.
-      declared: whether the layout is one that the user declared for the layer's class.
-      kind: Adapter, or Observer where the layer's inputs are looked at.
+      declared: whether the user declared the layout for the layer's class.
+      kind: Adapter, or Observer to collect second moments of the layer's inputs.
     """
 
     kind: type[Adapter] = Adapter
@@ -112,9 +125,14 @@ class Adaptation(nnx.Module):
         self.forward_mode = forward_mode
 
     def replace(self, adapter: Adapter, *, keep_metadata: bool = False) -> None:
-        """Hold another adapter, of any rank, in new variables.
+        """Replace the adapter by another of any rank, in new variables.
 
-        Their metadata say what weight they belong to, for a state of them has nothing else.
+        Scale and layout are also stored in the variables' metadata, because an ``nnx.State``
+        contains only the variables.
+
+        Args:
+          adapter: the new adapter.
+          keep_metadata: whether the new variables keep the other metadata of the old ones.
         """
         self.scale, self.layout = adapter.scale, adapter.layout
         known = PLACED | {"scale": self.scale, "layout": self.layout}
@@ -124,11 +142,23 @@ class Adaptation(nnx.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter with the three factors as they are now."""
+        """Adapter with the current values of the three factors."""
         return self.kind(self.p[...], self.lam[...], self.q[...], self.scale, self.layout)
 
     def _add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
-        """The layer's output with the adapter's term added."""
+        """Return the layer's output plus the adapter output.
+
+        Args:
+          layer: the adapted layer.
+          output: its own output.
+          x: its input.
+          **call: its other arguments by name or position, of which a string is the equation of an
+            einsum; and ``attend``.
+
+        Raises:
+          ValueError: the adapter does not fit the layer's weight, or ``nnx.vmap`` stacks the weight
+            along another axis than the first.
+        """
         adapter = self.adapter
         equation = next((v for v in call.values() if isinstance(v, str)), None)
         found = self.layout if self.declared else layer_of(layer, equation)
@@ -155,7 +185,7 @@ class Adaptation(nnx.Module):
 
 
 def next_key(dropout: nnx.Dropout) -> jax.Array | None:
-    """The key that this call of a dropout has; None for one without random numbers.
+    """Draw the PRNG key for one call of a dropout; return None if it has no random numbers.
 
     >>> next_key(nnx.Dropout(0.1)) is None
     True
@@ -165,26 +195,26 @@ def next_key(dropout: nnx.Dropout) -> jax.Array | None:
 
 
 class _Call:
-    """The call of a subclass of a Flax layer that is running.
+    """Running call of a subclass of a Flax layer.
 
     Attributes:
       layer: the module.
-      weight: its weight's value when the call began.
-      reached: the call has got to the Flax layer's own.
+      weight: the value of its weight at the start of the call.
+      reached: whether the method of the Flax layer itself was called.
     """
 
     def __init__(self, layer: nnx.Module, weight: Any):
         self.layer, self.weight, self.reached = layer, weight, False
 
 
-# The calls that are running, innermost last.
+# Running calls, innermost last.
 _CALLS: contextvars.ContextVar[tuple[_Call, ...]] = contextvars.ContextVar("calls", default=())
 
 
 def weight_name(layer: Any) -> str:
-    """Return what an adapted layer calls its weight.
+    """Return the attribute name of an adapted layer's weight.
 
-    Layers that share a weight share its adapter, whose layout has the name that the first gives it.
+    Layers that share a weight share its adapter, whose layout has the name in the first layer.
     """
     name = layer.adalora.layout.weight
     return name if hasattr(layer, name) else layers.known(layer_of(layer), layer).weight
@@ -196,7 +226,7 @@ def _weight_of(layer: Any) -> Any:
 
 
 class Adapted(nnx.Module):
-    """Adds the adapter's term to what the layer computes."""
+    """Mixin that adds the adapter output to the layer's output."""
 
     adalora: Adaptation
 
@@ -207,7 +237,11 @@ class Adapted(nnx.Module):
         return _unintercepted(self.adalora._add)(self, output, inputs, **named)
 
     def _check_reached(self) -> None:
-        """Note that the Flax layer is reached, and raise if it was given another weight."""
+        """Record that the call reaches the Flax layer.
+
+        Raises:
+          ValueError: the weight was replaced since the start of the call.
+        """
         for call in _CALLS.get()[-1:]:
             if call.layer is self:
                 call.reached = True
@@ -220,7 +254,7 @@ class Adapted(nnx.Module):
 
 
 class _AdaptedEmbed(Adapted):
-    """An embedding, which is also used the other way round."""
+    """Mixin for embeddings, which also compute ``attend``, ``x Eᵀ``."""
 
     def attend(self, query, *args, **kwargs):
         self._check_reached()
@@ -229,7 +263,7 @@ class _AdaptedEmbed(Adapted):
 
 
 class _Checked(nnx.Module):
-    """Goes in front of a subclass of a Flax layer and sees to it that its adapter takes part."""
+    """Mixin before a subclass of a Flax layer; raises if a call does not use the adapter."""
 
     def __call__(self, *args, **kwargs):
         return self._checked("__call__", args, kwargs)
@@ -261,12 +295,12 @@ _DECLARE = (
 
 
 def _unintercepted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as it is in a model that Qwix quantised, too.
+    """Return ``function`` with the interception by Qwix disabled while it runs.
 
-    While such a model runs, Qwix puts its own in place of JAX's products. It would take p and q for
-    weights that are still to be quantised.
+    While a model that Qwix quantised runs, Qwix replaces JAX's products by its own. It would treat
+    p and q as weights that are still to be quantised.
     """
-    qwix = sys.modules.get("qwix._src.interception")  # there is no such model without it
+    qwix = sys.modules.get("qwix._src.interception")  # models that Qwix quantised import it
     return function if qwix is None else qwix.disable_interceptions(function)
 
 
@@ -281,18 +315,19 @@ FLAX_LAYERS = (
 
 
 def adapted_class(cls: type, declared: bool = False) -> type:
-    """Return a subclass of ``cls`` whose adapter's term is added to the Flax layer's output.
+    """Return a subclass of ``cls`` that adds the adapter output to the Flax layer's output.
 
     Args:
-      cls: class of the layer.
-      declared: the user declared it as a layer: the term is added to its own output.
+      cls: the class of the layer.
+      declared: whether the user declared it as a layer. The adapter output is then added to the
+        output of ``cls`` itself.
     """
     mixin = _AdaptedEmbed if issubclass(cls, nnx.Embed) else Adapted
     return extended_class(cls, mixin, "AdaLora", declared)
 
 
 class _Extended(type(nnx.Module)):
-    """The class of classes that are made here. They are pickled by what they were made of."""
+    """Metaclass of the generated classes, which are pickled by the arguments that made them."""
 
     made_of: tuple[Any, ...]
 
@@ -306,17 +341,17 @@ def _part_of(part: str, *arguments: Any) -> type:
 
 
 def extended_class(cls: type, mixin: type, prefix: str, outside: bool = False) -> type:
-    """Return a subclass of ``cls`` in which ``mixin`` goes right before the Flax layer's own class.
+    """Return a subclass of ``cls`` with ``mixin`` directly before the Flax layer's class.
 
-    In front of the Flax class in the method order, so that a subclass that does something to the
-    layer's output does it to the extended one. There is one class for each, so that graph
-    definitions of two models are equal.
+    "Before" is in the method resolution order: if a subclass processes the Flax layer's output, it
+    processes the extended output. The class is cached per arguments, so that graph definitions of
+    two models are equal.
 
     Args:
-      cls: class of the layer.
+      cls: the class of the layer.
       mixin: the class with the methods to add.
-      prefix: of the new class's name.
-      outside: put the mixin before ``cls`` itself.
+      prefix: the prefix of the new class's name.
+      outside: whether the mixin comes before ``cls`` itself.
 
     >>> [c.__name__ for c in extended_class(nnx.Linear, Adapted, "AdaLora").__mro__[:3]]
     ['AdaLoraLinear', 'Adapted', 'Linear']
@@ -344,10 +379,10 @@ def _extended(cls: type, mixin: type, prefix: str, outside: bool) -> type:
 
 
 def _layer_class(cls: type) -> type | None:
-    """Return the Flax layer among the bases of a class, or what counts as one.
+    """Return the Flax layer among the bases of a class, or its equivalent; None if there is none.
 
-    A layer that runs on a packed weight counts as the Flax layer that it is; and so does one that
-    Qwix gave a class of its own, which bypasses the classes between it and its layer.
+    Equivalents are the classes for packed weights and those that Qwix creates. The latter bypass
+    the classes between them and the Flax layer.
     """
 
     def is_layer(base):
@@ -358,7 +393,7 @@ def _layer_class(cls: type) -> type | None:
 
 
 def unreached(cls: type) -> str:
-    """Return why calls of a layer's class do not get to its Flax layer; empty where they do.
+    """Return why calls of a layer's class do not reach its Flax layer; empty if they do.
 
     >>> unreached(nnx.Linear)
     ''
@@ -378,11 +413,17 @@ def unreached(cls: type) -> str:
 
 
 def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
-    """Return how a layer uses its weight, seen in a trace of the layer alone.
+    """Return how a layer uses its weight, according to a trace of the layer alone.
 
-    Flax's own layers that are as Flax made them need no trace: they multiply with what is stored.
-    None for them and for quantised weights. A class whose call takes other arguments than one input
-    is unseen.
+    Unmodified Flax layers need no trace, because they multiply with the stored weight.
+
+    Args:
+      module: the layer.
+      layer: the layout of its weight.
+
+    Returns:
+      The use. It is ``unseen`` if the layer cannot be called with one input. None for unmodified
+      Flax layers, for quantised weights, and if the shape of an input is not known.
     """
     weight, shape = getattr(module, layer.weight), tuple(getattr(module, layer.weight).shape)
     size = layers.input_shape(layer, module, shape)
@@ -391,7 +432,7 @@ def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
     graph, state = nnx.split(module)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
     places = [i for i, (path, _) in enumerate(leaves) if pytree.leaf_name(path) == layer.weight]
-    if len(places) != 1:  # in packed integers, of several arrays
+    if len(places) != 1:  # packed integers consist of several arrays
         return None
     lifted = len(shape) - layer.ndim
     structs = [jax.ShapeDtypeStruct(leaf.shape[lifted:], leaf.dtype) for _, leaf in leaves]
@@ -406,14 +447,14 @@ def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
     x = jax.ShapeDtypeStruct(size, jnp.int32 if layer.kind == "embed" else jnp.float32)
     try:
         closed = jax.make_jaxpr(run)(structs, x)
-    except Exception:  # whatever a class of a user's raises for arguments that are not its own
+    except Exception:  # a custom class may raise any error for one input
         return usage.Use(False, False, False, unseen=True)
     scaled = frozenset({0} if layers.weight_scale(layer, module) != 1 else ())
     return usage.find_uses(closed.jaxpr, {places[0]: 0}, scaled)[0]
 
 
 class _Marked(nnx.Module):
-    """Runs a layer under the name by which a trace is searched for it."""
+    """Mixin that runs a layer under the scope name by which :mod:`usage` finds it in a jaxpr."""
 
     def __call__(self, *args, **kwargs):
         with jax.named_scope(usage.scope_name(0)):
@@ -422,14 +463,14 @@ class _Marked(nnx.Module):
 
 
 def _is_plain(module: nnx.Module, weight: Any) -> bool:
-    """Return whether a layer is one of Flax's, with the functions and the variables of Flax."""
+    """Return whether a layer is an unmodified Flax layer, with Flax's functions and variables."""
     cls = type(module)
     reading = ("get_value", "__getitem__", "__jax_array__")
     if any(getattr(type(weight), n, None) is not getattr(nnx.Variable, n, None) for n in reading):
         return False
     if cls not in FLAX_LAYERS:
         return False
-    dtypes = ("dtype", "param_dtype", "preferred_element_type")  # types, which are callable, too
+    dtypes = ("dtype", "param_dtype", "preferred_element_type")  # dtypes are callable, too
     given = {
         name: (getattr(module, name, parameter.default), parameter.default)
         for name, parameter in inspect.signature(cls.__init__).parameters.items()
@@ -446,7 +487,7 @@ def _is_plain(module: nnx.Module, weight: Any) -> bool:
 
 
 def rewritten(model: nnx.Module) -> dict[str, str]:
-    """Return ``{path: reason}`` of the layers inside of wrappers that rewrite their weights."""
+    """Return ``{path: reason}`` of the modules in wrappers that rewrite their weights."""
     wrappers = (nnx.WeightNorm, nnx.SpectralNorm)
     found = {p: type(m).__name__ for p, m in modules(model) if isinstance(m, wrappers)}
     inside = lambda path, wrapper: not wrapper or path.startswith(f"{wrapper}/")
@@ -459,10 +500,11 @@ def rewritten(model: nnx.Module) -> dict[str, str]:
 
 
 def readers(model: nnx.Module) -> dict[tuple[int, str], str]:
-    """Return ``{(id of a module, attribute): class}`` of code that reads attributes of others.
+    """Return ``{(id of a module, attribute): class}`` where the class may read that attribute.
 
-    Such code may multiply with a layer's weight by hand. Whose attribute it reads is not seen, so
-    that may be any module that can be reached from the reading one, by whatever path.
+    Such code may multiply with a layer's weight outside of the layer. The analysis of a class
+    finds the names that it reads, not the modules, so each name is recorded for every module that
+    can be reached from an instance of the class.
     """
     found: dict[tuple[int, str], str] = {}
     for path, module in modules(model):
@@ -475,9 +517,9 @@ def readers(model: nnx.Module) -> dict[tuple[int, str], str]:
 
 @functools.cache
 def _attributes_read(cls: type) -> frozenset[str]:
-    """Return the names of attributes that a class's methods read of anything but ``self``.
+    """Return the names of attributes that a class's methods read from objects other than ``self``.
 
-    Methods of Flax's classes and constructors do not count.
+    Constructors and the methods of Flax's and this package's classes are excluded.
     """
     names: set[str] = set()
     for own in cls.__mro__:
@@ -492,7 +534,10 @@ def _attributes_read(cls: type) -> frozenset[str]:
 
 
 def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
-    """Return the attributes that a function and those within it read of anything but ``self``."""
+    """Return the attributes that a function reads from objects other than ``self``.
+
+    Nested functions are included, and so are all string constants of code that calls ``getattr``.
+    """
     names: set[str] = set()
     of_self = False
     for step in dis.get_instructions(code):
@@ -501,7 +546,7 @@ def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
         if step.opname != "EXTENDED_ARG":
             loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
             loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-            of_self = loads and loaded[-1] == self_name  # one operation may load two variables
+            of_self = loads and loaded[-1] == self_name  # one instruction may load two variables
     if "getattr" in code.co_names:
         names |= {constant for constant in code.co_consts if isinstance(constant, str)}
     for inner in filter(inspect.iscode, code.co_consts):
@@ -510,7 +555,7 @@ def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
 
 
 def _function(method: Any) -> Any:
-    """Return the function in a method, a property or what decorators made of either."""
+    """Return the function in a method or a property, without its decorators."""
     method = getattr(method, "fget", None) or getattr(method, "__func__", method)
     return inspect.unwrap(method) if callable(method) else method
 
@@ -522,7 +567,7 @@ def base_class(cls: type) -> type:
 
 
 def modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
-    """Every module of the model once, with its path, in the order of the graph."""
+    """Return each module of the model once, as ``(path, module)``, in graph order."""
     return [
         ("/".join(map(str, path)), node)
         for path, node in nnx.iter_graph(model)
@@ -531,7 +576,7 @@ def modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
 
 
 def parameters(model: nnx.Module) -> dict[str, Any]:
-    """``{path: variable}`` of the base's parameters, adapters left out.
+    """Return ``{path: variable}`` of the model's parameters, without adapters.
 
     >>> list(parameters(nnx.Linear(6, 4, rngs=nnx.Rngs(0))))
     ['bias', 'kernel']
@@ -544,7 +589,7 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
 
 
 def with_parameters(model: nnx.Module, new: Mapping[str, Any]) -> Any:
-    """A copy of ``model`` with other values in the parameters at some paths.
+    """Return a copy of ``model`` with new values for the parameters at some paths.
 
     >>> model = with_parameters(
     ...     nnx.Linear(6, 4, rngs=nnx.Rngs(0)), {"bias": jax.numpy.ones(4)}
@@ -562,12 +607,12 @@ def with_parameters(model: nnx.Module, new: Mapping[str, Any]) -> Any:
 def layer_of(
     module: nnx.Module, equation: str | None = None, declared: Layout | None = None
 ) -> Layout | None:
-    """Return how a module's weight reads; None for one that cannot be adapted.
+    """Return the layout of a module's weight; None if the module cannot be adapted.
 
     Args:
       module: any module.
-      equation: of an einsum, where it is given at the call.
-      declared: the layout that a user declared for the module's class.
+      equation: the equation of an einsum, if it is an argument of the call.
+      declared: the layout that the user declared for the module's class.
     """
     if declared is not None:
         return declared
@@ -576,13 +621,13 @@ def layer_of(
 
 
 def is_weight(value: Any) -> bool:
-    """True for a parameter, or what holds a weight in integers."""
+    """Return whether a value is a parameter, or a weight that is stored as integers."""
     packed = isinstance(value, nnx.Variable) and pytree.is_packed(value.get_raw_value())
     return packed or isinstance(value, nnx.Param) or by_qwix(value)
 
 
 def by_qwix(value: Any) -> bool:
-    """True for a weight as ``qwix.quantize_model`` leaves it: integers and scales in one object.
+    """Return whether a value is a weight, integers and scales, of ``qwix.quantize_model``.
 
     >>> by_qwix(nnx.Param(1.0))
     False
@@ -591,12 +636,12 @@ def by_qwix(value: Any) -> bool:
 
 
 def stored(weight: Any) -> nnx.Variable:
-    """The variable that says where a weight lies."""
+    """Return the variable with a weight's sharding and metadata: for Qwix's, its integers."""
     return weight.array.qvalue if by_qwix(weight) else weight
 
 
 def pure(state: Any) -> Any:
-    """A pytree with the values of its variables in their places; ``nnx.as_pure`` of newer Flax.
+    """Return a pytree with every variable replaced by its value, like newer Flax's ``nnx.as_pure``.
 
     >>> pure({"scale": nnx.Param(2.0)})
     {'scale': 2.0}
@@ -607,7 +652,7 @@ def pure(state: Any) -> Any:
 
 
 def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
-    """The convolution of ``module`` with another kernel and without bias."""
+    """Apply the convolution of ``module`` with another kernel and without bias."""
     names = ("strides", "padding", "kernel_dilation", "dtype", "param_dtype", "precision")
     names += ("promote_dtype", "preferred_element_type")
     if isinstance(module, nnx.ConvTranspose):

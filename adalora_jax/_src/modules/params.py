@@ -1,4 +1,4 @@
-"""Parameters of a model by their paths."""
+"""Parameters of a model by path."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adalora_jax._src.modules import linen_layers, nnx_layers
 
 
 def parameters_of(model: Any, variables: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Every parameter of a model by its path: arrays or shapes for linen, variables for NNX.
+    """Return a model's parameters by path: arrays or shapes for linen, variables for NNX.
 
     Args:
       model: an NNX module, or a linen module.
-      variables: of the linen module.
+      variables: the variables of a linen module; None for an NNX module.
 
     Raises:
-      TypeError: it is neither, or a linen module without variables.
+      TypeError: ``model`` is neither, an NNX module with variables, or a linen module without.
     """
     if isinstance(model, nnx.Module) and variables is None:
         return nnx_layers.parameters(model)
@@ -33,7 +33,7 @@ def parameters_of(model: Any, variables: Mapping[str, Any] | None) -> dict[str, 
 
 
 def by_path(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of nested dicts by path.
+    """Return the leaves of nested dicts by path.
 
     >>> by_path({"up": {"kernel": 1}})
     {'up/kernel': 1}
@@ -42,7 +42,7 @@ def by_path(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def replaced(params: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts with other leaves at some paths.
+    """Return nested dicts with the leaves at the given paths replaced.
 
     >>> replaced({"up": {"kernel": 1, "bias": 2}}, {"up/kernel": 3})
     {'up': {'kernel': 3, 'bias': 2}}

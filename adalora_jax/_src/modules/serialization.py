@@ -1,4 +1,4 @@
-"""Adapters and configs in ``flax.serialization``: what ``to_bytes`` and Flax's checkpoints hold.
+"""Registration of adapters, states and configs with ``flax.serialization``, as for ``to_bytes``.
 
 An adapter is stored as its three arrays. Its scale and layout, and the config in the allocator's
 state, are those of the target that it is restored into.

@@ -1,9 +1,9 @@
-"""Where adapters lie on a mesh of devices: as the weights they adapt, unless told otherwise.
+"""Shardings of adapters on a mesh, by default derived from the weights that they adapt.
 
-The engine is JAX's own: a ``jax.sharding.NamedSharding`` for each array, and ``jax.jit``. What is
-here only says which. Of an adapter, p lies as the weight's output axes, q as its input axes, the
-stack as the weight's stack; triplets are on all devices. Averages, masks and the optimizer's
-moments lie as what they belong to, and everything else is on all devices.
+This module only derives specs: arrays are sharded by JAX, with ``jax.sharding.NamedSharding`` and
+``jax.jit``. ``p`` is sharded like the weight's output axes, ``q`` like its input axes, and stack
+axes like the weight's stack; the triplet axis is replicated. Averages, masks and the optimizer's
+moments are sharded like the leaves that they belong to; all other leaves are replicated.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
 
-# By pattern, or as a function of a path and what was derived for it.
+# By pattern, or a function of a path and the Adapter of PartitionSpecs derived for it.
 Rules: TypeAlias = Mapping[str, Adapter] | Callable[[str, Adapter], Adapter]
 
 
 def adapter_specs(layer: Layout, shape: Sequence[int], spec: PartitionSpec) -> Adapter:
-    """The :class:`Adapter` of PartitionSpecs that goes with a weight's.
+    """Return the PartitionSpecs of an adapter, derived from that of its weight.
 
-    Where several axes of a weight are one axis of the adapter, that one can be split only as the
-    first of them that is longer than 1: a block of a later one is in many places of the whole. So
-    a convolution's q is not split by its input channels, while heads before head sizes are kept.
+    If several weight axes form one adapter axis, that axis is sharded like the first of them that
+    is longer than 1: a block of a later axis is not contiguous in it. So a convolution's q is not
+    split along its input channels, but a split along attention heads is kept.
 
     Args:
-      layer: how the weight reads as matrices.
-      shape: of the whole weight, stacked axes included.
-      spec: of the weight; what it leaves out is not split.
+      layer: how the weight is read as matrices.
+      shape: shape of the whole weight, stacked axes included.
+      spec: PartitionSpec of the weight; axes that it omits are replicated.
 
+    Returns:
+      An :class:`Adapter` with a PartitionSpec in place of each of p, lam and q.
     >>> dense = Layout()
     >>> specs = adapter_specs(dense, (12, 64, 256), PartitionSpec("layers", "fsdp", "model"))
     >>> specs.p, specs.lam, specs.q
@@ -60,28 +62,27 @@ def adapter_specs(layer: Layout, shape: Sequence[int], spec: PartitionSpec) -> A
 def sharding_of(
     weight: Any, named: NamedSharding | PartitionSpec | None = None
 ) -> NamedSharding | PartitionSpec | None:
-    """Where a weight lies: by its array's NamedSharding, or else as its metadata has it.
+    """Return the sharding of a weight: its array's NamedSharding, or else its metadata's.
 
     Args:
-      weight: an array, a tracer, a ``jax.ShapeDtypeStruct``, or an object that holds some, such as
-        packed integers with their scales; the one that has as many axes as the object counts.
-      named: what the framework's metadata says.
-
+      weight: an array, a tracer, a ``jax.ShapeDtypeStruct``, or an object that contains some, such
+        as packed integers with their scales; the first with as many axes as the object is used.
+      named: the sharding in the framework's metadata, if any.
     >>> sharding_of(jax.numpy.ones((4, 6)), PartitionSpec("fsdp"))
     P('fsdp',)
     """
     axes = lambda node: len(getattr(node, "shape", ()))
     leaf = next((x for x in jax.tree.leaves(weight) if axes(x) == axes(weight)), None)
-    # To ask a tracer for its sharding takes JAX as long as the program is, to refuse it in words.
+    # A tracer's .sharding raises, and formatting the error takes time linear in the program.
     found = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
-    if found is None and isinstance(leaf, jax.Array):  # its type may tell
+    if found is None and isinstance(leaf, jax.Array):  # its type has a sharding on explicit axes
         found = jax.typeof(leaf).sharding
         found = found if found.mesh.axis_names and found.mesh.are_all_axes_explicit else None
     return found if isinstance(found, NamedSharding) else named
 
 
 def spec_of(where: NamedSharding | PartitionSpec | None) -> PartitionSpec:
-    """The PartitionSpec of what :func:`sharding_of` gave; None is on all devices.
+    """Return the PartitionSpec of a sharding from :func:`sharding_of`; None is replicated.
 
     >>> spec_of(None)
     P()
@@ -91,7 +92,9 @@ def spec_of(where: NamedSharding | PartitionSpec | None) -> PartitionSpec:
 
 
 def full(spec: Any, ndim: int) -> PartitionSpec:
-    """The spec with an entry for each axis, so that it can be told which of them axes in front are.
+    """Return a PartitionSpec padded with None to ``ndim`` entries.
+
+    The entries of a padded spec belong to the last axes of an array with more axes.
 
     >>> full(PartitionSpec("data"), 2)
     P('data', None)
@@ -103,19 +106,21 @@ def derive(
     weights: Mapping[str, tuple[Layout, Sequence[int], NamedSharding | PartitionSpec | None]],
     rules: Rules | None = None,
 ) -> dict[str, Adapter]:
-    """``{path: Adapter}`` of PartitionSpecs for all adapted weights.
+    """Return the PartitionSpecs of the adapters of all adapted weights.
 
     Args:
-      weights: by path: how each reads as matrices, its shape, and where it lies.
-      rules: what is to be different. ``{pattern: Adapter of PartitionSpecs}``, with patterns as in
-        ``rank_limits``: a regex for the whole path or for its end at a separator, of which the
-        first that matches counts. Or a function of the path and the derived Adapter, which gives
-        one.
+      weights: by path, the layout, the whole shape, and the sharding of each weight; None for a
+        replicated weight.
+      rules: replacements for derived specs. Either ``{pattern: Adapter of PartitionSpecs}``, with
+        patterns as in ``rank_limits``: a regex for the whole path or for its end at a separator;
+        the first match counts. Or a function ``(path, derived Adapter) -> Adapter``.
+
+    Returns:
+      ``{path: Adapter}``, with a PartitionSpec in place of each of p, lam and q.
 
     Raises:
-      ValueError: a pattern matches nothing, or a rule gives something else than an Adapter of
-        PartitionSpecs of the right length.
-
+      ValueError: a pattern matches nothing, or a rule returns anything but an Adapter of
+        PartitionSpecs with at most as many entries as the derived ones.
     >>> dense = Layout()
     >>> weights = {"up": (dense, (64, 256), PartitionSpec("fsdp", "model"))}
     >>> derive(weights, {"up": Adapter(*[PartitionSpec()] * 3)})
@@ -142,13 +147,13 @@ def derive(
 
 
 def on_mesh(specs: PyTree, base: PyTree) -> PyTree:
-    """A tree of PartitionSpecs as NamedShardings on the mesh of the base; None without a mesh."""
+    """Convert PartitionSpecs to NamedShardings on the mesh of the base; None without a mesh."""
     mesh = mesh_of(base)
     return mesh and jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def placed(make: Callable[..., PyTree], shardings: PyTree | None, *args: Any) -> PyTree:
-    """What ``make(*args)`` gives, jitted, each array made where ``shardings`` says.
+    """Return ``make(*args)``, jitted, with the given output shardings.
 
     >>> placed(jax.numpy.zeros_like, None, jax.numpy.ones(2))
     Array([0., 0.], dtype=float32)
@@ -156,14 +161,14 @@ def placed(make: Callable[..., PyTree], shardings: PyTree | None, *args: Any) ->
     arrays = jax.jit(make, out_shardings=shardings)(*args)
     if shardings is None:
         return arrays
-    # Of a trace within another one the outer one does not learn where explicit axes lie.
+    # A nested jit does not tell the outer trace how explicit axes are sharded.
     explicit = lambda leaf, at: isinstance(leaf, Tracer) and at.mesh.are_all_axes_explicit
     put = lambda leaf, at: jax.device_put(leaf, at) if explicit(leaf, at) else leaf
     return jax.tree.map(put, arrays, shardings)
 
 
 def mesh_of(placed: PyTree) -> Mesh | AbstractMesh | None:
-    """The mesh of the first array or NamedSharding that has one, or else that of ``jax.set_mesh``.
+    """Return the mesh of the first array or NamedSharding with one, or that of ``jax.set_mesh``.
 
     >>> mesh_of({"query": 1.0}) is None
     True
@@ -177,7 +182,7 @@ def mesh_of(placed: PyTree) -> Mesh | AbstractMesh | None:
         return None
     try:
         return jax.sharding.get_mesh()
-    except ValueError:  # in a trace there are no devices
+    except ValueError:  # a trace only has an abstract mesh
         return mesh
 
 

@@ -1,4 +1,4 @@
-"""Where the leaves of a training state are on a mesh: as the parameters that they belong to."""
+"""Shardings of a training state, derived from the parameters that its leaves belong to."""
 
 from __future__ import annotations
 
@@ -24,27 +24,29 @@ def shardings(
     tx: optax.GradientTransformation | None = None,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> PyTree:
-    """Return the NamedSharding of every leaf, for ``jit``'s in and out shardings, and for orbax.
+    """Return the NamedSharding of every leaf of a training state.
 
-    Of an optimizer's state, the leaves that belong to a parameter, such as moments and the
-    allocator's averages, are sharded like it, with axes in front, such as a history's, replicated;
-    masks are sharded like λ. All other leaves are replicated, and so are those that have not their
-    parameter's shape.
+    The result serves as the in and out shardings of ``jax.jit``, and for orbax. In an optimizer's
+    state, the leaves that belong to a parameter, such as moments and the allocator's averages, are
+    sharded like it, and leading axes, such as those of a history, are replicated. Masks are sharded
+    like λ. All other leaves are replicated, and so are leaves that do not have their parameter's
+    shape or have an axis that the mesh does not divide evenly.
 
     Args:
-      state: what trains, in the containers of ``like``; or, with ``tx``, an optimizer's state. Of
-        arrays or ``jax.ShapeDtypeStruct``.
-      like: where the parameters are: the adapters themselves on their devices, their shardings, or
-        the PartitionSpecs of ``adapted.specs``. Without it ``state`` is looked at.
-      tx: the optimizer whose state it is.
-      mesh: of the PartitionSpecs; that of ``like`` or of ``jax.set_mesh`` by default.
+      state: the trained parameters, in the containers of ``like``; or, with ``tx``, an optimizer's
+        state. Its leaves are arrays or ``jax.ShapeDtypeStruct``.
+      like: the source of the shardings: the adapters as arrays on their devices, their
+        NamedShardings, or the PartitionSpecs of ``adapted.specs``. Required with ``tx``; by
+        default ``state`` itself.
+      tx: the optimizer, if ``state`` is its state.
+      mesh: the mesh of the PartitionSpecs; by default that of ``like`` or of ``jax.set_mesh``.
 
     Returns:
       The containers of ``state``, with a ``NamedSharding`` at each leaf.
 
     Raises:
-      ValueError: there is no mesh, or ``state`` has another structure than ``like``, or than
-        ``tx`` gives it.
+      ValueError: ``tx`` is given without ``like``, no mesh is found, or the structure of ``state``
+        does not match ``like`` or ``tx``.
 
     >>> import jax, optax, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4)
@@ -81,7 +83,7 @@ def shardings(
         return treedef.unflatten([place(leaf, owners[n]) for n, (_, leaf) in zip(names, named)])
     everywhere = NamedSharding(mesh, PartitionSpec())
     values = pytree.bare(state)
-    # What a user wrote down has neither scale nor layout, which are part of the structure.
+    # Specs written by a user lack the scale and layout, which are part of the tree's structure.
     known = [pytree.adapters(found.sensitivity) for found in allocator_states(values)]
     like = _with_facts(pytree.bare(like), {p: a for found in known for p, a in found.items()})
     lams = {path: adapter.lam for path, adapter in pytree.adapters(like).items()}
@@ -91,7 +93,7 @@ def shardings(
 
 
 def _with_facts(like: PyTree, known: Mapping[str, Adapter]) -> PyTree:
-    """Return the tree with the scale and the layout of the adapters at the same paths."""
+    """Return ``like`` with the scale and layout of the adapters in ``known`` at the same paths."""
 
     def replaced(path, node):
         other = known.get(pytree.path_name(path))
@@ -103,9 +105,10 @@ def _with_facts(like: PyTree, known: Mapping[str, Adapter]) -> PyTree:
 
 
 def _as(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The sharding of what has ``shape`` and belongs to ``owner``: an array, its sharding or spec.
+    """Return the sharding of a leaf of ``owner``, which is an array or its sharding or spec.
 
-    On all devices where the shape shows that it is no copy of the owner, as in factored moments.
+    The leaf is replicated if its shape differs from the owner's, as in factored moments, or if the
+    mesh does not divide an axis evenly.
     """
     is_place = isinstance(owner, (NamedSharding, PartitionSpec))
     spec = spec_of(owner if is_place else sharding_of(owner))

@@ -1,4 +1,4 @@
-"""Which layers are adapted: patterns, predicates, ranks; and the table that says so."""
+"""Selection of layers by pattern or predicate, their ranks, and a table of the selection."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Target(NamedTuple):
 
     Attributes:
       layer: how the weight is read as matrices.
-      shape: of the whole weight.
-      rank: triplets of each matrix at the start.
-      note: why the increment cannot be merged; empty where it can.
+      shape: shape of the whole weight, stacked axes included.
+      rank: triplets per matrix at the start.
+      note: why the increment cannot be merged; empty if it can.
     """
 
     layer: Layout
@@ -44,25 +44,26 @@ class Target(NamedTuple):
 
 
 def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, Target]:
-    """Return the layers that ``config`` asks for, by path, sorted.
+    """Return the layers that ``config`` selects, sorted by path.
 
-    ``target_modules`` means what it means in PEFT: a list of names, each matching the paths that
-    end with it at a separator; or one regex that must match a whole path; or ``"all-linear"``. It
-    may also be a function ``(path, module) -> bool | RankSpec``, see :func:`resolve`. Paths are
+    ``target_modules`` is defined as in PEFT: a list of names, each of which matches the paths that
+    end with it at a separator; one regex that must match a whole path; or ``"all-linear"``. It may
+    also be a function ``(path, module) -> bool | RankSpec``, see :func:`resolve`. Paths are
     written ``encoder/layers_0/query``; ``encoder.layers_0.query`` matches as well.
 
-    A name in a list is meant literally, so each must lead to a layer that can be adapted. A regex
-    or a function picks among the layers that can. Each pattern of ``exclude_modules`` must match
-    a module, each of ``rank_limits`` a layer that is adapted.
+    Every module that a name in a list selects must be adaptable. A regex or a function selects
+    among the adaptable layers only. Each pattern of ``exclude_modules`` must match a module, each
+    pattern of ``rank_limits`` an adapted layer.
 
     Args:
       candidates: every module of the model by path.
-      config: patterns, ranks.
+      config: patterns and ranks.
 
     Raises:
-      ValueError: nothing is selected, a pattern matches nothing, or a name in the list is that of
-        a module that cannot be adapted; with the nearest paths there are. Or a function returned a
-        RankSpec.
+      ValueError: nothing is selected; a pattern or an index matches nothing; a name in the list
+        selects a module that cannot be adapted, or only modules that ``modules_to_save`` trains;
+        ``exclude_modules`` names a module that only contains layers; or a function returned a
+        RankSpec. The message names the nearest paths.
     """
     chosen = _chosen(candidates, config)
     if specs := _specs(chosen, config):
@@ -83,16 +84,16 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
 
 
 def resolve(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> AdaLoraConfig:
-    """Return ``config`` with a function as ``target_modules`` replaced by what it chose.
+    """Return ``config`` with a ``target_modules`` function replaced by the paths it selects.
 
-    The optimizer and merging see paths, not modules, so the function cannot tell them the ranks
-    it chose; and a config without functions can be saved. Each RankSpec becomes an entry of
-    ``rank_limits``, before those there are.
+    The optimizer and merging see paths, not modules, so they cannot call the function to learn its
+    ranks; and a config without functions can be saved. Each RankSpec becomes an entry of
+    ``rank_limits``, before the existing entries.
     """
     if not callable(config.target_modules):
         return config
     chosen = _chosen(candidates, config)
-    # The pattern of a path also matches longer paths with the same end: those come first.
+    # The pattern of a path also matches longer paths with the same end, so these come first.
     specs = sorted(_specs(chosen, config).items(), key=lambda item: (-len(item[0]), item[0]))
     limits = [(re.escape(path), spec) for path, spec in specs]
     return config.replace(
@@ -102,7 +103,7 @@ def resolve(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> AdaLo
 
 
 def _specs(chosen: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, RankSpec]:
-    """The RankSpecs that a function as ``target_modules`` gives."""
+    """Return the RankSpecs that a ``target_modules`` function returns, by path."""
     if not callable(config.target_modules):
         return {}
     verdicts = {path: config.target_modules(path, c.module) for path, c in chosen.items()}
@@ -110,7 +111,7 @@ def _specs(chosen: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, 
 
 
 def _chosen(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[str, Candidate]:
-    """The candidates that are selected, in the order of their paths."""
+    """Return the selected candidates, sorted by path."""
     kept = _matched(candidates, config)
     for path in kept if isinstance(config.target_modules, tuple) else ():
         if not _adaptable(candidates[path]):
@@ -130,10 +131,11 @@ def _chosen(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[
 
 
 def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list[str]:
-    """The paths that the patterns of ``config`` pick, whether they can be adapted or not, sorted.
+    """Return the sorted paths that the patterns of ``config`` select, adaptable or not.
 
     Raises:
-      ValueError: there is no ``target_modules``, or a pattern matches nothing.
+      ValueError: ``target_modules`` is None, a pattern or an index matches nothing, a name selects
+        only modules that ``modules_to_save`` trains, or an excluded module only contains layers.
     """
     wanted, excluded = config.target_modules, config.exclude_modules
     if wanted is None:
@@ -169,7 +171,7 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
 
 
 def _refuse_container(name: str, candidates: Mapping[str, Candidate]) -> None:
-    """Raise where a name in ``exclude_modules`` is that of modules that only hold layers."""
+    """Raise an error if a name in ``exclude_modules`` matches only containers of layers."""
     found = [path for path, c in candidates.items() if _is_suffix(name, path)]
     inside = [p for p, c in candidates.items() if c.layer and p.startswith(f"{found[0]}/")]
     if inside and not any(candidates[path].layer for path in found):
@@ -181,7 +183,7 @@ def _refuse_container(name: str, candidates: Mapping[str, Candidate]) -> None:
 
 
 def _require_indices(paths: Sequence[str], config: AdaLoraConfig) -> None:
-    """Raise where ``layers_to_transform`` holds an index that no path has."""
+    """Raise an error if some indices of ``layers_to_transform`` match a path and others do not."""
     wanted = config.layers_to_transform
     if wanted is None or not paths:
         return
@@ -204,7 +206,7 @@ def _require_match(field: str, name: str, wanted: Any, candidates: Mapping[str, 
 
 
 def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> str:
-    """The message where no path is picked: which setting took the matches away, or what is near."""
+    """Return the error message for an empty selection: its cause, or the nearest paths."""
     wanted = config.target_modules
     names = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     filters = {name: value for name in names if (value := getattr(config, name)) is not None}
@@ -223,7 +225,7 @@ def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig)
 
 
 def _whole_path(wanted: Any) -> str:
-    """What a string means, for a message where it matches nothing."""
+    """Return a hint on how a string is matched, for the message if it matches nothing."""
     if not isinstance(wanted, str) or wanted == "all-linear":
         return ""
     return (
@@ -237,7 +239,7 @@ def _adaptable(candidate: Candidate) -> bool:
 
 
 def saved(path: str, config: AdaLoraConfig) -> bool:
-    """Return whether ``modules_to_save`` names this path, or a module that holds it.
+    """Return whether ``modules_to_save`` names this path or a module that contains it.
 
     >>> saved("head/kernel", AdaLoraConfig(total_step=1, modules_to_save=["head"]))
     True
@@ -248,7 +250,7 @@ def saved(path: str, config: AdaLoraConfig) -> bool:
 
 
 def saved_roots(paths: Sequence[str], config: AdaLoraConfig) -> list[str]:
-    """Return the outermost nodes that are to be saved, of parameter ``paths`` and their parents.
+    """Return the outermost of ``paths`` and their parents that ``modules_to_save`` names.
 
     Raises:
       ValueError: a name in ``modules_to_save`` matches nothing.
@@ -274,10 +276,10 @@ def init_all(
     config: AdaLoraConfig,
     shardings: Mapping[str, Adapter] | None = None,
 ) -> dict[str, Adapter]:
-    """Make adapters for all targets, in one jitted call, each placed as ``shardings`` says.
+    """Initialise the adapters of all targets in one jitted call, with the given shardings.
 
-    Weights that read alike are initialised together: a deep model compiles as fast as a shallow
-    one. The values do not depend on the mesh.
+    Weights with the same matrix shapes and rank are initialised together, so a deep model compiles
+    as fast as a shallow one. The values do not depend on the mesh.
 
     Raises:
       TypeError: ``key`` is not a PRNG key.
@@ -301,7 +303,7 @@ def init_all(
 
 
 def facts(targets: Mapping[str, Target], config: AdaLoraConfig) -> dict[str, dict[str, Any]]:
-    """Return ``{path: static fields}`` of the adapters: by them each knows its weight."""
+    """Return ``{path: static fields}`` of the adapters: scale and layout of each weight."""
     return {
         path: {
             "scale": config.scale_of(path),
@@ -314,7 +316,7 @@ def facts(targets: Mapping[str, Target], config: AdaLoraConfig) -> dict[str, dic
 
 
 def _init_alike(keys, stack, in_features, out_features, rank, config) -> Adapter:
-    """One adapter a key, stacked."""
+    """Return one adapter per key, stacked."""
     one = lambda key: init_adapter(key, in_features, out_features, config, rank=rank, stack=stack)
     return jax.vmap(one)(keys)
 
@@ -325,12 +327,13 @@ def describe(
     candidates: Mapping[str, Candidate] | None = None,
     parameters: Mapping[str, tuple[int, ...]] | None = None,
 ) -> str:
-    """Return a table of what would be adapted: shapes, starting ranks, parameters and cost.
+    """Return a table of the targets: shapes, starting ranks, parameters and cost.
 
-    The cost is the adapter's share of the weight: of its parameters, and for a dense layer of its
-    multiply-adds. Below are the memory that comes on top of the base model, what
-    ``modules_to_save`` trains, a line for each of the ``candidates`` that the config picks but that
-    cannot be adapted, and the ``parameters`` of two or more axes that no known layer holds.
+    The cost is the adapter's size relative to the weight: in parameters, and for a dense layer
+    also in multiply-adds. The lines below the table list the memory needed in addition to the base
+    model, the parameters that ``modules_to_save`` trains, the ``candidates`` that the config
+    selects but that cannot be adapted, and the ``parameters`` of two or more axes that no known
+    layer holds.
 
     >>> dense = Target(Layout(), (60, 40), 2)
     >>> print(describe({"query": dense}, AdaLoraConfig(total_step=10)))
@@ -350,7 +353,7 @@ def describe(
     total = ("total", "", matrices, "", "", rank, count, kernel, _percent(count, kernel))
     header = ("layer", "kind", "matrices", "in", "out", "rank", "parameters", "kernel", "cost")
     adapters = count * jnp.dtype(config.param_dtype).itemsize
-    importance = count * 2 * 4 + rank  # two float32 averages a parameter, a boolean a triplet
+    importance = count * 2 * 4 + rank  # two float32 averages per parameter, a boolean per triplet
     memory = f"memory: adapters {_bytes(adapters)}, importance {_bytes(importance)}"
     refused = {p: candidates[p] for p in _matched(candidates, config)} if candidates else {}
     lines = [f"not adapted: {p} {c.shape}: {c.refused}" for p, c in refused.items() if c.refused]
@@ -360,7 +363,7 @@ def describe(
 
 
 def _trained_along(parameters: Mapping[str, tuple[int, ...]], config: AdaLoraConfig) -> list[str]:
-    """Return a line that names what ``modules_to_save`` trains, if anything."""
+    """Return a line that lists the parameters that ``modules_to_save`` trains, if any."""
     if not config.modules_to_save or not parameters:
         return []
     return [f"trained along: {', '.join(saved_roots(list(parameters), config))}"]
@@ -371,13 +374,13 @@ def _of_no_layer(
     candidates: Mapping[str, Candidate],
     config: AdaLoraConfig,
 ) -> list[str]:
-    """Return a line that names the matrices that no known layer holds, if there are any."""
+    """Return a line that lists the matrices that no known layer holds, if any."""
     layers = {path: c.layer for path, c in candidates.items() if c.layer}
     held = {f"{path}/{layer.weight}".lstrip("/") for path, layer in layers.items()} | {*layers}
     found = [
         f"{path} {shape}"
         for path, shape in parameters.items()
-        # Of a stack of layers, biases and norms have two axes as well.
+        # Biases and norm scales of stacked layers have two axes as well.
         if len(shape) >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
         if not saved(path, config)
         if not any(path == place or path.startswith(f"{place}/") for place in held)
@@ -414,7 +417,7 @@ def _matches(wanted: Any, path: str, candidate: Candidate) -> bool:
 
 
 def _is_suffix(name: str, path: str) -> bool:
-    """PEFT's rule: the path is the name, or ends with it at a separator."""
+    """Return whether the path is the name or ends with it at a separator, as in PEFT."""
     name, path = name.replace(".", "/").strip("/"), path.replace(".", "/")
     return path == name or path.endswith(f"/{name}")
 
@@ -428,15 +431,15 @@ def _layer_index_matches(path: str, config: AdaLoraConfig) -> bool:
 
 
 def _layer_index(path: str, names: tuple[str, ...] | None) -> int | None:
-    """The index of the layer that holds ``path``: 3 of ``h/3/mlp/up`` and of ``block_3/mlp/up``.
+    """Return the layer index in ``path``: 3 for ``h/3/mlp/up`` and for ``block_3/mlp/up``.
 
-    As in PEFT, a number that is a path component of its own counts, the last one where there are
-    several, and ``layers_pattern`` can name the list. Without such a component the number that
-    ends the first name is taken, as in linen's own names.
+    As in PEFT, the index is a path component that is a number, the last one if there are several,
+    and ``layers_pattern`` can name the component before it. Without such a component it is the
+    number at the end of the first name with one (``block_3``), as in linen's default names.
     """
     parents = path.rpartition("/")[0]
     for name in names or (r"[^/]+",):
-        # A pattern may have groups, so the index is the last one.
+        # A pattern may have groups itself, so the index is the last group.
         found = list(re.finditer(rf"(?:^|/)(?:{name})/(\d+)(?=/|$)", parents))[-1:]
         found = found or list(re.finditer(rf"(?:^|/)(?:{name})_(\d+)(?=/|$)", parents))[:1]
         if found:
@@ -445,7 +448,10 @@ def _layer_index(path: str, names: tuple[str, ...] | None) -> int | None:
 
 
 def _ranks(paths: Sequence[str], config: AdaLoraConfig) -> dict[str, int]:
-    """What ``init_r`` and ``rank_limits`` say, or else an earlier run's ``rank_pattern``."""
+    """Return starting ranks by path: an earlier run's ``rank_pattern``, else ``rank_limits``.
+
+    Layers in neither have rank ``init_r``.
+    """
     ranks = {path: config.spec_of(path).init_r for path in paths}
     for name, rank in config.rank_pattern or ():
         name = name.removesuffix(".lora_E").removeprefix("base_model.model.")
@@ -459,7 +465,7 @@ def _ranks(paths: Sequence[str], config: AdaLoraConfig) -> dict[str, int]:
 
 
 def _rank(rank: Any) -> int:
-    """Of a number, of the booleans of one adapter, or of the largest in a stack."""
+    """Return the rank given as a number or as booleans; of a stack, the largest."""
     if isinstance(rank, int):
         return rank
     return max(map(_rank, rank)) if any(isinstance(entry, tuple) for entry in rank) else sum(rank)
@@ -486,7 +492,7 @@ def _nearest(name: str, candidates: Mapping[str, Candidate]) -> str:
 
 
 def _by_similarity(name: str, paths: Iterable[str]) -> list[str]:
-    """The paths by how much they, or their last names, are like ``name``; the nearest first."""
+    """Return the paths sorted by similarity of path or last name to ``name``, nearest first."""
     plain = re.sub(r"[^\w/]+", "", name.replace(".", "/"))
     ratio = lambda path: difflib.SequenceMatcher(None, plain, path).ratio()
     return sorted(sorted(paths), key=lambda p: -max(ratio(p), ratio(p.rpartition("/")[2])))

@@ -1,7 +1,7 @@
-"""How a model uses its weights, seen in a trace: as they are stored, transformed, or elsewhere.
+"""Analysis of a traced model: weights used as stored, transformed, or outside of their layers.
 
-An increment ``ΔW`` may be added to a stored weight only if the layer multiplies with that weight
-and adds nothing that depends on it, and if nothing else in the model reads it. A jaxpr tells. While
+An increment ``ΔW`` may be added to a stored weight only if the layer multiplies with that weight,
+adds nothing that depends on it, and nothing else in the model reads it. A jaxpr shows this. While
 the model is traced, each layer's call runs under a name (:func:`scope_name`) and its output passes
 through a marker of that name; :func:`find_uses` follows every weight from the program's inputs to
 those markers.
@@ -21,7 +21,7 @@ from jax.extend import core
 _NAME = re.compile(r"adalora:(\d+):")
 _PROBE = re.compile(r"adalora-probe:(\d+):")
 _INPUTS = re.compile(r"adalora-input:(\d+):")
-# They leave the entries as they are, and their places.
+# Primitives that change neither the entries nor their positions.
 _PASSING = {
     "convert_element_type",
     "copy",
@@ -34,7 +34,7 @@ _PASSING = {
     "reshard",
     "sharding_constraint",
 }
-# They move the entries.
+# Primitives that move the entries.
 _MOVING = {
     "broadcast_in_dim",
     "dynamic_slice",
@@ -50,19 +50,19 @@ _PRODUCTS = {"conv_general_dilated", "dot_general", "gather"}
 _SUMS = {"add", "add_any", "cumsum", "psum", "psum_invariant", "reduce_sum"}
 _CONTRACTIONS = {*_PRODUCTS, "ragged_dot", "ragged_dot_general", "sort", "top_k"}
 
-# Stages of a value on its way: the weight itself, made of it, or the layer's product with it.
+# Stages of a value: the weight itself, derived from it, or the layer's product with it.
 _RAW, _CHANGED, _PRODUCT = "raw", "changed", "product"
-# And of what a layer is given to multiply its weight with.
+# The stage of a marked layer input.
 _INPUT = "input"
 
 
 class Use(NamedTuple):
-    """How one weight is used.
+    """The use of one weight.
 
     Attributes:
-      transformed: its layer computes with something made of it.
+      transformed: its layer multiplies with a value derived from it.
       followed: its layer does more to the product than adding to it.
-      elsewhere: something outside of its layer reads it.
+      elsewhere: code outside of its layer reads it.
       unseen: the layer could not be traced, so the other three are unknown.
     """
 
@@ -82,7 +82,7 @@ def scope_name(index: int) -> str:
 
 
 def probe_name(index: int) -> str:
-    """Return the name of the marker by which a layer shows its probe, see :func:`find_uses`.
+    """Return the name of the marker on a layer's probe, see :func:`find_uses`.
 
     >>> probe_name(3)
     'adalora-probe:3:'
@@ -91,14 +91,15 @@ def probe_name(index: int) -> str:
 
 
 def mark_output(index: int, output: Any) -> Any:
-    """Return a layer's output behind the marker that ends the layer for :func:`find_uses`."""
+    """Return a layer's output with the marker that ends the layer for :func:`find_uses`."""
     return _named(scope_name(index), output)
 
 
 def mark_input(index: int, x: Any) -> Any:
-    """Return a layer's input behind a marker: a layer that multiplies something else is followed.
+    """Return a layer's input with a marker for :func:`find_uses`.
 
-    For classes that are no Flax layers. What they make of their input their adapter does not see.
+    Used for classes that are not Flax layers: their adapter sees the input itself, so a layer that
+    multiplies its weight with any other value counts as ``followed``.
     """
     return _named(f"adalora-input:{index}:", x)
 
@@ -114,9 +115,9 @@ def find_uses(
     """Return how each weight of a traced program is used.
 
     Args:
-      jaxpr: of the program.
-      weights: ``{position among the inputs: index of the weight}``. One may be a probe, which no
-        layer computes with: it is transformed if its layer sees something else than the input.
+      jaxpr: the traced program.
+      weights: ``{position among the inputs: index of the weight}``. An input may also be a probe,
+        which no layer computes with: it counts as transformed if its layer sees another value.
       scaled: indices of the weights that their layers multiply by a known constant.
     """
     walk = _Walk(scaled)
@@ -140,7 +141,7 @@ _NONE: _Tags = frozenset()
 
 
 class _Walk:
-    """One pass over a program, with the stages of all weights at once."""
+    """A single pass over a program that tracks the stages of all weights."""
 
     def __init__(self, scaled: frozenset[int]):
         self.scaled = scaled
@@ -150,7 +151,7 @@ class _Walk:
         self.marked: set[int] = set()
 
     def run(self, jaxpr: Any, given: Sequence[_Tags], scope: int | None) -> list[_Tags]:
-        """Return the tags of a jaxpr's outputs from those of its inputs."""
+        """Return the tags of a jaxpr's outputs, given those of its inputs."""
         tags: dict[Any, _Tags] = dict(zip(jaxpr.invars, given))
         read = lambda v: _NONE if isinstance(v, core.Literal) else tags.get(v, _NONE)
         for eqn in jaxpr.eqns:
@@ -176,7 +177,7 @@ class _Walk:
         if (called := _called(eqn)) is not None:
             return self.run(called, inputs, scope)
         if primitive == "name" and (mark := _NAME.fullmatch(eqn.params["name"])):
-            index = int(mark[1])  # from here on the layer's output is the model's business
+            index = int(mark[1])  # the layer ends here, so stop tracking its weight
             return [frozenset((i, s) for i, s in inputs[0] if i != index)]
         if primitive == "name" and (mark := _INPUTS.fullmatch(eqn.params["name"])):
             self.marked.add(int(mark[1]))
@@ -193,7 +194,7 @@ class _Walk:
         return [frozenset(result)] * count
 
     def stage(self, eqn: Any, inputs: list[set[str]], index: int, inside: bool) -> str | None:
-        """Return what an operation makes of the values that depend on one weight."""
+        """Return the stage of an operation's result for one weight, and record the weight's use."""
         primitive, given = eqn.primitive.name, inputs
         inputs = [stages - {_INPUT} for stages in given]
         seen = set().union(*inputs)
@@ -209,7 +210,7 @@ class _Walk:
         if not inside:
             if _RAW in seen:
                 self.outside.add(index)
-            if _PRODUCT in seen:  # it has left its layer without passing by the marker
+            if _PRODUCT in seen:  # the product left its layer without passing the marker
                 self.followed.add(index)
             return None if primitive in _CONTRACTIONS or seen == {_PRODUCT} else _CHANGED
         if primitive in _PRODUCTS and sum(map(bool, inputs)) == 1 and seen != {_PRODUCT}:
@@ -223,7 +224,7 @@ class _Walk:
             if primitive not in _SUMS and not first:
                 self.followed.add(index)
             return _PRODUCT
-        if primitive in _CONTRACTIONS:  # of two things that depend on the weight
+        if primitive in _CONTRACTIONS:  # both operands depend on the weight
             self.transformed.add(index)
             return _PRODUCT
         return _CHANGED
@@ -234,7 +235,7 @@ def _size(variable: Any) -> int:
 
 
 def _called(eqn: Any) -> Any:
-    """Return the jaxpr that a call-like operation runs on its inputs, if it is one."""
+    """Return the jaxpr that a call-like operation runs on its inputs; None for other operations."""
     for value in eqn.params.values():
         jaxpr = getattr(value, "jaxpr", value)
         if hasattr(jaxpr, "eqns") and len(jaxpr.invars) == len(eqn.invars):

@@ -1,1 +1,1 @@
-"""Adapters over quantised bases."""
+"""Quantised base models and their adapters."""

@@ -1,19 +1,21 @@
-"""GPTQ checkpoints of Hugging Face models, kept in the packed form they come in.
+"""GPTQ checkpoints of Hugging Face models, in their packed form.
 
-A linear layer of ``in`` inputs and ``out`` outputs, in groups of g inputs, is four tensors:
+A linear layer of ``in`` inputs and ``out`` outputs, in groups of g inputs, has four tensors:
 
-| tensor | shape | is |
-| --- | --- | --- |
-| ``qweight`` | ``[in · bits / 32, out]`` int32 | the weight, 32 / bits inputs in a word |
-| ``qzeros`` | ``[in / g, out · bits / 32]`` int32 | zero points, 32 / bits outputs in a word |
-| ``scales`` | ``[in / g, out]`` float16 | one for each group and output |
-| ``g_idx`` | ``[in]`` int32 | the group of each input; with act-order in any order |
+===========  ====================================  ==============================================
+tensor       shape and dtype                       content
+===========  ====================================  ==============================================
+``qweight``  ``[in · bits / 32, out]`` int32       the weight, 32 / bits inputs per word
+``qzeros``   ``[in / g, out · bits / 32]`` int32   zero points, 32 / bits outputs per word
+``scales``   ``[in / g, out]`` float16             one scale per group and output
+``g_idx``    ``[in]`` int32                        group of each input, in any order for act-order
+===========  ====================================  ==============================================
 
-Lowest bits come first, and
+The lowest bits of a word are the first input or output, and
 ``W[i, o] = scales[g_idx[i], o] · (qweight[i, o] − qzeros[g_idx[i], o])``.
-The format ``"gptq"`` (v1) stores zero points less one: its writers take one from each field of the
-packed words, with the borrow, and so it is added to the words, with the carry. ``"gptq_v2"``
-stores them as they are.
+The format ``"gptq"`` (v1) stores zero points minus one. Its writers subtract 1 from every field of
+the packed words with borrows between fields, so reading adds 1 to every field with carries.
+``"gptq_v2"`` stores the zero points themselves.
 """
 
 from __future__ import annotations
@@ -42,27 +44,40 @@ _FORMATS = ("gptq", "gptq_v2")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GptqWeight(Packed):
-    """A weight in GPTQ's packed form; stacked layers have leading axes in front of all arrays."""
+    """Weight in GPTQ's packed form; in a stack of layers all arrays have leading stack axes.
 
-    qweight: jax.Array  # [in · bits / 32, out] uint32
-    qzeros: jax.Array  # [groups, out · bits / 32] uint32, without the offset of v1
-    scales: jax.Array  # [groups, out], in the dtype of the dequantised weight
-    groups: jax.Array | None  # [in] int32; None where groups are consecutive inputs
+    Attributes:
+      qweight: ``[in · bits / 32, out]`` uint32, the packed weight.
+      qzeros: ``[groups, out · bits / 32]`` uint32, the packed zero points, without v1's offset.
+      scales: ``[groups, out]``, in the dtype of the dequantised weight.
+      groups: ``[in]`` int32, the group of each input; None if groups are consecutive inputs.
+      bits: bits per number, 4 or 8; static.
+      own: shape of the weight of one layer; static.
+    """
+
+    qweight: jax.Array
+    qzeros: jax.Array
+    scales: jax.Array
+    groups: jax.Array | None
     bits: int = dataclasses.field(metadata={"static": True})
-    own: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # shape of one layer
+    own: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight, stack axes included."""
         return (*self.qweight.shape[:-2], *self.own)
 
     @property
     def dtype(self) -> Any:
-        """That of the scales."""
+        """Dtype of the scales and of the dequantised weight."""
         return self.scales.dtype
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The weight, computed in float32 and rounded once."""
+        """Return the weight, computed in float32 and rounded once; its gradient is zero.
+
+        Args:
+          dtype: of the result; None for that of the scales.
+        """
         layer = _dequantize
         for _ in self.qweight.shape[:-2]:
             layer = jax.vmap(layer)
@@ -70,7 +85,7 @@ class GptqWeight(Packed):
         return dense.astype(self.dtype if dtype is None else dtype)
 
     def requantize(self, weight: jax.Array) -> Packed:
-        """Not possible.
+        """Raise an error: a GPTQ weight cannot be requantised.
 
         Raises:
           ValueError: always.
@@ -82,12 +97,12 @@ class GptqWeight(Packed):
         )
 
     def as_shape(self, own: tuple[int, ...], dtype: Any) -> GptqWeight:
-        """The same for a layer whose weight has these axes and this dtype."""
+        """Return the weight with the shape ``own`` per layer, dequantised to ``dtype``."""
         return dataclasses.replace(self, own=tuple(own), scales=self.scales.astype(dtype))
 
 
 def _dequantize(weight: GptqWeight) -> jax.Array:
-    """One layer's ``[in, out]`` in float32."""
+    """Return the weight of one layer as ``[in, out]`` float32."""
     values = packed.unpack(weight.qweight, 0, weight.bits).astype(jnp.float32)
     zeros = packed.unpack(weight.qzeros, 1, weight.bits).astype(jnp.float32)
     scales = weight.scales.astype(jnp.float32)
@@ -108,17 +123,20 @@ def from_tensors(
     dtype: Any = jnp.float32,
     name: str = "the layer",
 ) -> GptqWeight:
-    """A weight from the four tensors of a checkpoint.
+    """Return a weight made of the four tensors of a checkpoint.
 
     Args:
-      qweight, qzeros, scales, g_idx: as in the table above; without ``g_idx`` the groups are
-        consecutive inputs.
+      qweight: the packed weight, ``[in · bits / 32, out]`` int32.
+      qzeros: the packed zero points, ``[groups, out · bits / 32]`` int32.
+      scales: ``[groups, out]``.
+      g_idx: the group of each input, ``[in]``; None if groups are consecutive inputs.
       checkpoint_format: ``"gptq"`` or ``"gptq_v2"``.
-      dtype: of the dequantised weight, and of the scales.
-      name: for messages.
+      dtype: dtype of the dequantised weight and of the scales.
+      name: name of the layer for error messages.
 
     Raises:
-      ValueError: shapes or dtypes do not belong together, or bits are neither 4 nor 8.
+      ValueError: the format is unknown, shapes or dtypes are inconsistent, or the number of bits is
+        neither 4 nor 8.
 
     >>> weight = from_tensors(
     ...     np.full((2, 8), 0x98765432, np.uint32).view(np.int32),  # 2 ... 9 in each column
@@ -168,16 +186,19 @@ def from_tensors(
 
 
 def read_gptq(directory: str | pathlib.Path, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """All GPTQ layers of a checkpoint, ``{name: {"kernel": GptqWeight, "bias": array}}``.
+    """Return all GPTQ layers of a checkpoint: ``{name: {"kernel": GptqWeight, "bias": array}}``.
 
-    The tensors go from the files to the device as they are, one layer at a time.
+    The packed tensors are copied from the files to the device without dequantising, one layer at a
+    time. A layer without a bias has None.
 
     Args:
-      directory: with ``*.safetensors`` and a ``config.json`` or ``quantize_config.json``.
-      dtype: of the dequantised weights.
+      directory: a directory with ``*.safetensors`` and, for the checkpoint's format, a
+        ``config.json`` or ``quantize_config.json``.
+      dtype: dtype of the dequantised weights.
 
     Raises:
-      ValueError: there is no GPTQ layer, or the checkpoint is of another method.
+      ValueError: the checkpoint has no GPTQ layer or uses another quantisation method, or a layer
+        lacks a tensor or has inconsistent ones.
     """
     directory = pathlib.Path(directory)
     files = sorted(directory.glob("*.safetensors"))
@@ -217,7 +238,11 @@ def _read(file: pathlib.Path, key: str) -> np.ndarray:
 
 
 def _settings(directory: pathlib.Path) -> dict[str, Any]:
-    """What the checkpoint says of how it was quantised."""
+    """Return the checkpoint's quantisation settings; empty if there are none.
+
+    Raises:
+      ValueError: the settings are those of another method than GPTQ.
+    """
     for file in ("quantize_config.json", "config.json"):
         if (directory / file).exists():
             said = json.loads((directory / file).read_text(encoding="utf-8"))
@@ -238,28 +263,30 @@ def load_gptq(
     names: Mapping[str, Any] | Callable[[str], Any] | None = None,
     dtype: Any = jnp.float32,
 ) -> Any:
-    """A model whose kernels are those of a GPTQ checkpoint, in their packed form.
+    """Return a model with the kernels of a GPTQ checkpoint, in their packed form.
 
-    A layer's bias is taken along. All other parameters stay what they are; kernels that are
-    replaced may be mere shapes, as ``jax.eval_shape`` or ``nnx.eval_shape`` makes them.
+    The biases of these layers are loaded, too. All other parameters are unchanged. The kernels to
+    be replaced may be shapes, as ``jax.eval_shape`` or ``nnx.eval_shape`` returns them.
 
     Args:
-      directory: of a Hugging Face checkpoint with safetensors.
-      model: a linen or NNX module.
-      variables: of a linen module; not changed.
-      names: the checkpoint's name of a layer from its path in the model: a dict, or a function
-        that gives None for layers that are not in the checkpoint. A list of names is a stack of
-        layers, in this order. Without it ``/`` becomes ``.``, and paths which that does not lead
-        to a name stay as they are.
-      dtype: of the dequantised kernels.
+      directory: directory of a Hugging Face checkpoint with ``*.safetensors``.
+      model: a linen or NNX module; not changed.
+      variables: the variables of a linen module; not changed.
+      names: from a layer's path in the model to its name in the checkpoint: a dict, or a function
+        that returns None for layers that are not in the checkpoint. A list of names is a stack of
+        layers in this order. By default the name is the path with ``.`` for ``/``, and layers
+        without such a name in the checkpoint are unchanged.
+      dtype: floating-point dtype of the dequantised kernels.
 
     Returns:
-      ``(module, variables)`` for linen, as from
-      :func:`~adalora_jax.quantized.quantize_linen`; a model for NNX.
+      ``(module, variables)`` for linen, as :func:`adalora_jax.quantization.quantize` returns them;
+      a copy of the model for NNX.
 
     Raises:
-      ValueError: no layer of the checkpoint has a place in the model, a name is not in the
-        checkpoint, or a shape is another.
+      TypeError: ``model`` is neither an NNX module nor a linen module with its variables.
+      ValueError: no layer of the model has a name in the checkpoint, a name is not in the
+        checkpoint, shapes differ, the model lacks a bias that is not zero, or the checkpoint is not
+        a valid GPTQ checkpoint.
     """
     layers = read_gptq(directory, dtype)
     params = parameters_of(model, variables)
@@ -282,7 +309,11 @@ def load_gptq(
 
 
 def _bias(parts, place, path) -> jax.Array | None:
-    """The checkpoint's bias in the shape and dtype of the model's."""
+    """Return the checkpoint's bias in the shape and dtype of the model's; None if there is none.
+
+    Raises:
+      ValueError: the model has no bias, and the checkpoint's is not zero.
+    """
     given = [part["bias"] for part in parts]
     if any(bias is None for bias in given):
         return None
@@ -290,11 +321,15 @@ def _bias(parts, place, path) -> jax.Array | None:
         return jnp.stack(given).reshape(place.shape).astype(place.dtype)
     if any(jnp.any(bias != 0) for bias in given):
         raise ValueError(f"{path!r} has a bias in the checkpoint but none in the model.")
-    return None  # some writers give every layer a bias
+    return None  # some writers add a zero bias to every layer
 
 
 def _kernel(parts, shape, path, dtype) -> GptqWeight:
-    """The kernel of one layer of this shape, or of a stack of layers."""
+    """Return the kernel of one layer of this shape, or of a stack of layers.
+
+    Raises:
+      ValueError: the shape does not fit the checkpoint's matrices.
+    """
     stack = (len(parts),) if len(parts) > 1 else ()
     own = shape[len(stack) :]
     for part in parts:
@@ -321,7 +356,11 @@ def _with_groups(weight: GptqWeight) -> GptqWeight:
 
 
 def _named(params, layers, names) -> dict[str, list[dict[str, Any]]]:
-    """The checkpoint's layers for each path of the model."""
+    """Return ``{path: layers of the checkpoint}``, several layers for a stack.
+
+    Raises:
+      ValueError: a name is not in the checkpoint, or no path has a name.
+    """
     named = {}
     for place in params:
         path, _, name = place.rpartition("/")

@@ -1,14 +1,14 @@
-"""Weights held as packed integers, and how a Flax layer computes with one.
+"""Weights stored as packed integers, and Flax layers that compute with them.
 
-A :class:`Packed` weight stands where a kernel stood. The layer that owns it is called as ever: it
-is handed the dequantised kernel for the length of its call, and once more in the backward pass, so
-that no two layers' kernels exist at a time. Gradients reach the layer's input and its other
-parameters, never the packed weight.
+A :class:`Packed` weight replaces a kernel; calls of its layer do not change. The kernel is
+dequantised for the duration of the layer's call, and again in the backward pass, so that the
+dequantised kernels of two layers never exist at the same time. Gradients reach the layer's input
+and its other parameters, never the packed weight.
 
-In linen the packed weights are a collection of their own, ``quantized``, beside ``params``; in NNX
-they are variables of a type of their own, :class:`PackedWeight`, which is no ``nnx.Param``. What
-``jax.grad`` and ``nnx.grad`` differentiate by default has no integers in it, so nothing has to be
-filtered out.
+In linen the packed weights are in a separate collection, ``quantized``, next to ``params``. In NNX
+they are variables of a separate type, :class:`PackedWeight`, which is not an ``nnx.Param``.
+Therefore the default arguments of ``jax.grad`` and ``nnx.grad`` contain no integers, and no filter
+is needed.
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ from adalora_jax._src.modules.params import by_path, replaced
 
 
 class Packed:
-    """What a packed weight can do, whatever its format; each format is a pytree of its own.
+    """Interface of packed weights; each format is a subclass and a pytree.
 
-    Leading axes of its arrays are those of stacked layers, and slice together.
+    In a stack of layers all arrays have the same leading axes, so slicing them slices the stack.
     """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, not of the arrays that hold it."""
+        """Shape of the dequantised weight, not of the packed arrays."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> Any:
-        """Of the dequantised weight."""
+        """Dtype of the dequantised weight."""
         raise NotImplementedError
 
     @property
     def ndim(self) -> int:
-        """Axes of the weight."""
+        """Number of axes of the weight."""
         return len(self.shape)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The weight as floats; no gradient passes."""
+        """Return the weight as floats; its gradient is zero."""
         raise NotImplementedError
 
     def requantize(self, weight: jax.Array) -> Packed:
-        """Another weight of the same shape in the same format."""
+        """Return another weight of the same shape in the same format."""
         raise NotImplementedError
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(function: Callable[[Any, Any], Any], packed: Any, operands: Any) -> Any:
-    """``function(kernels, operands)``, where only the packed form of the kernels is kept.
+    """Compute ``function(kernels, operands)`` and store only the packed kernels for the gradient.
 
-    ``Y = X W + b`` is computed with ``W = dequantize(packed)``, and ``dX = dY Wᵀ`` with a W that is
-    dequantised anew, since a residual would keep the W of every layer until the backward pass.
+    ``Y = X W + b`` is computed with ``W = dequantize(packed)``. The backward pass dequantises W
+    again for ``dX = dY Wᵀ``, since a residual would keep the W of every layer in memory until then.
 
     Args:
-      function: of the dense kernels and the operands; pure.
-      packed: a tree of :class:`Packed` weights.
-      operands: a tree of arrays; gradients reach these.
+      function: a pure function of the dense kernels and the operands.
+      packed: a pytree of :class:`Packed` weights, which get no gradient.
+      operands: a pytree of arrays, which get gradients.
 
     >>> class Halves(Packed):
     ...     def dequantize(self, dtype=None): return jnp.full((3, 2), 0.5)
@@ -98,10 +98,10 @@ run.defvjp(_forward, _backward)
 
 
 def _dense(packed: Any, after: Any) -> Any:
-    """The kernels, dequantised once ``after`` is there.
+    """Return the dequantised kernels, computed only after ``after`` is available.
 
-    Without this order XLA computes the kernel of the forward pass and that of the backward pass
-    as one, and keeps it in between; or it begins with dequantising all layers, to be quick.
+    Without this order XLA may merge the dequantisation of the backward pass with that of the
+    forward pass and keep the kernel in memory in between, or dequantise all layers at the start.
     """
     by = _false(after)
     packed = jax.tree.map(lambda leaf: jnp.where(by, jnp.zeros((), leaf.dtype), leaf), packed)
@@ -109,9 +109,9 @@ def _dense(packed: Any, after: Any) -> Any:
 
 
 def _false(after: Any) -> jax.Array:
-    """:func:`~adalora_jax._src.core.low_rank.never` of a layer's operands."""
+    """Return :func:`~adalora_jax._src.core.low_rank.never` of a layer's operands."""
     arrays = [leaf for leaf in jax.tree.leaves(after) if _is_float(leaf)]
-    # The input comes after the parameters.
+    # The last array is the input, because operands start with the parameters.
     return never(arrays[-1]) if arrays else jnp.zeros((), bool)
 
 
@@ -120,7 +120,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 def pack_nibbles(values: jax.Array, axis: int) -> jax.Array:
-    """Two numbers from 0 to 15 in a byte: of each two neighbours along an axis, the first below.
+    """Pack pairs of neighbours along an axis, from 0 to 15, into bytes, the first in the low bits.
 
     >>> pack_nibbles(jnp.array([1, 2, 3, 4], jnp.uint8), -1)
     Array([33, 67], dtype=uint8)
@@ -131,7 +131,7 @@ def pack_nibbles(values: jax.Array, axis: int) -> jax.Array:
 
 
 def unpack(words: jax.Array, axis: int, bits: int) -> jax.Array:
-    """The numbers of ``bits`` bits in unsigned words, lowest bits first, in place of the words.
+    """Unpack each unsigned word along an axis into numbers of ``bits`` bits, lowest bits first.
 
     >>> unpack(jnp.array([33, 67], jnp.uint8), -1, 4)
     Array([1, 2, 3, 4], dtype=uint8)
@@ -146,7 +146,7 @@ def unpack(words: jax.Array, axis: int, bits: int) -> jax.Array:
 
 
 def _after(array: jax.Array, axis: int) -> int:
-    """The place of a new axis right after ``axis``."""
+    """Return the index of a new axis directly after ``axis``."""
     return axis % array.ndim + 1
 
 
@@ -160,14 +160,21 @@ def _split(array: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 class PackedModule(nn.Module):
-    """A linen model, some of whose weights are in the collection ``quantized``; see :func:`pack`.
+    """Mixin for linen models with packed weights in ``quantized``, see :func:`pack_linen`.
 
-    Only ``apply`` is different: layers are handed their dequantised weights as they are called.
+    Only ``apply`` differs: it dequantises the weights of each layer when the layer is called.
     """
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
-        """``nn.Module.apply`` of the model whose weights are packed."""
+        """Apply the model like ``nn.Module.apply``.
+
+        Args:
+          variables: with packed weights in the collection ``quantized``.
+          *args: as in ``nn.Module.apply``.
+          mutable: as in ``nn.Module.apply``.
+          **kwargs: as in ``nn.Module.apply``.
+        """
         variables = linen_layers.whole(variables)
         box = lambda leaf: _Box(leaf) if is_packed(leaf) else leaf
         params = jax.tree.map(box, variables["params"], is_leaf=is_packed)
@@ -187,9 +194,10 @@ class PackedModule(nn.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Box(meta.AxisMetadata):
-    """A packed weight among the parameters of a model that runs.
+    """Box around a packed weight in the parameters of a running model.
 
-    A layer that asks for its weight in ``setup`` gets the shape, for it is called with another.
+    It unboxes to a shape, for layers that read their weight in ``setup``. Their calls use the
+    dequantised weight.
     """
 
     packed: Any
@@ -208,7 +216,7 @@ class _Box(meta.AxisMetadata):
 
 
 def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    """Calls a layer with packed weights with dense ones instead."""
+    """Call a layer with its packed weights dequantised; an interceptor of linen methods."""
     module = context.module
     if context.method_name not in linen_layers.METHODS or module.scope is None:
         return call(*args, **kwargs)
@@ -218,12 +226,12 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     layer = (
         linen_layers.layer_of(module, linen_layers.input_of(args, kwargs)[1]) if packed else None
     )
-    if layer is not None:  # others may have their weights in the same scope
+    if layer is not None:  # weights of other modules may be in this scope
         packed = {name: weight for name, weight in packed.items() if name == layer.weight}
     method = _method(context) if packed else None
     if method is None:
         return call(*args, **kwargs)
-    # A layer's adapter adds its term around this call, to what it gives.
+    # The adapter is not needed here: its output is added to the result of this call.
     holds = lambda name: layer is not None and name.startswith(pytree.HOLDER)
     params = {n: leaf for n, leaf in params.items() if n not in packed and not holds(n)}
     collections = meta.unbox({**collections, "params": params})
@@ -242,7 +250,7 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
 
 
 def _method(context: Any) -> Callable | None:
-    """The method that is being called; None for one that leaves the work to its superclass."""
+    """Return the method that is called; None if it delegates to its superclass."""
     function = context.orig_method.func
     defining = [
         vars(cls)[context.method_name]
@@ -262,19 +270,19 @@ def _packed_class(cls: type) -> Any:
 def pack_linen(
     module: nn.Module, variables: Mapping[str, Any], weights: Mapping[str, Packed]
 ) -> tuple[Any, dict[str, Any]]:
-    """A linen model some of whose weights are packed, and its variables.
+    """Return a linen model and variables in which some weights are packed.
 
     Args:
-      module: the model, or one made by this function.
-      variables: of the model; not changed.
-      weights: ``{path: weight}``, the path being that of a parameter, ``encoder/query/kernel``.
+      module: the model, possibly a result of this function.
+      variables: the model's variables; not changed.
+      weights: ``{path: packed weight}``, by paths of parameters such as ``encoder/query/kernel``.
 
     Returns:
-      A module that is called like ``module``, and variables with the rest in ``params`` and the
-      packed weights in ``quantized``. ``adapt`` takes both.
+      A module that is called like ``module``, and variables with the packed weights in
+      ``quantized`` and the other parameters in ``params``. ``adapt`` accepts both.
 
     Raises:
-      ValueError: a path is that of no parameter, or its shape is another.
+      ValueError: a path is not that of a parameter, or the parameter has another shape.
     """
     params = linen_layers.whole(variables)["params"]
     have = by_path(meta.unbox(params))
@@ -288,7 +296,11 @@ def pack_linen(
 
 
 def _check_place(path: str, weight: Packed, place: Any) -> None:
-    """Refuses a weight for a parameter of another shape, or for none."""
+    """Check that a weight has the shape of the parameter that it replaces.
+
+    Raises:
+      ValueError: the shapes differ, or ``place`` is None.
+    """
     have = None if place is None else tuple(place.shape)
     if have != weight.shape:
         raise ValueError(
@@ -301,10 +313,10 @@ def _check_place(path: str, weight: Packed, place: Any) -> None:
 
 
 class PackedWeight(nnx.Variable):
-    """A variable that holds a :class:`Packed` weight, and reads as the dequantised one."""
+    """Variable with a :class:`Packed` weight, whose value is the dequantised weight."""
 
     def get_value(self, **index: Any) -> Any:
-        """The dequantised weight, or a part of it."""
+        """Return the dequantised weight, or the indexed part of it."""
         value = self.get_raw_value()
         if not is_packed(value):
             return super().get_value(**index)
@@ -312,7 +324,7 @@ class PackedWeight(nnx.Variable):
         return dense[index["index"]] if "index" in index else dense
 
     def set_value(self, value: Any, **index: Any) -> None:
-        """Puts another packed weight in place of this one.
+        """Replace the packed weight by another packed weight.
 
         Raises:
           ValueError: ``value`` is not packed.
@@ -327,7 +339,7 @@ class PackedWeight(nnx.Variable):
 
 
 class PackedLayer(nnx.Module):
-    """Put in front of a Flax layer: calls it with a dense weight in place of the packed one."""
+    """Mixin before a Flax layer that calls it with the packed weight dequantised."""
 
     stands_for_its_layer = True
 
@@ -358,21 +370,21 @@ def _call_dense(layer, method, args, kwargs):
 
 
 def pack_nnx(model: nnx.Module, weights: Mapping[str, Packed]) -> Any:
-    """A copy of an NNX model some of whose weights are packed.
+    """Return a copy of an NNX model in which some weights are packed.
 
     Args:
-      model: any NNX module, with adapters or without; left as it is.
-      weights: ``{path: weight}``, the path being that of a variable, ``encoder/query/kernel``.
+      model: any NNX module, with or without adapters; not changed.
+      weights: ``{path: packed weight}``, by paths of variables such as ``encoder/query/kernel``.
 
     Returns:
-      A module of the same class. ``adapt`` takes it.
+      A module of the same class. ``adapt`` accepts it.
 
     Raises:
-      ValueError: a path is that of no variable, or its shape is another.
+      ValueError: a path is not that of a variable, or the variable has another shape.
     """
     model = nnx.clone(model)
     modules = dict(nnx_layers.modules(model))
-    places: dict[int, PackedWeight] = {}  # of weights that several layers share
+    places: dict[int, PackedWeight] = {}  # by variable, since layers may share one
     for path, weight in weights.items():
         parent, _, name = path.rpartition("/")
         variable = getattr(modules.get(parent), name, None)
@@ -388,7 +400,7 @@ def pack_nnx(model: nnx.Module, weights: Mapping[str, Packed]) -> Any:
 
 @functools.cache
 def _packed_layer_class(cls: type) -> type:
-    """``cls`` with a packed weight; where it has an adapter, that adds its term around it."""
+    """Return a subclass of ``cls`` for a packed weight; an adapted class remains adapted."""
     if issubclass(cls, PackedLayer):
         return cls
     mixin = _PackedEmbed if issubclass(cls, nnx.Embed) else PackedLayer
@@ -398,6 +410,6 @@ def _packed_layer_class(cls: type) -> type:
 
 
 def unpack_layer(layer: nnx.Module, name: str, weight: jax.Array) -> None:
-    """Gives a packed layer without an adapter a float weight and its own class back, in place."""
+    """Restore the class of a packed layer without an adapter, with a float weight, in place."""
     setattr(layer, name, nnx.Param(weight))
     layer.__class__ = next(c for c in type(layer).__mro__ if not issubclass(c, PackedLayer))

@@ -1,4 +1,4 @@
-"""Adapters on a base in int8, int4 or NF4: Qwix quantises the weights, the adapters go on top."""
+"""Quantisation of base models to int8, int4 or NF4 with Qwix, and merging into them."""
 
 from __future__ import annotations
 
@@ -49,28 +49,43 @@ _KINDS = ("dense", "general", "einsum", "conv")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Which weights are quantised, and how.
+    """Selection of the weights to quantise, and their format.
 
-    ``"int8"``, ``"int4"`` and ``"nf4"`` stand for the recipes of that type with the defaults:
+    The names ``"int8"``, ``"int4"`` and ``"nf4"`` are short for the recipes of that type with
+    default fields:
 
-    | recipe | one scale for | bits a weight (bf16 base) |
-    | --- | --- | --- |
-    | int8 | each output channel | 8 |
-    | int4 | each block of 64 inputs of an output channel | 4.25 |
-    | nf4 | each block of 64 inputs of an output channel | 4.25 |
+    ======  ============================================  ===========================
+    recipe  one scale per                                 bits per weight (bf16 base)
+    ======  ============================================  ===========================
+    int8    output channel                                8
+    int4    block of 64 inputs of an output channel       4.25
+    nf4     block of 64 inputs of an output channel       4.25
+    ======  ============================================  ===========================
 
-    Quantised are all dense, general, einsum and conv layers, but no embeddings: those are looked
-    up, not multiplied. What is not quantised stays in the dtype that it has.
+    Attributes:
+      qtype: ``"int8"``, ``"int4"`` or ``"nf4"``.
+      block: maximum number of inputs that share a scale, a positive int; None: all inputs of an
+        output channel. Default: None for int8, 64 for int4 and nf4.
+      target_modules: layers to quantise, in the forms of ``AdaLoraConfig.target_modules``. Default
+        None: all dense, general, einsum and conv layers. Embeddings are excluded, because they are
+        looked up, not multiplied.
+      exclude_modules: layers that are not quantised, in the same forms.
+      dtype: floating-point dtype to which weights are cast before they are quantised, and so the
+        dtype of scales and dequantised kernels; and to which the parameters that are not quantised
+        are cast. Default None: no cast.
+
+    Raises:
+      ValueError: ``qtype``, ``block`` or ``dtype`` is invalid.
 
     >>> Recipe(qtype="nf4", exclude_modules=["head"]).block
     64
     """
 
-    qtype: str  # "int8", "int4" or "nf4"
-    block: int | str | None = "default"  # inputs that share a scale; None: all of a channel's
-    target_modules: Any = None  # as in AdaLoraConfig; None: all layers but embeddings
-    exclude_modules: Any = None  # as in AdaLoraConfig: layers that stay as they are
-    dtype: str | None = None  # cast to it: scales, and so the dequantised kernels, and what stays
+    qtype: str
+    block: int | str | None = "default"
+    target_modules: Any = None
+    exclude_modules: Any = None
+    dtype: str | None = None
 
     def __post_init__(self):
         if self.qtype not in _QTYPES:
@@ -86,19 +101,33 @@ class Recipe:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QwixWeight(Packed):
-    """A weight as Qwix quantised it, two 4-bit numbers in a byte.
+    """Weight quantised by Qwix, with two 4-bit numbers per byte.
 
-    In bytes of our own: not every back end keeps arrays of 4-bit numbers packed when it computes.
+    They are packed into bytes here because some back ends unpack arrays of 4-bit dtypes in
+    computations.
+
+    Attributes:
+      qvalue: int8 for qtype int8, with the weight's shape; otherwise uint8, with ``axis`` halved.
+      scale: float, with as many axes as ``qvalue``; each size divides that of the weight.
+      qtype: ``"int8"``, ``"int4"`` or ``"nf4"``; static.
+      axis: axis of the pairs, negative, counted from the end; None: one number per byte. Static.
     """
 
-    qvalue: jax.Array  # int8 for int8, else uint8
-    scale: jax.Array  # as many axes as qvalue; each divides that of the weight
+    qvalue: jax.Array
+    scale: jax.Array
     qtype: str = dataclasses.field(metadata={"static": True})
-    axis: int | None = dataclasses.field(metadata={"static": True})  # from the end: of the pairs
+    axis: int | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, array: qwix.QArray, qtype: str, axes: Sequence[int]) -> QwixWeight:
-        """What Qwix quantised, packed along the first of ``axes`` (from the end) of even size."""
+        """Return a result of ``qwix.quantize``, its 4-bit numbers packed along one axis.
+
+        Args:
+          array: the result.
+          qtype: its type; int8 is not packed.
+          axes: candidates for the packed axis, counted from the end. The first of even size is
+            used.
+        """
         if qtype == "int8":
             return cls(array.qvalue, array.scale, qtype, None)
         values = array.qvalue.astype(jnp.uint8) & 15
@@ -108,7 +137,7 @@ class QwixWeight(Packed):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight, stack axes included."""
         shape = list(self.qvalue.shape)
         if self.axis is not None:
             shape[self.axis] *= 2
@@ -116,26 +145,30 @@ class QwixWeight(Packed):
 
     @property
     def dtype(self) -> Any:
-        """That of the scales."""
+        """Dtype of the scales and of the dequantised weight."""
         return self.scale.dtype
 
     @property
     def array(self) -> qwix.QArray:
-        """The same in Qwix's type, unpacked; no gradient passes."""
+        """Unpacked weight as a ``qwix.QArray``; its gradient is zero."""
         values, scale = jax.lax.stop_gradient((self.qvalue, self.scale))
         if self.axis is not None:
             values = packed.unpack(values, self.axis, 4)
-        if self.qtype == "int4":  # of two's complement
+        if self.qtype == "int4":  # sign-extend the 4-bit two's complement
             values = (values ^ 8).astype(jnp.int8) - 8
         return qwix.QArray(values, scale, qtype=self.qtype)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The weight, computed in the dtype of its scales."""
+        """Return the weight, computed in the dtype of its scales; its gradient is zero.
+
+        Args:
+          dtype: of the result; None for that of the scales.
+        """
         dense = qwix.dequantize(self.array)
         return dense if dtype is None else dense.astype(dtype)
 
     def requantize(self, weight: jax.Array) -> QwixWeight:
-        """Another weight with the blocks of this one."""
+        """Return another weight, quantised with the blocks of this one."""
         sizes = list(enumerate(zip(self.shape, self.scale.shape)))
         channelwise = tuple(i for i, (size, scales) in sizes if size == scales)
         tiled = tuple((i, n // m) for i, (n, m) in sizes if m not in (1, n))
@@ -152,13 +185,13 @@ def _quantize(weight, qtype, channelwise, tiled, axes):
 def quantize_weight(weight: jax.Array, recipe: str | Recipe, layer: Layout) -> QwixWeight:
     """Return one weight, quantised by Qwix.
 
-    A block lies along the inputs: as many of the last ones as fit, whole axes where they do, and
-    otherwise the largest part of an axis that divides it.
+    A block covers input axes from the last one on: whole axes while they fit into the block, then
+    the largest divisor of the next axis that fits.
 
     Args:
-      weight: of any shape that ``layer`` has, stacked axes in front.
+      weight: float weight with the axes of ``layer``, lifted stack axes in front.
       recipe: a :class:`Recipe` or the name of one.
-      layer: how the weight reads as matrices.
+      layer: the layout of the weight.
 
     >>> packed = quantize_weight(jnp.ones((256, 8)), "nf4", Layout())
     >>> packed.shape, packed.qvalue.shape, packed.scale.shape
@@ -202,28 +235,29 @@ def quantize(
 
 
 def quantize(model: Any, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> Any:
-    """Return a model with a quantised base: of linen with its variables, or of NNX.
+    """Return a model with a quantised base: an NNX model, or a linen module and its variables.
 
-    One weight is quantised at a time. Under ``jax.eval_shape`` nothing is allocated.
+    Weights are quantised one at a time. Under ``jax.eval_shape`` nothing is allocated.
 
     Args:
-      model: a linen module, adapted or not, or an NNX model, with adapters or without; left as it
-        is. Adapters continue as they are.
+      model: a linen module or an NNX model, with or without adapters; not changed. The adapters
+        are the same in the result.
       recipe: ``"int8"``, ``"int4"``, ``"nf4"`` or a :class:`Recipe`.
-      *inputs, **kwargs: for linen the variables first, then what the model is called with, to see
-        its layers. An NNX model needs none.
+      *inputs: for linen the variables, then the arguments of a call of the model, which is traced
+        to find its layers. None for NNX.
+      **kwargs: for linen, keyword arguments of that call.
 
     Returns:
-      ``(module, variables)`` for linen: the module is called, and adapted, like the one that was
-      given; the variables have the integers in a collection called ``quantized`` and the rest in
+      ``(module, variables)`` for linen: the module is called and adapted like ``model``; the
+      variables have the packed weights in a collection ``quantized`` and the other parameters in
       ``params``, so that ``jax.grad`` with respect to ``params`` and adapters needs no filter. For
-      NNX a model of the same class, in which each quantised weight is a
-      ``PackedWeight``: not an ``nnx.Param``, so ``nnx.grad`` needs no
-      filter.
+      NNX a model of the same class, in which each quantised weight is a ``PackedWeight``, which is
+      not an ``nnx.Param``, so ``nnx.grad`` needs no filter.
 
     Raises:
-      TypeError: ``model`` is of neither framework, or linen's variables are missing.
-      ValueError: the recipe selects no layer, or the model is quantised already.
+      TypeError: ``model`` is neither a linen nor an NNX module, or linen's variables are missing.
+      ValueError: the recipe is invalid or selects no layer, or a selected layer cannot be quantised
+        or is quantised already.
 
     >>> import flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.ones((2, 64))
@@ -283,17 +317,28 @@ def _quantized_nnx(model, recipe):
 
 
 class MergeLoss(NamedTuple):
-    """Relative error of W + ΔW in the format that it was put into."""
+    """Relative error of a merged weight W', which W + ΔW is rounded to. Norms are Frobenius norms.
 
-    weight: float  # ‖W' − (W + ΔW)‖ / ‖W + ΔW‖
-    increment: float  # the same against ‖ΔW‖: at 1 the error is as large as what was learnt
+    Attributes:
+      weight: float, ``‖W' − (W + ΔW)‖ / ‖W + ΔW‖``.
+      increment: float, ``‖W' − (W + ΔW)‖ / ‖ΔW‖``; at 1 the error is as large as the increment. If
+        ΔW is 0, it is 1 for any error and 0 for none.
+    """
+
+    weight: float
+    increment: float
 
 
 class Merged(NamedTuple):
-    """A model with the increments in its weights, and what that cost."""
+    """Model with merged increments, and the errors of merging.
 
-    result: Any  # variables for linen, a model for NNX
-    errors: dict[str, MergeLoss]  # by path, of the layers that were quantised
+    Attributes:
+      result: variables for linen, a model for NNX.
+      errors: ``{path: MergeLoss}`` of the quantised layers that had an adapter.
+    """
+
+    result: Any
+    errors: dict[str, MergeLoss]
 
 
 @overload
@@ -307,26 +352,28 @@ def merge(
 
 
 def merge(variables: Any, adapters: Any = None, *, to: Any = "requantize") -> Merged:
-    """Merge adapters into a quantised base: in floats, or quantised again.
+    """Merge adapters into a quantised base, as floats or requantised.
 
-    An integer cannot hold ``W + ΔW``, so something is lost, and the result says how much. One
-    weight at a time is dense. Layers that were not quantised merge as on a float base.
+    Each merged weight is ``W + ΔW`` with ``ΔW = s · P Λ Q``
+    (`AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_), computed in float32 and rounded to the
+    target format. The result contains the rounding errors. Weights are dequantised one at a time.
+    Layers that are not quantised are merged as by :func:`adalora_jax.merge`.
 
     Args:
-      variables: of a quantised linen module; or an adapted NNX model, whose base may be one that
-        ``qwix.quantize_model`` made, too. Not changed.
-      adapters: as in :func:`adalora_jax.merge`, with the masks applied; for linen variables.
-      to: a floating-point dtype: all quantised weights are dequantised to it, and the result is a
-        float model's. ``"requantize"``: each merged weight in the format it had. A recipe or the
-        name of one: each merged weight by that recipe.
+      variables: variables of a quantised linen module; or an adapted NNX model, whose base may also
+        be quantised by ``qwix.quantize_model``. Not changed.
+      adapters: for linen variables, as in :func:`adalora_jax.merge`, with the masks applied.
+      to: format of the result. A floating-point dtype: all quantised weights are dequantised to it,
+        and the result is a float model. ``"requantize"``: each merged weight has its previous
+        format. A recipe or the name of one: each merged weight is quantised by it.
 
     Returns:
-      ``(result, errors)``: variables or a model, and a :class:`MergeLoss` for each quantised layer
-      that had an adapter.
+      ``(result, errors)``: variables or a model without adapters, and a :class:`MergeLoss` per
+      quantised layer that had an adapter.
 
     Raises:
-      ValueError: ``to`` is none of these, or asks for a GPTQ weight to be requantised; or as
-        :func:`adalora_jax.merge`.
+      ValueError: ``to`` is invalid, is not a dtype for a GPTQ weight or is a recipe for a model
+        that Qwix quantised; or as in :func:`adalora_jax.merge`.
 
     >>> import adalora_jax, flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.ones((2, 64))
@@ -412,7 +459,11 @@ def _merged_nnx(model: Any, to: Any) -> Merged:
 
 
 def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
-    """Merges into the weights that Qwix itself quantised, in place; what that cost."""
+    """Merge into the weights that ``qwix.quantize_model`` quantised, in place; return the errors.
+
+    Raises:
+      ValueError: ``to`` is a recipe, or an increment cannot be merged.
+    """
     dtype, errors = _dtype(to), {}
     held = qwix_models.weights(model)
     if held and dtype is None and to != "requantize":
@@ -435,7 +486,7 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
 
 
 def _put(weight: Packed, delta: jax.Array, layer: Layout, to: Any) -> tuple[Any, MergeLoss]:
-    """``W + ΔW`` in the format asked for, and the error of that."""
+    """Return ``W + ΔW`` in the format ``to``, and its error."""
     target = weight.dequantize(jnp.float32) + delta
     if (dtype := _dtype(to)) is not None:
         new = target.astype(dtype)
@@ -451,7 +502,11 @@ def _put(weight: Packed, delta: jax.Array, layer: Layout, to: Any) -> tuple[Any,
 
 
 def _dtype(to: Any) -> Any:
-    """``to`` as a floating-point dtype; None for what says how to quantise."""
+    """Return ``to`` as a floating-point dtype; None for ``"requantize"`` and for recipes.
+
+    Raises:
+      ValueError: ``to`` is none of these.
+    """
     if to == "requantize" or isinstance(to, Recipe) or to in _QTYPES:
         return None
     try:
@@ -470,7 +525,7 @@ def _recipe(recipe: str | Recipe) -> Recipe:
 
 
 def _targets(candidates: Mapping[str, Candidate], recipe: Recipe) -> Any:
-    """The layers that the recipe selects, by path."""
+    """Return the layers that the recipe selects, as pairs of path and target."""
     candidates = {
         path: c._replace(refused=f"it is inside of {c.wrapper}, which would not find its weight")
         if c.wrapper and c.layer
@@ -478,7 +533,7 @@ def _targets(candidates: Mapping[str, Candidate], recipe: Recipe) -> Any:
         for path, c in candidates.items()
     }
     if recipe.target_modules is None:
-        # The others keep their paths, so that exclude_modules may name them.
+        # Other modules remain candidates, so that exclude_modules may name them.
         fits = lambda candidate: candidate.layer is not None and candidate.layer.kind in _KINDS
         candidates = {p: c if fits(c) else c._replace(layer=None) for p, c in candidates.items()}
     config = AdaLoraConfig(
@@ -496,7 +551,7 @@ def _floats(weight: Any, place: str) -> Any:
 
 
 def _cast(tree: Any, dtype: str | None) -> Any:
-    """The floating-point leaves in another dtype."""
+    """Cast the floating-point leaves to ``dtype``; None returns the tree unchanged."""
     if dtype is None:
         return tree
     floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -1,8 +1,8 @@
-"""NNX models as Qwix has them: quantised by ``qwix.quantize_model``, or with its LoRA.
+"""NNX models in Qwix's formats: quantised by ``qwix.quantize_model``, or with Qwix's LoRA.
 
-A model that Qwix quantised keeps each weight as integers and scales in one object, and its root has
-a class of Qwix's, which puts products for quantised weights in place of JAX's while the model runs.
-``nnx.adapt`` takes it as it is; what is here sees its weights as ours.
+A model that Qwix quantised stores each weight as one object with integers and scales. The class of
+its root is created by Qwix and replaces JAX's products by quantised ones while the model runs.
+``nnx.adapt`` accepts such models; this module wraps their weights as :class:`Packed` weights.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from flax import nnx
 from adalora_jax._src.modules import layers, nnx_layers
 from adalora_jax._src.quantization.packed import Packed
 
-# What Qwix writes into the modules of a model.
+# Attributes that Qwix sets on the modules of a model.
 _NOTES = {"qwix_path", "qwix_rngs", "disable_quant_stats_update"}
 
 
 class QwixHeld(Packed):
-    """One weight as Qwix holds it.
+    """Weight of a model that Qwix quantised.
 
     Attributes:
-      held: Qwix's object, with its variables.
-      array: the same as a plain ``qwix.QArray``.
+      held: Qwix's object, whose leaves are NNX variables.
+      array: the same weight as a ``qwix.QArray`` of plain arrays.
     """
 
     def __init__(self, held: Any):
@@ -34,21 +34,21 @@ class QwixHeld(Packed):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return tuple(self.array.shape)
 
     @property
     def dtype(self) -> Any:
-        """That of the scales."""
+        """Dtype of the scales."""
         return self.array.scale.dtype
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The weight, computed in the dtype of its scales."""
+        """Return the weight, computed in the dtype of its scales and cast to ``dtype``."""
         dense = qwix.dequantize(self.array)
         return dense if dtype is None else dense.astype(dtype)
 
     def requantize(self, weight: jax.Array) -> QwixHeld:
-        """Another weight, quantised as Qwix did this one."""
+        """Return another weight, quantised with the settings of this one."""
         how = self.held.how
         new = qwix.quantize(
             weight.astype(self.dtype),
@@ -60,7 +60,7 @@ class QwixHeld(Packed):
         return QwixHeld(jax.tree.unflatten(jax.tree.structure(self.held), jax.tree.leaves(new)))
 
     def variable(self, new: QwixHeld | jax.Array) -> Any:
-        """What a module holds in place of this weight when that is ``new``."""
+        """Return the attribute of the module for the value ``new``: Qwix's object or a Param."""
         if isinstance(new, QwixHeld):
             return new.held
         metadata = nnx_layers.stored(self.held).get_metadata() | nnx_layers.PLACED
@@ -68,7 +68,7 @@ class QwixHeld(Packed):
 
 
 def weights(model: nnx.Module) -> list[tuple[str, nnx.Module, str, QwixHeld]]:
-    """Path, module, name and value of all weights that Qwix quantised.
+    """Return ``(path, module, name, weight)`` of all weights that Qwix quantised.
 
     >>> weights(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     []
@@ -82,7 +82,7 @@ def weights(model: nnx.Module) -> list[tuple[str, nnx.Module, str, QwixHeld]]:
 
 
 def release(model: nnx.Module) -> None:
-    """Gives a model without quantised weights the class back that it had, in place.
+    """Restore the original class of a model without quantised weights, in place.
 
     >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     >>> release(model)
@@ -95,19 +95,25 @@ def release(model: nnx.Module) -> None:
 
 
 def as_lora(model: nnx.Module) -> Any:
-    """A copy of an adapted model with the adapters as Qwix names and lays out a LoRA.
+    """Return a copy of an adapted model with its adapters as LoRA parameters in Qwix's layout.
 
-    Each becomes two ``nnx.LoRAParam`` of its layer, such as ``kernel_lora_a`` and
-    ``kernel_lora_b``, whose product is the whole increment: α / rank is 1 for them. This is for
-    what looks for such parameters in a model, as Tunix's export does. The copy itself computes
-    what the base does, unless Qwix runs it. For the ranks that training left, give the model
-    those first, with ``nnx.with_adapters`` and ``compact``.
+    Each adapter becomes two ``nnx.LoRAParam`` of its layer, such as ``kernel_lora_a`` and
+    ``kernel_lora_b``, whose product ``A B`` is the whole increment ``ΔW = s · P Λ Q``
+    (`AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_); their α / rank is 1. Use it for code
+    that searches a model for such parameters, like Tunix's export. The copy computes the base
+    model's outputs unless Qwix runs it. To export without pruned triplets, apply
+    :func:`adalora_jax.compact` to the model first.
 
     Args:
-      model: as :func:`adalora_jax.nnx.adapt` made it; not changed.
+      model: as :func:`adalora_jax.nnx.adapt` returns it; not changed.
+
+    Returns:
+      A copy whose layers have the classes of the base model. A has the axes that the layer sums
+      over, followed by the rank; B has the rank, followed by the other axes.
 
     Raises:
-      ValueError: a layer whose increment is no LoRA of Qwix's, such as an embedding.
+      ValueError: a layer has an increment that Qwix's LoRA cannot represent, such as an embedding,
+        or an adapter's scale is not known.
 
     >>> import adalora_jax as adalora
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
