@@ -1,8 +1,8 @@
-"""How the tests compile: quickly, to slower programs that compute the same.
+"""XLA flags that compile the tests quickly, to slower programs that compute the same.
 
-Most of what the tests take is compilation, of programs that then run for a millisecond. So the
-compiler is told to leave out what only makes programs faster, unless ``XLA_FLAGS`` says otherwise
-already: ``XLA_FLAGS= python -m pytest`` compiles as users do, and takes three times as long.
+Most of the tests' time is compilation of programs that then run for a millisecond, so optimization
+is disabled unless ``XLA_FLAGS`` is set already: ``XLA_FLAGS= python -m pytest`` compiles as users
+do, and takes three times as long.
 """
 
 import os
@@ -13,19 +13,19 @@ import jax
 QUICK = {
     "xla_backend_optimization_level": (0, 3),
     "xla_llvm_disable_expensive_passes": (True, False),
-    # One module for LLVM. To split it pays with many cores.
+    # One module for LLVM: splitting it only pays with many cores.
     "xla_cpu_parallel_codegen_split_count": (1, 32),
 }
-if jax.__version_info__ < (0, 11):  # later ones do not know it, and refuse to start
-    # An element-wise operation is emitted as it stands, not lowered through several dialects.
+if jax.__version_info__ < (0, 11):  # later versions do not know the flag and fail to start
+    # Emit element-wise operations directly instead of lowering them through several dialects.
     QUICK["xla_cpu_use_fusion_emitters"] = (False, True)
 FLAGS = " ".join(f"--{name}={str(quick).lower()}" for name, (quick, _) in QUICK.items())
-# For ``.compile(AS_USERS)``: where a test is about the compiled program itself.
+# For ``.compile(AS_USERS)``, where a test is about the compiled program itself.
 AS_USERS = {name: usual for name, (_, usual) in QUICK.items()}
 
 
 def environment(devices=1):
-    """For a process that a test starts: it finds the package, and so many devices of a CPU."""
+    """Return the environment of a subprocess that finds the package and has CPU ``devices``."""
     paths = [str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -1,4 +1,4 @@
-"""Strict arithmetic for the tests."""
+"""Fixtures that forbid implicit rank and dtype promotion."""
 
 import os
 
@@ -11,13 +11,13 @@ os.environ.setdefault("XLA_FLAGS", compiling.FLAGS)  # XLA reads it when it firs
 
 @pytest.fixture(autouse=True)
 def _explicit_ranks():
-    """No silent broadcast of arrays of different rank, in any test."""
+    """Raise on implicit rank promotion in every test."""
     with jax.numpy_rank_promotion("raise"):
         yield
 
 
 @pytest.fixture
 def strict_dtypes():
-    """No silent promotion of dtypes: for tests without optax, whose own code promotes."""
+    """Raise on implicit dtype promotion; for tests without optax, whose own code promotes."""
     with jax.numpy_dtype_promotion("strict"):
         yield

@@ -1,10 +1,10 @@
-"""Damages each file of a checkpoint in turn and tries to restore it, for test_checkpoint.
+"""A script that damages each file of a checkpoint in turn and restores it, for test_checkpoint.
 
     python tests/damaged_checkpoints.py CHECKPOINT SCRATCH
 
-Prints a JSON list with an entry for each attempt: the error's type and text, "same" where all of
-it came back, or "different". A process of its own, because orbax leaves coroutines behind when it
-fails, about which Python complains at its end.
+Prints a JSON list with an entry per attempt: the error's type and text, "same" if everything was
+restored, or "different". It runs in a subprocess because orbax leaves coroutines behind when it
+fails, about which Python warns at exit.
 """
 
 import json
@@ -19,7 +19,7 @@ from adalora_jax import checkpoint
 
 
 def damages(content):
-    """Cut short, one byte changed, emptied, and missing."""
+    """Yield the content truncated, with one byte changed, empty, and None for a missing file."""
     middle = len(content) // 2
     yield content[:middle]
     yield content[:middle] + bytes([content[middle] ^ 0x55]) + content[middle + 1 :]
@@ -49,7 +49,7 @@ def main(saved, scratch):
                 (copy / name).write_bytes(damaged)
             outcomes.append([str(name), attempt(copy, whole)])
             shutil.rmtree(copy)
-    # A description that asks for another shape than was saved.
+    # A description whose shape differs from that of the saved array.
     about = json.loads((saved / "adalora/metadata").read_text())
     about["arrays"]["adapters/down/p"][0] = [4, 4]
     shutil.copytree(saved, copy)

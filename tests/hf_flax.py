@@ -1,5 +1,6 @@
-"""BERT and Llama in Flax, as people write them: heads with axes of their own, layers apart or
-stacked, the modules called as in transformers."""
+"""BERT and Llama in Flax, with separate axes for heads and unrolled or stacked layers.
+
+Modules are named as in transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from flax import nnx
 
 
 class Sizes(NamedTuple):
-    """What transformers' configs call the same, shortened."""
+    """Model sizes, named as in transformers' configs but shorter."""
 
     vocabulary: int = 40
     width: int = 16
@@ -25,7 +26,7 @@ class Sizes(NamedTuple):
 
 
 def scanned(block: Any, length: int) -> Any:
-    """``block`` as a stack of layers, called with what all of them get."""
+    """Stack ``block`` into scanned layers that all get the same further arguments."""
     return nn.scan(
         block,
         variable_axes={"params": 0},
@@ -36,7 +37,7 @@ def scanned(block: Any, length: int) -> Any:
 
 
 def attend(q, k, v, mask):
-    """Attention of ``[batch, time, heads, head]`` with as many heads or groups of them."""
+    """Compute attention of ``[batch, time, heads, head]``, keys and values possibly grouped."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
     scores = jnp.where(mask, scores, -1e9)
@@ -44,7 +45,7 @@ def attend(q, k, v, mask):
 
 
 def rotary(x, theta=10_000.0):
-    """The first half of a head's features paired with the second."""
+    """Apply rotary embedding, pairing the first half of a head's features with the second."""
     half = x.shape[-1] // 2
     angle = jnp.arange(x.shape[1])[:, None] / theta ** (jnp.arange(half)[None] / half)
     sin, cos = (f(angle)[None, :, None] for f in (jnp.sin, jnp.cos))
@@ -190,7 +191,7 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """With a head of its own, or that of the embeddings."""
+    """A decoder with a separate output layer or tied embeddings."""
 
     sizes: Sizes = Sizes()
     stacked: bool = False
@@ -213,7 +214,7 @@ class Llama(nn.Module):
 
 
 class NnxAttention(nnx.Module):
-    """Keys and values in one weight, as einsums."""
+    """Attention with keys and values in one einsum weight."""
 
     def __init__(self, sizes, rngs):
         s = sizes
@@ -228,7 +229,7 @@ class NnxAttention(nnx.Module):
 
 
 class NnxMlp(nnx.Module):
-    """Gate and up in one layer."""
+    """An MLP with the gate and up projections in one layer."""
 
     def __init__(self, sizes, rngs):
         linear = lambda a, b: nnx.Linear(a, b, use_bias=False, rngs=rngs)
@@ -276,7 +277,7 @@ class NnxLlama(nnx.Module):
         return self.lm_head(self.norm(x))
 
 
-# What ``names="llama"`` does not have: the projections that are in one weight.
+# Not in ``names="llama"``: the projections that share one weight.
 NNX_LLAMA = [
     ("layers/{i}/self_attn/kv[0]", "model.layers.{i}.self_attn.k_proj"),
     ("layers/{i}/self_attn/kv[1]", "model.layers.{i}.self_attn.v_proj"),

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def draw(shapes, seed, dtype="float32"):
-    """Random tensors; those of norms near 1."""
+    """Draw random tensors, with the norms' weights near 1."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -59,7 +59,7 @@ def llama_tensors(s, seed=0, dtype="float32", prefix="model.", head=True):
 
 
 class _Torch:
-    """The tensors in float64, and the layers that they make up."""
+    """A checkpoint's tensors in float64, and PyTorch's layers on them."""
 
     def __init__(self, tensors, prefix):
         self.tensors = {n.removeprefix(prefix): np.asarray(t, float) for n, t in tensors.items()}
@@ -83,7 +83,7 @@ def _softmax(x):
 
 
 def _heads(x, count):
-    """``[time, count · head]`` as ``[count, time, head]``."""
+    """Reshape ``[time, count · head]`` to ``[count, time, head]``."""
     return x.reshape(len(x), count, -1).transpose(1, 0, 2)
 
 
@@ -95,7 +95,7 @@ def _attention(q, k, v, mask):
 
 
 def bert(tensors, s, ids, prefix=""):
-    """Hidden states and pooled output, or logits where there is a classifier."""
+    """Return hidden states and pooled output, or logits if there is a classifier."""
     t = _Torch(tensors, prefix)
     gelu = np.vectorize(lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))))
     outputs = []
@@ -118,7 +118,7 @@ def bert(tensors, s, ids, prefix=""):
 
 
 def llama(tensors, s, ids, prefix="model."):
-    """Logits."""
+    """Return the logits."""
     t = _Torch(tensors, prefix)
     half = s.head // 2
     turn = np.exp(1j * np.arange(ids.shape[1])[:, None] / 10_000.0 ** (np.arange(half) / half))

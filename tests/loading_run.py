@@ -1,10 +1,10 @@
-"""Loads base checkpoints; run by ``test_peft_base.py`` in a process of its own.
+"""A script that loads base checkpoints, run by ``test_peft_base.py`` in a subprocess.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/loading_run.py meshes FOLDER
     python tests/loading_run.py memory FOLDER
 
-``meshes``: parameters come out where the given ones lie, or are to lie, with the same numbers.
-``memory``: beside the result there is not much more than one tensor at a time.
+``meshes``: loaded parameters have the given parameters' or metadata's shardings, and equal values.
+``memory``: in addition to the result, memory holds not much more than one tensor at a time.
 """
 
 import pathlib
@@ -31,7 +31,7 @@ IDS = np.zeros((1, 5), np.int32)
 
 
 def spec(leaf):
-    """Split over both axes of the mesh, and some stacks too."""
+    """Return a spec over both axes of the mesh, for some leaves along the stack, too."""
     if leaf.ndim < 2:
         return P("model") if leaf.shape[0] % 2 == 0 else P()
     ways = [P("model", "data"), P("data", None, "model"), P(None, ("data", "model"), None)]
@@ -85,7 +85,7 @@ def meshes():
 
 
 def in_nnx(mesh):
-    """With metadata of its own, on a mesh that is set."""
+    """Check an NNX model with sharding metadata, under a mesh that is set."""
     names = [*NNX_LLAMA, *peft.hf_names("llama").pairs]
     make = lambda: NnxLlama(SIZES, stacked=True)
     plain = nnx.state(peft.load_base(FOLDER, nnx.eval_shape(make), names=names))

@@ -1,9 +1,9 @@
-"""Training on meshes of 1 to 8 CPU devices, for test_meshes.py, in a process of its own.
+"""Training on meshes of 1 to 8 CPU devices, run by test_meshes.py in a subprocess.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/mesh_run.py LAYOUT:DATA:MODEL
 
-Prints what came of each run, as JSON: the masks of every step, the last adapters, what was found
-elsewhere than it should lie, and the collectives of the optimizer's update.
+Prints each run's results as JSON: the masks of every step, the last adapters, the leaves with an
+unexpected sharding, and the collectives of the optimizer's update.
 """
 
 import functools
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Scanned layers, and one beside them."""
+    """Scanned layers, and one unstacked layer."""
 
     @nn.compact
     def __call__(self, x):
@@ -56,7 +56,7 @@ class Model(nn.Module):
 
 
 def base_spec(layout, path, ndim):
-    """Where a weight lies: heads and hidden units along model, the other side along data."""
+    """Return a weight's spec: heads and hidden units along model, the other side along data."""
     scanned = "layers" in path
     if layout == "stack":
         return P("data") if scanned else P()
@@ -131,7 +131,7 @@ def run(layout, shape, look_inside):
 
 
 def check_copies(masks):
-    """The devices that hold the same piece of a mask hold the same bits."""
+    """Check that replicas of the same piece of a mask have equal bits."""
     for path, mask in masks.items():
         pieces = {}
         for shard in mask.addressable_shards:
@@ -140,7 +140,7 @@ def check_copies(masks):
 
 
 def astray(mesh, specs, adapters, opt_state):
-    """What does not lie where its adapter's spec says: the adapter, its moments and averages."""
+    """List adapters, masks, moments and averages not sharded as the adapter's spec says."""
     adam, allocator = opt_state.inner[0], opt_state.allocator
     result = []
     for path, spec in specs.items():
@@ -156,7 +156,7 @@ def astray(mesh, specs, adapters, opt_state):
 
 
 def restored_elsewhere(shape, specs, tx, *state):
-    """What comes back differently from a checkpoint that is restored on the mesh turned over."""
+    """List leaves with other bytes or shardings after a restore on the transposed mesh."""
     mesh = jax.make_mesh(shape[::-1], ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     shardings = functools.partial(adalora.sharding.shardings, mesh=mesh)
     placed = shardings(state[0], specs), shardings(state[1], specs, tx=tx)
@@ -174,7 +174,7 @@ def restored_elsewhere(shape, specs, tx, *state):
 
 
 def collectives(tx, adapters, opt_state, placed):
-    """``[operation, elements]`` of every collective in the compiled update of the optimizer."""
+    """Return ``[operation, elements]`` of each collective in the optimizer's compiled update."""
     update = jax.jit(
         tx.update, in_shardings=(placed[0], placed[1], placed[0]), out_shardings=placed
     )

@@ -1,10 +1,10 @@
-"""One process of a training run over several, which saves as it goes, for test_multiprocess.py.
+"""One process of a multi-process training run with checkpoints, for test_multiprocess.py.
 
     python tests/multiprocess_run.py PORT COUNT INDEX FOLDER RESULT [KILL_AT]
 
 Each process has its own part of every batch. They train to the end, from the last complete
 checkpoint under FOLDER if there is one; process 0 writes the final state to RESULT. With KILL_AT
-the last process ends itself by SIGKILL once it has made that step.
+the last process kills itself by SIGKILL after that step.
 """
 
 import functools
@@ -29,7 +29,7 @@ CONFIG = adalora.AdaLoraConfig(
     total_step=10, init_r=4, target_r=2, tinit=2, tfinal=3, deltaT=2, param_dtype="float32"
 )
 SHAPES = {"down": (6, 4, ()), "layers": (4, 8, (4,))}
-# Along the processes: the triplets of one adapter by their output axis, the layers of the other.
+# Sharded over the processes: one adapter by the output axis of p, the other by its layers.
 SPECS = {
     "down": adalora.Adapter(P(None, "d"), P(None), P(None, None)),
     "layers": adalora.Adapter(P("d", None, None), P("d", None), P("d", None, None)),
@@ -51,7 +51,7 @@ def main(folder, result, kill_at=None):
     step = jax.jit(train_step(tx, CONFIG), out_shardings=(*placed, NamedSharding(mesh, P())))
 
     def batch(t):
-        """The whole batch of step t, of which this process makes only its own part."""
+        """Return the global batch of step t; this process makes only its own part."""
         with jax.default_device(jax.local_devices()[0]):
             part = jax.device_get(batches(CONFIG, jax.process_index(), SHAPES, tokens=2))
             kernels = jax.device_get(batches(CONFIG, 0, SHAPES, tokens=2))

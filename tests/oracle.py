@@ -1,4 +1,4 @@
-"""The paper in plain float64 NumPy, loops and all: what the package is compared with.
+"""The paper's algorithm in plain float64 NumPy loops, the reference for the package.
 
 AdaLoRA, arXiv 2303.10512: Algorithm 1 and Eqs. 3 to 11, with the cubic schedule of the authors'
 code in place of Eq. 14 as printed. Nothing is imported from the package. A matrix is
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The hyper-parameters, under the names of PEFT."""
+    """The hyper-parameters, under PEFT's names."""
 
     total_step: int
     target_r: int = 8
@@ -44,7 +44,7 @@ class Settings:
 
 
 def forward(matrix, x, kernel, scale):
-    """Eq. 3: ``h = x W + s Σ_i (x · q_i) λ_i p_i``."""
+    """Compute Eq. 3, ``h = x W + s Σ_i (x · q_i) λ_i p_i``."""
     y = x @ kernel
     for i in range(len(matrix["lam"])):
         y = y + scale * matrix["lam"][i] * np.outer(x @ matrix["q"][i], matrix["p"][i])
@@ -52,7 +52,7 @@ def forward(matrix, x, kernel, scale):
 
 
 def task(matrix, batch, scale):
-    """The mean squared error of one adapted layer, and its gradient by hand."""
+    """Return the mean squared error of one adapted layer and its hand-derived gradient."""
     x, kernel, target = batch
     error = forward(matrix, x, kernel, scale) - target
     slope = 2 * error / error.size
@@ -66,7 +66,7 @@ def task(matrix, batch, scale):
 
 
 def regulariser(m, form):
-    """Eq. 4 for one P or Q: ``‖M Mᵀ − I‖²_F``, or the same norm unsquared, with its gradient."""
+    """Compute Eq. 4 for one P or Q, ``‖M Mᵀ − I‖²_F`` or the norm unsquared, and its gradient."""
     deviation = m @ m.T - np.eye(len(m))
     norm = math.sqrt(np.sum(deviation**2))
     if form == "squared":
@@ -75,7 +75,7 @@ def regulariser(m, form):
 
 
 def objective(matrices, batches, settings):
-    """The training objective, the layers' errors and γ times Eq. 4, with its gradients."""
+    """Return the training objective, the layers' errors plus γ times Eq. 4, and its gradients."""
     scale = settings.scale or settings.lora_alpha / settings.init_r
     weight = settings.orth_reg_weight
     if settings.orthogonality == "frobenius":
@@ -96,12 +96,12 @@ def objective(matrices, batches, settings):
 
 
 def sgd(rate):
-    """Eq. 5: gradient descent, as Algorithm 1 has it."""
+    """Return gradient descent, Eq. 5, as in Algorithm 1."""
     return lambda state, gradient: (state, -rate * gradient)
 
 
 def adam(rate, b1=0.9, b2=0.999, eps=1e-8):
-    """Adam (Kingma and Ba), Algorithm 1 there, for one array."""
+    """Return Adam for one array (Kingma and Ba, Algorithm 1)."""
 
     def step(state, gradient):
         count, m, v = state or (0, 0.0, 0.0)
@@ -118,7 +118,7 @@ def adam(rate, b1=0.9, b2=0.999, eps=1e-8):
 
 
 def budget(settings, step, matrices, initial=None):
-    """b(t): triplets that may live in all matrices together."""
+    """Return b(t), the budget of all matrices together."""
     initial = settings.init_r * matrices if initial is None else initial
     target = min(settings.target_r * matrices, initial)
     if step <= settings.tinit:
@@ -136,12 +136,12 @@ def budget(settings, step, matrices, initial=None):
 
 
 def final_step(settings):
-    """The step of the final mask: ``T − tfinal``, and the last step at the latest."""
+    """Return the step of the final mask: ``T − tfinal``, at most the last step."""
     return min(settings.total_step - settings.tfinal, settings.total_step - 1)
 
 
 def element_score(settings, weight, raw, sensitivity, uncertainty):
-    """s(w) for one element."""
+    """Return s(w) of one element."""
     return {
         "sensitivity_uncertainty": sensitivity * uncertainty,  # Eq. 11
         "smoothed_sensitivity": sensitivity,  # Eq. 9, the ablation of Table 4
@@ -155,7 +155,7 @@ def element_score(settings, weight, raw, sensitivity, uncertainty):
 
 
 def triplet_score(settings, weight, raw, sensitivity, uncertainty, i):
-    """Eq. 7: ``S_i = s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``; or ``|λ_i|`` (Table 4)."""
+    """Compute Eq. 7, ``S_i = s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``; or ``|λ_i|`` (Table 4)."""
     if settings.score == "magnitude":
         return abs(weight["lam"][i])
 
@@ -172,17 +172,17 @@ def triplet_score(settings, weight, raw, sensitivity, uncertainty, i):
 
 
 def cost(settings, matrix):
-    """What a triplet of a matrix takes from the budget."""
+    """Return the budget cost of one triplet of a matrix."""
     sizes = matrix["p"].shape[1] + matrix["q"].shape[1]
     return {"triplets": 1, "parameters": sizes + 1, "flops": 2 * sizes + 1}[settings.budget_unit]
 
 
 def top(scores, budget, costs=None):
-    """Masks of the best triplets that a budget pays for; among equals the first ones live.
+    """Return masks of the best triplets within a budget, and the margin of the decision.
 
-    The best of all matrices are taken one by one until one is too dear. Also returns by how much
-    the worst survivor beats the best of the rest, relative to it: infinite where they are equal,
-    so that only the order decides.
+    The best triplets of all matrices are taken one by one, ties by position, until one exceeds the
+    budget. The margin is the gap between the worst survivor and the best triplet left out, relative
+    to the survivor: infinite if they are equal, so that only the order decides.
     """
     ranked = sorted(
         ((k, i) for k, row in enumerate(scores) for i in range(len(row))),
@@ -215,14 +215,14 @@ class Allocator:
         self.masks = [np.ones(rank, bool) for rank in self.ranks]
         self.sensitivity, self.uncertainty = zeros(), zeros()
         self.finalised = False
-        self.margin = math.inf  # how clear-cut the last decision was
+        self.margin = math.inf  # relative margin of the last decision
 
     def allowed(self):
         initial = sum(rank * each for rank, each in zip(self.ranks, self.costs))
         return budget(self.settings, self.step, sum(self.costs), initial)
 
     def update(self, weights, gradients):
-        """One step. Returns the masks to multiply λ by: all true where λ may grow back."""
+        """Run one step and return the masks to multiply λ by: all true where λ may grow back."""
         settings, step = self.settings, self.step
         raw = [
             {name: np.abs(weight[name] * gradient[name]) for name in weight}  # Eq. 8
@@ -258,7 +258,7 @@ class Allocator:
             [triplet_score(settings, *one, i) for i in range(rank)]
             for one, rank in zip(evidence, self.ranks)
         ]
-        if not settings.revive:  # those that died rank below all that live
+        if not settings.revive:  # pruned triplets rank below all active ones
             scores = [np.where(mask, row, -np.inf) for row, mask in zip(scores, self.masks)]
         self.masks, self.margin = top(scores, self.budget, self.costs)
 
@@ -267,7 +267,7 @@ class Allocator:
 
 
 class Step(NamedTuple):
-    """What one training step left behind."""
+    """The results of one training step."""
 
     loss: float
     budget: int
@@ -279,7 +279,7 @@ class Step(NamedTuple):
 
 
 def train(matrices, batches, settings, optimizer):
-    """Algorithm 1 over all steps; ``batches[t][k]`` is matrix k's ``(x, kernel, target)``."""
+    """Run Algorithm 1 over all steps; ``batches[t][k]`` is matrix k's ``(x, kernel, target)``."""
     allocator, states, history = Allocator(matrices, settings), {}, []
     for batch in batches:
         loss, gradients = objective(matrices, batch, settings)
@@ -290,7 +290,7 @@ def train(matrices, batches, settings, optimizer):
                 states[k, name], move = optimizer(states.get((k, name)), gradient[name])
                 move = settings.lam_lr_multiplier * move if name == "lam" else move
                 new[name] = matrix[name] + move
-            if settings.prox:  # of η ‖λ‖₁
+            if settings.prox:  # the proximal operator of η ‖λ‖₁
                 shrunk = np.maximum(np.abs(new["lam"]) - settings.prox_weight, 0)
                 new["lam"] = np.sign(new["lam"]) * shrunk
             updated.append(new)

@@ -7,13 +7,13 @@ import optax
 
 import adalora_jax as al
 
-# {name: (in, out, stack)}: different shapes, one of them two stacked layers. In JAX's order.
+# {name: (in, out, stack)}: different shapes, one of them two stacked layers, in JAX's order.
 SHAPES = {"down": (5, 3, ()), "key": (4, 4, ()), "layers": (3, 5, (2,))}
 MATRICES = 4
 
 
 def adapters(config, seed=0, shapes=SHAPES, ranks=None):
-    """Fresh adapters, ``{name: Adapter}``; ``ranks`` overrides ``init_r`` by name."""
+    """Return fresh adapters, ``{name: Adapter}``; ``ranks`` overrides ``init_r`` by name."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return {
         name: al.init_adapter(
@@ -24,7 +24,7 @@ def adapters(config, seed=0, shapes=SHAPES, ranks=None):
 
 
 def batches(config, seed=0, shapes=SHAPES, tokens=4):
-    """``{name: (x, kernel, target)}`` with one batch a step on the first axis of each array."""
+    """Return ``{name: (x, kernel, target)}`` with one batch per step on each array's first axis."""
     rng = np.random.default_rng(seed)
     steps, result = config.total_step, {}
     for name, (n_in, n_out, stack) in shapes.items():
@@ -39,7 +39,7 @@ def batches(config, seed=0, shapes=SHAPES, tokens=4):
 
 
 def loss(trees, batch, config):
-    """Mean squared errors, one a matrix, and the orthogonality penalty."""
+    """Return the sum of the matrices' mean squared errors and the orthogonality penalty."""
     total = al.orthogonality(trees, config)
     for name, (x, kernel, target) in batch.items():
         y = al.forward(trees[name], x, kernel)
@@ -48,7 +48,7 @@ def loss(trees, batch, config):
 
 
 def train_step(tx, config):
-    """``params, state, batch → params, state, loss``, to be jitted."""
+    """Return a step ``params, state, batch → params, state, loss``, to be jitted."""
 
     def step(params, state, batch):
         value, grads = jax.value_and_grad(loss)(params, batch, config)
@@ -59,9 +59,9 @@ def train_step(tx, config):
 
 
 def lenient(inner):
-    """``inner`` under JAX's usual promotion rules, which several of optax's own optimizers need.
+    """Run ``inner`` under JAX's default promotion rules, which several optax optimizers need.
 
-    What wraps it stays under the strict rules of these tests.
+    Transformations that wrap it stay under the strict rules of these tests.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -73,7 +73,7 @@ def lenient(inner):
 
 
 def matrices(trees):
-    """``{name: Adapter}`` as the oracle's list of NumPy matrices, slices of stacks one by one."""
+    """Convert ``{name: Adapter}`` to the oracle's NumPy matrices, one per slice of a stack."""
     result = []
     for name in sorted(trees):
         p, lam, q = (np.asarray(leaf, np.float64) for leaf in trees[name])
@@ -83,13 +83,13 @@ def matrices(trees):
 
 
 def rows(trees):
-    """One array a matrix from one array an adapter, such as the masks, in the oracle's order."""
+    """Split per-adapter arrays, such as masks, into one per matrix, in the oracle's order."""
     arrays = [np.asarray(trees[name]) for name in sorted(trees)]
     return [array[index] for array in arrays for index in np.ndindex(array.shape[:-1])]
 
 
 def oracle_batches(data):
-    """``batches(...)`` as the oracle takes them: ``[step][matrix] = (x, kernel, target)``."""
+    """Convert ``batches(...)`` to the oracle's form, ``[step][matrix] = (x, kernel, target)``."""
     steps = len(next(iter(data.values()))[0])
     result = []
     for t in range(steps):
@@ -103,7 +103,7 @@ def oracle_batches(data):
 
 
 def assert_same_bits(ours, theirs):
-    """Two trees with the same structure, dtypes and bytes; NaN equals NaN, 0.0 is not −0.0."""
+    """Check that two trees have equal structure, dtypes and bytes: NaN is NaN, 0.0 is not −0.0."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     named = jax.tree_util.tree_leaves_with_path(jax.device_get(ours))
     for (path, a), b in zip(named, jax.tree.leaves(jax.device_get(theirs))):
@@ -113,5 +113,5 @@ def assert_same_bits(ours, theirs):
 
 
 def live(masks):
-    """The number of triplets that live in all adapters together."""
+    """Return the total number of active triplets in all adapters."""
     return sum(int(np.sum(mask)) for mask in jax.tree.leaves(masks))

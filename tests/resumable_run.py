@@ -1,10 +1,10 @@
-"""A training run that saves as it goes and goes on from its last checkpoint, for test_checkpoint.
+"""A training run that saves checkpoints and resumes from the last one, for test_checkpoint.
 
     python tests/resumable_run.py FOLDER RESULT [KILL_AT]
 
 Trains to the end, from the last complete checkpoint under FOLDER if there is one, and writes the
-final adapters and optimizer state to RESULT. With KILL_AT the process ends itself by SIGKILL right
-after it has started to save that step, so in the middle of the save.
+final adapters and optimizer state to RESULT. With KILL_AT the process kills itself by SIGKILL right
+after it has started to save that step, in the middle of the save.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""Saves in which an operation on files fails or is the last, for test_peft_atomic.
+"""Saves in which a file operation fails or is the last one, for test_peft_atomic.
 
     python tests/saving_run.py CASE FOLDER
 
-Makes FOLDER/1, FOLDER/2, ... with the old adapter of the case in each, and saves the new one over
-it in a process that ends itself at its first, second, ... operation; the last one is not ended.
-For "new weights" also FOLDER/7.1 and so on: after the save that ended at its seventh operation
-another one is ended, where that left other files than an earlier end.
+Creates FOLDER/1, FOLDER/2, ... with the case's old adapter in each, and saves the new one over it
+in a process that exits at its first, second, ... operation, until a save completes. For "new
+weights" it also creates FOLDER/7.1 and so on: a second save is interrupted after the one that
+exited at its seventh operation, if that left other files than earlier exits.
 """
 
 import builtins
@@ -41,10 +41,10 @@ def save(folder, seed, config=CONFIG, write=peft.save_pretrained):
 
 
 def nothing(folder):
-    """Leaves the folder away."""
+    """Create no folder."""
 
 
-# By name: what makes the old adapter, and what saves the new one.
+# Per case: the function that saves the old adapter, and the one that saves the new one.
 CASES = {
     "first": (nothing, lambda folder: save(folder, 1)),
     "new weights": (lambda folder: save(folder, 0), lambda folder: save(folder, 1)),
@@ -58,13 +58,13 @@ CASES = {
 
 @contextlib.contextmanager
 def acting_at(number, action, onwards=False):
-    """Calls ``action`` before the operation of that number, from 1 on, or in the middle of a write.
+    """Call ``action`` before operation ``number``, counted from 1, or in the middle of a write.
 
     Args:
-      onwards: also before every later one.
+      onwards: Also before every later operation.
 
     Yields:
-      The operations so far.
+      The names of the operations so far.
     """
     seen = []
 
@@ -103,7 +103,7 @@ def acting_at(number, action, onwards=False):
 
 
 def killed(new, old, folder, prefix=""):
-    """Saves over copies of ``old``, killed at each operation; returns the unfinished copies."""
+    """Save over copies of ``old``, killed at each operation; return the unfinished copies."""
     for number in range(1, 99):
         copy = folder / f"{prefix}{number}"
         if old.exists():

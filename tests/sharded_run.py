@@ -1,4 +1,4 @@
-"""A training run on four CPU devices, started by test_sharding.py in a process of its own."""
+"""A training run on four CPU devices, run by test_sharding.py in a subprocess."""
 
 import sys
 
@@ -38,9 +38,9 @@ def run(config, params):
 
 
 def check_layer(axis_type):
-    """An increment and its penalty, differentiated, with every axis split in several ways.
+    """Check gradients of an adapter's output and penalty with every axis split in several ways.
 
-    Explicit axes have to be told where a product lies, and keep a gradient where its value is.
+    Explicit axes need the sharding of each product, and give a gradient its value's sharding.
     """
     config = al.AdaLoraConfig(total_step=8, init_r=4, target_r=2, init_lora_weights=False)
     adapter = al.init_adapter(jax.random.key(0), 8, 12, config)

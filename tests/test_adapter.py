@@ -1,4 +1,4 @@
-"""One adapter: its init, its output, its dense form, and what it refuses."""
+"""A single adapter: init, output, dense form, and invalid arguments."""
 
 import chex
 import jax
@@ -21,13 +21,13 @@ def random_adapter(seed=0, stack=(), ins=5, outs=4, **changes):
 
 
 def dense(adapter, scale):
-    """``s · Σ_i λ_i q_i p_iᵀ`` in float64, a triplet at a time."""
+    """Compute ``s · Σ_i λ_i q_i p_iᵀ`` in float64, one triplet at a time."""
     p, lam, q = (np.asarray(leaf, np.float64) for leaf in adapter)
     return scale * sum(lam[i] * np.outer(q[i], p[i]) for i in range(len(lam)))
 
 
 @pytest.mark.parametrize("init", ["gaussian", "lambda_one"])
-def test_a_fresh_adapter_has_the_documented_shapes_values_and_no_increment(init):
+def test_fresh_adapter_has_documented_shapes_and_zero_increment(init):
     options = config(init=init, init_r=8, param_dtype="bfloat16")
     adapter = adalora.init_adapter(jax.random.key(0), 400, 300, options, stack=(2,))
     chex.assert_shape(list(adapter), [(2, 8, 300), (2, 8), (2, 8, 400)])
@@ -39,7 +39,7 @@ def test_a_fresh_adapter_has_the_documented_shapes_values_and_no_increment(init)
     assert np.asarray(one).any()
 
 
-def test_forward_is_the_layer_with_the_dense_increment():
+def test_forward_equals_layer_with_dense_increment():
     adapter, x = random_adapter(), jax.random.normal(jax.random.key(1), (2, 6, 5))
     kernel, bias = jax.random.normal(jax.random.key(2), (5, 4)), jnp.arange(4.0)
     weight = np.asarray(kernel, np.float64) + dense(adapter, 0.5)
@@ -52,7 +52,7 @@ def test_forward_is_the_layer_with_the_dense_increment():
     np.testing.assert_allclose(delta, dense(adapter, 0.5), 1e-5)
 
 
-def test_forward_of_a_stack_is_every_layer_by_itself():
+def test_stacked_forward_equals_each_layer_separately():
     adapter, x = random_adapter(stack=(3,)), jax.random.normal(jax.random.key(1), (3, 6, 5))
     kernel, bias = jnp.ones((3, 5, 4)), jnp.ones((3, 4))
     got = adalora.forward(adapter._replace(scale=2.0), x, kernel, bias)
@@ -62,7 +62,7 @@ def test_forward_of_a_stack_is_every_layer_by_itself():
         np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_masked_triplet_does_not_count():
+def test_masked_triplet_does_not_contribute():
     adapter, x = random_adapter(), jnp.ones((2, 5))
     mask = jnp.array([True, False, True])
     two = jax.tree.map(lambda leaf: leaf[np.array([0, 2])], adapter)
@@ -70,7 +70,7 @@ def test_a_masked_triplet_does_not_count():
     np.testing.assert_allclose(got, adalora.forward(two, x), rtol=1e-5)
 
 
-def test_the_output_has_the_dtype_of_the_base_layer():
+def test_output_has_dtype_of_base_layer():
     adapter, x = random_adapter(), jnp.ones((2, 5), jnp.bfloat16)
     kernel = jnp.ones((5, 4), jnp.bfloat16)
     assert adalora.forward(adapter, x, kernel).dtype == jnp.bfloat16
@@ -80,7 +80,7 @@ def test_the_output_has_the_dtype_of_the_base_layer():
     np.testing.assert_allclose(got, want, rtol=0.03, atol=0.1)
 
 
-def test_dropout_is_of_the_input_keeps_the_mean_and_needs_a_key():
+def test_dropout_acts_on_input_keeps_mean_and_needs_key():
     x, key = jnp.ones((100, 100)), jax.random.key(0)
     identity = adalora.Adapter(jnp.eye(100), jnp.ones(100), jnp.eye(100))
     run = lambda key: adalora.forward(identity, x, dropout_rate=0.25, dropout_key=key)
@@ -90,7 +90,7 @@ def test_dropout_is_of_the_input_keeps_the_mean_and_needs_a_key():
     chex.assert_trees_all_equal(run(None), x)
 
 
-def test_stacked_adapters_drop_differently():
+def test_stacked_adapters_use_different_dropout_masks():
     one = random_adapter()
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), one)
     y = adalora.forward(
@@ -101,7 +101,7 @@ def test_stacked_adapters_drop_differently():
     assert np.any(y[0] != y[1])
 
 
-def test_forward_mode_differentiates_the_same_output():
+def test_forward_mode_supports_jvp_with_equal_output():
     adapter, x = random_adapter(), jnp.ones((2, 5))
     adapter, options = (
         adapter._replace(scale=2.0),
@@ -110,7 +110,7 @@ def test_forward_mode_differentiates_the_same_output():
     run = lambda adapter: adalora.forward(adapter, x, forward_mode=True, **options)
     y, tangent = jax.jvp(run, (adapter,), (adapter,))
     chex.assert_trees_all_equal(y, adalora.forward(adapter, x, **options))
-    np.testing.assert_allclose(tangent, 3 * y, rtol=1e-5)  # of degree 3 in the factors
+    np.testing.assert_allclose(tangent, 3 * y, rtol=1e-5)  # homogeneous of degree 3
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,6 @@ def test_forward_mode_differentiates_the_same_output():
         ),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(call, message):
+def test_invalid_shapes_and_dropout_rate_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call(random_adapter())

@@ -1,4 +1,4 @@
-"""Several adapters of one model: switching, adding, one for each example of a batch."""
+"""Several adapters of one model: switching, combining, and one per example of a batch."""
 
 import re
 
@@ -40,7 +40,7 @@ ADAPTED = adalora.linen.adapt(Model(), CONFIG)
 
 
 def trained(seed, **changes):
-    """Adapters with increments of ordinary size, and the config they belong to."""
+    """Return adapters with increments of ordinary size, and their config."""
     config = CONFIG.replace(**changes)
     adapted = adalora.linen.adapt(Model(), config)
     adapters = adapted.init(jax.random.key(seed), VARIABLES, IDS)
@@ -49,7 +49,7 @@ def trained(seed, **changes):
 
 @pytest.fixture(scope="module")
 def members():
-    """Of different ranks, scales and layers."""
+    """Return adapters of different ranks, scales and layers, with their configs."""
     return {
         "french": trained(2),
         "german": trained(3, init_r=6, lora_alpha=30),
@@ -70,7 +70,7 @@ def alone(member, ids=IDS):
     return adalora.linen.adapt(Model(), config).apply(VARIABLES, adapters, ids)
 
 
-def test_each_does_what_it_does_alone(members, bank):
+def test_selected_adapter_acts_as_it_does_alone(members, bank):
     assert bank.names == ("french", "german", "italian")
     for name, member in members.items():
         output = ADAPTED.apply(VARIABLES, bank.select(name), IDS)
@@ -78,7 +78,7 @@ def test_each_does_what_it_does_alone(members, bank):
         assert not np.allclose(output, Model().apply(VARIABLES, IDS), atol=1e-2)
 
 
-def test_switching_and_disabling_compile_nothing(members, bank):
+def test_switching_and_disabling_do_not_recompile(members, bank):
     @jax.jit
     @chex.assert_max_traces(n=1)
     def step(bank, which, ids):
@@ -90,12 +90,12 @@ def test_switching_and_disabling_compile_nothing(members, bank):
         np.testing.assert_allclose(output, alone(member), rtol=2e-4, atol=2e-5)
     disabled = step(bank, bank.index(None), IDS)
     np.testing.assert_array_equal(disabled, jax.jit(Model().apply)(VARIABLES, IDS))
-    # Another one of the same size under the same name, too.
+    # Nor does another adapter of the same size under the same name.
     again = bank.load("italian", jax.tree.map(jnp.negative, members["italian"][0]))
     step(again, again.index("italian"), IDS)
 
 
-def test_every_example_of_a_batch_names_its_own(members, bank):
+def test_per_example_selects_an_adapter_for_each_example(members, bank):
     names = ["german", None, "italian", "german"]
 
     @jax.jit
@@ -113,17 +113,17 @@ def test_every_example_of_a_batch_names_its_own(members, bank):
     np.testing.assert_allclose(other, everything["french"], rtol=2e-4, atol=2e-5)
 
 
-def test_the_base_model_multiplies_the_whole_batch_at_once(bank):
-    """In the compiled program no kernel is repeated for the examples."""
+def test_per_example_applies_base_kernels_to_whole_batch(bank):
+    """The lowered program repeats no kernel per example."""
     apply = adalora.per_example(lambda a, ids: ADAPTED.apply(VARIABLES, a, ids))
     text = jax.jit(apply).lower(bank.select(["french"] * 4), IDS).as_text()
     dots = re.findall(r"stablehlo\.dot_general.*?: \((.*?)\) ->", text)
-    # The kernel of `up`, [6, 2, 3], meets all 4 x 7 tokens.
+    # The kernel of `up`, [6, 2, 3], is multiplied by all 4 x 7 tokens.
     assert any("4x1x7x6x" in dot and "tensor<6x2x3xf32>" in dot for dot in dots), dots
     assert not any("4x6x2x3x" in dot for dot in dots)
 
 
-def test_deleting_leaves_the_others_as_they_are(members, bank):
+def test_delete_keeps_other_adapters_unchanged(members, bank):
     less = bank.delete("german")
     assert less.names == ("french", "italian")
     for name in less.names:
@@ -139,7 +139,7 @@ def test_deleting_leaves_the_others_as_they_are(members, bank):
     chex.assert_trees_all_close(again.select("german"), bank.select("german"))
 
 
-def test_a_weighted_sum_is_the_sum_of_the_increments(members):
+def test_combine_adapters_sums_weighted_increments(members):
     (french, _), german = members["french"], trained(5)[0]
     both = combine_adapters(french, german, weights=[0.7, -0.3])
     for path, adapter in both.items():
@@ -152,8 +152,8 @@ def test_a_weighted_sum_is_the_sum_of_the_increments(members):
 
 
 @pytest.mark.parametrize(("ins", "outs", "rank"), [(9, 7, 5), (3, 8, 6), (8, 3, 6)])
-def test_truncation_is_the_best_there_is(ins, outs, rank):
-    """Against NumPy's singular value decomposition of the dense increment, slice by slice."""
+def test_truncate_is_best_low_rank_approximation(ins, outs, rank):
+    """The reference is NumPy's SVD of the dense increment, slice by slice."""
     adapter = adalora.init_adapter(jax.random.key(0), ins, outs, CONFIG, rank=rank, stack=(2,))
     small = truncate({"layers": adapter}, 2)["layers"]
     assert small.lam.shape == (2, 2)
@@ -171,7 +171,7 @@ def test_truncation_is_the_best_there_is(ins, outs, rank):
     assert truncate(half, 2).p.dtype == jnp.bfloat16
 
 
-def test_one_trains_while_the_others_stay_as_they_are(members, bank):
+def test_training_one_adapter_leaves_others_unchanged(members, bank):
     frozen = bank.select("german")
     adapters, state = members["french"][0], None
     tx = adalora.adalora(optax.adam(0.02), CONFIG)
@@ -197,7 +197,7 @@ def test_one_trains_while_the_others_stay_as_they_are(members, bank):
     assert sum(adalora.ranks(adalora.allocator_state(state)).values()) == 2 * 4
 
 
-def test_what_cannot_be_in_a_bank_is_refused(bank):
+def test_loading_invalid_adapters_raises(bank):
     good, _ = trained(7)
     with pytest.raises(ValueError, match="name='' must be a string"):
         bank.load("", good)
@@ -213,7 +213,7 @@ def test_what_cannot_be_in_a_bank_is_refused(bank):
         bank.load("flat", flat)
 
 
-def test_an_nnx_model():
+def test_bank_works_with_nnx_model():
     config = CONFIG.replace(target_modules="all-linear")
     base = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 5, rngs=nnx.Rngs(1)))
     models = {n: adalora.nnx.adapt(base, config, rngs=i) for i, n in enumerate(["a", "b"])}

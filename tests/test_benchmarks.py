@@ -1,4 +1,4 @@
-"""The benchmarks of training: peers that compute the same, tables, targets, every script."""
+"""The training benchmarks: equivalence of peers, tables, targets, and every script."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def losses(name, shape, dropout=0.0, steps=3):
     return [float(step()) for _ in range(steps)]
 
 
-def test_ours_and_autodiff_lose_the_same():
+def test_ours_and_autodiff_have_equal_losses():
     ours, by_hand = (losses(name, SHAPES["bert"]) for name in ("lora", "autodiff"))
     np.testing.assert_allclose(ours, by_hand, rtol=1e-5)
     assert ours[2] < ours[1] < ours[0]  # it trains
@@ -45,7 +45,7 @@ def test_ours_and_autodiff_lose_the_same():
         training.compare({"lora": ours, "autodiff": [1.001 * v for v in by_hand]}, "float32", 0.0)
 
 
-def test_the_floor_trains_nothing_and_loses_what_the_model_loses():
+def test_frozen_baseline_has_base_loss_and_computes_gradient():
     step = peers.build("frozen", SHAPES["gpt"])
     probe = step.state[0]
     assert probe.shape == (2, 6, 16)
@@ -58,7 +58,7 @@ def test_the_floor_trains_nothing_and_loses_what_the_model_loses():
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_linen_and_nnx_are_one_model(kind):
+def test_linen_and_nnx_models_have_equal_outputs(kind):
     shape = SHAPES[kind]
     inputs, _ = networks.data(shape)
     linen = jax.jit(networks.Linen(shape).apply)({"params": peers.base(shape)}, inputs)
@@ -70,17 +70,17 @@ def test_all_linear_layers_are_adapted(kind):
     found = peers.abstract("adalora", SHAPES[kind])[1][1]
     matrices = {"bert": 6, "vit": 6, "gpt": 4, "llama": 7}
     assert len(found) == matrices[kind]
-    stack = (1,) if kind == "gpt" else ()  # the GPT's are stacked
+    stack = (1,) if kind == "gpt" else ()  # the GPT's layers are stacked
     assert all(adapter.lam.shape == (*stack, peers.RANK) for adapter in found.values())
 
 
-def test_targets_are_judged_by_the_ratios_of_the_rounds():
+def test_targets_use_median_ratio_over_rounds():
     times = {"adalora": [2.0, 4.0, 30.0], "lora": [1.0, 4.0, 30.0], "frozen": [1.0, 2.0, 10.0]}
     times["autodiff"] = [4.0, 8.0, 60.0]
     found = training.targets("bert", 0.1, times, "cpu")
     assert [(row["measured"], row["reached"]) for row in found] == [
         (1.0, True),  # to LoRA, in the median round
-        (2.0, False),  # to the floor
+        (2.0, False),  # to the frozen model
         (0.5, True),  # to autodiff
     ]
     assert len(training.targets("bert", 0.0, times, "cpu")) == 2
@@ -91,7 +91,7 @@ def test_targets_are_judged_by_the_ratios_of_the_rounds():
     assert [row["reached"] for row in training.targets("bert", 0, slow, "gpu")] == [False]
 
 
-def test_the_allocator_is_measured_at_each_kind_of_step():
+def test_allocator_benchmark_covers_each_kind_of_step():
     case = allocator.Case("small", ((5, 4, 3, 3), (4, 5, 6, 1)))
     ours = allocator.Ours(case)
     assert ours.bytes == 4 * 12 * (3 * (5 + 4 + 1) + 6 * (4 + 5 + 1))
@@ -106,7 +106,7 @@ def test_the_allocator_is_measured_at_each_kind_of_step():
     assert [round(row["measured"], 2) for row in found] == [4.0, 0.33, 4.0, 0.33, 0.33]
 
 
-def test_who_cannot_take_part_is_in_the_table():
+def test_unsupported_peer_is_listed_in_table():
     with pytest.raises(peers.Unsupported, match="has no dropout"):
         peers.build("flax-lora", SHAPES["bert"], dropout=0.1)
     result = {"milliseconds": {"frozen": [1.0], "adalora": [2.0]}, "missing": {"qwix": "why"}}
@@ -115,12 +115,12 @@ def test_who_cannot_take_part_is_in_the_table():
     assert table[4] == "| Qwix: LoRA | why |  |  |"
 
 
-def test_memory_is_read_off_shapes():
+def test_memory_is_computed_from_shapes():
     found = {name: memory.of_jax(name, SHAPES["bert"], 0.0) for name in ("lora", "svd", "adalora")}
     adapters = found["adalora"]["adapters"]
     triplets = 6 * peers.RANK
     assert found["lora"]["adapters"] == adapters - 4 * triplets
-    # AdamW's count, and then its and the allocator's averages, the masks, a step and a budget
+    # AdamW's count; then its and the allocator's averages, the masks, a step and a budget
     assert found["svd"]["training state"] == 3 * adapters + 4
     scalars = 4 * 4 + 1  # step, budget, overridden, penalty; applied
     assert found["adalora"]["training state"] == 5 * adapters + 4 + triplets + scalars
@@ -129,7 +129,7 @@ def test_memory_is_read_off_shapes():
     assert "| ours: AdaLoRA | " in memory.table(found, {"qwix": "not installed"})
 
 
-def test_compile_time_and_scaling_say_what_they_compare():
+def test_compile_time_and_scaling_report_their_cases():
     seconds = {
         "adalora": {"trace": [1.0], "compile": [2.0]},
         "lora": {"trace": [1], "compile": [1]},
@@ -144,12 +144,12 @@ def test_compile_time_and_scaling_say_what_they_compare():
     assert scaling.at("rank", 4, shape) == (shape, 4)
 
 
-def test_one_command_runs_all_of_them():
+def test_benchmarks_command_lists_all_scripts():
     command = [sys.executable, ROOT / "benchmarks"]
     told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     for name in ("compile_time", "memory", "merging", "planning", "quantized", "scaling"):
         assert name in told
-    for name in ("networks", "peers", "timing", "__main__"):  # these have nothing to run
+    for name in ("networks", "peers", "timing", "__main__"):  # modules without a command
         assert name not in told
     wrong = subprocess.run([*command, "speed"], capture_output=True, text=True, check=False)
     assert "no benchmark is called speed" in wrong.stderr
@@ -172,7 +172,7 @@ def test_one_command_runs_all_of_them():
         ("levers", "--lever compaction --width 96 --depth 1 --rounds 1"),
     ],
 )
-def test_script_runs(script, arguments, tmp_path):
+def test_benchmark_script_runs(script, arguments, tmp_path):
     subprocess.run(
         [sys.executable, ROOT / f"benchmarks/{script}.py", *arguments.split(), "--out", tmp_path],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -190,14 +190,14 @@ def test_script_runs(script, arguments, tmp_path):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", SHAPES)
-def test_transformers_model_is_of_our_shape(kind):
+def test_transformers_model_has_our_parameter_count_and_trains(kind):
     pytest.importorskip("torch", reason="needs torch: pip install '.[parity]'")
     import torch_peers
 
     shape = SHAPES[kind]
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     theirs = sum(parameter.numel() for parameter in torch_peers.model(shape).parameters())
-    types = 2 * shape.width if kind == "bert" else 0  # BERT's kinds of token
+    types = 2 * shape.width if kind == "bert" else 0  # BERT's token types
     assert theirs == count(peers.base(shape)) + types
     step = peers.build("peft-adalora", shape, rank=3, dropout=0.1)
     assert sum(p.numel() for p in step.trainable) == count(peers.first(shape, 3))

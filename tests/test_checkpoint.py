@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, what survives a kill, and what is refused."""
+"""Checkpoints: restored values, recovery from a kill, and errors."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def optimizer():
 
 @pytest.fixture(scope="module")
 def trained():
-    """Adapters and optimizer state in the middle of the budgeting phase."""
+    """Return adapters and optimizer state from the middle of the budgeting phase."""
     tx = optimizer()
     adapters, data = fresh(CONFIG), batches(CONFIG)
     state, step = tx.init(adapters), jax.jit(train_step(tx, CONFIG))
@@ -46,14 +46,14 @@ def saved(trained, tmp_path):
     return tmp_path / "c"
 
 
-def test_all_of_it_comes_back_bit_for_bit(trained, saved):
+def test_restore_is_bit_exact(trained, saved):
     back = checkpoint.restore(saved, optimizer(), config=CONFIG)
     assert_same_bits((back.adapters, back.opt_state), trained)
     assert (back.step, back.config, back.version) == (5, CONFIG, adalora.__version__)
     assert_same_bits(back.allocator, adalora.allocator_state(trained[1]))
 
 
-def test_from_an_abstract_target_and_from_nothing(trained, saved):
+def test_restore_is_bit_exact_with_abstract_target_and_without_target(trained, saved):
     abstract = jax.eval_shape(lambda: trained)
     back = checkpoint.restore(saved, target=abstract)
     assert_same_bits((back.adapters, back.opt_state), trained)
@@ -64,7 +64,7 @@ def test_from_an_abstract_target_and_from_nothing(trained, saved):
     assert_same_bits(bare.allocator, adalora.allocator_state(trained[1]))
 
 
-def test_what_trains_beside_the_adapters_comes_back(tmp_path):
+def test_modules_to_save_are_restored(tmp_path):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -89,7 +89,7 @@ def test_what_trains_beside_the_adapters_comes_back(tmp_path):
     assert not any("query/kernel" in name for name in stored), "the base is not saved"
 
 
-def test_a_single_layer_and_random_keys_come_back(tmp_path):
+def test_single_layer_and_prng_keys_are_restored(tmp_path):
     config = CONFIG.replace(target_modules=".*")
     variables = nn.Dense(4).init(jax.random.key(0), jnp.ones((2, 5)))
     adapters = adalora.linen.adapt(nn.Dense(4), config).init(
@@ -108,7 +108,7 @@ def test_a_single_layer_and_random_keys_come_back(tmp_path):
     assert list(back.allocator.masks) == list(back.allocator.sensitivity) == [""]
 
 
-def test_an_nnx_model_and_its_optimizer_come_back(tmp_path):
+def test_nnx_model_and_optimizer_are_restored(tmp_path):
     config = CONFIG.replace(target_modules="all-linear")
     base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
 
@@ -132,7 +132,7 @@ def test_an_nnx_model_and_its_optimizer_come_back(tmp_path):
     nnx.update(again, back.adapters)
     optim_again.opt_state = back.opt_state
     optim_again.step[...] = back.step
-    # The names are linen's too: a dict of adapters can be read from it.
+    # The names are those of linen, so a dict of adapters can be read from it.
     assert_same_bits(checkpoint.restore(tmp_path / "c").adapters, adalora.nnx.adapters(model))
     for which, other in ((model, again), (optim, optim_again)):
         assert_same_bits(nnx.to_pure_dict(nnx.state(which)), nnx.to_pure_dict(nnx.state(other)))
@@ -141,7 +141,7 @@ def test_an_nnx_model_and_its_optimizer_come_back(tmp_path):
     assert_same_bits(adalora.nnx.adapters(again), adalora.nnx.adapters(model))
 
 
-def test_the_manager_keeps_the_last_and_the_best(trained, tmp_path):
+def test_checkpoint_manager_keeps_best_steps(trained, tmp_path):
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, best_fn=lambda metrics: metrics["accuracy"], best_mode="max"
     )
@@ -159,7 +159,7 @@ def test_the_manager_keeps_the_last_and_the_best(trained, tmp_path):
         checkpoint.restore(tmp_path)
 
 
-def test_inside_the_state_of_a_trainer(trained, tmp_path):
+def test_train_state_is_restored_by_standard_checkpointer(trained, tmp_path):
     adapters, _ = trained
     state = train_state.TrainState.create(apply_fn=print, params=adapters, tx=optimizer())
     state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, adapters))
@@ -194,7 +194,7 @@ def assert_same_result(first, second):
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_saves_ends_as_one_that_was_not(tmp_path):
+def test_run_killed_during_save_resumes_bit_exactly(tmp_path):
     whole = run(tmp_path / "whole", tmp_path / "whole.npz")
     assert finish(run(tmp_path / "cut", tmp_path / "cut.npz", 6)) == (-9, 0)
     assert not (tmp_path / "cut.npz").exists()
@@ -207,13 +207,13 @@ def test_a_run_killed_while_it_saves_ends_as_one_that_was_not(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, seed):
+def test_run_killed_at_random_times_resumes_bit_exactly(tmp_path, seed):
     rng = np.random.default_rng(seed)
     assert finish(run(tmp_path / "whole", tmp_path / "whole.npz")) == (0, 0)
     kills = 0
     while not (tmp_path / "cut.npz").exists():
         process = run(tmp_path / "cut", tmp_path / "cut.npz")
-        process.stdout.readline()  # it has begun
+        process.stdout.readline()  # the run has begun
         if kills < 4:
             try:
                 process.wait(rng.uniform(0, 2.0))
@@ -225,8 +225,8 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, seed)
     assert_same_result(tmp_path / "whole.npz", tmp_path / "cut.npz")
 
 
-def test_onto_another_mesh(trained, saved):
-    """What was saved from one device comes back where the target says."""
+def test_restore_uses_shardings_of_target(trained, saved):
+    """A checkpoint saved from one device is restored with the target's shardings."""
     mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     place = lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
@@ -236,7 +236,7 @@ def test_onto_another_mesh(trained, saved):
     assert back.adapters["down"].p.sharding.mesh == mesh
 
 
-def test_another_config_model_or_optimizer_is_refused_with_the_differences(saved):
+def test_mismatched_config_model_or_optimizer_raises_with_differences(saved):
     other = CONFIG.replace(init_r=5, beta1=0.5)
     with pytest.raises(ValueError, match=r"beta1 is 0.85 there and 0.5 here; init_r is 4 .* 5 he"):
         checkpoint.restore(saved, config=other)
@@ -253,7 +253,7 @@ def test_another_config_model_or_optimizer_is_refused_with_the_differences(saved
         checkpoint.restore(saved, target=(half, optimizer().init(half)))
 
 
-def test_foreign_folders_are_refused(tmp_path, trained):
+def test_foreign_folder_or_optimizer_state_raises(tmp_path, trained):
     with pytest.raises(FileNotFoundError, match="there is no such checkpoint"):
         checkpoint.restore(tmp_path / "nothing")
     with ocp.StandardCheckpointer() as checkpointer:
@@ -269,7 +269,7 @@ def test_foreign_folders_are_refused(tmp_path, trained):
 def forge(saved, change):
     about = json.loads((saved / "adalora/metadata").read_text())
     change(about)
-    about["digest"] = checkpoint._digest(about)  # as who forges it would
+    about["digest"] = checkpoint._digest(about)  # as a forger would
     (saved / "adalora/metadata").write_text(json.dumps(about))
 
 
@@ -294,7 +294,7 @@ def forge(saved, change):
         (lambda a: a.update(keys={"adapters/down/p": "threefry2x32"}), "not as saved"),
     ],
 )
-def test_a_forged_description_is_refused(saved, change, message):
+def test_forged_description_raises(saved, change, message):
     forge(saved, change)
     with pytest.raises(ValueError, match=message):
         checkpoint.restore(saved)
@@ -304,7 +304,7 @@ def test_a_forged_description_is_refused(saved, change, message):
     "change",
     [lambda a: a.update(step=a["step"] + 1), lambda a: a["config"].update(lora_alpha=3)],
 )
-def test_a_step_or_config_that_changed_is_noticed(saved, change):
+def test_changed_step_or_config_is_detected(saved, change):
     about = json.loads((saved / "adalora/metadata").read_text())
     change(about)
     (saved / "adalora/metadata").write_text(json.dumps(about))
@@ -313,7 +313,7 @@ def test_a_step_or_config_that_changed_is_noticed(saved, change):
 
 
 @pytest.mark.slow
-def test_every_damaged_file_is_noticed_or_does_not_matter(saved, tmp_path):
+def test_corrupt_file_is_detected_or_harmless(saved, tmp_path):
     script = Path(__file__).parent / "damaged_checkpoints.py"
     result = subprocess.run(
         [sys.executable, str(script), str(saved), str(tmp_path)], stdout=subprocess.PIPE, check=True
@@ -327,7 +327,7 @@ def test_every_damaged_file_is_noticed_or_does_not_matter(saved, tmp_path):
     assert any(name.startswith("state/") for name in noticed)
 
 
-def test_functions_have_to_be_given_again(tmp_path, trained):
+def test_config_functions_must_be_passed_to_restore(tmp_path, trained):
     config = CONFIG.replace(budget_schedule=lambda step, config, n, initial: initial)
     checkpoint.save(tmp_path / "c", *trained, config)
     with pytest.raises(ValueError, match=r"with functions .*: budget_schedule \(.*<lambda>\)"):
@@ -338,14 +338,14 @@ def test_functions_have_to_be_given_again(tmp_path, trained):
     assert checkpoint.restore(tmp_path / "c", config=config).config is config
 
 
-def test_a_path_that_cannot_be_written_is_named(trained, tmp_path):
+def test_unwritable_path_error_names_the_path(trained, tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "saved"
     with pytest.raises(OSError, match=f"`path='{path}'` cannot be written: .*Name a folder"):
         checkpoint.save(path, *trained, CONFIG)
 
 
-def test_a_config_that_is_not_the_runs_is_refused(tmp_path, trained):
+def test_config_of_another_run_raises(tmp_path, trained):
     with pytest.raises(ValueError, match=r"another config \(there\): lora_alpha is .* there and 3"):
         checkpoint.save(tmp_path / "other", *trained, CONFIG.replace(lora_alpha=3))
     checkpoint.save(tmp_path / "own", *trained, CONFIG)

@@ -1,4 +1,4 @@
-"""``python -m adalora_jax``: the commands, on each format."""
+"""The commands of ``python -m adalora_jax``, on each format."""
 
 import json
 import subprocess
@@ -48,14 +48,14 @@ def saved(trained, tmp_path):
 
 
 def increments(adapters, masks, scale):
-    """The dense increments by PyTorch's names, in its layout, of the triplets that live."""
+    """Return the active triplets' dense increments, with PyTorch's names and layout."""
     live = evaluation.apply_masks(adapters, {path: jnp.asarray(masks[path]) for path in adapters})
     return {
         path.replace("/", "."): np.asarray(adalora.delta_weight(a)).T for path, a in live.items()
     }
 
 
-def test_inspect_a_checkpoint(trained, saved, capsys):
+def test_inspect_prints_summary_of_checkpoint(trained, saved, capsys):
     main(["inspect", str(saved)])
     lines = capsys.readouterr().out.splitlines()
     ranks = adalora.ranks(adalora.allocator_state(trained[1]))
@@ -73,7 +73,7 @@ def test_inspect_a_checkpoint(trained, saved, capsys):
     assert f"size: {nbytes:,} bytes of adapters; {stored:,} bytes on disk" in text
 
 
-def test_inspect_takes_the_last_step_of_a_manager(trained, tmp_path, capsys):
+def test_inspect_reads_last_step_of_checkpoint_manager(trained, tmp_path, capsys):
     with ocp.CheckpointManager(tmp_path) as manager:
         for step in (2, 10):
             args = checkpoint.save_args(*trained, CONFIG, step=step)
@@ -83,7 +83,7 @@ def test_inspect_takes_the_last_step_of_a_manager(trained, tmp_path, capsys):
     assert "step: 10 of 8" in capsys.readouterr().out
 
 
-def test_to_peft_and_from_there_to_lora(trained, saved, tmp_path, capsys):
+def test_export_to_peft_then_to_lora_preserves_increments(trained, saved, tmp_path, capsys):
     masks = adalora.allocator_state(trained[1]).masks
     adapters = adalora.adapters(trained[0])
     want = increments(adapters, masks, CONFIG.scaling)
@@ -112,7 +112,7 @@ def test_to_peft_and_from_there_to_lora(trained, saved, tmp_path, capsys):
             assert a is None
 
 
-def test_to_a_merged_base_with_a_progress_bar(trained, saved, tmp_path):
+def test_export_to_merged_base_adds_increments_and_shows_progress(trained, saved, tmp_path):
     rng = np.random.default_rng(0)
     base = {
         f"model.{path.replace('/', '.')}.weight": rng.normal(size=(outs, ins)).astype(np.float32)
@@ -158,7 +158,7 @@ def test_to_a_merged_base_with_a_progress_bar(trained, saved, tmp_path):
         (["export", "saved", "--to", "merged", "--out", "x", "--base", "gone"], "gone"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(saved, monkeypatch, arguments, message):
+def test_invalid_arguments_exit_with_one_line(saved, monkeypatch, arguments, message):
     monkeypatch.chdir(saved.parent)
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -166,7 +166,7 @@ def test_what_cannot_be_done_is_one_line(saved, monkeypatch, arguments, message)
     assert "\n" not in str(stop.value.code)
 
 
-def test_an_adapter_whose_save_was_killed_is_found(saved, tmp_path, capsys):
+def test_inspect_finds_adapter_whose_save_was_killed(saved, tmp_path, capsys):
     out = tmp_path / "out"
     main(["export", str(saved), "--to", "peft", "--out", str(out)])
     (out / "adapter_config.json").rename(out / ".adapter_config.json.previous.tmp")
@@ -175,7 +175,7 @@ def test_an_adapter_whose_save_was_killed_is_found(saved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("to", ["peft", "lora"])
-def test_a_place_that_cannot_be_written_is_one_line(saved, tmp_path, to):
+def test_unwritable_output_exits_with_one_line(saved, tmp_path, to):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
     with pytest.raises(SystemExit) as stop:
@@ -183,7 +183,7 @@ def test_a_place_that_cannot_be_written_is_one_line(saved, tmp_path, to):
     assert f"`directory='{out}'` cannot be written: Not a directory" in str(stop.value.code)
 
 
-def test_an_interrupt_is_one_line(saved, monkeypatch, capsys):
+def test_interrupt_exits_with_one_line(saved, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -194,7 +194,7 @@ def test_an_interrupt_is_one_line(saved, monkeypatch, capsys):
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-def test_help_and_wrong_arguments(capsys):
+def test_help_is_printed_and_missing_names_file_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["export", "--help"])
     assert "--names" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Going on at the smaller size: the run after compaction is the run without it."""
+"""Training after compaction equals training without it."""
 
 import chex
 import flax.linen as nn
@@ -24,7 +24,7 @@ CONFIG = adalora.AdaLoraConfig(
     rank_limits={"key": {"max_r": 0}},
 )
 
-# Without its norms of whole blocks, which pruned rows are part of.
+# Without its norms over whole blocks, which would include pruned rows.
 ADAFACTOR = optax.adafactor(0.02, multiply_by_parameter_scale=False, clipping_threshold=None)
 OPTIMIZERS = {
     "adamw": lambda tx: tx(optax.adamw(0.02)),
@@ -58,7 +58,7 @@ def run(tx, params, state, data, start, stop):
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] if name in RARE else []) for name in OPTIMIZERS],
 )
-def test_training_goes_on_as_if_nothing_had_happened(name):
+def test_training_after_compaction_equals_uncompacted_run(name):
     tx = OPTIMIZERS[name](lambda inner: adalora.adalora(inner, CONFIG))
     data, params = batches(CONFIG), fresh(CONFIG)
     params, state, _ = run(tx, params, tx.init(params), data, 0, 9)
@@ -80,7 +80,7 @@ def test_training_goes_on_as_if_nothing_had_happened(name):
     )
     assert all(jax.tree.leaves(same))
 
-    # "key" computes nothing any more, but its loss is part of what is compared.
+    # "key" has no adapter any more, but its loss is part of the comparison.
     key_loss = [
         float(jnp.mean((x @ kernel - y) ** 2))
         for x, kernel, y in zip(*(array[9:] for array in data["key"]))
@@ -94,7 +94,7 @@ def test_training_goes_on_as_if_nothing_had_happened(name):
     assert int(adalora.allocator_state(part_state).budget) == sum(ranks.values())
 
 
-def test_adapters_inside_a_bigger_tree():
+def test_adapters_nested_in_larger_tree_are_compacted():
     tx = adalora.adalora(optax.adam(0.02), CONFIG)
     nested = {"model": fresh(CONFIG), "head": (jnp.ones(3), {"bias": jnp.zeros(2)})}
     state, update = tx.init(nested), jax.jit(tx.update)
@@ -109,7 +109,7 @@ def test_adapters_inside_a_bigger_tree():
     assert jax.tree.structure(small_state) == structure
 
 
-def test_the_function_of_a_flax_model_stays_the_same():
+def test_compaction_preserves_linen_model_outputs():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -153,7 +153,7 @@ class Block(nn.Module):
         return x + nn.Dense(6, name="up")(x), None
 
 
-def test_an_nnx_model_and_its_optimizer():
+def test_compacted_nnx_model_and_optimizer_train_equally():
     config = CONFIG.replace(target_modules="all-linear", rank_limits={"layers/1": {"max_r": 0}})
     base = nnx.Sequential(*(nnx.Linear(5, 5, rngs=nnx.Rngs(i)) for i in range(3)))
     model = adalora.nnx.adapt(base, config)
@@ -182,14 +182,14 @@ def test_an_nnx_model_and_its_optimizer():
     assert int(small_optimizer.step[...]) == 12
 
 
-def test_not_before_the_final_mask():
+def test_compaction_before_final_mask_raises():
     tx = adalora.adalora(optax.adam(0.02), CONFIG)
     params = fresh(CONFIG)
     with pytest.raises(ValueError, match=r"made 0 updates, but the final mask comes with update 9"):
         adalora.compact(params, tx.init(params), tx)
 
 
-def test_what_has_another_shape_is_refused():
+def test_optimizer_state_of_unknown_shape_raises():
     def per_column():
         init = lambda params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[-1:]), params)
         return optax.GradientTransformation(

@@ -1,4 +1,4 @@
-"""What pruning left: ranks, tables, smaller adapters, merged weights."""
+"""Results of pruning: ranks, tables, compacted adapters, merged weights."""
 
 import json
 from pathlib import Path
@@ -32,13 +32,13 @@ def pruned():
     return adapters, masks
 
 
-def test_ranks_count_the_masks_and_a_stack_slice_by_slice(pruned):
+def test_ranks_count_mask_entries_per_slice(pruned):
     _, masks = pruned
     assert adalora.ranks(masks) == {"a/query": 2, "a/up[0]": 1, "a/up[1]": 3, "b": 0}
     assert adalora.rank_pattern(masks)["a/query"] == [False, True, False, True]
 
 
-def test_compact_adapters_compute_the_masked_function(pruned):
+def test_compact_adapters_equal_masked_adapters(pruned):
     adapters, masks = pruned
     small = adalora.compact(adapters, masks)
     assert set(small) == {"a/query", "a/up"}, "rank 0 vanishes"
@@ -51,7 +51,7 @@ def test_compact_adapters_compute_the_masked_function(pruned):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_compact_adapters_keep_their_masks(pruned):
+def test_surviving_rows_are_masks_of_compact_adapters(pruned):
     adapters, masks = pruned
     small = adalora.compact(adapters, masks)
     live = {p: surviving_rows(np.asarray(m))[1] for p, m in masks.items()}
@@ -65,7 +65,7 @@ def test_compact_adapters_keep_their_masks(pruned):
     chex.assert_trees_all_equal(again["a/up"].lam == 0, jnp.asarray(~live["a/up"]))
 
 
-def test_the_mask_decides_and_not_the_value_of_lam(pruned):
+def test_compact_uses_mask_and_not_value_of_lam(pruned):
     adapters, masks = pruned
     revived = jax.tree.map(lambda leaf: leaf + 1, adapters)
     assert adalora.compact(revived, masks)["a/query"].lam.shape == (2,)
@@ -74,7 +74,7 @@ def test_the_mask_decides_and_not_the_value_of_lam(pruned):
     assert adalora.compact(zero, live)["b"].lam.shape == (4,)
 
 
-def test_the_summary_counts_live_parameters(pruned):
+def test_summary_counts_active_parameters(pruned):
     adapters, masks = pruned
     rows = adalora.summary(adapters, masks).splitlines()
     assert rows[1].split() == ["a/query", "5", "6", "2", "4", "24"]
@@ -82,7 +82,7 @@ def test_the_summary_counts_live_parameters(pruned):
     assert rows[-1].split() == ["total", "6", "16", "76"]
 
 
-def test_merge_rounds_once_to_the_dtype_of_the_weight(pruned):
+def test_merge_rounds_once_to_dtype_of_weight(pruned):
     adapters, _ = pruned
     kernel = jax.random.normal(jax.random.key(9), (5, 6)).astype(jnp.bfloat16)
     variables = {"params": {"a": {"query": {"kernel": kernel, "bias": jnp.zeros(6)}}}}
@@ -94,7 +94,7 @@ def test_merge_rounds_once_to_the_dtype_of_the_weight(pruned):
     chex.assert_trees_all_equal(variables["params"]["a"]["query"]["kernel"], kernel)
 
 
-def test_merge_says_what_does_not_fit(pruned):
+def test_merging_mismatched_or_nonfinite_weight_raises(pruned):
     adapters, _ = pruned
     variables = {"params": {"a": {"query": {"kernel": jnp.zeros((6, 5))}}}}
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_merge_says_what_does_not_fit(pruned):
         adalora.merge(fitting, {"a/query": adapters["a/query"]}, safe=True)
 
 
-def test_compact_needs_a_mask_for_every_adapter(pruned):
+def test_compact_without_mask_of_an_adapter_raises(pruned):
     adapters, masks = pruned
     masks.pop("b")
     with pytest.raises(ValueError, match="opt_state has no mask for 'b', only for a/query, a/up"):
@@ -116,7 +116,7 @@ def test_compact_needs_a_mask_for_every_adapter(pruned):
 
 
 @pytest.mark.parametrize(("dtype", "small"), [("float32", 2**-23), ("bfloat16", 2**-8)])
-def test_unmerging_restores_the_weight_to_one_rounding(dtype, small):
+def test_unmerge_restores_weight_to_one_rounding(dtype, small):
     one = {"a/query": adapter(0, 5, 6)}
     kernel = jax.random.normal(jax.random.key(9), (5, 6)).astype(dtype)
     variables = {"params": {"a": {"query": {"kernel": kernel}}}}
@@ -129,7 +129,7 @@ def test_unmerging_restores_the_weight_to_one_rounding(dtype, small):
     assert bool((error > 0).any()), "or this would test nothing"
 
 
-def test_what_the_readme_says_of_merging_in_bfloat16():
+def test_readme_states_measured_bfloat16_merge_errors():
     rows = json.loads((ROOT / "benchmarks/merging.json").read_text())["rows"]
     lost = {
         (row["dtype"], row["increment to weight"]): row["error of the increment"] for row in rows

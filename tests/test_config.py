@@ -1,4 +1,4 @@
-"""The configuration: what it refuses, that it says how to go on, and that it is static."""
+"""The configuration: validation, errors that name a fix, hashing and serialisation."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from adalora_jax._src.core.config import _CHOICES
 
 GOOD = {"total_step": 100}
 
-# Arguments that cannot work, the value as the message shows it, and the way out it names.
+# Invalid arguments, the value as the message shows it, and the fix that it names.
 REFUSED = [
     ({"total_step": 0}, "total_step=0", "number of optimizer steps"),
     ({"total_step": None}, "total_step=None", "number of optimizer steps"),
@@ -137,7 +137,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("arguments", "shown", "way_out"), REFUSED, ids=[row[1] for row in REFUSED]
 )
-def test_a_refusal_names_the_argument_its_value_and_a_way_out(arguments, shown, way_out):
+def test_invalid_argument_error_names_argument_value_and_fix(arguments, shown, way_out):
     with pytest.raises(ValueError, match=re.escape(shown)) as caught:
         AdaLoraConfig(**(GOOD | arguments))
     assert way_out in str(caught.value)
@@ -151,7 +151,7 @@ def test_total_step_is_required():
             read({})
 
 
-def test_every_field_is_described():
+def test_every_field_is_documented():
     text = inspect.getdoc(AdaLoraConfig)
     attributes = text[text.index("Attributes:") : text.index("Args:")]
     for field in dataclasses.fields(AdaLoraConfig):
@@ -163,7 +163,7 @@ def test_every_field_is_described():
     assert names == set(re.findall(r"^  (\w+): ", accepted, re.MULTILINE))
 
 
-def test_every_choice_is_described():
+def test_every_choice_is_documented():
     text = inspect.getdoc(AdaLoraConfig)
     for choices in _CHOICES.values():
         assert all(f'"{choice}"' in text for choice in choices if choice is not None)
@@ -177,7 +177,7 @@ def test_every_choice_is_described():
         {"inference_mode": True, "peft_type": "ADALORA", "task_type": "SEQ_CLS"},
     ],
 )
-def test_harmless_arguments_of_peft_are_accepted_and_not_stored(accepted):
+def test_harmless_peft_arguments_are_accepted_and_not_stored(accepted):
     config = AdaLoraConfig(**GOOD, **accepted)
     assert config == AdaLoraConfig(**GOOD)
     assert hash(config) == hash(AdaLoraConfig(**GOOD))
@@ -196,7 +196,7 @@ def test_harmless_arguments_of_peft_are_accepted_and_not_stored(accepted):
         ({"layer_replication": None}, "PEFT's layer_replication"),
     ],
 )
-def test_other_arguments_of_peft_name_from_peft(given, message):
+def test_other_peft_arguments_raise_and_suggest_from_peft(given, message):
     with pytest.raises(TypeError, match=rf"{message}.*AdaLoraConfig\.from_peft\(\{{"):
         AdaLoraConfig(**GOOD, **given)
     with pytest.raises(TypeError, match=message):
@@ -204,7 +204,7 @@ def test_other_arguments_of_peft_name_from_peft(given, message):
     assert AdaLoraConfig.from_peft(GOOD | given) == AdaLoraConfig(**GOOD)
 
 
-def test_an_unknown_argument_is_refused():
+def test_unknown_argument_raises():
     with pytest.raises(TypeError, match="delta_t"):
         AdaLoraConfig(total_step=10, delta_t=3)
 
@@ -228,24 +228,24 @@ def test_an_unknown_argument_is_refused():
     ],
     ids=str,
 )
-def test_values_at_the_edge_are_taken(arguments):
+def test_boundary_values_are_accepted(arguments):
     config = AdaLoraConfig(**(GOOD | arguments))
     for name in ("total_step", "init_r", "target_r"):
         assert type(getattr(config, name)) is int
 
 
-def test_the_last_phase_begins_at_the_last_step_at_the_latest():
+def test_final_step_is_at_most_the_last_step():
     assert AdaLoraConfig(total_step=100, tfinal=30).final_step == 70
     assert AdaLoraConfig(total_step=100).final_step == 99
     assert AdaLoraConfig(total_step=1).final_step == 0
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(8, 2.0), (2.0, 0.5), (0, 1.0), (-3, 1.0)])
-def test_the_scale_is_alpha_over_init_r_and_one_where_alpha_is_not_positive(alpha, scale):
+def test_scaling_is_alpha_over_init_r_or_one_if_alpha_is_not_positive(alpha, scale):
     assert AdaLoraConfig(total_step=10, lora_alpha=alpha, init_r=4, target_r=2).scaling == scale
 
 
-# Static ---------------------------------------------------------------------------------------
+# Hashing and serialisation --------------------------------------------------------------------
 
 SPELLINGS = {
     "target_modules": (["query", "value"], ("query", "value")),
@@ -266,7 +266,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_spellings_of_one_value_make_equal_configs_with_equal_hashes(name):
+def test_equivalent_values_give_equal_configs_and_hashes(name):
     configs = [AdaLoraConfig(**(GOOD | {name: value})) for value in SPELLINGS[name]]
     for first, second in itertools.combinations(configs, 2):
         assert first == second
@@ -275,7 +275,7 @@ def test_spellings_of_one_value_make_equal_configs_with_equal_hashes(name):
     assert configs[0] != default
 
 
-def test_a_set_of_names_has_one_order():
+def test_set_of_names_is_stored_sorted():
     names = {"query", "value", "key", "output"}
     assert AdaLoraConfig(**GOOD, target_modules=names).target_modules == tuple(sorted(names))
 
@@ -297,13 +297,13 @@ def test_equal_configs_share_one_trace():
     assert len(traces) == 2
 
 
-def test_a_config_cannot_be_changed_in_place():
+def test_config_is_frozen():
     config = AdaLoraConfig(**GOOD)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.init_r = 3
 
 
-def test_replace_checks_like_a_new_one_and_leaves_the_old_one():
+def test_replace_validates_and_leaves_original_unchanged():
     config = AdaLoraConfig(**GOOD, target_modules=["q"], rank_pattern={"q": 3})
     changed = config.replace(init_r=20)
     assert (changed.init_r, config.init_r) == (20, 12)
@@ -317,7 +317,7 @@ def test_scale_is_stored_as_given():
     assert (derived.scale, given.scale) == (None, 8 / 12)
     assert derived.scaling == given.scaling
     assert derived != given
-    # The standard library's way to change a frozen dataclass is as right as our own.
+    # ``dataclasses.replace`` must work as well as the config's own method.
     for replace in (AdaLoraConfig.replace, dataclasses.replace):
         assert replace(derived, init_r=16).scaling == 0.5
         assert replace(derived, lora_alpha=24).scaling == 2.0
@@ -367,7 +367,7 @@ FIELDS = {
 
 @hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(st.fixed_dictionaries({}, optional=FIELDS))
-def test_repr_json_and_replace_give_an_equal_config(arguments):
+def test_config_round_trips_through_repr_json_pickle_and_replace(arguments):
     config = AdaLoraConfig(**(GOOD | {"target_r": 4} | arguments))
     names = {"AdaLoraConfig": AdaLoraConfig, "RankSpec": RankSpec}
     for back in (
@@ -382,19 +382,19 @@ def test_repr_json_and_replace_give_an_equal_config(arguments):
         assert back.scaling == config.scaling
 
 
-def test_the_first_of_two_equal_patterns_counts():
+def test_first_of_two_equal_rank_limits_patterns_applies():
     config = AdaLoraConfig(**GOOD, rank_limits=[("q", 9), ("q", {"min_r": 3})])
     assert config.spec_of("a/q") == (9, 0, 9, 8)
 
 
 @pytest.mark.parametrize("pattern", ["(?i)Q", "q|k", "(q)", "layers/.*/q", r"layers\.0\.q"])
-def test_a_pattern_of_rank_limits_matches_the_end_of_a_path(pattern):
+def test_rank_limits_pattern_matches_path_suffix(pattern):
     config = AdaLoraConfig(**GOOD, rank_limits={pattern: 9})
     assert config.spec_of("layers/0/q").init_r == 9
     assert config.spec_of("layers/0/qq").init_r == 12
 
 
-def test_the_rank_pattern_of_a_stack_keeps_its_slices():
+def test_rank_pattern_of_stack_keeps_its_slices():
     pattern = {"q": [[True, False], [True, True]], "a": [True, False]}
     config = AdaLoraConfig(**GOOD, rank_pattern=pattern)
     assert config.rank_pattern == (("a", (True, False)), ("q", ((True, False), (True, True))))
@@ -419,16 +419,16 @@ def test_the_rank_pattern_of_a_stack_keeps_its_slices():
     ],
     ids=lambda changes: ",".join(changes) or "defaults",
 )
-def test_a_config_comes_back_from_json(changes):
+def test_config_round_trips_through_json(changes):
     config = AdaLoraConfig(total_step=10, **changes)
     back = AdaLoraConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert back == config
     assert hash(back) == hash(config)
-    # The first pattern that matches counts, so their order is part of the config.
+    # The first matching pattern applies, so their order is part of the config.
     assert back.rank_limits == config.rank_limits
 
 
-def test_a_function_has_to_be_given_again():
+def test_config_functions_must_be_passed_to_from_dict():
     functions = {"score": max, "prox": min, "init": len, "budget_unit": sum}
     config = AdaLoraConfig(total_step=10, **functions, target_modules=lambda path, module: True)
     saved = json.loads(json.dumps(config.to_dict()))
@@ -442,7 +442,7 @@ def test_a_function_has_to_be_given_again():
     assert not config.missing_functions()
 
 
-def test_a_field_of_another_version_is_refused():
+def test_unknown_field_of_another_version_raises():
     saved = AdaLoraConfig(total_step=10).to_dict()
     with pytest.raises(ValueError, match=r"unknown here: temperature\..*another version"):
         AdaLoraConfig.from_dict(saved | {"temperature": 1.0})

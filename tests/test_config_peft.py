@@ -1,6 +1,6 @@
 """``AdaLoraConfig.from_peft`` and ``to_peft`` on a config that PEFT saved; no torch needed.
 
-``pinned/adapter_config.json`` is what ``save_pretrained`` wrote after a run of ``pinned/make.py``.
+``save_pretrained`` wrote ``pinned/adapter_config.json`` after a run of ``pinned/make.py``.
 """
 
 import json
@@ -35,11 +35,11 @@ def test_saved_config_keeps_every_value(saved):
     assert config.modules_to_save == ("head",)
     patterns = {path.removesuffix(".lora_E"): v for path, v in saved["rank_pattern"].items()}
     assert {path: list(keep) for path, keep in config.rank_pattern} == patterns
-    # A rank of 0 is among them.
+    # The patterns include a rank of 0.
     assert not any(patterns["query"])
 
 
-def test_saved_config_comes_back_from_to_peft(saved):
+def test_saved_config_round_trips_through_to_peft(saved):
     config = AdaLoraConfig.from_peft(saved)
     back = config.to_peft()
     assert json.loads(json.dumps(back)) == back
@@ -48,8 +48,8 @@ def test_saved_config_comes_back_from_to_peft(saved):
     assert {key: saved[key] for key in back} == back | {"loftq_config": saved["loftq_config"]}
 
 
-def test_order_of_the_saved_set_of_targets_does_not_matter():
-    """PEFT writes a set, in another order each time; a config is a static argument of jit."""
+def test_order_of_saved_target_modules_does_not_matter():
+    """PEFT writes a set in arbitrary order; a config is a static argument of jit."""
     configs = [
         AdaLoraConfig.from_peft(PLAIN | {"target_modules": names, "exclude_modules": names})
         for names in (["a", "b"], ["b", "a"], {"b", "a"}, ("b", "a"))
@@ -65,26 +65,26 @@ def test_order_of_the_saved_set_of_targets_does_not_matter():
         "base_model.model.encoder.layer.0.query.lora_E",
     ],
 )
-def test_rank_pattern_gets_our_paths_and_back_pefts(key):
+def test_rank_pattern_keys_convert_to_paths_and_back(key):
     config = AdaLoraConfig.from_peft(PLAIN | {"rank_pattern": {key: [True, False]}})
     assert config.rank_pattern == (("encoder/layer/0/query", (True, False)),)
     assert config.to_peft()["rank_pattern"] == {"encoder.layer.0.query.lora_E": [True, False]}
 
 
 @pytest.mark.parametrize("pattern", [{"query": 4}, {"query.lora_E": 4}, {"query": [True]}, [4]])
-def test_rank_pattern_of_plain_lora_is_refused(pattern):
-    """PEFT's AdaLoRA trains as if it were not there, and cannot load what it saved."""
+def test_rank_pattern_of_plain_lora_raises(pattern):
+    """PEFT's AdaLoRA ignores it in training, and cannot load the adapter it saved."""
     with pytest.raises(ValueError, match="rank_pattern="):
         AdaLoraConfig.from_peft(PLAIN | {"rank_pattern": pattern})
 
 
-def test_unknown_keys_are_reported_by_name_and_left_out():
+def test_unknown_keys_warn_by_name_and_are_ignored():
     with pytest.warns(UserWarning, match="unknown keys of the PEFT config .*: future_knob, knob2"):
         config = AdaLoraConfig.from_peft(PLAIN | {"knob2": 1, "future_knob": None})
     assert config == AdaLoraConfig(total_step=100)
 
 
-def test_fields_of_ours_are_no_keys_of_peft():
+def test_fields_without_counterpart_in_peft_warn_and_are_ignored():
     with pytest.warns(UserWarning, match="unknown keys .*: budget_schedule"):
         config = AdaLoraConfig.from_peft(PLAIN | {"budget_schedule": "linear"})
     assert config.budget_schedule == "cubic"
@@ -101,7 +101,7 @@ def test_fields_of_ours_are_no_keys_of_peft():
         ("init_lora_weights", "gaussian"),
     ],
 )
-def test_options_without_effect_in_pefts_adalora_are_reported_and_left_out(key, value):
+def test_options_without_effect_in_peft_warn_and_are_ignored(key, value):
     with pytest.warns(UserWarning, match=f"does not use them: {key}="):
         config = AdaLoraConfig.from_peft(PLAIN | {key: value})
     assert config == AdaLoraConfig(total_step=100)
@@ -124,12 +124,12 @@ def test_options_without_effect_in_pefts_adalora_are_reported_and_left_out(key, 
         ("tfinal", 100),
     ],
 )
-def test_what_cannot_be_done_here_is_refused_by_name(key, value):
+def test_unsupported_peft_option_raises_by_name(key, value):
     with pytest.raises(ValueError, match=key):
         AdaLoraConfig.from_peft(PLAIN | {key: value})
 
 
-def test_other_kinds_of_adapter_and_other_files_are_refused(tmp_path):
+def test_other_adapter_types_and_invalid_files_raise(tmp_path):
     with pytest.raises(ValueError, match="peft_type='LORA'"):
         AdaLoraConfig.from_peft({"peft_type": "LORA", "r": 8})
     (tmp_path / "adapter_config.json").write_text("[1, 2]")
@@ -156,17 +156,17 @@ def test_other_kinds_of_adapter_and_other_files_are_refused(tmp_path):
         ("param_dtype", {"param_dtype": "bfloat16"}),
     ],
 )
-def test_what_peft_cannot_do_is_not_written_for_it(field, others):
+def test_to_peft_raises_for_fields_peft_lacks(field, others):
     with pytest.raises(ValueError, match=field):
         AdaLoraConfig(total_step=100, **others).to_peft()
 
 
-def test_where_the_penalty_is_added_is_not_written_for_peft():
-    """It changes no number: PEFT's model adds the penalty to its loss."""
+def test_to_peft_omits_orth_reg_in_update():
+    """The option does not change the numbers: PEFT's model adds the penalty to its loss."""
     config = AdaLoraConfig(total_step=100, target_modules=["query"])
     assert config.replace(orth_reg_in_update=True).to_peft() == config.to_peft()
 
 
-def test_a_rank_of_no_triplets_is_written_as_booleans():
+def test_to_peft_writes_rank_zero_as_booleans():
     config = AdaLoraConfig(total_step=100, init_r=2, target_r=1, rank_pattern={"query": []})
     assert config.to_peft()["rank_pattern"] == {"query.lora_E": [False, False]}

@@ -34,7 +34,7 @@ class Fit(NamedTuple):
 
 
 class Demo(NamedTuple):
-    """One run of the command, and what it did by the way."""
+    """One run of the command: its output, its picture and its fits."""
 
     printed: str
     progress: str
@@ -43,7 +43,7 @@ class Demo(NamedTuple):
 
 
 def values(base):
-    """Copies of a base's arrays, in either framework."""
+    """Return copies of a base's arrays, in either framework."""
     return [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(base) if is_nnx(base) else base)]
 
 
@@ -53,7 +53,7 @@ def is_nnx(base):
 
 @pytest.fixture(scope="module", params=["linen", "nnx"])
 def framework(request):
-    """A front end's module, with a smaller model in it."""
+    """Return a front end's module with a smaller model."""
     module = importlib.import_module(f"adalora_jax.demo.in_{request.param}")
     small = functools.partial(module.VisionTransformer, width=16, depth=1, heads=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -88,18 +88,18 @@ def demo(framework, tmp_path_factory):
     return Demo(printed.getvalue(), progress.getvalue(), picture, fits)
 
 
-def test_it_draws_a_picture(demo):
+def test_demo_draws_a_picture(demo):
     assert demo.picture.shape[0] > 200
     assert demo.picture.shape[1] > 400
     assert demo.picture.std() > 0.1
 
 
-def test_it_shows_its_progress(demo):
+def test_demo_shows_progress(demo):
     for shown in ("loss=", "budget=", "mean rank="):
         assert shown in demo.progress
 
 
-def test_it_prints_what_it_measured(demo):
+def test_demo_prints_accuracy_and_sizes(demo):
     rows = re.findall(r"^(.*?) +([\d.]+%) +([\d,]+) +([\d,]+)$", demo.printed, re.MULTILINE)
     runs = [demo.fits[name].run for name in ("frozen", "LoRA", "AdaLoRA", "full")]
     assert rows == [
@@ -109,7 +109,7 @@ def test_it_prints_what_it_measured(demo):
     assert all(0 <= run.accuracy <= 1 for run in runs)
 
 
-def test_sizes_are_those_of_the_model(demo):
+def test_reported_sizes_match_the_model(demo):
     run = {name: fit.run for name, fit in demo.fits.items()}
     classifier, triplet = 16 * 10 + 10, 16 + 1 + 16
     assert run["frozen"].trained == run["frozen"].kept == classifier
@@ -119,7 +119,7 @@ def test_sizes_are_those_of_the_model(demo):
     assert run["full"].trained == sum(value.size for value in demo.fits["full"].before)
 
 
-def test_it_prints_the_ranks_it_ended_with(demo):
+def test_demo_prints_final_ranks(demo):
     rows = re.findall(r"^blocks\D0/(\w+) +16 +16 +(\d) +6 +\d+$", demo.printed, re.MULTILINE)
     assert sorted(module for module, _ in rows) == ["down", "key", "out", "query", "up", "value"]
     run = demo.fits["AdaLoRA"].run
@@ -129,7 +129,7 @@ def test_it_prints_the_ranks_it_ended_with(demo):
     }
 
 
-def test_ranks_follow_the_budget_down_to_the_target(demo):
+def test_ranks_follow_budget_to_target(demo):
     run = demo.fits["AdaLoRA"].run
     live = [sum(adalora.ranks(progress.masks).values()) for progress in run.history]
     budgets = [int(progress.budget) for progress in run.history]
@@ -141,7 +141,7 @@ def test_ranks_follow_the_budget_down_to_the_target(demo):
 
 
 @pytest.mark.parametrize("name", ["frozen", "LoRA", "AdaLoRA", "full"])
-def test_the_base_stays_as_it_was_and_something_is_learnt(demo, name):
+def test_base_is_unchanged_and_loss_decreases(demo, name):
     fit = demo.fits[name]
     for before, after in zip(fit.before, fit.after, strict=True):
         np.testing.assert_array_equal(after, before)
@@ -149,25 +149,25 @@ def test_the_base_stays_as_it_was_and_something_is_learnt(demo, name):
 
 
 @pytest.mark.parametrize(("name", "fixed"), [("frozen", {"lam": 1, "p": 0}), ("LoRA", {"lam": 1})])
-def test_fixed_factors_stay_as_they_were(demo, name, fixed):
+def test_fixed_factors_are_unchanged(demo, name, fixed):
     for adapter in adalora.adapters(demo.fits[name].run.learner.trainable).values():
         for factor, value in fixed.items():
             np.testing.assert_array_equal(getattr(adapter, factor), value)
         assert (adapter.p != 0).any() == (name == "LoRA")
 
 
-def test_one_compilation_for_the_whole_run(demo):
+def test_each_method_compiles_once(demo):
     assert {name: fit.traces for name, fit in demo.fits.items()} == dict.fromkeys(demo.fits, 1)
 
 
 @pytest.mark.slow
-def test_the_lowest_number_of_steps_is_enough(framework):
+def test_minimum_number_of_steps_reaches_target(framework):
     method = methods.adaptations(10)[2]
     run = train.fit(framework, framework.create(0), method, range(5, 10), steps=10, seed=0)
     assert sum(adalora.ranks(run.history[-1].masks).values()) == TARGET
 
 
-def test_every_method_gets_the_same_batches():
+def test_batches_are_reproducible_and_exclude_test_images():
     train_images, test_images = data.load(range(5, 10), seed=3)
     first, second = (list(data.batches(train_images, 4, seed=1)) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -190,14 +190,14 @@ def test_every_method_gets_the_same_batches():
         (["--lr", "1"], "unrecognized arguments: --lr"),
     ],
 )
-def test_wrong_options_are_refused(arguments, message, capsys):
+def test_invalid_options_exit_with_message(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named(tmp_path):
+def test_missing_package_is_named(tmp_path):
     code = (
         "import sys; sys.modules['tqdm'] = None; from adalora_jax.demo.__main__ import main; "
         f"main(['--out', {str(tmp_path)!r}])"
@@ -211,7 +211,7 @@ def no_training(*args):
     raise AssertionError("the folder should have been refused before any training")
 
 
-def test_a_folder_without_permission_is_refused_before_training(tmp_path, monkeypatch, capsys):
+def test_unwritable_folder_fails_before_training(tmp_path, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -225,14 +225,14 @@ def test_a_folder_without_permission_is_refused_before_training(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_cannot_be_replaced_is_refused_before_training(tmp_path, capsys):
+def test_irreplaceable_picture_fails_before_training(tmp_path, capsys):
     (tmp_path / "ranks.png").mkdir()
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path)])
     assert "Is a directory" in capsys.readouterr().err
 
 
-def test_an_interrupt_prints_one_line_and_leaves_no_folder(tmp_path, monkeypatch, capsys):
+def test_interrupt_prints_one_line_and_leaves_no_folder(tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         assert not list(tmp_path.iterdir())
         raise KeyboardInterrupt
@@ -245,7 +245,7 @@ def test_an_interrupt_prints_one_line_and_leaves_no_folder(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_results_are_printed_where_the_picture_fails(demo, tmp_path, monkeypatch, capsys):
+def test_results_are_printed_if_saving_picture_fails(demo, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
 

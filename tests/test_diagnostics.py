@@ -1,4 +1,4 @@
-"""What ``info`` says about the allocator, against the paper's formulas in NumPy."""
+"""``info`` about the allocator, compared with the paper's formulas in NumPy."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ ROWS = ["down", "key", "layers[0]", "layers[1]"]  # the problem's matrices
 
 @functools.cache
 def run(config, look=adalora.info):
-    """Params, allocator, gradients, info and its metrics after every step of a jitted run."""
+    """Return params, allocator, gradients, info and metrics after every step of a jitted run."""
     tx = adalora.adalora(optax.adam(1e-2), config)
 
     @jax.jit
@@ -50,7 +50,7 @@ def run(config, look=adalora.info):
 
 
 def papers_scores(config, params, allocator, grads):
-    """Every matrix's scores, triplet by triplet, by the test's own formulas."""
+    """Compute every matrix's scores, triplet by triplet, by the oracle's formulas."""
     weights, gradients, *averages = (
         problem.matrices(part)
         for part in (params, grads, allocator.sensitivity, allocator.uncertainty)
@@ -67,7 +67,7 @@ def papers_scores(config, params, allocator, grads):
     [(score, "triplet") for score in (*SCORES, "sensitivity", "magnitude", "signal_to_noise")]
     + [("sensitivity_uncertainty", "lam")],
 )
-def test_scores_are_the_papers_and_metrics_their_summaries(score, score_over):
+def test_scores_match_paper_and_metrics_summarise_them(score, score_over):
     config = CONFIG.replace(score=score, score_over=score_over)
     for t, (params, allocator, grads, info, metrics) in enumerate(run(config)):
         expected = papers_scores(config, params, allocator, grads)
@@ -100,7 +100,7 @@ def test_scores_are_the_papers_and_metrics_their_summaries(score, score_over):
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_after_a_new_mask_the_best_scores_are_those_that_live(score):
+def test_new_mask_keeps_best_scores(score):
     config = CONFIG.replace(score=score)
     pruned = 0
     for t, (*_, info, _) in enumerate(run(config)):
@@ -112,7 +112,7 @@ def test_after_a_new_mask_the_best_scores_are_those_that_live(score):
     assert pruned == 6
 
 
-def test_a_score_of_ones_own_sees_weights_and_gradients():
+def test_custom_score_gets_weights_and_gradients():
     config = CONFIG.replace(score=lambda e: jnp.abs(e.weight.lam) + jnp.abs(e.gradient.lam))
     for params, _, grads, info, _ in run(config):
         for path, scores in info.scores.items():
@@ -120,7 +120,7 @@ def test_a_score_of_ones_own_sees_weights_and_gradients():
             np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
-def test_totals_come_without_the_matrices():
+def test_metrics_omit_per_matrix_values_by_default():
     *_, (*_, info, _) = run(CONFIG)
     few, all_of_them = info.metrics(), info.metrics(each=True)
     assert set(all_of_them) - set(few) == {f"{k}/{row}" for k in ("rank", "score") for row in ROWS}
@@ -128,20 +128,20 @@ def test_totals_come_without_the_matrices():
     assert json.loads(json.dumps({k: float(v) for k, v in few.items()}))["live"] == 8
 
 
-def test_nothing_alive_is_no_error():
+def test_score_threshold_is_infinite_without_active_triplets():
     masks = {"query": jnp.zeros(2, bool)}
     info = AllocatorInfo(*[jnp.int32(0)] * 3, masks, {"query": jnp.ones(2)})
     assert info.metrics()["score_threshold"] == np.inf
 
 
-def test_one_trace_serves_the_whole_run_and_eager_says_the_same():
+def test_info_traces_once_and_equals_eager():
     traced = chex.assert_max_traces(adalora.info, n=1)
     params, allocator, grads, info, metrics = run(CONFIG, traced)[-1]
     eager = adalora.info(allocator, params, grads)
     chex.assert_trees_all_close((info, metrics), (eager, eager.metrics("run/", each=True)))
 
 
-def test_the_state_may_be_donated_while_infos_are_kept():
+def test_info_survives_donation_of_state():
     tx = adalora.adalora(optax.sgd(1e-2), CONFIG)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -160,7 +160,7 @@ def test_the_state_may_be_donated_while_infos_are_kept():
     assert [int(adalora.ranks(info)["key"]) for info in infos] == [4] * 4
 
 
-def test_every_form_of_state_will_do():
+def test_info_accepts_every_form_of_state():
     params = problem.adapters(CONFIG)
     state = adalora.init_state(params, CONFIG)
     wrapped = optax.chain(optax.clip(1.0), adalora.adalora(optax.adam(1e-3), CONFIG)).init(params)
@@ -171,7 +171,7 @@ def test_every_form_of_state_will_do():
         assert adalora.summary(params, info) == adalora.summary(params, state)
 
 
-def test_an_nnx_model_has_the_same_names_inside_and_outside_of_jit():
+def test_nnx_info_is_equal_inside_and_outside_jit():
     config = CONFIG.replace(target_modules="all-linear", score="magnitude")
     base = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
     model = adalora.nnx.adapt(base, config)
@@ -204,13 +204,13 @@ def test_an_nnx_model_has_the_same_names_inside_and_outside_of_jit():
         (adalora.scores.ScoreInputs, ("grads",), "pass params=params to info"),
     ],
 )
-def test_a_score_that_needs_more_says_what(score, given, message):
+def test_missing_params_or_grads_error_names_them(score, given, message):
     params = problem.adapters(CONFIG)
     state = adalora.init_state(params, CONFIG.replace(score=score))
     with pytest.raises(ValueError, match=message):
         adalora.info(state, **dict.fromkeys(given, params))
 
 
-def test_a_state_without_an_allocator_is_refused():
+def test_state_without_allocator_raises():
     with pytest.raises(ValueError, match="0 AllocatorStates"):
         adalora.info(optax.adam(1e-3).init(problem.adapters(CONFIG)))

@@ -1,4 +1,4 @@
-"""Programs for GPU and TPU, lowered on a machine that has neither."""
+"""Programs for GPU and TPU, lowered on a machine without either."""
 
 import functools
 import re
@@ -33,10 +33,10 @@ def structs(tree):
 
 
 def lowered(function, *args):
-    """What the program for all platforms at once gives here."""
+    """Export one program for all platforms and return its results on this one."""
     exported = export.export(jax.jit(function), platforms=PLATFORMS)(*structs(args))
     assert exported.platforms == PLATFORMS
-    # Of kernels there are none but those of XLA itself, for any platform.
+    # The program has no custom kernels but XLA's own, on any platform.
     calls = re.findall(r"custom_call @(\w+)", exported.mlir_module())
     assert set(calls) <= {"Sharding"}
     return exported.call(*args)
@@ -51,7 +51,7 @@ def problem():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_forward(dtype):
+def test_forward_exports_to_all_platforms(dtype):
     config = CONFIG.replace(param_dtype=dtype, init_lora_weights=False)
     adapter = adalora.init_adapter(jax.random.key(0), 6, 5, config)
     x, kernel, bias = (jnp.ones(shape, dtype) for shape in ((3, 6), (6, 5), (5,)))
@@ -62,7 +62,7 @@ def test_forward(dtype):
         jax.tree.map(np.testing.assert_array_equal, ours, wanted)
 
 
-def test_allocate(problem):
+def test_allocate_exports_to_all_platforms(problem):
     adapters = problem[2]
     state = adalora.init_state(adapters, CONFIG)
     grads = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), adapters)
@@ -85,7 +85,7 @@ def train_step(adapted, tx):
     return step
 
 
-def test_a_whole_train_step(problem):
+def test_train_step_exports_to_all_platforms(problem):
     adapted, variables, adapters, x = problem
     tx = adalora.adalora(optax.adamw(1e-2), CONFIG)
     args = variables, adapters, tx.init(adapters), x, x[:, :4]
@@ -94,7 +94,7 @@ def test_a_whole_train_step(problem):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, wanted)
 
 
-def test_a_train_step_for_a_mesh_of_devices_that_this_machine_has_not(problem):
+def test_train_step_lowers_for_abstract_tpu_mesh(problem):
     adapted, variables, adapters, x = problem
     tx = adalora.adalora(optax.adamw(1e-2), CONFIG)
     mesh = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

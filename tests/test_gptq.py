@@ -1,4 +1,4 @@
-"""GPTQ's packed tensors: against the format's text in NumPy, and against GPTQModel's own."""
+"""GPTQ's packed tensors, compared with the format's definition in NumPy and with GPTQModel."""
 
 import json
 from pathlib import Path
@@ -29,14 +29,14 @@ CONFIG = adalora.AdaLoraConfig(total_step=10, init_r=4, target_r=2, target_modul
 
 
 def tensors(case, version="gptq"):
-    """The four tensors of a pinned case, as a checkpoint of this format has them."""
+    """Return the four tensors of a pinned case, as in a checkpoint of this format."""
     zeros = "qzeros" if version == "gptq" else "qzeros_v2"
     named = {"qweight": "qweight", "qzeros": zeros, "scales": "scales", "g_idx": "g_idx"}
     return {name: PINNED[f"{case}/{key}"] for name, key in named.items()}
 
 
 def field(words, bits, index):
-    """Number ``index`` of a list of packed words, bit by bit: the format's definition."""
+    """Unpack number ``index`` of a list of words, bit by bit, as the format defines it."""
     value = 0
     for bit in range(bits):
         position = index * bits + bit
@@ -46,7 +46,7 @@ def field(words, bits, index):
 
 
 def by_definition(bits, qweight, qzeros, scales, g_idx):
-    """``scales · (weight − zero)`` element by element, for zero points stored as they are."""
+    """Compute ``scales · (weight − zero)`` element by element, for unmodified zero points."""
     dense = np.zeros((len(g_idx), scales.shape[1]))
     for i, group in enumerate(g_idx):
         for o in range(scales.shape[1]):
@@ -56,7 +56,7 @@ def by_definition(bits, qweight, qzeros, scales, g_idx):
 
 
 def minus_one(words, bits):
-    """Zero points as v1 stores them: one less in each field of the words, borrows included."""
+    """Convert zero points to v1: subtract one from each field of the words, with borrows."""
     ones = sum(1 << shift for shift in range(0, 32, bits))
     return (
         np.array([(int(w) - ones) % 2**32 for w in words.ravel()], np.uint32)
@@ -66,11 +66,11 @@ def minus_one(words, bits):
 
 
 def made_up(bits, ins, outs, groups, seed):
-    """Random packed tensors, with zero points at both ends of their range."""
+    """Draw random packed tensors, with zero points at both ends of their range."""
     draw = np.random.default_rng(seed)
     words = lambda *shape: draw.integers(-(2**31), 2**31, shape).astype(np.int32)
     qzeros = words(groups, outs * bits // 32)
-    qzeros[0, 0], qzeros[-1, -1] = 0, -1  # all fields 0, all fields of the largest number
+    qzeros[0, 0], qzeros[-1, -1] = 0, -1  # all fields 0, all fields at the maximum
     return {
         "qweight": words(ins * bits // 32, outs),
         "qzeros": qzeros,
@@ -82,7 +82,7 @@ def made_up(bits, ins, outs, groups, seed):
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("order", ["act", "plain"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_element_is_what_the_format_says(bits, order, version):
+def test_dequantized_elements_match_format_definition(bits, order, version):
     given = made_up(bits, ins=32, outs=8, groups=4, seed=bits)
     if order == "plain":
         given["g_idx"] = np.sort(given["g_idx"])
@@ -98,7 +98,7 @@ def test_every_element_is_what_the_format_says(bits, order, version):
 
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("case", CASES)
-def test_gptqmodels_tensors_read_as_gptqmodel_reads_them(case, version):
+def test_dequantized_tensors_match_gptqmodel(case, version):
     weight = gptq.from_tensors(**tensors(case, version), checkpoint_format=version)
     assert weight.bits == int(case[0])
     want = PINNED[f"{case}/dense"]  # computed in float16
@@ -106,8 +106,8 @@ def test_gptqmodels_tensors_read_as_gptqmodel_reads_them(case, version):
     assert np.abs(want).max() > 0.1
 
 
-def test_the_pinned_zero_points_borrow_from_their_neighbours():
-    """Else the tests above could not tell adding to a word from adding to its fields."""
+def test_pinned_zero_points_borrow_from_neighbouring_fields():
+    """Otherwise the tests above could not distinguish adding to a word and to its fields."""
     zeros = PINNED["4-asym-plain/qzeros_v2"].view(np.uint32).ravel()
     fields = {(int(word) >> shift) & 15 for word in zeros for shift in range(0, 32, 4)}
     assert {0, 15} <= fields
@@ -138,7 +138,7 @@ NAMES = {"query": "model.q_proj", "head": "model.lm_head"}
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Two shards of two layers in 4 bits, as Hugging Face has them."""
+    """Write two shards of two layers in 4 bits, in Hugging Face's format."""
     for number, (name, case) in enumerate(LAYERS.items()):
         parts = {**tensors(case), "bias": PINNED[f"{case}/bias"]}
         file = tmp_path / f"model-0000{number + 1}-of-00002.safetensors"
@@ -149,7 +149,7 @@ def checkpoint(tmp_path):
 
 
 def dense_params(params):
-    """The float model's parameters with the checkpoint's dense weights, straight from the file."""
+    """Return the float model's parameters with the checkpoint's dense weights, from the file."""
     params = jax.tree.map(lambda leaf: leaf, params)
     for path, name in NAMES.items():
         for key, source in (("kernel", "dense"), ("bias", "bias")):
@@ -158,7 +158,7 @@ def dense_params(params):
     return params
 
 
-def test_a_checkpoint_goes_into_a_linen_model_and_trains(checkpoint):
+def test_linen_model_loads_checkpoint_and_has_correct_gradients(checkpoint):
     model = Model()
     variables = model.init(jax.random.key(1), X)
     loaded, packed = quantization.load_gptq(checkpoint, model, variables, names=NAMES)
@@ -189,7 +189,7 @@ def test_a_checkpoint_goes_into_a_linen_model_and_trains(checkpoint):
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, packed))
 
 
-def test_a_checkpoint_goes_into_an_nnx_model_whose_kernels_are_mere_shapes(checkpoint):
+def test_concrete_and_abstract_nnx_models_load_checkpoint(checkpoint):
     abstract = nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0)))
     loaded = quantization.load_gptq(checkpoint, abstract, names=NAMES.get)
     assert loaded.query.kernel.shape == (64, 4, 4)
@@ -207,7 +207,7 @@ def test_a_checkpoint_goes_into_an_nnx_model_whose_kernels_are_mere_shapes(check
     assert "kernel" not in grads["query"]
 
 
-def test_by_default_a_path_is_the_name_with_dots(checkpoint):
+def test_default_name_is_the_path_with_dots(checkpoint):
     class Inner(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -227,7 +227,7 @@ def test_by_default_a_path_is_the_name_with_dots(checkpoint):
     )
 
 
-def test_a_list_of_names_is_a_stack_of_layers(tmp_path):
+def test_list_of_names_loads_a_stack_of_layers(tmp_path):
     cases = ["4-asym-act", "4-sym-plain"]
     flat = {
         f"h.{i}.mlp.{key}": np.ascontiguousarray(value)
@@ -266,12 +266,12 @@ def test_a_list_of_names_is_a_stack_of_layers(tmp_path):
         ({"checkpoint_format": "marlin"}, "checkpoint_format='marlin' must be one of"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(change, message):
+def test_invalid_tensors_raise(change, message):
     with pytest.raises(ValueError, match=message):
         gptq.from_tensors(**{**tensors("4-sym-act"), **change})
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path_factory):
+def test_mismatched_checkpoint_raises(checkpoint, tmp_path_factory):
     model = Model()
     variables = model.init(jax.random.key(1), X)
     load = lambda **kwargs: quantization.load_gptq(checkpoint, model, variables, **kwargs)

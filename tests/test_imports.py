@@ -1,4 +1,4 @@
-"""The order of imports, the boundary between public and private, and what an import pulls in."""
+"""The order of imports, the boundary of public and private, and the packages an import loads."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ import adalora_jax as adalora
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "adalora_jax"
 FACADES = sorted({path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"})
-# What each package of the implementation may import of the others, and from outside.
+# The other packages, and the third-party ones, that each implementation package may import.
 BELOW = {
     "core": set(),
     "modules": {"core"},
@@ -47,7 +47,7 @@ FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 @cache
 def imports(name):
-    """The names of all modules that a file imports when it runs, at its top or in a function."""
+    """Return the names of all modules a file imports at run time, also within functions."""
     tree = ast.parse(FILES[name].read_text())
     is_typing = lambda node: isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
     typing = {id(inner) for node in ast.walk(tree) if is_typing(node) for inner in ast.walk(node)}
@@ -65,17 +65,17 @@ def imports(name):
 
 @cache
 def floor(name):
-    """One more than the highest module that a module imports."""
+    """Return the depth of a module: one more than the deepest module it imports."""
     below = {other for other in imports(name) if other in FILES} - {name, "adalora_jax"}
     return 1 + max(map(floor, below), default=0)
 
 
-def test_there_are_at_most_ten_floors():
+def test_import_depth_is_at_most_ten():
     assert max(map(floor, FILES)) <= 10
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("adalora_jax._src.")])
-def test_a_module_imports_only_what_its_package_may(name):
+def test_module_imports_only_allowed_packages(name):
     package = name.split(".")[2]
     for other in imports(name):
         top, *rest = other.split(".")
@@ -89,12 +89,12 @@ def test_a_module_imports_only_what_its_package_may(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "demo" in name])
-def test_the_demo_uses_public_names_alone(name):
+def test_demo_imports_only_public_modules(name):
     assert not [other for other in imports(name) if "_src" in other]
 
 
 @pytest.mark.parametrize("name", FACADES)
-def test_a_facade_names_what_it_imports(name):
+def test_facade_exports_exactly_its_imports(name):
     path = FILES[f"adalora_jax.{name}"]
     statements = ast.parse(path.read_text()).body
     kinds = {type(statement) for statement in statements[1:]}
@@ -105,7 +105,7 @@ def test_a_facade_names_what_it_imports(name):
     assert sorted(public) == sorted(module.__all__)
 
 
-def test_importing_the_package_leaves_the_optional_packages_alone():
+def test_import_does_not_load_optional_packages():
     optional = ["orbax", "qwix", "safetensors", "matplotlib", "sklearn", "tqdm", "torch"]
     code = (
         "import flax.linen, flax.nnx, optax, sys; before = set(sys.modules); import adalora_jax; "
@@ -118,7 +118,7 @@ def test_importing_the_package_leaves_the_optional_packages_alone():
     assert not set(optional) & set(loaded.stdout.split())
 
 
-def test_modules_with_further_packages_are_imported_when_asked_for():
+def test_modules_with_optional_packages_are_imported_lazily():
     code = (
         "import sys, adalora_jax as adalora; assert 'orbax' not in sys.modules; "
         "print(adalora.checkpoint.__name__, adalora.huggingface.__name__); "
@@ -131,14 +131,14 @@ def test_modules_with_further_packages_are_imported_when_asked_for():
 
 def test_all_lists_exactly_the_public_names():
     public = {name for name in vars(adalora) if not name.startswith("_")}
-    # Modules that are imported when asked for are there once another test has asked.
+    # Lazily imported modules are attributes once another test has used them.
     asked = {name for name in public if isinstance(getattr(adalora, name), types.ModuleType)}
     lazy = asked - {"linen", "nnx", "scores", "sharding"}
     assert set(adalora.__all__) == public - lazy
     assert sorted(adalora.__all__) == sorted(set(adalora.__all__))
 
 
-def test_no_public_name_is_that_of_a_module_it_is_not():
+def test_public_names_do_not_shadow_modules():
     for name in adalora.__all__:
         found = importlib.util.find_spec(f"adalora_jax.{name}")
         assert found is None or isinstance(getattr(adalora, name), types.ModuleType), name

@@ -1,4 +1,4 @@
-"""Initial values from the model: its weights' singular vectors, and its inputs' directions."""
+"""Initial values from the singular vectors of the model's weights and of its inputs."""
 
 import flax.linen as nn
 import jax
@@ -60,19 +60,19 @@ def linen():
 
 
 def second_moment(x, axes=1):
-    """In float64, of the inputs ``x [..., *ins]``."""
+    """Compute the second moments of the inputs ``x [..., *ins]`` in float64."""
     flat = np.asarray(x, np.float64).reshape(-1, np.prod(x.shape[x.ndim - axes :]))
     return flat.T @ flat
 
 
 def patches(x):
-    """The windows of three, padded with zeros, that a convolution sees."""
+    """Return the zero-padded windows of three that a convolution sees."""
     padded = np.pad(np.asarray(x), ((0, 0), (1, 1), (0, 0)))
     return np.stack([padded[:, i : i + x.shape[1]] for i in range(3)], axis=-2)
 
 
 def expected_moments(params):
-    """A run of the linen model by hand: ``{path: second moments of the layer's inputs}``."""
+    """Run the linen model by hand; return ``{path: second moments of the layer's inputs}``."""
     dense = lambda x, node, axes=1: (
         np.tensordot(x, node["kernel"], axes=axes) + np.asarray(node["bias"])
     )
@@ -90,21 +90,21 @@ def expected_moments(params):
     return moments | stacks | {"head": second_moment(x)}
 
 
-# The directions of the inputs -----------------------------------------------------------------
+# The singular vectors of the inputs -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_moments_are_those_of_every_layers_inputs(linen, compiled):
+def test_input_moments_match_a_run_by_hand(linen, compiled):
     _, adapted, variables, adapters = linen
     run = lambda variables, tokens: inits.input_second_moments(adapted, variables, adapters, tokens)
     moments = (jax.jit(run) if compiled else run)(variables, TOKENS)
     expected = expected_moments(variables["params"])
-    assert moments.keys() == expected.keys()  # and not the embedding, whose input is no number
+    assert moments.keys() == expected.keys()  # not the embedding, whose inputs are ids
     for path, moment in moments.items():
         np.testing.assert_allclose(moment, expected[path], rtol=1e-4, atol=1e-4, err_msg=path)
 
 
-def test_moments_of_batches_add_up(linen):
+def test_input_moments_of_batches_add_up(linen):
     _, adapted, variables, adapters = linen
     run = lambda tokens: inits.input_second_moments(adapted, variables, adapters, tokens)
     parts = jax.tree.map(jnp.add, run(TOKENS[:1]), run(TOKENS[1:]))
@@ -112,7 +112,7 @@ def test_moments_of_batches_add_up(linen):
         np.testing.assert_allclose(parts[path], moment, rtol=1e-4, atol=1e-4)
 
 
-def test_moments_of_an_nnx_model_leave_it_as_it_is():
+def test_nnx_input_moments_match_and_leave_model_unchanged():
     model = al.nnx.adapt(NnxModel(nnx.Rngs(0)), CONFIG, nnx.Rngs(1))
     before = nnx.state(model)
     moments = inits.input_second_moments(model, TOKENS)
@@ -131,7 +131,7 @@ def test_moments_of_an_nnx_model_leave_it_as_it_is():
         np.testing.assert_allclose(moments[path], want[path], rtol=1e-4, atol=1e-4)
 
 
-def test_q_is_along_the_top_right_singular_vectors_of_the_inputs(linen):
+def test_eva_init_sets_q_to_top_right_singular_vectors_of_inputs(linen):
     model, adapted, variables, adapters = linen
     moments = inits.input_second_moments(adapted, variables, adapters, TOKENS)
     along = inits.eva_init(adapters, moments)
@@ -149,7 +149,7 @@ def test_q_is_along_the_top_right_singular_vectors_of_the_inputs(linen):
     jax.tree.map(np.testing.assert_array_equal, ours, model.apply(variables, TOKENS))
 
 
-def test_ranks_go_where_variance_is_and_cost_what_the_model_had(linen):
+def test_eva_ranks_follow_variance_within_initial_budget(linen):
     _, adapted, variables, adapters = linen
     moments = inits.input_second_moments(adapted, variables, adapters, TOKENS)
     config = inits.eva_ranks(moments, CONFIG)
@@ -158,7 +158,7 @@ def test_ranks_go_where_variance_is_and_cost_what_the_model_had(linen):
     assert sum(ranks[path] * number[path] for path in ranks) == 3 * sum(number.values())
     assert 1 <= min(ranks.values()) < max(ranks.values()) <= 6
     assert config.scaling == CONFIG.scaling
-    # By hand: the best components that fit, stacks counted by the mean over their layers.
+    # By hand: the largest components that fit, for stacks by the mean over their layers.
     shares = {}
     for path, moment in expected_moments(variables["params"]).items():
         values = np.sort(np.linalg.eigvalsh(moment), axis=-1)[..., ::-1]
@@ -169,7 +169,7 @@ def test_ranks_go_where_variance_is_and_cost_what_the_model_had(linen):
         if number[path] <= left:
             want[path], left = want[path] + 1, left - number[path]
     assert ranks == want
-    # And the adapters start so, with the embedding as before.
+    # The adapters start with these ranks; the embedding's is unchanged.
     fresh = al.linen.adapt(Model(), config).init(jax.random.key(2), variables, TOKENS)
     rows = {path: adapter.lam.shape[-1] for path, adapter in fresh.items()}
     assert rows == ranks | {"embed": 3}
@@ -177,7 +177,7 @@ def test_ranks_go_where_variance_is_and_cost_what_the_model_had(linen):
     assert al.init_state(along, config).allocator.budget == 3 * sum(number.values()) + 3
 
 
-def test_ranks_by_variance_stay_within_limits():
+def test_eva_ranks_stay_within_limits():
     moments = {"a": jnp.diag(jnp.array([5.0, 4, 3, 2, 1])), "b": jnp.diag(jnp.array([1.0, 0, 0]))}
     ranks = lambda config, **most: dict(inits.eva_ranks(moments, config, **most).rank_pattern)
     assert ranks(CONFIG) == {"a": 5, "b": 1}
@@ -192,13 +192,13 @@ def test_ranks_by_variance_stay_within_limits():
 
 
 def read(weight, stack, ins):
-    """A kernel as ``[*stack, in, out]``, in float64."""
+    """Reshape a kernel to ``[*stack, in, out]``, in float64."""
     shape = (*weight.shape[:stack], np.prod(weight.shape[stack : stack + ins]), -1)
     return np.asarray(weight, np.float64).reshape(shape)
 
 
 @pytest.mark.parametrize("changes", [{}, {"scale": 0.25}, {"rank_limits": {"query": 5}}])
-def test_principal_adapters_are_the_top_of_the_kernels_and_the_base_is_the_rest(linen, changes):
+def test_pissa_init_splits_kernel_into_top_components_and_remainder(linen, changes):
     model, _, variables, _ = linen
     config = CONFIG.replace(**changes)
     adapted = al.linen.adapt(model, config)
@@ -222,7 +222,7 @@ def test_principal_adapters_are_the_top_of_the_kernels_and_the_base_is_the_rest(
             np.testing.assert_allclose(rest[: len(sigma) - rank], sigma[rank:], atol=1e-5)
 
 
-def test_principal_adapters_of_an_nnx_model_with_shared_weights():
+def test_pissa_init_preserves_nnx_model_with_shared_weights():
     class Tied(nnx.Module):
         def __init__(self, rngs):
             self.first = nnx.Linear(6, 6, rngs=rngs)
@@ -243,7 +243,7 @@ def test_principal_adapters_of_an_nnx_model_with_shared_weights():
             np.testing.assert_array_equal(al.nnx.adapters(adapted)[path].lam, 0 * adapter.lam)
 
 
-def test_rows_beyond_the_rank_of_a_weight_stay_with_a_lam_of_zero():
+def test_pissa_init_keeps_lam_zero_beyond_rank_of_weight():
     model, x = nn.Dense(2), jnp.ones((3, 5))
     variables = model.init(jax.random.key(0), x)
     adapted = al.linen.adapt(model, CONFIG.replace(init_r=4))
@@ -254,7 +254,7 @@ def test_rows_beyond_the_rank_of_a_weight_stay_with_a_lam_of_zero():
     np.testing.assert_allclose(corrected["params"]["kernel"], jnp.zeros((5, 2)), atol=1e-6)
 
 
-def test_a_quantised_weight_has_nothing_to_take_out():
+def test_pissa_init_of_quantized_weight_raises():
     quantization = pytest.importorskip("adalora_jax.quantization")
     model, x = nn.Dense(64), jnp.ones((2, 64))
     module, variables = quantization.quantize(model, "int8", model.init(jax.random.key(0), x), x)
@@ -265,6 +265,6 @@ def test_a_quantised_weight_has_nothing_to_take_out():
     base = quantization.quantize(nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0))), "int8", x)
     with pytest.raises(ValueError, match="is quantised, so nothing can be taken out of it"):
         inits.pissa_init(al.nnx.adapt(base, CONFIG))
-    # Its inputs can be looked at like any other's.
+    # Its input moments can be computed as for any other weight.
     moments = inits.input_second_moments(adapted, variables, adapters, x)
     np.testing.assert_allclose(moments[""], x.T @ x, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The linen front end inside the training code people write."""
+"""The linen front end inside usual training code."""
 
 import chex
 import flax.linen as nn
@@ -49,7 +49,7 @@ def cross_entropy(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def test_the_adapted_model_starts_as_the_base_model(model):
+def test_adapted_model_starts_as_base_model(model):
     module, variables, x, _ = model
     for init in ("gaussian", "lambda_one"):
         adapted = adalora.linen.adapt(module, config(init=init))
@@ -59,7 +59,7 @@ def test_the_adapted_model_starts_as_the_base_model(model):
         )
 
 
-def test_train_state_trains_adapters_and_saved_modules_and_compiles_once(model):
+def test_train_state_trains_adapters_and_saved_modules_in_one_trace(model):
     module, variables, x, y = model
     options = config(modules_to_save=["head"], lora_dropout=0.2)
     adapted = adalora.linen.adapt(module, options)
@@ -109,7 +109,7 @@ def test_train_state_trains_adapters_and_saved_modules_and_compiles_once(model):
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, variables))
 
 
-def test_mutable_collections_come_back_without_adapters(model):
+def test_mutable_collections_do_not_contain_adapters(model):
     module, variables, x, _ = model
     adapted = adalora.linen.adapt(module, config())
     adapters = adapted.init(jax.random.key(2), variables, x)
@@ -119,7 +119,7 @@ def test_mutable_collections_come_back_without_adapters(model):
     chex.assert_trees_all_equal(mutated, changed)
 
 
-def test_adapter_dropout_follows_the_flag_and_leaves_the_models_own_noise_alone(model):
+def test_adapter_dropout_follows_flag_and_keeps_model_rng_unchanged(model):
     module, variables, x, _ = model
     adapted = adalora.linen.adapt(module, config(lora_dropout=0.5, init_lora_weights=False))
     adapters = adapted.init(jax.random.key(2), variables, x)
@@ -150,7 +150,7 @@ def test_init_under_eval_shape_allocates_nothing(model):
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
 
 
-def test_merging_gives_the_adapted_function_in_the_base_model(model):
+def test_merged_base_model_equals_adapted_model(model):
     module, variables, x, _ = model
     options = config(init_lora_weights=False)
     adapted = adalora.linen.adapt(module, options)
@@ -179,14 +179,14 @@ def test_merging_gives_the_adapted_function_in_the_base_model(model):
         ({"layers_to_transform": [7]}, r"layers_to_transform=\(7,\) selects no layer"),
     ],
 )
-def test_a_selection_that_cannot_be_made_is_refused(model, bad, message):
+def test_invalid_layer_selection_raises(model, bad, message):
     module, variables, x, _ = model
     adapted = adalora.linen.adapt(module, config(**bad))
     with pytest.raises(ValueError, match=message):
         adapted.init(jax.random.key(2), variables, x)
 
 
-def test_adapters_of_another_model_are_refused(model):
+def test_adapters_of_another_model_raise(model):
     module, variables, x, _ = model
     adapted = adalora.linen.adapt(module, config())
     adapters = adapted.init(jax.random.key(2), variables, x)
@@ -198,7 +198,7 @@ def test_adapters_of_another_model_are_refused(model):
         adalora.linen.adapt(lambda x: x, config())
 
 
-def test_an_earlier_runs_rank_pattern_sets_the_ranks_at_the_start(model):
+def test_rank_pattern_sets_initial_ranks(model):
     module, variables, x, _ = model
     pattern = {"layers_0/up": [True, False, True, True], "layers_1/attn/query": 1}
     adapted = adalora.linen.adapt(module, config(rank_pattern=pattern))

@@ -1,4 +1,4 @@
-"""The low-rank product's own derivative against JAX's of the same formula."""
+"""The low-rank product's custom derivative, compared with JAX's of the same formula."""
 
 import functools
 
@@ -25,7 +25,7 @@ def operands(seed=0, tokens=(4,), r=3, n_in=5, n_out=2, dtype=np.float64):
 
 
 def scalar(product):
-    """A loss in which every output has a weight of its own, and a curvature."""
+    """Return a loss that weights every output differently and has curvature."""
 
     def loss(x, p, c, q):
         y = product(x, p, c, q)
@@ -57,7 +57,7 @@ gradient = functools.partial(jax.grad, argnums=(0, 1, 2, 3))
     sizes=st.sampled_from([((), 3, 5, 2), ((4,), 1, 2, 6), ((2, 3), 4, 3, 3), ((3,), 0, 4, 2)]),
 )
 @settings(max_examples=24, deadline=None, derandomize=True)
-def test_the_derivative_is_autodiffs_of_the_plain_form(seed, sizes):
+def test_derivative_equals_autodiff_of_plain_form(seed, sizes):
     with jax.enable_x64(True):
         arguments = operands(seed, *sizes)
         ours, theirs = both(gradient)
@@ -65,18 +65,18 @@ def test_the_derivative_is_autodiffs_of_the_plain_form(seed, sizes):
         np.testing.assert_array_equal(low_rank(*arguments), low_rank_plain(*arguments))
 
 
-def test_the_derivative_is_the_finite_difference():
+def test_derivative_equals_finite_difference():
     with jax.enable_x64(True):
         check_grads(low_rank, operands(), order=1, modes=["rev"], eps=1e-5)
 
 
-def test_the_product_is_that_of_the_dense_matrix():
+def test_product_equals_dense_matrix_product():
     with jax.enable_x64(True):
         x, p, c, q = operands()
         np.testing.assert_allclose(low_rank(x, p, c, q), x @ (q.T @ jnp.diag(c) @ p), rtol=1e-12)
 
 
-def test_vmap_over_everything_and_over_the_input_alone():
+def test_vmap_over_all_operands_or_input_equals_autodiff():
     with jax.enable_x64(True):
         batch = [jnp.stack(leaves) for leaves in zip(*(operands(seed) for seed in range(3)))]
         for axes in (0, (0, None, None, None)):
@@ -85,7 +85,7 @@ def test_vmap_over_everything_and_over_the_input_alone():
             assert_close(ours(*arguments), theirs(*arguments))
 
 
-def test_remat_recomputes_the_same_derivative():
+def test_derivative_under_remat_equals_autodiff():
     with jax.enable_x64(True):
         arguments = operands()
         ours = gradient(scalar(jax.checkpoint(low_rank)))
@@ -93,7 +93,7 @@ def test_remat_recomputes_the_same_derivative():
 
 
 def layered(product):
-    """Three adapted layers under lax.scan, each with its own factors."""
+    """Return adapted layers under lax.scan, each with its own factors."""
 
     def apply(x, p, c, q):
         layer = lambda h, factors: (jnp.tanh(h + product(h, *factors)), None)
@@ -102,7 +102,7 @@ def layered(product):
     return apply
 
 
-def test_a_scan_over_stacked_layers_has_the_same_derivative():
+def test_derivative_of_scanned_layers_equals_autodiff():
     with jax.enable_x64(True):
         layers = [operands(seed, n_in=5, n_out=5) for seed in range(3)]
         factors = [jnp.stack(leaves) for leaves in zip(*(layer[1:] for layer in layers))]
@@ -110,8 +110,8 @@ def test_a_scan_over_stacked_layers_has_the_same_derivative():
         assert_close(ours(layers[0][0], *factors), theirs(layers[0][0], *factors))
 
 
-def test_second_derivatives_are_autodiffs():
-    """Reverse over reverse: the custom rule leaves forward mode to ``low_rank_plain``."""
+def test_second_derivatives_equal_autodiff():
+    """Reverse over reverse, as the custom rule leaves forward mode to the plain form."""
     with jax.enable_x64(True):
         arguments = operands(tokens=(2,), r=2, n_in=2, n_out=2)
         hessians = lambda f: jax.jacrev(gradient(f), argnums=(0, 1, 2, 3))
@@ -125,7 +125,7 @@ SEED = np.array([0x12345678, 0x9ABCDEF0], np.uint32)
 
 
 def numpy_keep(seed, shape, rate):
-    """The mask by the definition, an element at a time, in Python's integers."""
+    """Compute the mask by its definition, one element at a time, in Python's integers."""
 
     def mixed(v):
         v = ((v ^ (v >> 16)) * 0x7FEB352D) % 2**32
@@ -143,14 +143,14 @@ def numpy_keep(seed, shape, rate):
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)])
-def test_the_mask_is_the_one_defined(shape):
+def test_dropout_mask_matches_its_definition(shape):
     kept = jax.jit(lambda seed: keep(seed, shape, 0.4))(SEED)
     np.testing.assert_array_equal(kept, numpy_keep(SEED, shape, 0.4))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.001, 0.1, 0.5, 0.97])
-def test_the_mask_is_random(rate):
-    """Frequency, and correlation between places, axes and seeds, within five standard errors."""
+def test_dropout_mask_is_statistically_random(rate):
+    """Frequency, and correlation of positions, axes and seeds, are within five standard errors."""
     seeds = [jax.random.key_data(jax.random.key(number)) for number in range(3)]
     masks = np.stack([keep(seed, (400, 300), rate) for seed in seeds]).astype(float)
     error = 5 * np.sqrt(rate * (1 - rate))
@@ -163,7 +163,7 @@ def test_the_mask_is_random(rate):
     for a, b in pairs:
         off = np.mean(a * b) if a is not b.T else np.mean((a * b)[np.triu_indices(300, 1)])
         assert abs(off) <= error**2 / 5 / np.sqrt(a.size / 2)
-    for axis in (0, 1):  # counts along rows and columns spread as independent draws do
+    for axis in (0, 1):  # counts along rows and columns vary as independent draws do
         counts = masks[0].sum(axis)
         expected = masks.shape[1 + axis] * rate * (1 - rate)
         assert abs(counts.var() - expected) <= 6 * expected * np.sqrt(2 / counts.size)
@@ -173,7 +173,7 @@ def with_mask(product, rate=0.4):
     return lambda *operands: product(*operands, SEED, rate)
 
 
-def test_dropout_has_the_derivative_of_the_masked_product():
+def test_dropout_derivative_equals_masked_product():
     with jax.enable_x64(True):
         arguments = operands(tokens=(6,))
         mask = jnp.asarray(numpy_keep(SEED, (6, 5), 0.4), float)
@@ -186,7 +186,7 @@ def test_dropout_has_the_derivative_of_the_masked_product():
             assert_close(row, wanted)
 
 
-def test_dropout_of_another_product_has_the_derivative_of_the_masked_product():
+def test_dropout_derivative_of_custom_product_equals_masked_product():
     with jax.enable_x64(True):
         x, _, _, q = operands(tokens=(6,))
         product = lambda x, q: x @ q.T
@@ -196,8 +196,8 @@ def test_dropout_of_another_product_has_the_derivative_of_the_masked_product():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, theirs)
 
 
-def test_the_mask_is_made_again_and_not_kept():
-    """What is kept for the derivative of a layer is x and ``[tokens, r]``, with dropout too."""
+def test_dropout_mask_is_recomputed_instead_of_stored():
+    """The residuals of a layer are x and ``[tokens, r]``, with dropout, too."""
     tokens, width, rank, depth = 256, 64, 2, 8
     rng = np.random.default_rng(0)
     layer = lambda *shape: jnp.asarray(rng.normal(size=(depth, *shape)), jnp.float32)
@@ -217,10 +217,10 @@ def test_the_mask_is_made_again_and_not_kept():
         compiled = step.lower(factors, arrays).compile(AS_USERS)
         needed.append(compiled.memory_analysis().temp_size_in_bytes)
     activation = 4 * tokens * width
-    assert needed[1] - needed[0] < 3 * activation  # not one for each of the eight layers
+    assert needed[1] - needed[0] < 3 * activation  # not one per layer
 
 
-def test_plain_has_forward_mode_and_low_rank_says_no():
+def test_only_plain_form_supports_forward_mode():
     x, p, c, q = operands(dtype=np.float32)
     _, tangent = jax.jvp(lambda c: low_rank_plain(x, p, c, q), (c,), (2 * c,))
     np.testing.assert_allclose(tangent, 2 * low_rank(x, p, c, q), rtol=1e-5)
@@ -229,7 +229,7 @@ def test_plain_has_forward_mode_and_low_rank_says_no():
 
 
 @pytest.mark.parametrize("factors", ["bfloat16", "float32"])
-def test_bfloat16_keeps_its_dtypes_and_the_accuracy_of_its_inputs(factors):
+def test_bfloat16_gradients_keep_dtypes_and_input_accuracy(factors):
     x, p, c, q = operands(tokens=(64,), dtype=np.float32)
     rounded = [x.astype("bfloat16"), *(leaf.astype(factors) for leaf in (p, c, q))]
     ours = gradient(scalar(lambda *a: low_rank(*a).astype(jnp.float32)))(*rounded)
@@ -252,15 +252,15 @@ def test_sums_over_many_bfloat16_tokens_do_not_stall():
 
 
 @pytest.mark.parametrize("precision", [None, "highest", jax.lax.Precision.HIGH])
-def test_precision_is_static_and_passed_on(precision):
+def test_precision_is_static_and_passed_to_both_products(precision):
     x, p, c, q = operands(dtype=np.float32)
     text = jax.jit(functools.partial(low_rank, precision=precision)).lower(x, p, c, q).as_text()
     expected = {None: "DEFAULT", "highest": "HIGHEST"}.get(precision, "HIGH")
     assert text.count(f"precision = [{expected}, {expected}]") == 2
 
 
-def test_shard_map_differentiates_as_it_does_without_the_derivative_written_here():
-    """With its check of what varies over the mesh, which is its default."""
+def test_derivative_under_shard_map_equals_autodiff():
+    """``shard_map`` checks which values vary over the mesh, as it does by default."""
     mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(AxisType.Auto,))
     shapes = ((8, 6), (3, 5), (3,), (3, 6))
     x, p, c, q = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))

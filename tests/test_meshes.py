@@ -1,4 +1,4 @@
-"""On 8 virtual devices: every mesh trains as one device does, with one decision everywhere."""
+"""Training on meshes of up to 8 virtual devices equals one device, with equal masks everywhere."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 from compiling import environment
 
 HERE = pathlib.Path(__file__).parent
-TRIPLETS = 4 * (4 * 8 + 1)  # init_r, of four stacks of eight and of one layer by itself
+TRIPLETS = 4 * (4 * 8 + 1)  # init_r of four stacks of eight and of one single layer
 SOME = ["data:1:1", "tensor:1:2", "both:2:4"]
 ALL = [
     "data:1:1",
@@ -21,7 +21,7 @@ ALL = [
 
 
 def run(layouts, *flags):
-    """``{layout: what came of it}`` of runs in one process."""
+    """Return ``{layout: results}`` of runs in one process."""
     command = [sys.executable, str(HERE / "mesh_run.py"), *layouts, *flags]
     done = subprocess.run(
         command, env=environment(devices=8), capture_output=True, text=True, timeout=900
@@ -47,7 +47,7 @@ def check(runs):
 
 
 def check_collectives(runs, most):
-    """All of them together move about one number a triplet for each axis of the mesh."""
+    """Check that there are at most ``most`` collectives, each of at most one number per triplet."""
     for name, result in runs.items():
         sizes = [size for _, size in result["collectives"]]
         assert len(sizes) <= most, f"{name}: {result['collectives']}"
@@ -56,15 +56,15 @@ def check_collectives(runs, most):
 
 
 @pytest.mark.slow
-def test_meshes_of_one_two_and_eight_devices_train_alike():
-    """Four are in test_sharding.py."""
+def test_meshes_of_two_and_eight_devices_train_as_one_device():
+    """Meshes of four devices are in test_sharding.py."""
     runs = run(SOME, "--collectives")
     check_collectives(runs, most=4)
     check(runs)
 
 
 @pytest.mark.slow
-def test_every_layout_on_every_mesh():
+def test_every_layout_on_every_mesh_trains_as_one_device():
     runs = run(ALL, "--collectives")
     check_collectives(runs, most=4)
     check(runs)

@@ -1,4 +1,4 @@
-"""Several processes that train together, one of which is killed: the result has the same bits."""
+"""Multi-process training in which one process is killed: the result has the same bits."""
 
 import pathlib
 import signal
@@ -20,7 +20,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def start(count, folder, result, *kill_at):
-    """Processes that find each other on this machine."""
+    """Start processes that connect to each other on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,7 +38,7 @@ def start(count, folder, result, *kill_at):
 
 
 def finish(processes):
-    """The step that each of them started from."""
+    """Wait for the processes and return the step that each of them started from."""
     said = [process.communicate(timeout=300)[0] for process in processes]
     for process, text in zip(processes, said):
         assert process.returncode == 0, text[-3000:]
@@ -51,7 +51,7 @@ def check(count, tmp_path):
     *others, victim = start(count, broken, tmp_path / "broken.npz", 5)
     try:
         assert victim.wait(timeout=300) == -signal.SIGKILL, victim.communicate()[0][-3000:]
-    finally:  # what runs a job takes the rest of it down
+    finally:  # a job's launcher stops its other processes
         for process in others:
             process.kill()
         for process in (victim, *others):
@@ -66,7 +66,7 @@ def check(count, tmp_path):
         whole = [one[name] for name in one.files]
         assert all(one[name].tobytes() == other[name].tobytes() for name in one.files)
 
-    # On one device of one process the checkpoint says the same.
+    # Restored on one device of one process, the checkpoint has the same values.
     tx = adalora.adalora(optax.adamw(0.02), CONFIG)
     saved = checkpoint.restore(broken / str(CONFIG.total_step), tx, config=CONFIG)
     leaves = jax.tree.leaves((saved.adapters, saved.opt_state))
@@ -78,10 +78,10 @@ def check(count, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_is_killed_end_as_two_that_were_not(tmp_path):
+def test_two_processes_resume_bit_exactly_after_one_is_killed(tmp_path):
     check(2, tmp_path)
 
 
 @pytest.mark.slow
-def test_four_processes_of_which_one_is_killed_end_as_four_that_were_not(tmp_path):
+def test_four_processes_resume_bit_exactly_after_one_is_killed(tmp_path):
     check(4, tmp_path)

@@ -1,4 +1,4 @@
-"""The NNX front end inside the training code people write."""
+"""The NNX front end inside usual training code."""
 
 import chex
 import jax
@@ -51,7 +51,7 @@ def paths(model):
     return {path: type(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def test_the_adapted_model_starts_as_the_base_model_and_keeps_its_paths():
+def test_adapted_model_starts_as_base_model_and_keeps_its_paths():
     model = Model(nnx.Rngs(0))
     model.eval()
     before = paths(model)
@@ -76,7 +76,7 @@ def test_two_adapted_models_have_equal_graph_definitions():
     assert graphs[0] == graphs[1]
 
 
-def test_an_optimizer_trains_adapters_and_saved_modules_and_compiles_once():
+def test_optimizer_trains_adapters_and_saved_modules_in_one_trace():
     options = config(modules_to_save=["head"], lora_dropout=0.2)
     model = Model(nnx.Rngs(0))
     adapted = adalora.nnx.adapt(model, options, nnx.Rngs(1))
@@ -111,7 +111,7 @@ def test_an_optimizer_trains_adapters_and_saved_modules_and_compiles_once():
     assert not np.array_equal(adapted.head.kernel[...], model.head.kernel[...])
 
 
-def test_the_functional_api_gives_the_same_run():
+def test_functional_api_equals_nnx_optimizer():
     options = config()
     tx = adalora.adalora(optax.adamw(1e-2), options)
 
@@ -142,7 +142,7 @@ def test_the_functional_api_gives_the_same_run():
     assert adalora.rank_pattern(masks[0]) == adalora.rank_pattern(masks[1])
 
 
-def test_adapters_can_be_taken_out_and_put_back():
+def test_set_adapters_replaces_all_adapters_of_model():
     adapted = adalora.nnx.adapt(Model(nnx.Rngs(0)), config(), nnx.Rngs(1))
     adapted.eval()
     adapters = adalora.nnx.adapters(adapted)
@@ -156,7 +156,7 @@ def test_adapters_can_be_taken_out_and_put_back():
         adalora.nnx.set_adapters(adapted, adapters)
 
 
-def test_merging_gives_the_adapted_function_in_the_base_classes():
+def test_merged_model_equals_adapted_model_in_base_classes():
     model = Model(nnx.Rngs(0))
     adapted = adalora.nnx.adapt(model, config(init_lora_weights=False), nnx.Rngs(1))
     adapted.eval()
@@ -189,12 +189,12 @@ def test_adapter_dropout_follows_train_and_eval():
         ({"modules_to_save": ["haed"]}, "'haed' matches no parameter or module; the nearest: head"),
     ],
 )
-def test_a_selection_that_cannot_be_made_is_refused(bad, message):
+def test_invalid_layer_selection_raises(bad, message):
     with pytest.raises(ValueError, match=message):
         adalora.nnx.adapt(Model(nnx.Rngs(0)), config(**bad))
 
 
-def test_what_cannot_be_adapted_is_refused():
+def test_adapting_adapted_model_or_function_raises():
     adapted = adalora.nnx.adapt(Model(nnx.Rngs(0)), config())
     with pytest.raises(ValueError, match="the model is adapted already"):
         adalora.nnx.adapt(adapted, config())
@@ -202,7 +202,7 @@ def test_what_cannot_be_adapted_is_refused():
         adalora.nnx.adapt(lambda x: x, config())
 
 
-def test_merging_is_refused_where_it_is_not_finite_or_another_model():
+def test_nonfinite_merge_or_unmerge_of_another_model_raises():
     model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
     options = {"total_step": 9, "target_modules": "all-linear", "init_lora_weights": False}
     adapted = adalora.nnx.adapt(model, adalora.AdaLoraConfig(**options))

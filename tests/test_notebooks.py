@@ -1,8 +1,8 @@
-"""The notebooks: their code runs, and what they show is what it says when it runs.
+"""The notebooks: their code runs, and its output matches the stored output.
 
-The cells run one after the other in this process, which takes a fraction of what a kernel each
-takes. Cells that need somebody else's package have its name as a tag and run where it is
-installed, in an environment of its own.
+The cells run one after the other in this process, which takes a fraction of the time of one kernel
+per notebook. Cells that need a third-party package have its name as a tag and run where it is
+installed, in a separate environment.
 """
 
 import ast
@@ -23,7 +23,7 @@ from compiling import environment
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-# What they take is mostly training, so the others are left to the slow tests.
+# Their time is mostly training, so they are slow tests.
 SLOW = {
     "01-quick-start",
     "02-nnx",
@@ -32,13 +32,13 @@ SLOW = {
     "05-quantised-base",
     "09-inside-other-loops",
 }
-DEVICES = {"06-sharded-training": 8}  # run in a process that has so many
+DEVICES = {"06-sharded-training": 8}  # run in a process with so many devices
 PACKAGES = {
     "peft": pytest.mark.parity,
     "tunix": pytest.mark.trainers,
     "gemma": pytest.mark.trainers,
 }
-# A machine's folders, addresses and names; dates and times of day.
+# Folders, addresses and names of a machine; dates and times of day.
 PRIVATE = re.compile(
     r"/(tmp|home|root|work|usr|opt|mnt|Users)/|\b0x[0-9a-f]{6,}|localhost|"
     r"\b20\d\d-\d\d-\d\d\b|\b\d\d:\d\d:\d\d\b|site-packages"
@@ -54,25 +54,25 @@ def code_cells(path):
 
 
 def needs(cell):
-    """The names of the packages without which a cell does not run."""
+    """Return the names of the packages that a cell needs."""
     return set(cell["metadata"].get("tags", []))
 
 
 def shape_of(text):
-    """A text without what another processor, which rounds differently, may say: numbers, lists."""
+    """Mask a text's numbers and lists, which a processor that rounds differently may change."""
     text = re.sub(r"\{.*?\}|\[.*?\]", "{}", text, flags=re.DOTALL)
     return re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "0", re.sub(r"\s+", " ", text)).strip()
 
 
 def shown(cell):
-    """``(printed text, whether there is a picture)`` of the outputs that the file keeps."""
+    """Return ``(printed text, whether there is a picture)`` of the stored outputs."""
     texts = ["".join(output["text"]) for output in cell["outputs"] if "text" in output]
     pictures = [o for o in cell["outputs"] if "image/png" in o.get("data", {})]
     return "".join(texts), bool(pictures)
 
 
 def run(source, name, namespace):
-    """Runs a cell as a kernel does, and gives the same as :func:`shown`."""
+    """Run a cell as a kernel does, and return the same as :func:`shown`."""
     body = ast.parse(source, name)
     value, printed = None, io.StringIO()
     last = ast.Expression(body.body.pop().value) if isinstance(body.body[-1], ast.Expr) else None
@@ -86,7 +86,7 @@ def run(source, name, namespace):
 
 def check(path, packages=frozenset()):
     namespace = {"__name__": "__main__"}
-    with jax.numpy_rank_promotion("allow"):  # as in a reader's own session
+    with jax.numpy_rank_promotion("allow"):  # as in a reader's session
         for number, cell in enumerate(code_cells(path), 1):
             if not needs(cell) <= packages:
                 continue
@@ -99,7 +99,7 @@ def check(path, packages=frozenset()):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """What a notebook writes is gone afterwards."""
+    """Run a notebook in a temporary folder, with temporary files there, too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
@@ -112,13 +112,13 @@ def elsewhere(tmp_path, monkeypatch):
         if not all(map(needs, code_cells(path))) and path.stem not in DEVICES
     ],
 )
-def test_it_runs_and_shows_what_it_keeps(path, elsewhere):
+def test_notebook_output_matches_stored_output(path, elsewhere):
     check(path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
-def test_it_runs_on_several_devices(name, tmp_path):
+def test_notebook_runs_on_several_devices(name, tmp_path):
     code = f"import test_notebooks as t; t.check(t.FOLDER / {name + '.ipynb'!r})"
     env = environment(DEVICES[name])
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env["PYTHONPATH"]])
@@ -135,21 +135,21 @@ def test_it_runs_on_several_devices(name, tmp_path):
         if any(package in needs(cell) for cell in code_cells(path))
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # those of the packages, which a reader would see, too
-def test_the_cells_about_a_package_run_as_well(path, package, elsewhere):
+@pytest.mark.filterwarnings("ignore")  # the packages' warnings, which a reader would see, too
+def test_cells_tagged_with_package_run(path, package, elsewhere):
     if not importlib.util.find_spec(package):
         pytest.skip(f"needs {package}: pip install its extra of adalora-jax")
     check(path, {package})
 
 
-def test_there_are_notebooks_and_some_of_their_cells_need_a_package():
+def test_notebooks_are_numbered_and_use_every_package_tag():
     assert [int(path.stem[:2]) for path in NOTEBOOKS] == list(range(1, 11))
     tags = set().union(*(needs(cell) for path in NOTEBOOKS for cell in code_cells(path)))
     assert tags == set(PACKAGES)
 
 
 @each_notebook
-def test_its_outputs_come_from_one_run_without_errors(path):
+def test_stored_outputs_come_from_one_run_without_errors(path):
     cells = code_cells(path)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     kinds = {(o["output_type"], o.get("name")) for cell in cells for o in cell["outputs"]}
@@ -158,7 +158,7 @@ def test_its_outputs_come_from_one_run_without_errors(path):
 
 
 @each_notebook
-def test_nothing_in_it_belongs_to_one_machine(path):
+def test_notebook_contains_no_machine_specific_data(path):
     notebook = read(path)
     for cell in notebook["cells"]:
         text, _ = shown(cell) if cell["cell_type"] == "code" else ("", False)
@@ -169,7 +169,7 @@ def test_nothing_in_it_belongs_to_one_machine(path):
 
 
 @each_notebook
-def test_it_is_small_and_opens_with_what_one_will_have(path):
+def test_notebook_is_small_and_opens_with_its_result(path):
     assert path.stat().st_size < 500_000
     title, _, opening = "".join(read(path)["cells"][0]["source"]).partition("\n\n")
     assert re.fullmatch(rf"# {int(path.stem[:2])}\. .+", title)
@@ -177,7 +177,7 @@ def test_it_is_small_and_opens_with_what_one_will_have(path):
 
 
 @each_notebook
-def test_its_links_lead_somewhere(path):
+def test_notebook_links_resolve(path):
     text = "".join("".join(c["source"]) for c in read(path)["cells"] if c["cell_type"] != "code")
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     assert [link for link in links if not (FOLDER / link).exists()] == []

@@ -1,6 +1,6 @@
-"""optax's own conventions, over a dozen and more inner optimizers.
+"""Conformance to optax's conventions with 13 inner optimizers.
 
-After the battery of optax's contributed optimizers, ``optax/contrib/_common_test.py``.
+The tests follow those of optax's contributed optimizers, ``optax/contrib/_common_test.py``.
 """
 
 import chex
@@ -43,7 +43,7 @@ def make(name, rate=0.01):
 
 
 def parameters(dtype="float32"):
-    """Adapters beside a head and a bias."""
+    """Return adapters together with a head and a bias."""
     adapters = problem.adapters(CONFIG.replace(param_dtype=dtype), shapes=SHAPES)
     return {"block": adapters, "head": jnp.full((2, 3), 0.5, dtype), "bias": jnp.ones(3, dtype)}
 
@@ -67,7 +67,7 @@ def describe(tree):
 
 
 @every_optimizer
-def test_a_run_traces_once_and_prunes_exactly(name):
+def test_run_traces_once_and_prunes_exactly(name):
     tx = al.adalora(make(name), CONFIG)
     extra = {"value": jnp.float32(1), "an_argument_nobody_expects": 1}
     chex.clear_trace_counter()
@@ -88,8 +88,8 @@ def test_a_run_traces_once_and_prunes_exactly(name):
 
 
 @every_optimizer
-def test_other_parameters_get_exactly_the_inner_optimizers_update(name):
-    """And so do p and q, and λ where no mask is applied."""
+def test_other_parameters_get_inner_optimizer_updates(name):
+    """So do p and q, and λ where no mask is applied."""
     inner = make(name)
     tx = al.adalora(inner, CONFIG)
     params, state = parameters(), tx.init(parameters())
@@ -114,8 +114,8 @@ def test_other_parameters_get_exactly_the_inner_optimizers_update(name):
 
 @both_dtypes
 @every_optimizer
-def test_state_is_stable_under_cond_and_scan_and_updates_keep_their_dtype(name, dtype):
-    """JAX refuses a branch or a loop whose state changes type, so that to trace it is the test."""
+def test_state_is_stable_under_cond_and_scan_and_updates_keep_dtype(name, dtype):
+    """Tracing is the test: JAX rejects a branch or a loop whose state changes type."""
     tx = al.adalora(make(name), CONFIG)
     params = parameters(dtype)
 
@@ -137,8 +137,8 @@ def test_state_is_stable_under_cond_and_scan_and_updates_keep_their_dtype(name, 
 
 
 @every_optimizer
-def test_a_schedule_may_be_injected_and_is_read_back(name):
-    """The same run with the schedule inside the optimizer and by ``inject_hyperparams``."""
+def test_injected_schedule_matches_schedule_in_optimizer(name):
+    """A schedule given by ``inject_hyperparams`` gives the same run; the state shows its values."""
     schedule = optax.linear_schedule(0.02, 0.0, 4)
     params = parameters()
     factory = lambda learning_rate: al.adalora(OPTIMIZERS[name](learning_rate), CONFIG)
@@ -162,8 +162,8 @@ def test_a_schedule_may_be_injected_and_is_read_back(name):
     assert problem.live(masks[0]) == 5
 
 
-def test_hyperparameters_may_be_injected_within_and_around():
-    """A rate set by hand in the inner state is obeyed; ``adalora`` itself can be the factory."""
+def test_inject_hyperparams_works_inside_and_around_adalora():
+    """A rate that is set in the inner state takes effect; ``adalora`` itself can be the factory."""
     params = parameters()
     within = al.adalora(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), CONFIG)
     around = optax.inject_hyperparams(al.adalora)(inner=optax.sgd(0.1), config=CONFIG)
@@ -180,8 +180,8 @@ def test_hyperparameters_may_be_injected_within_and_around():
 
 
 @every_optimizer
-def test_accumulation_with_multisteps_counts_applied_updates(name):
-    """Three mini-steps make one step; in between nothing moves."""
+def test_multisteps_counts_applied_updates(name):
+    """Three mini-steps make one step; between steps nothing changes."""
     with jax.numpy_dtype_promotion("standard"):
         tx = optax.MultiSteps(al.adalora(make(name), CONFIG), every_k_schedule=3)
         step = jax.jit(train_step(tx))
@@ -199,7 +199,7 @@ def test_accumulation_with_multisteps_counts_applied_updates(name):
 
 
 @every_optimizer
-def test_map_params_with_the_identity_changes_nothing(name):
+def test_map_params_with_identity_changes_nothing(name):
     tx = al.adalora(make(name), CONFIG)
     state = tx.init(parameters())
     problem.assert_same_bits(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
@@ -208,7 +208,7 @@ def test_map_params_with_the_identity_changes_nothing(name):
 # One optimizer is enough for the rest ---------------------------------------------------------
 
 
-def test_map_params_sees_the_averages_as_parameters_and_masks_and_scalars_as_none():
+def test_map_params_treats_averages_as_params_and_masks_as_non_params():
     tx = al.adalora(optax.adam(0.01), CONFIG)
     params = problem.adapters(CONFIG, shapes=SHAPES)
     state = tx.init(params)
@@ -225,8 +225,8 @@ def test_map_params_sees_the_averages_as_parameters_and_masks_and_scalars_as_non
     problem.assert_same_bits(doubled.allocator.masks, state.allocator.masks)
 
 
-def test_map_params_beside_other_parameters_takes_the_places_without_averages_for_leaves():
-    """What is no adapter has None in the averages, as ``optax.masked`` has a MaskedNode."""
+def test_map_params_with_is_leaf_covers_params_without_averages():
+    """Other parameters have None in the averages, as ``optax.masked`` has MaskedNode."""
     tx = al.adalora(optax.sgd(0.01), CONFIG)
     params = parameters()
     specs = jax.tree.map(jnp.ndim, params)
@@ -236,7 +236,7 @@ def test_map_params_beside_other_parameters_takes_the_places_without_averages_fo
     assert mapped.allocator.sensitivity == specs
 
 
-def test_a_scan_over_steps_is_the_loop():
+def test_scan_over_steps_equals_loop():
     tx = al.adalora(make("adamw"), CONFIG)
     step = train_step(tx)
     start = (parameters(), tx.init(parameters()))
@@ -255,18 +255,16 @@ def test_a_scan_over_steps_is_the_loop():
 @pytest.mark.parametrize(
     ("params_in", "updates_in"), [("bfloat16", "float32"), ("float32", "bfloat16")]
 )
-def test_pruned_is_exactly_zero_where_updates_and_parameters_differ_in_precision(
-    params_in, updates_in
-):
-    """Applied outside of the compiled update, where XLA cannot drop the rounding between them."""
+def test_pruned_lam_is_exactly_zero_when_update_and_param_dtypes_differ(params_in, updates_in):
+    """Updates are applied outside the compiled update, where XLA cannot drop the rounding."""
     cast = optax.stateless(lambda updates, params: optax.tree.cast(updates, updates_in))
     tx = al.adalora(problem.lenient(optax.chain(optax.sgd(0.3), cast)), CONFIG)
-    drawn = CONFIG.replace(param_dtype=params_in, init_lora_weights=False)  # λ with all its digits
+    drawn = CONFIG.replace(param_dtype=params_in, init_lora_weights=False)  # λ has a full mantissa
     params = {"block": problem.adapters(drawn, shapes=SHAPES)}
     state, update = tx.init(params), jax.jit(tx.update)
     for t in range(CONFIG.total_step):
         updates, state = update(gradients(params), state, params)
-        with jax.numpy_dtype_promotion("standard"):  # apply_updates adds the one to the other
+        with jax.numpy_dtype_promotion("standard"):  # apply_updates adds two dtypes
             params = optax.apply_updates(params, updates)
         for name, adapter in params["block"].items():
             assert adapter.lam.dtype == jnp.dtype(params_in)
@@ -276,7 +274,7 @@ def test_pruned_is_exactly_zero_where_updates_and_parameters_differ_in_precision
     assert problem.live(state.allocator.masks) == 4
 
 
-def test_extra_arguments_reach_an_inner_optimizer_that_takes_them():
+def test_extra_args_reach_inner_optimizer():
     seen = []
 
     def update(updates, state, params=None, *, value, **rest):
@@ -291,7 +289,7 @@ def test_extra_arguments_reach_an_inner_optimizer_that_takes_them():
     assert seen == [(3, {"more": "words"})]
 
 
-def test_an_inner_optimizer_that_needs_the_loss_gets_it():
+def test_inner_optimizer_receives_loss_value():
     """``momo`` sets its step size by the value of the loss."""
     params = parameters()
     moved = []
@@ -302,7 +300,7 @@ def test_an_inner_optimizer_that_needs_the_loss_gets_it():
     assert 0 < moved[0] < moved[1]
 
 
-def test_schedule_free_evaluates_pruned_once_the_masks_are_applied():
+def test_schedule_free_eval_params_are_pruned_by_eval_params():
     """Its evaluation point mixes in another sequence, in which a pruned λ is not zero."""
     tx = al.adalora(make("schedule_free"), CONFIG)
     carry, step = (parameters(), tx.init(parameters())), jax.jit(train_step(tx))

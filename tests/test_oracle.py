@@ -1,4 +1,4 @@
-"""The package against the paper in NumPy: whole runs, through all phases, at every step."""
+"""The package against the paper in NumPy: whole runs through all phases, compared at every step."""
 
 import dataclasses
 import itertools
@@ -17,10 +17,10 @@ SEEDS = (0, 1, 2)
 
 
 def near_tie(config):
-    """Relative differences of scores that the package's float32 may not tell apart.
+    """Return the relative score difference that the package's float32 may not resolve.
 
-    A decision closer than this could fall either way; the runs below hold none, and each test
-    says so. λ is rounded once, while an average gathers the rounding of all steps.
+    A decision closer than this could go either way; the runs below contain none, as each test
+    asserts. λ is rounded once, while an average accumulates the rounding of all steps.
     """
     return 3e-7 if config.score == "magnitude" else 1e-5
 
@@ -50,7 +50,7 @@ CHOICES = {
 
 
 def covering_cases():
-    """Every score with every init and ``sensitivity_at``; the other options drawn beside them."""
+    """Combine every score with every init and ``sensitivity_at``; draw the other options."""
     names = list(CHOICES)
     rest = np.random.default_rng(5830)
     return [
@@ -67,7 +67,7 @@ PLAIN = {
     "tfinal": 3,
     "total_step": 20,
 }
-BEYOND = [  # what the paper does not have
+BEYOND = [  # options the paper does not have
     {"score": "sensitivity_over_uncertainty"},
     {"score": "sensitivity_over_uncertainty", "init": "lambda_one", "inner": "adam"},
     {"score": "signal_to_noise", "inner": "adam"},
@@ -87,7 +87,7 @@ def case_id(case):
 
 
 def both(case, param_dtype="float64", **settings):
-    """The two codes' hyper-parameters, and their inner optimizers."""
+    """Return the hyperparameters and inner optimizers of both implementations."""
     settings = (
         {"total_step": 15, "init_r": 3, "target_r": 2, "orth_reg_weight": 0.1} | settings | case
     )
@@ -99,7 +99,7 @@ def both(case, param_dtype="float64", **settings):
 
 
 def runs(config, inner, seeds):
-    """Whole runs, one a seed side by side: the starts, the data, and what each step left."""
+    """Train all seeds under vmap; return the initial adapters, the data and a record per step."""
     starts = [problem.adapters(config, seed) for seed in seeds]
     data = [problem.batches(config, seed) for seed in seeds]
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -122,7 +122,7 @@ def assert_close(ours, theirs, what, rtol, atol):
 
 
 def compare(history, record, closest, rtol, atol):
-    """Every step of one run against the oracle's."""
+    """Compare every step of one run with the oracle's."""
     for t, (expected, (loss, params, state)) in enumerate(zip(history, record)):
         assert expected.margin > closest, f"step {t} decides a near tie: choose another seed"
         assert state.step == t + 1
@@ -131,14 +131,14 @@ def compare(history, record, closest, rtol, atol):
             np.testing.assert_array_equal(mine, theirs, err_msg=f"step {t}")
         np.testing.assert_allclose(loss, expected.loss, rtol=rtol)
         assert_close(params, expected.matrices, f"step {t}: value", rtol, atol)
-        # The averages are float32 in the package, whatever the parameters are.
+        # The package stores the averages in float32 for any parameter dtype.
         coarse = {"rtol": max(rtol, 5e-6), "atol": max(atol, 1e-9)}
         assert_close(state.sensitivity, expected.sensitivity, f"step {t}: Ī", **coarse)
         assert_close(state.uncertainty, expected.uncertainty, f"step {t}: Ū", **coarse)
 
 
 @pytest.mark.parametrize("case", [*covering_cases(), *(PLAIN | c for c in BEYOND)], ids=case_id)
-def test_whole_runs_are_the_papers_at_every_step(case):
+def test_runs_match_paper_at_every_step(case):
     with jax.enable_x64(True):
         config, settings, inner, theirs = both(case)
         starts, data, records = runs(config, inner, SEEDS)
@@ -155,7 +155,7 @@ def test_whole_runs_are_the_papers_at_every_step(case):
         assert any(len(set(row)) > 1 for row in ranks), "no run moved rank between matrices"
 
 
-def test_the_cases_hold_every_pair_of_options():
+def test_cases_cover_every_pair_of_options():
     cases = covering_cases()
     for (a, first), (b, second) in itertools.combinations(CHOICES.items(), 2):
         pairs = {(case[a], case[b]) for case in cases}
@@ -163,7 +163,7 @@ def test_the_cases_hold_every_pair_of_options():
 
 
 @pytest.mark.parametrize(("inner", "sensitivity_at"), [("sgd", "current"), ("adam", "updated")])
-def test_float32_runs_are_the_papers_up_to_rounding(inner, sensitivity_at):
+def test_float32_runs_match_paper_up_to_rounding(inner, sensitivity_at):
     case = {
         "inner": inner,
         "sensitivity_at": sensitivity_at,
@@ -183,8 +183,8 @@ def test_float32_runs_are_the_papers_up_to_rounding(inner, sensitivity_at):
 
 @pytest.mark.parametrize(("score_over", "hold_mask"), [("triplet", False), ("lam", True)])
 @pytest.mark.parametrize("score", CHOICES["score"])
-def test_allocate_is_the_papers_with_unequal_ranks_and_bad_gradients(score, score_over, hold_mask):
-    """Weights and gradients at random, four of them not finite, one at the step of a mask."""
+def test_allocate_matches_paper_with_unequal_ranks_and_bad_gradients(score, score_over, hold_mask):
+    """Weights and gradients are random; four gradients are not finite, one at a mask's step."""
     common = {
         "score": score,
         "score_over": score_over,
@@ -231,7 +231,7 @@ def test_allocate_is_the_papers_with_unequal_ranks_and_bad_gradients(score, scor
     assert sum(int(mask.sum()) for mask in theirs.masks) == 2 * problem.MATRICES
 
 
-SCHEDULED = [  # total_step, tinit, tfinal, init_r, target_r, matrices, the sum of initial ranks
+SCHEDULED = [  # total_step, tinit, tfinal, init_r, target_r, matrices, sum of initial ranks
     (1000, 100, 300, 12, 8, 36, None),
     (300, 0, 0, 12, 8, 5, None),
     (97, 13, 29, 6, 4, 1, None),
@@ -245,7 +245,7 @@ SCHEDULED = [  # total_step, tinit, tfinal, init_r, target_r, matrices, the sum 
 
 @pytest.mark.parametrize("schedule", [*CHOICES["budget_schedule"], "grow"])
 @pytest.mark.parametrize("case", SCHEDULED, ids=str)
-def test_the_budget_is_the_schedules_at_every_step(case, schedule):
+def test_budget_matches_schedule_at_every_step(case, schedule):
     names = ("total_step", "tinit", "tfinal", "init_r", "target_r")
     common = dict(zip(names, case)) | {"budget_schedule": schedule}
     config, settings = al.AdaLoraConfig(**common), oracle.Settings(**common)
@@ -255,7 +255,7 @@ def test_the_budget_is_the_schedules_at_every_step(case, schedule):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_forward_and_delta_weight_are_equation_3():
+def test_forward_and_delta_weight_match_equation_3():
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         trees = {
@@ -272,8 +272,8 @@ def test_forward_and_delta_weight_are_equation_3():
 
 
 @pytest.mark.parametrize("form", CHOICES["orthogonality"])
-def test_the_oracles_gradients_are_finite_differences(form):
-    """The oracle is held to its own equations, since all else is held to the oracle."""
+def test_oracle_gradients_match_finite_differences(form):
+    """All other tests rely on the oracle."""
     settings = oracle.Settings(total_step=5, init_r=3, orthogonality=form)
     rng = np.random.default_rng(1)
     model = [
@@ -297,7 +297,7 @@ def test_the_oracles_gradients_are_finite_differences(form):
                 np.testing.assert_allclose(slope, gradient[name][index], rtol=1e-5, atol=1e-7)
 
 
-def test_the_oracles_averages_are_a_sum_done_by_hand():
+def test_oracle_averages_match_hand_calculation():
     settings = oracle.Settings(total_step=9, beta1=0.5, beta2=0.75)
     one = lambda lam: [{"p": np.ones((1, 1)), "lam": np.array([lam]), "q": np.ones((1, 1))}]
     allocator = oracle.Allocator(one(0.0), settings)

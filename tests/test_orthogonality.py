@@ -1,4 +1,4 @@
-"""The penalty: its values, and derivatives that are finite where the plain norm's are not."""
+"""The orthogonality penalty: values, and derivatives finite where those of a plain norm are not."""
 
 import importlib
 
@@ -31,7 +31,7 @@ POINTS = {
     "huge orthogonal": np.float32(1e20) * EYE,
     "one huge entry": EYE + np.float32(1e20) * (np.arange(15).reshape(3, 5) == 7),
 }
-# Above this the gradient 4 D M of the square is itself beyond float32.
+# Above this the gradient 4 D M of the square overflows float32.
 SQUARED = {name: m for name, m in POINTS.items() if np.abs(m).max(initial=0) <= 1e10}
 
 first = jax.jit(jax.grad(deviation))
@@ -43,7 +43,7 @@ second_squared = jax.jit(jax.hessian(square))
 
 
 def naive(m, norm=jnp.linalg.norm):
-    """The penalty of one matrix as anyone would write it."""
+    """Return the penalty of one matrix by the textbook formula."""
     return norm(m @ m.T - jnp.eye(len(m), dtype=m.dtype))
 
 
@@ -56,23 +56,23 @@ def test_first_and_second_derivatives_are_finite(name):
 
 
 @pytest.mark.parametrize("name", SQUARED)
-def test_derivatives_of_the_squared_form_are_finite(name):
+def test_squared_form_derivatives_are_finite(name):
     assert np.isfinite(first_squared(SQUARED[name])).all()
     assert np.isfinite(second_squared(SQUARED[name])).all()
 
 
-def test_the_plain_norm_fails_where_these_tests_look():
-    """At exact orthonormality and at 1e20 the naive formula gives NaN: the points are not idle."""
+def test_naive_norm_gradient_is_not_finite_at_tested_points():
+    """Exact orthonormality and 1e20 make the naive gradient fail, so these points are needed."""
     assert np.isnan(jax.grad(naive)(jnp.asarray(POINTS["orthonormal"]))).any()
     assert not np.isfinite(jax.grad(naive)(jnp.asarray(POINTS["huge 1e+20"]))).all()
 
 
-def test_the_gradient_is_zero_at_orthonormality_and_at_zero():
+def test_gradient_is_zero_at_orthonormality_and_at_zero():
     np.testing.assert_array_equal(first(POINTS["orthonormal"]), np.zeros((3, 5)))
     np.testing.assert_array_equal(first(POINTS["zero"]), np.zeros((3, 5)))
 
 
-def test_a_huge_matrix_has_the_gradient_of_its_float64():
+def test_huge_matrix_gradient_matches_float64():
     for scale in (1e3, 1e10, 1e18):
         wide = scale * NORMAL.astype(np.float64)
         d = wide @ wide.T - np.eye(3)
@@ -80,7 +80,7 @@ def test_a_huge_matrix_has_the_gradient_of_its_float64():
         np.testing.assert_allclose(first(np.float32(scale) * NORMAL), expected, rtol=1e-5)
 
 
-def test_beyond_the_dtype_the_value_is_infinite_and_the_gradient_zero():
+def test_overflow_gives_infinite_value_and_zero_gradient():
     stack = np.stack([NORMAL, np.float32(1e20) * NORMAL])
     value, slope = deviation(stack), jax.grad(lambda m: deviation(m)[0])(stack)
     assert np.isfinite(value[0])
@@ -90,8 +90,8 @@ def test_beyond_the_dtype_the_value_is_infinite_and_the_gradient_zero():
 
 
 @pytest.mark.parametrize("form", ["frobenius", "squared"])
-def test_joined_in_stacks_it_is_the_same(form):
-    """What is compiled where starting a kernel is slow, against one matrix after the other."""
+def test_joined_matrices_match_separate_ones(form):
+    """This form is compiled where kernel launches are slow; the other has a product per matrix."""
     config = al.AdaLoraConfig(total_step=10, orthogonality=form, init_lora_weights=False)
     sizes = dict.fromkeys(("h/0", "h/1", "h/2"), (5, 4, (3,)))
     sizes |= {"c": (6, 5, ()), "d": (4, 6, (2, 2))}
@@ -114,7 +114,7 @@ def test_joined_in_stacks_it_is_the_same(form):
     shape=st.sampled_from([(3, 5), (4, 2)]),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_elsewhere_value_and_derivatives_are_those_of_the_naive_formula(seed, scale, shape):
+def test_value_and_derivatives_match_naive_formula(seed, scale, shape):
     with jax.enable_x64(True):
         m = jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape))
         for ours, theirs in CHECKS:
@@ -132,7 +132,7 @@ CHECKS = [
 ]
 
 
-def test_the_gradient_is_the_finite_difference():
+def test_gradient_matches_finite_difference():
     with jax.enable_x64(True):
         m = jnp.asarray(NORMAL.astype(np.float64))
         slope = np.asarray(jax.grad(deviation)(m))
@@ -142,7 +142,7 @@ def test_the_gradient_is_the_finite_difference():
 
 
 @pytest.mark.parametrize("form", ["frobenius", "squared"])
-def test_every_slice_of_a_stack_counts_as_a_matrix(form):
+def test_stack_slices_count_as_separate_matrices(form):
     config = al.AdaLoraConfig(total_step=10, orthogonality=form, orth_reg_weight=0.3)
     stacked = al.init_adapter(
         jax.random.key(0), 5, 4, config.replace(init_lora_weights=False), stack=(2, 3)
@@ -157,7 +157,7 @@ def test_every_slice_of_a_stack_counts_as_a_matrix(form):
     assert together > 1
 
 
-def test_the_forms_are_the_mean_of_norms_and_the_sum_of_squares():
+def test_forms_are_mean_of_norms_and_sum_of_squares():
     adapter = al.Adapter(p=2 * jnp.eye(3), lam=jnp.zeros(3), q=jnp.eye(3))
     config = al.AdaLoraConfig(total_step=10, orth_reg_weight=0.1)
     np.testing.assert_allclose(
@@ -167,7 +167,7 @@ def test_the_forms_are_the_mean_of_norms_and_the_sum_of_squares():
     np.testing.assert_allclose(al.orthogonality({"a": adapter}, squared), 0.1 * 27, rtol=1e-6)
 
 
-def test_lam_and_other_parameters_have_no_part_in_it():
+def test_penalty_ignores_lam_and_other_parameters():
     config = al.AdaLoraConfig(total_step=10)
     adapter = al.init_adapter(jax.random.key(0), 5, 4, config)
     alone = al.orthogonality({"a": adapter}, config)
@@ -190,6 +190,6 @@ def test_bfloat16_is_summed_in_float32():
     )
 
 
-def test_an_empty_tree_is_refused():
+def test_tree_without_adapters_raises():
     with pytest.raises(ValueError, match="no adapter was found in the dict given as adapters"):
         al.orthogonality({"head": jnp.ones(3)}, al.AdaLoraConfig(total_step=10))

@@ -1,5 +1,5 @@
-"""Adapters to files and back, without PEFT: against the format itself, NumPy, and what PEFT once
-wrote (``pinned``). ``tests/parity`` has the same with PEFT and transformers."""
+"""Round trips of adapters through PEFT's files, without PEFT: against the format, NumPy, and a run
+that PEFT recorded (``pinned``). ``tests/parity`` has the same with PEFT and transformers."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ MASK = jnp.array([True, False, True, False])
 
 
 def adapter(seed, ins=5, outs=6, stack=(), config=CONFIG, rank=None):
-    """Random numbers; drawn by NumPy, because JAX would compile for every new shape."""
+    """Draw a random adapter with NumPy, because JAX would compile for every new shape."""
     rng = np.random.default_rng(seed)
     rows = (*stack, config.init_r if rank is None else rank)
     shapes = (*rows, outs), rows, (*rows, ins)
@@ -42,7 +42,7 @@ def settings_of(folder):
 
 
 def assert_live_rows_equal(before, masks, after):
-    """Bit for bit, and dtype for dtype; what the new ones have besides is zero and masked."""
+    """Check live rows and dtypes bit for bit; all other new rows must be zero and masked."""
     for path, old in before.items():
         new, mask = after.adapters[path], np.asarray(masks[path])
         for leaf in new:
@@ -55,7 +55,7 @@ def assert_live_rows_equal(before, masks, after):
                 assert not b[~kept].any()
 
 
-def test_the_files_are_what_pefts_format_says(tmp_path):
+def test_files_follow_peft_format(tmp_path):
     trained = {"encoder/query": adapter(0), "encoder/up": adapter(1, 5, 7)}
     masks = {"encoder/query": MASK, "encoder/up": jnp.ones(4, bool)}
     peft.save_pretrained(tmp_path, trained, CONFIG, masks=masks, base_model="org/model")
@@ -100,14 +100,14 @@ def test_round_trip_is_exact(dtype, tmp_path):
     assert_live_rows_equal(trained, masks, read)
     assert read.config.param_dtype == dtype
     assert adalora.ranks(read.masks) == adalora.ranks(masks)
-    # And once more, now from compact adapters: the weights are the same to the last byte.
+    # Saving again, now from compact adapters, must write the same bytes.
     options = {"names": peft.NameMap(names), "masks": read.masks}
     peft.save_pretrained(tmp_path / "2", read.adapters, read.config, **options)
     weights = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "12"]
     assert weights[0] == weights[1]
 
 
-def test_rank_pattern_of_compact_adapters_stays_that_of_the_run(tmp_path):
+def test_compact_adapters_keep_rank_pattern_of_run(tmp_path):
     peft.save_pretrained(tmp_path / "1", {"query": adapter(0)}, CONFIG, masks={"query": MASK})
     read = peft.load_pretrained(tmp_path / "1")
     peft.save_pretrained(tmp_path / "2", read.adapters, read.config)
@@ -117,7 +117,7 @@ def test_rank_pattern_of_compact_adapters_stays_that_of_the_run(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_round_trip_of_any_stack_and_any_masks(data, tmp_path_factory):
+def test_round_trip_with_any_stack_and_masks(data, tmp_path_factory):
     stack = data.draw(st.sampled_from([(), (1,), (2,), (3,), (2, 2)]))
     rank, ins, outs = (data.draw(st.integers(1, 4)) for _ in range(3))
     config = adalora.AdaLoraConfig(total_step=9, init_r=rank, target_r=1, init_lora_weights=False)
@@ -135,7 +135,7 @@ def test_round_trip_of_any_stack_and_any_masks(data, tmp_path_factory):
     peft.load_pretrained(folder, names=names, like=trained)
 
 
-def test_masks_decide_and_not_the_values_of_lam(tmp_path):
+def test_masks_not_lam_values_select_saved_rows(tmp_path):
     revived = adapter(0)._replace(lam=jnp.ones(4))
     peft.save_pretrained(tmp_path, {"query": revived}, CONFIG, masks={"query": MASK})
     assert tensors(tmp_path)["base_model.model.query.lora_E"].shape == (2, 1)
@@ -144,7 +144,7 @@ def test_masks_decide_and_not_the_values_of_lam(tmp_path):
     assert tensors(tmp_path)["base_model.model.query.lora_E"].shape == (2, 1)
 
 
-def test_states_serve_as_masks(tmp_path):
+def test_states_are_accepted_as_masks(tmp_path):
     trained = {"query": adapter(0)}
     state = adalora.init_state(trained, CONFIG)
     state.allocator.masks["query"] = MASK
@@ -156,7 +156,7 @@ def test_states_serve_as_masks(tmp_path):
     assert ways[0] == ways[1] == ways[2]
 
 
-def test_compact_and_masked_adapters_make_the_same_file_but_for_the_pattern(tmp_path):
+def test_compact_and_masked_adapters_write_same_tensors(tmp_path):
     trained, masks = {"query": adapter(0)}, {"query": MASK}
     peft.save_pretrained(tmp_path / "masked", trained, CONFIG, masks=masks)
     peft.save_pretrained(tmp_path / "compact", adalora.compact(trained, masks), CONFIG)
@@ -165,8 +165,8 @@ def test_compact_and_masked_adapters_make_the_same_file_but_for_the_pattern(tmp_
         np.testing.assert_array_equal(tensors(tmp_path / "compact")[name], value)
 
 
-def test_the_adapter_that_peft_once_trained_is_read(tmp_path):
-    """The weights of the pinned run at its last step, cut as PEFT cuts them."""
+def test_pinned_adapter_trained_by_peft_loads(tmp_path):
+    """Weights come from the pinned run's last step, truncated as PEFT truncates them."""
     arrays = np.load(PINNED / "clipped.npz")
     config = json.loads((PINNED / "adapter_config.json").read_text())
     steps = int(json.loads(str(arrays["about"]))["case"]["config"]["total_step"])
@@ -189,7 +189,7 @@ def test_the_adapter_that_peft_once_trained_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [0, -1])
-def test_pefts_scale_follows_the_rank_where_alpha_is_not_positive(alpha, tmp_path):
+def test_scale_follows_live_rank_when_alpha_is_not_positive(alpha, tmp_path):
     peft.save_pretrained(tmp_path, {"query": adapter(0)}, CONFIG, masks={"query": MASK})
     config = settings_of(tmp_path) | {"lora_alpha": alpha}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -197,7 +197,7 @@ def test_pefts_scale_follows_the_rank_where_alpha_is_not_positive(alpha, tmp_pat
     p, lam, q = (np.asarray(leaf)[np.asarray(MASK)] for leaf in adapter(0))
     got = adalora.delta_weight(read.adapters["query"])
     np.testing.assert_allclose(got, q.T @ (p * lam[:, None]) * 2 / 4, rtol=1e-5)
-    # Written again it has a scale of its own.
+    # Saving again must write a positive alpha that gives the same scale.
     peft.save_pretrained(tmp_path / "again", read.adapters, read.config)
     assert settings_of(tmp_path / "again")["lora_alpha"] > 0
     again = peft.load_pretrained(tmp_path / "again")
@@ -205,7 +205,7 @@ def test_pefts_scale_follows_the_rank_where_alpha_is_not_positive(alpha, tmp_pat
     np.testing.assert_array_equal(same, got)
 
 
-def test_what_only_training_knew_is_left_out_and_what_counts_is_kept(tmp_path):
+def test_training_only_options_are_dropped_and_rank_limits_kept(tmp_path):
     config = CONFIG.replace(
         budget_schedule="linear",
         score=lambda evidence: evidence,
@@ -227,7 +227,7 @@ def test_what_only_training_knew_is_left_out_and_what_counts_is_kept(tmp_path):
     np.testing.assert_array_equal(read.adapters["down"].lam, trained["down"].lam)
 
 
-def test_lora_has_the_scale_in_b_and_alpha_equal_to_the_rank(tmp_path):
+def test_lora_export_folds_scale_into_b_and_sets_alpha_to_rank(tmp_path):
     trained = {"a/query": adapter(0), "a/up": adapter(1), "b": adapter(2)}
     masks = {"a/query": MASK, "a/up": jnp.ones(4, bool), "b": jnp.zeros(4, bool)}
     peft.save_as_lora(tmp_path, trained, CONFIG, masks=masks)
@@ -243,8 +243,8 @@ def test_lora_has_the_scale_in_b_and_alpha_equal_to_the_rank(tmp_path):
         peft.save_as_lora(tmp_path, {"b": trained["b"]}, CONFIG, masks=masks)
 
 
-def test_a_name_that_ends_another_one_does_not_take_its_rank(tmp_path):
-    """PEFT takes the first key of a pattern with which a name ends."""
+def test_module_does_not_take_rank_of_its_name_suffix(tmp_path):
+    """PEFT takes the first key of a pattern that is a suffix of a name."""
     masks = {"query": MASK, "a/query": jnp.ones(4, bool), "b/a/query": jnp.arange(4) < 1}
     trained = {path: adapter(n) for n, path in enumerate(masks)}
     peft.save_as_lora(tmp_path, trained, CONFIG, masks=masks)
@@ -256,14 +256,14 @@ def test_a_name_that_ends_another_one_does_not_take_its_rank(tmp_path):
             assert pattern.get(first, 4) == mask.sum()
 
 
-def test_lora_products_that_overflow_are_refused(tmp_path):
+def test_overflowing_lora_products_raise(tmp_path):
     config = CONFIG.replace(param_dtype="float16")
     huge = jax.tree.map(lambda leaf: leaf + 3e4, adapter(0, config=config))
     with pytest.raises(ValueError, match="not finite in float16"):
         peft.save_as_lora(tmp_path, {"query": huge}, config)
 
 
-def test_queries_keys_and_values_in_one_module_and_back(tmp_path):
+def test_fused_qkv_round_trip(tmp_path):
     trained = {f"h/{i}/{n}": adapter(i + ord(n)) for i in range(2) for n in "qkv"}
     masks = {path: jnp.asarray(np.arange(4) != n % 4) for n, path in enumerate(trained)}
     names = [(f"h/{{i}}/{n}", f"h.{{i}}.c_attn:{k}/3") for k, n in enumerate("qkv")]
@@ -281,8 +281,8 @@ def test_queries_keys_and_values_in_one_module_and_back(tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_two_projections_of_one_adapter_come_together_again(tmp_path):
-    """Both halves have the adapter's q and λ, so it has as many rows after as before."""
+def test_adapter_split_into_two_modules_is_rejoined(tmp_path):
+    """Both halves have the adapter's q and λ, so its number of rows does not change."""
     names = [("mlp/gates:0/2", "mlp.gate_proj"), ("mlp/gates:1/2", "mlp.up_proj")]
     trained = {"mlp/gates": adapter(0, 5, 8)}
     peft.save_pretrained(tmp_path, trained, CONFIG, masks={"mlp/gates": MASK}, names=names)
@@ -292,7 +292,7 @@ def test_two_projections_of_one_adapter_come_together_again(tmp_path):
     )
 
 
-def test_like_says_where_things_belong_and_what_does_not_fit(tmp_path):
+def test_like_adds_layers_of_rank_zero_and_checks_shapes(tmp_path):
     trained = {"layers/up": adapter(1, 5, 7, (3,))}
     names = [("layers/up[{i}]", "layers.{i}.up")]
     peft.save_as_lora(
@@ -302,7 +302,7 @@ def test_like_says_where_things_belong_and_what_does_not_fit(tmp_path):
         masks={"layers/up": jnp.arange(12).reshape(3, 4) > 7},
         names=names,
     )
-    # Two of three layers have no rank and are not in the file.
+    # Two of three layers have rank 0 and are not in the file.
     read = peft.load_pretrained(tmp_path, names=names, like=trained)
     assert adalora.ranks(read.masks) == {"layers/up[0]": 0, "layers/up[1]": 0, "layers/up[2]": 4}
     abstract = jax.eval_shape(lambda: trained)
@@ -322,7 +322,7 @@ def test_like_says_where_things_belong_and_what_does_not_fit(tmp_path):
         ("head/w", jnp.ones((3, 4)), "cannot be written"),
     ],
 )
-def test_parameters_that_pytorch_has_no_form_for_are_refused(kind, leaf, says, tmp_path):
+def test_parameters_without_pytorch_form_raise(kind, leaf, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         peft.save_pretrained(tmp_path, {"query": adapter(0), kind: leaf}, CONFIG)
     assert not list(tmp_path.iterdir())
@@ -334,7 +334,7 @@ def refused(match, tmp_path, trained=None, **options):
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_refused_with_a_way_out(tmp_path):
+def test_invalid_save_arguments_raise_with_hints(tmp_path):
     refused(r"'query' has no name .*nearest.*names=\[", tmp_path, names=[("key", "key")])
     refused("'a.b/query' has a dot", tmp_path, {"a.b/query": adapter(0)})
     refused("with 1 stack axes has no name", tmp_path, {"query": adapter(0, stack=(2,))})
@@ -356,7 +356,7 @@ def test_mistakes_are_refused_with_a_way_out(tmp_path):
     )
 
 
-def test_a_dtype_that_is_not_written_leaves_the_old_adapter(tmp_path):
+def test_unsupported_dtype_leaves_old_adapter(tmp_path):
     peft.save_pretrained(tmp_path, {"query": adapter(0)}, CONFIG)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     broken = adapter(1)._replace(lam=jnp.ones(4, jnp.int32))

@@ -1,4 +1,4 @@
-"""Saves that fail or are killed at any operation on files: the old adapter is read, or the new."""
+"""Saves that fail or are killed at any file operation: the old or the new adapter is loaded."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def loaded(folder):
-    """What is read of an adapter, for comparison bit for bit; None if there is none."""
+    """Return a loaded adapter in a form for bitwise comparison; None if there is none."""
     try:
         read = peft.load_pretrained(folder)
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def interrupt():
 @pytest.mark.parametrize(
     ("action", "onwards"), [(disk_full, False), (disk_full, True), (interrupt, False)]
 )
-def test_a_save_that_fails_leaves_the_old_adapter_or_the_new_one(case, action, onwards, tmp_path):
+def test_failed_save_leaves_old_or_new_adapter(case, action, onwards, tmp_path):
     name, before, after = case
     outcomes = []
     for number in range(1, 99):
@@ -85,7 +85,7 @@ def test_a_save_that_fails_leaves_the_old_adapter_or_the_new_one(case, action, o
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(case, tmp_path):
+def test_killed_save_leaves_old_or_new_adapter(case, tmp_path):
     name, before, after = case
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(RUN), name, str(tmp_path / "run")],
@@ -105,7 +105,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(case, tmp_p
         assert loaded(copy) == loaded(tmp_path / "seven")
 
 
-def test_a_save_while_the_adapter_is_read_is_noticed(tmp_path, monkeypatch):
+def test_save_during_load_raises(tmp_path, monkeypatch):
     save(tmp_path, 0)
     read = TensorFile.read
 
@@ -122,14 +122,14 @@ def test_a_save_while_the_adapter_is_read_is_noticed(tmp_path, monkeypatch):
     assert loaded(tmp_path) == loaded(tmp_path / "again")
 
 
-def test_a_config_that_was_edited_is_read_as_it_is(tmp_path):
+def test_edited_config_is_loaded(tmp_path):
     save(tmp_path, 0)
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"tinit": 0', '"tinit": 3'))
     assert peft.load_pretrained(tmp_path).config.tinit == 3
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_directory_is_named_in_error(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match=f"`directory='{place}'` cannot be written: .*Name a"):

@@ -1,4 +1,4 @@
-"""Base checkpoints of Hugging Face in Flax models, against the same model in NumPy.
+"""Hugging Face base checkpoints loaded into Flax models, against the same models in NumPy.
 
 ``tests/parity`` has the same against transformers itself.
 """
@@ -33,13 +33,13 @@ LLAMA = peft.NameMap((*NNX_LLAMA, *peft.hf_names("llama").pairs))
 
 @pytest.fixture
 def _flax_ranks():
-    """Flax's own norms and attention broadcast arrays of different rank."""
+    """Allow rank promotion: Flax's norms and attention broadcast arrays of different rank."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
 
 def write(folder, tensors, shards=1, config=None):
-    """A checkpoint of this many files."""
+    """Write a checkpoint of this many files."""
     folder.mkdir(exist_ok=True, parents=True)
     names = list(tensors)
     files = {f"model-{n:05}-of-{shards:05}.safetensors": names[n::shards] for n in range(shards)}
@@ -67,8 +67,8 @@ def close(actual, expected, tolerance=2e-5):
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize(("classes", "prefix"), [(0, ""), (0, "bert."), (3, "bert.")])
-def test_bert_in_linen(stacked, classes, prefix, tmp_path):
-    """A bare encoder and one with a head, whose names have a prefix that the model has not."""
+def test_bert_in_linen_matches_numpy(stacked, classes, prefix, tmp_path):
+    """Checkpoints with a head have a name prefix that the Flax model does not have."""
     tensors = hf_numpy.bert_tensors(SIZES, prefix=prefix, classes=classes)
     write(tmp_path, tensors, shards=1 + stacked)
     model = Bert(SIZES, stacked, classes)
@@ -79,7 +79,7 @@ def test_bert_in_linen(stacked, classes, prefix, tmp_path):
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("head", ["own", "tied", "attends"])
-def test_llama_in_linen(stacked, head, tmp_path):
+def test_llama_in_linen_matches_numpy(stacked, head, tmp_path):
     tensors = hf_numpy.llama_tensors(SIZES, seed=1, head=head == "own")
     write(tmp_path, tensors, shards=3, config={"tie_word_embeddings": head != "own"})
     model = Llama(SIZES, stacked, attends=head == "attends")
@@ -88,8 +88,8 @@ def test_llama_in_linen(stacked, head, tmp_path):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_llama_in_nnx(stacked, tmp_path):
-    """Keys and values in one einsum, gate and up in one projection."""
+def test_llama_in_nnx_matches_numpy(stacked, tmp_path):
+    """Keys and values share one einsum, gate and up share one projection."""
     tensors = hf_numpy.llama_tensors(SIZES, seed=2)
     write(tmp_path, tensors, shards=2)
     shapes = nnx.eval_shape(lambda: NnxLlama(SIZES, stacked))
@@ -100,9 +100,9 @@ def test_llama_in_nnx(stacked, tmp_path):
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_dtypes_of_the_files_and_of_the_model(stored, dtype, tmp_path):
+def test_file_dtypes_convert_exactly_to_model_dtypes(stored, dtype, tmp_path):
     tensors = hf_numpy.llama_tensors(SIZES, dtype=ml_dtypes.bfloat16)
-    tensors = {name: value.astype(stored) for name, value in tensors.items()}  # exactly
+    tensors = {name: value.astype(stored) for name, value in tensors.items()}  # no rounding
     write(tmp_path, tensors)
     model = Llama(SIZES)
     variables = peft.load_base(tmp_path, model, abstract(model), names="llama", dtype=dtype)
@@ -112,7 +112,7 @@ def test_dtypes_of_the_files_and_of_the_model(stored, dtype, tmp_path):
     np.testing.assert_array_equal(kernel.astype(np.float32), want)
 
 
-def test_numbers_that_the_dtype_cannot_hold_are_refused(tmp_path):
+def test_dtype_that_cannot_hold_weights_raises(tmp_path):
     write(tmp_path, {"up.weight": np.full((2, 3), 1e6, np.float32), "up.bias": np.ones(2, "f4")})
     model = nn.Sequential([nn.Dense(2)])
     load = lambda dtype: peft.load_base(
@@ -124,7 +124,7 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused(tmp_path):
         load("int8")
 
 
-def test_what_was_loaded_is_adapted_and_pruned(tmp_path):
+def test_loaded_base_is_adapted_pruned_and_merged(tmp_path):
     tensors = hf_numpy.llama_tensors(SIZES)
     base, out = write(tmp_path / "base", tensors, shards=2), tmp_path / "merged"
     model = Llama(SIZES, stacked=True)
@@ -156,7 +156,7 @@ def test_what_was_loaded_is_adapted_and_pruned(tmp_path):
 
 
 class Einsum(nn.Module):
-    """As in google-deepmind/gemma: the equation comes with the call."""
+    """A layer as in google-deepmind/gemma, whose equation is an argument of the call."""
 
     shape: tuple[int, ...]
 
@@ -166,7 +166,7 @@ class Einsum(nn.Module):
 
 
 class Kinds(nn.Module):
-    """Every form that a weight may have."""
+    """Weights of every supported form."""
 
     @nn.compact
     def __call__(self, x, image):
@@ -201,7 +201,7 @@ NAMES = [
 ]
 
 
-def test_weights_whose_axes_only_their_use_tells(tmp_path):
+def test_weight_axes_are_inferred_from_calls_or_equations(tmp_path):
     tensors = hf_numpy.draw(KINDS, 0)
     tensors.pop("positions.weight")
     write(tmp_path, tensors)
@@ -235,8 +235,8 @@ def test_weights_whose_axes_only_their_use_tells(tmp_path):
         load(*inputs, equations={"own": "...f,df->...d"})
 
 
-def test_conv1d_of_gpt2_and_its_fused_projection(tmp_path):
-    """[in, out] in the file; by the config, whatever the names say."""
+def test_gpt2_conv1d_and_fused_projection_load(tmp_path):
+    """Weights are [in, out] in the file, as the model type in the config implies."""
 
     class Attention(nn.Module):
         @nn.compact
@@ -265,8 +265,8 @@ def test_conv1d_of_gpt2_and_its_fused_projection(tmp_path):
         peft.load_base(tmp_path, Gpt(), abstract(Gpt(), x), names=names)
 
 
-def test_old_names_of_norms_and_what_is_no_parameter(tmp_path):
-    """As in the first checkpoints of BERT."""
+def test_legacy_norm_names_load_and_unused_tensors_raise(tmp_path):
+    """The first BERT checkpoints have these names."""
     tensors = hf_numpy.bert_tensors(SIZES, prefix="bert.")
     old = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
@@ -290,7 +290,7 @@ def test_old_names_of_norms_and_what_is_no_parameter(tmp_path):
         load(allow_unused="predictions.bias")
 
 
-def test_a_new_head_may_keep_its_values(tmp_path):
+def test_missing_head_may_keep_initial_values(tmp_path):
     tensors = hf_numpy.bert_tensors(SIZES)
     write(tmp_path, tensors)
     model = Bert(SIZES, classes=3)
@@ -306,7 +306,7 @@ def test_a_new_head_may_keep_its_values(tmp_path):
     close(model.apply(loaded, IDS), pooled @ np.asarray(head["kernel"]) + np.asarray(head["bias"]))
 
 
-def test_all_that_is_wrong_is_said_at_once(tmp_path):
+def test_all_mismatches_are_reported_in_one_error(tmp_path):
     tensors = hf_numpy.llama_tensors(SIZES)
     tensors.pop("model.layers.2.self_attn.o_proj.weight")
     up = "model.layers.1.mlp.up_proj.weight"
@@ -328,7 +328,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         assert len(said) < 3000
 
 
-def test_a_checkpoint_of_another_model_is_refused_and_no_head_is_tied_by_guess(tmp_path):
+def test_wrong_checkpoint_raises_and_heads_are_not_tied_by_guess(tmp_path):
     write(tmp_path / "bert", hf_numpy.bert_tensors(SIZES))
     model = Llama(SIZES)
     with pytest.raises(ValueError, match=r"names has nothing for it.*and 24 more: say with names="):
@@ -347,7 +347,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_no_head_is_tied_by_guess(t
         peft.load_base(tmp_path, model, abstract(model))
 
 
-def test_one_file_by_its_name(tmp_path):
+def test_single_file_loads_by_its_path(tmp_path):
     tensors = hf_numpy.llama_tensors(SIZES)
     write(tmp_path, tensors)
     (tmp_path / "model.safetensors").rename(tmp_path / "model.fp32.safetensors")
@@ -364,8 +364,8 @@ def test_one_file_by_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["meshes", "memory"])
-def test_on_eight_devices_and_within_memory(what, tmp_path):
-    """``loading_run.py``, which says what it checks."""
+def test_loading_on_eight_devices_and_within_memory(what, tmp_path):
+    """The script ``loading_run.py`` documents its checks."""
     here = pathlib.Path(__file__).parent
     command = [sys.executable, str(here / "loading_run.py"), what, str(tmp_path)]
     done = subprocess.run(
@@ -374,8 +374,8 @@ def test_on_eight_devices_and_within_memory(what, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_rest_of_a_gptq_checkpoint(tmp_path):
-    """Its packed layers are for ``load_gptq``; all else is loaded as from any checkpoint."""
+def test_unpacked_tensors_of_gptq_checkpoint_load(tmp_path):
+    """``load_gptq`` reads the packed layers; all other tensors load as from any checkpoint."""
     rng = np.random.default_rng(0)
     packed = {
         "up.qweight": rng.integers(-(2**31), 2**31, (2, 8)).astype(np.int32),

@@ -1,4 +1,4 @@
-"""Models of Flax whose adapters go to files and come back: layers of many axes, stacks, NNX."""
+"""Round trips of Flax adapters through PEFT's files: multi-axis layers, stacks, NNX."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ def tensors(folder):
 
 
 class Einsum(nn.Module):
-    """As in Gemma: the equation is given at the call."""
+    """A layer as in Gemma, whose equation is an argument of the call."""
 
     shape: tuple[int, ...]
 
@@ -46,8 +46,8 @@ class Kinds(nn.Module):
 
 
 @pytest.mark.parametrize("writer", [peft.save_pretrained, peft.save_as_lora])
-def test_weights_of_many_axes_are_reshaped_as_converters_of_checkpoints_do(writer, tmp_path):
-    """The merged weights (the base is zero), brought into PyTorch's form by hand."""
+def test_multi_axis_weights_are_reshaped_as_checkpoint_converters_do(writer, tmp_path):
+    """Merged weights (of a zero base), converted to PyTorch's form by hand, are the reference."""
     model = Kinds()
     inputs = jnp.ones((1, 2, 5)), jnp.ones((1, 4, 4, 2))
     variables = model.init(jax.random.key(0), *inputs)
@@ -82,7 +82,7 @@ def test_weights_of_many_axes_are_reshaped_as_converters_of_checkpoints_do(write
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
         e = 1 if lora else written[f"base_model.model.{name}.lora_E"][:, 0] * config.scaling
         np.testing.assert_allclose((b * e) @ a, want, rtol=1e-4, atol=1e-5, err_msg=name)
-    # The shapes of LoRA say what is a convolution; AdaLoRA's do not.
+    # The tensor shapes of LoRA identify a convolution; AdaLoRA's do not.
     read = peft.load_pretrained(tmp_path, names=names, like=None if lora else trained)
     again = adalora.merge(variables, read.adapters)["params"] if not lora else None
     if again:
@@ -116,7 +116,7 @@ class Layers(nn.Module):
 
 @pytest.fixture(scope="module")
 def run():
-    """A model of stacked layers with head axes, trained and pruned."""
+    """Train and prune a model of stacked layers with head axes."""
     config = adalora.AdaLoraConfig(
         total_step=8,
         init_r=3,
@@ -151,7 +151,7 @@ NAMES = [
 ]
 
 
-def test_a_trained_model_computes_the_same_after_save_and_load(run, tmp_path):
+def test_trained_model_is_unchanged_by_save_and_load(run, tmp_path):
     config, model, variables, trained, state, x = run
     assert len(set(adalora.ranks(state).values())) > 1, "the layers should differ in rank"
     expected = adalora.linen.adapt(model, config).apply(variables, trained, x)
@@ -164,17 +164,17 @@ def test_a_trained_model_computes_the_same_after_save_and_load(run, tmp_path):
         read = peft.load_pretrained(tmp_path, names=NAMES, like=like)
         adapted = adalora.linen.adapt(model, read.config)
         fresh = adapted.init(jax.random.key(3), variables, x)
-        # The loaded config makes room for exactly what was loaded.
+        # Adapters made from the loaded config must have the loaded shapes.
         shapes = lambda tree: jax.tree.map(jnp.shape, jax.tree.leaves(tree))
         assert shapes(fresh) == shapes(read.adapters)
-        if like:  # the file alone does not say how a weight's axes read
+        if like:  # the file alone does not determine a weight's axes
             assert jax.tree.structure(fresh) == jax.tree.structure(read.adapters)
         np.testing.assert_allclose(
             adapted.apply(variables, read.adapters, x), expected, rtol=1e-5, atol=1e-6
         )
 
 
-def test_adapters_of_nnx_are_written_alike(tmp_path):
+def test_nnx_adapters_round_trip(tmp_path):
     model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 5, rngs=nnx.Rngs(1)))
     config = CONFIG.replace(target_modules="all-linear")
     adapted = adalora.nnx.adapt(model, config)

@@ -1,4 +1,4 @@
-"""Increments added into a Hugging Face checkpoint, against NumPy; ``tests/parity`` has the same
+"""Increments merged into a Hugging Face checkpoint, against NumPy; ``tests/parity`` has the same
 against PEFT and transformers."""
 
 import json
@@ -67,7 +67,7 @@ def read_all(folder):
 
 
 def expected(name):
-    """``W + s pᵀ diag(λ) q`` over the live rows."""
+    """Compute ``W + s pᵀ diag(λ) q`` over the live rows."""
     path = name.removesuffix(".weight").replace(".", "/")
     p, lam, q = (np.asarray(leaf)[[0, 2]] for leaf in ADAPTERS[path])
     delta = 2.0 * (p.T * lam) @ q
@@ -77,7 +77,7 @@ def expected(name):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_merged_checkpoint_is_the_base_with_the_increments(sharded, tmp_path):
+def test_merged_checkpoint_is_base_plus_increments(sharded, tmp_path):
     base = make_base(tmp_path / "base", sharded)
     steps = []
 
@@ -111,7 +111,7 @@ def test_merged_checkpoint_is_the_base_with_the_increments(sharded, tmp_path):
         assert index["metadata"]["by"] == "test"
 
 
-def test_an_adapter_from_files_merges_alike(tmp_path):
+def test_adapter_files_merge_like_adapters_in_memory(tmp_path):
     base = make_base(tmp_path / "base")
     peft.merge_pretrained(ADAPTERS, base, tmp_path / "direct", **OPTIONS)
     options = {"masks": MASKS}
@@ -123,7 +123,7 @@ def test_an_adapter_from_files_merges_alike(tmp_path):
             np.testing.assert_allclose(other, value.astype(np.float32), rtol=2e-2, atol=1e-2)
 
 
-def test_what_was_saved_takes_the_place_of_the_bases(tmp_path):
+def test_saved_parameters_replace_those_of_base(tmp_path):
     base = make_base(tmp_path / "base", sharded=True)
     bias, kernel = jnp.arange(6.0), jnp.arange(12.0).reshape(6, 2)
     trained = {"model/up": ADAPTERS["model/up"], "head": {"kernel": kernel}, "model/up/bias": bias}
@@ -136,7 +136,7 @@ def test_what_was_saved_takes_the_place_of_the_bases(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "outer.model."])
-def test_a_checkpoint_of_the_bare_model_has_another_prefix(prefix, tmp_path):
+def test_checkpoint_may_have_another_name_prefix(prefix, tmp_path):
     weights = {name.replace("model.", prefix): value for name, value in WEIGHTS.items()}
     base = make_base(tmp_path / "base", weights=weights)
     peft.merge_pretrained(ADAPTERS, base, tmp_path / "out", **OPTIONS)
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_the_bare_model_has_another_prefix(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["names", "config", "model type"])
-def test_a_square_conv1d_is_turned_by_what_says_so(how, tmp_path):
+def test_square_conv1d_is_transposed_by_names_config_or_model_type(how, tmp_path):
     weight = np.zeros((4, 4), np.float32)
     adapter = adalora.Adapter(*(jnp.asarray(RNG.normal(size=s)) for s in ((3, 4), 3, (3, 4))))
     base = make_base(tmp_path / "base", weights={"h.0.attn.c_proj.weight": weight})
@@ -169,7 +169,7 @@ def refused(error, match, tmp_path, base, adapters=ADAPTERS, **options):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
+def test_mismatched_adapters_raise_and_write_nothing(tmp_path):
     base = make_base(tmp_path / "base")
     wrong = {"model/up": ADAPTERS["model/conv"]}
     refused(ValueError, r"'model.up' is for 18 inputs and 4 outputs", tmp_path, base, wrong)
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
     refused(ValueError, "dtype I8: merge into a base that is not quantised", tmp_path, base)
 
 
-def test_the_place_for_the_result_must_be_free(tmp_path):
+def test_output_directory_must_be_empty_and_outside_base(tmp_path):
     base = make_base(tmp_path / "base")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
@@ -197,7 +197,7 @@ def test_the_place_for_the_result_must_be_free(tmp_path):
     assert (tmp_path / "there" / "file").read_text() == "mine"
 
 
-def test_an_interrupted_merge_leaves_nothing(tmp_path):
+def test_interrupted_merge_leaves_nothing(tmp_path):
     base = make_base(tmp_path / "base", sharded=True)
 
     def interrupted(tensors):
@@ -222,7 +222,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path):
         (None, "no safetensors file"),
     ],
 )
-def test_an_index_leads_nowhere_else(name, says, tmp_path):
+def test_index_with_invalid_file_name_raises(name, says, tmp_path):
     base = make_base(tmp_path / "base", sharded=True)
     save_file(WEIGHTS, tmp_path / "secret.safetensors")
     (base / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
@@ -239,13 +239,13 @@ def test_an_index_leads_nowhere_else(name, says, tmp_path):
 @pytest.mark.parametrize(
     "text", ["{}", '{"weight_map": []}', "[", '{"weight_map": {"x": "a.safetensors"}}']
 )
-def test_an_index_that_does_not_describe_its_files_is_refused(text, tmp_path):
+def test_index_that_does_not_describe_its_files_raises(text, tmp_path):
     base = make_base(tmp_path / "base", sharded=True)
     (base / "model.safetensors.index.json").write_text(text)
     refused(ValueError, r"index\.json", tmp_path, base)
 
 
-def test_no_link_out_of_the_base_is_copied(tmp_path):
+def test_external_links_and_special_files_in_base_raise(tmp_path):
     base = make_base(tmp_path / "base")
     (tmp_path / "secret").write_text("secret")
     (base / "tokenizer.json").symlink_to(tmp_path / "secret")
@@ -272,7 +272,7 @@ def tied_base(folder, config=TIED, **tensors):
 
 
 def lora(folder, **tensors):
-    """An adapter of q_proj, and what it saved; by module, as its last name."""
+    """Write a LoRA adapter of q_proj with saved tensors, whose names have ``__`` for dots."""
     folder.mkdir()
     query = "base_model.model.model.layers.0.self_attn.q_proj"
     weights = {f"{query}.lora_A.weight": A, f"{query}.lora_B.weight": np.ones((6, 2), np.float32)}
@@ -284,14 +284,14 @@ def lora(folder, **tensors):
 
 
 def merged(tmp_path, adapter, base, **options):
-    """The two tensors, and what the config says."""
+    """Merge; return the embedding, the head and the config of the result."""
     peft.merge_pretrained(adapter, base, tmp_path / "out", **options)
     tensors = read_all(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     return tensors.get(EMBED), tensors.get(HEAD), config
 
 
-def test_a_trained_head_of_a_tied_base_is_untied(tmp_path):
+def test_trained_head_of_tied_base_is_untied(tmp_path):
     base = tied_base(tmp_path / "base")
     embed, head, config = merged(tmp_path, lora(tmp_path / "lora", lm_head__weight=OTHER), base)
     np.testing.assert_array_equal(embed, TABLE)
@@ -299,7 +299,7 @@ def test_a_trained_head_of_a_tied_base_is_untied(tmp_path):
     assert config == TIED | {"tie_word_embeddings": False}
 
 
-def test_a_trained_embedding_of_a_tied_base_leaves_the_head(tmp_path):
+def test_trained_embedding_of_tied_base_leaves_head_unchanged(tmp_path):
     base = tied_base(tmp_path / "base")
     adapter = lora(tmp_path / "lora", model__embed_tokens__weight=OTHER)
     embed, head, config = merged(tmp_path, adapter, base)
@@ -309,7 +309,7 @@ def test_a_trained_embedding_of_a_tied_base_leaves_the_head(tmp_path):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_a_head_that_moves_with_the_embedding_stays_tied(stored, tmp_path):
+def test_tied_option_updates_head_with_embedding(stored, tmp_path):
     tensors = {EMBED: TABLE} | ({HEAD: TABLE} if stored else {})
     base = tied_base(tmp_path / "base", **tensors)
     adapter = lora(tmp_path / "lora", model__embed_tokens__weight=OTHER)
@@ -322,7 +322,7 @@ def test_a_head_that_moves_with_the_embedding_stays_tied(stored, tmp_path):
     assert config == TIED
 
 
-def test_a_head_that_is_still_the_embedding_stays_tied(tmp_path):
+def test_head_equal_to_embedding_stays_tied(tmp_path):
     both = {"model__embed_tokens__weight": OTHER, "lm_head__weight": OTHER.copy()}
     base = tied_base(tmp_path / "base")
     embed, head, config = merged(tmp_path, lora(tmp_path / "lora", **both), base)
@@ -333,7 +333,7 @@ def test_a_head_that_is_still_the_embedding_stays_tied(tmp_path):
     assert json.loads((tmp_path / "plain out" / "config.json").read_text()) == TIED
 
 
-def test_an_increment_of_a_tied_head_is_added_to_the_embedding(tmp_path):
+def test_increment_of_tied_head_is_added_to_copy_of_embedding(tmp_path):
     base = tied_base(tmp_path / "base")
     adapter = lora(tmp_path / "lora", lm_head__lora_A__weight=A, lm_head__lora_B__weight=B)
     embed, head, config = merged(tmp_path, adapter, base)
@@ -343,7 +343,7 @@ def test_an_increment_of_a_tied_head_is_added_to_the_embedding(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["embedding", "head"])
-def test_a_base_that_stores_both_is_untied(what, tmp_path):
+def test_tied_base_that_stores_both_tensors_is_untied(what, tmp_path):
     base = tied_base(tmp_path / "base", **{EMBED: TABLE, HEAD: TABLE})
     name = "model__embed_tokens__weight" if what == "embedding" else "lm_head__weight"
     embed, head, config = merged(tmp_path, lora(tmp_path / "lora", **{name: OTHER}), base)
@@ -363,7 +363,7 @@ def test_a_base_that_stores_both_is_untied(what, tmp_path):
 @pytest.mark.parametrize("inner", [{}, {"tie_word_embeddings": True}])
 @pytest.mark.parametrize("outer", [{}, {"tie_word_embeddings": True}])
 @pytest.mark.parametrize("trained", ["embedding", "head"])
-def test_nested_configs_and_names(embedding, head, inner, outer, trained, tmp_path):
+def test_nested_configs_and_names_are_untied(embedding, head, inner, outer, trained, tmp_path):
     config = {"architectures": ["XForConditionalGeneration"], "text_config": {"r": 1, **inner}}
     base = tied_base(tmp_path / "base", config | outer, **{embedding: TABLE})
     name = (embedding if trained == "embedding" else head).replace(".", "__")
@@ -376,14 +376,14 @@ def test_nested_configs_and_names(embedding, head, inner, outer, trained, tmp_pa
     assert written["text_config"]["r"] == 1
 
 
-def test_a_head_by_another_name_is_seen_by_its_shape(tmp_path):
+def test_head_with_unknown_name_is_recognised_by_shape(tmp_path):
     config = {"model_type": "whisper", "tie_word_embeddings": True}
     base = tied_base(tmp_path / "base", config)
     *_, config = merged(tmp_path, lora(tmp_path / "lora", proj_out__weight=OTHER), base)
     assert config["tie_word_embeddings"] is False
 
 
-def test_an_untied_base_and_an_encoder_keep_their_config(tmp_path):
+def test_untied_base_and_encoder_keep_config(tmp_path):
     apart = {"tie_word_embeddings": False}
     base = tied_base(tmp_path / "base", apart, **{EMBED: TABLE, HEAD: OTHER})
     saved = {"model__embed_tokens__weight": OTHER, "lm_head__weight": TABLE}
@@ -397,7 +397,7 @@ def test_an_untied_base_and_an_encoder_keep_their_config(tmp_path):
     assert HEAD not in read_all(tmp_path / "encoded")
 
 
-def test_a_tied_head_that_is_not_known_is_refused(tmp_path):
+def test_ambiguous_tied_head_raises(tmp_path):
     differing = tied_base(tmp_path / "differing", **{EMBED: TABLE, HEAD: OTHER})
     saved = lora(tmp_path / "saved", model__embed_tokens__weight=SQUARE[:1].repeat(11, 0))
     refused(ValueError, "depends on the version of transformers", tmp_path, differing, saved)
@@ -428,7 +428,7 @@ def disk_full():
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_a_merge_that_fails_or_is_killed_leaves_nothing_or_all(is_killed, tmp_path, monkeypatch):
+def test_failed_or_killed_merge_leaves_nothing_or_everything(is_killed, tmp_path, monkeypatch):
     base = make_base(tmp_path / "base", sharded=True)
     before = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
     for number in range(1, 99):
@@ -457,7 +457,7 @@ def test_a_merge_that_fails_or_is_killed_leaves_nothing_or_all(is_killed, tmp_pa
     assert before == {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
 
 
-def test_an_increment_that_its_layer_does_not_add_is_refused(tmp_path):
+def test_increment_that_layer_does_not_add_raises(tmp_path):
     layout = adalora.Layout("kernel", shape=(5, 6), note="its layer normalises the weight")
     adapters = {"model/up": ADAPTERS["model/up"]._replace(layout=layout)}
     base = make_base(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Name maps: both directions, what they refuse, and that the families contradict nobody."""
+"""Name maps: both directions, their errors, and families without contradictions."""
 
 import re
 
@@ -14,7 +14,7 @@ WHOLE = (0, 1)
 
 
 def place_of(pair):
-    """A concrete place for the Flax side of a pair, all numbers 3."""
+    """Return a concrete place for the Flax side of a pair, with 3 for every number."""
     flax = re.sub(r"\{[a-z]\}", "3", pair[0])
     flax = re.sub(r"\{\w+\}", "query", flax)
     found = re.fullmatch(r"([^\[:]+)(?:\[([\d,]+)\])?(?::(\d)/(\d))?", flax)
@@ -24,7 +24,7 @@ def place_of(pair):
 
 @pytest.mark.parametrize("prefix", [None, ""])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_pair_of_a_family_is_what_a_path_leads_to(family, prefix):
+def test_family_pairs_map_flax_paths_to_hf_names(family, prefix):
     """No earlier pair shadows a later one with another name."""
     names = hf_names(family, prefix=prefix)
     for pair in names.pairs:
@@ -38,7 +38,7 @@ def test_every_pair_of_a_family_is_what_a_path_leads_to(family, prefix):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reading_takes_the_names_that_the_pytorch_model_has(family):
+def test_hf_names_round_trip_through_unstacked_flax_paths(family):
     names = hf_names(family)
     for _, hf in names.pairs:
         name = re.sub(r"\{\w+\}", lambda f: "3" if len(f[0]) == 3 else "query", hf.split(":")[0])
@@ -48,7 +48,7 @@ def test_reading_takes_the_names_that_the_pytorch_model_has(family):
             assert names.to_hf(place.path)[0][0] == name
 
 
-def test_a_path_that_is_stacked_is_another_than_one_that_is_not():
+def test_stacked_and_unstacked_paths_are_distinct():
     llama = hf_names("llama")
     assert llama.to_hf("layers/attn/q_proj", (4,))[0][0] == "model.layers.4.self_attn.q_proj"
     with pytest.raises(ValueError, match="has no name on the other side; the nearest"):
@@ -57,7 +57,7 @@ def test_a_path_that_is_stacked_is_another_than_one_that_is_not():
         llama.to_hf("layers/attn/q_proj", (4, 1))
 
 
-def test_root_and_prefix_are_the_models():
+def test_root_and_prefix_are_configurable():
     names = hf_names("llama", root="decoder", prefix="language_model.model")
     assert names.to_hf("decoder/layers_0/mlp/up_proj")[0][0] == (
         "language_model.model.layers.0.mlp.up_proj"
@@ -67,7 +67,7 @@ def test_root_and_prefix_are_the_models():
     )
 
 
-def test_maps_of_ones_own_are_values():
+def test_custom_maps_compare_and_hash_by_value():
     pairs = {"blocks_{i}/att/q": "model.layers.{i}.self_attn.q_proj", "head": "lm_head"}
     names = as_names(pairs)
     assert names == as_names(list(pairs.items())) == NameMap(pairs)
@@ -82,7 +82,7 @@ parts = st.text("abc_019", min_size=1, max_size=5)
 
 @settings(deadline=None)
 @given(st.lists(parts, min_size=1, max_size=6))
-def test_without_a_map_every_path_comes_back(path):
+def test_identity_map_round_trips_every_path(path):
     path = "/".join(path)
     ((name, *_),) = IDENTITY.to_hf(path)
     assert IDENTITY.to_flax(name) == [(Place(path), WHOLE)]
@@ -90,7 +90,7 @@ def test_without_a_map_every_path_comes_back(path):
 
 @settings(deadline=None)
 @given(st.integers(0, 99_999), st.integers(0, 9), parts)
-def test_numbers_and_words_come_back_from_any_place(i, j, word):
+def test_placeholders_round_trip_in_any_order(i, j, word):
     names = NameMap([("a_{i}/{word}[{j},1]", "x.{j}.y.{i}.{word}.k")])
     ((name, *_),) = names.to_hf(f"a_{i}/{word}", (j, 1))
     assert name == f"x.{j}.y.{i}.{word}.k"
@@ -114,12 +114,12 @@ def test_numbers_and_words_come_back_from_any_place(i, j, word):
         (5, "must be pairs"),
     ],
 )
-def test_what_is_no_map_is_refused(pairs, says):
+def test_invalid_map_raises(pairs, says):
     with pytest.raises(ValueError, match=says):
         as_names(pairs)
 
 
-def test_the_nearest_names_are_named():
+def test_error_lists_nearest_names():
     with pytest.raises(ValueError, match=r"layers/\{i\}/attn/q_proj.*names=\["):
         hf_names("llama").to_hf("layers/3/attn/q_porj")
     with pytest.raises(ValueError, match="none of bert, gpt2, llama"):

@@ -1,7 +1,7 @@
-"""Files from strangers: whatever is in them, the answer is a ValueError that names the file.
+"""Untrusted files: any content is loaded or raises a ValueError that names the file.
 
-What a damaged file is, is checked against the package ``safetensors``: it must accept whatever is
-accepted here, with the same contents. The marker ``slow`` has the same tests with more cases.
+The reference for damaged files is the package ``safetensors``: it must accept every file that is
+accepted here, with the same contents. The marker ``slow`` runs the same tests on more cases.
 """
 
 import json
@@ -61,9 +61,9 @@ def write(folder, config=CONFIG, weights=VALID):
 
 
 def attempt(folder):
-    """Loads it, or None where a clear error says why not."""
+    """Load an adapter; return None if a short error names the folder."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of keys that are unknown
+        warnings.simplefilter("ignore")  # about unknown keys
         try:
             return peft.load_pretrained(folder)
         except (ValueError, FileNotFoundError) as error:
@@ -86,7 +86,7 @@ def read_here(data, path):
 
 
 def judge(data, path):
-    """What is accepted here the package accepts too, and reads alike."""
+    """Read a file; check that ``safetensors`` accepts all files that we do, with equal contents."""
     mine = read_here(data, path)
     if mine is not None:
         with safetensors.safe_open(path, "np") as file:
@@ -103,7 +103,7 @@ def spot(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-# Bytes of a valid file changed, taken out, put in, or cut off.
+# Edits that change, remove, insert or truncate bytes of a valid file.
 edits = st.lists(
     st.tuples(
         st.integers(0, len(VALID)),
@@ -164,7 +164,7 @@ headers = st.one_of(st.dictionaries(names, entries, max_size=4), values)
 
 @st.composite
 def consistent_files(draw):
-    """Headers that describe their data rightly, with odd names, shapes and dtypes."""
+    """Draw files whose headers match their data but have unusual names, shapes and dtypes."""
     header, offset = {}, 0
     for name in draw(st.lists(names, max_size=6, unique=True)):
         dtype = draw(st.sampled_from(["F32", "BF16", "F16", "F64", "I8"]))
@@ -223,13 +223,13 @@ def check_text(text, spot):
 
 @FEW
 @given(data=files)
-def test_any_weights_are_read_or_refused(data, spot):
+def test_fuzzed_weights_load_or_raise(data, spot):
     check_file(data, spot)
 
 
 @FEW
 @given(config=configs, lora=st.booleans())
-def test_any_config_is_read_or_refused(config, lora, spot):
+def test_fuzzed_configs_load_or_raise(config, lora, spot):
     check_config(config, lora, spot)
 
 
@@ -245,33 +245,33 @@ texts = st.one_of(
 
 @FEW
 @given(text=texts)
-def test_any_text_of_a_config_is_read_or_refused(text, spot):
+def test_fuzzed_config_texts_load_or_raise(text, spot):
     check_text(text, spot)
 
 
 @pytest.mark.slow
 @MANY
 @given(data=files)
-def test_thousands_of_weights_are_read_or_refused(data, spot):
+def test_thousands_of_fuzzed_weights_load_or_raise(data, spot):
     check_file(data, spot)
 
 
 @pytest.mark.slow
 @MANY
 @given(config=configs, lora=st.booleans())
-def test_thousands_of_configs_are_read_or_refused(config, lora, spot):
+def test_thousands_of_fuzzed_configs_load_or_raise(config, lora, spot):
     check_config(config, lora, spot)
 
 
 @pytest.mark.slow
 @MANY
 @given(text=texts)
-def test_thousands_of_texts_are_read_or_refused(text, spot):
+def test_thousands_of_fuzzed_config_texts_load_or_raise(text, spot):
     check_text(text, spot)
 
 
-def test_the_valid_file_is_read(tmp_path):
-    """Without it the tests above could pass on refusals alone."""
+def test_valid_file_loads(tmp_path):
+    """Without this test, those above could pass on errors alone."""
     assert set(judge(VALID, tmp_path / "x.safetensors")) == set(TENSORS)
     loaded = attempt(write(tmp_path / "valid"))
     assert loaded.adapters["a/query"].p.shape == (2, 5)
@@ -305,15 +305,15 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("what", DAMAGED)
-def test_damaged_weights_are_refused_by_both(what, tmp_path):
+def test_damaged_weights_are_rejected_as_by_safetensors(what, tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     assert judge(DAMAGED[what], path) is None
-    if what not in ("a key twice", "too many axes", "zero times huge"):  # we are stricter
+    if what not in ("a key twice", "too many axes", "zero times huge"):  # where we are stricter
         with pytest.raises(safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
             file.keys()
 
 
-def test_memory_is_not_taken_for_what_a_file_only_announces(tmp_path):
+def test_declared_sizes_do_not_allocate_memory(tmp_path):
     data = file_of({"x": {"dtype": "F64", "shape": [2**37], "data_offsets": [0, 2**40]}}, bytes(8))
     stack = {
         f"base_model.model.l.{i}.{key}": np.ones(shape, np.float32)
@@ -336,14 +336,14 @@ def test_memory_is_not_taken_for_what_a_file_only_announces(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["..", "a/../../b", "a\\b", "a b", "a..b", ".a", "a.", "a\nb"])
-def test_names_that_are_no_modules_are_refused(name, tmp_path):
+def test_invalid_module_names_raise(name, tmp_path):
     tensors = {key.replace("a.query", name): value for key, value in TENSORS.items()}
     write(tmp_path, CONFIG, safetensors.numpy.save(tensors))
     with pytest.raises(ValueError, match=r"adapter_model.safetensors"):
         peft.load_pretrained(tmp_path)
 
 
-def test_what_is_no_regular_file_is_not_opened(tmp_path):
+def test_special_files_are_not_opened(tmp_path):
     write(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     os.mkfifo(tmp_path / "adapter_config.json")
@@ -355,7 +355,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
         peft.load_pretrained(tmp_path)
 
 
-def test_links_out_of_the_folder_are_not_followed_but_into_the_hub_cache(tmp_path):
+def test_external_links_raise_except_into_hub_cache(tmp_path):
     write(tmp_path / "elsewhere")
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -373,7 +373,7 @@ def test_links_out_of_the_folder_are_not_followed_but_into_the_hub_cache(tmp_pat
     assert "a/query" in peft.load_pretrained(snapshot).adapters
 
 
-def test_a_config_of_many_megabytes_is_refused(tmp_path):
+def test_oversized_config_raises(tmp_path):
     write(tmp_path, b'{"a": "' + b"x" * (17 * 2**20) + b'"}')
     with pytest.raises(ValueError, match="bytes"):
         peft.load_pretrained(tmp_path)
@@ -395,7 +395,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("what", CONTRADICTIONS)
-def test_files_that_contradict_each_other_are_refused(what, tmp_path):
+def test_contradictory_config_and_weights_raise(what, tmp_path):
     write(tmp_path, CONTRADICTIONS[what])
     with pytest.raises(ValueError, match=str(tmp_path)):
         peft.load_pretrained(tmp_path)
@@ -414,7 +414,7 @@ def test_files_that_contradict_each_other_are_refused(what, tmp_path):
         ("E", None),
     ],
 )
-def test_factors_that_do_not_belong_together_are_refused(letter, shape, tmp_path):
+def test_mismatched_factors_raise(letter, shape, tmp_path):
     tensors = dict(TENSORS)
     if shape is None:
         del tensors[f"{KEY}.lora_{letter}"]
@@ -425,8 +425,8 @@ def test_factors_that_do_not_belong_together_are_refused(letter, shape, tmp_path
         peft.load_pretrained(tmp_path)
 
 
-def test_a_few_bytes_do_not_become_a_large_stack():
-    """One layer of a high rank would have all others filled up to it."""
+def test_padding_of_stacked_ranks_is_bounded():
+    """Padding would bring all other layers to the rank of the highest."""
     shapes = lambda rank: ((rank, 9), (rank,), (rank, 9))
     matrices = {
         f"l.{i}": peft_matrices.Matrix(
@@ -439,7 +439,7 @@ def test_a_few_bytes_do_not_become_a_large_stack():
         peft_matrices.from_matrices(matrices, names, None, {}, 1.0)
 
 
-def test_the_regexes_of_a_stranger_are_not_run(tmp_path):
+def test_untrusted_regexes_are_not_run(tmp_path):
     tensors = {
         f"base_model.model.{'a' * 40}!.lora_A.weight": np.ones((2, 4), np.float32),
         f"base_model.model.{'a' * 40}!.lora_B.weight": np.ones((5, 2), np.float32),
@@ -450,7 +450,7 @@ def test_the_regexes_of_a_stranger_are_not_run(tmp_path):
         peft.load_pretrained(tmp_path)
 
 
-def test_null_means_that_a_value_was_left_out(tmp_path):
+def test_null_config_values_count_as_omitted(tmp_path):
     tensors = {
         f"{KEY}.lora_A.weight": np.ones((2, 4), np.float32),
         f"{KEY}.lora_B.weight": np.ones((5, 2), np.float32),
@@ -468,7 +468,7 @@ LORA_TENSORS = {
 }
 
 
-def test_unknown_keys_of_a_lora_config_are_reported_by_name(tmp_path):
+def test_unknown_lora_config_keys_are_reported(tmp_path):
     config = LORA | {"future_option": True, "another": 0.5, "off": False, "none": None}
     config |= {"empty": "", "nothing": [], "neither": {}, "count": 0}
     write(tmp_path, config, safetensors.numpy.save(LORA_TENSORS))
@@ -479,8 +479,8 @@ def test_unknown_keys_of_a_lora_config_are_reported_by_name(tmp_path):
     assert caught[0].filename == __file__
 
 
-def test_the_keys_that_peft_writes_into_a_lora_config_are_known(tmp_path):
-    """Of PEFT 0.21, at their defaults, and those that are for training alone at other values."""
+def test_lora_config_keys_written_by_peft_are_known(tmp_path):
+    """PEFT 0.21's keys at their defaults, and training-only keys at other values, do not warn."""
     config = dict.fromkeys(
         [
             *("alora_invocation_tokens", "arrow_config", "auto_mapping", "base_model_name_or_path"),
@@ -504,14 +504,14 @@ def test_the_keys_that_peft_writes_into_a_lora_config_are_known(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
-def test_lora_that_began_with_another_base_is_refused(way, tmp_path):
+def test_lora_with_modified_base_raises(way, tmp_path):
     write(tmp_path, LORA | {"init_lora_weights": way}, safetensors.numpy.save(LORA_TENSORS))
     with pytest.raises(ValueError, match=f"init_lora_weights='{way}'.*convert"):
         peft.load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["", None])
-def test_a_config_of_something_else_is_no_adapter(kind, tmp_path):
+def test_config_without_peft_type_raises(kind, tmp_path):
     config = {"base_model": "..."} if kind == "" else {"peft_type": kind, "r": 2}
     write(tmp_path, config)
     says = r"adapter_config.json.* has no peft_type.*not .*a PEFT adapter"
@@ -521,7 +521,7 @@ def test_a_config_of_something_else_is_no_adapter(kind, tmp_path):
         adalora.AdaLoraConfig.from_peft(tmp_path)
 
 
-def test_a_total_step_that_is_not_there_is_said_to_be_null_or_missing(tmp_path):
+def test_null_and_missing_total_step_raise_distinct_errors(tmp_path):
     write(tmp_path, CONFIG | {"total_step": None})
     with pytest.raises(ValueError, match="total_step is null"):
         peft.load_pretrained(tmp_path)
@@ -548,7 +548,7 @@ def test_raw_state_dicts_are_recognised(config, key, says, tmp_path):
         peft.load_pretrained(tmp_path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_is_named_in_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         peft.load_pretrained(tmp_path / "nowhere")
     write(tmp_path)
@@ -563,14 +563,14 @@ def test_a_missing_file_is_named(tmp_path):
         peft.load_pretrained(tmp_path)
 
 
-def test_float64_is_refused_where_it_would_be_rounded(tmp_path):
+def test_float64_without_x64_raises(tmp_path):
     tensors = {name: value.astype(np.float64) for name, value in TENSORS.items()}
     write(tmp_path, CONFIG, safetensors.numpy.save(tensors))
     with pytest.raises(ValueError, match="jax_enable_x64"):
         peft.load_pretrained(tmp_path)
 
 
-def test_loaded_config_is_one_for_adapt(tmp_path):
+def test_loaded_config_lists_adapted_modules(tmp_path):
     loaded = peft.load_pretrained(write(tmp_path))
     assert isinstance(loaded.config, adalora.AdaLoraConfig)
     assert loaded.config.target_modules == ("a/query",)

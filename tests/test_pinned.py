@@ -1,4 +1,4 @@
-"""What PEFT computed once, recorded in ``tests/pinned``: ours must compute the same without it."""
+"""Comparison with results of PEFT that are recorded in ``tests/pinned``; PEFT is not needed."""
 
 import json
 import pathlib
@@ -14,12 +14,12 @@ from adalora_jax import AdaLoraConfig
 FILES = sorted(pathlib.Path(__file__).with_name("pinned").glob("*.npz"))
 
 
-def test_there_are_pinned_runs():
+def test_three_pinned_runs_exist():
     assert len(FILES) == 3
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_training_gives_the_numbers_peft_gave(path):
+def test_training_matches_pinned_peft_run(path):
     file = dict(np.load(path))
     about = json.loads(str(file["about"]))
     case = Case(**about["case"])
@@ -38,7 +38,7 @@ def test_training_gives_the_numbers_peft_gave(path):
 
     given = Inputs(weights, file["x"], file["y"])
     steps = len(given.x)
-    # In case there is an accelerator, whose default is to multiply with fewer digits.
+    # The default matmul precision of an accelerator would be lower.
     with jax.default_matmul_precision("highest"):
         run = ours.train(
             case, config, pinned("initial", "adapters"), given, scale=ours.peft_scale(config)

@@ -1,4 +1,4 @@
-"""The planning of large models: its reading of programs, and what the README quotes of it."""
+"""The planning benchmark: its parsing of HLO programs, and its results quoted in the README."""
 
 import json
 import os
@@ -42,14 +42,14 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """  # noqa: E501
 
 
-def test_a_collective_counts_as_often_as_it_runs(monkeypatch):
+def test_collectives_count_once_per_loop_iteration(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import planning
 
     assert sorted(planning.collectives(PROGRAM)) == [4 * 4, 5 * 4 + 3, *[2 * 8 * 2] * 7]
 
 
-def test_the_allocator_moves_less_than_two_scores_a_triplet_and_axis():
+def test_allocator_traffic_is_below_two_scores_per_triplet_and_axis():
     assert max(row["triplets"] for row in RESULTS.values()) > 1_000_000
     for name, row in RESULTS.items():
         assert row["of the allocator"] < 2 * 2 * 4 * row["triplets"], name
@@ -59,7 +59,7 @@ def test_the_allocator_moves_less_than_two_scores_a_triplet_and_axis():
 
 
 @pytest.mark.slow
-def test_planning_gives_what_is_in_its_results():
+def test_planning_reproduces_stored_results():
     code = (
         "import json, os, planning; os.environ['XLA_FLAGS'] = planning.FLAGS; "
         "print(json.dumps(planning.plan(planning.MODELS['7B'])))"

@@ -1,4 +1,4 @@
-"""The pictures: what they show, what they refuse, and that they leave pyplot alone."""
+"""Figures: their contents, their errors, and independence of pyplot."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def texts(labels):
     return [label.get_text() for label in labels]
 
 
-def test_heat_map_has_a_cell_for_every_adapter():
+def test_heat_map_has_cell_for_every_adapter():
     axes = plot.rank_heatmap(RANKS, highest=8).axes[0]
     assert texts(axes.get_xticklabels()) == ["attention/query", "up"]
     assert texts(axes.get_yticklabels()) == ["0", "1", "2"]
@@ -32,7 +32,7 @@ def test_heat_map_has_a_cell_for_every_adapter():
     assert axes.images[0].get_clim() == (0, 8)
 
 
-def test_heat_map_leaves_out_what_is_not_there():
+def test_heat_map_masks_missing_adapters():
     axes = plot.rank_heatmap({"blocks/0/up": 1, "blocks/1/down": 2}).axes[0]
     assert axes.images[0].get_array().mask.tolist() == [[False, True], [True, False]]
     assert texts(axes.texts) == ["1", "2"]
@@ -54,13 +54,13 @@ def test_heat_map_sorts_layers_by_number():
         ({"": 3}, [""], [""]),
     ],
 )
-def test_heat_map_reads_every_form_of_path(ranks, rows, columns):
+def test_heat_map_parses_every_form_of_path(ranks, rows, columns):
     axes = plot.rank_heatmap(ranks).axes[0]
     assert texts(axes.get_yticklabels()) == rows
     assert sorted(texts(axes.get_xticklabels())) == columns
 
 
-def test_history_shows_every_step_and_the_budget():
+def test_history_shows_every_step_and_budget():
     history = [{"query": 4, "up": 4}, {"query": 2, "up": 4}, {"up": 3, "query": 1}]
     figure = plot.rank_history(history, steps=[0, 10, 30], budget=[8, 6, 4], highest=6)
     curves, rows = figure.axes[:2]
@@ -72,12 +72,12 @@ def test_history_shows_every_step_and_the_budget():
     np.testing.assert_array_equal(drawn["budget"].edges, [0, 10, 30, 50])
 
 
-def test_history_of_one_step_and_without_budget():
+def test_history_accepts_one_step_without_budget():
     figure = plot.rank_history([{"query": 0}])
     assert [patch.get_label() for patch in figure.axes[0].patches] == ["live triplets"]
 
 
-def test_a_large_model_stays_within_a_screenful():
+def test_rank_figures_of_large_model_have_bounded_size():
     ranks = {f"layers/{i}/{m}": i % 9 for i in range(80) for m in ("query", "value", "up")}
     for figure in (plot.rank_heatmap(ranks), plot.rank_history([ranks, ranks])):
         width, height = figure.get_size_inches()
@@ -85,7 +85,7 @@ def test_a_large_model_stays_within_a_screenful():
         assert height <= 17
 
 
-def test_notebooks_get_a_picture():
+def test_figures_render_in_notebooks():
     figure = plot.rank_heatmap(RANKS)
     assert isinstance(figure, matplotlib.figure.Figure)
     assert figure._repr_png_().startswith(b"\x89PNG")
@@ -99,7 +99,7 @@ LIVES = {
 
 
 def infos(steps=(1, 11, 21, 41)):
-    """Four looks at three adapters of different ranks, one of them a stack of two."""
+    """Return four infos of three adapters of different ranks, one of them a stack of two."""
     result = []
     for i, step in enumerate(steps):
         masks = {path: jnp.array(lives[i], bool) for path, lives in LIVES.items()}
@@ -114,7 +114,7 @@ def stairs(axes):
     return {patch.get_label(): patch.get_data() for patch in axes.patches}
 
 
-def test_a_history_of_infos_brings_its_steps_and_budgets():
+def test_history_of_infos_uses_their_steps_and_budgets():
     figure = plot.rank_history(infos())
     curves, rows = figure.axes[:2]
     drawn = stairs(curves)
@@ -127,7 +127,7 @@ def test_a_history_of_infos_brings_its_steps_and_budgets():
     assert texts(plot.rank_heatmap(infos()[-1]).axes[0].texts) == ["1", "0", "1", "1"]
 
 
-def test_rank_curves_show_the_spread_of_the_ranks():
+def test_rank_curves_show_spread_of_ranks():
     totals, spread = plot.rank_curves(infos()).axes
     np.testing.assert_array_equal(stairs(totals)["live triplets"].values, [9, 7, 6, 3])
     np.testing.assert_array_equal(stairs(totals)["budget"].values, [10, 8, 7, 4])
@@ -139,7 +139,7 @@ def test_rank_curves_show_the_spread_of_the_ranks():
     np.testing.assert_array_equal(drawn["middle half"].values, [2.25, 2, 2, 1])
 
 
-def test_importance_is_the_sum_of_an_adapters_scores():
+def test_importance_is_sum_of_adapter_scores():
     curves, rows, _ = plot.importance_history(infos()).axes
     last = [7 / 4, 5 / 4, 5 / 4, 4 / 4]
     table = rows.collections[0].get_array()
@@ -153,34 +153,34 @@ def test_importance_is_the_sum_of_an_adapters_scores():
     assert curves.get_yscale() == "log"
 
 
-def test_importance_of_nothing_is_drawn_as_well():
+def test_importance_of_zero_scores_or_empty_masks_is_drawn():
     none = [info._replace(scores=jax.tree.map(jnp.zeros_like, info.scores)) for info in infos()]
     dead = [info._replace(masks=jax.tree.map(jnp.zeros_like, info.masks)) for info in infos()]
     for history in (none, dead):
         assert plot.importance_history(history)._repr_png_().startswith(b"\x89PNG")
 
 
-def test_every_death_has_its_step_and_revived_ones_a_star():
+def test_lifetimes_show_pruning_steps_and_mark_revived_triplets():
     axes = plot.lifetimes(infos()).axes[0]
     table = axes.images[0].get_array().filled(0)
     expected = [[0, 41, 21], [21, 0, 0], [11, 0, 0], [41, 41, 0]]
     np.testing.assert_array_equal(table, expected)
     shown = np.reshape(texts(axes.texts), (4, 3)).tolist()
     assert shown == [["", "41*", "21"], ["21", "", ""], ["11", "", ""], ["41", "41", ""]]
-    grey = [patch.get_bbox().bounds for patch in axes.patches]  # what is no triplet
+    grey = [patch.get_bbox().bounds for patch in axes.patches]  # cells without a triplet
     assert grey == [(1.5, row - 0.5, 1, 1) for row in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
     "draw", [plot.rank_history, plot.rank_curves, plot.importance_history, plot.lifetimes]
 )
-def test_one_info_and_stacked_ones_will_do(draw):
+def test_single_and_stacked_infos_are_accepted(draw):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *infos())
     assert draw(stacked)._repr_png_() == draw(infos())._repr_png_()
     assert draw(infos()[0])._repr_png_() == draw(infos()[:1])._repr_png_()
 
 
-def test_runs_of_a_large_model_stay_within_a_screenful():
+def test_run_figures_of_large_model_have_bounded_size():
     masks = {f"layers/{m}": jnp.ones((80, 12), bool) for m in ("query", "value", "up")}
     scores = jax.tree.map(lambda mask: mask * 1.0, masks)
     history = [AllocatorInfo(i, 2880, 2880, masks, scores) for i in range(3)]
@@ -209,11 +209,11 @@ def test_runs_of_a_large_model_stay_within_a_screenful():
         (lambda: plot.rank_history([{"a": 1}] * 2, steps=[3, 3]), "steps must rise"),
     ],
 )
-def test_refusals(call, message):
+def test_invalid_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_pyplot_is_not_involved():
+def test_pyplot_is_not_imported():
     code = "import sys, adalora_jax.plot; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,13 +19,13 @@ CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3
 
 
 def gradients(params, seed):
-    """Gradients at random, others at each step."""
+    """Draw random gradients, different at each step."""
     draw = np.random.default_rng(seed).normal
     return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), leaf.dtype), params)
 
 
 def steps(config, inner, params=None, jit=jax.jit):
-    """``(params, allocator)`` after each step of a run with gradients at random."""
+    """Yield ``(params, allocator)`` after each step of a run with random gradients."""
     params = problem.adapters(config) if params is None else params
     tx = al.adalora(problem.lenient(inner), config)
     state, update = tx.init(params), jit(tx.update)
@@ -38,7 +38,7 @@ def steps(config, inner, params=None, jit=jax.jit):
 # The scale ------------------------------------------------------------------------------------
 
 
-def test_a_scale_that_is_given_does_not_depend_on_the_rank():
+def test_given_scale_does_not_depend_on_rank():
     given, derived = CONFIG.replace(scale=1.5), CONFIG
     assert (given.scaling, derived.scaling) == (1.5, 1.5)
     assert given != derived
@@ -49,7 +49,7 @@ def test_a_scale_that_is_given_does_not_depend_on_the_rank():
     assert derived.replace(scale=derived.scaling, init_r=6).scaling == 1.5
 
 
-def test_a_layer_with_an_alpha_of_its_own_keeps_it():
+def test_layer_alpha_overrides_config_scale():
     limits = {"query": al.RankSpec(init_r=8), "key": al.RankSpec(alpha=20)}
     config = CONFIG.replace(rank_limits=limits)
     paths = ("a/query", "a/key", "a/up")
@@ -57,17 +57,17 @@ def test_a_layer_with_an_alpha_of_its_own_keeps_it():
     assert [config.replace(scale=0.25).scale_of(path) for path in paths] == [0.25, 5.0, 0.25]
 
 
-def test_a_scale_comes_back_from_json_given_or_not():
+def test_scale_round_trips_through_dict():
     for config in (CONFIG, CONFIG.replace(scale=1.5)):
         back = al.AdaLoraConfig.from_dict(config.to_dict())
         assert back == config
         assert back.replace(init_r=6) == config.replace(init_r=6)
-    # A checkpoint from before there was the option says the same as one without it.
+    # Configs saved before the option existed have no scale.
     old = {name: value for name, value in CONFIG.to_dict().items() if name != "scale"}
     assert al.AdaLoraConfig.from_dict(old) == CONFIG
 
 
-def test_peft_gets_a_given_scale_as_its_alpha():
+def test_peft_config_expresses_scale_as_alpha():
     config = CONFIG.replace(scale=0.75)
     assert config.to_peft()["lora_alpha"] == 3
     assert "scale" not in config.to_peft()
@@ -75,7 +75,7 @@ def test_peft_gets_a_given_scale_as_its_alpha():
 
 
 @pytest.mark.parametrize("limits", [None, {"b": {"alpha": 3}}])
-def test_what_is_exported_to_peft_computes_with_the_given_scale(limits, tmp_path):
+def test_exported_adapter_computes_with_given_scale(limits, tmp_path):
     config = CONFIG.replace(scale=0.75, rank_limits=limits, init_lora_weights=False)
     shapes = {"a": (3, 4, ()), "b": (4, 3, ())}
     adapters = problem.adapters(config, shapes=shapes)
@@ -96,7 +96,7 @@ def test_what_is_exported_to_peft_computes_with_the_given_scale(limits, tmp_path
     "inner", [optax.adam, optax.lion, optax.adafactor], ids=lambda o: o.__name__
 )
 @pytest.mark.parametrize("params", [None, "beside others"])
-def test_the_updates_of_lam_are_those_of_the_inner_optimizer_times_the_multiplier(inner, params):
+def test_lam_updates_are_inner_updates_times_multiplier(inner, params):
     config = CONFIG.replace(lam_lr_multiplier=2.5, init_lora_weights=False)
     trees = problem.adapters(config)
     trees = trees if params is None else {"block": trees, "head": jnp.ones((2, 3))}
@@ -110,7 +110,7 @@ def test_the_updates_of_lam_are_those_of_the_inner_optimizer_times_the_multiplie
         plain = al.adapters(alone)[name]
         np.testing.assert_array_equal(adapter.p, plain.p)
         np.testing.assert_array_equal(adapter.lam, np.float32(2.5) * plain.lam)
-        # Importance is that of the λ that came of it.
+        # Importance uses the updated λ.
         raw = abs(al.adapters(new)[name].lam * al.adapters(grads)[name].lam)
         average = al.adapters(state.allocator.sensitivity)[name].lam
         np.testing.assert_allclose(average, 0.15 * raw, rtol=1e-5)
@@ -119,7 +119,7 @@ def test_the_updates_of_lam_are_those_of_the_inner_optimizer_times_the_multiplie
 
 
 @pytest.mark.slow
-def test_the_multiplier_prunes_alike_compiled_or_not():
+def test_multiplier_gives_same_run_with_and_without_jit():
     config = CONFIG.replace(lam_lr_multiplier=4.0, revive=False)
     runs = [list(steps(config, optax.adam(0.03), jit=jit)) for jit in (jax.jit, lambda f: f)]
     for compiled, eager in zip(*runs):
@@ -128,7 +128,7 @@ def test_the_multiplier_prunes_alike_compiled_or_not():
         )
 
 
-def test_a_multiplier_of_one_leaves_the_program_as_it_is():
+def test_multiplier_of_one_leaves_program_unchanged():
     params = problem.adapters(CONFIG)
 
     def program(config):
@@ -143,8 +143,8 @@ def test_a_multiplier_of_one_leaves_the_program_as_it_is():
 # A proximal step on λ -------------------------------------------------------------------------
 
 
-def test_soft_threshold_is_the_minimum_that_defines_it():
-    """``argmin_y ½ (y − x)² + η |y|``, by trying."""
+def test_soft_threshold_minimises_its_objective():
+    """The objective is ``½ (y − x)² + η |y|``, minimised here by grid search."""
     grid, eta = np.linspace(-3, 3, 60001), 0.7
     x = np.array([-2.5, -0.7, -0.3, 0.0, 0.699, 0.8, 2.0])
     best = [grid[np.argmin(0.5 * (grid - one) ** 2 + eta * abs(grid))] for one in x]
@@ -152,7 +152,7 @@ def test_soft_threshold_is_the_minimum_that_defines_it():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lam_is_what_prox_makes_of_it_and_importance_sees_that(dtype):
+def test_prox_is_applied_to_lam_before_importance(dtype):
     config = CONFIG.replace(
         prox="soft_threshold",
         prox_weight=0.75,
@@ -178,8 +178,8 @@ def test_lam_is_what_prox_makes_of_it_and_importance_sees_that(dtype):
     assert sparse > 0, "nothing was thresholded"
 
 
-def test_a_prox_of_ones_own_sees_each_adapter_and_has_to_keep_its_shape():
-    """Here: no more than the two largest |λ| of each matrix, whatever the masks say."""
+def test_custom_prox_is_applied_per_adapter_and_must_keep_shape():
+    """This prox keeps the two largest |λ| of each matrix, independently of the masks."""
 
     def two_largest(lam, weight):
         return jnp.where(abs(lam) >= jnp.sort(abs(lam), axis=-1)[..., -2:-1], lam, 0)
@@ -191,10 +191,10 @@ def test_a_prox_of_ones_own_sees_each_adapter_and_has_to_keep_its_shape():
         next(steps(config, optax.sgd(0.1)))
 
 
-# Initial values of one's own ------------------------------------------------------------------
+# Custom initial values ------------------------------------------------------------------------
 
 
-def test_a_function_gives_the_initial_values_of_each_matrix():
+def test_custom_init_is_called_for_each_matrix():
     def ones(key, ins, outs, rank, dtype):
         value = jax.random.uniform(key)
         return (value * jnp.ones((rank, outs)), jnp.zeros(rank), jnp.ones((rank, ins)))
@@ -209,7 +209,7 @@ def test_a_function_gives_the_initial_values_of_each_matrix():
     assert len(set(np.asarray(many.p[..., 0, 0], np.float32).ravel().tolist())) == 6
 
 
-def test_initial_values_of_other_shapes_are_refused():
+def test_custom_init_of_wrong_shapes_raises():
     config = CONFIG.replace(init=lambda key, ins, outs, rank, dtype: [jnp.ones((ins, rank))] * 3)
     with pytest.raises(ValueError, match=r"returned the shapes .*must be \[\(4, 5\), \(4,\)"):
         al.init_adapter(jax.random.key(0), 3, 5, config)
@@ -218,7 +218,7 @@ def test_initial_values_of_other_shapes_are_refused():
 # Scores ---------------------------------------------------------------------------------------
 
 
-def test_the_ratio_of_average_and_uncertainty_is_finite_where_that_is_zero():
+def test_sensitivity_over_uncertainty_is_finite_at_zero_uncertainty():
     make = lambda lam: al.Adapter(jnp.zeros((4, 2)), jnp.asarray(lam), jnp.zeros((4, 3)))
     evidence = al.scores.ScoreInputs(
         *(make([1.0] * 4),) * 2, make([3.0, 0.0, 2.0, 0.0]), make([0.5, 0.5, 0.0, 0.0])
@@ -227,8 +227,8 @@ def test_the_ratio_of_average_and_uncertainty_is_finite_where_that_is_zero():
     np.testing.assert_allclose(triplet_scores(evidence, config), [6, 0, 1e6, 0], rtol=1e-6)
 
 
-def test_signal_to_noise_is_that_of_the_posterior():
-    """σ⁻² is the squared gradient plus the prior's precision, where gradients do not change."""
+def test_signal_to_noise_is_that_of_posterior():
+    """With constant gradients, σ⁻² is the squared gradient plus the prior's precision."""
     rng = np.random.default_rng(0)
     w, g = rng.normal(size=(2, 5)).astype("float32")
     lam = lambda values: al.Adapter(jnp.zeros((5, 2)), jnp.asarray(values), jnp.zeros((5, 3)))
@@ -237,11 +237,11 @@ def test_signal_to_noise_is_that_of_the_posterior():
     np.testing.assert_allclose(scores, abs(w) / (1 / np.sqrt(g**2 + 1e-4)), rtol=1e-5)
 
 
-# What a triplet costs -------------------------------------------------------------------------
+# Costs of triplets ----------------------------------------------------------------------------
 
 
 def greedy(scores, turns, costs, budget):
-    """Those of turn 0, then the best of turn 1, one by one, until one is too dear."""
+    """Keep turn 0, then the best of turn 1 one by one, until one costs more than remains."""
     keep = turns == 0
     left = budget - costs[keep].sum()
     for i in sorted(np.flatnonzero(turns == 1), key=lambda i: (-scores[i], i)):
@@ -253,8 +253,8 @@ def greedy(scores, turns, costs, budget):
 
 @pytest.mark.parametrize("kinds", [3, 10**6])
 @pytest.mark.parametrize("limited", [False, True])
-def test_the_best_that_the_budget_pays_for_survive(kinds, limited):
-    """With scores of three values all is ties; with a million there are none."""
+def test_selection_under_costs_matches_greedy_reference(kinds, limited):
+    """Three distinct scores give ties everywhere; a million give none."""
 
     def best(scores, turns, budget, costs):
         row = Entry(entry(scores).keys, turns, costs)
@@ -273,7 +273,7 @@ def test_the_best_that_the_budget_pays_for_survive(kinds, limited):
 
 
 @pytest.mark.parametrize("kinds", [3, 10**6])
-def test_leaves_of_different_costs_are_ranked_as_one_row(kinds):
+def test_leaves_of_different_costs_are_ranked_together(kinds):
     ours = jax.jit(
         jax.vmap(lambda s, b, c: keep_best(list(s), b, costs=list(c)), in_axes=(None, 0, None))
     )
@@ -289,7 +289,7 @@ def test_leaves_of_different_costs_are_ranked_as_one_row(kinds):
             np.testing.assert_array_equal(keep, expected)
 
 
-def test_a_triplet_costs_by_the_size_of_its_layer():
+def test_triplet_cost_depends_on_layer_size():
     config = CONFIG.replace(budget_unit="parameters")
     assert cost(CONFIG, "up", 512, 2048) == 1
     assert cost(config, "up", 512, 2048) == 512 + 1 + 2048
@@ -302,8 +302,8 @@ def test_a_triplet_costs_by_the_size_of_its_layer():
 
 @pytest.mark.parametrize("unit", ["parameters", "flops"])
 @pytest.mark.parametrize("changes", [{}, {"allocation": "per_adapter"}, {"revive": False}], ids=str)
-def test_what_lives_costs_what_the_budget_says_or_less_by_less_than_one_triplet(unit, changes):
-    """The budget goes from what init_r of each matrix cost to what target_r of each do."""
+def test_live_cost_is_less_than_one_triplet_below_budget(unit, changes):
+    """The budget falls from the cost of init_r per matrix to that of target_r per matrix."""
     config = CONFIG.replace(budget_unit=unit, **changes)
     params = problem.adapters(config)
     each = {"down": 5 + 3, "key": 4 + 4, "layers": 3 + 5}
@@ -318,7 +318,7 @@ def test_what_lives_costs_what_the_budget_says_or_less_by_less_than_one_triplet(
     assert budgets == sorted(budgets, reverse=True)
 
 
-def test_a_dear_layer_gives_way_to_several_cheap_triplets():
+def test_score_per_cost_prefers_several_cheap_triplets():
     make = lambda lam, n: al.Adapter(jnp.ones((3, n)), jnp.asarray(lam), jnp.ones((3, n)))
     adapters = {"narrow": make([1.0, 2.0, 3.0], 5), "wide": make([9.0, 8.0, 7.0], 50)}
     config = al.AdaLoraConfig(total_step=1, init_r=3, target_r=1, score="magnitude")
@@ -328,7 +328,8 @@ def test_a_dear_layer_gives_way_to_several_cheap_triplets():
         return {name: mask.tolist() for name, mask in masks.items()}
 
     assert masks(config) == {"narrow": [False] * 3, "wide": [True, True, False]}
-    # 11 and 101 a triplet, so 112 in all: one of the wide layer, and then 11 are left for none.
+    # Triplets cost 11 or 101, so the budget is 112: after one wide triplet, 11 remain, the next one
+    # is wide and too expensive, and selection stops.
     assert masks(config.replace(budget_unit="parameters")) == {
         "narrow": [False] * 3,
         "wide": [True, False, False],
@@ -340,19 +341,19 @@ def test_a_dear_layer_gives_way_to_several_cheap_triplets():
     }
 
 
-def test_a_budget_beyond_what_can_be_counted_is_refused():
+def test_budget_beyond_int32_raises():
     config = CONFIG.replace(budget_unit=lambda path, ins, outs: 10**9)
     with pytest.raises(ValueError, match=r"budget_unit=.*more than an int32 can count"):
         al.init_state(problem.adapters(config), config)
 
 
-# Ranks that rise ------------------------------------------------------------------------------
+# Growing ranks --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hold_mask", [False, True])
 @pytest.mark.parametrize("init", ["gaussian", "lambda_one", "orthonormal"])
-def test_ranks_rise_from_one_a_matrix_and_what_comes_to_life_trains(hold_mask, init):
-    """A problem that needs rank: in the end triplets live that were dead, and they do something."""
+def test_grow_schedule_increases_ranks_and_new_triplets_train(hold_mask, init):
+    """The problem needs rank: triplets that were pruned early are live and non-zero at the end."""
     config = CONFIG.replace(
         total_step=60,
         init_r=3,
@@ -392,7 +393,7 @@ def test_ranks_rise_from_one_a_matrix_and_what_comes_to_life_trains(hold_mask, i
 @pytest.mark.parametrize("stack", [(), (3,), (2, 2)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("ins", "outs"), [(9, 7), (9, 3), (4, 4)])
-def test_rows_are_orthonormal_or_columns_where_there_are_too_many_rows(stack, dtype, ins, outs):
+def test_orthonormal_init_makes_rows_or_columns_orthonormal(stack, dtype, ins, outs):
     config = CONFIG.replace(init="orthonormal", param_dtype=dtype)
     adapter = al.init_adapter(jax.random.key(0), ins, outs, config, stack=stack)
     assert {leaf.dtype for leaf in adapter} == {jnp.dtype(dtype)}
@@ -407,7 +408,7 @@ def test_rows_are_orthonormal_or_columns_where_there_are_too_many_rows(stack, dt
             assert not np.allclose(one, other)
 
 
-def test_no_direction_is_preferred():
+def test_orthonormal_init_is_isotropic():
     """Over many draws, each entry of 2 orthonormal rows of 3 has mean 0 and variance 1/3."""
     config = CONFIG.replace(init="orthonormal")
     q = al.init_adapter(jax.random.key(1), 3, 3, config, rank=2, stack=(20000,)).q
@@ -415,7 +416,7 @@ def test_no_direction_is_preferred():
     np.testing.assert_allclose(q.var(axis=0), np.full((2, 3), 1 / 3), atol=0.01)
 
 
-# The dead stay dead ---------------------------------------------------------------------------
+# No revival -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -423,14 +424,14 @@ def test_no_direction_is_preferred():
     [
         ("global", None),
         ("global", {"key": {"min_r": 1, "max_r": 2}, "down": {"min_r": 2}}),
-        ("per_adapter", None),  # with limits it is refused
+        ("per_adapter", None),  # does not allow limits
     ],
 )
-def test_without_revival_ranks_only_fall_and_the_budget_is_met(allocation, limits):
+def test_without_revival_ranks_only_fall_and_budget_is_met(allocation, limits):
     config = CONFIG.replace(rank_limits=limits, allocation=allocation, score="sensitivity")
 
     def run(config):
-        """How many triplets each mask revived, and how many live after the last one."""
+        """Count the triplets that masks revived, and those that are live after the last mask."""
         before, revived = None, 0
         for t, (params, state) in enumerate(steps(config, optax.sgd(0.5))):
             masks = problem.rows(state.masks)
@@ -449,8 +450,8 @@ def test_without_revival_ranks_only_fall_and_the_budget_is_met(allocation, limit
     assert live == 2 * problem.MATRICES
 
 
-def test_the_dead_keep_no_place_among_the_best_of_their_matrix():
-    """min_r counts those that live: a dead triplet of the highest score takes no one's place."""
+def test_pruned_triplets_do_not_count_towards_min_r():
+    """Only live triplets count, even where a pruned one has the highest score."""
     limits = {"a": {"min_r": 1}}
     config = al.AdaLoraConfig(
         total_step=4, init_r=3, target_r=1, score="magnitude", rank_limits=limits, revive=False
@@ -467,7 +468,7 @@ def test_the_dead_keep_no_place_among_the_best_of_their_matrix():
     }
 
 
-def test_a_schedule_that_is_not_a_number_prunes_nothing():
+def test_nan_budget_schedule_prunes_nothing_before_final_step():
     config = CONFIG.replace(budget_schedule=lambda config, step, n: jnp.nan * step)
     budgets = [int(al.budget(config, step, 3)) for step in range(config.total_step)]
     assert budgets[: config.final_step] == [3 * config.init_r] * config.final_step

@@ -1,4 +1,4 @@
-"""What holds for the allocator whatever it is given, drawn at random by hypothesis."""
+"""Invariants of the allocator under random inputs drawn by hypothesis."""
 
 import functools
 import itertools
@@ -16,13 +16,13 @@ import adalora_jax as al
 from adalora_jax._src.core.scores import raw_sensitivity
 from adalora_jax._src.core.selection import keep_best
 
-# The same examples in every run; compilation is no reason to miss a deadline.
+# The same examples in every run, and no deadline, because some examples compile.
 examples = functools.partial(settings, deadline=None, derandomize=True)
 
 LEAVES = {"a": (4,), "b": (2, 3), "c": (1,), "d": (5,)}
 SIZE = 16
 AWKWARD = st.sampled_from([0.0, -0.0, 1.0, 1e-30, 3e38, np.inf, -np.inf, np.nan, -np.nan])
-FLOATS = st.floats(width=32, allow_subnormal=False)  # XLA counts a subnormal as 0
+FLOATS = st.floats(width=32, allow_subnormal=False)  # XLA flushes subnormals to 0
 SCORES = st.one_of(FLOATS, AWKWARD, st.sampled_from([1.0, 2.0]))
 
 best = jax.jit(keep_best)
@@ -30,7 +30,7 @@ flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(t
 
 
 def tree_of(values):
-    """Values in the places of LEAVES."""
+    """Arrange values in the shapes of LEAVES."""
     sizes = [int(np.prod(shape)) for shape in LEAVES.values()]
     parts = np.split(np.asarray(values, np.float32), np.cumsum(sizes)[:-1])
     return {name: part.reshape(shape) for part, (name, shape) in zip(parts, LEAVES.items())}
@@ -41,10 +41,10 @@ def tree_of(values):
 @example(values=[0.0] * SIZE, count=7)
 @example(values=[-np.inf] * 8 + [np.nan] * 8, count=9)
 @examples(max_examples=200)
-def test_exactly_the_best_survive_whatever_the_scores(values, count):
+def test_exactly_the_best_are_kept_for_any_scores(values, count):
     values = np.asarray(values, np.float32)
     kept = flat(best(tree_of(values), count))
-    # NaN below every number, ties by position.
+    # NaN ranks below every number; ties are broken by position.
     key = lambda i: (np.isnan(values[i]), 0.0 if np.isnan(values[i]) else -float(values[i]), i)
     expected = np.isin(np.arange(SIZE), sorted(range(SIZE), key=key)[:count])
     assert kept.sum() == count
@@ -52,8 +52,8 @@ def test_exactly_the_best_survive_whatever_the_scores(values, count):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, np.inf, np.nan])
-def test_many_ties_are_broken_by_position(value):
-    """A sort of this length is stable only if it is asked to be."""
+def test_many_ties_are_broken_by_position_in_large_leaves(value):
+    """A sort of this length is stable only on request."""
     tree = {"a": np.full(1500, value, np.float32), "b": np.full((3, 500), value, np.float32)}
     np.testing.assert_array_equal(flat(best(tree, 1700)), np.arange(3000) < 1700)
 
@@ -64,7 +64,7 @@ def test_many_ties_are_broken_by_position(value):
     count=st.integers(0, SIZE),
 )
 @examples(max_examples=100)
-def test_permuting_distinct_scores_permutes_the_masks(values, order, count):
+def test_permuting_distinct_scores_permutes_masks(values, order, count):
     values, order = np.asarray(values, np.float32), np.array(order)
     kept = flat(best(tree_of(values), count))
     permuted = flat(best(tree_of(values[order]), count))
@@ -94,7 +94,7 @@ def start(config=CONFIG, tx=TX):
 
 @functools.cache
 def whole_run():
-    """Parameters and optimizer state before each step and after the last, on the host."""
+    """Return parameters and optimizer state before each step and after the last, on the host."""
     carry, record = start(), []
     for t in range(CONFIG.total_step):
         record.append(jax.device_get(carry))
@@ -105,7 +105,7 @@ def whole_run():
 @given(rng=st.integers(0, 2**32 - 1), step=st.sampled_from([2, 4, 6]))
 @examples(max_examples=20)
 def test_renaming_adapters_permutes_their_masks(rng, step):
-    """The names decide the order of adapters, and so nothing but ties."""
+    """Names decide only the order of adapters, and so only ties."""
     rng = np.random.default_rng(rng)
     draw = lambda: al.Adapter(
         *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 3), (4,), (4, 5)))
@@ -121,7 +121,7 @@ def test_renaming_adapters_permutes_their_masks(rng, step):
 
 @given(data=st.data(), schedule=st.sampled_from(["cubic", "linear"]))
 @examples(max_examples=15)
-def test_the_budget_never_rises(data, schedule):
+def test_budget_never_rises(data, schedule):
     integer = lambda low, high: data.draw(st.integers(low, high))
     total, target = integer(2, 60), integer(1, 5)
     tfinal = integer(0, total - 1)
@@ -136,7 +136,7 @@ def test_the_budget_never_rises(data, schedule):
     assert (budgets[config.final_step :] == config.target_r * matrices).all()
 
 
-def test_the_whole_run_keeps_the_budget_at_every_mask_and_ends_on_target():
+def test_run_meets_budget_at_every_mask_and_ends_on_target():
     live, allowed, alive = [], [], []
     for params, state in whole_run()[1:]:
         live.append(problem.live(state.allocator.masks))
@@ -153,7 +153,7 @@ def test_the_whole_run_keeps_the_budget_at_every_mask_and_ends_on_target():
 
 @given(steps=st.sets(st.integers(0, 11), min_size=1), seed=st.integers(0, 99))
 @examples(max_examples=30)
-def test_a_skipped_final_step_is_made_up_for(steps, seed):
+def test_skipped_final_step_is_made_up_for(steps, seed):
     state = al.init_state(problem.adapters(CONFIG, seed % 3), CONFIG)
     rng, final = np.random.default_rng(seed), None
     for step in sorted(steps):
@@ -181,7 +181,7 @@ GUARDED_UPDATE = jax.jit(GUARDED.update)
 
 @given(where=FIELDS, at=st.integers(0, 9))
 @examples(max_examples=30)
-def test_a_bad_gradient_leaves_the_allocator_as_it_was_and_pruning_goes_on(where, at):
+def test_bad_gradient_leaves_allocator_unchanged_and_pruning_continues(where, at):
     name, field, position, value = where
     params, state = start(tx=GUARDED)
     rng = np.random.default_rng(position)
@@ -205,7 +205,7 @@ def test_a_bad_gradient_leaves_the_allocator_as_it_was_and_pruning_goes_on(where
     assert sum(int((a.lam != 0).sum()) for a in params.values()) == 2 * problem.MATRICES
 
 
-def test_a_product_that_overflows_is_a_bad_gradient():
+def test_overflowing_product_counts_as_bad_gradient():
     params, state = start(tx=GUARDED)
     params["key"] = params["key"]._replace(lam=params["key"].lam.at[0].set(1e30))
     grads = jax.tree.map(jnp.ones_like, params)
@@ -215,14 +215,14 @@ def test_a_product_that_overflows_is_a_bad_gradient():
 
 
 @pytest.mark.parametrize("split", range(CONFIG.total_step + 1))
-def test_a_run_split_at_any_step_and_resumed_is_bit_identical(split):
+def test_run_resumed_at_any_step_is_bit_identical(split):
     carry = jax.tree.map(jnp.asarray, jax.tree.map(np.copy, whole_run()[split]))
     for t in range(split, CONFIG.total_step):
         carry = STEP(*carry, batch(t))[:2]
     problem.assert_same_bits(carry, whole_run()[-1])
 
 
-def test_donated_runs_are_bit_identical():
+def test_donated_run_is_bit_identical():
     donating = jax.jit(problem.train_step(TX, CONFIG), donate_argnums=(0, 1))
     carry = start()
     for t in range(CONFIG.total_step):
@@ -238,8 +238,8 @@ def pointers(tree):
 
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("inner", ["adam", "prodigy", "dog"])
-def test_no_two_leaves_of_parameters_and_state_share_a_buffer(inner, jit):
-    """Not even for the optimizers that keep the first parameters in their state."""
+def test_params_and_state_share_no_buffers(inner, jit):
+    """This includes optimizers that keep the initial parameters in their state."""
     makers = {"adam": optax.adam, "prodigy": optax.contrib.prodigy, "dog": optax.contrib.dog}
     tx = al.adalora(makers[inner](1e-3), CONFIG)
     params = problem.adapters(CONFIG)
@@ -248,7 +248,7 @@ def test_no_two_leaves_of_parameters_and_state_share_a_buffer(inner, jit):
     assert len(found) == len(set(found))
 
 
-def test_init_state_and_allocate_share_no_buffer_with_what_they_are_given():
+def test_init_state_and_allocate_share_no_buffers_with_inputs():
     params = problem.adapters(CONFIG)
     state = al.init_state(params, CONFIG)
     after, _ = al.allocate(state, jax.tree.map(jnp.ones_like, params), 3)
@@ -259,7 +259,7 @@ def test_init_state_and_allocate_share_no_buffer_with_what_they_are_given():
 SMALL = {"a": (3, 4, ()), "s": (2, 3, (2,))}
 
 
-def test_jit_is_eager_is_vmap():
+def test_jit_eager_and_vmap_agree():
     config = CONFIG.replace(total_step=5, tfinal=1, deltaT=1)
     tx = al.adalora(optax.sgd(0.5), config)
     gradient = lambda params, seed: jax.tree.map(
@@ -297,7 +297,7 @@ def test_jit_is_eager_is_vmap():
     assert len({tuple(flat(state.allocator.masks)) for _, state in jitted}) == 3
 
 
-def test_x64_changes_neither_the_dtypes_nor_the_masks_of_a_float32_run():
+def test_x64_keeps_dtypes_and_masks_of_float32_run():
     with jax.enable_x64(True):
         tx = al.adalora(problem.lenient(optax.adam(0.03)), CONFIG)
         step = jax.jit(problem.train_step(tx, CONFIG))
@@ -311,14 +311,14 @@ def test_x64_changes_neither_the_dtypes_nor_the_masks_of_a_float32_run():
 
 
 def assert_like(tree, other):
-    """The same structure, shapes and dtypes."""
+    """Check that structures, shapes and dtypes are equal."""
     describe = lambda leaf: (np.shape(leaf), jnp.result_type(leaf))
     assert jax.tree.map(describe, tree) == jax.tree.map(describe, other)
 
 
 @pytest.mark.parametrize("form", ["Adapter", "mapping"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_structure_shapes_and_dtypes_of_the_state_never_change(dtype, form):
+def test_state_structure_shapes_and_dtypes_never_change(dtype, form):
     config = CONFIG.replace(param_dtype=dtype)
     params = {"block": problem.adapters(config), "head": jnp.ones(3, dtype)}
     if form == "mapping":
@@ -336,13 +336,13 @@ def test_structure_shapes_and_dtypes_of_the_state_never_change(dtype, form):
     assert {leaf.dtype for leaf in jax.tree.leaves(state.allocator.masks)} == {jnp.dtype("bool")}
 
 
-def test_the_product_of_two_bfloat16_numbers_is_not_rounded_to_bfloat16():
+def test_bfloat16_products_are_not_rounded_to_bfloat16():
     value = jnp.bfloat16(1 + 2**-7)  # its square needs 15 binary digits
     assert float(raw_sensitivity(value, -value)) == float(value) ** 2
 
 
-def test_averages_of_bfloat16_parameters_do_not_stall():
-    """The average of a constant gets there, though its last steps are below bfloat16's grid."""
+def test_averages_of_bfloat16_params_do_not_stall():
+    """The average of a constant converges, though its last steps are too small for bfloat16."""
     config = al.AdaLoraConfig(
         total_step=4000, tinit=3000, init_r=2, target_r=1, beta1=0.995, param_dtype="bfloat16"
     )
@@ -354,7 +354,7 @@ def test_averages_of_bfloat16_parameters_do_not_stall():
         np.testing.assert_allclose(leaf, target, rtol=1e-3)
     for leaf in jax.tree.leaves(state.allocator.uncertainty):
         np.testing.assert_array_less(leaf, 1e-4 * target)
-    # The same sum in bfloat16 stops well short.
+    # The same sum in bfloat16 stalls far from the target.
     beta, one_minus = jnp.bfloat16(0.995), jnp.bfloat16(0.005)
     stalled = jax.lax.fori_loop(
         0, 2000, lambda _, e: beta * e + one_minus * grads["a"].lam[0], jnp.bfloat16(0)
@@ -365,7 +365,7 @@ def test_averages_of_bfloat16_parameters_do_not_stall():
 @pytest.mark.parametrize("init", ["gaussian", "lambda_one", "orthonormal"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stack", [(), (2,)])
-def test_the_adapted_layer_is_the_base_layer_at_init(init, dtype, stack):
+def test_adapted_layer_equals_base_layer_at_init(init, dtype, stack):
     config = CONFIG.replace(init=init, param_dtype=dtype)
     adapter = al.init_adapter(jax.random.key(0), 5, 3, config, stack=stack)
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), (*stack, *shape), dtype)

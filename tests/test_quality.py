@@ -1,4 +1,4 @@
-"""The quality study: what it runs, how it chooses, compares and goes on, on a few steps."""
+"""The quality study on a few steps: runs, rate selection, comparison, reports and resumption."""
 
 import itertools
 import json
@@ -30,8 +30,8 @@ def run(folder, *arguments):
     return command.main([*QUICK, "--data", str(folder), "--out", str(folder), *arguments])
 
 
-@pytest.mark.slow  # it compiles two whole trainings
-def test_equal_budgets_tables_and_going_on(folder, monkeypatch):
+@pytest.mark.slow  # compiles two training runs
+def test_study_uses_equal_budgets_writes_reports_and_resumes(folder, monkeypatch):
     results = run(folder, "--method", "lora", "adalora")
     cells = results["cells"]
     assert set(cells) == {"digits/lora/1", "digits/adalora/1"}
@@ -49,10 +49,10 @@ def test_equal_budgets_tables_and_going_on(folder, monkeypatch):
         raise RuntimeError("not again")
 
     monkeypatch.setattr(train, "lowered", refuse)
-    assert run(folder, "--method", "lora", "adalora") == results  # nothing is left to do
+    assert run(folder, "--method", "lora", "adalora") == results  # no cell remains
     assert not begun
     with pytest.raises(SystemExit, match="1 cells failed: digits/frozen/1"):
-        run(folder, "--method", "lora", "frozen")  # one is left, and fails alone
+        run(folder, "--method", "lora", "frozen")  # one cell remains, and only it fails
     assert json.loads((folder / "quality.json").read_text("utf-8"))["cells"] == cells
     assert begun == ["frozen base"]
     with pytest.raises(ValueError, match="study with other seeds"):
@@ -60,7 +60,7 @@ def test_equal_budgets_tables_and_going_on(folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_study_stops_when_its_time_is_over(folder, tmp_path, monkeypatch):
+def test_study_stops_at_its_time_limit(folder, tmp_path, monkeypatch):
     found = {"digits": tasks.shortened(tasks.load("digits", folder, 1), 2)}
     monkeypatch.setattr(train, "lowered", lambda *_: jax.jit(lambda: 0).lower())
     path, about = tmp_path / "quality.json", {"study": {}, "machine": {}}
@@ -70,7 +70,7 @@ def test_a_study_stops_when_its_time_is_over(folder, tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def test_the_learning_rate_is_chosen_by_validation_alone():
+def test_learning_rate_is_chosen_by_validation_alone():
     validation = np.array([[70.0, 80.0, 90.0], [70.0, 81.0, np.nan]])  # one diverged
     test = np.array([[99.0, 50.0, 60.0], [99.0, 51.0, 60.0]])
     same = np.ones((2, 3))
@@ -80,7 +80,7 @@ def test_the_learning_rate_is_chosen_by_validation_alone():
     assert (found["rate"], found["test of seeds"], found["at an edge"]) == (0.1, [99, 99], True)
 
 
-def test_more_learning_rates_where_the_best_was_the_last(folder, tmp_path, monkeypatch):
+def test_learning_rates_are_extended_where_best_is_largest(folder, tmp_path, monkeypatch):
     """Here a larger rate is better up to 0.5, except for LoRA, which is best at 0.01."""
     found = {"digits": tasks.shortened(tasks.load("digits", folder, 2), 2)}
     tried = []
@@ -125,7 +125,7 @@ def test_more_learning_rates_where_the_best_was_the_last(folder, tmp_path, monke
     assert cell["rates"] == [0.005, 0.01, 0.02]
 
 
-def test_tasks_may_be_added_to_a_study_but_not_changed(tmp_path):
+def test_tasks_may_be_added_to_study_but_not_changed(tmp_path):
     about = lambda **steps: {"study": {"seeds": 2, "tasks": steps}}
     path = tmp_path / "quality.json"
     study._write(path, study._resumed(path, about(digits=200)))
@@ -140,7 +140,7 @@ def test_tasks_may_be_added_to_a_study_but_not_changed(tmp_path):
         study._resumed(path, {"study": {"seeds": 3, "tasks": {}}})
 
 
-def test_two_records_of_a_cell_become_one():
+def test_two_records_of_cell_are_joined():
     one = {"rates": [0.1, 0.2], "validation": [3.0, 2.0], "rate": 0.2, "test of seeds": [5]}
     other = {"rates": [0.5, 1], "validation": [None, 2.5], "rate": 1, "test of seeds": [6]}
     less = study.joined(one, other, -1)
@@ -151,7 +151,7 @@ def test_two_records_of_a_cell_become_one():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_paired_test_goes_through_all_signs(seed):
+def test_paired_test_enumerates_all_signs(seed):
     random = np.random.default_rng(seed)
     a, b = random.normal(0.5, 1.0, 7), random.normal(0.0, 1.0, 7)
     means = [np.mean(signs * (a - b)) for signs in itertools.product([1, -1], repeat=7)]
@@ -162,7 +162,7 @@ def test_the_paired_test_goes_through_all_signs(seed):
     assert paired.sign_flip(a, a) == 1
 
 
-def test_holm_against_its_definition():
+def test_holm_correction_matches_its_definition():
     p = np.array([0.03, 0.001, 0.2, 0.012])
     corrected = paired.holm(dict(enumerate(p)))
     for level in np.linspace(0.001, 1, 500):  # reject the smallest while p ≤ level / (m − k)
@@ -172,7 +172,7 @@ def test_holm_against_its_definition():
         assert set(rejected) == {i for i, value in corrected.items() if value <= level + 1e-12}
 
 
-def test_no_example_is_in_two_parts(folder):
+def test_splits_are_disjoint(folder):
     task = tasks.load("digits", folder, 3)
     for train_rows, validation, test, _ in zip(*task.splits):
         parts = [set(np.ravel(rows)) for rows in (train_rows, validation, test)]
@@ -182,7 +182,7 @@ def test_no_example_is_in_two_parts(folder):
     assert len(set(np.concatenate(list(blocks.values())))) == 360
 
 
-def test_every_method_is_a_config_of_the_library():
+def test_every_method_is_a_valid_library_config():
     for name, method in methods.METHODS.items():
         config = method.adalora_config(2, 100, ["query"], ["head"])
         assert config.target_r == 2, name
@@ -191,19 +191,19 @@ def test_every_method_is_a_config_of_the_library():
     assert not set(methods.BASELINES) & (set(methods.ABLATIONS) | set(methods.IMPROVEMENTS))
 
 
-def test_only_what_is_significant_is_called_better():
+def test_only_significant_differences_are_marked():
     scores = {"lora": range(10), "x4": [2 + n for n in range(10)], "adalora": [*range(9), 100]}
     cells = {f"digits/{name}/1": {"test of seeds": list(s)} for name, s in scores.items()}
     about = {"measure": "accuracy", "sign": 1, "budgets": [1]}
     results = {"cells": cells, "study": {"tasks": {"digits": about}}}
     better = report.verdict(results)
     assert "| AdaLoRA, scale × 4 | **+2.0** |" in better
-    assert "| AdaLoRA as in PEFT | +9.1 |" in better  # by one seed alone
+    assert "| AdaLoRA as in PEFT | +9.1 |" in better  # because of one seed
     about["sign"] = -1
     assert "| AdaLoRA, scale × 4 | +2.000 *(worse)* |" in report.verdict(results)
 
 
-def test_the_picture_is_of_paired_differences_in_rising_budgets(folder):
+def test_report_uses_paired_differences_and_rising_budgets(folder):
     scores = {"lora/qv": [1, 2, 3], "lora/1": [4, 5, 6], "x4/1": [4, 6, 8]}
     cells = {f"digits/{key}": {"test of seeds": values} for key, values in scores.items()}
     assert report._rising([1, "qv", 4, 2]) == ["qv", 1, 2, 4]

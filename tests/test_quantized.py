@@ -1,4 +1,4 @@
-"""A quantised base: Qwix's numbers, the gradients people take, memory, and merging."""
+"""Quantised base models: agreement with Qwix, gradients, memory, and merging."""
 
 import functools
 
@@ -19,7 +19,7 @@ from adalora_jax._src.quantization import packed
 from adalora_jax._src.quantization import quantize as quantization
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),  # Qwix's
+    pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),  # by Qwix
 ]
 WIDTH = 64
 
@@ -79,7 +79,7 @@ def config(**changes):
 
 @functools.cache
 def linen(recipe="nf4"):
-    """A quantised model with its variables, and the float ones it was made from."""
+    """Return a quantised model with its variables, and the float variables they come from."""
     variables = Model().init(jax.random.key(1), X)
     return *quantization.quantize(Model(), recipe, variables, X), variables
 
@@ -97,7 +97,7 @@ def integers(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.integer)]
 
 
-# What Qwix does -------------------------------------------------------------------------------
+# Agreement with Qwix --------------------------------------------------------------------------
 
 
 class Kinds(nn.Module):
@@ -114,13 +114,13 @@ class Kinds(nn.Module):
 
 
 QWIXS = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4"}
-# Of several contracted axes Qwix splits the last and shares scales over the others, where we do
-# not; without blocks there is no difference.
+# With several contracted axes Qwix splits the last and shares scales over the others, unlike us;
+# without blocks there is no difference.
 SEVERAL = ["out", "back"]
 
 
 def both_ways(module, variables, qtype, *inputs):
-    """The same model quantised by Qwix itself, and by us: ``((module, variables), ...)``."""
+    """Quantise the same model with Qwix itself and with us: ``((module, variables), ...)``."""
     block = None if qtype == "int8" else 32
     whole = {"weight_qtype": QWIXS[qtype]}
     rules = [
@@ -142,7 +142,7 @@ def both_ways(module, variables, qtype, *inputs):
 
 
 @pytest.mark.parametrize("qtype", ONE_SHORT)
-def test_the_integers_and_scales_are_those_of_qwixs_own_quantised_model(qtype):
+def test_integers_and_scales_match_qwix(qtype):
     image = jnp.ones((2, 8, 8, 4))
     variables = Kinds().init(jax.random.key(0), X, image)
     (_, theirs), (_, ours) = both_ways(Kinds(), variables, qtype, X, image)
@@ -160,8 +160,8 @@ def test_the_integers_and_scales_are_those_of_qwixs_own_quantised_model(qtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("qtype", RECIPES)
-def test_outputs_are_those_of_qwixs_own_model(qtype):
-    """Qwix multiplies before it scales where it can, so these differ by rounding."""
+def test_outputs_match_qwix(qtype):
+    """Qwix multiplies before scaling where it can, so these differ by rounding."""
     (theirs, params), (ours, variables) = both_ways(Model(), linen()[2], qtype, X)
     np.testing.assert_allclose(
         ours.apply(variables, X), theirs.apply(params, X), rtol=1e-3, atol=1e-4
@@ -174,14 +174,14 @@ def test_outputs_are_those_of_qwixs_own_model(qtype):
         ((256, 8), ("dense", (), (0,), (1,)), (4, 8)),
         ((96, 8), ("dense", (), (0,), (1,)), (2, 8)),  # 48 divides, 64 does not
         ((3, 256, 8), ("dense", (), (0,), (1,)), (3, 4, 8)),  # stacked
-        ((4, 16, 8), ("general", (), (0, 1), (2,)), (1, 1, 8)),  # 4 x 16 are a block
-        ((8, 16, 8), ("general", (), (0, 1), (2,)), (2, 1, 8)),  # and here two
+        ((4, 16, 8), ("general", (), (0, 1), (2,)), (1, 1, 8)),  # 4 x 16 form one block
+        ((8, 16, 8), ("general", (), (0, 1), (2,)), (2, 1, 8)),  # two blocks
         ((4, 128, 8), ("general", (), (0, 1), (2,)), (4, 2, 8)),
         ((3, 3, 4, 8), ("conv", (), (0, 1, 2), (3,)), (1, 1, 1, 8)),
         ((3, 3, 32, 8), ("conv", (), (0, 1, 2), (3,)), (3, 3, 1, 8)),
     ],
 )
-def test_a_block_of_64_is_made_of_the_last_inputs(shape, layer, scales):
+def test_block_of_64_spans_the_last_inputs(shape, layer, scales):
     kind, *axes = layer
     stack, ins, outs = axes
     layer = adalora.Layout("kernel", ins, outs, stack, kind)
@@ -192,7 +192,7 @@ def test_a_block_of_64_is_made_of_the_last_inputs(shape, layer, scales):
     assert np.abs(found.dequantize() - weight).max() < 0.2 * np.abs(weight).max()
 
 
-def test_an_axis_of_odd_size_is_packed_along_another_or_not_at_all():
+def test_odd_axis_is_packed_along_another_or_not_packed():
     layer = adalora.Layout()
     for shape, size in (((5, 4), 10), ((5, 3), 15)):
         weight = jax.random.normal(jax.random.key(0), shape)
@@ -206,7 +206,7 @@ def test_an_axis_of_odd_size_is_packed_along_another_or_not_at_all():
 
 
 @pytest.mark.parametrize("recipe", ONE_SHORT)
-def test_adapters_train_in_linen_and_the_base_stays_bit_for_bit(recipe):
+def test_linen_adapters_train_and_base_is_bitwise_unchanged(recipe):
     chex.clear_trace_counter()
     model, variables, _ = linen(recipe)
     options = config(modules_to_save=["head"], lora_dropout=0.2)
@@ -234,14 +234,14 @@ def test_adapters_train_in_linen_and_the_base_stays_bit_for_bit(recipe):
     assert values[-1] < values[0]
     assert sum(adalora.ranks(adalora.allocator_state(opt)).values()) == 2 * 6
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, variables))
-    # What is saved of such a run holds neither an integer of the base nor anything of its size.
+    # The saved part of such a run contains no integers of the base and nothing of its size.
     assert integers(variables)
     saved = jax.tree.leaves((trainable, opt))
     assert {leaf.dtype for leaf in integers(saved)} <= {np.dtype(np.int32)}  # counts
     assert all(leaf.size < WIDTH * WIDTH for leaf in saved)
 
 
-def test_adapters_train_in_nnx_and_the_base_stays_bit_for_bit():
+def test_nnx_adapters_train_and_base_is_bitwise_unchanged():
     options = config()
     quantised = quantization.quantize(NnxModel(nnx.Rngs(0)), "nf4", X)
     adapted = adalora.nnx.adapt(quantised, options, nnx.Rngs(1))
@@ -268,7 +268,7 @@ def test_adapters_train_in_nnx_and_the_base_stays_bit_for_bit():
 
 
 @pytest.mark.slow
-def test_params_and_adapters_together_are_differentiated_without_a_filter_in_linen():
+def test_linen_params_and_adapters_are_differentiable_without_filter():
     model, variables, _ = linen()
     adapted = adalora.linen.adapt(model, config())
     adapters = adapted.init(jax.random.key(2), variables, X)
@@ -278,7 +278,7 @@ def test_params_and_adapters_together_are_differentiated_without_a_filter_in_lin
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads[1]))
     assert np.any(grads[0]["layers_0"]["up"]["bias"])
     assert np.any(grads[0]["layers_0"]["n"]["scale"])
-    # Asked for everything, the integers have the tangents JAX gives integers, the scales zeros.
+    # Without a filter, integers have float0 tangents, as in JAX, and scales have zeros.
     whole = jax.grad(lambda variables: task(adapted.apply(variables, adapters, X)), allow_int=True)(
         variables
     )
@@ -287,7 +287,7 @@ def test_params_and_adapters_together_are_differentiated_without_a_filter_in_lin
     chex.assert_trees_all_close(whole["params"], grads[0], rtol=1e-4, atol=1e-6)
 
 
-def test_all_params_are_differentiated_without_a_filter_in_nnx():
+def test_nnx_params_are_differentiable_without_filter():
     quantised = quantization.quantize(NnxModel(nnx.Rngs(0)), "int4", X)
     adapted = adalora.nnx.adapt(quantised, config(init_lora_weights=False))
     grads = pure(nnx.jit(nnx.grad(lambda model: task(model(X))))(adapted))
@@ -299,7 +299,7 @@ def test_all_params_are_differentiated_without_a_filter_in_nnx():
     assert np.any(grads["layers"][0]["up"]["bias"])
 
 
-def test_quantising_under_eval_shape_allocates_nothing_and_adapts():
+def test_abstract_variables_can_be_quantised_and_adapted():
     abstract = jax.eval_shape(Model().init, jax.random.key(0), X)
     variables = jax.eval_shape(lambda v: quantization.quantize(Model(), "nf4", v, X)[1], abstract)
     model, concrete, floats = linen("nf4")
@@ -313,7 +313,7 @@ def test_quantising_under_eval_shape_allocates_nothing_and_adapts():
     assert adapters["head"]["kernel"].dtype == jnp.float32
 
 
-def test_a_bf16_base_stays_bf16():
+def test_bfloat16_base_stays_bfloat16():
     floats = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), linen()[2])
     model, variables = quantization.quantize(Model(), "int8", floats, X)
     assert variables["quantized"]["head"]["kernel"].scale.dtype == jnp.bfloat16
@@ -325,14 +325,14 @@ def test_a_bf16_base_stays_bf16():
     assert plain.head.bias.dtype == plain.head.kernel.dtype == jnp.bfloat16
 
 
-def test_jit_and_vmap_are_as_eager():
+def test_jit_and_vmap_match_eager():
     model, variables, _ = linen()
     apply = lambda x: model.apply(variables, x[None])[0]
     want = model.apply(variables, X)
     np.testing.assert_allclose(jax.jit(jax.vmap(apply))(X), want, rtol=1e-4, atol=1e-5)
 
 
-def test_params_that_the_model_changes_come_back_with_the_packed_ones_apart():
+def test_mutable_apply_returns_packed_params_separately():
     model, variables, _ = linen()
     output, mutated = model.apply(variables, X, mutable=True)
     chex.assert_trees_all_equal(mutated, variables)
@@ -347,13 +347,13 @@ def test_params_that_the_model_changes_come_back_with_the_packed_ones_apart():
 
 
 def trained(adapters):
-    """Adapters with an increment of the size of training's."""
+    """Set λ so that increments are as large as after training."""
     lam = lambda a: jnp.linspace(0.5, 1.0, a.lam.size).reshape(a.lam.shape)
     return adapters | {p: a._replace(lam=lam(a)) for p, a in adalora.adapters(adapters).items()}
 
 
 @pytest.mark.parametrize("recipe", ONE_SHORT)
-def test_merging_into_a_dtype_gives_the_adapted_function_to_the_float_model(recipe):
+def test_merging_to_float_dtype_preserves_adapted_function(recipe):
     model, variables, floats = linen(recipe)
     adapted = adalora.linen.adapt(model, config())
     adapters = trained(adapted.init(jax.random.key(2), variables, X))
@@ -369,7 +369,7 @@ def test_merging_into_a_dtype_gives_the_adapted_function_to_the_float_model(reci
 
 
 @pytest.mark.parametrize("to", ["requantize", "int8"])
-def test_merging_into_integers_says_what_it_costs(to):
+def test_merging_to_integers_reports_errors(to):
     model, variables, _ = linen("nf4")
     adapted = adalora.linen.adapt(model, config())
     adapters = trained(adapted.init(jax.random.key(2), variables, X))
@@ -391,7 +391,7 @@ def test_merging_into_integers_says_what_it_costs(to):
     chex.assert_trees_all_equal(same(merged), same(variables))
 
 
-def test_merging_in_nnx_is_merging_in_linen():
+def test_nnx_model_merges_to_float_or_integers():
     base = quantization.quantize(NnxModel(nnx.Rngs(0)), "int4", X)
     adapted = adalora.nnx.adapt(base, config(modules_to_save=["head"]))
     adalora.nnx.set_adapters(adapted, trained(adalora.nnx.adapters(adapted)))
@@ -409,7 +409,7 @@ def test_merging_in_nnx_is_merging_in_linen():
     np.testing.assert_array_equal(adapted(X), want)
 
 
-def test_layers_that_stayed_float_merge_as_on_a_float_base():
+def test_unquantised_layers_merge_as_on_float_base():
     recipe = quantization.Recipe(qtype="int8", exclude_modules=["up"])
     variables = linen()[2]
     model, mixed = quantization.quantize(Model(), recipe, variables, X)
@@ -423,10 +423,10 @@ def test_layers_that_stayed_float_merge_as_on_a_float_base():
     np.testing.assert_allclose(Model().apply(merged, X), want, rtol=1e-4, atol=1e-4)
 
 
-# Refusals -------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------
 
 
-def test_a_merge_in_place_is_refused():
+def test_plain_merge_of_quantised_base_raises():
     model, variables, _ = linen()
     adapted = adalora.linen.adapt(model, config())
     adapters = adapted.init(jax.random.key(2), variables, X)
@@ -453,14 +453,14 @@ def test_a_merge_in_place_is_refused():
         ({"target_modules": ["querry"]}, "'querry' matches no module"),
     ],
 )
-def test_a_recipe_that_cannot_be_followed_is_refused(change, message):
+def test_invalid_recipe_raises(change, message):
     with pytest.raises(ValueError, match=message):
         quantization.quantize(
             Model(), quantization.Recipe(**{"qtype": "nf4", **change}), linen()[2], X
         )
 
 
-def test_quantising_twice_and_other_things_are_refused():
+def test_quantising_twice_and_invalid_arguments_raise():
     model, variables, floats = linen()
     with pytest.raises(ValueError, match="is quantised already"):
         quantization.quantize(model, "int8", variables, X)

@@ -1,4 +1,4 @@
-"""The demo's Vision Transformer on a quantised base: how much accuracy that costs."""
+"""Accuracy of the demo's Vision Transformer on a quantised base."""
 
 import functools
 
@@ -11,7 +11,7 @@ from adalora_jax.demo.methods import adaptations, pretraining
 
 STEPS = 200
 SEEDS = range(5)
-METHOD = 2  # AdaLoRA, of those that the demo compares
+METHOD = 2  # AdaLoRA, among the methods of the demo
 
 
 class OnLinen:
@@ -37,7 +37,7 @@ class QuantisedLearner(in_linen.Learner):
 
 
 class OnNnx:
-    """The demo's NNX side, likewise."""
+    """The demo's NNX side, with its base quantised by a recipe."""
 
     def __init__(self, recipe):
         self.recipe = recipe
@@ -57,7 +57,7 @@ def pretrained(framework, seed):
 
 @functools.cache
 def accuracy(framework, recipe):
-    """Mean test accuracy over the seeds, in points."""
+    """Compute the mean test accuracy over the seeds, in points."""
     side = {"linen": OnLinen, "nnx": OnNnx}[framework](recipe)
     method = adaptations(STEPS)[METHOD]
     assert method.adaptive
@@ -68,7 +68,7 @@ def accuracy(framework, recipe):
     return 100 * float(np.mean(found))
 
 
-@pytest.mark.exhaustive  # each is minutes of training, five times over
+@pytest.mark.exhaustive  # each case trains for minutes, once per seed
 @pytest.mark.parametrize(
     ("framework", "recipe"),
     [
@@ -78,7 +78,7 @@ def accuracy(framework, recipe):
         ("nnx", "nf4"),
     ],
 )
-def test_a_quantised_base_costs_less_than_a_point_of_accuracy(framework, recipe):
+def test_quantised_base_costs_less_than_one_point_of_accuracy(framework, recipe):
     whole = accuracy(framework, None)
     found = accuracy(framework, recipe)
     print(f"{framework} {recipe}: {found:.2f} against {whole:.2f}")

@@ -1,4 +1,4 @@
-"""A training step on a quantised base never holds two dequantised kernels."""
+"""Memory of a training step on a quantised base: one dequantised kernel at a time."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from adalora_jax._src.quantization import gptq, packed
 
 
 class Deep(nn.Module):
-    """Eight layers of two kernels of 1 MB, one after the other or stacked."""
+    """Eight layers of two kernels of 1 MB, sequential or stacked."""
 
     scanned: bool = False
 
@@ -46,13 +46,13 @@ class NnxDeep(nnx.Module):
         return x
 
 
-KERNEL = 256 * 1024 * 4  # bytes of one, dequantised
+KERNEL = 256 * 1024 * 4  # bytes of a dequantised kernel
 WIDE_X = jnp.ones((16, 256))
 CONFIG = adalora.AdaLoraConfig(total_step=9, init_r=2, target_r=1, target_modules="all-linear")
 
 
 def temporaries(step, *arguments):
-    """Bytes that the compiled step needs beside its arguments and results."""
+    """Return the bytes that the compiled step needs in addition to its arguments and results."""
     program = jax.jit(step).lower(*arguments).compile(AS_USERS)
     return program.memory_analysis().temp_size_in_bytes
 
@@ -73,7 +73,7 @@ def linen_step_memory(scanned, recipe):
 
 
 def gptq_shapes(shape):
-    """A kernel of this shape in 4 bits with act-order, without its values."""
+    """Return the shapes of a 4-bit kernel with act-order."""
     *stack, ins, outs = shape
     array = lambda dtype, *own: jax.ShapeDtypeStruct((*stack, *own), dtype)
     words = array(jnp.uint32, ins // 8, outs), array(jnp.uint32, ins // 128, outs // 8)
@@ -101,14 +101,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("scanned", "recipe"), CASES)
-def test_a_training_step_in_linen_holds_one_dequantised_kernel_at_a_time(scanned, recipe):
-    """The float model's step needs room for activations alone; there are 16 kernels."""
+def test_linen_step_holds_one_dequantised_kernel_at_a_time(scanned, recipe):
+    """The float model's step needs memory for activations alone; there are 16 kernels."""
     found = linen_step_memory(scanned, recipe)
     assert found < linen_step_memory(scanned, None) + 1.1 * KERNEL
 
 
 @pytest.mark.slow
-def test_a_training_step_in_nnx_holds_one_dequantised_kernel_at_a_time():
+def test_nnx_step_holds_one_dequantised_kernel_at_a_time():
     found = []
     for recipe in (None, "nf4"):
         model = NnxDeep(nnx.Rngs(0))
@@ -120,7 +120,7 @@ def test_a_training_step_in_nnx_holds_one_dequantised_kernel_at_a_time():
     assert found[1] < found[0] + 1.1 * KERNEL
 
 
-def test_without_its_order_the_step_would_hold_them_all(monkeypatch):
-    """That the two tests above can fail; and that the compiler sees no more than it did."""
+def test_step_without_ordering_holds_most_dequantised_kernels(monkeypatch):
+    """The two tests above can fail, and XLA still does not bound the memory by itself."""
     monkeypatch.setattr(packed, "_false", lambda after: jnp.zeros((), bool))
     assert linen_step_memory(False, "int8") > 8 * KERNEL

@@ -1,4 +1,4 @@
-"""Adapters that trained on a quantised base: saved, resumed, and exported like any others."""
+"""Adapters trained on a quantised base: saving, resuming, compacting and exporting."""
 
 import json
 
@@ -47,7 +47,7 @@ def trained(base, adapters, state, tx, steps):
     return adapters, state
 
 
-def test_saved_resumed_compacted_and_exported(base, tmp_path):
+def test_adapters_can_be_saved_resumed_compacted_and_exported(base, tmp_path):
     model, variables = base
     adapted = adalora.linen.adapt(model, CONFIG)
     tx = adalora.adalora(optax.adam(0.05), CONFIG)

@@ -1,4 +1,4 @@
-"""NNX models that Qwix itself quantised: adapters on them, as on any other base."""
+"""Adapters on NNX models that Qwix itself quantised."""
 
 import chex
 import jax
@@ -15,7 +15,7 @@ from adalora_jax._src.modules import nnx_layers
 from adalora_jax._src.modules.nnx_layers import pure
 
 pytestmark = [
-    # Qwix's own.
+    # Raised by Qwix.
     pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings(r"ignore:.*iter_modules:DeprecationWarning"),
@@ -38,7 +38,7 @@ class Einsum(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, rngs):
-        # As many inputs as rank, so that the shapes of q and of a weight cannot be told apart.
+        # As many inputs as the rank, so that shapes do not distinguish q from a weight.
         self.q = Einsum("BTD,DNH->BTNH", (16, 4, 4), rngs)
         self.o = Einsum("BTNH,NHD->BTD", (4, 4, 16), rngs)
         self.up = nnx.Linear(16, 4, rngs=rngs)
@@ -68,7 +68,7 @@ def by_qwix(model, path=".*layers.*", qtype="nf4", **rule):
 
 
 def trained(model, seed=1):
-    """In place: λ, and everything else, away from where they start."""
+    """Add noise to all adapters in place, so that λ and all else leave their initial values."""
     rng = np.random.default_rng(seed)
     noise = lambda leaf: (leaf + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
     adalora.nnx.set_adapters(model, jax.tree.map(noise, adalora.nnx.adapters(model)))
@@ -76,7 +76,7 @@ def trained(model, seed=1):
 
 
 def in_floats(model):
-    """The model whose weights are Qwix's dequantised ones."""
+    """Return the model with Qwix's weights dequantised."""
     model = nnx.clone(model)
     plain = Model(nnx.Rngs(0))
     for path, module in nnx_layers.modules(model):
@@ -92,7 +92,7 @@ def in_floats(model):
 
 @pytest.mark.parametrize("path", [".*layers.*", ".*", "layers/0/up"])
 @pytest.mark.parametrize("qtype", ["nf4", "int8"])
-def test_an_adapted_model_starts_as_qwixs_and_computes_the_increment_beside_it(path, qtype):
+def test_adapted_qwix_model_starts_as_base_and_adds_increment(path, qtype):
     base = by_qwix(Model(nnx.Rngs(0)), path, qtype)
     adapted = adalora.nnx.adapt(base, CONFIG, nnx.Rngs(1))
     assert len(adalora.nnx.adapters(adapted)) == 9
@@ -110,14 +110,14 @@ def test_an_adapted_model_starts_as_qwixs_and_computes_the_increment_beside_it(p
     jax.tree.map(close, pure(grads(adapted)), pure(grads(reference)))
 
 
-def test_it_makes_no_difference_which_comes_first():
+def test_order_of_quantising_and_adapting_does_not_matter():
     last = adalora.nnx.adapt(by_qwix(Model(nnx.Rngs(0)), ".*"), CONFIG, nnx.Rngs(1))
     first = by_qwix(adalora.nnx.adapt(Model(nnx.Rngs(0)), CONFIG, nnx.Rngs(1)), ".*")
     chex.assert_trees_all_equal(adalora.nnx.adapters(first), adalora.nnx.adapters(last))
     chex.assert_trees_all_equal(trained(first)(X), trained(last)(X))
 
 
-def test_quantised_activations_are_the_bases_alone():
+def test_quantised_activations_affect_only_the_base():
     base = by_qwix(Model(nnx.Rngs(0)), "head", "int8", act_qtype="int8", tile_size=None)
     plain = adalora.nnx.adapt(Model(nnx.Rngs(0)), CONFIG.replace(target_modules=["head"]))
     adapted = adalora.nnx.adapt(base, CONFIG.replace(target_modules=["head"]))
@@ -126,7 +126,7 @@ def test_quantised_activations_are_the_bases_alone():
     np.testing.assert_allclose(trained(adapted)(X) - base(X), term, rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_that_is_the_whole_model():
+def test_model_of_single_layer_is_adapted_and_merged():
     linear = nnx.Linear(16, 4, rngs=nnx.Rngs(0))
     adapted = adalora.nnx.adapt(by_qwix(linear, ".*"), CONFIG, nnx.Rngs(1))
     chex.assert_trees_all_equal(adapted(X), by_qwix(linear, ".*")(X))
@@ -138,7 +138,7 @@ def test_a_layer_that_is_the_whole_model():
     np.testing.assert_allclose(merged(X), want, rtol=1e-4, atol=1e-4)
 
 
-def test_it_trains_and_the_base_stays_bit_for_bit():
+def test_adapters_train_and_base_is_bitwise_unchanged():
     adapted = adalora.nnx.adapt(by_qwix(Model(nnx.Rngs(0))), CONFIG, nnx.Rngs(1))
     tx = adalora.adalora(optax.adamw(1e-2), CONFIG)
     optimizer = nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)
@@ -159,7 +159,7 @@ def test_it_trains_and_the_base_stays_bit_for_bit():
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(adapted, is_base)))
 
 
-def test_merging_gives_the_float_model_or_qwixs_own_again():
+def test_merging_returns_float_or_qwix_model():
     config = CONFIG.replace(target_modules=".*(q|up|head)")
     base = by_qwix(Model(nnx.Rngs(0)))
     adapted = trained(adalora.nnx.adapt(base, config))
@@ -196,7 +196,7 @@ class Grouped(nnx.Module):
 
 
 @pytest.mark.parametrize("make", [Model, Grouped])
-def test_as_lora_is_what_qwix_computes_as_its_lora(make):
+def test_as_lora_matches_qwix_lora(make):
     config = CONFIG.replace(rank_limits=[("q", adalora.RankSpec(init_r=3))])
     adapted = trained(adalora.nnx.adapt(make(nnx.Rngs(0)), config))
     adapters = adalora.nnx.adapters(adapted)
@@ -220,7 +220,7 @@ def test_as_lora_is_what_qwix_computes_as_its_lora(make):
     np.testing.assert_allclose(by(X), want, rtol=1e-4, atol=1e-4)
 
 
-def test_what_has_no_lora_of_qwixs_is_refused():
+def test_layers_without_qwix_lora_raise():
     experts = nnx.Sequential(nnx.Einsum("ecd,edf->ecf", (4, 16, 5), rngs=nnx.Rngs(0)))
     embed = nnx.Sequential(nnx.Embed(7, 5, rngs=nnx.Rngs(0)))
     for model in (experts, embed):
@@ -229,7 +229,7 @@ def test_what_has_no_lora_of_qwixs_is_refused():
             qwix_models.as_lora(adapted)
 
 
-def test_what_cannot_be_is_refused():
+def test_unsupported_operations_raise():
     base = by_qwix(Model(nnx.Rngs(0)))
     adapted = adalora.nnx.adapt(base, CONFIG)
     with pytest.raises(ValueError, match=r"is quantised and cannot.*quantization\.merge"):

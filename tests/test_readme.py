@@ -1,4 +1,4 @@
-"""The README: its Python runs, and its command lines are the ones that ``.ci/run`` runs."""
+"""The README: its Python code runs, and ``.ci/run`` runs its command lines."""
 
 import re
 from pathlib import Path
@@ -11,12 +11,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
-    """The fenced blocks of a language, each at the line it has in the file."""
+    """Yield the fenced blocks of a language, each padded to its line in the file."""
     for match in re.finditer(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE):
         yield "\n" * README.count("\n", 0, match.start(1)) + match[1]
 
 
-def test_every_python_block_runs_one_after_the_other(tmp_path, monkeypatch):
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     sources = list(blocks("python"))
@@ -29,12 +29,12 @@ def test_every_python_block_runs_one_after_the_other(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("extra", ["demo", "test"])
-def test_the_two_command_lines_stand_alone(extra):
+def test_install_command_of_each_extra_occurs_once(extra):
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     assert sum(line.startswith(f'pip install ".[{extra}]" && ') for line in lines) == 1
 
 
-def test_every_difference_from_peft_links_to_the_test_that_shows_it():
+def test_every_difference_from_peft_links_to_a_test():
     links = re.findall(r"\[test\]\((tests/parity/\w+\.py)#L(\d+)\)", README)
     assert len(links) >= 10
     for file, line in links:
@@ -42,6 +42,6 @@ def test_every_difference_from_peft_links_to_the_test_that_shows_it():
         assert source[int(line) - 1].startswith("def test_"), f"{file}#L{line}"
 
 
-def test_links_into_the_project_lead_somewhere():
+def test_relative_links_exist():
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
     assert [link for link in links if not (ROOT / link).exists()] == []

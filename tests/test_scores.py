@@ -16,14 +16,14 @@ def adapter():
 
 
 def by_hand(size, step):
-    """Gradients of λ alone, without scale and layout, growing with the step and the triplet."""
+    """Return gradients of λ alone, without scale and layout, growing with step and triplet."""
     zeros = jax.tree.map(jnp.zeros_like, adapter())
     slope = size * (1 + 0.5 * step) * jnp.arange(1.0, 5.0)
     return adalora.Adapter(zeros.p, slope, zeros.q)
 
 
 @pytest.mark.parametrize("size", [1e-34, 1e-24, 1.0, 1e20, 1e35])
-def test_masks_do_not_go_by_position_where_products_leave_float32(size):
+def test_masks_follow_scores_where_products_leave_float32(size):
     state = adalora.init_state({"layer": adapter()}, CONFIG)
     for step in range(4):
         state, masks = adalora.allocate(state, {"layer": by_hand(size, step)}, step)
@@ -36,12 +36,12 @@ def test_adapters_of_very_different_sizes_are_ranked_by_size():
     for step in range(4):
         grads = {"large": by_hand(1e5, step), "small": by_hand(1e-25, step)}
         state, masks = adalora.allocate(state, grads, step)
-    # Four are allowed: all of the large one's, none of those 1e30 times smaller.
+    # The budget is four: all of "large" and none of "small", which is 1e30 times smaller.
     np.testing.assert_array_equal(masks["large"], [True] * 4)
     np.testing.assert_array_equal(masks["small"], [False] * 4)
 
 
-def test_gradients_made_by_hand_need_not_name_their_weight():
+def test_handmade_gradients_need_no_scale_or_layout():
     adapters = {"layer": adapter()}
     tx = adalora.adalora(optax.adam(1e-2), CONFIG)
     state = tx.init(adapters)
@@ -49,8 +49,8 @@ def test_gradients_made_by_hand_need_not_name_their_weight():
     assert optax.apply_updates(adapters, updates)["layer"].scale == adapters["layer"].scale
 
 
-def test_ordinary_scores_stay_what_they_are_however_large_the_penaltys_part():
-    """The penalty moves p where λ is next to nothing: averages 1e10 times those of λ."""
+def test_large_penalty_gradients_do_not_change_ordinary_scores():
+    """Where λ is almost zero, the penalty makes averages of p 1e10 times those of λ."""
     adapters = {"layer": adapter()._replace(lam=1e-11 * jnp.ones(4))}
     state = adalora.init_state(adapters, CONFIG)
     rows = jnp.arange(4.0)[:, None]

@@ -1,4 +1,4 @@
-"""Sharded adapters: the state follows them and stays as it is."""
+"""Sharded adapters: the state follows them, and shardings do not change."""
 
 import pathlib
 import subprocess
@@ -11,8 +11,8 @@ HERE = pathlib.Path(__file__).parent
 
 
 @pytest.mark.parametrize("axis_type", ["Explicit", pytest.param("Auto", marks=pytest.mark.slow)])
-def test_shardings_never_change_and_the_run_is_the_unsharded_one(axis_type):
-    """On a mesh of either kind, with adapters that are sharded in different ways."""
+def test_sharded_run_matches_unsharded_and_keeps_shardings(axis_type):
+    """Both kinds of mesh are covered, with adapters that are sharded in different ways."""
     done = subprocess.run(
         [sys.executable, str(HERE / "sharded_run.py"), axis_type],
         env=environment(devices=4),

@@ -1,4 +1,4 @@
-"""Where adapters are to lie: derived from the base in each way that JAX and Flax can say it."""
+"""Sharding of adapters, derived from each form in which JAX and Flax express that of the base."""
 
 import functools
 
@@ -23,7 +23,7 @@ ABSTRACT = AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) *
 
 
 def plain(specs):
-    """Specs without what each adapter knows of its weight."""
+    """Remove from specs the layout of each adapter's weight."""
     is_adapter = lambda node: isinstance(node, adalora.Adapter)
     strip = lambda node: adalora.Adapter(*node) if is_adapter(node) else node
     return jax.tree.map(strip, specs, is_leaf=is_adapter)
@@ -48,10 +48,8 @@ def mesh(*sizes):
         (Layout("kernel", (0,), (1,), (), "dense"), (16, 8), P(("data", "model"))),
     ],
 )
-def test_every_device_has_the_part_of_the_increment_that_goes_with_its_part_of_the_weight(
-    layer, shape, spec
-):
-    """Checked entry by entry, with NumPy alone: which rows and columns of ΔW a device can see."""
+def test_each_device_holds_increment_of_its_weight_shard(layer, shape, spec):
+    """Rows and columns of ΔW that a device holds are compared entry by entry, with NumPy alone."""
     sizes = dict(ABSTRACT.shape)
     specs = adapter_specs(layer, shape, spec)
     stack, n_in, n_out = layer.matrix(shape)
@@ -59,7 +57,7 @@ def test_every_device_has_the_part_of_the_increment_that_goes_with_its_part_of_t
     weight = np.asarray(layer.to_weight(jnp.asarray(numbers), shape))
 
     def piece(array, spec, at):
-        """What the device at these coordinates of the mesh holds of an array."""
+        """Return the part of an array that the device at these mesh coordinates holds."""
         for axis, names in enumerate(spec):
             names = names if isinstance(names, tuple) else (names,) if names else ()
             index, count = 0, 1
@@ -92,7 +90,7 @@ def Dense(features, names, **kwargs):
 
 
 class Stacked(nn.Module):
-    """Layers under nn.scan beside one of their own, with metadata on both."""
+    """Layers under nn.scan and a separate one, all with metadata."""
 
     @nn.compact
     def __call__(self, x):
@@ -113,13 +111,13 @@ EXPECTED = {
 }
 
 
-def test_linen_metadata():
+def test_specs_follow_linen_metadata():
     model, x = Stacked(), jnp.ones((2, 8))
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     assert plain(adalora.linen.adapt(model, CONFIG).specs(variables, x)) == EXPECTED
 
 
-def test_linen_logical_metadata_with_rules_of_either_kind():
+def test_specs_follow_linen_logical_axes_and_rules():
     class Model(nn.Module):
         rules: tuple | None = None
 
@@ -138,7 +136,7 @@ def test_linen_logical_metadata_with_rules_of_either_kind():
             assert plain(adalora.linen.adapt(model, CONFIG).specs(variables, x)) == {"up": wanted}
 
 
-def test_where_the_arrays_lie_counts_before_what_the_metadata_says():
+def test_array_shardings_override_metadata():
     model, x = Stacked(), jnp.ones((2, 8))
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     at = NamedSharding(ABSTRACT, P("model"))
@@ -151,13 +149,13 @@ def test_where_the_arrays_lie_counts_before_what_the_metadata_says():
 
 
 @pytest.mark.parametrize("boxed", [True, False])
-def test_linen_adapters_are_made_on_the_mesh_with_the_values_they_have_without(boxed):
+def test_linen_adapters_have_same_values_on_mesh_as_without(boxed):
     model, x, key = Stacked(), jnp.ones((2, 8)), jax.random.key(1)
     config = CONFIG.replace(modules_to_save=["out"], target_modules=["up"])
     variables = model.init(jax.random.key(0), x)
     plain = adalora.linen.adapt(model, config).init(key, nn.meta.unbox(variables), x)
     one = mesh(1, 1)
-    if boxed:  # metadata and a context, and arrays that lie anywhere
+    if boxed:  # metadata and a mesh context; the arrays may be anywhere
         with jax.set_mesh(one):
             placed = adalora.linen.adapt(model, config).init(key, variables, x)
     else:
@@ -170,7 +168,7 @@ def test_linen_adapters_are_made_on_the_mesh_with_the_values_they_have_without(b
     assert specs["out"] == {"bias": P(None), "kernel": P("data", "model")}
 
 
-def test_a_rule_overrides():
+def test_rules_override_specs():
     model, x = Stacked(), jnp.ones((2, 8))
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     whole = adalora.Adapter(P(), P(), P())
@@ -210,7 +208,7 @@ class Nnx(nnx.Module):
 
 
 def nnx_model(*args, **metadata):
-    """On a mesh, as its metadata says."""
+    """Build the model on a mesh, sharded by its metadata."""
     one = mesh(1, 1)
     with jax.set_mesh(one):
         model = Nnx(nnx.Rngs(0), *args, **metadata)
@@ -219,10 +217,10 @@ def nnx_model(*args, **metadata):
     return model
 
 
-def test_nnx_metadata_goes_on_to_adapters_and_optimizer():
+def test_nnx_metadata_carries_over_to_adapters_and_optimizer():
     x = jnp.ones((2, 8))
     model = nnx_model()
-    adapted = adalora.nnx.adapt(model, CONFIG)  # outside: the arrays know their mesh
+    adapted = adalora.nnx.adapt(model, CONFIG)  # outside the context: the arrays know their mesh
     state = nnx.state(adapted, nnx.LoRAParam)
     named = nnx.get_partition_spec(state)["up"]["adalora"]
     specs = [named[name].get_value() for name in adalora.Adapter._fields]
@@ -237,7 +235,7 @@ def test_nnx_metadata_goes_on_to_adapters_and_optimizer():
     assert other.up.adalora.p.get_metadata("out_sharding") == (tuple(EXPECTED["up"].p))
 
 
-def test_nnx_rules_and_logical_names():
+def test_nnx_specs_follow_logical_names_and_rules():
     rules = (("hidden", "model"),)
     model = nnx_model((None, "hidden"), sharding_rules=rules)
     param = adalora.nnx.adapt(model, CONFIG).up.adalora.p
@@ -251,7 +249,7 @@ def test_nnx_rules_and_logical_names():
 
 
 def inner_states():
-    """Optimizers that keep arrays of the parameters' shapes, fewer axes, more axes, or none."""
+    """Return optimizers whose state has the parameters' shapes, fewer axes, more axes, or none."""
     return {
         "adamw": optax.adamw(1e-3),
         "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=4),
@@ -261,7 +259,7 @@ def inner_states():
 
 
 @pytest.mark.parametrize("name", inner_states())
-def test_shardings_of_a_state_are_those_of_what_its_leaves_belong_to(name):
+def test_state_shardings_follow_their_parameters(name):
     config = CONFIG.replace(target_modules=["up"])
     adapter = jax.eval_shape(
         lambda key: adalora.init_adapter(key, 8, 16, config, stack=(2,)), jax.random.key(0)
@@ -280,16 +278,16 @@ def test_shardings_of_a_state_are_those_of_what_its_leaves_belong_to(name):
     by_shape = dict(zip(shapes, jax.tree.leaves(like)))
     split = 0
     for leaf, at in zip(jax.tree.leaves((params, state)), jax.tree.leaves(placed)):
-        at.shard_shape(leaf.shape)  # refuses what does not divide
+        at.shard_shape(leaf.shape)  # raises if sizes do not divide
         own = next((s for s in by_shape if leaf.shape[max(0, leaf.ndim - len(s)) :] == s), None)
         wanted = P(*[None] * (leaf.ndim - len(own)), *by_shape[own]) if own else P()
-        # The factored moments of p have the shape of λ by chance.
+        # The factored moments of p happen to have the shape of λ.
         assert at.spec == wanted or (name == "adafactor" and at.spec == P()), leaf.shape
         split += at.spec != P()
     assert split >= 4 + 3 * 2 + 1
 
 
-def test_a_short_spec_is_that_of_the_first_axes_of_a_parameter():
+def test_short_spec_applies_to_first_axes():
     adapters = {"up": adalora.init_adapter(jax.random.key(0), 8, 16, CONFIG, stack=(2,))}
     tx = adalora.adalora(optax.scale_by_lbfgs(memory_size=2), CONFIG)
     at = NamedSharding(mesh(1), P("data"))
@@ -300,7 +298,7 @@ def test_a_short_spec_is_that_of_the_first_axes_of_a_parameter():
         assert state.inner.diff_params_memory["up"].p.spec == P(None, "data", None, None)
 
 
-def test_shardings_need_a_mesh_and_take_it_from_where_there_is_one():
+def test_shardings_take_mesh_from_context_or_arrays():
     adapters = {"up": adalora.init_adapter(jax.random.key(0), 8, 16, CONFIG)}
     assert isinstance(adapters["up"].p.sharding, SingleDeviceSharding)
     with pytest.raises(ValueError, match=r"mesh=None.*jax\.set_mesh"):

@@ -1,4 +1,4 @@
-"""What is evaluated, merged, compacted and exported is what training decided."""
+"""Evaluation, merging, compaction and export give the model that training selected."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ def draw(*shape, seed=0):
 
 
 def adapted_of(model, x, targets=".*", **changes):
-    """A linen model with random increments, with its variables and adapters."""
+    """Return a linen model with random increments, its variables and its adapters."""
     options = {"total_step": 8, "init_r": 3, "target_r": 1, "init_lora_weights": False}
     config = adalora.AdaLoraConfig(**options | {"target_modules": targets} | changes)
     variables = model.init(KEY, x)
@@ -48,7 +48,7 @@ class Standardised(nn.Conv):
 
 
 class Halved(nn.Dense):
-    """A call that does not reach that of the layer it extends."""
+    """A layer whose call does not reach that of its base class."""
 
     @nn.compact
     def __call__(self, x):
@@ -63,7 +63,7 @@ class Doubled(nn.Dense):
 
 
 class Tied(nn.Module):
-    """The head is the embedding: attended, or read by hand, or applied to a layer."""
+    """A head that is the embedding: through ``attend``, by hand, or applied in a layer."""
 
     way: str
 
@@ -109,7 +109,7 @@ MERGED = {
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_the_merged_model_is_the_adapted_one(name):
+def test_merged_model_equals_adapted_model(name):
     model, x = MERGED[name]
     adapted, variables, adapters = adapted_of(model, x)
     output = adapted.apply(variables, adapters, x)
@@ -128,7 +128,7 @@ TRANSFORMED = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)
-def test_a_layer_that_transforms_its_weight_is_adapted_but_not_merged(name):
+def test_layer_that_transforms_its_weight_is_adapted_but_not_merged(name):
     model, x = TRANSFORMED[name]
     adapted, variables, adapters = adapted_of(model, x)
     output = adapted.apply(variables, adapters, x)
@@ -137,7 +137,7 @@ def test_a_layer_that_transforms_its_weight_is_adapted_but_not_merged(name):
     for function in (adalora.merge, adalora.unmerge, inits.pissa_init):
         with pytest.raises(ValueError, match=rf"increment of '{path}' cannot be merged: its layer"):
             function(variables, adapters)
-    # Without that word the merged model would be another one.
+    # Without the note the merged model would be a different one.
     layout = adapters[path].layout
     unaware = adapters[path]._replace(layout=adalora.Layout(**vars(layout) | {"note": ""}))
     naive = model.apply(adalora.merge(variables, {path: unaware}), x)
@@ -154,13 +154,13 @@ def test_a_layer_that_transforms_its_weight_is_adapted_but_not_merged(name):
         (Mapped(), draw(2, 4), ".*", r"selects no layer.*'dense'.*nn\.map_variables"),
     ],
 )
-def test_a_layer_whose_adapter_would_make_another_model_is_refused(model, x, targets, message):
+def test_layer_that_cannot_be_adapted_raises(model, x, targets, message):
     with pytest.raises(ValueError, match=message):
         adapted_of(model, x, targets)
 
 
 @pytest.mark.parametrize("wrapper", ["SpectralNorm", "WeightNorm"])
-def test_a_wrapper_that_normalises_adapters_too_is_named(wrapper):
+def test_wrapper_that_normalises_adapters_is_named_in_error(wrapper):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -177,7 +177,7 @@ def test_a_wrapper_that_normalises_adapters_too_is_named(wrapper):
 
 
 class Scaled(nnx.Linear):
-    """A call that does not reach that of the layer it extends."""
+    """A layer whose call does not reach that of its base class."""
 
     def __call__(self, x):
         return x @ self.kernel[...] + self.bias[...][None]
@@ -220,12 +220,12 @@ def linear(cls=nnx.Linear):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ".*", ["layers.0"]])
-def test_an_nnx_layer_that_its_call_does_not_reach_is_refused(targets):
+def test_nnx_layer_without_super_call_raises(targets):
     with pytest.raises(ValueError, match=r"'layers/0'.*does not call super\(\)\.__call__.*layers="):
         adalora.nnx.adapt(in_model(linear(Scaled)), nnx_config(targets))
 
 
-def test_a_declared_layer_is_adapted_and_merged():
+def test_declared_nnx_layer_is_adapted_and_merged():
     base, x = in_model(linear(Scaled)), draw(2, 6)
     layers = {Scaled: adalora.Layout("kernel")}
     model = adalora.nnx.adapt(base, nnx_config(["layers.0"]), layers=layers)
@@ -235,7 +235,7 @@ def test_a_declared_layer_is_adapted_and_merged():
     assert type(merged.layers[0]) is Scaled
 
 
-def test_a_declared_linen_layer_is_adapted_and_merged():
+def test_declared_linen_layer_is_adapted_and_merged():
     class Turned(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -260,25 +260,25 @@ def test_a_declared_linen_layer_is_adapted_and_merged():
         ({nn.Dense: adalora.Layout(stack=(2,))}, "no stack axes"),
     ],
 )
-def test_a_declaration_that_says_nothing_is_refused(layers, message):
+def test_invalid_layer_declaration_raises(layers, message):
     with pytest.raises(ValueError, match=message):
         adalora.linen.adapt(nn.Dense(3), nnx_config(".*"), layers=layers)
 
 
-def test_an_nnx_layer_that_rewrites_its_weight_is_refused_when_it_is_called():
+def test_nnx_layer_that_rewrites_its_weight_raises_when_called():
     model = adalora.nnx.adapt(in_model(linear(Rewriting)), nnx_config(".*"))
     with pytest.raises(ValueError, match="Rewriting changes its weight before it calls"):
         model(draw(2, 6))
 
 
 @pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
-def test_an_nnx_wrapper_that_rewrites_its_layer_is_named(wrapper):
+def test_nnx_wrapper_that_rewrites_its_layer_is_named_in_error(wrapper):
     model = wrapper(linear(), rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match=f"it is inside of {wrapper.__name__}, which rewrites"):
         adalora.nnx.adapt(model, nnx_config(".*"))
 
 
-def test_a_tied_weight_is_adapted_at_all_of_its_layers_or_at_none():
+def test_tied_weight_must_be_adapted_in_all_of_its_layers():
     base, x = TiedNnx(nnx.Rngs(0)), draw(2, 6)
     with pytest.raises(ValueError, match="'head' shares its weight with 'first'"):
         adalora.nnx.adapt(base, nnx_config(["head"]))
@@ -288,7 +288,7 @@ def test_a_tied_weight_is_adapted_at_all_of_its_layers_or_at_none():
 
 @pytest.mark.parametrize("cls", [nnx.Linear, Twice])
 @pytest.mark.parametrize("quantised", [False, True])
-def test_an_adapted_nnx_model_is_pickled_and_copied(cls, quantised):
+def test_adapted_nnx_model_can_be_pickled_and_copied(cls, quantised):
     base = in_model(linear(cls))
     if quantised:
         quantization = pytest.importorskip("adalora_jax.quantization")
@@ -305,7 +305,7 @@ def test_an_adapted_nnx_model_is_pickled_and_copied(cls, quantised):
         np.testing.assert_array_equal(other(x), model(x))
 
 
-def test_an_adapted_nnx_model_is_tabulated():
+def test_adapted_nnx_model_can_be_tabulated():
     model = adalora.nnx.adapt(in_model(linear()), nnx_config(".*"))
     assert "Total Parameters: 81" in nnx.tabulate(model, draw(1, 6))
 
@@ -342,7 +342,7 @@ def active(params):
     return sum(int((a.lam != 0).sum()) for a in adalora.adapters(params).values())
 
 
-def test_between_two_masks_the_parameters_are_not_the_decision_and_eval_params_are():
+def test_eval_params_are_pruned_where_params_between_masks_are_not():
     tx = adalora.adalora(optax.adam(1e-2), CONFIG)
     params = {"model": fresh(), "head": jnp.ones(3)}
     params, state = run(tx, params, 19)
@@ -363,7 +363,7 @@ def test_between_two_masks_the_parameters_are_not_the_decision_and_eval_params_a
         agree(merged["params"][path]["kernel"], kept[path]["kernel"] + delta)
 
 
-def test_eval_params_refuses_the_parameters_of_another_run():
+def test_eval_params_raises_for_params_of_another_run():
     tx = adalora.adalora(optax.adam(1e-2), CONFIG)
     _, state = run(tx, fresh(), 2)
     with pytest.raises(ValueError, match=r"masks for 'l2', of which params has no adapters"):
@@ -373,7 +373,7 @@ def test_eval_params_refuses_the_parameters_of_another_run():
 
 
 @pytest.mark.parametrize("interval", [1, 5, 25])
-def test_a_run_with_a_skipped_step_is_finished_within_its_budget(interval):
+def test_finish_brings_run_with_skipped_step_to_budget(interval):
     config = CONFIG.replace(deltaT=interval)
     tx = optax.apply_if_finite(adalora.adalora(optax.adam(1e-2), config), 5)
     params, state = run(tx, fresh(config), config.total_step, bad=(2,))
@@ -381,15 +381,15 @@ def test_a_run_with_a_skipped_step_is_finished_within_its_budget(interval):
     params, state = adalora.finish(state, params)
     assert active(params) == sum(adalora.ranks(state).values()) == 3
     assert int(adalora.allocator_state(state).budget) == 3
-    # It is idempotent, and what follows is the final phase.
+    # finish is idempotent, and later updates are in the final phase.
     again, same = adalora.finish(state, params)
     jax.tree.map(np.testing.assert_array_equal, (again, same), (params, state))
     updates, state = jax.jit(tx.update)(gradients(params, 99), state, params)
     assert active(optax.apply_updates(params, updates)) == 3
 
 
-def test_finish_makes_the_mask_that_the_last_step_would_have_made():
-    """From the same averages, whether the last update came or not."""
+def test_finish_makes_same_mask_as_last_step_would():
+    """The averages alone decide it, without the last update."""
     config = CONFIG.replace(deltaT=7, score="smoothed_sensitivity")
     tx = adalora.adalora(optax.adam(1e-2), config)
     params, state = run(tx, fresh(config), 11)
@@ -400,7 +400,7 @@ def test_finish_makes_the_mask_that_the_last_step_would_have_made():
     assert set(np.flatnonzero(mask)) == set(np.argsort(-scores)[:3])
 
 
-def test_finish_needs_an_update_and_what_its_score_looks_at():
+def test_finish_requires_an_update_and_inputs_of_its_score():
     tx = adalora.adalora(optax.adam(1e-2), CONFIG)
     with pytest.raises(ValueError, match="made no update"):
         adalora.finish(tx.init(fresh()), fresh())
@@ -413,7 +413,7 @@ def test_finish_needs_an_update_and_what_its_score_looks_at():
     assert active(params) == 3
 
 
-def test_shipping_an_unfinished_run_says_so(tmp_path):
+def test_compacting_or_exporting_unfinished_run_warns(tmp_path):
     tx = adalora.adalora(optax.adam(1e-2), CONFIG)
     params, state = run(tx, fresh(), 12)
     said = "made 12 updates, but the final mask comes with update 20.*finish"
@@ -430,7 +430,7 @@ def test_shipping_an_unfinished_run_says_so(tmp_path):
     tx.update(gradients(small, 0), small_state, small)
 
 
-def test_a_config_other_than_that_of_the_adapters_is_refused():
+def test_config_with_other_scale_than_adapters_raises():
     adapted, _, adapters = adapted_of(nn.Dense(5), draw(2, 4), lora_alpha=12)
     other = adapted.config.replace(lora_alpha=24)
     with pytest.raises(ValueError, match=r"the adapter of '' has scale 4\.0.*gives it 8\.0"):
@@ -453,12 +453,12 @@ def test_a_config_other_than_that_of_the_adapters_is_refused():
         lambda: optax.chain(optax.adamw(1e-2), optax.apply_every(2)),
     ],
 )
-def test_accumulation_inside_is_refused(inner):
+def test_accumulation_inside_adalora_raises(inner):
     with pytest.raises(ValueError, match="accumulation inside of adalora would count"):
         adalora.adalora(inner(), CONFIG).init(fresh())
 
 
-def test_multi_steps_itself_is_refused_with_the_way_round():
+def test_multisteps_as_inner_raises_with_hint():
     with pytest.raises(TypeError, match=r"optax\.MultiSteps\(adalora\(inner, config\), k\)"):
         adalora.adalora(optax.MultiSteps(optax.adam(1e-2), 4), CONFIG)
 
@@ -474,7 +474,7 @@ AROUND = {
 
 
 @pytest.mark.parametrize("name", AROUND)
-def test_updates_that_are_changed_afterwards_are_counted(name):
+def test_updates_changed_outside_adalora_are_counted(name):
     params, state = run(AROUND[name](), fresh(), 24)
     info = adalora.info(state)
     assert int(info.overridden) > 0
@@ -484,12 +484,12 @@ def test_updates_that_are_changed_afterwards_are_counted(name):
 
 
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.apply_if_finite(tx, 3)])
-def test_a_run_that_nothing_changes_counts_none(wrap):
+def test_unchanged_updates_are_not_counted(wrap):
     _, state = run(wrap(adalora.adalora(optax.adamw(1e-2), CONFIG)), fresh(), 24, bad=(3,))
     assert int(adalora.info(state).overridden) == 0
 
 
-def test_eval_params_average_and_mask_with_schedule_free_inside():
+def test_eval_params_average_and_mask_with_schedule_free_inside_adalora():
     tx = adalora.adalora(optax.contrib.schedule_free_adamw(1e-2), CONFIG)
     params, state = run(tx, fresh(), 24)
     final = adalora.eval_params(state, params)
@@ -499,7 +499,7 @@ def test_eval_params_average_and_mask_with_schedule_free_inside():
         np.testing.assert_array_equal(final[path].lam[mask], average[path].lam[mask])
 
 
-def test_whole_adapters_may_be_left_out_by_optax_but_not_parts_of_one():
+def test_partition_may_exclude_whole_adapters_but_not_parts():
     params = fresh()
     named = lambda path, _: "frozen" if "l1" in jax.tree_util.keystr(path) else "train"
     labels = jax.tree_util.tree_map_with_path(named, params)
@@ -520,7 +520,7 @@ def test_whole_adapters_may_be_left_out_by_optax_but_not_parts_of_one():
         tx.init(params)
 
 
-def test_adapters_that_come_or_go_between_updates_are_named():
+def test_adapters_added_or_removed_between_updates_raise():
     tx, params = adalora.adalora(optax.adam(1e-2), CONFIG), fresh()
     state = tx.init(params)
     for other in ({**params, "new": params["l0"]}, {"l0": params["l0"]}):
@@ -528,7 +528,7 @@ def test_adapters_that_come_or_go_between_updates_are_named():
             tx.update(other, state, other)
 
 
-def test_what_is_no_mask_is_refused():
+def test_trees_without_masks_raise():
     params = fresh()
     for value in (params, {"l0": jnp.ones(4)}, {}):
         with pytest.raises(ValueError, match="without an AllocatorState in it, and not a dict of"):
@@ -538,7 +538,7 @@ def test_what_is_no_mask_is_refused():
     assert "total" in adalora.summary(params, state)
 
 
-def test_the_penalty_may_be_part_of_the_update():
+def test_penalty_in_update_matches_penalty_in_loss():
     inside = CONFIG.replace(orth_reg_in_update=True, orth_reg_weight=0.3)
     outside = CONFIG.replace(orth_reg_weight=0.3)
     params, results = fresh(), []
@@ -562,7 +562,7 @@ def test_the_penalty_may_be_part_of_the_update():
         adalora.orthogonality(params, inside)
 
 
-def test_a_matrix_without_a_gradient_is_reported():
+def test_adapter_without_gradient_is_reported():
     tx, params = adalora.adalora(optax.adam(1e-2), CONFIG), fresh()
     state = tx.init(params)
     for step in range(3):
@@ -579,7 +579,7 @@ def test_a_matrix_without_a_gradient_is_reported():
     assert int(info.metrics()["inactive"]) == 1
 
 
-# A head that trains along ---------------------------------------------------------------------
+# A trained head -------------------------------------------------------------------------------
 
 
 class WithHead(nn.Module):
@@ -625,7 +625,7 @@ def linen_run(request):
     return model, variables, adapted, tx, first, params, state, x
 
 
-def test_a_head_is_trained_in_float32_and_computes_in_the_dtype_of_the_base(linen_run):
+def test_head_trains_in_float32_and_computes_in_base_dtype(linen_run):
     model, variables, adapted, _, first, params, _, x = linen_run
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params["head"])} == {"float32"}
     start, base = adapted.apply(variables, first, x), model.apply(variables, x)
@@ -635,7 +635,7 @@ def test_a_head_is_trained_in_float32_and_computes_in_the_dtype_of_the_base(line
     assert moved > 0.9
 
 
-def test_a_head_goes_through_everything(linen_run, tmp_path):
+def test_linen_head_is_kept_by_all_operations(linen_run, tmp_path):
     model, variables, adapted, tx, _, params, state, x = linen_run
     params = adalora.eval_params(state, params)
     output = adapted.apply(variables, params, x)
@@ -673,7 +673,7 @@ def test_a_head_goes_through_everything(linen_run, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_nnx_head_goes_through_everything(dtype, tmp_path):
+def test_nnx_head_is_kept_by_all_operations(dtype, tmp_path):
     base, x = NnxWithHead(nnx.Rngs(0), dtype), draw(8, 6).astype(dtype)
     model = adalora.nnx.adapt(base, HEAD, nnx.Rngs(1))
     np.testing.assert_array_equal(model(x), base(x))
@@ -721,10 +721,10 @@ def test_an_nnx_head_goes_through_everything(dtype, tmp_path):
     close(adalora.nnx.with_adapters(other, loaded.adapters)(x))
 
 
-# What an adapter knows ------------------------------------------------------------------------
+# Layouts --------------------------------------------------------------------------------------
 
 
-def test_the_layout_follows_the_adapter_and_decides():
+def test_layout_and_scale_are_kept_by_copies_and_transforms():
     adapted, variables, adapters = adapted_of(nn.Einsum((8, 8), "bd,fd->bf"), draw(4, 8))
     (adapter,) = adapters.values()
     assert (adapter.layout.ins, adapter.layout.outs) == ((1,), (0,))
@@ -744,7 +744,7 @@ def test_the_layout_follows_the_adapter_and_decides():
     np.testing.assert_array_equal(outputs, adapted.apply(variables, adapters, x))
 
 
-def test_a_file_that_does_not_say_what_its_weights_are_is_not_believed_to(tmp_path):
+def test_merging_adapters_from_file_without_layout_requires_like(tmp_path):
     model, x = nn.Einsum((8, 8), "bd,fd->bf"), draw(4, 8)
 
     class Model(nn.Module):
@@ -764,7 +764,7 @@ def test_a_file_that_does_not_say_what_its_weights_are_is_not_believed_to(tmp_pa
     del model
 
 
-def test_dropout_without_random_numbers_warns():
+def test_dropout_in_scan_without_split_rngs_warns():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -783,7 +783,7 @@ def test_dropout_without_random_numbers_warns():
 
 
 @pytest.mark.parametrize("call", ["init", "apply", "merge"])
-def test_parameters_in_place_of_variables_are_refused(call):
+def test_params_in_place_of_variables_raise(call):
     adapted, variables, adapters = adapted_of(nn.Dense(5), x := draw(2, 4))
     calls = {
         "init": lambda v: adapted.init(KEY, v, x),
@@ -797,7 +797,7 @@ def test_parameters_in_place_of_variables_are_refused(call):
             adapted.apply(adapters, variables, x)
 
 
-def test_a_run_whose_final_mask_was_made_ends_without_gradients_whatever_its_score():
+def test_finish_after_final_mask_needs_no_gradients():
     config = adalora.AdaLoraConfig(
         total_step=3, init_r=4, target_r=2, score=lambda evidence: evidence.sensitivity.lam
     )
@@ -815,7 +815,7 @@ def test_a_run_whose_final_mask_was_made_ends_without_gradients_whatever_its_sco
 
 
 @pytest.mark.parametrize("axis", [1, 2, -1])
-def test_a_stack_along_another_axis_than_the_first_is_refused(axis):
+def test_stack_along_axis_other_than_first_raises(axis):
     class Stacked(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -829,7 +829,7 @@ def test_a_stack_along_another_axis_than_the_first_is_refused(axis):
         adalora.linen.adapt(Stacked(), config).init(jax.random.key(1), variables, x)
 
 
-def test_swapped_arguments_are_named():
+def test_swapped_arguments_raise_with_hints():
     config = adalora.AdaLoraConfig(total_step=3, init_r=4, target_r=2)
     adapters = {"up": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
     tx = adalora.adalora(optax.adam(1e-2), config)
@@ -857,7 +857,7 @@ def test_swapped_arguments_are_named():
     ],
     ids=["sm3", "labels-by-a-function"],
 )
-def test_an_optimizer_whose_state_cannot_be_cut_is_refused_with_the_way_out(inner):
+def test_compacting_unsupported_optimizer_state_raises_with_hint(inner):
     config = adalora.AdaLoraConfig(total_step=3, init_r=4, target_r=2)
     adapters = {p: adalora.init_adapter(jax.random.key(0), 6, 5, config) for p in ("up", "down")}
     tx = adalora.adalora(inner, config)
@@ -883,7 +883,7 @@ class Named(nn.Module):
     ("name", "message"),
     [("a/b", "there is a '/' in its name"), ("adalora", "has a module called 'adalora'")],
 )
-def test_names_that_cannot_be_told_apart_are_refused(name, message):
+def test_ambiguous_module_names_raise(name, message):
     config = adalora.AdaLoraConfig(total_step=3, target_modules="all-linear")
     model, x = Named(name), jnp.ones((2, 6))
     variables = model.init(jax.random.key(0), x)

@@ -1,4 +1,4 @@
-"""What a compiled training step is made of: no wall clock, but what the time is spent on."""
+"""Structure of a compiled training step: its operations and memory, not wall-clock time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ MODELS = [Dense, Heads, Equations]
 
 
 def lowered(make, dropout):
-    """The adapters' training gradient, and the frozen model's gradient of its input."""
+    """Lower the adapters' training gradient, and the frozen model's gradient of its input."""
     model, x = make(), jax.random.normal(jax.random.key(0), (4, TOKENS // 4, WIDTH))
     variables = model.init(jax.random.key(1), x)
     adapted = adalora.linen.adapt(model, CONFIG.replace(lora_dropout=dropout))
@@ -66,7 +66,7 @@ def lowered(make, dropout):
     rngs = {"rngs": {"dropout": jax.random.key(3)}} if dropout else {}
 
     def ours(adapters, x):
-        # A gradient of x as well: in a deep model there is always a layer below.
+        # Includes the gradient of x, because in a deep model there is always a layer below.
         return jnp.sum(adapted.apply(variables, adapters, x, **rngs) ** 2)
 
     frozen = lambda x: jnp.sum(model.apply(variables, x) ** 2)
@@ -75,8 +75,8 @@ def lowered(make, dropout):
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_the_arithmetic_is_that_of_six_small_products(make):
-    """h, y and four of the derivative; all else is a few operations an element."""
+def test_step_flops_are_six_skinny_matmuls(make):
+    """h, y and four of the derivative; the remainder is a few operations per element."""
     step, frozen = (program.cost_analysis()["flops"] for program in lowered(make, 0.0))
     products = sum(6 * 2 * TOKENS * RANK * (a + b) // 2 for a, b in make.matrices)
     elements = sum(TOKENS * (a + b) for a, b in make.matrices)
@@ -89,7 +89,7 @@ def elements_of(line):
 
 
 def copies(program):
-    """Copies of arrays as large as an activation, in the whole compiled program."""
+    """List copies of arrays as large as an activation in the whole compiled program."""
     found = re.findall(r"= (\S+) ([\w\-]+)\(", program.compile(AS_USERS).as_text())
     return [
         f"{kind} {shape}"
@@ -100,13 +100,13 @@ def copies(program):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("make", MODELS)
-def test_no_activation_is_copied_or_transposed_for_an_adapter(make, dropout):
+def test_adapters_add_no_copies_or_transposes_of_activations(make, dropout):
     step, frozen = lowered(make, dropout)
     assert len(copies(step)) <= len(copies(frozen))
 
 
-def test_autodiff_would_transpose_one():
-    """The test above can fail: the usual way to write it, with the derivative left to JAX."""
+def test_plain_autodiff_transposes_an_activation():
+    """Plain autodiff of the usual formula makes the test above fail."""
     x, a, b = (
         jnp.ones(shape) for shape in ((4, TOKENS // 4, WIDTH), (WIDTH, RANK), (RANK, HIDDEN))
     )
@@ -118,21 +118,21 @@ LARGER = CONFIG.replace(init_r=12)
 
 
 def many(count, stack=()):
-    """Adapters of a usual size: small arrays are compiled otherwise."""
+    """Build adapters of a usual size, because small arrays are compiled differently."""
     sizes = [(384, 1536), (1536, 384)]
     make = lambda i: adalora.init_adapter(jax.random.key(i), *sizes[i % 2], LARGER, stack=stack)
     return {f"layer_{i:03d}": make(i) for i in range(count)}
 
 
 def allocating(count, stack=()):
-    """The allocator's update in place, lowered; nothing is allocated."""
+    """Lower the allocator's update in place, without allocating arrays."""
     adapters = jax.eval_shape(lambda: many(count, stack))
     state = jax.eval_shape(lambda adapters: adalora.init_state(adapters, LARGER), adapters)
     return jax.jit(adalora.allocate, donate_argnums=0).lower(state, adapters, 3)
 
 
-def test_the_allocator_works_in_place():
-    """Averages and adapters are overwritten, and what is needed beside them is small."""
+def test_allocator_works_in_place():
+    """Averages and adapters are overwritten, and temporaries are small."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(many(6)))
     memory = allocating(6).compile(AS_USERS).memory_analysis()
     assert memory.alias_size_in_bytes >= 3 * size
@@ -140,7 +140,7 @@ def test_the_allocator_works_in_place():
 
 
 def test_averages_and_ranking_are_only_computed_when_due():
-    """Outside of the two conditionals nothing is searched for, and no p or q is written."""
+    """Outside the two conditionals nothing is searched for, and no p or q is written."""
     program = re.sub(r"/\*.*?\*/", "", allocating(6).compile(AS_USERS).as_text())
     entry = program[program.index("\nENTRY") :]
     found = re.findall(r"= (\([^=]*?\)|\S+) ([\w\-]+)\(", entry[: entry.index("\n}")])
@@ -151,13 +151,13 @@ def test_averages_and_ranking_are_only_computed_when_due():
     assert max(elements_of(shape) for shape, _ in written) < 12 * 384
 
 
-def test_a_stack_of_any_height_is_one_array():
-    """100,000 slices are hardly more kernels than 10; long sums are split into a few."""
+def test_kernel_count_does_not_grow_with_stack_height():
+    """100,000 slices take hardly more kernels than 10; long sums are split into a few."""
     kernels = lambda height: allocating(1, (height,)).compile(AS_USERS).as_text().count(" fusion(")
     assert kernels(100_000) < 2 * kernels(10)
 
 
-def test_adapters_that_are_alike_are_traced_once(monkeypatch):
+def test_adapters_of_equal_shapes_are_traced_once(monkeypatch):
     traced, plain = [], scores.smooth
     monkeypatch.setattr(scores, "smooth", lambda *args: traced.append(1) or plain(*args))
     jax.clear_caches()
@@ -165,8 +165,8 @@ def test_adapters_that_are_alike_are_traced_once(monkeypatch):
     assert len(traced) == 3  # [12, 384], [12, 1536] and [12]
 
 
-def test_twice_the_layers_are_no_more_than_twice_the_work_to_trace():
-    """All of a new user's first lines: find the layers, make adapters, and differentiate."""
+def test_tracing_work_is_linear_in_number_of_layers():
+    """The work is that of a first use: finding layers, making adapters and differentiating."""
 
     class Layers(nn.Module):
         count: int
@@ -191,5 +191,5 @@ def test_twice_the_layers_are_no_more_than_twice_the_work_to_trace():
         profile.runcall(jax.eval_shape, start, jax.random.key(0))
         return sum(entry.callcount for entry in profile.getstats())
 
-    calls(20)  # what is done once is done
+    calls(20)  # excludes one-time work
     assert calls(80) < 2.1 * calls(40)

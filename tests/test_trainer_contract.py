@@ -1,4 +1,4 @@
-"""What trainers of NNX models rely on, whichever they are; none of them is needed to test it."""
+"""Properties that trainers of NNX models rely on, tested without any trainer."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def as_in_memory(tree):
     return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
 
 
-def test_what_trains_can_be_rebuilt_from_an_array_alone():
+def test_trainable_variables_can_be_rebuilt_from_arrays():
     model, _ = adapted()
     variables = jax.tree.leaves(
         nnx.state(model, nnx.LoRAParam), is_leaf=lambda v: isinstance(v, nnx.Variable)
@@ -68,9 +68,9 @@ def test_what_trains_can_be_rebuilt_from_an_array_alone():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_state_keeps_its_structure_and_dtypes_and_can_be_iterated(dtype):
+def test_state_keeps_structure_and_dtypes_and_is_iterable(dtype):
     model, config = adapted(dtype)
-    # Not MultiSteps: that one multiplies bfloat16 by a float32 itself.
+    # MultiSteps is left out because it multiplies bfloat16 by a float32 itself.
     tx = adalora.adalora(optax.adamw(1e-2), config)
     params = pure(nnx.state(model, nnx.LoRAParam))
     state = pure(nnx.Optimizer(model, tx, wrt=nnx.LoRAParam).opt_state)
@@ -84,7 +84,7 @@ def test_the_state_keeps_its_structure_and_dtypes_and_can_be_iterated(dtype):
 
 
 @pytest.mark.parametrize("inner", [optax.adamw(1e-2), optax.contrib.schedule_free_adamw(1e-2)])
-def test_the_state_can_be_donated(inner):
+def test_state_can_be_donated(inner):
     model, config = adapted()
     tx = optax.MultiSteps(adalora.adalora(inner, config), 2)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
@@ -92,7 +92,7 @@ def test_the_state_can_be_donated(inner):
     assert len(set(places)) == len(places)
 
 
-def test_averages_and_masks_say_where_they_lie_as_moments_do():
+def test_averages_and_masks_have_sharding_metadata_like_moments():
     model, config = adapted()
     tx = adalora.adalora(optax.adamw(1e-2), config)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
@@ -107,7 +107,7 @@ def test_averages_and_masks_say_where_they_lie_as_moments_do():
         assert own["masks"][name]["adalora"].get_value() == P(None)
 
 
-def test_parameters_in_variables_train_as_their_arrays_do():
+def test_variables_train_like_their_arrays():
     model, config = adapted()
     tx = adalora.adalora(optax.adamw(1e-2), config)
     variables = nnx.state(model, nnx.LoRAParam)
@@ -130,7 +130,7 @@ def test_parameters_in_variables_train_as_their_arrays_do():
 
 
 class Accumulator(nnx.Module):
-    """Sums of gradients, handed on in new Variables of the same types, as newer trainers do."""
+    """Sums of gradients, returned in new Variables of the same types, as in newer trainers."""
 
     def __init__(self, model):
         zeros = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.LoRAParam))
@@ -149,8 +149,8 @@ class Accumulator(nnx.Module):
         return mean
 
 
-def test_a_trainer_that_accumulates_under_a_condition_ends_as_multi_steps_does():
-    """Ours counts what was applied, so that both count alike."""
+def test_conditional_accumulation_matches_multisteps():
+    """The allocator counts applied updates, so both give the same count."""
     every, ends = 2, []
 
     @nnx.jit

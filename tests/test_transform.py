@@ -1,4 +1,4 @@
-"""The transformation inside and around others of optax, and what it refuses."""
+"""The transformation inside and around other optax transformations, and its errors."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ def gradients(params):
 
 
 def run(tx, params, grads=gradients, steps=CONFIG.total_step):
-    """The parameters and the state after some steps."""
+    """Return the parameters and the state after some steps."""
     state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(steps):
         updates, state = update(grads(params), state, params)
@@ -70,7 +70,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_nested_anywhere_it_prunes_and_its_state_is_found(name):
+def test_nested_transformation_prunes_and_its_state_is_found(name):
     params, state = run(NESTED[name](), parameters())
     allocator = al.allocator_state(state)
     assert int(allocator.step) == CONFIG.total_step
@@ -78,7 +78,7 @@ def test_nested_anywhere_it_prunes_and_its_state_is_found(name):
     assert al.ranks(allocator).keys() == {"block/a", "block/b"}
 
 
-def test_the_other_part_of_a_partition_never_meets_adalora():
+def test_other_part_of_partition_is_unaffected():
     head = run(NESTED["partition"](), parameters())[0]["head"]
     np.testing.assert_array_equal(head, jnp.ones((2, 3)))
     moved = run(NESTED["multi_transform"](), parameters())[0]["head"]
@@ -86,7 +86,7 @@ def test_the_other_part_of_a_partition_never_meets_adalora():
     np.testing.assert_array_equal(moved, alone)
 
 
-def test_labels_give_each_factor_its_own_rate():
+def test_param_labels_give_each_factor_its_own_rate():
     params = parameters()
     ones = lambda params: jax.tree.map(jnp.ones_like, params)
     moved = run(NESTED["partition within"](), params, ones, steps=1)[0]["block"]["a"]
@@ -95,8 +95,8 @@ def test_labels_give_each_factor_its_own_rate():
         np.testing.assert_allclose(leaf, before - rate, rtol=1e-5, atol=1e-6)
 
 
-def test_importance_sees_clipping_before_and_not_within():
-    """The gradients are 4: clipped to 1 in the chain, raw for the one that wraps the clipping."""
+def test_importance_sees_clipping_outside_but_not_inside():
+    """Gradients of 4 are clipped to 1 before adalora, but are raw if adalora wraps the clipping."""
     fours = lambda params: jax.tree.map(lambda leaf: jnp.full_like(leaf, 4.0), params)
     before = run(optax.chain(optax.clip(1.0), ours()), parameters(), fours, steps=1)
     within = run(ours(optax.chain(optax.clip(1.0), optax.sgd(0.1))), parameters(), fours, steps=1)
@@ -108,7 +108,7 @@ def test_importance_sees_clipping_before_and_not_within():
 
 
 @pytest.mark.parametrize("where", ["outside", "inside"])
-def test_apply_if_finite_and_adalora_skip_the_same_step(where):
+def test_apply_if_finite_and_adalora_skip_same_step(where):
     guard = lambda tx: optax.apply_if_finite(tx, 3)
     tx = guard(ours()) if where == "outside" else ours(guard(optax.sgd(0.1)))
     params, state = run(tx, parameters(), steps=3)
@@ -145,17 +145,17 @@ def test_adapters_are_found_in_any_container(kind):
     assert alive(after) == (2 if kind == "one adapter" else 4)
 
 
-def test_the_containers_make_no_difference_to_the_numbers():
+def test_results_do_not_depend_on_container():
     plain = parameters()["block"]
     mappings = {name: a._asdict() for name, a in plain.items()}
     first, second = run(ours(), plain)[0], run(ours(), mappings)[0]
     problem.assert_same_bits({name: a._asdict() for name, a in first.items()}, second)
 
 
-# Refusals -------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------
 
 
-def test_update_without_params_is_refused():
+def test_update_without_params_raises():
     tx, params = ours(), parameters()
     with pytest.raises(ValueError, match=r"params=None.*tx.update\(grads, state, params\)"):
         tx.update(gradients(params), tx.init(params))
@@ -166,13 +166,13 @@ def test_update_without_params_is_refused():
     [{}, [], (), None, nnx.State({}), flax.core.FrozenDict({}), {"head": np.ones(3)}, np.ones(3)],
     ids=lambda empty: type(empty).__name__,
 )
-def test_a_tree_without_an_adapter_is_refused(empty):
+def test_tree_without_adapters_raises(empty):
     name = type(empty).__name__
     with pytest.raises(ValueError, match=f"no adapter was found in the {name}.*adapt"):
         ours().init(empty)
 
 
-def test_gradients_of_another_structure_are_refused():
+def test_gradients_of_another_structure_raise():
     tx, params = ours(), parameters()
     state, grads = tx.init(params), gradients(params)
     del grads["block"]["a"]
@@ -181,7 +181,7 @@ def test_gradients_of_another_structure_are_refused():
         tx.update(grads, state, params)
 
 
-def test_gradients_of_another_shape_are_refused():
+def test_gradients_of_another_shape_raise():
     tx, params = ours(), parameters()
     grads = gradients(params)
     grads["block"]["b"] = grads["block"]["b"]._replace(q=jnp.ones((3, 7)))
@@ -192,7 +192,7 @@ def test_gradients_of_another_shape_are_refused():
         tx.init({"a": params["block"]["a"]._replace(lam=jnp.ones(4))})
 
 
-def test_allocate_refuses_the_same():
+def test_allocate_and_init_state_validate_trees():
     params = parameters()["block"]
     state = al.init_state(params, CONFIG)
     with pytest.raises(ValueError, match="b has no gradient"):
@@ -201,7 +201,7 @@ def test_allocate_refuses_the_same():
         al.init_state({"head": jnp.ones(3)}, CONFIG)
 
 
-def test_allocator_state_wants_exactly_one():
+def test_allocator_state_requires_exactly_one():
     params = parameters()
     with pytest.raises(ValueError, match=r"opt_state holds 0 AllocatorStates.*adalora\(...\) once"):
         al.allocator_state(optax.adam(0.1).init(params))
@@ -209,14 +209,14 @@ def test_allocator_state_wants_exactly_one():
         al.allocator_state(optax.chain(ours(), ours()).init(params))
 
 
-def test_what_is_no_optimizer_or_no_config_is_refused():
+def test_invalid_inner_or_config_raises():
     with pytest.raises(TypeError, match=r"inner=0\.1 must be an optax GradientTransformation"):
         al.adalora(0.1, CONFIG)
     with pytest.raises(TypeError, match="config=10 must be an AdaLoraConfig"):
         al.adalora(optax.sgd(0.1), 10)
 
 
-def test_a_run_without_jit_is_the_one_with_it():
+def test_run_without_jit_matches_jitted_run():
     tx = ours(optax.sgd(0.1))
     compiled, state = run(tx, parameters())
     with jax.disable_jit():
@@ -242,7 +242,7 @@ print(jax.make_jaxpr(lambda a: jax.grad(al.orthogonality)(a, config))(adapters))
 """
 
 
-def test_what_is_traced_does_not_depend_on_the_devices_of_the_process():
+def test_traced_program_does_not_depend_on_number_of_devices():
     traced = [
         subprocess.run(
             [sys.executable, "-c", PROGRAM],

@@ -1,4 +1,4 @@
-"""Variants of the algorithm that other implementations settled on, as options here."""
+"""Optional variants of the algorithm, as other implementations have them."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ LINEAR = CONFIG.replace(budget_schedule="linear")
 
 
 def known(values):
-    """Adapters that carry known scores as λ: ``{name: list of scores}``."""
+    """Return adapters with known scores as λ, from ``{name: list of scores}``."""
     return {
         name: al.Adapter(
             jnp.ones((len(row), 2)), jnp.asarray(row, jnp.float32), jnp.ones((len(row), 3))
@@ -28,7 +28,7 @@ def known(values):
 
 
 def final_masks(values, target, **changes):
-    """The masks of one step that is the whole run, from known scores."""
+    """Return the masks of a run of one step, from known scores."""
     config = al.AdaLoraConfig(
         total_step=1, init_r=max(map(len, values.values())), target_r=target, score="magnitude"
     ).replace(**changes)
@@ -42,13 +42,13 @@ def final_masks(values, target, **changes):
 
 
 @pytest.mark.parametrize("adapters", [1, 7, 36])
-def test_half_way_a_linear_budget_from_12_to_8_is_10_an_adapter(adapters):
+def test_linear_budget_from_12_to_8_is_10_per_adapter_halfway(adapters):
     assert int(al.budget(LINEAR, 500, adapters)) / adapters == 10.0
     assert int(al.budget(LINEAR, 0, adapters)) / adapters == 12.0
     assert int(al.budget(LINEAR, 999, adapters)) / adapters == 8.0
 
 
-def test_a_linear_budget_falls_in_a_straight_line():
+def test_linear_budget_falls_linearly():
     budgets = np.asarray(al.budget(LINEAR, np.arange(999), 36))
     line = 36 * (12 - 4 * np.arange(999) / 1000)
     assert np.abs(budgets - line).max() < 1
@@ -56,7 +56,7 @@ def test_a_linear_budget_falls_in_a_straight_line():
     assert np.abs(cubic - line).max() > 50
 
 
-def test_a_budget_of_ones_own_is_rounded_down_and_kept_between_nothing_and_all():
+def test_custom_budget_is_floored_and_clipped():
     schedule = lambda config, step, n_adapters: 30.9 - 20.0 * jnp.float32(step)
     config = al.AdaLoraConfig(total_step=9, init_r=4, target_r=1, budget_schedule=schedule)
     budgets = [int(al.budget(config, step, 3)) for step in range(9)]
@@ -66,7 +66,7 @@ def test_a_budget_of_ones_own_is_rounded_down_and_kept_between_nothing_and_all()
     assert [int(al.budget(later, step, 3)) for step in range(3)] == [12, 12, 0]
 
 
-def test_a_linear_run_ends_with_exactly_8_an_adapter():
+def test_linear_run_ends_with_exactly_8_per_adapter():
     config = LINEAR.replace(total_step=9, tfinal=2, lora_alpha=12)
     params = problem.adapters(config)
     tx = al.adalora(optax.sgd(0.1), config)
@@ -90,8 +90,8 @@ def test_a_linear_run_ends_with_exactly_8_an_adapter():
 
 
 @pytest.mark.parametrize("score", ["sensitivity_uncertainty", "sensitivity", "upper_confidence"])
-def test_with_lam_alone_p_and_q_have_no_say(score):
-    """λ's sensitivities rise with the row, those of p and q fall, and weigh more."""
+def test_score_over_lam_ignores_p_and_q(score):
+    """Sensitivities of λ rise with the row; those of p and q fall, and are larger."""
     config = al.AdaLoraConfig(total_step=9, init_r=4, target_r=2, score=score, tfinal=1)
     rows = jnp.arange(1.0, 5.0)
     adapters = {"a": al.Adapter(jnp.ones((4, 2)), jnp.ones(4), jnp.ones((4, 3)))}
@@ -112,13 +112,13 @@ def test_with_lam_alone_p_and_q_have_no_say(score):
 
 
 def evidence(sensitivity, uncertainty):
-    """One adapter whose λ has these averages; p and q have none."""
+    """Return inputs of one adapter with these averages of λ, and zeros for p and q."""
     make = lambda lam: al.Adapter(jnp.zeros((3, 2)), jnp.asarray(lam), jnp.zeros((3, 4)))
     ones = al.Adapter(jnp.ones((3, 2)), jnp.ones(3), jnp.ones((3, 4)))
     return al.scores.ScoreInputs(ones, ones, make(sensitivity), make(uncertainty))
 
 
-def test_the_sum_of_average_and_uncertainty_is_a_score_and_ranks_otherwise_than_their_product():
+def test_upper_confidence_ranks_by_sum_and_differs_from_product():
     given = evidence([4.0, 2.5, 0.5], [0.5, 1.5, 3.6])
     config = CONFIG.replace(score="upper_confidence")
     np.testing.assert_allclose(triplet_scores(given, config), [4.5, 4.0, 4.1])
@@ -149,28 +149,28 @@ def test_lambda_one_starts_at_one_and_adds_nothing_until_p_moves():
 # Masks from known scores ----------------------------------------------------------------------
 
 
-def test_one_adapter_keeps_exactly_the_top_half_of_known_scores():
+def test_single_adapter_keeps_top_half():
     masks = final_masks({"a": [0.3, 0.9, 0.1, 0.8, 0.2, 0.7, 0.6, 0.4]}, target=4)
     assert masks == {"a": [1, 3, 5, 6]}
 
 
-def test_of_all_adapters_together_the_top_half_lives_wherever_it_is():
+def test_global_allocation_keeps_top_half():
     scores = {"a": [8.0, 7.0, 6.0, 1.0], "b": [5.0, 4.0, 3.0, 2.0], "c": [9.0, 0.1, 0.2, 0.3]}
     assert final_masks(scores, target=2) == {"a": [0, 1, 2], "b": [0, 1], "c": [0]}
 
 
-def test_ties_go_to_the_first_adapter_and_the_first_row():
+def test_ties_go_to_first_adapter_and_first_row():
     scores = {"a": [1.0] * 4, "b": [1.0, 2.0, 1.0, 1.0]}
     assert final_masks(scores, target=2) == {"a": [0, 1, 2], "b": [1]}
 
 
-def test_an_adapter_may_lose_every_triplet():
+def test_adapter_may_lose_every_triplet():
     scores = {"a": [1.0, 2.0], "b": [3.0, 4.0]}
     assert final_masks(scores, target=1) == {"a": [], "b": [0, 1]}
 
 
-def test_a_score_of_ones_own_decides_with_all_the_evidence():
-    """Here: the length of p times that of q, whatever λ and the gradients are."""
+def test_custom_score_decides_from_all_inputs():
+    """This score is the product of the norms of p and q, independent of λ and the gradients."""
     score = lambda e: jnp.linalg.norm(e.weight.p, axis=-1) * jnp.linalg.norm(e.weight.q, axis=-1)
     config = al.AdaLoraConfig(total_step=1, init_r=4, target_r=2, score=score)
     adapters = known({"a": [9.0, 8.0, 7.0, 6.0]})
@@ -179,14 +179,14 @@ def test_a_score_of_ones_own_decides_with_all_the_evidence():
     assert masks["a"].tolist() == [False, False, True, True]
 
 
-def test_a_score_of_the_wrong_shape_is_refused():
+def test_score_of_wrong_shape_raises():
     config = al.AdaLoraConfig(total_step=1, score=lambda e: e.weight.p, init_r=4, target_r=2)
     adapters = known({"a": [1.0] * 4})
     with pytest.raises(ValueError, match=r"returned shape \(4, 2\).*one score a triplet"):
         al.allocate(al.init_state(adapters, config), adapters, 0)
 
 
-def test_allocation_per_adapter_keeps_the_top_half_of_each():
+def test_per_adapter_allocation_keeps_top_half_of_each():
     scores = {"a": [1.0, 2.0, 3.0, 4.0], "b": [8.0, 7.0, 6.0, 5.0], "c": [0.1, 0.4, 0.2, 0.3]}
     assert final_masks(scores, target=2) == {"a": [2, 3], "b": [0, 1, 2, 3], "c": []}
     assert final_masks(scores, target=2, allocation="per_adapter") == {
@@ -197,7 +197,7 @@ def test_allocation_per_adapter_keeps_the_top_half_of_each():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_allocation_per_adapter_spends_the_whole_budget_and_differs_by_one_at_most(seed):
+def test_per_adapter_allocation_spends_budget_and_differs_by_at_most_one(seed):
     config = al.AdaLoraConfig(
         total_step=30, init_r=4, target_r=2, tfinal=5, allocation="per_adapter"
     )
@@ -215,13 +215,13 @@ def test_allocation_per_adapter_spends_the_whole_budget_and_differs_by_one_at_mo
     assert live == [2] * 5
 
 
-def test_allocation_per_adapter_takes_no_limits():
+def test_per_adapter_allocation_rejects_rank_limits():
     with pytest.raises(ValueError, match="min_r and max_r in rank_limits have no meaning"):
         al.AdaLoraConfig(total_step=9, allocation="per_adapter", rank_limits={"q": {"max_r": 3}})
 
 
-def test_a_budget_for_each_adapter_of_its_own_is_one_transformation_each():
-    """The global budget gives all to b; partitioned, each keeps its own best half."""
+def test_partitioned_transformations_have_separate_budgets():
+    """The global budget keeps all of b; partitioned, each adapter keeps its own best half."""
     scores = {"a": [1.0, 2.0, 3.0, 4.0], "b": [8.0, 7.0, 6.0, 5.0]}
     config = al.AdaLoraConfig(total_step=1, init_r=4, target_r=2, score="magnitude")
     params = known(scores)

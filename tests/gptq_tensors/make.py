@@ -1,11 +1,11 @@
-"""Quantises layers with GPTQModel and writes what it packed, for ``tests/test_gptq.py``.
+"""Quantise layers with GPTQModel and record the packed tensors, for ``tests/test_gptq.py``.
 
 GPTQModel needs PyTorch; a CPU is enough. Where it is installed::
 
     python tests/gptq_tensors/make.py
 
-Writes ``packed.npz``: for each case the tensors of the checkpoint, with the zero points of both
-formats, and the weight ``[in, out]`` as GPTQModel itself dequantises it.
+Writes ``packed.npz``: per case the tensors of the checkpoint, with the zero points of both formats,
+and the weight ``[in, out]`` as GPTQModel itself dequantises it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def quantised(bits: int, sym: bool, act_order: bool):
-    """A random linear layer after the GPTQ algorithm on random inputs, packed."""
+    """Quantise a random linear layer by GPTQ on random inputs, and pack it."""
     import torch
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.quantization import QuantizeConfig
@@ -40,7 +40,7 @@ def quantised(bits: int, sym: bool, act_order: bool):
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     layer = torch.nn.Linear(IN, OUT)
-    # Zero points at both ends, where taking one off borrows from the neighbour.
+    # Zero points at both ends of the range, where subtracting one borrows from the neighbour.
     layer.weight.data[::5] = layer.weight.data[::5].abs()
     layer.weight.data[1::5] = -layer.weight.data[1::5].abs()
     config = QuantizeConfig(bits=bits, group_size=GROUP, sym=sym, desc_act=act_order)

@@ -1,4 +1,4 @@
-"""The linen modules for which everything is proved, one a cell of the table of kinds."""
+"""The linen modules that ``proof`` checks, one or more per layer kind."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Layout = Callable[[Any, tuple[int, ...]], Any]  # (increment [*stack, in, out], 
 
 
 def plain(delta, shape):
-    """Stack, then in, then out: the order of most weights."""
+    """Reshape an increment to the order of most weights: stack, in, out."""
     return delta.reshape(shape)
 
 
 def turned(delta, shape):
-    """A transposed convolution kernel: ``[*window, out, in]``."""
+    """Arrange an increment as a transposed convolution kernel, ``[*window, out, in]``."""
     return jnp.swapaxes(delta.reshape(*shape[:-2], shape[-1], shape[-2]), -1, -2)
 
 
 def ordered(order: str, weight: str, **sizes: int) -> Layout:
-    """Axes by name: their order in the increment, and in the weight."""
+    """Return a layout by axis names: their order in the increment, and in the weight."""
 
     def layout(delta, shape):
         del shape
@@ -35,7 +35,7 @@ def ordered(order: str, weight: str, **sizes: int) -> Layout:
 
 
 class Cell(NamedTuple):
-    """A module, the shapes (or arrays) it is called with, and how its increments read."""
+    """A module, its input shapes (or arrays), and the layouts of its increments."""
 
     module: Any
     inputs: tuple[Any, ...]
@@ -45,7 +45,7 @@ class Cell(NamedTuple):
 
 
 class GemmaEinsum(nn.Module):
-    """The einsum module of a model zoo: the equation comes with the call."""
+    """The einsum module of a model zoo, with the equation as a call argument."""
 
     shape: tuple[int, ...]
 
@@ -94,14 +94,14 @@ class AllExperts(nn.Module):
 
 
 class Doubled(nn.Dense):
-    """A layer whose class does something to what it inherits."""
+    """A subclass that changes the output of the inherited layer."""
 
     def __call__(self, inputs):
         return 2 * super().__call__(inputs) + 1
 
 
 class DoubledConv(nn.Conv):
-    """The same for a convolution."""
+    """A convolution with the same change."""
 
     def __call__(self, inputs):
         return 2 * super().__call__(inputs) + 1
@@ -145,7 +145,7 @@ class Call(nn.Module):
 
 
 class CellOnce(nn.Module):
-    """A recurrent cell, once."""
+    """One step of a recurrent cell."""
 
     cell: Any
 
@@ -161,7 +161,7 @@ def _ids(*shape: int) -> np.ndarray:
 
 
 def _wide() -> dict[str, Any]:
-    """float64 where it is enabled: ``lax.scan`` insists on one dtype for the carry."""
+    """Return float64 as ``param_dtype`` if enabled: ``lax.scan`` needs one dtype for the carry."""
     return {"param_dtype": jnp.result_type(float)}
 
 

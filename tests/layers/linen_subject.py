@@ -1,4 +1,4 @@
-"""A linen cell as the pure functions that the proofs take."""
+"""A linen cell as the pure functions that ``proof`` checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import adalora_jax as adalora
 
 
 def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> Subject:
-    """The cell's module with random parameters and inputs of a dtype."""
+    """Return the cell's module with random parameters and inputs of a dtype."""
     config = config.replace(param_dtype=dtype, target_modules=cell.targets)
     inputs = tuple(
         value

@@ -1,4 +1,4 @@
-"""The NNX modules for which everything is proved, one a cell of the table of kinds."""
+"""The NNX modules that ``proof`` checks, one or more per layer kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linen_cells import Layout, ordered, turned
 
 
 class Cell(NamedTuple):
-    """How to make a module, what it is called with, and how its increments read."""
+    """A function that makes a module, its input shapes (or arrays), and its increments' layouts."""
 
     make: Callable[[nnx.Rngs], nnx.Module]
     inputs: tuple[Any, ...]
@@ -23,7 +23,7 @@ class Cell(NamedTuple):
 
 
 def _wide() -> dict[str, Any]:
-    """float64 where it is enabled, for layers that cast to a dtype of their own."""
+    """Return float64 as ``param_dtype`` if enabled, for layers that cast to their own dtype."""
     return {"param_dtype": jnp.result_type(float)}
 
 
@@ -42,7 +42,7 @@ class TunixEinsum(nnx.Module):
 
 
 class Projections(nnx.Module):
-    """Attention projections and a feed-forward block in Tunix' style, read as attributes."""
+    """Attention projections in Tunix' style, whose fields are also read as attributes."""
 
     def __init__(self, rngs):
         self.q = TunixEinsum("BTD,NDH->BTNH", (2, 5, 3), rngs)
@@ -67,14 +67,14 @@ class Experts(nnx.Module):
 
 
 class Doubled(nnx.Linear):
-    """A layer whose class does something to what it inherits."""
+    """A subclass that changes the output of the inherited layer."""
 
     def __call__(self, inputs):
         return 2 * super().__call__(inputs) + 1
 
 
 class DoubledConv(nnx.Conv):
-    """The same for a convolution."""
+    """A convolution with the same change."""
 
     def __call__(self, inputs):
         return 2 * super().__call__(inputs) + 1
@@ -102,7 +102,7 @@ class Shared(nnx.Module):
 
 
 class TiedWeights(nnx.Module):
-    """Two layers that hold one parameter."""
+    """Two layers that share one parameter."""
 
     def __init__(self, rngs):
         self.a = nnx.Linear(5, 5, rngs=rngs)
@@ -130,7 +130,7 @@ class Containers(nnx.Module):
 
 
 class CellOnce(nnx.Module):
-    """A recurrent cell, once."""
+    """One step of a recurrent cell."""
 
     def __init__(self, cell):
         self.cell = cell

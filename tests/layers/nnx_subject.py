@@ -1,4 +1,4 @@
-"""An NNX cell as the pure functions that the proofs take."""
+"""An NNX cell as the pure functions that ``proof`` checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import adalora_jax as adalora
 
 
 def _concrete(state):
-    """Zeros for the shapes that ``nnx.eval_shape`` left, and a key for the keys."""
+    """Replace the shapes of ``nnx.eval_shape`` by zeros, and those of keys by a key."""
 
     def zeros(leaf):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -25,7 +25,7 @@ def _concrete(state):
 
 
 def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> Subject:
-    """The cell's module with random parameters and inputs of a dtype."""
+    """Return the cell's module with random parameters and inputs of a dtype."""
     config = config.replace(param_dtype=dtype, target_modules=cell.targets)
     inputs = tuple(
         value

@@ -1,4 +1,4 @@
-"""What is proved of every layer kind, whichever framework it comes from."""
+"""Checks that every layer kind passes, in both frameworks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CONFIG = adalora.AdaLoraConfig(
 
 
 class Subject(NamedTuple):
-    """One adapted model, seen as pure functions of its parameters and the adapters.
+    """One adapted model as pure functions of its parameters and the adapters.
 
-    ``add`` puts dense increments ``[*stack, in, out]`` into the weights, independently of the
+    ``add`` adds dense increments ``[*stack, in, out]`` to the weights, independently of the
     package.
     """
 
@@ -37,7 +37,7 @@ class Subject(NamedTuple):
 
 
 def random_like(tree: Any, seed: int, dtype: Any = None, std: float = 0.5) -> Any:
-    """Normal NumPy arrays for the float leaves of a tree, of its dtypes or of ``dtype``."""
+    """Draw normal NumPy arrays for a tree's float leaves, of their dtypes or of ``dtype``."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -49,10 +49,10 @@ def random_like(tree: Any, seed: int, dtype: Any = None, std: float = 0.5) -> An
 
 
 def prove(subject: Subject, rtol: float, merge_rtol: float | None = None) -> None:
-    """Identity at init; then outputs and gradients are those through the dense increment.
+    """Check identity at init, and outputs and gradients against the dense increment.
 
-    Both sides are differentiated with respect to the adapters and to all float inputs, and so is
-    the base with the merged weights, where ``merge_rtol`` is given.
+    Both sides are differentiated with respect to the adapters and to all float inputs. With
+    ``merge_rtol``, the merged base's outputs and the unmerged weights are checked, too.
     """
     abstract = jax.eval_shape(subject.init, jax.random.key(1))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
@@ -92,7 +92,7 @@ def prove(subject: Subject, rtol: float, merge_rtol: float | None = None) -> Non
 
 
 def close(ours: Any, expected: Any, rtol: float) -> None:
-    """Equal, relative to the largest entry of each array: cancellation makes small ones inexact."""
+    """Compare relative to each array's largest entry: cancellation makes small ones inexact."""
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, expected)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
         if a.dtype != jax.dtypes.float0:
@@ -101,7 +101,7 @@ def close(ours: Any, expected: Any, rtol: float) -> None:
 
 
 def prove_training(subject: Subject) -> dict[str, int]:
-    """A few steps leave exactly the budget alive and lower the loss; the ranks."""
+    """Check that a few steps end at exactly the budget and lower the loss; return the ranks."""
     config = subject.config
     tx = adalora.adalora(optax.adam(0.05), config)
     outputs = jax.eval_shape(subject.base_apply, subject.base, *subject.inputs)

@@ -1,4 +1,4 @@
-"""Dropout, rng streams, dtypes, precision and collections: an adapter does as its layer does."""
+"""Dropout, RNG streams, dtypes, precision and collections of adapters follow their layers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Attribute(nn.Module):
 
 
 class Outer(nn.Module):
-    """The flag is said to the model; its blocks know nothing of it."""
+    """A model that takes the flag, with blocks that do not."""
 
     @nn.compact
     def __call__(self, x, is_training=False):
@@ -49,7 +49,7 @@ class Outer(nn.Module):
 
 
 class Inner(nn.Module):
-    """One block is told otherwise than the model."""
+    """A block that gets another flag value than the model."""
 
     @nn.compact
     def __call__(self, x, train=True):
@@ -101,13 +101,13 @@ def adapted_apply(model, config, *args, **kwargs):
         (Inner(), (True,), {}, False),
     ],
 )
-def test_linen_adapter_dropout_follows_the_flags(model, args, kwargs, drops):
+def test_linen_adapter_dropout_follows_train_flags(model, args, kwargs, drops):
     run = adapted_apply(model, DROPPING, *args, **kwargs)
     outputs = [run(jax.random.key(i)) for i in (1, 2)]
     assert bool(np.any(outputs[0] != outputs[1])) == drops
 
 
-def test_linen_scanned_layers_drop_differently():
+def test_linen_scanned_layers_use_different_dropout_masks():
     module = Scanned()
     variables = module.init(jax.random.key(0), X)
     adapted = adalora.linen.adapt(module, DROPPING)
@@ -120,7 +120,7 @@ def test_linen_scanned_layers_drop_differently():
 
 
 class NnxScanned(nnx.Module):
-    """Two stacked layers on one input."""
+    """Two stacked layers with the same input."""
 
     def __init__(self, rngs):
         make = nnx.vmap(lambda rngs: nnx.Linear(5, 4, rngs=rngs))
@@ -131,7 +131,7 @@ class NnxScanned(nnx.Module):
         return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(x, self.layers)[1]
 
 
-def test_nnx_stacked_dropout_is_of_each_layer_and_follows_the_mode():
+def test_nnx_stacked_dropout_differs_per_layer_and_is_off_in_eval():
     adapted = adalora.nnx.adapt(NnxScanned(nnx.Rngs(0)), DROPPING)
     kernel = adapted.layers.kernel
     kernel[...] = jnp.zeros_like(kernel[...])
@@ -157,7 +157,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_linen_dtypes_and_precision_are_the_layers(kind):
+def test_linen_adapter_computes_in_its_layers_dtype_and_precision(kind):
     make, x = LAYERS[kind]
     module = make(dtype=jnp.bfloat16, precision="highest")
     variables = module.init(jax.random.key(0), x)
@@ -183,14 +183,14 @@ def _products(jaxpr):
                 yield from _products(inner)
 
 
-def test_nnx_output_dtype_is_the_layers():
+def test_nnx_adapted_output_has_the_layers_dtype():
     model = nnx.Linear(5, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     adapted = adalora.nnx.adapt(model, CONFIG)
     assert adapted.adalora.q.dtype == jnp.float32
     assert adapted(X).dtype == model(X).dtype == jnp.bfloat16
 
 
-def test_param_dtype_of_the_adapters():
+def test_param_dtype_sets_dtype_of_adapters_but_not_of_output():
     module = nn.Dense(4, param_dtype=jnp.float16)
     variables = module.init(jax.random.key(0), X)
     adapted = adalora.linen.adapt(module, CONFIG.replace(param_dtype="bfloat16"))

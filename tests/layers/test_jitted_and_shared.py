@@ -20,7 +20,7 @@ X = jax.random.normal(jax.random.key(0), (2, 5, 6))
 
 
 class Einsum(nn.Module):
-    """A weight under a name of the caller's, and the equation at the call."""
+    """An einsum with the weight's name as a field and the equation as a call argument."""
 
     shape: tuple[int, ...]
     weight: str | None = "w"
@@ -33,7 +33,7 @@ class Einsum(nn.Module):
 
 
 class OfShape(nn.Module):
-    """As above; only the shape says which weight it is."""
+    """The same, but the weight's name depends on its shape alone."""
 
     shape: tuple[int, ...]
 
@@ -68,7 +68,7 @@ class Shared(nn.Module):
 
 
 class Jitted(nn.Module):
-    """The same layer three times, traced once; and all of it under another jit."""
+    """The same layer three times, traced once, all under another jit."""
 
     @nn.jit
     @nn.compact
@@ -79,13 +79,13 @@ class Jitted(nn.Module):
 
 
 def of_matrices(equation, x, adapter, outs):
-    """The low-rank term by the dense formula, with the axes of the outputs."""
+    """Compute the low-rank term by the dense formula, with the axes of the outputs."""
     delta = np.asarray(adalora.delta_weight(adapter), np.float64)
     return np.einsum(equation, x, delta.reshape(-1, *outs))
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_weights_in_one_scope_have_an_adapter_each(by_name):
+def test_weights_in_one_scope_get_separate_adapters(by_name):
     model = Shared(by_name)
     variables = model.init(jax.random.key(1), X)
     assert set(variables["params"]["mlp"]) == {"wide", "narrow"}
@@ -113,7 +113,7 @@ def test_weights_in_one_scope_have_an_adapter_each(by_name):
     assert jax.tree.structure(specs) == jax.tree.structure(adapters)
 
 
-def test_one_of_two_weights_in_a_scope_can_be_adapted_alone():
+def test_one_of_two_weights_in_a_scope_can_be_targeted():
     variables = Shared().init(jax.random.key(1), X)
     whole = adalora.linen.adapt(Shared(), CONFIG)
     adapters = whole.init(jax.random.key(2), variables, X)
@@ -126,7 +126,7 @@ def test_one_of_two_weights_in_a_scope_can_be_adapted_alone():
     )
 
 
-def test_weights_in_one_scope_can_be_quantised_beneath_their_adapters():
+def test_weights_in_one_scope_can_be_quantized_and_adapted():
     model = Shared()
     variables = model.init(jax.random.key(1), X)
     on_int8, packed = quantization.quantize(model, "int8", variables, X)
@@ -153,8 +153,8 @@ class Unjitted(nn.Module):
         return Shared(name="end")(x)
 
 
-def test_what_was_traced_for_another_call_is_not_taken_for_this_one():
-    """Layers that look alike, and calls with another scale, rank or none, after one another."""
+def test_nn_jit_cache_is_not_shared_between_adapters():
+    """The model has identical layers; successive calls change scales or have no adapters."""
     variables = Jitted().init(jax.random.key(1), X)
     plain = Jitted().apply(variables, X)
     limits = {"layer_1": adalora.RankSpec(alpha=40)}
@@ -177,7 +177,7 @@ def test_what_was_traced_for_another_call_is_not_taken_for_this_one():
     assert described == adalora.linen.describe(Unjitted(), CONFIG, variables, X)
 
 
-def test_dropout_of_the_adapters_is_that_of_the_call():
+def test_nn_jit_cache_is_not_shared_between_dropout_rates():
     variables = Jitted().init(jax.random.key(1), X)
     adapters = adalora.linen.adapt(Jitted(), CONFIG).init(jax.random.key(2), variables, X)
     rngs = {"dropout": jax.random.key(3)}

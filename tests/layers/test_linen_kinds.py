@@ -1,4 +1,4 @@
-"""Every kind of linen layer: the adapted layer is the layer with the dense increment added."""
+"""Every kind of linen layer: the adapted layer equals the layer with the dense increment."""
 
 import jax
 import proof
@@ -10,7 +10,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated"),
 ]
 
-# One of every sort; the others in float32, and trained, are for the long run.
+# One kind per category; the other kinds' float32 and training checks are slow tests.
 QUICK = [
     "dense",
     "general-multi-axis",
@@ -26,7 +26,7 @@ QUICK = [
 
 
 @pytest.mark.parametrize("kind", CELLS)
-def test_equals_the_dense_increment_in_float64(kind):
+def test_adapted_layer_equals_dense_increment_in_float64(kind):
     with jax.enable_x64(True):
         proof.prove(subject(CELLS[kind](), "float64"), rtol=1e-10, merge_rtol=1e-10)
 
@@ -35,7 +35,7 @@ def test_equals_the_dense_increment_in_float64(kind):
     "kind",
     [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CELLS],
 )
-def test_equals_the_dense_increment_in_float32_and_prunes(kind):
+def test_adapted_layer_equals_dense_increment_in_float32_and_prunes(kind):
     found = subject(CELLS[kind](), "float32")
     proof.prove(found, rtol=2e-5)
     proof.prove_training(found)

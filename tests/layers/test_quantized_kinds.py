@@ -1,4 +1,4 @@
-"""Every kind of layer on a quantised base: the layer on the dequantised base, gradients too."""
+"""Every layer kind on a quantised base equals it on the dequantised base, gradients too."""
 
 import functools
 
@@ -38,7 +38,7 @@ NNX_QUICK = ["linear-subclass", "conv-depthwise", "tied-weights", "vmap"]
 
 
 def recipes(cells, quick):
-    """Each cell with each recipe; in the shorter runs with one in turn, and not each cell."""
+    """Yield each cell with each recipe; shorter runs take one per cell, and fewer cells."""
     for i, kind in enumerate(cells):
         for j, qtype in enumerate(("int8", "int4", "nf4")):
             rare = pytest.mark.slow if i % 3 == j else pytest.mark.exhaustive
@@ -68,7 +68,7 @@ def inputs_of(cell):
 
 
 @pytest.mark.parametrize(("kind", "qtype"), list(recipes(LINEN_CELLS, LINEN_QUICK)))
-def test_a_linen_layer(kind, qtype):
+def test_linen_layer_on_quantized_base_equals_dequantized_base(kind, qtype):
     cell = LINEN_CELLS[kind]
     cell = cell() if callable(cell) else cell
     inputs = inputs_of(cell)
@@ -108,9 +108,9 @@ def named(tree):
 
 
 def close_together(ours, theirs):
-    """The gradients of the parameters that stayed floats, relative to the largest of them all.
+    """Compare the float parameters' gradients, relative to the largest entry of all of them.
 
-    Some are zero but for rounding: that of a key's bias in attention.
+    Some are zero up to rounding, such as that of the key bias in attention.
     """
     ours, theirs = named(ours), named(theirs)
     size = max((float(np.abs(theirs[path]).max()) for path in ours), default=0)
@@ -119,7 +119,7 @@ def close_together(ours, theirs):
 
 
 @pytest.mark.parametrize(("kind", "qtype"), list(recipes(NNX_CELLS, NNX_QUICK)))
-def test_an_nnx_layer(kind, qtype):
+def test_nnx_layer_on_quantized_base_equals_dequantized_base(kind, qtype):
     cell = NNX_CELLS[kind]
     cell = cell() if not hasattr(cell, "make") else cell
     inputs = inputs_of(cell)
@@ -156,7 +156,7 @@ def test_an_nnx_layer(kind, qtype):
 
 
 def filled(params, packed):
-    """The state of the float model with the dequantised weights of the quantised one."""
+    """Return the float model's state with the quantised model's dequantised weights."""
     flat = dict(nnx.to_flat_state(packed))
     new = [
         (path, variable.replace(dequantised(flat[path].get_raw_value())))

@@ -1,4 +1,4 @@
-"""Which layers are adapted, and the rank, limits and scale that each gets."""
+"""The selection of adapted layers, and the rank, limits and scale of each."""
 
 from __future__ import annotations
 
@@ -91,19 +91,19 @@ frameworks = pytest.mark.parametrize("framework", SHAPES)
 @pytest.mark.parametrize(
     "wanted", [["query"], r".*query", r".*\.query", lambda path, module: path.endswith("query")]
 )
-def test_names_regex_and_predicate_select(framework, wanted):
+def test_target_modules_accepts_names_regex_and_predicate(framework, wanted):
     assert list(SHAPES[framework](config(target_modules=wanted))) == QUERIES[framework]
 
 
 @frameworks
-def test_all_linear_is_every_linear_layer_and_no_convolution(framework):
+def test_all_linear_selects_linear_layers_but_not_convolutions(framework):
     found = list(SHAPES[framework](config(target_modules="all-linear")))
     assert len(found) == 7
     assert "head" in found
 
 
 @frameworks
-def test_exclusion_and_layer_indices(framework):
+def test_exclude_modules_and_layer_indices_narrow_the_selection(framework):
     chosen = config(target_modules="all-linear", exclude_modules=["out"], layers_to_transform=1)
     expected = [f"{QUERIES[framework][1].removesuffix('query')}{n}" for n in ("key", "query")]
     assert list(SHAPES[framework](chosen)) == expected
@@ -123,7 +123,7 @@ def test_exclusion_and_layer_indices(framework):
         ("query", r"regular expression for the whole path; a list of names, \['query'\], matches"),
     ],
 )
-def test_a_selection_that_cannot_be_is_refused(framework, wanted, message):
+def test_invalid_target_modules_raises(framework, wanted, message):
     with pytest.raises(ValueError, match=message):
         SHAPES[framework](config(target_modules=wanted))
 
@@ -140,7 +140,7 @@ def test_a_selection_that_cannot_be_is_refused(framework, wanted, message):
         ({"exclude_modules": ["out"], "rank_limits": {"out": 3}}, "rank_limits: 'out' matches no"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_refused(framework, changes, message):
+def test_unmatched_exclude_modules_or_rank_limits_raises(framework, changes, message):
     with pytest.raises(ValueError, match=message):
         SHAPES[framework](config(target_modules="all-linear", **changes))
 
@@ -154,7 +154,7 @@ def test_exclude_modules_may_name_any_module(framework):
 
 
 @frameworks
-def test_modules_to_save_is_named_where_it_takes_all_targets(framework):
+def test_modules_to_save_covering_all_targets_raises(framework):
     message = r"modules_to_save already trains 'head' as a whole\. Name a layer in one of the two"
     for wanted in (["head"], "head", r"he.*"):
         with pytest.raises(ValueError, match=message):
@@ -164,7 +164,7 @@ def test_modules_to_save_is_named_where_it_takes_all_targets(framework):
 
 
 @frameworks
-def test_an_unknown_module_to_save_names_the_nearest(framework):
+def test_unknown_module_to_save_error_names_nearest_match(framework):
     with pytest.raises(ValueError, match=r"'nope' matches no .*; the nearest: \w+.*, \w+"):
         SHAPES[framework](config(target_modules="all-linear", modules_to_save=["nope"]))
 
@@ -176,7 +176,7 @@ def test_layers_pattern_is_a_regex(pattern):
     assert len(nnx_shapes(chosen)) == 3
 
 
-def test_all_linear_has_the_gates_of_every_recurrent_cell():
+def test_all_linear_selects_gates_of_both_lstm_cells():
     class Recurrent(nn.Module):
         cell: type
 
@@ -205,7 +205,7 @@ SUBJECTS = {
 
 
 @pytest.mark.parametrize("wanted", [".*", "all-linear", lambda path, module: True])
-def test_a_refused_layer_is_left_out_and_described(wanted):
+def test_unsupported_layer_is_skipped_and_described(wanted):
     chosen = config(target_modules=wanted)
     found = select(SUBJECTS, chosen)
     assert {path: target.note for path, target in found.items()} == {
@@ -218,7 +218,7 @@ def test_a_refused_layer_is_left_out_and_described(wanted):
     assert second == "not adapted: b/value (3, 6, 4): it never runs"
 
 
-def test_only_what_the_pattern_picks_is_described_as_refused():
+def test_describe_lists_only_selected_unsupported_layers():
     for changes in ({"target_modules": r".*(query|value)"}, {"exclude_modules": ["a/key"]}):
         chosen = config(**{"target_modules": ".*"} | changes)
         text = describe(select(SUBJECTS, chosen), chosen, SUBJECTS)
@@ -227,25 +227,25 @@ def test_only_what_the_pattern_picks_is_described_as_refused():
 
 
 @pytest.mark.parametrize("wanted", [["key"], ["query", "a/key"]])
-def test_a_refused_layer_that_is_named_is_an_error(wanted):
+def test_naming_an_unsupported_layer_raises(wanted):
     message = "target_modules: 'a/key' cannot be adapted: its kernel is tied to 'b'"
     with pytest.raises(ValueError, match=message):
         select(SUBJECTS, config(target_modules=wanted))
 
 
-def test_the_reasons_are_given_where_all_layers_are_refused():
+def test_error_gives_reasons_if_all_selected_layers_are_unsupported():
     message = "'a/key': its kernel is tied to 'b'; 'b/value': it never runs"
     with pytest.raises(ValueError, match=message):
         select(SUBJECTS, config(target_modules=r"a/key|b/value|norm"))
 
 
-def test_a_resolved_rank_comes_before_an_equal_pattern():
+def test_resolved_rank_overrides_equal_rank_limits_pattern():
     choose = lambda path, module: adalora.RankSpec(init_r=3) if path == "a/query" else False
     chosen = config(target_modules=choose, rank_limits={"a/query": 6})
     assert select(SUBJECTS, resolve(SUBJECTS, chosen))["a/query"].rank == 3
 
 
-def test_a_resolved_rank_holds_for_a_path_with_dots():
+def test_resolved_rank_applies_to_path_with_dots():
     subjects = {"x.y/query": SUBJECTS["a/query"]}
     chosen = config(target_modules=lambda path, module: adalora.RankSpec(init_r=3))
     assert select(subjects, resolve(subjects, chosen))["x.y/query"].rank == 3
@@ -255,7 +255,7 @@ def test_a_resolved_rank_holds_for_a_path_with_dots():
     ("keep", "rank"),
     [([], 0), ([True, False], 1), (2, 2), ([[], []], 0), ([[True, True], [True, False]], 2)],
 )
-def test_a_rank_pattern_of_booleans_is_their_number(keep, rank):
+def test_boolean_rank_pattern_sets_rank_to_its_true_count(keep, rank):
     chosen = config(target_modules=["query"], rank_pattern={"a/query": keep})
     assert select(SUBJECTS, chosen)["a/query"].rank == rank
 
@@ -273,13 +273,13 @@ def test_a_rank_pattern_of_booleans_is_their_number(keep, rank):
         ("nnx", "layers.0", "NnxAttention, which cannot be adapted.*Name the layers in it"),
     ],
 )
-def test_a_named_layer_of_another_kind_is_refused_by_type(framework, name, message):
+def test_naming_a_module_of_unsupported_type_raises(framework, name, message):
     with pytest.raises(ValueError, match=message):
         SHAPES[framework](config(target_modules=["query", name]))
 
 
 class TiedOtherwise(nnx.Module):
-    """One weight, used as an embedding and by an equation of its own."""
+    """One weight, used as an embedding and by an einsum."""
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(11, 4, rngs=rngs)
@@ -287,7 +287,7 @@ class TiedOtherwise(nnx.Module):
         self.head.kernel = self.embed.embedding
 
 
-def test_a_weight_that_two_layers_use_differently_takes_one_adapter_only():
+def test_weight_shared_by_different_layer_kinds_raises():
     make = lambda: TiedOtherwise(nnx.Rngs(0))
     chosen = config(target_modules=["embed", "head"])
     with pytest.raises(ValueError, match=r"'embed' and 'head' share a weight.*exclude_modules"):
@@ -297,7 +297,7 @@ def test_a_weight_that_two_layers_use_differently_takes_one_adapter_only():
 
 
 @frameworks
-def test_ranks_by_pattern(framework):
+def test_rank_limits_set_ranks_by_pattern(framework):
     limits = {"query": 6, r".*key": {"init_r": 3, "alpha": 3}, "head": adalora.RankSpec(min_r=1)}
     chosen = config(target_modules="all-linear", rank_limits=limits)
     ranks = {path: a.lam.shape[0] for path, a in SHAPES[framework](chosen).items()}
@@ -306,7 +306,7 @@ def test_ranks_by_pattern(framework):
 
 
 @frameworks
-def test_a_predicate_gives_ranks_once_resolved(framework):
+def test_predicate_with_rank_specs_requires_resolve(framework):
     def choose(path, module):
         if type(module).__name__ not in ("Dense", "Linear"):
             return False
@@ -328,7 +328,7 @@ def test_a_predicate_gives_ranks_once_resolved(framework):
 
 
 @frameworks
-def test_alpha_by_pattern_scales_the_increment(framework):
+def test_rank_limits_alpha_scales_the_increment(framework):
     limits = {"query": {"alpha": 12, "init_r": 6}}
     chosen = config(target_modules="all-linear", rank_limits=limits, init_lora_weights=False)
     assert chosen.scale_of(QUERIES[framework][0]) == 2
@@ -347,7 +347,7 @@ def test_alpha_by_pattern_scales_the_increment(framework):
 
 
 @frameworks
-def test_describe_is_abstract_and_counts(framework):
+def test_describe_counts_parameters_of_abstract_model(framework):
     chosen = config(target_modules="all-linear", rank_limits={"head": 6})
     if framework == "linen":
         variables = jax.eval_shape(Model().init, jax.random.key(0), X)
@@ -374,12 +374,12 @@ def test_describe_is_abstract_and_counts(framework):
         ({"query": {"alpha": float("nan")}}, "alpha=nan must be a finite number"),
     ],
 )
-def test_limits_that_cannot_be_are_refused(limits, message):
+def test_invalid_rank_limits_raise(limits, message):
     with pytest.raises(ValueError, match=message):
         config(rank_limits=limits)
 
 
-def test_limits_hold_in_training_and_the_total_is_exact():
+def test_training_respects_rank_limits_and_meets_budget_exactly():
     limits = {"query": {"min_r": 3}, r"layers_0/key": {"max_r": 1}}
     chosen = config(target_modules="all-linear", rank_limits=limits)
     adapters = {
@@ -396,7 +396,7 @@ def test_limits_hold_in_training_and_the_total_is_exact():
                 lambda leaf: jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape),
                 adapters,
             )
-            # Without its floor the query would lose everything.
+            # With zero gradients the query would lose all triplets without its min_r.
             grads = {
                 p: jax.tree.map(lambda g: 0 * g, a) if "query" in p else a for p, a in grads.items()
             }
@@ -416,7 +416,7 @@ def test_limits_hold_in_training_and_the_total_is_exact():
 
 @st.composite
 def limited(draw):
-    """Scores with many ties, limits for each leaf, and a count."""
+    """Draw scores with many ties, limits for each leaf, and a count."""
     shapes = [(2, 3), (1, 4)]
     values = st.sampled_from([0.0, 1.0, 2.0, float("nan")])
     scores = [
@@ -429,10 +429,10 @@ def limited(draw):
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(limited())
-def test_top_b_within_limits_is_exact_and_best(problem):
+def test_keep_best_within_limits_matches_plain_python(problem):
     scores, limits, count = problem
     masks = keep_best([jnp.asarray(s) for s in scores], count, limits)
-    # Plain Python: the least of every row first, then the best of the rest, ties by position.
+    # In plain Python: the minimum of every row first, then the best others, ties by position.
     first, rest, index = [], [], 0
     for leaf, (least, most) in zip(scores, limits):
         for row in np.nan_to_num(leaf, nan=-1):
@@ -449,7 +449,7 @@ def test_top_b_within_limits_is_exact_and_best(problem):
     assert set(np.flatnonzero(kept)) == wanted
 
 
-def test_top_b_within_limits_is_the_same_jitted_and_vmapped():
+def test_keep_best_within_limits_is_equal_under_jit_and_vmap():
     scores = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.array([9.0, 8.0])}
     limits = [(1, 2), (0, 1)]
     counts = jnp.arange(8)
@@ -484,12 +484,12 @@ def test_top_b_within_limits_is_the_same_jitted_and_vmapped():
     ],
 )
 @pytest.mark.parametrize("shapes", [linen_shapes, nnx_shapes])
-def test_a_setting_that_would_do_nothing_is_refused(shapes, changes, message):
+def test_setting_without_effect_raises(shapes, changes, message):
     with pytest.raises(ValueError, match=message):
         shapes(config(**changes))
 
 
-def test_a_container_that_excludes_nothing_is_refused():
+def test_exclude_modules_naming_a_container_raises():
     with pytest.raises(ValueError, match="'layers_1', which holds layers but is none"):
         linen_shapes(config(target_modules="all-linear", exclude_modules=["layers_1"]))
     chosen = config(target_modules="all-linear", exclude_modules=".*layers_1/.*")
@@ -497,7 +497,7 @@ def test_a_container_that_excludes_nothing_is_refused():
 
 
 class WithTable(nn.Module):
-    """A table of positions of its own, a head, and a layer of no known kind."""
+    """A parameter outside any layer of a known kind, a layer and a head."""
 
     @nn.compact
     def __call__(self, x):
@@ -515,7 +515,7 @@ class NnxWithTable(nnx.Module):
 
 
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
-def test_describe_names_what_trains_along_and_what_no_layer_holds(framework):
+def test_describe_lists_saved_modules_and_parameters_outside_layers(framework):
     chosen = config(target_modules=["up"], modules_to_save=["head"])
     if framework == "linen":
         x = jnp.ones((1, 4, 5))

@@ -1,4 +1,4 @@
-"""Lifted layers: every slice of a stack is a matrix of its own, in outputs, ranks and reports."""
+"""Lifted layers: each slice of a stack is a separate matrix in outputs, ranks and reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Layers under nn.scan, and on request under nn.remat in it."""
+    """Layers under nn.scan, optionally with nn.remat inside."""
 
     remat: bool = False
 
@@ -96,7 +96,7 @@ LINEN = {
 
 
 class NnxBlock(nnx.Module):
-    """The same block in NNX, with an expert module under nnx.vmap in it on request."""
+    """The same block in NNX, optionally with experts under nnx.vmap."""
 
     def __init__(self, rngs, experts=0):
         self.query = nnx.LinearGeneral(5, (2, 3), rngs=rngs)
@@ -124,7 +124,7 @@ class NnxMapped(nnx.Module):
 
 
 class NnxScanned(nnx.Module):
-    """Layers under nnx.scan, and on request under nnx.remat in it."""
+    """Layers under nnx.scan, optionally with nnx.remat inside."""
 
     def __init__(self, rngs, remat=False, experts=0):
         @nnx.split_rngs(splits=2)
@@ -151,14 +151,14 @@ CASES |= {f"nnx-{name}": (nnx_subject.subject, cell) for name, cell in NNX.items
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_dense_increment_in_float64(case):
+def test_stacked_layer_equals_dense_increment_in_float64(case):
     subject, cell = CASES[case]
     with jax.enable_x64(True):
         proof.prove(subject(cell, "float64"), rtol=1e-10, merge_rtol=1e-10)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_dense_increment_in_float32_and_prunes(case):
+def test_stacked_layer_equals_dense_increment_in_float32_and_prunes(case):
     subject, cell = CASES[case]
     found = subject(cell, "float32")
     proof.prove(found, rtol=2e-5)
@@ -175,7 +175,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_slice_has_a_rank_and_a_row_of_its_own(case):
+def test_ranks_have_one_entry_per_slice(case):
     subject, cell = CASES[case]
     found = subject(cell, "float32")
     adapters = jax.eval_shape(found.init, jax.random.key(0))
@@ -183,14 +183,14 @@ def test_a_slice_has_a_rank_and_a_row_of_its_own(case):
     assert list(adalora.ranks(masks)) == ROWS[case]
 
 
-def test_slices_of_a_stack_start_with_different_values():
+def test_slices_of_a_stack_have_different_initial_values():
     cell = LINEN["vmap"]
     adapter = linen_subject.subject(cell, "float32").init(jax.random.key(0))["experts/up"]
     assert not np.allclose(adapter.q[0], adapter.q[1])
 
 
 @pytest.mark.parametrize("kind", ["einsum", "vmap"])
-def test_an_expert_that_saw_no_token_has_no_gradient(kind):
+def test_expert_outside_the_loss_has_zero_gradient(kind):
     module: Any = nn.Einsum((3, 5, 5), "ecd,edf->ecf") if kind == "einsum" else Mapped()
     cell = LinenCell(module, ((3, 2, 5),))
     found = linen_subject.subject(cell, "float32")

@@ -1,4 +1,4 @@
-"""NNX layers that do something else with their weight: merged exactly, or refused by name."""
+"""NNX layers with other uses of their weight: merged exactly, or an error names them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Halved(nnx.Einsum):
 
 
 class Own(nnx.Module):
-    """An einsum layer as model zoos have them, with functions around its parts."""
+    """An einsum layer as in model zoos, with functions around its parts."""
 
     def __init__(self, before=lambda x: x, of_weight=lambda w: w, after=lambda y: y):
         self.w = nnx.Param(jax.random.normal(jax.random.key(2), (4, 4)))
@@ -110,7 +110,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("make", "x"), MERGED.values(), ids=MERGED)
-def test_what_can_be_merged_is(make, x):
+def test_supported_use_of_weight_merges_exactly(make, x):
     base = nnx.Sequential(make())
     adapted = adalora.nnx.adapt(base, CONFIG)
     assert np.abs(adapted(x) - base(x)).max() > 1e-2
@@ -120,7 +120,7 @@ def test_what_can_be_merged_is(make, x):
 
 @pytest.mark.parametrize("abstract", [False, True])
 @pytest.mark.parametrize("make", NOT_MERGED.values(), ids=NOT_MERGED)
-def test_what_cannot_be_merged_is_adapted_and_says_so(make, abstract):
+def test_unmergeable_layer_is_adapted_and_its_merge_raises(make, abstract):
     if abstract:
         adapted = nnx.eval_shape(lambda: adalora.nnx.adapt(nnx.Sequential(make()), CONFIG))
         assert adalora.nnx.adapters(adapted)["layers/0"].layout.note
@@ -131,13 +131,13 @@ def test_what_cannot_be_merged_is_adapted_and_says_so(make, abstract):
 
 
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
-def test_a_weight_that_its_layer_reads_twice_is_refused(make):
+def test_layer_that_uses_its_weight_twice_raises(make):
     with pytest.raises(ValueError, match="'layers/0': its weight is also used outside"):
         adalora.nnx.adapt(nnx.Sequential(make()), CONFIG)
 
 
 class WithScale(nnx.Linear):
-    """Takes two arguments, so that no trace of it alone is possible."""
+    """A layer with two arguments, so that it cannot be traced alone."""
 
     def __call__(self, x, scale):
         return super().__call__(x * scale[None])
@@ -152,7 +152,7 @@ class Scaling(nnx.Module):
         return self.layer(x, jnp.full(4, 2.0)) + x @ (weight + jnp.zeros((4, 4)))
 
 
-def test_a_layer_that_cannot_be_traced_alone_is_merged_only_with_inputs():
+def test_layer_with_other_arguments_merges_only_with_inputs():
     adapted = adalora.nnx.adapt(Scaling(), CONFIG)
     with pytest.raises(
         ValueError, match=r"'layer' cannot be merged.* its class takes other arg.*inputs="
@@ -174,7 +174,7 @@ class ByHand(nnx.Module):
         return self.table(ids) @ self.table.embedding[...].T
 
 
-def test_a_weight_read_by_hand_is_noticed():
+def test_merge_raises_if_parent_reads_weight():
     adapted = adalora.nnx.adapt(ByHand(), CONFIG)
     with pytest.raises(
         ValueError, match=r"'table' cannot be merged.* code of ByHand reads.*inputs="
@@ -187,7 +187,7 @@ def test_a_weight_read_by_hand_is_noticed():
 
 
 class Elsewhere(nnx.Module):
-    """The table is a child of two modules, of which the second reads its weight."""
+    """A table that is a child of two modules, of which the second reads its weight."""
 
     def __init__(self, *, within):
         class Head(nnx.Module):
@@ -207,7 +207,7 @@ class Elsewhere(nnx.Module):
 
 
 @pytest.mark.parametrize("within", ["a function", "getattr"])
-def test_a_weight_read_through_another_module_is_noticed(within):
+def test_merge_and_pissa_raise_if_another_module_reads_weight(within):
     adapted = adalora.nnx.adapt(Elsewhere(within=within), CONFIG)
     with pytest.raises(ValueError, match=r"cannot be merged.* the code of Head reads `.embedding`"):
         adalora.merge(adapted)
@@ -223,7 +223,7 @@ class ReadKernel(nnx.Module):
         return self.up(x) @ self.up.kernel[...]
 
 
-def test_a_quantised_weight_read_by_hand_is_not_merged():
+def test_merge_raises_if_parent_reads_quantized_weight():
     quantization = pytest.importorskip("adalora_jax.quantization")
     adapted = adalora.nnx.adapt(quantization.quantize(ReadKernel(), "int8"), CONFIG)
     with pytest.raises(ValueError, match=r"'up' cannot be merged.*or merge a float model"):
@@ -231,7 +231,7 @@ def test_a_quantised_weight_read_by_hand_is_not_merged():
 
 
 class Named(nnx.Module):
-    """Children with the names of weights, which the model calls and does not read."""
+    """Children named like weights, which the model calls and does not read."""
 
     def __init__(self):
         self.embedding = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
@@ -242,7 +242,7 @@ class Named(nnx.Module):
         return self.embedding.attend(self.kernel(embed(ids)))
 
 
-def test_a_child_called_like_a_weight_is_no_weight():
+def test_child_module_named_like_a_weight_merges():
     adapted, ids = adalora.nnx.adapt(Named(), CONFIG), jnp.arange(5)
     merged = adalora.merge(adapted)
     np.testing.assert_allclose(merged(ids), adapted(ids), rtol=1e-4, atol=1e-5)
@@ -254,7 +254,7 @@ class Printed(ByHand):
         return self.table(ids)
 
 
-def test_a_weight_read_without_effect_is_merged_with_inputs():
+def test_weight_read_without_effect_merges_with_inputs():
     adapted, ids = adalora.nnx.adapt(Printed(), CONFIG), jnp.arange(5)
     merged = adalora.merge(adapted, inputs=(ids,))
     np.testing.assert_allclose(merged(ids), adapted(ids), rtol=1e-4, atol=1e-5)
@@ -271,7 +271,7 @@ class Tied(nnx.Module):
         return self.layer(self.table(ids))
 
 
-def test_a_weight_with_two_names_is_merged_once():
+def test_shared_weight_is_merged_once():
     adapted, ids = adalora.nnx.adapt(Tied(), CONFIG), jnp.arange(4)
     merged = adalora.merge(adapted, inputs=(ids,))
     np.testing.assert_allclose(merged(ids), adapted(ids), rtol=1e-4, atol=1e-5)
@@ -291,7 +291,7 @@ class OwnInLinen(nn.Module):
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_linen_layer_that_multiplies_something_else_than_its_input(before):
+def test_linen_einsum_merges_only_if_it_multiplies_its_input(before):
     model = nn.Sequential([OwnInLinen(before)])
     variables = model.init(jax.random.key(0), X)
     adapted = adalora.linen.adapt(model, CONFIG)

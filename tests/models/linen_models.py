@@ -1,4 +1,4 @@
-"""Whole models as users write them in linen, small; nothing in them knows of adapters."""
+"""Small linen models as users write them, without any code for adapters."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Bert(nn.Module):
 
 
 def rotary(x):
-    """Rotary position embedding of ``[batch, time, heads, 2 n]``."""
+    """Apply rotary position embedding to ``[batch, time, heads, 2 n]``."""
     time, half = x.shape[1], x.shape[-1] // 2
     angle = jnp.arange(time)[:, None] / 100.0 ** (jnp.arange(half)[None] / half)
     sin, cos = (f(angle)[None, :, None].astype(x.dtype) for f in (jnp.sin, jnp.cos))
@@ -67,7 +67,7 @@ def rotary(x):
 
 
 def grouped_attention(q, k, v):
-    """Causal attention in which several query heads share a key head."""
+    """Compute causal attention in which several query heads share a key head."""
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k) / q.shape[-1] ** 0.5
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))

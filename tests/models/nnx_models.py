@@ -1,4 +1,4 @@
-"""Whole models as users write them in NNX, small; nothing in them knows of adapters."""
+"""Small NNX models as users write them, without any code for adapters."""
 
 from __future__ import annotations
 

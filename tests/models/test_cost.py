@@ -17,12 +17,12 @@ import adalora_jax as adalora
 CONFIG = adalora.AdaLoraConfig(total_step=100, target_modules="all-linear")
 SIZES = {"width": 4096, "heads": 32, "groups": 8, "head": 128, "hidden": 11008}
 IDS = jax.ShapeDtypeStruct((1, 16), jnp.int32)
-# 5 seconds is the claim, on one core of its own. Test machines are shared.
+# The claim is 5 seconds on one dedicated core; test machines are shared.
 SECONDS = 20
 
 
 class Unrolled(nn.Module):
-    """The layers one after the other: every one is traced."""
+    """Unrolled layers, each of which is traced."""
 
     @nn.compact
     def __call__(self, ids):
@@ -54,7 +54,7 @@ def traced(adapt):
 
 
 @pytest.mark.parametrize("make", [scanned, Unrolled])
-def test_linen(make):
+def test_adapting_7b_linen_model_is_abstract_and_fast(make):
     model = make()
     variables = jax.eval_shape(model.init, jax.random.key(0), IDS)
     adapted = adalora.linen.adapt(model, CONFIG)
@@ -66,7 +66,7 @@ def test_linen(make):
     assert text.splitlines()[-2].split()[:3] == ["total", str(matrices), str(12 * matrices)]
 
 
-def test_adapters_are_made_in_one_jitted_call():
+def test_linen_init_is_one_jitted_call():
     model = scanned()
     variables = jax.eval_shape(model.init, jax.random.key(0), IDS)
     adapted = adalora.linen.adapt(model, CONFIG)
@@ -75,7 +75,7 @@ def test_adapters_are_made_in_one_jitted_call():
     assert len(call.outvars) == 3 * 8
 
 
-def test_nnx():
+def test_adapting_7b_nnx_model_is_abstract_and_fast():
     make = lambda: nnx_models.Llama(nnx.Rngs(0), depth=32, vocabulary=32000, **SIZES)
     model = nnx.eval_shape(make)
     rows = adalora.nnx.describe(model, CONFIG).splitlines()

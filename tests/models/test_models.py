@@ -1,4 +1,4 @@
-"""Whole models, unchanged: the base model at init, pruned by training, traced once."""
+"""Whole, unmodified models: equal to the base at init, pruned by training, traced once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENS = jnp.sin(jnp.arange(20.0)).reshape(4, 5)
 CONFIG = adalora.AdaLoraConfig(
     total_step=4, init_r=3, target_r=1, target_modules=".*", lora_dropout=0.1
 )
-# Training flag of the call, and what it puts out besides.
+# Model, input, training flag of the call, and the collections that it mutates.
 LINEN = {
     "gpt": (linen_models.Gpt(), IDS, {"deterministic": False}, []),
     "bert": (linen_models.Bert(), IDS, {"train": True}, ["intermediates"]),
@@ -46,20 +46,20 @@ NNX = {
 
 @pytest.fixture(autouse=True)
 def _flax_ranks():
-    """Flax's attention and recurrent layers broadcast arrays of different rank."""
+    """Allow rank promotion, which Flax's attention and recurrent layers need."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
 
 def random_like(tree):
-    """Positive values, which a variance has to be, of fan-in size."""
+    """Draw positive values, as a variance must be, scaled by the leaf's size."""
     rng = np.random.default_rng(0)
     draw = lambda leaf: rng.uniform(0, 1, leaf.shape) / max(1, leaf.size) ** 0.5
     return jax.tree.map(lambda leaf: draw(leaf).astype(leaf.dtype), tree)
 
 
 def some_slow(names, quick):
-    """Every name, those that are not quick as slow tests."""
+    """Return every name as a parameter, marked slow if it is not in ``quick``."""
     return [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in names]
 
 
@@ -70,7 +70,7 @@ def check_ranks(state):
 
 
 @pytest.mark.parametrize("name", some_slow(LINEN, quick=("gpt", "resnet")))
-def test_linen(name):
+def test_linen_model_starts_as_base_meets_budget_and_traces_once(name):
     model, x, training, collections = LINEN[name]
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     variables = {k: random_like(v) for k, v in variables.items() if k in ("params", "batch_stats")}
@@ -115,7 +115,7 @@ def test_linen(name):
 
 
 @pytest.mark.parametrize("name", some_slow(NNX, quick=("llama",)))
-def test_nnx(name):
+def test_nnx_model_starts_as_base_meets_budget_and_traces_once(name):
     make, x = NNX[name]
     model = nnx.jit(lambda: make(nnx.Rngs(0)))()
     adapted = adalora.nnx.adapt(model, CONFIG)

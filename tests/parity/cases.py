@@ -1,4 +1,4 @@
-"""What both sides share: the models, their weights, the batches, and what is looked at per step."""
+"""Inputs of both sides (models, weights, batches), and the snapshot compared at every step."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ BATCH, TOKENS = 8, 3
 class Snapshot(NamedTuple):
     """One side after one training step, all in NumPy; dicts are keyed by layer name.
 
-    ``sensitivity`` and ``uncertainty`` are None once PEFT has thrown its averages away.
+    ``sensitivity`` and ``uncertainty`` are None once PEFT has discarded its averages.
     """
 
     loss: float  # with the orthogonality term, before the step
     budget: int
-    masks: dict[str, np.ndarray]  # [r], the standing decision
+    masks: dict[str, np.ndarray]  # [r], the masks in effect
     adapters: dict[str, tuple[np.ndarray, ...]]  # p [r, out], lam [r], q [r, in]
     sensitivity: dict[str, tuple[np.ndarray, ...]] | None
     uncertainty: dict[str, tuple[np.ndarray, ...]] | None
-    head: dict[str, np.ndarray]  # what trains beside the adapters, if anything does
+    head: dict[str, np.ndarray]  # parameters that are trained in addition to adapters, if any
 
 
 class Inputs(NamedTuple):
-    """What both sides are given, in NumPy."""
+    """The inputs of both sides, in NumPy."""
 
     weights: dict[str, dict[str, np.ndarray]]  # of the base: {layer: {kernel [in, out], bias}}
     x: np.ndarray  # [steps, batch, ...]
@@ -37,9 +37,9 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Linear layers by name with (in, out), which of them are adapted, and how they are wired.
+    """Linear layers by name with (in, out), those that are adapted, and how they are connected.
 
-    ``forward(linear, lib, x)`` is the same text for both frameworks: ``linear(name, x)`` is one
+    ``forward(linear, lib, x)`` is the same code for both frameworks: ``linear(name, x)`` applies a
     layer and ``lib`` is ``torch`` or ``jax.numpy``. ``loss(lib, output, y)`` likewise.
     """
 
@@ -63,7 +63,7 @@ class Case:
     """One training run: a model, PEFT's keyword arguments, an optimizer, a seed."""
 
     model: str
-    config: dict[str, Any]  # for peft.AdaLoraConfig, but for target_modules
+    config: dict[str, Any]  # of peft.AdaLoraConfig, except target_modules
     optimizer: str = "adamw"  # or "sgd" (with momentum); see the two sides
     clip: float | None = None  # global norm of the gradients, before importance sees them
     learning_rate: float = 1e-2
@@ -84,7 +84,7 @@ def _squared_error(lib, output, y):
 
 
 def _block(linear, lib, x):
-    """One transformer block without norms, then the mean over tokens and a head."""
+    """Apply one transformer block without norms, then the mean over tokens and a head."""
     query, key, value = (linear(name, x) for name in ("query", "key", "value"))
     weights = lib.exp(lib.einsum("btd,bsd->bts", query, key) / query.shape[-1] ** 0.5)
     weights = weights / weights.sum(-1)[..., None]
@@ -127,7 +127,7 @@ MODELS = {
 
 
 def inputs(case: Case) -> Inputs:
-    """Random weights, and batches whose y a fixed map of low rank gives: something to learn."""
+    """Return random weights, and batches whose y comes from a fixed low-rank map of x."""
     model, rng = MODELS[case.model], np.random.default_rng(case.seed)
     weights = {
         name: {

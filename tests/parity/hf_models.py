@@ -1,7 +1,7 @@
-"""Tiny models of transformers, randomly initialised, and what their layers are called in Flax.
+"""Tiny, randomly initialised transformers models, and the names of their layers in Flax.
 
-The correspondence is written out here by hand, module by module and slice by slice, so that the
-name maps of the package have something to be held against.
+The correspondence is written by hand, module by module and slice by slice, as a reference for the
+package's name maps.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def model(family: str) -> Any:
 
 
 def logits(model: Any) -> np.ndarray:
-    """Of a fixed batch."""
+    """Compute the logits of a fixed batch."""
     if model.config.model_type == "vit":
         batch = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)}
     else:
@@ -148,7 +148,7 @@ def _gpt2_apart() -> Layout:
 
 
 def _gemma(gating_is_stacked: bool) -> Layout:
-    """As in google-deepmind/gemma."""
+    """Return the layout of google-deepmind/gemma."""
     layout: Layout = {}
     for i in range(LAYERS):
         hf = f"model.layers.{i}"
@@ -200,14 +200,14 @@ LAYOUTS: dict[str, tuple[str, Layout]] = {
 
 
 def weight(model: Any, name: str) -> Any:
-    """The weight of a module as a view ``[out, in]``, whatever it is."""
+    """Return the weight of a module as a view ``[out, in]``, also for Conv1D."""
     module = model.get_submodule(name)
     turned = type(module).__name__ == "Conv1D"
     return module.weight.data.T if turned else module.weight.data
 
 
 def adapters(layout: Layout, model: Any, config: adalora.AdaLoraConfig, seed: int = 0):
-    """Random adapters of the right sizes, and masks of all ranks from 0 on."""
+    """Return random adapters of the right sizes, and masks of all ranks from 0 on."""
     rng = np.random.default_rng(seed)
     result, masks = {}, {}
     for number, (path, (stack, pieces)) in enumerate(layout.items()):
@@ -228,7 +228,7 @@ def adapters(layout: Layout, model: Any, config: adalora.AdaLoraConfig, seed: in
 def deltas(
     layout: Layout, adapters, config: adalora.AdaLoraConfig
 ) -> Iterator[tuple[str, slice, np.ndarray]]:
-    """Each module's increment ``[out, in]`` for some of its outputs, by the dense formula."""
+    """Yield each module's increment ``[out, in]`` for some of its outputs, by the dense formula."""
     for path, (_, pieces) in layout.items():
         dense = np.asarray(adalora.delta_weight(adapters[path]))
         for piece in pieces:
@@ -236,7 +236,7 @@ def deltas(
 
 
 def with_increments(family: str, layout: Layout, adapters, config) -> Any:
-    """The plain PyTorch model with all increments added to its weights by hand."""
+    """Return the plain PyTorch model with all increments added to its weights by hand."""
     plain = model(family)
     for name, part, delta in deltas(layout, adapters, config):
         weight(plain, name)[part] += torch.tensor(delta)

@@ -1,4 +1,4 @@
-"""Our side: plain JAX, the adapters a dict, allocation inside ``tx.update``. No torch in here."""
+"""Our side: plain JAX, a dict of adapters, allocation inside ``tx.update``, and no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parity.cases import MODELS, Case, Inputs, Snapshot, inputs
 
 
 def from_arrays(adapters, dtype=jnp.float32) -> dict[str, adalora.Adapter]:
-    """``{layer: (p, lam, q)}`` of NumPy arrays as adapters."""
+    """Convert ``{layer: (p, lam, q)}`` of NumPy arrays to adapters."""
     return {
         name: adalora.Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves))
         for name, leaves in adapters.items()
@@ -31,7 +31,7 @@ def to_arrays(tree) -> dict[str, tuple[np.ndarray, ...]]:
 
 
 def peft_scale(config: adalora.AdaLoraConfig) -> float:
-    """PEFT's factor: its guard against rank 0 makes it smaller than ``config.scaling`` by 1e-6."""
+    """Return PEFT's scale: a guard against rank 0 makes it 1e-6 smaller than ``config.scaling``."""
     alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
     return alpha / (config.init_r + 1e-5)
 
@@ -41,14 +41,14 @@ def transform(case: Case, config: adalora.AdaLoraConfig) -> optax.GradientTransf
         inner = optax.adamw(case.learning_rate, weight_decay=0.01)
     else:
         inner = optax.sgd(case.learning_rate, momentum=0.9)
-    if case.overflow is not None:  # the rule of loss scaling
+    if case.overflow is not None:  # as under loss scaling
         inner = optax.apply_if_finite(inner, max_consecutive_errors=5)
     tx = adalora.adalora(inner, config)
     return tx if case.clip is None else optax.chain(optax.clip_by_global_norm(case.clip), tx)
 
 
 def task_loss(case: Case, base, params, x, y, scale):
-    """The loss without the orthogonality term: what evaluation is about."""
+    """Compute the loss without the orthogonality term, as in evaluation."""
     model = MODELS[case.model]
     layers = base | {"head": params["head"]} if params["head"] else base
 
@@ -66,12 +66,12 @@ def task_loss(case: Case, base, params, x, y, scale):
 def start(
     case: Case, config: adalora.AdaLoraConfig, adapters, weights, *, scale: float, dtype=jnp.float32
 ):
-    """Parameters, optimizer state, and ``step(params, opt, x, y, overflow) → (…, …, loss)``."""
+    """Return parameters, optimizer state, ``step(params, opt, x, y, overflow) → (…, …, loss)``."""
     base = cast(weights, dtype)
     head = base["head"] if case.trained_head else {}
     params = {"adapters": from_arrays(adapters, dtype), "head": head}
     tx = transform(case, config)
-    # In float64 the subject is the algorithm, and compiling with care costs more than the run.
+    # In float64 the algorithm is tested, and optimising compilation takes longer than the run.
     quick = {"xla_backend_optimization_level": 0} if dtype == jnp.float64 else None
 
     @functools.partial(jax.jit, compiler_options=quick)
@@ -97,7 +97,7 @@ def train(
     scale: float,
     dtype=jnp.float32,
 ) -> Iterator[Snapshot]:
-    """Trains from the given initial adapters, and yields what there is after each step."""
+    """Train from the given initial adapters; yield a snapshot after each step."""
     given = given or inputs(case)
     params, opt, step = start(case, config, adapters, given.weights, scale=scale, dtype=dtype)
     for i, (x, y) in enumerate(zip(given.x, given.y)):

@@ -43,8 +43,8 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("arguments", VARIANTS, ids=["least", "regex", "one layer", "full"])
-def test_keyword_arguments_dict_and_file_read_the_same(arguments, tmp_path):
-    """PEFT's keyword arguments paste in unchanged, and its dict and file mean the same."""
+def test_peft_arguments_dict_and_file_give_same_config(arguments, tmp_path):
+    """PEFT's keyword arguments work unchanged, and its dict and file mean the same."""
     theirs_ = peft.AdaLoraConfig(**arguments)
     config = AdaLoraConfig.from_peft(theirs_.to_dict())
     theirs_.save_pretrained(tmp_path)
@@ -57,14 +57,14 @@ def test_keyword_arguments_dict_and_file_read_the_same(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", VARIANTS, ids=["least", "regex", "one layer", "full"])
-def test_pefts_config_comes_back_whole(arguments):
+def test_peft_config_round_trips(arguments):
     theirs_ = peft.AdaLoraConfig(**arguments)
     back = peft.AdaLoraConfig(**AdaLoraConfig.from_peft(theirs_.to_dict()).to_peft())
-    back.task_type = theirs_.task_type  # the one thing that has no counterpart
+    back.task_type = theirs_.task_type  # has no counterpart here
     assert back.to_dict() == theirs_.to_dict()
 
 
-def test_config_of_a_trained_model_comes_back_with_its_rank_pattern(tmp_path):
+def test_config_of_trained_model_round_trips_with_rank_pattern(tmp_path):
     case = Case("chain2", {"total_step": 20, "init_r": 6, "target_r": 2, "tfinal": 5})
     peft_model = theirs.build(case)
     for _ in theirs.train(case, peft_model):
@@ -75,7 +75,7 @@ def test_config_of_a_trained_model_comes_back_with_its_rank_pattern(tmp_path):
     peft_model.save_pretrained(tmp_path)
     saved = AdaLoraConfig.from_peft(tmp_path)
     assert saved == running
-    # PEFT loads its own weights with our config.
+    # PEFT must load its own weights with our config.
     written = json.dumps(saved.to_peft() | {"inference_mode": True})
     (tmp_path / "adapter_config.json").write_text(written)
     with warnings.catch_warnings():
@@ -85,8 +85,8 @@ def test_config_of_a_trained_model_comes_back_with_its_rank_pattern(tmp_path):
         assert lam.size == sum(expected[name])
 
 
-def test_every_key_of_pefts_config_is_known():
-    """No warning at the defaults, so none of a key that this version of PEFT has added."""
+def test_every_key_of_peft_config_is_known():
+    """The defaults do not warn, so this version of PEFT has no key that is unknown here."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AdaLoraConfig.from_peft(peft.AdaLoraConfig(total_step=10).to_dict())
@@ -115,7 +115,7 @@ IGNORED = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("key", [*_PEFT_IGNORED, "init_lora_weights"])
-def test_options_said_to_have_no_effect_have_none_in_peft(key):
+def test_ignored_options_have_no_effect_in_peft(key):
     case = Case("chain2", {"total_step": 8, "init_r": 4, "target_r": 2}, learning_rate=1e-2)
     changed = Case("chain2", case.config | {key: IGNORED[key]}, learning_rate=1e-2)
     losses = [[s.loss for s in theirs.train(c, theirs.build(c))] for c in (case, changed)]
@@ -126,7 +126,7 @@ def test_options_said_to_have_no_effect_have_none_in_peft(key):
         AdaLoraConfig.from_peft(source)
 
 
-def test_refused_bias_does_train_more_in_peft():
+def test_rejected_bias_option_trains_biases_in_peft():
     case = Case("chain2", {"total_step": 8, "bias": "all"})
     peft_model = theirs.build(case)
     trained = [name for name, p in peft_model.named_parameters() if p.requires_grad]

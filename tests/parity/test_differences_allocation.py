@@ -1,4 +1,4 @@
-"""Where our allocation differs from PEFT's on purpose: both run, both behaviours shown."""
+"""Deliberate differences between PEFT's allocation and ours; each test shows both behaviours."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.parity
 
 
 def both(case: Case):
-    """A fresh PEFT model, our config, and our initial adapters with the same values."""
+    """Return a new PEFT model, our config, and our initial adapters with the same values."""
     peft_model = theirs.build(case)
     config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
     return peft_model, config, theirs.adapters(peft_model)
@@ -36,7 +36,7 @@ def live(adapters) -> int:
 
 
 def random_gradients(adapters, seed):
-    """One gradient for both sides, in our layout."""
+    """Draw one gradient for both sides, in our layout."""
     rng = np.random.default_rng(seed)
     return {
         name: tuple(rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves)
@@ -52,7 +52,7 @@ def set_gradients(peft_model, gradients) -> None:
         layer.lora_E["default"].grad = torch.tensor(lam[:, None])
 
 
-def test_all_scores_equal_peft_keeps_no_triplet_and_we_keep_the_budget():
+def test_equal_scores_prune_all_in_peft_and_keep_budget_here():
     """PEFT drops all triplets whose score is at most the k-th lowest; we keep exactly b."""
     peft_model, config_, adapters = both(Case("chain2", config(20, (6, 2), beta1=0.5, beta2=0.5)))
     ones = {name: tuple(np.ones_like(leaf) for leaf in a) for name, a in adapters.items()}
@@ -80,7 +80,7 @@ def test_init_r_equal_to_target_r_crashes_peft_and_trains_unpruned_here():
     assert last.budget == kept(last.masks) == live(last.adapters) == 8
 
 
-def test_init_r_below_target_r_crashes_peft_in_training_and_is_refused_here_at_once():
+def test_init_r_below_target_r_fails_late_in_peft_and_at_once_here():
     case = Case("chain2", config(20, (4, 6), tinit=5))
     peft_model = theirs.build(case)
     steps = theirs.train(case, peft_model)
@@ -92,8 +92,8 @@ def test_init_r_below_target_r_crashes_peft_in_training_and_is_refused_here_at_o
         AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
 
 
-def test_one_step_of_infinite_gradients_ends_pruning_in_peft_and_is_passed_over_here():
-    """As after an overflow under loss scaling: the optimizer passes over the step."""
+def test_infinite_gradients_end_pruning_in_peft_and_are_skipped_here():
+    """As after an overflow under loss scaling, the optimizer skips the step."""
     case = Case("chain2", config(80, (6, 2), 10, 20), overflow=30)
     peft_model, config_, adapters = both(case)
     own = list(ours.train(case, config_, adapters, scale=config_.scaling))
@@ -111,7 +111,7 @@ def test_one_step_of_infinite_gradients_ends_pruning_in_peft_and_is_passed_over_
     assert kept(own[-1].masks) == live(own[-1].adapters) == 4
 
 
-def test_without_final_phase_peft_ends_with_every_triplet_live_and_we_with_the_target():
+def test_without_final_phase_peft_ends_unpruned_and_we_at_target():
     """tfinal = 0: PEFT's last mask falls on a multiple of deltaT, and every λ grows back."""
     case = Case("chain2", config(80, (6, 2), 10, 0, 4))
     peft_model, config_, adapters = both(case)
@@ -123,7 +123,7 @@ def test_without_final_phase_peft_ends_with_every_triplet_live_and_we_with_the_t
     assert kept(last.masks) == live(last.adapters) == 4
 
 
-def test_training_that_starts_after_the_final_step_crashes_peft_and_is_pruned_here():
+def test_start_after_final_step_crashes_peft_and_prunes_here():
     peft_model, config_, adapters = both(Case("chain2", config(80, (6, 2), 10, 20)))
     gradients = random_gradients(adapters, 0)
     set_gradients(peft_model, gradients)
@@ -135,8 +135,8 @@ def test_training_that_starts_after_the_final_step_crashes_peft_and_is_pruned_he
     assert kept(masks) == 4
 
 
-def test_final_step_leapt_over_leaves_peft_above_the_target_and_is_made_up_for_here():
-    """The count jumps, as after a restart, past 60 = total_step - tfinal, PEFT's one final step."""
+def test_skipped_final_step_ends_above_target_in_peft_and_at_target_here():
+    """The step count jumps, as after a restart, past PEFT's final step total_step - tfinal = 60."""
     peft_model, config_, adapters = both(Case("chain2", config(80, (6, 2), 0, 20)))
     state = adalora.init_state(ours.from_arrays(adapters), config_)
     for step in (*range(31), *range(61, 80)):
@@ -149,9 +149,9 @@ def test_final_step_leapt_over_leaves_peft_above_the_target_and_is_made_up_for_h
     assert kept(masks) == 4
 
 
-def test_between_two_masks_peft_computes_with_every_triplet_and_our_masks_are_state():
-    """deltaT = 4: in both the pruned λ grow back, so that they can be revived; what is pruned
-    stays known here, to evaluate and export with, and ``hold_mask`` forbids the growth."""
+def test_between_masks_peft_is_unpruned_and_our_state_has_the_masks():
+    """deltaT = 4: in both the pruned λ grow back, so that they can be revived; here the masks are
+    stored for evaluation and export, and ``hold_mask`` prevents the growth."""
     case = Case("chain2", config(80, (6, 2), 10, 20, 4), steps=31)
     peft_model, config_, adapters = both(case)
     peft_live = [live(snapshot.adapters) for snapshot in theirs.train(case, peft_model)]
@@ -169,7 +169,7 @@ def test_between_two_masks_peft_computes_with_every_triplet_and_our_masks_are_st
     assert [live(snapshot.adapters) for snapshot in held][24:] == [6] * 7
 
 
-def test_forgotten_call_leaves_peft_unpruned_and_there_is_none_to_forget_here():
+def test_forgotten_call_leaves_peft_unpruned_and_is_not_needed_here():
     case = Case("chain2", config(40, (6, 2), 5, 10))
     peft_model, config_, adapters = both(case)
     peft_model.base_model.update_and_allocate = lambda step: None
@@ -181,7 +181,7 @@ def test_forgotten_call_leaves_peft_unpruned_and_there_is_none_to_forget_here():
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
-def test_saved_midway_peft_cannot_prune_on_and_we_go_on_bit_for_bit(tmp_path):
+def test_saved_run_cannot_be_pruned_in_peft_and_resumes_bitwise_here(tmp_path):
     case = Case("chain2", config(60, (6, 2), 0, 10))
     given = inputs(case)
     peft_model, config_, adapters = both(case)
@@ -190,7 +190,7 @@ def test_saved_midway_peft_cannot_prune_on_and_we_go_on_bit_for_bit(tmp_path):
         next(steps)
     peft_model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(theirs.base_model(case), tmp_path, is_trainable=True)
-    # The rows that were pruned are gone, but the budget is still counted from all of them.
+    # The pruned rows are gone, but PEFT still counts the budget from all rows.
     left = theirs.adapters(loaded)
     assert sum(lam.size for _, lam, _ in left.values()) == 5
     set_gradients(loaded, random_gradients(left, 0))

@@ -1,4 +1,4 @@
-"""Where the adapted model differs from PEFT's on purpose: both run, both behaviours shown."""
+"""Deliberate differences between PEFT's adapted model and ours; each test shows both behaviours."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ CONFIG = {"total_step": 40, "init_r": 6, "target_r": 2, "tfinal": 10, "lora_alph
 
 @pytest.fixture
 def bert():
-    """A small transformers model with dropout off, its batch, and the adapting of it."""
+    """Return a function that adapts a small transformers model without dropout, and a batch."""
     transformers = pytest.importorskip(
         "transformers", reason="needs transformers: pip install '.[parity]'"
     )
@@ -49,24 +49,24 @@ def bert():
 
 
 def penalty(peft_model) -> float:
-    """Our orthogonality term of PEFT's adapters."""
+    """Compute our orthogonality term of PEFT's adapters."""
     config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
     return float(adalora.orthogonality(ours.from_arrays(theirs.adapters(peft_model)), config))
 
 
 @transformers_own_warning
-def test_without_task_type_peft_leaves_out_the_regulariser_and_ours_is_a_call_you_see(bert):
+def test_peft_omits_regulariser_without_task_type_and_ours_is_explicit(bert):
     adapt, batch = bert
     without, with_ = adapt(None), adapt("SEQ_CLS")
     bare = without(**batch).loss.item()
-    # The same model and batch, and λ = 0: only the regulariser can be between them.
+    # Model and batch are the same and λ = 0, so only the regulariser can differ.
     assert with_(**batch).loss.item() - bare == pytest.approx(penalty(with_), rel=1e-5)
     assert penalty(without) > 0.9
     assert without.base_model(**batch).loss.item() == pytest.approx(bare + penalty(without))
 
 
 @transformers_own_warning
-def test_evaluation_loss_has_the_regulariser_in_peft_and_not_here(bert):
+def test_evaluation_loss_includes_regulariser_in_peft_but_not_here(bert):
     adapt, batch = bert
     peft_model = adapt("SEQ_CLS").eval()
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_evaluation_loss_has_the_regulariser_in_peft_and_not_here(bert):
         plain = peft_model.get_base_model()(**batch).loss.item()
     assert evaluated == pytest.approx(plain + penalty(peft_model))
 
-    # Ours is in the loss only where the training loop adds it; the forward pass knows nothing.
+    # Ours is in the loss only if the training loop adds it; the forward pass does not include it.
     case = Case("chain2", CONFIG)
     given = inputs(case)
     params = {"adapters": ours.from_arrays(theirs.adapters(theirs.build(case))), "head": {}}
@@ -91,8 +91,8 @@ def test_evaluation_loss_has_the_regulariser_in_peft_and_not_here(bert):
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
-def test_reload_with_alpha_of_zero_shrinks_pefts_increment_and_leaves_ours(tmp_path):
-    """alpha <= 0 means alpha = r, and PEFT reads r anew from the pruned rows."""
+def test_reload_with_alpha_zero_shrinks_increment_in_peft_but_not_here(tmp_path):
+    """alpha <= 0 means alpha = r, and PEFT reads r again from the pruned rows."""
     case = Case("chain2", CONFIG | {"lora_alpha": 0}, learning_rate=1e-2)
     peft_model = theirs.build(case)
     *_, last = theirs.train(case, peft_model)
@@ -114,9 +114,9 @@ def test_reload_with_alpha_of_zero_shrinks_pefts_increment_and_leaves_ours(tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_scale_of_a_model_not_in_float32_drifts_in_peft_and_is_fixed_here(dtype):
-    """PEFT casts ``ranknum``, the scale's divisor, to the dtype of the base model and by that makes
-    a trainable parameter of it; every optimizer that takes all trainable ones then moves it."""
+def test_scale_drifts_in_peft_unless_float32_and_is_fixed_here(dtype):
+    """PEFT casts ``ranknum``, the scale's divisor, to the dtype of the base model, which makes it a
+    trainable parameter; every optimizer of all trainable parameters then changes it."""
     case = Case("chain2", CONFIG | {"lora_alpha": 8}, learning_rate=1e-2)
     config = peft.AdaLoraConfig(target_modules=["layer0", "layer1"], **case.config)
     for own_dtype, trainable in ((torch.float32, False), (getattr(torch, dtype), True)):
@@ -133,14 +133,14 @@ def test_scale_of_a_model_not_in_float32_drifts_in_peft_and_is_fixed_here(dtype)
         opt.zero_grad()
     assert all(abs(divisor.item() - 6) > 0.1 for divisor in divisors)
 
-    # Ours is a number in the config, beside the parameters.
+    # Our scale is a number in the config, not a parameter.
     config = AdaLoraConfig.from_peft(config.to_dict())
     assert config.scaling == 8 / 6
     assert set(adalora.Adapter._fields) == {"p", "lam", "q"}
 
 
-def test_adapter_whose_name_contains_anothers_crashes_peft_and_is_another_tree_here():
-    """PEFT finds an adapter's parameters by a substring: "default" is in "default2" too."""
+def test_adapter_name_in_another_crashes_peft_and_is_separate_here():
+    """PEFT finds an adapter's parameters by substring: "default" is also in "default2"."""
     case = Case("chain2", CONFIG)
     peft_model = theirs.build(case)
     adapters = theirs.adapters(peft_model)

@@ -1,12 +1,12 @@
-"""Training with PEFT and with us, step by step: the same budgets, masks, weights, averages, losses.
+"""Training in PEFT and here, compared step by step: budgets, masks, weights, averages, losses.
 
 Every case runs twice. In float64 the two sides differ by rounding of 1e-16, far too little to be
-amplified into anything in a few hundred steps, so agreement to 1e-9 says that the algorithms are
-the same. In float32, the precision people use, the tolerances say how far rounding carries.
+amplified noticeably in a few hundred steps, so agreement to 1e-9 shows that the algorithms are
+the same. In float32, the precision people use, the tolerances show how far rounding carries.
 
-The allocator's averages are float32 on our side in both (by design) and in the model's dtype in
-PEFT. Masks are compared for equality, which asks for cases in which no two triplets at the
-threshold differ by rounding alone. Seed 0 gave such everywhere: wherever a mask is made, the last
+In both, the allocator's averages are float32 here (by design) and of the model's dtype in PEFT.
+Masks are compared for equality, which requires cases in which no two triplets at the threshold
+differ by rounding alone. Seed 0 is sufficient for all of them: wherever a mask is made, the last
 score kept and the first dropped are at least 40 times as far apart as the two sides' scores, and
 19 times in the run near orthonormality.
 """
@@ -84,8 +84,8 @@ CASES = {
     ),
 }
 
-# Largest differences allowed: of p, λ, q and the head, absolute; of the loss, relative; of the
-# averages, relative to the largest sensitivity of their matrix.
+# Largest differences allowed: absolute for p, λ, q and the head, relative for the loss, and for
+# the averages relative to the largest sensitivity of their matrix.
 FLOAT64 = {"weights": 1e-9, "loss": 1e-9, "averages": 2e-5}
 FLOAT32 = {"weights": 3e-5, "loss": 5e-5, "averages": 1e-3}
 # torch adds 1e-6 to the norm by which it divides, optax does not.
@@ -93,7 +93,7 @@ CLIPPED = {"weights": 2e-6, "loss": 1e-5, "averages": 5e-5}
 
 
 def runs(case: Case, dtype: str):
-    """The config and both sides' snapshots, pairwise, from the same weights."""
+    """Return the config and the pairs of both sides' snapshots, from the same weights."""
     peft_model = theirs.build(case, getattr(torch, dtype))
     config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
     adapters = theirs.adapters(peft_model)
@@ -108,7 +108,7 @@ def check(case: Case, dtype: str, tolerance: dict[str, float]) -> None:
     initial = budget = None
     for step, (own, peft) in enumerate(pairs):
         where = f"at step {step}"
-        # On purpose: our last step always makes the final mask, PEFT's only if deltaT says so.
+        # By design, our last step always makes the final mask; in PEFT it depends on deltaT.
         final_here_only = (
             config.tfinal == 0 and step == config.total_step - 1 and step % config.deltaT != 0
         )
@@ -127,7 +127,7 @@ def check(case: Case, dtype: str, tolerance: dict[str, float]) -> None:
             if peft.sensitivity is not None:
                 for averages in ("sensitivity", "uncertainty"):
                     mine, its = getattr(own, averages)[name], getattr(peft, averages)[name]
-                    # An uncertainty is a difference of sensitivities: it has their rounding.
+                    # An uncertainty is a difference of sensitivities and has their rounding errors.
                     for actual, expected, size in zip(mine, its, peft.sensitivity[name]):
                         error = np.abs(actual - expected).max()
                         assert error <= tolerance["averages"] * np.abs(size).max(), at
@@ -136,29 +136,29 @@ def check(case: Case, dtype: str, tolerance: dict[str, float]) -> None:
         live = sum(int(mask.sum()) for mask in own.masks.values())
         initial = live if initial is None else initial
         budget = peft.budget
-    # The test would be worth nothing without pruning.
+    # Without pruning this test would show nothing.
     assert live == budget == initial * config.target_r // config.init_r < initial
     assert step + 1 == (case.steps or config.total_step)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_step_is_pefts_in_float64(name):
+def test_every_step_matches_peft_in_float64(name):
     case = CASES[name]
     with jax.enable_x64(True):
         check(case, "float64", FLOAT64 if case.clip is None else CLIPPED)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_step_is_pefts_in_float32(name):
+def test_every_step_matches_peft_in_float32(name):
     check(CASES[name], "float32", FLOAT32)
 
 
-def test_near_orthonormality_masks_are_still_pefts_in_float32():
-    """Where P or Q comes close to orthonormal, float32 agrees less, for both sides' same reason.
+def test_masks_match_peft_in_float32_near_orthonormality():
+    """Where P or Q is almost orthonormal, float32 agrees less, for the same reason on both sides.
 
-    The gradient of ‖M Mᵀ − I‖_F has a fixed length and only a direction, D / ‖D‖, which is made of
-    rounding where D is small; Adam makes whole steps of it. Losses hardly feel it. That it is
-    rounding is seen in float64, where there is 1e-9 of it and the difference shrinks likewise.
+    The gradient of ‖M Mᵀ − I‖_F has a fixed length and only a direction, D / ‖D‖, which consists of
+    rounding where D is small; Adam makes full steps of it. Losses hardly change. Float64 shows that
+    rounding is the cause: it is 1e-9 times as large there, and the difference shrinks likewise.
     """
     case = Case("block6", config(200, (6, 3), 20, 40, 1), learning_rate=1e-2)
     check(case, "float32", {"weights": 2e-2, "loss": 5e-3, "averages": 1.0})
@@ -166,7 +166,7 @@ def test_near_orthonormality_masks_are_still_pefts_in_float32():
         check(case, "float64", {"weights": 1e-6, "loss": 1e-7, "averages": 5e-6})
 
 
-def test_own_scale_differs_from_pefts_guard_by_two_millionths():
+def test_scale_differs_from_peft_guarded_scale_by_two_millionths():
     """PEFT divides alpha by ``ranknum + 1e-5``; ``config.scaling`` does not."""
     case = CASES["three, every ten steps"]
     peft_model = theirs.build(case)

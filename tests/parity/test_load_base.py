@@ -1,4 +1,4 @@
-"""Checkpoints that transformers saved, in Flax models: equal logits, and there and back by PEFT."""
+"""transformers checkpoints loaded into Flax models: equal logits, and a round trip through PEFT."""
 
 import hf_flax
 import jax
@@ -35,7 +35,7 @@ def close(actual, expected):
 
 
 def saved(model, folder, **options):
-    """The folder, and how many files of weights there are."""
+    """Save the model; return the folder and its number of weight files."""
     model.save_pretrained(folder, **options)
     return folder, len(list(folder.glob("*.safetensors")))
 
@@ -47,17 +47,17 @@ def in_linen(module, folder, names, **options):
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bert_with_a_classifier(stacked, dtype, tmp_path):
+def test_bert_with_classifier_matches_transformers(stacked, dtype, tmp_path):
     torch_model = hf.model("bert").to(getattr(hf.torch, dtype))
     folder, count = saved(torch_model, tmp_path, **SMALL)
     assert count > 2
     model = hf_flax.Bert(SIZES, stacked, classes=2)
     variables = in_linen(model, folder, "bert")
-    # In float32 on both sides: what is compared is what was loaded.
+    # In float32 on both sides, so that only loading is compared.
     close(model.apply(variables, IDS), hf.logits(torch_model.float()))
 
 
-def test_bert_without_a_head(tmp_path):
+def test_bert_without_head_matches_transformers(tmp_path):
     torch_model = hf.model("bert").bert
     folder, _ = saved(torch_model, tmp_path)
     model = hf_flax.Bert(SIZES)
@@ -71,11 +71,11 @@ def test_bert_without_a_head(tmp_path):
         in_linen(headless, folder, "bert")
 
 
-def test_bert_for_masked_words_leaves_its_head_over(tmp_path):
+def test_masked_lm_bert_loads_without_its_head(tmp_path):
     hf.torch.manual_seed(1)
     torch_model = hf.transformers.BertForMaskedLM(hf.model("bert").config).eval()
     folder, _ = saved(torch_model, tmp_path)
-    # Nothing pools there.
+    # The masked-language model has no pooler.
     model = hf_flax.Bert(SIZES)
     variables = in_linen(
         model, folder, "bert", allow_unused=r"cls\..*", allow_missing=["pooler/dense/.*"]
@@ -96,7 +96,7 @@ def llama(**changes):
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_llama_in_linen(stacked, tied, tmp_path):
+def test_llama_in_linen_matches_transformers(stacked, tied, tmp_path):
     torch_model = llama(tie_word_embeddings=tied)
     folder, count = saved(torch_model, tmp_path, **SMALL)
     assert count > 2
@@ -108,7 +108,7 @@ def test_llama_in_linen(stacked, tied, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_llama_and_mistral_in_nnx(stacked, family, tmp_path):
+def test_llama_and_mistral_in_nnx_match_transformers(stacked, family, tmp_path):
     torch_model = llama()
     if family == "mistral":
         hf.torch.manual_seed(3)
@@ -144,7 +144,7 @@ CASES = {
 @pytest.mark.parametrize("writer", [files.save_pretrained, files.save_as_lora])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("family", CASES)
-def test_an_adapter_trained_on_it_computes_the_same_in_peft(family, stacked, writer, tmp_path):
+def test_adapter_trained_on_loaded_base_computes_same_in_peft(family, stacked, writer, tmp_path):
     folder, _ = saved(hf.model(family), tmp_path / "base", **SMALL)
     make, targets = CASES[family]
     model = make(stacked)

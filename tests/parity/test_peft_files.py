@@ -1,4 +1,4 @@
-"""Adapters that PEFT trained and wrote, read here; and bases merged here, for transformers."""
+"""Adapters that PEFT trained and saved, loaded here; and bases merged here, for transformers."""
 
 import json
 
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
-    # Of PEFT's own files, where a rank is 0.
+    # PEFT warns about its own files if a rank is 0.
     pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape:UserWarning"),
 ]
 TARGETS = {
@@ -35,7 +35,7 @@ ENDS = {"before pruning": 1, "in the middle": 5, "finished": 12}
 
 
 def trained(family, steps, *, modules_to_save=None, **changes):
-    """A PEFT AdaLoRA model after some steps of its own training."""
+    """Train a PEFT AdaLoRA model for some steps."""
     torch.manual_seed(1)
     config = peft.AdaLoraConfig(
         target_modules=TARGETS[family],
@@ -59,7 +59,7 @@ def trained(family, steps, *, modules_to_save=None, **changes):
 
 
 def their_deltas(model):
-    """``{module: increment [out, in]}`` of every adapted module, by PEFT itself."""
+    """Return ``{module: increment [out, in]}`` of every adapted module, from PEFT itself."""
     result = {}
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
@@ -83,14 +83,14 @@ def assert_same_increments(read, expected):
     }
     assert set(got) == set(expected)
     for name, delta in expected.items():
-        size = np.abs(delta).max()  # PEFT's scale has 1e-5 added below
+        size = np.abs(delta).max()  # PEFT adds 1e-5 to the divisor of its scale
         np.testing.assert_allclose(got[name], delta, rtol=0, atol=1e-5 * size, err_msg=name)
 
 
 @pytest.mark.parametrize("alpha", [8, 0, -3])
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_what_peft_wrote_computes_here_what_peft_computes_after_loading_it(
+def test_increments_of_loaded_peft_files_match_those_of_peft_after_reload(
     family, end, alpha, tmp_path
 ):
     trained(family, ENDS[end], lora_alpha=alpha).save_pretrained(tmp_path)
@@ -103,7 +103,7 @@ def test_what_peft_wrote_computes_here_what_peft_computes_after_loading_it(
 
 
 @pytest.mark.parametrize("family", ["gemma", "qwen2", "qwen3", "vit"])
-def test_other_families_are_read_alike_and_go_back_as_they_came(family, tmp_path):
+def test_other_families_round_trip_through_our_files(family, tmp_path):
     trained(family, 12).save_pretrained(tmp_path / "theirs")
     read = files.load_pretrained(tmp_path / "theirs", names=family)
     files.save_pretrained(tmp_path / "ours", read.adapters, read.config, names=family)
@@ -124,7 +124,7 @@ def test_other_families_are_read_alike_and_go_back_as_they_came(family, tmp_path
     )
 
 
-def test_rank_zero_is_read_and_written(tmp_path):
+def test_rank_zero_is_loaded_and_saved(tmp_path):
     """Some modules lose all their triplets."""
     model = trained("vit", 12)
     assert 0 in [sum(v) for v in model.peft_config["default"].rank_pattern.values()]
@@ -139,8 +139,8 @@ def test_rank_zero_is_read_and_written(tmp_path):
     assert len(their_deltas(lora)) < len(their_deltas(model))
 
 
-def test_fused_projection_of_peft_comes_apart_and_together(tmp_path):
-    """c_attn of GPT-2 as queries, keys and values of their own; rows act on all three of them."""
+def test_fused_projection_of_peft_is_split_and_rejoined(tmp_path):
+    """c_attn of GPT-2 becomes separate queries, keys and values; its rows act on all three."""
     trained("gpt2", 12).save_pretrained(tmp_path / "theirs")
     names = [
         *((f"h_{{i}}/{n}", f"transformer.h.{{i}}.attn.c_attn:{k}/3") for k, n in enumerate("qkv")),
@@ -153,14 +153,14 @@ def test_fused_projection_of_peft_comes_apart_and_together(tmp_path):
     expected, actual = (their_deltas(reload("gpt2", tmp_path / who)) for who in ("theirs", "ours"))
     for name, delta in expected.items():
         np.testing.assert_allclose(actual[name], delta, rtol=1e-4, atol=1e-6)
-    # Ours have blocks now, which come apart and together bit for bit.
+    # Our files have one block per part, so that they round-trip bit for bit.
     again = files.load_pretrained(tmp_path / "ours", names=names)
     for path, adapter in read.adapters.items():
         for before, after in zip(adapter, again.adapters[path]):
             np.testing.assert_array_equal(before, after)
 
 
-def test_a_classifier_that_peft_trained_is_read(tmp_path):
+def test_classifier_trained_by_peft_loads(tmp_path):
     model = trained("bert", 12, modules_to_save=["classifier"])
     model.save_pretrained(tmp_path / "theirs")
     read = files.load_pretrained(tmp_path / "theirs")
@@ -173,7 +173,7 @@ def test_a_classifier_that_peft_trained_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_plain_lora_is_read_with_its_scales(rslora, tmp_path):
+def test_plain_lora_loads_with_its_scales(rslora, tmp_path):
     torch.manual_seed(2)
     config = peft.LoraConfig(
         r=4,
@@ -190,7 +190,7 @@ def test_plain_lora_is_read_with_its_scales(rslora, tmp_path):
     assert_same_increments(read, their_deltas(model))
 
 
-def test_a_pickle_is_refused_and_pefts_way_out_works(tmp_path):
+def test_pickle_raises_and_conversion_by_peft_loads(tmp_path):
     model = trained("bert", 5)
     model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
     with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle.*save_pretrained"):
@@ -200,8 +200,8 @@ def test_a_pickle_is_refused_and_pefts_way_out_works(tmp_path):
     assert_same_increments(files.load_pretrained(tmp_path / "other"), their_deltas(again))
 
 
-def test_an_adapter_of_a_model_of_ones_own_is_read(tmp_path):
-    """Not of transformers: the paths are the modules' names."""
+def test_adapter_of_custom_model_loads(tmp_path):
+    """Outside transformers, the paths are the modules' names."""
     case = Case("block6", {"total_step": 30, "init_r": 6, "target_r": 2}, trained_head=True)
     model = theirs.build(case)
     for _ in theirs.train(case, model):
@@ -218,7 +218,7 @@ def reload_own(case, folder):
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("kind", ["adalora", "lora"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3", "vit"])
-def test_merged_base_is_what_peft_merges(family, kind, sharded, tmp_path):
+def test_merged_base_matches_merge_of_peft(family, kind, sharded, tmp_path):
     model = trained(family, 12, modules_to_save=["classifier"] if family == "bert" else None)
     model.save_pretrained(tmp_path / "adapter")
     if kind == "lora":
@@ -236,7 +236,7 @@ def test_merged_base_is_what_peft_merges(family, kind, sharded, tmp_path):
         progress=lambda tensors: (seen.append(name) or name for name in tensors),
     )
     merged = type(hf.model(family)).from_pretrained(tmp_path / "merged").eval()
-    assert len(seen) >= len(merged.state_dict()) - 1  # a tied weight is there once
+    assert len(seen) >= len(merged.state_dict()) - 1  # a tied weight is stored once
     expected = reload(family, tmp_path / "adapter").merge_and_unload().state_dict()
     actual = merged.state_dict()
     assert set(actual) == set(expected)
@@ -252,7 +252,7 @@ def test_merged_base_is_what_peft_merges(family, kind, sharded, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_merged_base_keeps_its_dtype_and_is_rounded_once(dtype, tmp_path):
+def test_merged_base_keeps_dtype_and_is_rounded_once(dtype, tmp_path):
     family, layout = hf.LAYOUTS["llama, stacked"]
     config = adalora.AdaLoraConfig(total_step=9, init_r=4, target_r=2, init_lora_weights=False)
     adapters, masks = hf.adapters(layout, hf.model(family), config)
@@ -269,14 +269,14 @@ def test_merged_base_keeps_its_dtype_and_is_rounded_once(dtype, tmp_path):
         expected[key] = (base[key].float() + torch.tensor(delta)).to(base[key].dtype)
     for name, tensor in expected.items():
         assert merged[name].dtype == getattr(torch, dtype)
-        # Sums in another order may fall on the other side of a rounding, which is rare.
+        # Sums in another order may rarely be rounded differently.
         differing = merged[name] != tensor
         assert differing.float().mean() < 0.01, name
         np.testing.assert_allclose(merged[name].float(), tensor.float(), rtol=2**-7, atol=1e-6)
 
 
-def test_a_name_that_ends_another_one_has_its_own_rank_in_peft(tmp_path):
-    """In a pattern PEFT takes the first key that ends a name."""
+def test_module_does_not_take_rank_of_its_name_suffix_in_peft(tmp_path):
+    """PEFT takes the first key of a pattern that is a suffix of a name."""
 
     class Nested(torch.nn.Module):
         def __init__(self, depth):

@@ -1,5 +1,5 @@
-"""Adapters written here and loaded by PEFT into models of transformers; the logits are compared
-with those of the plain model whose weights had every increment added by hand."""
+"""Adapters saved here and loaded by PEFT into transformers models; the logits are compared with
+those of the plain model, to whose weights every increment was added by hand."""
 
 import flax.linen as nn
 import jax
@@ -31,12 +31,12 @@ def loaded(family, folder):
 
 
 def small(adapters):
-    """Increments that move the logits, but not so far that rounding shows."""
+    """Scale increments so that they move the logits, but not so far that rounding shows."""
     return {path: a._replace(lam=0.1 * a.lam) for path, a in adapters.items()}
 
 
 def close(actual, expected):
-    """To float32 rounding, PEFT's ``+ 1e-5`` below its scale, and a few layers of both."""
+    """Compare up to float32 rounding and PEFT's ``+ 1e-5`` in its scale, over a few layers."""
     np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
 
 
@@ -49,7 +49,7 @@ def example(request):
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("example", hf.LAYOUTS, indirect=True)
-def test_logits_in_peft_are_those_of_the_dense_increments(example, writer, tmp_path):
+def test_logits_in_peft_match_dense_increments(example, writer, tmp_path):
     family, layout, adapters, masks = example
     WRITERS[writer](tmp_path, adapters, CONFIG, masks=masks, names=family)
     masked = evaluation.apply_masks(adapters, masks)
@@ -62,8 +62,8 @@ def test_logits_in_peft_are_those_of_the_dense_increments(example, writer, tmp_p
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("example", hf.LAYOUTS, indirect=True)
-def test_what_was_written_is_read_back_with_the_same_function(example, writer, tmp_path):
-    """The rows that live, bit for bit; λ of a LoRA adapter is in the other factors."""
+def test_saved_adapters_load_with_same_increments(example, writer, tmp_path):
+    """AdaLoRA files keep live rows bit for bit; LoRA files have λ in the other factors."""
     family, _, adapters, masks = example
     WRITERS[writer](tmp_path, adapters, CONFIG, masks=masks, names=family)
     read = files.load_pretrained(tmp_path, names=family, like=adapters)
@@ -81,7 +81,7 @@ def test_what_was_written_is_read_back_with_the_same_function(example, writer, t
                     )
 
 
-def test_no_rank_of_the_lora_adapter_is_above_what_training_kept(tmp_path):
+def test_lora_export_has_ranks_of_masks(tmp_path):
     family, layout = hf.LAYOUTS["bert, stacked"]
     adapters, masks = hf.adapters(layout, hf.model(family), CONFIG)
     files.save_as_lora(tmp_path, adapters, CONFIG, masks=masks, names=family)
@@ -100,7 +100,7 @@ def test_no_rank_of_the_lora_adapter_is_above_what_training_kept(tmp_path):
     assert found == {names[row]: (rank, 1.0) for row, rank in kept.items() if rank}
 
 
-def test_scales_of_single_layers_are_kept(tmp_path):
+def test_per_layer_scales_are_kept(tmp_path):
     config = CONFIG.replace(rank_limits={"query": {"alpha": 30, "init_r": 6}, "key": {"alpha": -1}})
     family, layout = hf.LAYOUTS["bert"]
     adapters, masks = hf.adapters(layout, hf.model(family), config)
@@ -113,7 +113,7 @@ def test_scales_of_single_layers_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [0, -2])
-def test_alpha_of_zero_and_less_means_a_scale_of_one(alpha, tmp_path):
+def test_nonpositive_alpha_means_scale_of_one(alpha, tmp_path):
     config = CONFIG.replace(lora_alpha=alpha)
     family, layout = hf.LAYOUTS["llama"]
     adapters, masks = hf.adapters(layout, hf.model(family), config)
@@ -125,7 +125,7 @@ def test_alpha_of_zero_and_less_means_a_scale_of_one(alpha, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_dtypes_are_written_as_they_are(dtype, tmp_path):
+def test_narrow_dtypes_are_saved_unchanged(dtype, tmp_path):
     config = CONFIG.replace(param_dtype=dtype)
     family, layout = hf.LAYOUTS["bert"]
     adapters, masks = hf.adapters(layout, hf.model(family), config)
@@ -140,7 +140,7 @@ def test_narrow_dtypes_are_written_as_they_are(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
-def test_a_saved_classifier_goes_along(task_type, tmp_path):
+def test_trained_classifier_is_saved_with_adapters(task_type, tmp_path):
     family, layout = hf.LAYOUTS["bert"]
     adapters, masks = hf.adapters(layout, hf.model(family), CONFIG)
     kernel = jax.random.normal(jax.random.key(5), (hf.WIDTH, 2))
@@ -161,8 +161,8 @@ def test_a_saved_classifier_goes_along(task_type, tmp_path):
         assert read.config.modules_to_save == ("classifier",)
 
 
-def test_a_convolution_is_turned_round(tmp_path):
-    """ViT's patches: the kernel is [4, 4, 3, out] in Flax and [out, 3, 4, 4] in PyTorch."""
+def test_convolution_kernel_is_transposed(tmp_path):
+    """The kernel of ViT's patches is [4, 4, 3, out] in Flax and [out, 3, 4, 4] in PyTorch."""
     module = "vit.embeddings.patch_embeddings.projection"
     path = "patches"
     shape = (4, 4, 3, hf.WIDTH)
@@ -183,7 +183,7 @@ def test_a_convolution_is_turned_round(tmp_path):
         np.testing.assert_allclose(got, dense, rtol=1e-5, atol=1e-6)
 
 
-def test_peft_expects_the_classifier_that_we_ask_for(tmp_path):
+def test_task_type_requires_classifier_here_and_in_peft(tmp_path):
     family, layout = hf.LAYOUTS["bert"]
     adapters, _ = hf.adapters(layout, hf.model(family), CONFIG)
     with pytest.raises(ValueError, match="task_type='SEQ_CLS'"):
@@ -247,8 +247,8 @@ class TorchModel(hf.torch.nn.Module):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_flax_model_trained_and_pruned_computes_the_same_in_torch(writer, tmp_path):
-    """Stacked layers with head axes, and a head that trained along."""
+def test_trained_and_pruned_flax_model_computes_same_in_torch(writer, tmp_path):
+    """The model has stacked layers with head axes, and a trained head."""
     config = adalora.AdaLoraConfig(
         total_step=12,
         init_r=3,

@@ -13,12 +13,12 @@ from parity.cases import MODELS, Case, Inputs, Model, Snapshot, inputs
 torch = pytest.importorskip("torch", reason="needs torch: pip install '.[parity]'")
 peft = pytest.importorskip("peft", reason="needs peft: pip install '.[parity]'")
 
-# The models are so small that handing work to threads costs more than the work.
+# The models are so small that threads cost more than the work they share.
 torch.set_num_threads(1)
 
 
 class Torch(torch.nn.Module):
-    """A model of the cases, called as PEFT expects: (x, y) to something with a ``loss``."""
+    """A model of the cases, called as PEFT expects: (x, y) to an object with a ``loss``."""
 
     def __init__(self, model: Model, weights: dict[str, dict[str, np.ndarray]], dtype):
         super().__init__()
@@ -40,10 +40,10 @@ def base_model(case: Case, dtype=torch.float32, given: Inputs | None = None) -> 
 
 
 def build(case: Case, dtype=torch.float32, given: Inputs | None = None) -> peft.PeftModel:
-    """The adapted model, with PEFT's own initial adapters.
+    """Return the adapted model with PEFT's own initial adapters.
 
     In a float64 model the scale is frozen by hand: PEFT makes a trainable parameter of it, see
-    ``test_scale_of_a_model_not_in_float32_drifts_in_peft_and_is_fixed_here``.
+    ``test_scale_drifts_in_peft_unless_float32_and_is_fixed_here``.
     """
     torch.manual_seed(case.seed)
     config = peft.AdaLoraConfig(
@@ -63,7 +63,7 @@ def config_of(peft_model: peft.PeftModel) -> peft.AdaLoraConfig:
 
 
 def adapters(peft_model: peft.PeftModel, values=lambda parameter, name: parameter):
-    """``{layer: (p [r, out], lam [r], q [r, in])}``, of the weights or of other ``values``."""
+    """Return ``{layer: (p [r, out], lam [r], q [r, in])}`` of the weights or other ``values``."""
     result = {}
     for name, layer in peft_model.base_model.model.named_modules():
         if hasattr(layer, "lora_E"):
@@ -76,12 +76,12 @@ def adapters(peft_model: peft.PeftModel, values=lambda parameter, name: paramete
 
 
 def array(tensor) -> np.ndarray:
-    """A copy: the tensor goes on changing."""
+    """Return a copy, because the tensor continues to change."""
     return tensor.detach().numpy().copy()
 
 
 def masks(peft_model: peft.PeftModel) -> dict[str, np.ndarray]:
-    """The standing decision; all true as long as PEFT has made none."""
+    """Return the masks in effect; all true as long as PEFT has made none."""
     pattern = config_of(peft_model).rank_pattern or {}
     return {
         name: np.array(pattern.get(f"{name}.lora_E.default", np.ones(lam.shape)), bool)
@@ -90,7 +90,7 @@ def masks(peft_model: peft.PeftModel) -> dict[str, np.ndarray]:
 
 
 def live(peft_model: peft.PeftModel) -> int:
-    """Triplets that take part in the model as it is now."""
+    """Count the triplets that are not zero in the model at present."""
     return sum(int((lam != 0).sum()) for _, lam, _ in adapters(peft_model).values())
 
 
@@ -104,19 +104,19 @@ def optimizer(peft_model: peft.PeftModel, case: Case) -> torch.optim.Optimizer:
 def train(
     case: Case, peft_model: peft.PeftModel, given: Inputs | None = None
 ) -> Iterator[Snapshot]:
-    """Trains with PEFT as its documentation says, and yields what there is after each step."""
+    """Train with PEFT as its documentation says; yield a snapshot after each step."""
     given = given or inputs(case)
     allocator = peft_model.base_model.rankallocator
     dtype = next(peft_model.parameters()).dtype
     opt = optimizer(peft_model, case)
     for step, arrays in enumerate(zip(given.x, given.y)):
         x, y = (torch.tensor(array, dtype=dtype) for array in arrays)
-        # base_model: PeftModel without a task type would go round the orthogonality term.
+        # base_model, because PeftModel without a task type would bypass the orthogonality term.
         loss = peft_model.base_model(x, y).loss
         loss.backward()
         if case.clip is not None:
             torch.nn.utils.clip_grad_norm_(peft_model.parameters(), case.clip)
-        if step == case.overflow:  # as under loss scaling, the optimizer passes over the step
+        if step == case.overflow:  # as under loss scaling, the optimizer skips the step
             for parameter in opt.param_groups[0]["params"]:
                 parameter.grad.fill_(torch.inf)
         else:

@@ -1,1 +1,1 @@
-"""Numbers that PEFT produced, for machines without torch, and the script that made them."""
+"""Results of PEFT, for machines without torch, and the script that recorded them."""

@@ -1,10 +1,10 @@
-"""Trains with PEFT and writes what came out, for ``tests/test_pinned.py`` to hold us to.
+"""Train with PEFT and record the results, which ``tests/test_pinned.py`` compares with ours.
 
 Needs the extra ``parity``. From the folder ``tests``::
 
     python -m pinned.make
 
-Writes ``<case>.npz``, one a case below, and ``adapter_config.json`` as PEFT saves it.
+Writes one ``<case>.npz`` per case below, and ``adapter_config.json`` as PEFT saves it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CASES = {
         trained_head=True,
     ),
 }
-# Scores at the threshold at least this far apart, relatively: rounding differs between machines.
+# Smallest relative gap of scores at the threshold, because rounding differs between machines.
 GAP = 1e-3
 
 
@@ -65,7 +65,7 @@ def main() -> None:
 
     for name, case in CASES.items():
         given = inputs(case)
-        # Half the bytes; the run starts from the rounded numbers.
+        # float16 halves the file; the run starts from the rounded numbers.
         given = given._replace(x=np.float16(given.x), y=np.float16(given.y))
         peft_model = theirs.build(case, given=given)
         config = theirs.config_of(peft_model).to_dict()
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def arrays(given: Inputs, initial, snapshots: list[Snapshot]) -> dict[str, np.ndarray]:
-    """Losses, budgets, masks and λ of every step; p, q and the averages of some."""
+    """Collect losses, budgets, masks and λ of every step; p, q and the averages of some."""
     names = list(initial)
     steps = len(snapshots)
     joined = lambda per_layer: np.concatenate([per_layer[name] for name in names])
@@ -117,7 +117,7 @@ def arrays(given: Inputs, initial, snapshots: list[Snapshot]) -> dict[str, np.nd
 
 
 def check_gaps(name: str, case: Case, snapshots: list[Snapshot]) -> None:
-    """Refuses a run in which rounding could decide what is pruned."""
+    """Exit if rounding could decide what is pruned."""
     scores = None
     for step, snapshot in enumerate(snapshots):
         if snapshot.sensitivity is not None:

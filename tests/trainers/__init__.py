@@ -1,1 +1,1 @@
-"""Other people's trainers and models, unchanged, with our adapters and optimizer."""
+"""Unmodified trainers and models of other projects, with our adapters and optimizer."""

@@ -1,4 +1,4 @@
-"""The loops that Flax brings or that are written by hand, as their users write them."""
+"""Training loops of Flax, or written by hand, as their users write them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TRANSFORMS = {
 
 @pytest.fixture
 def _flax_ranks():
-    """Flax's norms broadcast arrays of different rank."""
+    """Allow rank promotion: Flax's norms broadcast arrays of different rank."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -57,17 +57,17 @@ def cross_entropy(logits):
 
 
 def allowed(updates):
-    """Triplets that may live after so many updates."""
+    """Return the number of triplets that may be live after so many updates."""
     if updates == 0:
         return CONFIG.init_r * LAYERS
     step = updates - 1
-    if CONFIG.tinit < step < STEPS - CONFIG.tfinal:  # between two masks the last one counts
+    if CONFIG.tinit < step < STEPS - CONFIG.tfinal:  # between two masks the last one is in effect
         step -= step % CONFIG.deltaT
     return int(adalora.budget(CONFIG, step, LAYERS))
 
 
 def check(adapters, opt_state, updates):
-    """As many live as the budget says, and after the final mask no other λ is above zero."""
+    """Check that live triplets match the budget and, after the final mask, other λ are zero."""
     allocator = adalora.allocator_state(opt_state)
     assert int(allocator.step) == updates
     ranks = adalora.ranks(allocator)
@@ -79,7 +79,7 @@ def check(adapters, opt_state, updates):
 
 
 def assert_close(ours, theirs):
-    """To rounding: one program fuses other operations than the other."""
+    """Compare up to rounding: the two programs fuse different operations."""
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -87,7 +87,7 @@ def assert_close(ours, theirs):
 
 
 class Model(nn.Module):
-    """With batch norm and dropout."""
+    """A model with batch norm and dropout."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -100,7 +100,7 @@ class Model(nn.Module):
 
 
 class State(TrainState):
-    """As in Flax's guides: the running averages and the key beside the parameters."""
+    """A state as in Flax's guides, with running averages and a key."""
 
     batch_stats: Any
     key: jax.Array
@@ -117,7 +117,7 @@ def linen_run():
 
 def new_state(tx):
     adapted, variables, adapters = linen_run()
-    copy = functools.partial(jax.tree.map, jnp.copy)  # for states are donated
+    copy = functools.partial(jax.tree.map, jnp.copy)  # because states are donated
     return State.create(
         apply_fn=adapted.apply,
         params=copy(adapters),
@@ -144,7 +144,7 @@ def train_step(state, params):
 
 
 def looped(tx, steps):
-    """The states after each step of a jitted loop in which states are donated, and the losses."""
+    """Yield the state after each step of a jitted loop that donates states, and the losses."""
     _, variables, _ = linen_run()
     state, values = new_state(tx), []
     step = jax.jit(chex.assert_max_traces(train_step, n=1), donate_argnums=0)
@@ -157,7 +157,7 @@ def looped(tx, steps):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_a_train_state_with_running_averages_and_a_key(name):
+def test_train_state_with_batch_stats_and_key_prunes_to_budget(name):
     chex.clear_trace_counter()
     adapted, variables, _ = linen_run()
     before = jax.tree.map(np.array, variables)
@@ -176,7 +176,7 @@ def test_a_train_state_with_running_averages_and_a_key(name):
     )
 
 
-def test_a_train_state_that_accumulates_counts_updates():
+def test_train_state_with_multisteps_counts_updates():
     chex.clear_trace_counter()
     tx = optax.MultiSteps(TRANSFORMS["plain"](), every_k_schedule=3)
     last = None
@@ -188,8 +188,8 @@ def test_a_train_state_that_accumulates_counts_updates():
 
 
 @pytest.mark.parametrize("every", [1, pytest.param(2, marks=SLOW)])
-def test_a_whole_run_in_one_scan(every):
-    """The carry keeps its structure, shapes and dtypes, and the run is that of the Python loop."""
+def test_scanned_run_equals_python_loop(every):
+    """The carry keeps its structure, shapes and dtypes, and the run equals the Python loop."""
     chex.clear_trace_counter()
     tx = TRANSFORMS["plain"]()
     tx = tx if every == 1 else optax.MultiSteps(tx, every)
@@ -211,7 +211,7 @@ def test_a_whole_run_in_one_scan(every):
     check(scanned.params, scanned.opt_state, STEPS)
 
 
-def test_infos_come_out_of_a_scan():
+def test_scan_can_return_infos():
     tx = TRANSFORMS["plain"]()
     _, variables, _ = linen_run()
 
@@ -264,7 +264,7 @@ def copied(tree):
 
 
 def changed(before, after):
-    """The paths of the leaves that are not the same."""
+    """Return the paths of the leaves that differ."""
     pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after))
     return [jax.tree_util.keystr(path) for (path, a), b in pairs if not np.array_equal(a, b)]
 
@@ -279,7 +279,7 @@ FILTERS = {
 @pytest.mark.parametrize(
     "name", ["adapters", "the whole model", pytest.param("adapters and the head", marks=SLOW)]
 )
-def test_an_nnx_optimizer(name):
+def test_nnx_optimizer_trains_only_filtered_params(name):
     chex.clear_trace_counter()
     model, wrt = adapted_nnx(), FILTERS[name]
     warned = pytest.warns(UserWarning, match=r"weights train along .*'blocks/0/down/kernel'")
@@ -311,7 +311,7 @@ def test_an_nnx_optimizer(name):
     assert_close(adalora.merge(model)(X), model(X))
 
 
-def test_an_nnx_optimizer_that_accumulates_counts_updates():
+def test_nnx_optimizer_with_multisteps_counts_updates():
     model = adapted_nnx()
     tx = optax.MultiSteps(TRANSFORMS["plain"](), every_k_schedule=2)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
@@ -326,8 +326,8 @@ def test_an_nnx_optimizer_that_accumulates_counts_updates():
         check(adalora.nnx.adapters(model), optimizer.opt_state, calls // 2)
 
 
-def test_a_whole_nnx_run_in_one_scan():
-    """The model and its optimizer, taken apart into the carry."""
+def test_scanned_nnx_run_equals_python_loop():
+    """The carry is the state of the model and its optimizer."""
     model = adapted_nnx()
     optimizer = nnx.Optimizer(model, TRANSFORMS["plain"](), wrt=nnx.LoRAParam)
     graph, state = nnx.split((model, optimizer))
@@ -362,8 +362,8 @@ class WithStatistics(nn.Module):
         return nn.Dense(3, name="head")(x)
 
 
-def test_a_loop_that_knows_linen_modules_alone_runs_unmodified():
-    """As Flax's examples have it: ``apply({"params": ..., "batch_stats": ...}, x)``."""
+def test_loop_for_linen_modules_runs_unmodified_on_bound_model():
+    """Flax's examples call ``apply({"params": ..., "batch_stats": ...}, x)``."""
     x = jax.random.normal(jax.random.key(0), (16, 6))
     y = jax.random.randint(jax.random.key(1), (16,), 0, 3)
     base = WithStatistics().init(jax.random.key(2), x)

@@ -1,4 +1,4 @@
-"""google-deepmind/gemma at a tiny size, its modules and its trainer as they are."""
+"""google-deepmind/gemma at a tiny size, with its modules and its trainer unmodified."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from adalora_jax import huggingface as peft
 pytestmark = [
     pytest.mark.trainers,
     pytest.mark.usefixtures("_other_peoples_rules"),
-    pytest.mark.filterwarnings("ignore"),  # gemma's own, and those of what it imports
+    pytest.mark.filterwarnings("ignore"),  # from gemma and its imports
 ]
 IDS = jnp.arange(14).reshape(2, 7) * 3 % 31 + 1
 CONFIG = adalora.AdaLoraConfig(
@@ -51,12 +51,12 @@ def gm():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = pytest.importorskip("gemma.gm", reason="needs gemma: pip install '.[gemma]'")
-        assert isinstance(module.nn, types.ModuleType)  # it imports when it is asked
+        assert isinstance(module.nn, types.ModuleType)  # it is imported on first access
     return module
 
 
 def make(gm, attention="shared keys", layers=1, dtype=jnp.float32, **changes):
-    """The model of Gemma 3, with other numbers."""
+    """Build the model of Gemma 3 with other sizes."""
     local, everywhere = gm.nn.AttentionType.LOCAL_SLIDING, gm.nn.AttentionType.GLOBAL
     sizes = {
         "num_embed": 32,
@@ -76,7 +76,7 @@ def make(gm, attention="shared keys", layers=1, dtype=jnp.float32, **changes):
 
 
 def some(model, seed=0):
-    """Parameters with which every layer matters."""
+    """Draw parameters with which every layer matters."""
     variables = jax.eval_shape(model.init, jax.random.key(0), IDS)
     rng = np.random.default_rng(seed)
     return jax.tree.map(
@@ -107,8 +107,8 @@ def test_every_layer_is_adapted_and_merges(gm, attention, transposed):
     )
 
 
-def test_calls_as_gemma_makes_them(gm):
-    """By name, the last token alone, and word by word with a cache."""
+def test_adapted_model_supports_gemma_calls(gm):
+    """By keyword, for the last token only, and token by token with a cache."""
     model = make(gm, layers=2)
     variables = some(model)
     adapted = adalora.linen.adapt(model, CONFIG)
@@ -133,13 +133,13 @@ def test_calls_as_gemma_makes_them(gm):
 
 
 def loss_of(logits):
-    """Of the next token."""
+    """Compute the loss of the next token."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], IDS[:, 1:])
     return losses.astype(jnp.float32).mean()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_prunes_to_the_budget_and_leaves_the_base(gm, dtype, tmp_path):
+def test_training_prunes_to_budget_and_leaves_base_unchanged(gm, dtype, tmp_path):
     chex.clear_trace_counter()
     model = make(gm, layers=2, dtype=jnp.dtype(dtype))
     variables = some(model)
@@ -184,7 +184,7 @@ def test_training_prunes_to_the_budget_and_leaves_the_base(gm, dtype, tmp_path):
 
 
 def in_hugging_face(params, layers):
-    """The same numbers under the names and in the form of transformers' Gemma 3, by hand."""
+    """Convert parameters by hand to the names and layout of transformers' Gemma 3."""
     w = jax.tree.map(np.asarray, params)
     tensors = {
         "model.embed_tokens.weight": w["embedder"]["input_embedding"],
@@ -216,7 +216,7 @@ def in_hugging_face(params, layers):
     return tensors
 
 
-def test_a_hugging_face_checkpoint_as_the_base(gm, tmp_path):
+def test_hugging_face_checkpoint_loads_as_base(gm, tmp_path):
     model = make(gm, layers=2)
     variables = some(model)
     save_file(in_hugging_face(variables["params"], 2), tmp_path / "model.safetensors")
@@ -226,7 +226,7 @@ def test_a_hugging_face_checkpoint_as_the_base(gm, tmp_path):
 
 
 class Adapted(nn.Module):
-    """For a trainer that knows linen modules: what it trains is ``params``, and the base is not."""
+    """A module for trainers of linen modules: ``params`` is trained, the base is not."""
 
     model: Any
     config: adalora.AdaLoraConfig
@@ -240,15 +240,15 @@ class Adapted(nn.Module):
         base = self.variable("base", "params", lambda: model.init(key(), tokens)["params"])
         base = {"params": base.value}
 
-        def init():  # dicts alone, which the trainer's table of parameters can read
+        def init():  # plain dicts, which the trainer's table of parameters can read
             fresh = adapted.init(key(), base, tokens)
             return {path: adapter._asdict() for path, adapter in fresh.items()}
 
         return adapted.apply(base, self.variable("params", "adapters", init).value, tokens)
 
 
-def test_its_trainer(gm, tmp_path):
-    """Kauldron's, which gemma's own examples train with."""
+def test_kauldron_trainer_prunes_to_budget_and_leaves_base_unchanged(gm, tmp_path):
+    """Kauldron is the trainer of gemma's own examples."""
     from kauldron import kd, kontext
 
     Adapted.__annotations__["tokens"] = kontext.Key
@@ -263,7 +263,7 @@ def test_its_trainer(gm, tmp_path):
         optimizer=adalora.adalora(optax.adam(1e-2), CONFIG),
         train_ds=kd.data.InMemoryPipeline(loader=lambda: data, batch_size=2),
         train_losses={"next": loss},
-        num_train_steps=CONFIG.total_step - 1,  # it makes one more
+        num_train_steps=CONFIG.total_step - 1,  # the trainer makes one more
         checkpointer=kd.ckpts.NoopCheckpointer(),
     )
     first = trainer.init_state()

@@ -1,7 +1,7 @@
-"""Tunix's ``PeftTrainer`` on Tunix's own models, with adapters in them and our optimizer.
+"""Tunix's ``PeftTrainer`` on Tunix's own models, with our adapters and optimizer.
 
-Nothing of Tunix's is changed. Some families train once, each with other options, and what such a
-run left is looked at from all sides.
+Tunix is unmodified. Some families train once, each with other options, and several tests examine
+each run.
 """
 
 import functools
@@ -41,7 +41,7 @@ CONFIG = adalora.AdaLoraConfig(
     lora_alpha=8,
     target_modules="all-linear",
 )
-# What the checkpoints of Hugging Face have of every layer.
+# The weights that checkpoints of Hugging Face contain for every layer.
 BLOCKS = r"layers/\d+/(attn|mlp)/.*"
 # Gemma 3 has keys and values in one weight; Gemma 4 scales a weight before it uses it.
 RUNS = {
@@ -53,14 +53,14 @@ RUNS = {
 
 @pytest.fixture
 def as_tunix_is():
-    """Without our strictness about ranks: Tunix's code broadcasts."""
+    """Allow rank promotion, because Tunix's code broadcasts."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(tmp_path_factory):
-    """Every trainer has a jitted function of its own; what it compiles to is often the same."""
+    """Cache compilations: every trainer jits its own function, often to the same program."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0,
@@ -93,7 +93,7 @@ def close(ours, theirs):
 
 
 def disturbed(model, seed=0):
-    """In place: λ, and everything else, away from where they start."""
+    """Add noise to all adapters in place, so that λ and all else leave their initial values."""
     rng = np.random.default_rng(seed)
     noise = lambda leaf: leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
     adalora.nnx.set_adapters(model, jax.tree.map(noise, adalora.nnx.adapters(model)))
@@ -101,7 +101,7 @@ def disturbed(model, seed=0):
 
 
 @pytest.mark.parametrize("family", tunix.models)
-def test_every_family_starts_as_its_base_and_merges_to_what_it_was_adapted_to(family):
+def test_every_family_starts_as_its_base_and_merges(family):
     base = tunix.build(family)
     adapted = adalora.nnx.adapt(base, CONFIG, nnx.Rngs(1))
     assert isinstance(adapted, type(base))
@@ -116,9 +116,9 @@ def test_every_family_starts_as_its_base_and_merges_to_what_it_was_adapted_to(fa
 
 
 @each_run()
-def test_ranks_shrink_to_the_budget(family):
+def test_ranks_shrink_to_budget(family):
     run = run_of(family)
-    adapters = adalora.adapters(adalora.nnx.adapters(run.model))  # without what trained along
+    adapters = adalora.adapters(adalora.nnx.adapters(run.model))  # without modules_to_save
     state = run.allocator
     matrices = sum(a.lam[..., 0].size for a in adapters.values())
     assert (run.watch.live[0], sum(adalora.ranks(state).values())) == (4 * matrices, 2 * matrices)
@@ -131,7 +131,7 @@ def test_ranks_shrink_to_the_budget(family):
 
 
 @each_run()
-def test_the_base_stays_bit_for_bit_and_the_rest_learns(family):
+def test_base_is_bitwise_unchanged_and_eval_loss_falls(family):
     run, base = run_of(family), tunix.build(family)
     found, original = tunix.base_bits(run.model), tunix.base_bits(base)
     saved = {"final_norm/scale/value"} if family == "gemma4" else set()
@@ -146,7 +146,7 @@ def test_the_base_stays_bit_for_bit_and_the_rest_learns(family):
 
 
 @each_run()
-def test_an_update_that_is_applied_is_a_step(family):
+def test_applied_updates_count_as_steps(family):
     run = run_of(family)
     every = RUNS[family][1].get("gradient_accumulation_steps", 1)
     assert run.trainer.train_steps == CONFIG.total_step
@@ -156,12 +156,12 @@ def test_an_update_that_is_applied_is_a_step(family):
 
 
 @each_run()
-def test_training_and_evaluation_are_compiled_once_each(family):
+def test_training_and_evaluation_compile_once_each(family):
     assert run_of(family).loss.traces == 2
 
 
 @each_run(["llama3", "gemma4"])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(family, tmp_path):
+def test_resumed_run_is_bit_identical(family, tmp_path):
     stopped = train(family, folder=tmp_path, steps=3)
     assert stopped.trainer.train_steps == 3
     resumed = train(family, folder=tmp_path)
@@ -175,8 +175,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(family, tmp_path):
     assert any(np.any(leaf) for leaf in averages)
 
 
-def test_on_a_mesh_it_trains_as_on_one_device_and_averages_lie_as_their_parameters():
-    """On 4 x 2 virtual devices, with Tunix's sharding of its models."""
+def test_mesh_run_matches_single_device_and_shards_averages_like_params():
+    """The mesh is of 4 x 2 virtual devices, with Tunix's sharding of its models."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
@@ -201,7 +201,7 @@ def test_on_a_mesh_it_trains_as_on_one_device_and_averages_lie_as_their_paramete
 
 
 def by_qwix(model, qtype):
-    """As Tunix's own QLoRA has it: the base quantised by Qwix's interception."""
+    """Quantise the base by Qwix's interception, as in Tunix's own QLoRA."""
     rule = qwix.QuantizationRule(module_path=BLOCKS, weight_qtype=qtype, tile_size=8)
     inputs = tunix.model_inputs(tunix.batches(1)[0])
     arguments = inputs["input_tokens"], inputs["positions"], None, inputs["attention_mask"]
@@ -217,7 +217,7 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("how", QUANTISED)
-def test_the_same_over_a_quantised_base(how):
+def test_adapters_train_and_merge_on_quantised_base(how):
     family, quantise = QUANTISED[how]
     base = quantise(tunix.build(family))
     before, start = tunix.base_bits(base), tunix.logits(base)
@@ -247,7 +247,7 @@ def test_the_same_over_a_quantised_base(how):
 
 
 @each_run()
-def test_the_merged_model_is_one_of_tunixs_own_and_goes_into_a_fresh_one(family):
+def test_merged_model_loads_into_new_tunix_model(family):
     run = run_of(family)
     merged = adalora.merge(run.model)
     found = tunix.logits(run.model)
@@ -271,16 +271,16 @@ def save_base(model, folder):
 
 
 def load(family, folder):
-    """With Tunix's own reader of Hugging Face's checkpoints."""
+    """Load with Tunix's own reader of Hugging Face checkpoints."""
     name = "params_safetensors" if family == "gemma3" else "params"
     reader = importlib.import_module(f"tunix.models.{family}.{name}")
-    # A mesh to put the tensors on is an option there; the plain one needs none.
+    # The other mode places tensors on a mesh; this one needs none.
     return reader.create_model_from_safe_tensors(
         str(folder), tunix.config_of(family), dtype=jnp.float32, mode="original"
     )
 
 
-def test_files_for_and_from_hugging_face_give_tunix_the_adapted_model(tmp_path):
+def test_merged_hugging_face_checkpoint_gives_tunix_adapted_model(tmp_path):
     run = run_of("llama3")
     base = save_base(tunix.build("llama3"), tmp_path / "base")
     adapters, state = adalora.nnx.adapters(run.model), run.allocator
@@ -292,7 +292,7 @@ def test_files_for_and_from_hugging_face_give_tunix_the_adapted_model(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
-def test_tunixs_own_export_of_lora_saves_the_adapted_model(family, tmp_path):
+def test_tunix_lora_export_saves_adapted_model(family, tmp_path):
     base = save_base(tunix.build(family), tmp_path / "base")
     if family in RUNS:
         small = run_of(family).small()

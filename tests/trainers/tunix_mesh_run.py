@@ -1,4 +1,4 @@
-"""A training run on one device and on a mesh of 4 x 2, started by test_tunix.py by itself."""
+"""A training run on one device and on a 4 x 2 mesh, started as a process by test_tunix.py."""
 
 import json
 
@@ -17,7 +17,7 @@ CONFIG = adalora.AdaLoraConfig(
 
 
 def spread(model, mesh):
-    """As in Tunix's examples: every weight where its metadata says."""
+    """Place every weight according to its metadata, as in Tunix's examples."""
     model = nnx.clone(model)
     state = nnx.state(model)
     nnx.update(model, jax.device_put(state, nnx.get_named_sharding(state, mesh)))
@@ -32,7 +32,7 @@ def results(run):
 
 
 def places(run):
-    """Where an adapter, and what belongs to it, lies at the end."""
+    """Return the shardings of an adapter and of its optimizer state at the end."""
     at = lambda variable: list(variable[...].sharding.spec)
     pick = lambda node: {name: at(getattr(node, name)) for name in ("p", "q")}
     layer = lambda state: state["layers"][0]["mlp"]["up_proj"]["adalora"]

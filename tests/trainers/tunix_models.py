@@ -1,4 +1,4 @@
-"""Tunix's own models at tiny sizes, its trainer around them, and Hugging Face's layout of them."""
+"""Tunix's own models at tiny sizes, its trainer around them, and their Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ models = {
 }
 
 VOCABULARY, BATCH, LENGTH = 32, 4, 8
-# Fewer heads for keys and values than for queries; two axes of one size would hide a mistake.
+# Fewer heads for keys and values than for queries: two axes of equal size would hide a mistake.
 SIZES = {
     "num_layers": 2,
     "embed_dim": 16,
@@ -40,7 +40,7 @@ _GEMMA = {"num_embed": VOCABULARY, "sliding_window_size": 4}
 
 
 def config_of(family: str, **changes: Any) -> Any:
-    """The family's own ModelConfig, tiny."""
+    """Return a tiny ModelConfig of the family."""
     module = models[family]
     options = SIZES | (_GEMMA if family.startswith("gemma") else _LLAMA)
     if family == "gemma":  # Gemma 2, by its options
@@ -49,7 +49,7 @@ def config_of(family: str, **changes: Any) -> Any:
         options |= norms | {"final_logit_softcap": 30.0, "attention_types": kinds}
     if family == "gemma3":
         options |= {"param_dtype": jnp.float32}
-    if family == "gemma4":  # with what its small models have: inputs for each layer
+    if family == "gemma4":  # with per-layer inputs, as in its small models
         kinds = (module.AttentionType.LOCAL_SLIDING, module.AttentionType.GLOBAL)
         options |= {"per_layer_input_dim": 4, "global_key_size": 8, "attention_pattern": kinds}
     return module.ModelConfig(**{**options, **changes})
@@ -57,10 +57,10 @@ def config_of(family: str, **changes: Any) -> Any:
 
 @functools.cache
 def build(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A base model with random weights; the same object each time.
+    """Return a base model with random weights; the same object each time.
 
-    Also where Tunix starts from zeros: a feed-forward block whose three kernels are all zero has no
-    gradient.
+    Weights that Tunix initialises to zero are random, too: a feed-forward block whose three kernels
+    are all zero has no gradient.
     """
     classes = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama3": "Llama3"}
     cls = getattr(models[family], classes.get(family, family.capitalize()))
@@ -74,7 +74,7 @@ def build(family: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def batches(count: int, seed: int = 0) -> list[Any]:
-    """Training inputs: numbers that go up by three, which can be learnt, and padding."""
+    """Draw training inputs: numbers that increase by three, which can be learnt, and padding."""
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -85,7 +85,7 @@ def batches(count: int, seed: int = 0) -> list[Any]:
 
 
 def model_inputs(batch: Any) -> dict[str, jax.Array]:
-    """What the loss is called with, made as Tunix's examples make it."""
+    """Return the arguments of the loss, made as in Tunix's examples."""
     mask = jnp.asarray(batch.input_mask)
     return {
         "input_tokens": jnp.asarray(batch.input_tokens),
@@ -101,7 +101,7 @@ def _forward(model, inputs):
 
 
 def logits(model: Any) -> jax.Array:
-    """What the model says to a batch that is not trained on."""
+    """Compute the logits of a batch that is not trained on."""
     return _forward(model, model_inputs(batches(1, seed=9)[0]))
 
 
@@ -126,7 +126,7 @@ class Loss:
 
 
 class Watch(hooks.TrainingHooks):
-    """Tunix's hooks: the allocator's steps as they are when each of the trainer's begins."""
+    """Tunix hooks that record the allocator's step and live triplets when each step begins."""
 
     def __init__(self):
         self.steps, self.live = [], []
@@ -153,7 +153,7 @@ class Watch(hooks.TrainingHooks):
 
 
 class Run(NamedTuple):
-    """What came of a training run."""
+    """The results of a training run."""
 
     model: Any  # the adapted one, which the trainer trains in place
     trainer: Any
@@ -166,12 +166,12 @@ class Run(NamedTuple):
 
     @property
     def end(self) -> list[np.ndarray]:
-        """All that the run carries, to be compared bit by bit."""
+        """Return all state of the run, for bitwise comparison."""
         state = nnx.state(self.model, nnx.LoRAParam), nnx.state(self.trainer.optimizer)
         return [np.array(leaf) for leaf in jax.tree.leaves(nnx.as_pure(state))]
 
     def small(self) -> Any:
-        """The model with the ranks that training left."""
+        """Return the model with the ranks that training selected."""
         adapters = adalora.nnx.adapters(self.model)
         compacted = adalora.compact(adapters, self.allocator.masks)
         return adalora.nnx.with_adapters(self.model, compacted)
@@ -187,7 +187,7 @@ def train(
     evaluate: bool = False,
     **options: Any,
 ) -> Run:
-    """Adapts a model and trains it with Tunix's ``PeftTrainer``, for ``steps`` or to the end."""
+    """Adapt a model and train it with Tunix's ``PeftTrainer``, for ``steps`` or to the end."""
     model = adalora.nnx.adapt(base, config, nnx.Rngs(seed))
     if folder is not None:
         options["checkpoint_root_directory"] = str(folder)
@@ -208,7 +208,7 @@ def train(
 
 
 def to_hugging_face(model: Any) -> dict[str, np.ndarray]:
-    """The tensors of a Llama, Qwen or Gemma 3 model under the names and in the layout of theirs."""
+    """Convert a Llama, Qwen or Gemma 3 model to Hugging Face's tensor names and layout."""
     tensors: dict[str, np.ndarray] = {}
     flat = {
         "/".join(map(str, path)): np.asarray(value.get_value())
@@ -252,7 +252,7 @@ def to_hugging_face(model: Any) -> dict[str, np.ndarray]:
 
 
 def base_bits(model: Any) -> dict[str, np.ndarray]:
-    """A copy of what does not train, by path."""
+    """Return a copy of all leaves that are not trained, by path."""
     is_base = lambda path, leaf: not isinstance(leaf, nnx.LoRAParam)
     flat = jax.tree_util.tree_leaves_with_path(nnx.state(model, is_base))
     return {jax.tree_util.keystr(p, simple=True, separator="/"): np.array(v) for p, v in flat}

@@ -3,7 +3,7 @@
 Type checkers read it as a user's code, pyright strictly; ``tests/test_typing.py`` runs it.
 """
 
-# Flax and optax leave parts of their own signatures open.
+# Flax and optax leave parts of their signatures untyped.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 # pyright: reportMissingTypeStubs=false, reportUnknownParameterType=false
