@@ -1,9 +1,9 @@
-"""All benchmarks, or the named ones, one after the other.
+"""Run all benchmarks, or the named ones, in sequence.
 
     python benchmarks [NAME ...]
 
-Each runs in a process of its own, as ``python benchmarks/NAME.py``. All together take over an hour
-on two cores.
+Each runs in a separate process, as ``python benchmarks/NAME.py``. All of them take over an hour on
+two cores.
 """
 
 import argparse
@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The scripts beside this file; the others have nothing to run."""
+    """Return the names of the benchmark scripts in this folder: the files that have a main."""
     found = sorted(path for path in HERE.glob("*.py") if path.name != "__main__.py")
     return [path.stem for path in found if 'if __name__ == "__main__"' in path.read_text("utf-8")]
 

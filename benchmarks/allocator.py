@@ -1,17 +1,19 @@
-"""How long the allocator takes by itself: new averages, a new mask, or neither.
+"""Time per call of the allocator alone: with new averages, a new mask, or neither.
 
     python benchmarks/allocator.py [--case bert ...] [--rounds 15]
 
-``allocate`` on the adapters of a BERT-small (36), of a model with 7 billion parameters (224) and
-of 10,000 experts (as two stacks), with its state donated: at steps that take in a gradient, at
-those that make a new mask besides, and after the final mask. In the same rounds:
+The benchmark calls ``allocate``, with its state donated, on the adapters of a BERT-small (36), of a
+model with 7 billion parameters (224) and of 10,000 experts (as two stacks). It measures steps that
+update the averages, steps that also make a new mask, and steps after the final mask. The same
+rounds measure:
 
-- the floor: as many bytes read and written as 4 reads and 2 writes of all adapters, in one array
-- PEFT's ``update_and_allocate`` on as many adapters of the same sizes, where it is installed
+- the lower bound: the memory traffic of 4 reads and 2 writes of all adapters, in one array
+- PEFT's ``update_and_allocate`` on as many adapters of the same sizes, if PEFT is installed
 
-Also the seconds to trace and to compile it, and the bytes of the state. A ratio is the median over
-the rounds. Table, numbers and picture go beside this file when nothing is left out, or else to
-``--out``. Takes a few minutes on two cores. Needs ``pip install ".[parity]"`` for PEFT.
+It also measures the seconds to trace and to compile, and the bytes of the state. A ratio is the
+median over the rounds. The table, numbers and figure are written to ``--out``; without it, those of
+a complete run are written next to this file. Takes a few minutes on two cores. PEFT needs
+``pip install ".[parity]"``.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ LAST = 10_000
 CONFIG = adalora.AdaLoraConfig(
     total_step=2 * LAST, tfinal=LAST, init_r=RANK, target_r=8, deltaT=EVERY
 )
-# What happens at a step, and such a step.
+# {kind of step: number of such a step}
 MOMENTS = {"averages": 1, "averages and mask": EVERY, "after the end": LAST + 1}
 
 
 class Case(NamedTuple):
-    """Sizes of adapters: (inputs, outputs, how many, in how many arrays)."""
+    """Sizes of adapters: ``(inputs, outputs, number of adapters, number of arrays)``."""
 
     title: str
     adapters: tuple[tuple[int, int, int, int], ...]
@@ -66,7 +68,7 @@ CASES = {
 
 
 class Ours:
-    """``allocate``, compiled, with its state."""
+    """Compiled ``allocate`` and its state."""
 
     def __init__(self, case: Case):
         adapters, self.grads = (random_adapters(case, seed) for seed in range(2))
@@ -82,9 +84,9 @@ class Ours:
         self.compiling = time.perf_counter() - start - self.tracing
 
     def at(self, step: int) -> Callable[[], Any]:
-        """A function that does what happens at a step, and does it again."""
+        """Return a function that repeats the allocator's work at a step."""
         number = jnp.int32(step)
-        if step > LAST:  # the final mask is behind
+        if step > LAST:  # the final mask is made first
             self.state, _ = self.allocate(self.state, self.grads, jnp.int32(LAST))
 
         def call():
@@ -109,7 +111,7 @@ def random_adapters(case: Case, seed: int) -> dict[str, adalora.Adapter]:
 
 
 class Floor:
-    """As much memory traffic as the allocator must have."""
+    """Lower bound: the memory traffic that the allocator needs at least."""
 
     def __init__(self, size: int):
         self.array = jnp.zeros(3 * size // 4)
@@ -121,10 +123,10 @@ class Floor:
 
 
 class Peft:
-    """PEFT's, on layers whose own weights take no memory.
+    """PEFT's allocator, on layers whose weights take no memory.
 
     Raises:
-      peers.Unsupported: it is not installed.
+      peers.Unsupported: PEFT is not installed.
     """
 
     def __init__(self, case: Case):
@@ -227,7 +229,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(results: Sequence[dict[str, Any]]) -> Figure:
-    """One panel a case: what it takes at each kind of step, on a logarithmic axis."""
+    """Draw one panel per case: the time of each kind of step, on a logarithmic axis."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     looks = {"floor": ("floor", "black"), "ours": ("ours", "tab:blue"), "peft": ("PEFT", "tab:red")}
     for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results):
@@ -249,7 +251,7 @@ def picture(results: Sequence[dict[str, Any]]) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some, too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # memory for PyTorch
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=15)

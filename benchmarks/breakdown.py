@@ -1,20 +1,20 @@
-"""Where the time of a training step goes, by kind of kernel, as XLA's profiler saw it.
+"""Time of a training step by kind of kernel, measured by XLA's profiler.
 
     python benchmarks/breakdown.py [--model bert ...] [--rounds 7]
 
-The frozen model, LoRA and AdaLoRA of this library, on the models of ``training.py``. Every kernel
-is one of:
+The benchmark profiles the frozen model and this library's LoRA and AdaLoRA, on the models of
+``training.py``. Every kernel has one of these kinds:
 
 - large products: of weights with activations, and those of attention
-- thin products: with the rank as a side of the result, or as what is summed over; the latter make
-  something as large as the layer's output
-- passes over activations: whatever else makes something as large as a token's width times tokens
-- the rest: smaller, and above all the adapters' own: penalty, optimizer, averages, masks
+- thin products: the rank is an axis of the result, or the axis that is summed over; the result of
+  the latter is as large as the layer's output
+- passes over activations: other kernels whose result has at least width × tokens elements
+- the rest: smaller kernels, mostly of the adapters: penalty, optimizer, averages, masks
 
-The times are those of all threads together, divided by the cores: what a step takes when all cores
-are busy. A thread that waits for another inside of a product counts as busy. Table, numbers and
-picture go beside this file when nothing is left out, or else to ``--out``. Takes four minutes on
-two cores.
+Times are sums over all threads, divided by the number of cores: the time of a step if all cores are
+busy. A thread that waits for another one inside of a product counts as busy. The table, numbers and
+figure are written to ``--out``; without it, those of a complete run are written next to this file.
+Takes four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _CALLED = re.compile(r"(?:calls|to_apply)=%([\w.-]+)")
 
 
 def kinds(program: str, shape: Shape, rank: int) -> dict[str, str]:
-    """The kind of every kernel by its name, from the text of the compiled program."""
+    """Return ``{kernel: kind}``, parsed from the text of the compiled program."""
     inside: dict[str, list[tuple[str, tuple[int, ...], str, str]]] = {}
     body: list[Any] = []
     for line in program.splitlines():
@@ -63,7 +63,7 @@ def kinds(program: str, shape: Shape, rank: int) -> dict[str, str]:
             body.append((name, size, operation, rest))
 
     def products(name: str, operation: str, rest: str, sizes: Mapping[str, Any]) -> Iterator[Any]:
-        """The sizes of what every product in an instruction reads and writes."""
+        """Yield, per product in an instruction, the shapes of its result and its operands."""
         if operation == "dot":
             operands = re.findall(r"%([\w.-]+)", rest.partition(")")[0])
             yield [sizes[of] for of in (name, *operands)]
@@ -89,7 +89,7 @@ def kinds(program: str, shape: Shape, rank: int) -> dict[str, str]:
 
 
 def profile(step: peers.Step, steps: int = 2) -> dict[str, float]:
-    """Milliseconds of each kernel a step, in all threads together."""
+    """Return the milliseconds per step of each kernel, summed over all threads."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
@@ -106,7 +106,7 @@ def profile(step: peers.Step, steps: int = 2) -> dict[str, float]:
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Of each peer and kind: milliseconds a step, and how many kernels. They take turns."""
+    """Return milliseconds per step and number of kernels, per peer and kind; interleaved."""
     steps = {name: peers.build(name, shape) for name in PEERS}
     kind, found = {}, {}
     for name, step in steps.items():
@@ -138,7 +138,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def picture(results: Mapping[str, Any]) -> Figure:
-    """One bar a peer, of the kinds, next to those of the same model."""
+    """Draw one stacked bar of kinds per peer, grouped by model."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
     places = [1.4 * len(PEERS) * i + j for i in range(len(results)) for j in range(len(PEERS))]

@@ -1,12 +1,13 @@
-"""How long a training step takes to trace and to compile, and how that grows with the layers.
+"""Time to trace and to compile a training step, by number of layers.
 
     python benchmarks/compile_time.py [--depth 6 24 96] [--repeats 3]
 
-BERT-small of 6 to 96 layers, written out one by one, and under ``nn.scan`` with recomputed
-activations. The frozen model, this library's LoRA and AdaLoRA, and LoRA by hand take turns, each
-time from empty caches; of several times the median counts. Nothing is run, and no array is made.
-The table goes to ``compile_time.md``, the numbers to ``compile_time.json`` and the picture to
-``compile_time.png`` beside this file, or to ``--out``. Takes half an hour on two cores.
+The model is BERT-small with 6 to 96 layers, unrolled and under ``nn.scan`` with recomputed
+activations. The frozen model, this library's LoRA and AdaLoRA, and hand-written LoRA are measured
+in turn, each with empty caches; the table shows medians of the repeats. Nothing is run, and no
+array is allocated. The table is written to ``compile_time.md``, the numbers to
+``compile_time.json`` and the figure to ``compile_time.png``, in this folder or ``--out``. Takes
+half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from matplotlib.ticker import LogLocator
 
 PEERS = ("frozen", "lora", "adalora", "autodiff")
 FORMS = {"one by one": False, "scanned": True}
-LONG = 48  # layers; from here on once is enough
+LONG = 48  # unrolled models with at least so many layers are measured once
 
 
 def seconds(name: str, depth: int, scan: bool) -> tuple[float, float]:
-    """Of tracing, and of compiling, the step of a peer."""
+    """Return the seconds to trace and the seconds to compile the step of a peer."""
     shape = training.CPU["bert"].replace(depth=depth, scan=scan)
     peer, arguments = peers.abstract(name, shape)
     jax.clear_caches()
@@ -37,7 +38,7 @@ def seconds(name: str, depth: int, scan: bool) -> tuple[float, float]:
 
 
 def measure(depth: int, scan: bool, names, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """The seconds of each peer: "trace" and "compile"."""
+    """Return ``{peer: {"trace": seconds, "compile": seconds}}``, one value per repeat."""
     found = {name: {"trace": [], "compile": []} for name in names}
     for _ in range(1 if depth >= LONG and not scan else repeats):
         for name in names:
@@ -75,7 +76,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def picture(results: list[dict[str, Any]]) -> Figure:
-    """Seconds over layers; tracing on the left, compiling on the right."""
+    """Draw seconds against layers: tracing on the left, compiling on the right."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     names = list(results[0]["seconds"])
     for axes, part in zip(figure.subplots(1, 2), ("trace", "compile")):

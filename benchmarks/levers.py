@@ -1,19 +1,19 @@
-"""What was considered to make training faster or smaller, and what it would bring.
+"""Savings of two possible optimisations: compaction during training, and bfloat16 averages.
 
     python benchmarks/levers.py [--lever compaction averages] [--rounds 9]
 
-Compaction: in the final phase pruned triplets are products with 0. A step of the frozen model, of
-AdaLoRA at rank 12 of which the final mask kept a third, of the same after ``compact``,
-and of LoRA at rank 4 take turns.
+Compaction: in the final phase, pruned triplets are multiplications by 0. The benchmark measures, in
+turn, a step of the frozen model, of AdaLoRA at rank 12 whose final mask kept a third of the
+triplets, of the same after ``compact``, and of LoRA at rank 4.
 
-Averages in bfloat16: half of what the allocator keeps. Rounded to nearest they may stall, where a
-new value moves an average by less than half its last bit; rounded up or down at random, in
-proportion, they are right on average, and the random bits are what it costs. Measured is the time
-of an update of the averages of a model with 7 billion parameters, and what becomes of the masks:
-over one and the same training (the demo's), which share of the triplets kept in float32 is kept.
+Averages in bfloat16 halve the memory of the allocator. With rounding to nearest they may stall, if
+a new value changes an average by less than half of its last bit. Stochastic rounding is unbiased;
+its cost is the random bits. The benchmark measures the time to update the averages of a model with
+7 billion parameters, and the effect on the masks: during one training run (the demo's), the share
+of the triplets kept with float32 averages that is also kept with the rounded ones.
 
-Table and numbers go beside this file when nothing is left out, or else to ``--out``. Takes about
-five minutes on two cores.
+The table and numbers are written to ``--out``; without it, those of a complete run are written next
+to this file. Takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from adalora_jax.demo.data import batches, load
 from adalora_jax.demo.methods import adaptations, pretraining
 
 LEVERS = ("compaction", "averages")
-KEPT = 4  # of the triplets of each matrix
+KEPT = 4  # triplets per matrix
 MODELS = ("bert", "llama")
 
 
 def compaction(rounds: int, **changes: Any) -> tuple[dict[str, Any], str]:
-    """Milliseconds a step of each, on each model."""
+    """Return the milliseconds per step of each variant on each model, and the table."""
     found = {}
     for name in MODELS:
         shape = training.CPU[name].replace(**changes)
@@ -73,7 +73,7 @@ def compaction(rounds: int, **changes: Any) -> tuple[dict[str, Any], str]:
 
 
 def after_the_end(shape: Shape, peer: peers.Peer) -> tuple[peers.Step, peers.Step]:
-    """Steps of the final phase, with as many triplets of each matrix: as it is, and compacted."""
+    """Return steps of the final phase with ``KEPT`` triplets per matrix: masked, and compacted."""
     config = peers.config(shape, peers.RANK, 0.0).replace(tfinal=50_000, target_r=KEPT)
     peer = peer._replace(tx=adalora.adalora(peers.ADAMW, config))
     masked = peers.Step(peer, peers.data(shape))
@@ -87,13 +87,13 @@ def after_the_end(shape: Shape, peer: peers.Peer) -> tuple[peers.Step, peers.Ste
     masked.state = trainable, opt._replace(allocator=done), key
     small, small_opt = adalora.compact(trainable, masked.state[1], peer.tx)
     compacted = peers.Step(peer._replace(trainable=small), peers.data(shape))
-    # What was not cut is in both, and both donate what they have.
+    # Both steps donate their state, so they must not share the arrays that were not cut.
     compacted.state = jax.tree.map(jnp.copy, (small, small_opt, key))
     return masked, compacted
 
 
 def averages(rounds: int, steps: int = 200) -> tuple[dict[str, Any], str]:
-    """Milliseconds of an update, and how far the masks agree with those of float32."""
+    """Return the milliseconds per update and the masks' agreement with float32, and the table."""
     case = allocator.CASES["7b"]
     weights, gradients = (list(allocator.random_adapters(case, seed).values()) for seed in range(2))
     updates = {name: Update(weights, gradients, name) for name in ROUNDED}
@@ -110,14 +110,15 @@ def averages(rounds: int, steps: int = 200) -> tuple[dict[str, Any], str]:
 
 
 def nearest(key: jax.Array, average: jax.Array) -> jax.Array:
-    # Said twice, because XLA leaves out a conversion there and back.
+    # ``astype`` alone does not round: XLA removes a conversion that is followed by its inverse.
     return jax.lax.reduce_precision(average, 8, 7).astype(jnp.bfloat16)
 
 
 def stochastic(key: jax.Array, average: jax.Array) -> jax.Array:
-    """Rounded up with the probability that makes it right on average.
+    """Round to bfloat16, up or down at random such that the result is unbiased.
 
-    The random bits are a hash of the place, as for dropout: ``jax.random`` takes ten times as long.
+    The random bits are a hash of the position, as for dropout: ``jax.random`` takes ten times as
+    long.
     """
     bits = jax.lax.bitcast_convert_type(average, jnp.uint32)
     place = jax.lax.iota(jnp.uint32, average.size).reshape(average.shape)
@@ -134,7 +135,7 @@ ROUNDED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 class Update:
-    """Both averages of all adapters after one more gradient; a call makes one."""
+    """Both averages of all adapters; a call updates them with one gradient."""
 
     def __init__(self, weights: Any, gradients: Any, name: str):
         self.key = jax.random.key(0)
@@ -155,14 +156,14 @@ class Update:
 
 
 def rounded(name: str, key: jax.Array, averages: Any) -> Any:
-    """All with the same random bits, so that arrays of one shape are one compiled kernel."""
+    """Round all arrays with the same key, so that arrays of one shape share a compiled kernel."""
     return jax.tree.map(functools.partial(ROUNDED[name], key), averages)
 
 
 def agreement(steps: int, seed: int = 0) -> dict[str, list[float]]:
-    """Of the triplets that masks from float32 keep, the share that others keep, at each mask.
+    """Return, per mask, the share of the triplets kept with float32 that each rounding keeps.
 
-    All see the same weights and gradients: those of the training by masks from float32.
+    All of them see the same weights and gradients: those of the run with float32 averages.
     """
     method = next(method for method in adaptations(steps) if method.adaptive)
     config, optimizer = method.config, method.optimizer

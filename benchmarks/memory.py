@@ -1,12 +1,13 @@
-"""The memory a training step takes: what is kept between steps, and what comes and goes in one.
+"""Memory of a training step: the state between steps, and the temporaries of one step.
 
     python benchmarks/memory.py
 
-For the models and the peers of ``training.py``. Kept are the frozen base and the training state:
-what trains, AdamW's moments, and the allocator's averages. What a step needs beside that is what
-XLA reports of the compiled step; for PyTorch, eager, it is what the profiler saw allocated at once.
-Nothing of JAX is run. The table goes to ``memory.md``, the numbers to ``memory.json`` and the
-picture to ``memory.png`` beside this file, or to ``--out``. Takes about three minutes on two cores.
+The benchmark covers the models and peers of ``training.py``. Between steps, memory holds the frozen
+base and the training state: trainable parameters, AdamW's moments, and the allocator's averages.
+The temporaries of a step are those that XLA reports for the compiled step; for eager PyTorch, the
+profiler's peak of simultaneous allocations. No JAX program is run. The table is written to
+``memory.md``, the numbers to ``memory.json`` and the figure to ``memory.png``, in this folder or
+``--out``. Takes about three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def of_torch(name: str, shape: Shape, dropout: float, base: int) -> dict[str, in
 
 
 def measure(shape: Shape, dropout: float) -> tuple[dict[str, Any], dict[str, str]]:
-    """The bytes of each peer, and who is missing."""
+    """Return the bytes of each peer, and ``{peer: reason}`` of those that cannot run."""
     found, missing = {}, {}
     for name in PEERS:
         try:
@@ -78,12 +79,12 @@ def measure(shape: Shape, dropout: float) -> tuple[dict[str, Any], dict[str, str
 
 
 def extra(found: dict[str, Any], of: str, to: str, column: str) -> float:
-    """How much more one keeps than the other, in sizes of the adapters."""
+    """Return the bytes of ``of`` minus those of ``to``, divided by those of ``of``'s adapters."""
     return (found[of][column] - found[to][column]) / found[of]["adapters"]
 
 
 def targets(title: str, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Against LoRA with a λ, which with its moments is the adapter's own; and against LoRA."""
+    """Compare the state with that of LoRA in SVD form, and the peak memory with that of LoRA."""
     return [
         timing.judged(
             f"{title}: {column}, AdaLoRA's over that of {peers.TITLES[to]}, / adapters",
@@ -106,7 +107,7 @@ def table(found: dict[str, Any], missing: dict[str, str]) -> str:
 
 
 def picture(results: list[dict[str, Any]]) -> Figure:
-    """For each model, what the peers keep and what comes and goes, on top of the base."""
+    """Draw one panel per model: state and temporaries of each peer, without the base."""
     figure = Figure(figsize=(13, 0.6 + 3.2 * -(-len(results) // 2)), layout="constrained")
     panels = figure.subplots(-(-len(results) // 2), min(2, len(results)), squeeze=False).ravel()
     for axes, result in zip(panels, results):
@@ -127,8 +128,8 @@ def picture(results: list[dict[str, Any]]) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some, too
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler says when it starts
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # memory for PyTorch
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences PyTorch's profiler
     shapes = training.CPU if jax.default_backend() == "cpu" else training.GPU
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", nargs="+", choices=shapes, default=list(shapes))

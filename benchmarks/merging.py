@@ -1,11 +1,12 @@
-"""How much of an increment survives being merged into weights of a narrow dtype.
+"""Rounding errors of an increment that is merged into weights of a narrow dtype.
 
     python benchmarks/merging.py
 
-A weight W of 1024 x 1024 with the spread of an initialised layer, and an increment ΔW of rank 8 of
-various sizes. Merging rounds W + ΔW to the dtype of W; what is lost is measured on the increment
-itself and on the layer's output, and so is what unmerging leaves behind. The table goes to
-``merging.md`` and the numbers to ``merging.json`` beside this file. Takes seconds.
+The weight W is 1024 x 1024 with the standard deviation of an initialised layer; the increment ΔW
+has rank 8 and various norms. Merging rounds W + ΔW to the dtype of W. The benchmark measures the
+error relative to the increment, the error of the layer's output, and the error of the weight after
+unmerging. The table is written to ``merging.md`` and the numbers to ``merging.json``, in this
+folder. Takes seconds.
 """
 
 import jax
@@ -27,7 +28,7 @@ def wide(x):
 
 
 def measure(dtype, ratio, seed=0):
-    """Relative errors of the increment, of the output, and of the weight after unmerging."""
+    """Return relative errors of the increment, the output, and the weight after unmerging."""
     keys = jax.random.split(jax.random.key(seed), 3)
     weight = (jax.random.normal(keys[0], (SIZE, SIZE)) / SIZE**0.5).astype(dtype)
     x = wide(jax.random.normal(keys[1], (TOKENS, SIZE)))

@@ -1,8 +1,7 @@
-"""The models of the benchmarks, each written once and run by ``flax.linen`` and ``flax.nnx`` alike.
+"""Models of the benchmarks, each defined once for both ``flax.linen`` and ``flax.nnx``.
 
-A model is a function that asks for its layers by name. What it gets is a linen or an NNX layer, so
-all that differs between two ways of adapting a model is how it is adapted. There is no dropout but
-the adapters' own.
+A model is a function that gets its layers by name, as linen or NNX layers. Two ways of adapting a
+model therefore differ only in the adaptation. The only dropout is that of the adapters.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Get = Callable[[str], Callable[..., jax.Array]]  # a layer by its name
-Table = Mapping[str, tuple[str, ...]]  # its kind, and the names of the sizes it goes from and to
+Get = Callable[[str], Callable[..., jax.Array]]  # returns a layer by its name
+Table = Mapping[str, tuple[str, ...]]  # {name: (kind, names of its sizes)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,32 +28,32 @@ class Shape:
     kind: str  # a key of NETWORKS
     depth: int
     width: int
-    hidden: int  # of the MLP
+    hidden: int  # width of the MLP
     heads: int
     batch: int
-    length: int = 0  # tokens of an example; a ViT has the patches of its image instead
-    image: int = 0  # pixels of a side
+    length: int = 0  # tokens per example; 0 for a ViT, whose tokens are the image patches
+    image: int = 0  # side of the image, in pixels
     patch: int = 1
     vocabulary: int = 1000
     classes: int = 10
-    targets: tuple[str, ...] = ()  # the linear layers that are adapted, if not all of a block
-    scan: bool = False  # layers under a scan, with their activations recomputed
-    dtype: str = "float32"  # of weights, adapters and arithmetic
+    targets: tuple[str, ...] = ()  # the adapted linear layers; all of a block if empty
+    scan: bool = False  # scanned layers with recomputed activations
+    dtype: str = "float32"  # dtype of weights, adapters and arithmetic
 
     @property
     def tokens(self) -> int:
-        """What the layers see of an example."""
+        """Number of tokens per example that the layers see."""
         return (self.image // self.patch) ** 2 + 1 if self.image else self.length
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """The linear layers of a block that get an adapter."""
+        """Linear layers of a block that get an adapter."""
         block = NETWORKS[self.kind].block
         linear = (name for name, (kind, *_) in block.items() if kind in ("dense", "bare"))
         return self.targets or tuple(linear)
 
     def size(self, name: str) -> int:
-        """The number that a table calls by ``name``."""
+        """Return the number that has this name in a table of layers."""
         own = {"one": 1, "colours": 3, "three": 3 * self.width, "tokens": self.tokens}
         return own[name] if name in own else getattr(self, name)
 
@@ -63,10 +62,10 @@ class Shape:
 
 
 class Network(NamedTuple):
-    """A model: its layers, and what it does with them."""
+    """Model: the tables of its layers, and the functions that run them."""
 
-    block: Table  # the layers of a block
-    ends: Table  # the layers before and behind the blocks
+    block: Table  # layers of a block
+    ends: Table  # layers before and after the blocks
     run_block: Callable[[Get, jax.Array, Shape], jax.Array]
     run: Callable[[Get, Callable[[jax.Array], jax.Array], jax.Array, Shape], jax.Array]
 
@@ -79,7 +78,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, causal: bool) -
 
 
 def rotated(x: jax.Array, heads: int) -> jax.Array:
-    """Rotary positions on ``x [batch, tokens, width]``."""
+    """Apply rotary position embeddings to ``x [batch, tokens, width]``."""
     x = x.reshape(*x.shape[:-1], heads, -1)
     half = x.shape[-1] // 2
     angle = jnp.outer(jnp.arange(x.shape[1]), 1e4 ** (-jnp.arange(half) / half))
@@ -244,7 +243,7 @@ class LinenBlock(nn.Module):
 
 
 class Linen(nn.Module):
-    """A model in ``flax.linen``."""
+    """Model of a ``Shape`` in ``flax.linen``."""
 
     shape: Shape
 
@@ -280,7 +279,7 @@ class NnxBlock(nnx.Module):
 
 
 class Nnx(nnx.Module):
-    """The same in ``flax.nnx``, with the same names."""
+    """Model of a ``Shape`` in ``flax.nnx``, with the same parameter names as ``Linen``."""
 
     def __init__(self, shape: Shape, rngs: nnx.Rngs):
         self.shape = shape
@@ -307,13 +306,13 @@ class Nnx(nnx.Module):
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean over all labels, in float32."""
+    """Return the mean cross-entropy over all labels, computed in float32."""
     logits = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.mean(jnp.take_along_axis(logits, labels[..., None], -1))
 
 
 def data(shape: Shape, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A batch: what the model sees, and what it should say."""
+    """Return a random batch: the model's inputs and the labels."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, shape.classes, shape.batch, dtype=np.int32)
     if shape.kind == "vit":

@@ -1,8 +1,8 @@
-"""The ways to fine-tune a model that the benchmarks compare, each as one jitted training step.
+"""Fine-tuning methods that the benchmarks compare, each as one jitted training step.
 
-All have the model, its weights, the batch, the optimizer and the first values of the adapters in
-common, so those that compute the same lose the same. A :class:`Peer` says what trains, and how
-that becomes a loss.
+All of them have the same model, weights, batch, optimizer and initial adapters, so methods that
+compute the same function have the same losses. A :class:`Peer` specifies the trainable parameters
+and the loss.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ RANK = 12
 
 
 class Peer(NamedTuple):
-    """A way to fine-tune."""
+    """Fine-tuning method: parameters, loss and optimizer."""
 
     frozen: Any  # never differentiated
     trainable: Any
-    loss: Callable[[Any, Any, jax.Array, Any], jax.Array]  # of frozen, trainable, key, batch
+    loss: Callable[[Any, Any, jax.Array, Any], jax.Array]  # of frozen, trainable, key and batch
     tx: optax.GradientTransformation = ADAMW
 
 
 class Step:
-    """A compiled training step with its state; a call takes one step and gives its loss."""
+    """Compiled training step and its state; a call takes one step and returns its loss."""
 
     def __init__(self, peer: Peer, batch: Any, seed: int = 0):
         self.frozen, self.batch = peer.frozen, jax.device_put(batch)
-        trainable = jax.tree.map(jnp.copy, peer.trainable)  # its own: the step donates it
+        trainable = jax.tree.map(jnp.copy, peer.trainable)  # a copy, because the step donates it
         self.state = trainable, peer.tx.init(trainable), jax.random.key(seed)
         self.jitted = jitted(peer)
 
@@ -51,7 +51,7 @@ class Step:
 
 
 def jitted(peer: Peer) -> Any:
-    """The peer's step of frozen, trainable, optimizer's state, key and batch."""
+    """Return the peer's step: a function of frozen, trainable, optimizer state, key and batch."""
 
     def step(frozen, trainable, opt, key, batch):
         key, use = jax.random.split(key)
@@ -63,7 +63,7 @@ def jitted(peer: Peer) -> Any:
 
 
 def compiled(peer: Peer, arguments: tuple[Any, ...]) -> tuple[Any, float, float]:
-    """The peer's step for arrays, or shapes: compiled, and the seconds to trace and compile it."""
+    """Return the peer's step, compiled for arrays or shapes, and seconds to trace and compile."""
     start = time.perf_counter()
     lowered = jitted(peer).lower(*arguments)
     traced = time.perf_counter()
@@ -72,10 +72,10 @@ def compiled(peer: Peer, arguments: tuple[Any, ...]) -> tuple[Any, float, float]
 
 
 def build(name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0) -> Any:
-    """The step of a peer, ready to run; of PyTorch's, too.
+    """Return the step of a peer, in JAX or PyTorch, ready to run.
 
     Raises:
-      Unsupported: the peer cannot do this, or is not installed.
+      Unsupported: the peer does not support the arguments, or is not installed.
     """
     try:
         if name not in TORCH:
@@ -87,7 +87,7 @@ def build(name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0) -> An
 
 
 def abstract(name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0):
-    """A peer, and the arguments of its step, of which there are only the shapes."""
+    """Return a peer and the arguments of its step, as shapes without arrays."""
     found = []
 
     def make(key):
@@ -96,7 +96,7 @@ def abstract(name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0):
         return peer.frozen, peer.trainable, peer.tx.init(peer.trainable), key
 
     caches = (base, first)
-    for cache in caches:  # what they hold must not be of another trace
+    for cache in caches:  # they must not return tracers of another trace
         cache.cache_clear()
     arguments = jax.eval_shape(make, jax.random.key(0))
     for cache in caches:
@@ -105,7 +105,7 @@ def abstract(name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0):
 
 
 def config(shape: Shape, rank: int, dropout: float) -> adalora.AdaLoraConfig:
-    """AdaLoRA at its busiest: new averages, and a new mask, at every step."""
+    """Return the config of maximum work: new averages and a new mask at every step."""
     return adalora.AdaLoraConfig(
         total_step=100_000,
         init_r=rank,
@@ -119,30 +119,30 @@ def config(shape: Shape, rank: int, dropout: float) -> adalora.AdaLoraConfig:
 
 
 def pattern(shape: Shape) -> str:
-    """All linear layers of the blocks, by their paths."""
+    """Return a regular expression for the paths of all adapted layers of the blocks."""
     return rf"layer.*/({'|'.join(shape.adapted)})"
 
 
 @functools.lru_cache(maxsize=1)
 def base(shape: Shape) -> dict[str, Any]:
-    """The weights, the same arrays for all peers."""
+    """Return the weights; all peers share these arrays."""
     return Linen(shape).init(jax.random.key(0), data(shape)[0])["params"]
 
 
 @functools.lru_cache(maxsize=1)
 def first(shape: Shape, rank: int) -> dict[str, adalora.Adapter]:
-    """The adapters before the first step: q random, p 0 and λ 1, which makes them LoRA's."""
+    """Return the initial adapters: q random, p 0 and λ 1, so that they equal LoRA's."""
     adapted = adalora.linen.adapt(Linen(shape), config(shape, rank, 0.0))
     return adapted.init(jax.random.key(1), {"params": base(shape)}, data(shape)[0])
 
 
 def products(shape: Shape, rank: int) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """The same as LoRA's ``A [in, r]`` and ``B [r, out]``."""
+    """Return the initial adapters as LoRA's ``A [..., in, r]`` and ``B [..., r, out]``."""
     return {path: (a.q.swapaxes(-1, -2), a.p) for path, a in first(shape, rank).items()}
 
 
 def joined(params: Any, pairs: Any, names: tuple[str, str]) -> dict[str, Any]:
-    """The parameters with ``{path: (A, B)}`` beside the kernels, under these names."""
+    """Return the parameters with ``{path: (A, B)}`` added next to the kernels, as ``names``."""
     params = copy.copy(params)
     for path, pair in pairs.items():
         node = params
@@ -161,7 +161,7 @@ def linen_loss(module, params, batch, key, dropout):
 
 
 def frozen(shape: Shape, rank: int, dropout: float) -> Peer:
-    """The floor: forward, and backward to the activations, down to what embeds the inputs."""
+    """Return the lower bound: forward, and backward to the activations after the embedding."""
 
     def loss(params, probe, key, batch):
         def add(call, args, kwargs, context):
@@ -175,7 +175,7 @@ def frozen(shape: Shape, rank: int, dropout: float) -> Peer:
     side = shape.image // shape.patch
     places = (side, side) if side else (shape.length,)
     probe = jnp.zeros((shape.batch, *places, shape.width), shape.dtype)
-    return Peer(base(shape), probe, loss, optax.sgd(1e-3))  # an optimizer that costs nothing
+    return Peer(base(shape), probe, loss, optax.sgd(1e-3))  # the cheapest optimizer
 
 
 def full(shape: Shape, rank: int, dropout: float) -> Peer:
@@ -187,7 +187,7 @@ def full(shape: Shape, rank: int, dropout: float) -> Peer:
 
 
 def ours(shape: Shape, rank: int, dropout: float, form: str) -> Peer:
-    """This library: "lora" is with λ held at 1, "svd" with λ trained, "adalora" is all of it."""
+    """Return this library's "lora" (λ fixed at 1), "svd" (λ trained) or complete "adalora"."""
     found = config(shape, rank, dropout)
     adapted = adalora.linen.adapt(Linen(shape), found)
 
@@ -216,7 +216,7 @@ def ours(shape: Shape, rank: int, dropout: float, form: str) -> Peer:
 
 
 def autodiff(shape: Shape, rank: int, dropout: float) -> Peer:
-    """LoRA as one writes it by hand, ``y + x A B``, and its derivative as JAX finds it."""
+    """Return hand-written LoRA, ``y + x A B``, differentiated by JAX's autodiff."""
     names = ("lora_a", "lora_b")
 
     def add(call, args, kwargs, context):
@@ -260,7 +260,7 @@ def _provider(shape, rank, dropout):
 
 
 def nnx_base(shape: Shape) -> Nnx:
-    """The model with the weights that all have."""
+    """Return the NNX model with the shared weights."""
     model = nnx.eval_shape(lambda: Nnx(shape, nnx.Rngs(0)))
     state = nnx.state(model)
     nnx.replace_by_pure_dict(state, base(shape))
@@ -269,11 +269,11 @@ def nnx_base(shape: Shape) -> Nnx:
 
 
 def nnx_peer(model, wrt, reseed, penalty=lambda trainable: 0.0, tx=ADAMW) -> Peer:
-    """Trains what ``wrt`` selects. Split and merged by hand: a compiled step is all there is."""
+    """Return a peer that trains the parameters ``wrt`` selects, as split state for ``jax.jit``."""
     graph, trainable, rest = nnx.split(model, wrt, ...)
 
     def loss(rest, trainable, key, batch):
-        model = nnx.merge(graph, trainable, rest, copy=True)  # of this trace, to be changed
+        model = nnx.merge(graph, trainable, rest, copy=True)  # new variables, which may change
         reseed(model, key)
         return cross_entropy(model(batch[0]), batch[1]) + penalty(trainable)
 
@@ -293,7 +293,7 @@ def nnx_ours(shape: Shape, rank: int, dropout: float, form: str) -> Peer:
 
 
 def flax_lora(shape: Shape, rank: int, dropout: float) -> Peer:
-    """``nnx.LoRA`` around each layer. It has neither a scale nor dropout."""
+    """Return a model with ``nnx.LoRA`` around each layer; it has neither a scale nor dropout."""
     if dropout:
         raise Unsupported("nnx.LoRA has no dropout")
     model = nnx_base(shape)
@@ -313,7 +313,7 @@ def qwix_nnx(shape: Shape, rank: int, dropout: float) -> Peer:
     if shape.scan:
         raise Unsupported("Qwix's LoRA of NNX models does not run under nnx.scan")
     inputs = data(shape)[0]
-    # Dropout is set on its own for what follows: a first run has keys for nothing but this.
+    # These rngs serve only this first run; ``reseed`` sets the dropout keys of the training steps.
     model = nnx_base(shape)
     model = qwix.apply_lora_to_model(
         model, _provider(shape, rank, dropout), inputs, rngs=nnx.Rngs(1)
@@ -330,7 +330,7 @@ def qwix_nnx(shape: Shape, rank: int, dropout: float) -> Peer:
 
 
 class Unsupported(Exception):
-    """A peer that cannot do what is asked, and why."""
+    """Error of a peer that does not support its arguments; the message is the reason."""
 
 
 def _form(make, form):

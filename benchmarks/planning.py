@@ -1,18 +1,19 @@
-"""What a large model on a large mesh would need, from its compiled train step and no arrays.
+"""Memory and communication of large models on large meshes, from compiled steps without arrays.
 
     python benchmarks/planning.py [NAME ...]
 
-Shapes as of models of 7 and 70 billion parameters, and two with experts, the second of them with a
-million triplets. Layers are scanned and rematerialised, the frozen base is bfloat16 and split over
-both axes of a mesh of 256 or 512 devices (FSDP along data, tensor or expert parallel along model),
-adapters are float32 on every kernel, AdamW inside. Everything is lowered from shapes and compiled
-by XLA for that many virtual CPU devices; nothing is allocated.
+The shapes are those of models with 7 and 70 billion parameters, and of two with experts, the second
+of which has a million triplets. Layers are scanned and rematerialised. The frozen base is bfloat16
+and sharded over both axes of a mesh of 256 or 512 devices (FSDP along data, tensor or expert
+parallel along model). Every kernel has a float32 adapter, and the inner optimizer is AdamW.
+Everything is lowered from shapes and compiled by XLA for as many virtual CPU devices; nothing is
+allocated.
 
-A collective counts by the bytes of its result on one device, times the trips of the loop it is in.
-Other back ends choose other collectives, and overlap them with work: this is about sizes, not time.
-The allocator's are all those of the optimizer's update, since AdamW itself has none. The table goes
-to ``planning.md`` and the numbers to ``planning.json`` beside this file. Takes about a minute a
-model.
+The size of a collective is the bytes of its result on one device, times the trip count of its loop.
+Other backends choose other collectives and overlap them with computation, so the benchmark reports
+sizes, not time. All collectives of the optimizer's update are the allocator's, since AdamW has
+none. The table is written to ``planning.md`` and the numbers to ``planning.json``, in this folder.
+Takes about a minute per model.
 """
 
 import json
@@ -34,12 +35,12 @@ from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
 
-# For XLA: more devices than there are, and programs that nobody runs.
+# Virtual devices, and no optimisation of the machine code, which is never run.
 FLAGS = (
     "--xla_force_host_platform_device_count=512 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true"
 )
-TOKENS = 2048  # of one sequence; one sequence on each device along data
+TOKENS = 2048  # per sequence; one sequence per device along data
 
 
 class Shape(NamedTuple):
@@ -47,7 +48,7 @@ class Shape(NamedTuple):
     width: int
     hidden: int
     kv: int  # width of keys and values
-    experts: int  # 0: a plain MLP
+    experts: int  # 0: a dense MLP
     rank: int
     mesh: tuple[int, int]
 
@@ -75,7 +76,7 @@ class Block(nn.Module):
         if not s.experts:
             h = nn.silu(dense(s.hidden, "gate")(x)) * dense(s.hidden, "up")(x)
             return x + dense(s.width, "down")(h), None
-        # Each expert takes its equal share of the tokens.
+        # Every expert gets the same number of tokens.
         tokens = x.reshape(-1, s.experts, s.width).swapaxes(0, 1)
         each = lambda i, o, name: nn.Einsum(
             (s.experts, i, o), "etd,edf->etf", use_bias=False, name=name, dtype=x.dtype
@@ -100,9 +101,9 @@ class Model(nn.Module):
 
 
 def base_spec(path, ndim):
-    """Output features along model, input features along data; the other way round on the way back.
+    """Return the spec of a kernel: outputs along model, inputs along data; swapped for o and down.
 
-    Experts along model, and their input features along data.
+    Experts are sharded along model, and their input features along data.
     """
     if ndim == 4:
         return P(None, "model", "data", None)
@@ -110,7 +111,7 @@ def base_spec(path, ndim):
 
 
 def plan(shape):
-    """One row of the table."""
+    """Return the numbers of one model, a column of the table."""
     mesh = jax.make_mesh(shape.mesh, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     config = adalora.AdaLoraConfig(
         total_step=1000, init_r=shape.rank, target_r=shape.rank // 2, target_modules="all-linear"
@@ -173,7 +174,7 @@ def plan(shape):
 
 
 def on_a_device(tree):
-    """Bytes of one device's part."""
+    """Return the bytes of one device's shards."""
     part = lambda leaf: int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
     return sum(part(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -182,7 +183,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "
 
 
 def collectives(text):
-    """Bytes of the result of every collective of a program, each as often as it runs."""
+    """Return the bytes of the result of every collective of a program, repeated as it is run."""
     bodies = dict(re.findall(r"^(?:ENTRY )?%([\w.-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
     (entry,) = re.findall(r"^ENTRY %([\w.-]+) ", text, re.M)
     operation = r"= (.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("

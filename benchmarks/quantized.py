@@ -1,12 +1,12 @@
-"""What a quantised base costs: bytes, the peak memory of a training step, and its time.
+"""Cost of a quantised base: bytes, and the peak memory and time of a training step.
 
     python benchmarks/quantized.py
 
-writes ``quantized.json`` and ``quantized.md`` beside this file, in about two minutes on two idle
-cores. Needs ``pip install ".[quant]"``.
+The numbers are written to ``quantized.json`` and the tables to ``quantized.md``, in this folder.
+Takes about two minutes on two idle cores. Needs ``pip install ".[quant]"``.
 
-The 7B model is only ever shapes: its training step is compiled, not run. The small one runs, with
-the steps of all bases interleaved.
+The 7B model exists only as shapes: its training step is compiled, not run. The small model is run,
+with the steps of all bases interleaved.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALL = {"width": 512, "hidden": 1376, "heads": 8, "depth": 4, "vocabulary": 100
 
 
 class Layer(nn.Module):
-    """A layer of a Llama: its linear layers, in the shapes it has them."""
+    """Layer of a Llama: its linear layers in their shapes, without rotary positions."""
 
     width: int
     hidden: int
@@ -55,7 +55,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The stack of them, under nn.scan with recomputed activations, as large models are trained."""
+    """Llama whose layers are under ``nn.scan`` with recomputed activations, as in large models."""
 
     width: int
     hidden: int
@@ -78,7 +78,7 @@ class Llama(nn.Module):
 
 
 def based(model: nn.Module, variables, base: str, ids):
-    """The model on a base: floats of a dtype, or quantised from bf16."""
+    """Return the model and its variables, cast to a float dtype, or quantised from bf16."""
     dtype = base if base.startswith(("float", "bfloat")) else "bfloat16"
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
     if base == dtype:
@@ -88,7 +88,7 @@ def based(model: nn.Module, variables, base: str, ids):
 
 
 def abstract(model: nn.Module, base: str, ids):
-    """The model on a base, and the shapes of its variables."""
+    """Return the model on a base, and the shapes of its variables."""
     models = []
 
     def make():
@@ -102,7 +102,7 @@ def abstract(model: nn.Module, base: str, ids):
 
 
 def train_step(adapted):
-    """One optimizer step as people write it."""
+    """Return a jitted training step in the usual form."""
 
     def step(variables, adapters, opt, ids):
         def loss(adapters):
@@ -122,7 +122,7 @@ def size(tree) -> int:
 
 
 def bytes_of(variables, adapters, opt, step=None) -> dict[str, int]:
-    """Bytes of what a run holds, and of what its compiled step needs beside it."""
+    """Return the bytes of a run's arrays, and the temporaries and peak of its compiled step."""
     found = {"base": size(variables), "adapters": size(adapters), "training state": size(opt)}
     if step is not None:
         memory = step.memory_analysis()
@@ -132,7 +132,7 @@ def bytes_of(variables, adapters, opt, step=None) -> dict[str, int]:
 
 
 def shapes_only(shape: dict[str, int], batch: int, length: int, compiled: Sequence[str]):
-    """:func:`bytes_of` on each base of a model that is never made."""
+    """Return :func:`bytes_of` on each base, for a model of shapes without arrays."""
     ids = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
     result = {}
     for base in BASES:
@@ -146,7 +146,7 @@ def shapes_only(shape: dict[str, int], batch: int, length: int, compiled: Sequen
 
 
 def measured(shape: dict[str, int], batch: int, length: int):
-    """:func:`bytes_of` on each base, and the median milliseconds of a training step."""
+    """Return :func:`bytes_of` on each base, and the median milliseconds of a training step."""
     ids = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, shape["vocabulary"])
     variables = Llama(**shape).init(jax.random.key(0), ids)
     sizes, steps = {}, {}

@@ -1,12 +1,12 @@
-"""How a training step's time grows: with the rank, the adapters, the sequence length, the batch.
+"""Time of a training step by rank, number of adapters, sequence length and batch size.
 
     python benchmarks/scaling.py [--rounds 5]
 
-Two layers of BERT-small at rank 12, all six linear layers of each adapted, 16 sequences of 64
-tokens; one of these at a time takes other values. The frozen model, this library's LoRA and
-AdaLoRA, and LoRA by hand take turns, step by step. The table goes to ``scaling.md``, the numbers to
-``scaling.json`` and the picture to ``scaling.png`` beside this file, or to ``--out``. Takes about
-five minutes on two cores.
+The model is two layers of BERT-small at rank 12, with adapters on all six linear layers of each and
+16 sequences of 64 tokens; the benchmark varies one of these at a time. The steps of the frozen
+model, this library's LoRA and AdaLoRA, and hand-written LoRA are interleaved. The table is written
+to ``scaling.md``, the numbers to ``scaling.json`` and the figure to ``scaling.png``, in this folder
+or ``--out``. Takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AXES = {
 
 
 def at(axis: str, value: int, shape: Shape) -> tuple[Shape, int]:
-    """The shape and the rank with one of them changed."""
+    """Return the shape and the rank, with ``axis`` set to ``value``."""
     if axis == "rank":
         return shape, value
     changes = {
@@ -63,7 +63,7 @@ def table(axis: str, results: list[dict[str, Any]]) -> str:
 
 
 def picture(results: list[dict[str, Any]]) -> Figure:
-    """One panel an axis."""
+    """Draw one panel per axis."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     shown = dict.fromkeys(result["axis"] for result in results)
     for axes, axis in zip(figure.subplots(2, -(-len(shown) // 2), squeeze=False).ravel(), shown):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine in words, results as files."""
+"""Utilities of the benchmarks: interleaved timing, description of the machine, result files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import jax
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2
 ) -> dict[str, float]:
-    """The median time of a call of each function in milliseconds."""
+    """Return the median milliseconds per call of each function."""
     return medians(in_rounds(functions, rounds, warm_up))
 
 
 def in_rounds(
     functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """The milliseconds of a call of each function, in each round.
+    """Return the milliseconds of each function's call in each round.
 
-    Each round calls every function once, so that what else the machine does slows all alike.
+    Each round calls every function once, so that other load on the machine slows all of them.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warm_up + rounds):
@@ -43,12 +43,12 @@ def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> float:
-    """The median over the rounds of how many times as long one took as the other."""
+    """Return the median over the rounds of the ratio ``of / to``."""
     return statistics.median(a / b for a, b in zip(of, to))
 
 
 def machine() -> dict[str, Any]:
-    """The processor, how many of its cores there are, and the versions that matter."""
+    """Return the processor, the number of cores, the device, and the JAX and Python versions."""
     names = [platform.processor() or platform.machine()]
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -64,19 +64,19 @@ def machine() -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:
-    """A table whose first row is its header."""
+    """Return a Markdown table whose first row is the header."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([lines[0], f"| {' | '.join('---' for _ in rows[0])} |", *lines[1:]])
 
 
 def judged(target: str, measured: float, limit: float) -> dict[str, Any]:
-    """A target, and whether it was reached: what was measured is to be at most the limit."""
+    """Return a target and whether it was reached: the measured value is at most the limit."""
     reached = round(measured, 2) <= limit
     return {"target": target, "measured": measured, "limit": limit, "reached": reached}
 
 
 def judgements(found: Sequence[Mapping[str, Any]]) -> str:
-    """The table of what :func:`judged` gave."""
+    """Return a Markdown table of the results of :func:`judged`."""
     rows = [("target", "measured", "at most", "reached")]
     for row in found:
         numbers = (f"{row[column]:.2f}" for column in ("measured", "limit"))
@@ -85,14 +85,14 @@ def judgements(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def place(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Where results go: ``folder/name``, with the kind of device where that is no CPU."""
+    """Return the path of the results, ``folder/name.json``; with the backend if it is not "cpu"."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = jax.default_backend()
     return folder / f"{name if kind == 'cpu' else f'{name}-{kind}'}.json"
 
 
 def save(script: str | pathlib.Path, results: Any, text: str) -> None:
-    """Writes ``<script>.json`` and ``<script>.md`` beside the script, and prints the text."""
+    """Write ``<script>.json`` and ``<script>.md`` next to the script, and print the text."""
     place = pathlib.Path(script)
     results = {"machine": machine(), **results}
     place.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

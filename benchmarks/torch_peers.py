@@ -1,7 +1,7 @@
-"""What PyTorch offers: transformers' models in the shapes of ours, adapted by PEFT.
+"""Peers in PyTorch: models of transformers in the same shapes, adapted by PEFT.
 
-Needs ``pip install ".[parity]"``. Runs on a GPU where PyTorch has one. AdamW is the fused one,
-attention is ``sdpa``, GELU is the same approximation, and AdaLoRA allocates at every step, as ours.
+Needs ``pip install ".[parity]"``. Runs on a GPU if PyTorch has one. AdamW is fused, attention is
+``sdpa``, and GELU is the same approximation as in JAX. AdaLoRA allocates at every step, as in JAX.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from networks import Shape, data
 from peers import RANK, Unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Every peer of every model is a compilation of the same few functions.
+# All peers of all models compile the same few functions.
 torch._dynamo.config.recompile_limit = 64
 
 
 class Step:
-    """A training step with its state; a call takes one step and gives its loss."""
+    """Training step and its state; a call takes one step and returns its loss."""
 
     def __init__(self, name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0):
         torch.manual_seed(0)
@@ -35,17 +35,17 @@ class Step:
         self.batch, self.model = batch(shape), model(shape)
         if name == "torch-frozen":
             self.model.requires_grad_(False)
-            # What comes out of the embedding is where the backward pass ends.
+            # The backward pass ends at the output of the embedding.
             _embedding(self.model).register_forward_hook(lambda *call: call[-1].requires_grad_())
             self.forward = self.model
             return
         settings = _config(name, shape, _targets(self.model), rank, dropout)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             adapted = peft.get_peft_model(self.model, settings, **_as_base)
-        # Not the PeftModel, whose forward leaves out the penalty where no task type is given.
+        # The forward method of ``PeftModel`` omits the penalty without a task type.
         self.model = self.forward = adapted.base_model
         for key, parameter in self.model.named_parameters():
-            if "ranknum" in key:  # the scale, which PEFT trains where it is not float32
+            if "ranknum" in key:  # the scale, which PEFT trains if it is not float32
                 parameter.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-3, weight_decay=1e-4, fused=True)
         if "adalora" in name:
@@ -80,7 +80,7 @@ _as_base = {"autocast_adapter_dtype": False}  # adapters in the precision of the
 
 
 def model(shape: Shape) -> Any:
-    """A model of transformers, with random weights and no dropout."""
+    """Return a model of transformers, with random weights and without dropout."""
     sizes = {
         "hidden_size": shape.width,
         "num_hidden_layers": shape.depth,
@@ -119,8 +119,8 @@ def model(shape: Shape) -> Any:
             **sizes, **text, num_key_value_heads=shape.heads, **_causal
         )
         found = transformers.LlamaForCausalLM(config)
-    if shape.scan:  # where ours recomputes
-        name = "activation_checkpointing_enable"  # by its name in newer releases
+    if shape.scan:  # the JAX models recompute activations
+        name = "activation_checkpointing_enable"  # name in newer releases
         enable = getattr(found, name, found.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return found.to(DEVICE, getattr(torch, shape.dtype)).train()
@@ -140,15 +140,15 @@ def batch(shape: Shape) -> dict[str, torch.Tensor]:
     if shape.kind == "vit":
         images = torch.tensor(inputs.transpose(0, 3, 1, 2).astype(np.float32))
         found = {"pixel_values": images.to(getattr(torch, shape.dtype)), "labels": labels}
-    else:  # a causal model shifts the labels itself
+    else:  # a causal model of transformers shifts the labels
         found = {"input_ids": inputs, "labels": labels if shape.kind == "bert" else inputs}
     as_tensor = lambda x: x if torch.is_tensor(x) else torch.from_numpy(x.astype(np.int64))
     return {name: as_tensor(x).to(DEVICE) for name, x in found.items()}
 
 
 def memory(step: Step) -> dict[str, int]:
-    """The bytes of what is trained, of all its training state, and of what a step needs beside."""
-    step(), step()  # until then the state is not all there
+    """Return the bytes of the adapters, the training state, and the temporaries of a step."""
+    step(), step()  # these create the complete state
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     adapters = size(step.trainable)
     state = adapters + size(t for s in step.optimizer.state.values() for t in s.values())
@@ -160,7 +160,7 @@ def memory(step: Step) -> dict[str, int]:
 
 
 def _temporaries(step: Step) -> int:
-    """The most that is allocated during a step on top of what was there before."""
+    """Return the peak of the bytes allocated during a step, minus those allocated before it."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -180,7 +180,7 @@ def _temporaries(step: Step) -> int:
 
 
 def _targets(model) -> list[str]:
-    """The linear layers of the blocks; their names differ between releases of transformers."""
+    """Return the linear layers of the blocks; their names vary with the release of transformers."""
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return [
         name
@@ -205,12 +205,12 @@ def _config(name, shape, targets, rank, dropout):
         tinit=0,
         tfinal=0,
         deltaT=1,
-        **{**how, "lora_alpha": rank * rank},  # PEFT divides by the rank once more
+        **{**how, "lora_alpha": rank * rank},  # PEFT divides by the rank again
     )
 
 
 def _embedding(model):
-    """The module whose output is the first that depends on no weight of a block."""
+    """Return the module that embeds the inputs."""
     name = "patch_embeddings.projection" if model.config.model_type == "vit" else None
     if name:
         return next(m for key, m in model.named_modules() if key.endswith(name))

@@ -1,21 +1,23 @@
-"""How long a training step takes here, and in what could be used instead.
+"""Time of a training step in this library and in its alternatives.
 
     python benchmarks/training.py [--model bert ...] [--peers frozen lora ...] [--rounds 7]
 
-Every way to fine-tune a model gets the same model, weights, batch, precision and AdamW, and adapts
-all linear layers of all blocks at rank 12. All of them run in turn, step by step:
+Every method has the same model, weights, batch, precision and AdamW, and adapts all linear layers
+of all blocks at rank 12. Their steps are interleaved:
 
-- the frozen model: forward, and backward to the activations; the floor for whoever adapts it
-- ours: LoRA (λ held at 1, no penalty, no allocator), the same with λ trained ("SVD form"), and
-  AdaLoRA with all it has, new importance and a new mask at every step
-- LoRA by hand: ``y + x A B`` in the same linen model, its derivative as JAX finds it
+- the frozen model: forward, and backward to the activations; the lower bound of all adapters
+- ours: LoRA (λ fixed at 1, no penalty, no allocator), the same with λ trained ("SVD form"), and
+  complete AdaLoRA, with new scores and a new mask at every step
+- hand-written LoRA: ``y + x A B`` in the same linen model, differentiated by JAX's autodiff
 - Qwix's LoRA, Flax's ``nnx.LoRA``, and full fine-tuning
-- PEFT's LoRA and AdaLoRA on transformers' model of that shape, eager and with ``torch.compile``
+- PEFT's LoRA and AdaLoRA on the model of transformers with that shape, eager and with
+  ``torch.compile``
 
-Those that compute the same are held to the same losses. A ratio is the median over the rounds. On
-a GPU it is all in bfloat16, and results are ``training-gpu``. Table, numbers and picture go beside
-this file when nothing is left out, or else to ``--out``. Takes up to 15 minutes on two cores. Needs
-``pip install ".[quant,plot,parity]"``; what is missing is left out.
+Methods that compute the same function must have the same losses. A ratio is the median over the
+rounds. On a GPU everything is bfloat16, and the results are named ``training-gpu``. The table,
+numbers and figure are written to ``--out``; without it, those of a complete run are written next to
+this file. Takes up to 15 minutes on two cores. Needs ``pip install ".[quant,plot,parity]"``; peers
+whose packages are missing are skipped.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ GPU = {
     **{name: shape.replace(dtype="bfloat16") for name, shape in CPU.items()},
     "llama": Shape("llama", depth=2, **LARGE, batch=2, length=1024, dtype="bfloat16"),
 }
-DROPOUTS = {"bert": (0.1, 0.0)}  # of the others: none
+DROPOUTS = {"bert": (0.1, 0.0)}  # none in the other models
 BERT_ONLY = ("svd", "nnx-lora", "peft-lora-compiled", "peft-adalora-compiled")  # to save time
-# Of these ratios the product is to be at most so much: (of, to, limit, where).
+# Targets: the time of the first peer is at most ``limit`` times that of the second.
 ANYWHERE = (
     ("adalora", "lora", 1.03),
     ("nnx-adalora", "nnx-lora", 1.03),
@@ -67,13 +69,13 @@ ON_GPU = {
     "bert": (("adalora", "peft-adalora", 1 / 3),),
     "llama": (("adalora", "peft-adalora", 1 / 1.3),),
 }
-SAME = {"lora", "autodiff", "qwix", "nnx-lora", "flax-lora", "qwix-nnx"}  # LoRA, all of them
+SAME = {"lora", "autodiff", "qwix", "nnx-lora", "flax-lora", "qwix-nnx"}  # all compute LoRA
 
 
 def measure(shape: Shape, names, dropout: float, rounds: int, threads: int = 1) -> dict[str, Any]:
-    """Milliseconds of each peer in each round, its first losses, and who cannot take part."""
+    """Return each peer's milliseconds per round and first losses, and the unsupported peers."""
     steps, losses, missing = {}, {}, {}
-    peers.first(shape, peers.RANK)  # what all have in common is made once
+    peers.first(shape, peers.RANK)  # computed once, before the threads need it
 
     def prepare(name):
         start = time.perf_counter()
@@ -98,11 +100,11 @@ def measure(shape: Shape, names, dropout: float, rounds: int, threads: int = 1) 
 
 
 def compare(losses: dict[str, list[float]], dtype: str, dropout: float) -> None:
-    """Holds peers that compute the same to the same losses.
+    """Check that peers that compute the same function have the same losses.
 
     Raises:
-      RuntimeError: they differ. With dropout the first must agree, before which an adapter adds
-        nothing, and the rest as far as other random masks let them.
+      RuntimeError: the losses differ. With dropout, the first losses must agree, because the
+        initial adapters add 0; the later ones only within 10 %, because random masks differ.
     """
     found = {name: values for name, values in losses.items() if name in SAME}
     exact = 1e-4 if dtype == "float32" else 2e-2
@@ -113,7 +115,7 @@ def compare(losses: dict[str, list[float]], dtype: str, dropout: float) -> None:
 
 
 def targets(model: str, dropout: float, times: dict[str, list[float]], device: str):
-    """What is asked of these times."""
+    """Return the targets of a model and whether these times reach them."""
     asked = list(ANYWHERE)
     for where, ratios in (ON_CPU if device == "cpu" else ON_GPU).items():
         asked += ratios if where in (model, "any") else ()
@@ -144,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def picture(results: list[dict[str, Any]]) -> Figure:
-    """One panel a model: a bar a peer."""
+    """Draw one panel per model, with one bar per peer."""
     rows = -(-len(results) // 2)
     figure = Figure(figsize=(13, 0.6 + 4.0 * rows), layout="constrained")
     panels = figure.subplots(rows, min(2, len(results)), squeeze=False).ravel()
@@ -183,7 +185,7 @@ def title(result: dict[str, Any], end: str = " ") -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    # PyTorch needs some of a GPU's memory, too.
+    # JAX must leave GPU memory to PyTorch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = jax.default_backend()
     shapes = CPU if device == "cpu" else GPU

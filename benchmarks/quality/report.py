@@ -1,4 +1,4 @@
-"""The tables and the picture of the study, from its results alone."""
+"""Tables and figure of the study, made from its results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from benchmarks.quality.paired import holm, mean_and_deviation, sign_flip
 from benchmarks.timing import markdown
 
 LEVEL = 0.05
-Cells = Mapping[str, Mapping[str, Any]]  # what the study recorded, by "task/method/budget"
-# Of the picture; the rest would hide them.
+Cells = Mapping[str, Mapping[str, Any]]  # records of the study, by "task/method/budget"
+# Methods in the figure; more of them would hide each other.
 MARKS = {
     "full": ("black", "*"),
     "lora-x4": ("tab:blue", "o"),
@@ -27,7 +27,7 @@ MARKS = {
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """The whole report."""
+    """Return the complete report as Markdown."""
     study = results["study"]
     parts = [_method(study)]
     for name, about in study["tasks"].items():
@@ -95,7 +95,7 @@ def _table(
     rates: int,
     heading: str,
 ) -> str:
-    """One row a method: its score, how far that is from another's, and by how much chance."""
+    """Return a table with one row per method: score, difference from ``against``, and p-value."""
     there = [name for name in names if f"{task}/{name}/{budget}" in cells]
     compared = compare(task, budget, there, against, cells)
     rows = [("", "test", "difference", "p", "learning rate", "trained parameters")]
@@ -119,7 +119,7 @@ def _table(
 def compare(
     task: str, budget: int | str, names: Iterable[str], against: str, cells: Cells
 ) -> dict[str, tuple[float, float]]:
-    """The mean difference from another method's test scores, and its p-value, corrected."""
+    """Return ``{method: (mean difference of test scores from against's, corrected p-value)}``."""
     other = cells.get(f"{task}/{against}/{budget}")
     if other is None:
         return {}
@@ -134,7 +134,7 @@ def compare(
 
 
 def verdict(results: Mapping[str, Any]) -> str:
-    """One row an option, one column a task: the difference from LoRA at the first budget."""
+    """Return the table of differences from LoRA at the first budget: options × tasks."""
     cells, tasks = results["cells"], results["study"]["tasks"]
     names = ["lora-plus", "svd-lora", "pruned-lora", "adalora", *methods.IMPROVEMENTS]
     columns: dict[str, dict[str, tuple[float, float]]] = {}
@@ -169,12 +169,12 @@ def _digits(sign: int) -> int:
 
 
 def _share(cell: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """Of the base, what is trained."""
+    """Return the trained parameters as a percentage of the base's."""
     return f"{100 * cell['parameters'] / about['base']:.2g} %"
 
 
 def picture(results: Mapping[str, Any]) -> Any:
-    """One panel a task: how far each method is from LoRA at each budget. Needs Matplotlib."""
+    """Draw one panel per task: differences from LoRA at each budget. Needs Matplotlib."""
     from matplotlib.figure import Figure
 
     tasks, cells = results["study"]["tasks"], results["cells"]
@@ -200,7 +200,7 @@ def picture(results: Mapping[str, Any]) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
         if about["sign"] < 0:
-            axes.invert_yaxis()  # better is up in all of them
+            axes.invert_yaxis()  # so that up is better in every panel
     figure.suptitle("Difference from LoRA at the same budget: mean ± standard error; up is better")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -210,7 +210,7 @@ def picture(results: Mapping[str, Any]) -> Any:
 def _differences(
     cells: Cells, task: str, name: str, budgets: Iterable[int | str]
 ) -> dict[int | str, tuple[float, float]]:
-    """The mean difference of the test scores from LoRA's, and its standard error, by budget."""
+    """Return ``{budget: (mean difference of test scores from LoRA's, standard error)}``."""
     found = {}
     for budget in budgets:
         if cell := cells.get(f"{task}/{name}/{budget}"):

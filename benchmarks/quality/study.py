@@ -1,4 +1,4 @@
-"""All cells in turn: compiled side by side, run one by one, each kept as soon as it is there."""
+"""Execution of the cells: compiled in parallel, run in sequence, and saved one by one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from benchmarks.quality import methods, train
 from benchmarks.quality.tasks import Task
 
 FOREVER = 1e7  # seconds
-_TRACING = threading.Lock()  # Python does one at a time anyway, and the first is wanted first
+_TRACING = threading.Lock()  # the GIL serialises tracing; in turn, the first cell is ready sooner
 
 
 class Cell(NamedTuple):
-    """A method on a task at a budget."""
+    """Method on a task at a budget."""
 
     task: str
     method: str
@@ -36,7 +36,7 @@ class Cell(NamedTuple):
 
 
 def cells(tasks: Mapping[str, Task], names: Iterable[str] | None = None) -> list[Cell]:
-    """What there is to run, by what matters most: first every method at one budget."""
+    """Return the cells by priority: all methods at the first budget, then the other budgets."""
     chosen = methods.METHODS if names is None else dict.fromkeys(names)
     groups = [methods.BASELINES, methods.IMPROVEMENTS, methods.ABLATIONS]
     ordered = [name for group in groups for name in group if name in chosen]
@@ -58,18 +58,18 @@ def cells(tasks: Mapping[str, Task], names: Iterable[str] | None = None) -> list
 
 
 def choose(validation: np.ndarray, sign: int) -> int:
-    """Which learning rate is best on average over the seeds, by validation alone.
+    """Return the index of the learning rate with the best mean validation score over the seeds.
 
     Args:
-      validation: ``[seeds, rates]``. A rate with which a run diverged is never the best.
-      sign: 1 if more is better, -1 if less is.
+      validation: ``[seeds, rates]``; a rate at which a run diverged is never the best.
+      sign: 1 if higher scores are better, -1 if lower ones are.
     """
     means = sign * np.asarray(validation, float).mean(axis=0)
     return int(np.argmax(np.where(np.isfinite(means), means, -np.inf)))
 
 
 def record(outcome: train.Outcome, rates: Sequence[float], sign: int) -> dict[str, Any]:
-    """What is kept of a cell. Of the test scores, those at the chosen rate alone."""
+    """Return the record of a cell, with the test scores at the chosen rate only."""
     best = choose(outcome.validation, sign)
     return {
         "rates": list(rates),
@@ -84,7 +84,7 @@ def record(outcome: train.Outcome, rates: Sequence[float], sign: int) -> dict[st
 
 
 def joined(one: Mapping[str, Any], other: Mapping[str, Any], sign: int) -> dict[str, Any]:
-    """Two records of one cell, at different learning rates, as one: the better, of all rates."""
+    """Merge two records of one cell at different learning rates; keep the better one's scores."""
     found = dict(
         sorted(zip(one["rates"] + other["rates"], one["validation"] + other["validation"]))
     )
@@ -113,28 +113,29 @@ def run(
     beyond: int = 2,
     at_once: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Runs the cells that are not in the file, and writes it after each of them.
+    """Run the cells that are not in the file, and write the file after each of them.
 
-    Then, twice, those of which the best learning rate is the first or the last, at more beyond it.
+    Then extend, twice, the cells whose best learning rate is the lowest or the highest tried.
 
     Args:
-      tasks: by name.
-      wanted: in the order in which they are run.
-      count: of learning rates.
-      path: the file. If it is there, it is gone on with.
-      about: the study, which must be the same as before, and the machine.
-      seconds: after so many no further cell is begun.
-      threads: that compile at a time.
-      near: only so many rates, around the best at the first budget: for other budgets that of the
-        method, for ablations and options that of AdaLoRA or LoRA. All where that is not there.
-      beyond: that many more where the best was the first or the last.
-      at_once: runs of a cell side by side; all of them if None.
+      tasks: ``{name: task}``.
+      wanted: the cells, in the order in which to run them.
+      count: the number of learning rates.
+      path: the file of the results. If it exists, the study continues from it.
+      about: the study, which must be the same as in the file, and the machine.
+      seconds: the time after which no further cell is started.
+      threads: the number of threads that compile; by default the number of cores.
+      near: if given, the number of rates around the best rate of a related cell at the first
+        budget: for other budgets that of the method, for ablations and options that of AdaLoRA or
+        LoRA. Without the related cell, all ``count`` rates are run.
+      beyond: the number of rates by which cells are extended.
+      at_once: the number of runs of a cell in parallel; all of them if None.
 
     Returns:
-      What is in the file then, and which cells failed.
+      The contents of the file, and the keys of the cells that failed.
 
     Raises:
-      ValueError: the file has results of another study.
+      ValueError: the file contains results of another study.
     """
     results = _resumed(path, about)
     known, machine = results["cells"], about["machine"]
@@ -152,7 +153,7 @@ def run(
     def more(cell):
         record = known[cell.key]
         if len(record["rates"]) > len(first(cell)) + beyond:
-            return []  # twice already
+            return []  # extended twice
         return train.beyond(record["rates"], record["rate"], beyond)
 
     def keep(cell, found):
@@ -181,7 +182,7 @@ def _in_turn(
     threads: int | None,
     at_once: int | None,
 ) -> list[str]:
-    """Runs cells at these learning rates, and hands over what comes of each; those that failed."""
+    """Run cells at these learning rates, pass each record to ``keep``, and return failed cells."""
     started = time.perf_counter()
     stop, failed = threading.Event(), []
     pool = ThreadPoolExecutor(threads or os.cpu_count())
@@ -194,12 +195,12 @@ def _in_turn(
             try:
                 left = max(0.0, end - time.perf_counter())
                 program, took = programs[number - 1].result(left)
-                programs[number - 1] = None  # large, and not needed again
+                programs[number - 1] = None  # frees the program's memory
                 found = _run(tasks[cell.task], rates, program, took)
             except TimeoutError:
                 print(f"Stopped for lack of time, before {cell.key}.", file=sys.stderr)
                 break
-            except Exception as error:  # the others can do without it; the caller is told
+            except Exception as error:  # does not affect other cells; reported to the caller
                 failed.append(cell.key)
                 print(f"{cell.key} failed: {str(error)[:500]}", file=sys.stderr)
                 continue
@@ -215,7 +216,7 @@ def _in_turn(
 def _compile(
     task: Task, cell: Cell, count: int, at_once: int | None, stop: threading.Event
 ) -> tuple[Any, Any]:
-    """The program, and the seconds that it took."""
+    """Return the compiled program, and the seconds to trace and to compile it."""
     with _TRACING:
         if stop.is_set():
             raise CancelledError
@@ -245,12 +246,12 @@ def _line(cell: Cell, found: Mapping[str, Any]) -> str:
 
 def _resumed(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]:
     about = {"study": about["study"], "machines": {}, "cells": {}}
-    fresh = json.loads(json.dumps(about))  # as it comes out of a file
+    fresh = json.loads(json.dumps(about))  # the types that a file returns
     if not path.exists():
         return fresh
     results = json.loads(path.read_text("utf-8"))
     before, now = results["study"], fresh["study"]
-    # It may be of other tasks than this run, but where they have a task in common it is the same.
+    # The file may contain other tasks than this run, but common tasks must be the same.
     tasks = [study.get("tasks", {}) for study in (before, now)]
     before, now = before | {"tasks": tasks[1] | tasks[0]}, now | {"tasks": tasks[0] | tasks[1]}
     if changed := [key for key in now if before[key] != now[key]]:
@@ -262,7 +263,7 @@ def _resumed(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """All of it or nothing: a run that is killed leaves the file as it was."""
+    """Write the file atomically: if the run is killed, the previous file remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rest = {key: value for key, value in results.items() if key != "cells"}
     cells = [
@@ -277,5 +278,5 @@ def _write(path: pathlib.Path, results: Mapping[str, Any]) -> None:
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """None for what diverged."""
+    """Round to four digits, with None for runs that diverged."""
     return [round(float(value), 4) if np.isfinite(value) else None for value in values]

@@ -1,4 +1,4 @@
-"""A task in memory: what is adapted to what, for how long, and what counts."""
+"""Tasks in memory: base model, examples, number of steps, and measure."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ from benchmarks.quality.models import DIGITS, MINILM, PROSE, SentenceEncoder, Tr
 
 
 class Splits(NamedTuple):
-    """The rows of the examples that each seed has, ``[seeds, ...]``, and its numbers."""
+    """Indices of the examples of each seed, ``[seeds, ...]``, and the numbers of the seeds."""
 
     batches: np.ndarray  # [seeds, steps, batch]
     validation: np.ndarray  # [seeds, n]
-    test: np.ndarray  # [seeds, n]; never looked at to choose anything
-    number: np.ndarray  # [seeds]; of its adapters, too
+    test: np.ndarray  # [seeds, n]; not used for any selection
+    number: np.ndarray  # [seeds]; also the seed of the adapters
 
 
 class Task(NamedTuple):
-    """A frozen model, and what it is to learn."""
+    """Frozen model and the data to adapt it to."""
 
     name: str
     title: str
     measure: str
-    sign: int  # 1 if more of the measure is better, -1 if less is
+    sign: int  # 1 if higher is better, -1 if lower is
     module: nn.Module
     base: Any  # the pre-trained variables
     inputs: np.ndarray
     labels: np.ndarray
     splits: Splits
     targets: tuple[str, ...]
-    head: tuple[str, ...]  # what trains beside the adapters
-    head_rate: float  # its learning rate, the same for all methods
+    head: tuple[str, ...]  # modules trained in addition to the adapters
+    head_rate: float  # their learning rate, the same for all methods
     steps: int
-    budgets: tuple[int | str, ...]  # see :meth:`adapted`; the first is that of all methods
-    rates: dict[str, int]  # of a family: where its learning rates begin, in steps from 1e-4
+    budgets: tuple[int | str, ...]  # see :meth:`adapted`; every method runs at the first
+    rates: dict[str, int]  # {family: offset of its first rate from 1e-4}, in steps of RATES
 
     def adapted(self, budget: int | str) -> tuple[int, tuple[str, ...]]:
-        """The average rank in the end, and of which modules: 1 in few of them, if it is "qv"."""
+        """Return the average final rank and the adapted modules.
+
+        The budget ``"qv"`` is rank 1 in the query and value modules only.
+        """
         if budget != "qv":
             return int(budget), self.targets
         return 1, tuple(name for name in self.targets if name.endswith(("query", "value")))
@@ -54,13 +57,13 @@ class Task(NamedTuple):
         return apply(jnp.asarray(self.inputs)[rows])
 
     def loss(self, apply: Any, rows: jax.Array) -> jax.Array:
-        """The mean cross-entropy of these examples."""
+        """Return the mean cross-entropy of these examples."""
         wanted = jnp.asarray(self.labels)[rows].astype(jnp.int32)
         logits = self.logits(apply, rows)
         return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
 
     def score(self, apply: Any, rows: jax.Array) -> jax.Array:
-        """The measure of these examples: accuracy in %, or bits a character."""
+        """Return the measure of these examples: accuracy in %, or bits per character."""
         if self.sign < 0:
             return self.loss(apply, rows) / jnp.log(2.0)
         right = self.logits(apply, rows).argmax(-1) == jnp.asarray(self.labels)[rows]
@@ -143,7 +146,7 @@ _AS_PLANNED = set(_Plan._fields) - {"module", "batch"}
 
 
 def load(name: str, folder: pathlib.Path, seeds: int) -> Task:
-    """The task of this name, from its file."""
+    """Load a task from its file."""
     with np.load(folder / f"{name}.npz") as opened:
         file = {key: opened[key] for key in opened.files}
     plan = _PLANS[name]
@@ -171,14 +174,18 @@ def load(name: str, folder: pathlib.Path, seeds: int) -> Task:
 
 
 def shortened(task: Task, steps: int) -> Task:
-    """The task with fewer steps, fewer examples, and one budget: to see that it runs."""
+    """Return the task with fewer steps, fewer examples and one budget, for a smoke test."""
     batches, validation, test, number = task.splits
     splits = Splits(batches[:, :steps, :8], validation[:, :50], test[:, :50], number)
     return task._replace(splits=splits, steps=steps, budgets=task.budgets[:1])
 
 
 def python_of(names: Iterable[str], folder: pathlib.Path) -> str:
-    """The Python whose standard library the files are of."""
+    """Return the version of Python whose standard library the files contain.
+
+    Raises:
+      ValueError: the files contain different versions.
+    """
     found = {str(np.load(folder / f"{name}.npz")["python"]) for name in names}
     if len(found) > 1:
         raise ValueError(f"{folder} has tasks of Python {', '.join(sorted(found))}: remove some.")

@@ -1,4 +1,4 @@
-"""One cell of the study as one program: every seed at every learning rate, start to end."""
+"""Cells of the study as compiled programs: all seeds at all learning rates, start to end."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import adalora_jax as adalora
 from benchmarks.quality.methods import Method
 from benchmarks.quality.tasks import Splits, Task
 
-# Three a decade, of which a cell has so many that follow one another.
+# Three per decade; a cell runs a consecutive range of them.
 RATES = tuple(round(a * 10.0**e, 10) for e in range(-5, 1) for a in (1, 2, 5))
-CHUNK = 100  # examples that are scored at once
+CHUNK = 100  # maximum number of examples scored at a time
 
 
 class Outcome(NamedTuple):
-    """Of each run; ``[seeds, rates]``."""
+    """Results of all runs, arrays ``[seeds, rates]``."""
 
     validation: Any
     test: Any
-    triplets: Any  # live in the end, in all matrices together
-    parameters: Any  # in live triplets; or of the base, if that is trained
+    triplets: Any  # number of active triplets at the end, over all matrices
+    parameters: Any  # number in active triplets; of the base in full fine-tuning
 
 
 def rates(task: Task, method: Method, count: int) -> list[float]:
-    """The learning rates of a cell."""
+    """Return the learning rates of a cell."""
     start = RATES.index(1e-4) + task.rates[method.family] + method.shift
     return list(RATES[start : start + count])
 
 
 def around(rate: float, count: int) -> list[float]:
-    """So many learning rates with this one in the middle.
+    """Return ``count`` learning rates with this one in the middle.
 
     >>> around(0.05, 3)
     [0.02, 0.05, 0.1]
@@ -45,7 +45,7 @@ def around(rate: float, count: int) -> list[float]:
 
 
 def beyond(tried: list[float], best: float, count: int) -> list[float]:
-    """So many more where the best is the first or the last of those tried.
+    """Return ``count`` further rates if the best is the first or the last of those tried.
 
     >>> beyond([0.02, 0.05, 0.1], 0.1, 2), beyond([0.02, 0.05, 0.1], 0.05, 2)
     ([0.2, 0.5], [])
@@ -59,11 +59,15 @@ def beyond(tried: list[float], best: float, count: int) -> list[float]:
 def lowered(
     task: Task, method: Method, budget: int | str, count: int, at_once: int | None = None
 ) -> Any:
-    """The program of a cell, to be compiled and called with :func:`arguments`.
+    """Return the lowered program of a cell; compile it and call it with :func:`arguments`.
 
     Args:
-      at_once: so many runs side by side, or the next smaller number that divides that of all; None:
-        all. On a CPU few are faster, as what they compute stays in its cache.
+      task: the task.
+      method: the method.
+      budget: one of the task's budgets.
+      count: the number of learning rates.
+      at_once: the number of runs in parallel, rounded down to a divisor of the number of runs; all
+        if None. On a CPU a small number is faster, because the data fit into the cache.
     """
 
     def program(base, splits, rates):
@@ -87,9 +91,9 @@ def arguments(task: Task, rates: list[float]) -> tuple[Any, ...]:
 def all_runs(
     task: Task, method: Method, budget: int | str, base: Any, splits: Splits, rates: jax.Array
 ) -> Outcome:
-    """Trains and scores; the leading axis of ``splits`` and ``rates`` is that of the runs.
+    """Train and score all runs; ``splits`` and ``rates`` have a leading axis of runs.
 
-    Loops are outside, runs inside: a loop under ``vmap`` takes longer to trace.
+    ``vmap`` over the runs is inside of the loops, because a loop under ``vmap`` traces more slowly.
     """
     rank, targets = task.adapted(budget)
     config = method.adalora_config(rank, task.steps, targets, task.head)
@@ -126,7 +130,7 @@ def all_runs(
         trainable, state = carry
         return jax.vmap(step)(trainable, state, rows, rates), None
 
-    # Full fine-tuning starts from one base for all runs, which is copied for each.
+    # All runs of full fine-tuning start from one base, which ``vmap`` copies for each.
     first = jax.vmap(start, axis_size=len(rates))(splits.number)
     (trainable, state), _ = jax.lax.scan(steps, first, jnp.swapaxes(splits.batches, 0, 1))
     rows = jnp.concatenate([splits.validation, splits.test], axis=1)
@@ -140,9 +144,10 @@ def all_runs(
 
 
 def optimizer(task: Task, method: Method, config: Any, rate: jax.Array) -> Any:
-    """Adam, its rate up over a tenth of the steps and down to 0; wrapped where ranks are chosen.
+    """Return Adam with a linear warm-up over 10 % of the steps and a linear decay to 0.
 
-    The head has a rate of its own, which is not tuned: it is the same for all methods.
+    It is wrapped in ``adalora`` if the method allocates ranks. The head has a separate learning
+    rate, which is not tuned: it is the same for all methods.
     """
     warm = max(1, task.steps // 10)
 
@@ -167,7 +172,7 @@ def optimizer(task: Task, method: Method, config: Any, rate: jax.Array) -> Any:
 
 
 def live(method: Method, trainable: Any, state: Any) -> tuple[Any, Any]:
-    """Live triplets, and the numbers in them; λ counts where it is trained."""
+    """Return the numbers of active triplets and of their parameters; λ counts if it is trained."""
     if method.form == "full":
         return jnp.zeros(()), jnp.asarray(sum(leaf.size for leaf in jax.tree.leaves(trainable)))
     if method.form == "frozen":
