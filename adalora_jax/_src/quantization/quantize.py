@@ -469,7 +469,7 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
     if held and dtype is None and to != "requantize":
         raise ValueError(
             f"to={to!r}: Qwix quantised this model, and would take it for one of its own still. "
-            "Merge to='requantize', or to a dtype and quantise that with quantize_nnx."
+            "Merge to='requantize', or to a dtype and pass the result to quantization.quantize."
         )
     for path, module, name, weight in held:
         adaptation, layer = getattr(module, "adalora", None), nnx_layers.layer_of(module)
