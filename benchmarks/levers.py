@@ -185,7 +185,7 @@ def agreement(steps: int, seed: int = 0) -> dict[str, list[float]]:
         grads = jax.grad(loss)(adapters)
         updates, opt = optimizer.update(grads, opt, adapters)
         adapters = optax.apply_updates(adapters, updates)
-        given = pytree.canonical(adapters), pytree.canonical(grads)
+        given = pytree.extract_adapters(adapters), pytree.extract_adapters(grads)
         for name, state in others.items():
             now = update_allocator(state, *given, state.step)
             pair = rounded(

@@ -175,7 +175,7 @@ def test_linen_model_loads_checkpoint_and_has_correct_gradients(checkpoint):
     )
     ours = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(packed["params"], adapters, X)
     reference = adalora.linen.adapt(model, CONFIG)
-    dense = {"params": linen_layers.whole(packed)["params"]}
+    dense = {"params": linen_layers.join_quantized(packed)["params"]}
     dense = jax.tree.map(
         lambda leaf: leaf.dequantize() if hasattr(leaf, "dequantize") else leaf,
         dense,

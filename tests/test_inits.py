@@ -209,7 +209,7 @@ def test_pissa_init_splits_kernel_into_top_components_and_remainder(linen, chang
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
     assert abs(model.apply(corrected, TOKENS)["logits"] - want).max() > 0.01
     for path, stack, ins in (("conv", 0, 2), ("layers/query", 1, 1), ("layers/out", 1, 2)):
-        get = lambda tree, path=path: pytree.at(tree["params"], path.split("/"))["kernel"]
+        get = lambda tree, path=path: pytree.get_path(tree["params"], path.split("/"))["kernel"]
         old, new = (read(get(tree), stack, ins) for tree in (variables, corrected))
         adapter, rank = adapters[path], adapters[path].lam.shape[-1]
         for index in np.ndindex(old.shape[:-2]):

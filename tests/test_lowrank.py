@@ -13,7 +13,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from adalora_jax._src.core.low_rank import dropped, keep, low_rank, low_rank_plain, on_dropped
+from adalora_jax._src.core.low_rank import (
+    apply_dropout,
+    dropout_mask,
+    linear_with_dropout,
+    low_rank,
+    low_rank_autodiff,
+)
 
 NAMES = ("x", "p", "c", "q")
 
@@ -48,7 +54,7 @@ def assert_close(ours, theirs, tolerance=1e-10):
         )
 
 
-both = lambda transform: [transform(scalar(product)) for product in (low_rank, low_rank_plain)]
+both = lambda transform: [transform(scalar(product)) for product in (low_rank, low_rank_autodiff)]
 gradient = functools.partial(jax.grad, argnums=(0, 1, 2, 3))
 
 
@@ -62,7 +68,7 @@ def test_derivative_equals_autodiff_of_plain_form(seed, sizes):
         arguments = operands(seed, *sizes)
         ours, theirs = both(gradient)
         assert_close(ours(*arguments), theirs(*arguments))
-        np.testing.assert_array_equal(low_rank(*arguments), low_rank_plain(*arguments))
+        np.testing.assert_array_equal(low_rank(*arguments), low_rank_autodiff(*arguments))
 
 
 def test_derivative_equals_finite_difference():
@@ -106,7 +112,7 @@ def test_derivative_of_scanned_layers_equals_autodiff():
     with jax.enable_x64(True):
         layers = [operands(seed, n_in=5, n_out=5) for seed in range(3)]
         factors = [jnp.stack(leaves) for leaves in zip(*(layer[1:] for layer in layers))]
-        ours, theirs = (gradient(scalar(layered(f))) for f in (low_rank, low_rank_plain))
+        ours, theirs = (gradient(scalar(layered(f))) for f in (low_rank, low_rank_autodiff))
         assert_close(ours(layers[0][0], *factors), theirs(layers[0][0], *factors))
 
 
@@ -144,7 +150,7 @@ def numpy_keep(seed, shape, rate):
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)])
 def test_dropout_mask_matches_its_definition(shape):
-    kept = jax.jit(lambda seed: keep(seed, shape, 0.4))(SEED)
+    kept = jax.jit(lambda seed: dropout_mask(seed, shape, 0.4))(SEED)
     np.testing.assert_array_equal(kept, numpy_keep(SEED, shape, 0.4))
 
 
@@ -152,7 +158,7 @@ def test_dropout_mask_matches_its_definition(shape):
 def test_dropout_mask_is_statistically_random(rate):
     """Frequency, and correlation of positions, axes and seeds, are within five standard errors."""
     seeds = [jax.random.key_data(jax.random.key(number)) for number in range(3)]
-    masks = np.stack([keep(seed, (400, 300), rate) for seed in seeds]).astype(float)
+    masks = np.stack([dropout_mask(seed, (400, 300), rate) for seed in seeds]).astype(float)
     error = 5 * np.sqrt(rate * (1 - rate))
     assert abs(masks.mean() - (1 - rate)) <= error / np.sqrt(masks.size)
     centred = masks - (1 - rate)
@@ -179,7 +185,7 @@ def test_dropout_derivative_equals_masked_product():
         mask = jnp.asarray(numpy_keep(SEED, (6, 5), 0.4), float)
         written_out = lambda x, p, c, q: ((x * mask) @ q.T * c[None]) @ p
         expected = gradient(scalar(written_out))(*arguments)
-        for product in (low_rank, low_rank_plain):
+        for product in (low_rank, low_rank_autodiff):
             assert_close(gradient(scalar(with_mask(product)))(*arguments), expected)
         second = lambda f: jax.jacrev(gradient(scalar(f)), argnums=(0, 1, 2, 3))(*arguments)
         for row, wanted in zip(second(with_mask(low_rank)), second(written_out)):
@@ -191,8 +197,8 @@ def test_dropout_derivative_of_custom_product_equals_masked_product():
         x, _, _, q = operands(tokens=(6,))
         product = lambda x, q: x @ q.T
         loss = lambda f: jax.grad(lambda x, q: jnp.sum(jnp.sin(f(x, q))), argnums=(0, 1))
-        ours = loss(lambda x, q: on_dropped(product, x, q, SEED, 0.4))(x, q)
-        theirs = loss(lambda x, q: product(dropped(x, SEED, 0.4), q))(x, q)
+        ours = loss(lambda x, q: linear_with_dropout(product, x, q, SEED, 0.4))(x, q)
+        theirs = loss(lambda x, q: product(apply_dropout(x, SEED, 0.4), q))(x, q)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, theirs)
 
 
@@ -222,7 +228,7 @@ def test_dropout_mask_is_recomputed_instead_of_stored():
 
 def test_only_plain_form_supports_forward_mode():
     x, p, c, q = operands(dtype=np.float32)
-    _, tangent = jax.jvp(lambda c: low_rank_plain(x, p, c, q), (c,), (2 * c,))
+    _, tangent = jax.jvp(lambda c: low_rank_autodiff(x, p, c, q), (c,), (2 * c,))
     np.testing.assert_allclose(tangent, 2 * low_rank(x, p, c, q), rtol=1e-5)
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda c: low_rank(x, p, c, q), (c,), (c,))
@@ -234,7 +240,7 @@ def test_bfloat16_gradients_keep_dtypes_and_input_accuracy(factors):
     rounded = [x.astype("bfloat16"), *(leaf.astype(factors) for leaf in (p, c, q))]
     ours = gradient(scalar(lambda *a: low_rank(*a).astype(jnp.float32)))(*rounded)
     assert [leaf.dtype for leaf in ours] == [leaf.dtype for leaf in rounded]
-    exact = gradient(scalar(low_rank_plain))(*(leaf.astype("float32") for leaf in rounded))
+    exact = gradient(scalar(low_rank_autodiff))(*(leaf.astype("float32") for leaf in rounded))
     for name, a, b in zip(NAMES, ours, exact):
         worst = float(jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max())
         assert worst < 0.03, f"{name}: {worst}"
@@ -278,7 +284,7 @@ def test_derivative_under_shard_map_equals_autodiff():
                 out_specs=P(),
             )
         )((p, c, q), x)
-        for product in (low_rank, low_rank_plain)
+        for product in (low_rank, low_rank_autodiff)
     ]
     whole = jax.grad(lambda w: (low_rank(x, *w) ** 2).mean())((p, c, q))
     for found in results:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adalora_jax._src.huggingface.names import IDENTITY, NameMap, Place, as_names, hf_names
+from adalora_jax._src.huggingface.names import IDENTITY, NameMap, ParamLocation, as_names, hf_names
 
 FAMILIES = ["bert", "gpt2", "llama", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3"]
 FAMILIES += ["vit", "vit_v4"]
@@ -72,7 +72,9 @@ def test_custom_maps_compare_and_hash_by_value():
     names = as_names(pairs)
     assert names == as_names(list(pairs.items())) == NameMap(pairs)
     assert len({names, NameMap(tuple(pairs.items()))}) == 1
-    assert names.to_flax("model.layers.12.self_attn.q_proj") == [(Place("blocks_12/att/q"), WHOLE)]
+    assert names.to_flax("model.layers.12.self_attn.q_proj") == [
+        (ParamLocation("blocks_12/att/q"), WHOLE)
+    ]
     assert as_names(None) is IDENTITY
     assert as_names("bert") is hf_names("bert")
 
@@ -85,7 +87,7 @@ parts = st.text("abc_019", min_size=1, max_size=5)
 def test_identity_map_round_trips_every_path(path):
     path = "/".join(path)
     ((name, *_),) = IDENTITY.to_hf(path)
-    assert IDENTITY.to_flax(name) == [(Place(path), WHOLE)]
+    assert IDENTITY.to_flax(name) == [(ParamLocation(path), WHOLE)]
 
 
 @settings(deadline=None)
@@ -94,7 +96,7 @@ def test_placeholders_round_trip_in_any_order(i, j, word):
     names = NameMap([("a_{i}/{word}[{j},1]", "x.{j}.y.{i}.{word}.k")])
     ((name, *_),) = names.to_hf(f"a_{i}/{word}", (j, 1))
     assert name == f"x.{j}.y.{i}.{word}.k"
-    assert names.to_flax(name) == [(Place(f"a_{i}/{word}", (j, 1)), WHOLE)]
+    assert names.to_flax(name) == [(ParamLocation(f"a_{i}/{word}", (j, 1)), WHOLE)]
     with pytest.raises(ValueError, match="no name"):
         names.to_hf(f"a_{i}/{word}", (j, 2))
 

@@ -429,7 +429,7 @@ def test_padding_of_stacked_ranks_is_bounded():
     """Padding would bring all other layers to the rank of the highest."""
     shapes = lambda rank: ((rank, 9), (rank,), (rank, 9))
     matrices = {
-        f"l.{i}": peft_matrices.Matrix(
+        f"l.{i}": peft_matrices.LowRankMatrix(
             *(np.ones(shape, np.float32) for shape in shapes(rank)), np.ones(rank, bool)
         )
         for i, rank in enumerate([4000] + [1] * 299)

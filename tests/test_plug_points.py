@@ -12,7 +12,13 @@ import pytest
 import adalora_jax as al
 from adalora_jax._src.core.schedule import cost
 from adalora_jax._src.core.scores import triplet_scores
-from adalora_jax._src.core.selection import Entry, cut, entry, keep_best, kept
+from adalora_jax._src.core.selection import (
+    RankedScores,
+    apply_threshold,
+    find_threshold,
+    keep_best,
+    rank_scores,
+)
 from adalora_jax._src.core.transform import soft_threshold
 
 CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
@@ -257,8 +263,8 @@ def test_selection_under_costs_matches_greedy_reference(kinds, limited):
     """Three distinct scores give ties everywhere; a million give none."""
 
     def best(scores, turns, budget, costs):
-        row = Entry(entry(scores).keys, turns, costs)
-        return kept([row], cut(row, budget))[0]
+        row = RankedScores(rank_scores(scores).keys, turns, costs)
+        return apply_threshold([row], find_threshold(row, budget))[0]
 
     ours = jax.jit(jax.vmap(best, in_axes=(None, None, 0, None)))
     for seed in range(40):

@@ -82,7 +82,7 @@ def in_floats(model):
     for path, module in nnx_layers.modules(model):
         for name, value in vars(module).items():
             own = dict(nnx_layers.modules(plain))[path]
-            if nnx_layers.by_qwix(value):
+            if nnx_layers.is_qwix_weight(value):
                 array = jax.tree.map(lambda leaf: jnp.asarray(leaf), pure(value.array))
                 getattr(own, name)[...] = qwix.dequantize(array)
             elif isinstance(value, nnx.Param):

@@ -187,16 +187,16 @@ def restore(
         belongs to another config, optimizer or model (the message lists the differences).
     """
     folder = _folder(path)
-    about = _about(folder)
+    about = _metadata(folder)
     saved = {name: (tuple(e[0]), e[1]) for name, e in about["arrays"].items()}
     goes_on = bool(tx or target)
     config = _config(folder, about["config"], config, for_training=goes_on)
     facts = _read_facts(folder, about)
     if target is None:
-        adapters = _adapters(_structs(_part("adapters", saved)), facts, about["nested"])
+        adapters = _adapters(_structs(_subtree("adapters", saved)), facts, about["nested"])
         for found, adapter in pytree.adapters(adapters).items():
             check_adapter(adapter, f"{found!r} in {folder}")
-        opt_state = _structs(_part("opt_state", saved))
+        opt_state = _structs(_subtree("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
     _refuse_other_facts(folder, facts, target[0])
     wanted = _state(*target)
@@ -208,12 +208,14 @@ def restore(
     arrays = _read(folder, {name: _placed(leaf) for name, leaf in wanted.items()})
     prints = jax.device_get(_fingerprints(arrays))
     if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
-        raise ValueError(f"{folder} is damaged: {_some(damaged)} changed since it was saved.")
-    allocator = _allocator(_part(about["allocator"], arrays), config, facts)
+        raise ValueError(f"{folder} is damaged: {_shorten(damaged)} changed since it was saved.")
+    allocator = _allocator(_subtree(about["allocator"], arrays), config, facts)
     for name, kind in about["keys"].items():
         arrays[name] = jax.random.wrap_key_data(arrays[name], impl=kind)
     filled = [
-        jax.tree.unflatten(jax.tree.structure(node), [arrays[f"{part}/{n}"] for n in _named(node)])
+        jax.tree.unflatten(
+            jax.tree.structure(node), [arrays[f"{part}/{n}"] for n in _flatten_named(node)]
+        )
         for part, node in zip(_PARTS, target)
     ]
     return Checkpoint(filled[0], filled[1], allocator, about["step"], config, about["version"])
@@ -228,11 +230,11 @@ def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
     return {
         f"{part}/{name}": leaf
         for part, node in zip(_PARTS, (adapters, opt_state))
-        for name, leaf in _named(node).items()
+        for name, leaf in _flatten_named(node).items()
     }
 
 
-def _named(node: PyTree) -> dict[str, Any]:
+def _flatten_named(node: PyTree) -> dict[str, Any]:
     """Return ``{name: leaf}``, with equal names for a dict, a Flax dict and an NNX State."""
     flat = tree_util.tree_flatten_with_path(node)[0]
     named = {leaf_name(path): leaf for path, leaf in flat}
@@ -241,7 +243,7 @@ def _named(node: PyTree) -> dict[str, Any]:
     return named
 
 
-def _part(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+def _subtree(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries at and under ``prefix``, with the prefix removed from their names."""
     return {
         name[len(prefix) + 1 :]: entry
@@ -326,7 +328,7 @@ def _refuse_other_facts(folder: pathlib.Path, facts: Mapping[str, Any], adapters
         if differing:
             raise ValueError(
                 f"the checkpoint {folder} is of another model or config: {path!r} has "
-                f"{_some(differing)}."
+                f"{_shorten(differing)}."
             )
 
 
@@ -341,11 +343,11 @@ def _nested_paths(adapters: PyTree) -> dict[str, list[str]]:
 def _allocator(
     named: Mapping[str, jax.Array], config: AdaLoraConfig, facts: Mapping[str, Any]
 ) -> AllocatorState:
-    averages = (_adapters(_part(name, named), facts) for name in ("sensitivity", "uncertainty"))
+    averages = (_adapters(_subtree(name, named), facts) for name in ("sensitivity", "uncertainty"))
     scalars = {name: named[name] for name in ("step", "budget", "applied", "overridden", "penalty")}
     sensitivity, uncertainty = averages
     return AllocatorState(
-        masks=_part("masks", named),
+        masks=_subtree("masks", named),
         sensitivity=sensitivity,
         uncertainty=uncertainty,
         config=config,
@@ -402,7 +404,7 @@ def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
-def _about(folder: pathlib.Path) -> dict[str, Any]:
+def _metadata(folder: pathlib.Path) -> dict[str, Any]:
     """Return a checkpoint's metadata, validated before any array is read.
 
     Raises:
@@ -414,10 +416,10 @@ def _about(folder: pathlib.Path) -> dict[str, Any]:
     entries = sorted(entry.name for entry in folder.iterdir())
     if not {"adalora", "state"} <= set(entries):
         steps = [name for name in entries if (folder / name / "adalora").is_dir()]
-        hint = f" Name one of its steps: {_some(steps)}." if steps else ""
+        hint = f" Name one of its steps: {_shorten(steps)}." if steps else ""
         raise ValueError(
             f"{folder} is no checkpoint of adalora_jax, which has the folders 'adalora' and "
-            f"'state': it holds {_some(entries)}.{hint}"
+            f"'state': it holds {_shorten(entries)}.{hint}"
         )
     about = _orbax(folder, adalora=ocp.args.JsonRestore())["adalora"]  # pyright: ignore[reportCallIssue]
     form = about.get("format") if isinstance(about, Mapping) else None
@@ -469,14 +471,14 @@ def _config(
         if for_training and (lost := config.missing_functions()):
             raise ValueError(
                 f"{folder} was saved with functions in its config, which a file cannot hold: "
-                f"{_some(f'{name} ({function})' for name, function in lost.items())}. Pass the "
+                f"{_shorten(f'{name} ({function})' for name, function in lost.items())}. Pass the "
                 "config that has them, restore(..., config=config)."
             )
         return config
     saved, given = AdaLoraConfig.from_dict(saved).to_dict(), config.to_dict()
     if differing := _differing(saved, given):
         raise ValueError(
-            f"{folder} was saved with another config: {_some(differing)}. Go on with the saved "
+            f"{folder} was saved with another config: {_shorten(differing)}. Go on with the saved "
             "one, restore(path).config, or start anew."
         )
     return config
@@ -497,8 +499,8 @@ def _refuse_another_config(opt_state: Any, config: AdaLoraConfig, what: str) -> 
     numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
     if differing := _differing(*numbers):
         raise ValueError(
-            f"{what}: the optimizer has another config (there): {_some(differing)}. Use the config "
-            "that adalora(...) got."
+            f"{what}: the optimizer has another config (there): {_shorten(differing)}. Use the "
+            "config that adalora(...) got."
         )
 
 
@@ -514,7 +516,7 @@ def _refuse_differences(what: str, saved: Mapping[str, Any], wanted: Mapping[str
         ],
     }
     if any(differing.values()):
-        found = ". ".join(f"{how}: {_some(names)}" for how, names in differing.items() if names)
+        found = ". ".join(f"{how}: {_shorten(names)}" for how, names in differing.items() if names)
         raise ValueError(
             f"{what} is of another model, optimizer or config. {found}. Restore without tx and "
             "target to see what it holds."
@@ -535,6 +537,6 @@ def _orbax(folder: pathlib.Path, **items: Any) -> Any:
         raise ValueError(f"{folder} is damaged: orbax cannot read it ({said:.200}).") from error
 
 
-def _some(entries: Iterable[str]) -> str:
+def _shorten(entries: Iterable[str]) -> str:
     entries = list(entries)
     return "; ".join(entries[:5]) + ("; ..." if len(entries) > 5 else "")

@@ -316,7 +316,7 @@ def to_bytes(array: np.ndarray) -> bytes:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file that must not exist yet; on exit, wait until its data are on disk."""
     with open(path, "xb") as file:
         yield file
@@ -324,7 +324,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """Create a temporary folder that is renamed to ``path`` on exit, or removed after an error.
 
     Temporary folders that killed processes left for the same ``path`` are removed first.
@@ -338,7 +338,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in leftovers(path):
         shutil.rmtree(old, ignore_errors=True)
-    temporary = beside(path)
+    temporary = temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -402,7 +402,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def inside(folder: Path, name: Any) -> Path:
+def resolve_within(folder: Path, name: Any) -> Path:
     """Return the path of the file ``name`` in ``folder``, which must not resolve outside of it.
 
     Links into ``blobs``, the sibling folder of ``snapshots``, are allowed, since the download cache
@@ -412,7 +412,7 @@ def inside(folder: Path, name: Any) -> Path:
       FileNotFoundError: the file does not exist.
       ValueError: ``name`` is not a plain relative name, or a link leads out of the folder.
 
-    >>> inside(Path("."), "../secret")
+    >>> resolve_within(Path("."), "../secret")
     Traceback (most recent call last):
         ...
     ValueError: '../secret' is no plain name of a file in the folder '.'.
@@ -436,7 +436,7 @@ def inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
-def beside(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Return a new name for a temporary file or folder in the folder of ``path``."""
     return path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
 

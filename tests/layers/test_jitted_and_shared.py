@@ -135,7 +135,7 @@ def test_weights_in_one_scope_can_be_quantized_and_adapted():
     adapters = adapted.init(jax.random.key(2), packed, X)
     dense = jax.tree.map(
         lambda leaf: leaf.dequantize() if hasattr(leaf, "dequantize") else leaf,
-        {"params": linen_layers.whole(packed)["params"]},
+        {"params": linen_layers.join_quantized(packed)["params"]},
         is_leaf=lambda leaf: hasattr(leaf, "dequantize"),
     )
     want = adalora.linen.adapt(model, CONFIG).apply(dense, adapters, X)

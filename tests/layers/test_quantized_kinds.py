@@ -80,7 +80,7 @@ def test_linen_layer_on_quantized_base_equals_dequantized_base(kind, qtype):
     recipe = quantization.Recipe(qtype=qtype, target_modules=cell.targets)
     quantize = lambda m: quantization.quantize(m, recipe, variables, *inputs, **cell.call)
     model, packed = quantize(cell.module)
-    dense = {**variables, "params": dequantised(linen_layers.whole(packed)["params"])}
+    dense = {**variables, "params": dequantised(linen_layers.join_quantized(packed)["params"])}
     assert jax.tree.structure(dense) == jax.tree.structure(variables)
     adapted, plain = (adalora.linen.adapt(m, config) for m in (model, cell.module))
     adapters = random_like(

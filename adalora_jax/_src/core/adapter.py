@@ -12,7 +12,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.low_rank import low_rank, low_rank_plain, observed, wide
+from adalora_jax._src.core.low_rank import (
+    accumulation_dtype,
+    input_moment_probe,
+    low_rank,
+    low_rank_autodiff,
+)
 
 
 @functools.partial(
@@ -69,7 +74,7 @@ class Observer(Adapter):
     """Adapter with zero output that measures the second moments of its layer's inputs.
 
     The gradient of any loss with respect to q is ``q Σ xᵀx``, summed over all inputs x of the
-    layer, see :func:`~adalora_jax._src.core.low_rank.observed`.
+    layer, see :func:`~adalora_jax._src.core.low_rank.input_moment_probe`.
     """
 
 
@@ -97,7 +102,7 @@ def known_scale(adapter: Adapter, name: str = "adapter") -> float:
     return adapter.scale
 
 
-def increment(
+def dense_output(
     adapter: Adapter,
     x: jax.Array,
     key: jax.Array | None = None,
@@ -123,16 +128,16 @@ def increment(
 
     >>> import jax, jax.numpy as jnp
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
-    >>> increment(adapter, jnp.ones((5, 3)), scale=0.5).shape
+    >>> dense_output(adapter, jnp.ones((5, 3)), scale=0.5).shape
     (5, 4)
     """
     stack = adapter.lam.shape[:-1]
     key = key if dropout_rate else None
-    product: Any = low_rank_plain if forward_mode else low_rank
+    product: Any = low_rank_autodiff if forward_mode else low_rank
 
     def term(adapter, x, key):
         if isinstance(adapter, Observer):
-            return observed(x, adapter.q, adapter.p.shape[-1])
+            return input_moment_probe(x, adapter.q, adapter.p.shape[-1])
         c = _scaled(adapter.lam, scale if key is None else scale / (1 - dropout_rate))
         return product(x, adapter.p, c, adapter.q, seed_of(key), dropout_rate, precision)
 
@@ -142,7 +147,7 @@ def increment(
 
 
 def seed_of(key: jax.Array | None) -> jax.Array | None:
-    """Return the seed that :func:`~adalora_jax._src.core.low_rank.keep` hashes; None without a key.
+    """Return the seed of ``low_rank.dropout_mask``; None without a key.
 
     >>> seed_of(jax.random.key(0)).shape
     (2,)
@@ -164,7 +169,7 @@ def keys_of(key: jax.Array | None, stack: tuple[int, ...]) -> jax.Array | None:
 
 
 def _scaled(lam, scale):
-    dtype = wide(lam.dtype)
+    dtype = accumulation_dtype(lam.dtype)
     return lam.astype(dtype) * jnp.asarray(scale, dtype)
 
 
@@ -234,7 +239,7 @@ def forward(
         dtype = jnp.result_type(dtype, *adapter)
     if mask is not None:
         adapter = adapter._replace(lam=jnp.where(mask, adapter.lam, 0))
-    y = increment(
+    y = dense_output(
         *(adapter, x.astype(dtype), dropout_key),
         scale=known_scale(adapter),
         dropout_rate=dropout_rate,

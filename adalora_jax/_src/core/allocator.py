@@ -26,7 +26,12 @@ from adalora_jax._src.core.scores import (
     smooth_batch,
     triplet_scores,
 )
-from adalora_jax._src.core.selection import cut, entry, in_a_row, kept
+from adalora_jax._src.core.selection import (
+    apply_threshold,
+    concatenate,
+    find_threshold,
+    rank_scores,
+)
 
 
 class AllocatorState(NamedTuple):
@@ -108,7 +113,7 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     Raises:
       ValueError: ``params`` contains no adapter, or all triplets together cost 2³¹ or more.
     """
-    adapters = pytree.canonical(params)
+    adapters = pytree.extract_adapters(params)
     if not jax.tree.leaves(adapters):
         raise ValueError(
             f"no adapter was found in the {type(params).__name__} of parameters: pass the adapters "
@@ -116,7 +121,7 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
         )
     # zeros_like and ones_like give the state the shardings of the parameters.
     zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), adapters)
-    masks = pytree.each(lambda adapter: jnp.ones_like(adapter.lam, bool), adapters)
+    masks = pytree.map_adapters(lambda adapter: jnp.ones_like(adapter.lam, bool), adapters)
     return AllocatorState(
         step=jnp.zeros((), jnp.int32),
         budget=current_budget(config, jnp.zeros((), jnp.int32), adapters),
@@ -179,16 +184,18 @@ def allocate(state: AdaLoraState, grads: PyTree, step: ArrayLike) -> tuple[AdaLo
     >>> int(masks["query"].sum())
     2
     """
-    adapters = pytree.canonical(state.adapters)
-    gradients = matching_gradients(with_facts(grads, state.adapters), state.adapters)
+    adapters = pytree.extract_adapters(state.adapters)
+    gradients = check_gradients(with_facts(grads, state.adapters), state.adapters)
     step = jnp.asarray(step, jnp.int32)
     allocator = update_allocator(state.allocator, adapters, gradients, step)
-    now = enforced(state.allocator, step)
+    now = masks_applied(state.allocator, step)
     done = allocator.step != state.allocator.step  # False if a gradient is not finite
     allocator = allocator._replace(applied=jnp.where(done, now, allocator.applied))
-    columns = (pytree.listed(adapters), pytree.listed(allocator.masks))
-    masked = pytree.batched(functools.partial(_masked_batch, now), pytree.alike(*columns), *columns)
-    adapters = pytree.insert(state.adapters, pytree.filled(adapters, masked))
+    columns = (pytree.adapter_leaves(adapters), pytree.adapter_leaves(allocator.masks))
+    masked = pytree.map_groups(
+        functools.partial(_masked_batch, now), pytree.group_by_shape(*columns), *columns
+    )
+    adapters = pytree.replace_adapters(state.adapters, pytree.unflatten_adapters(adapters, masked))
     return AdaLoraState(adapters, allocator), allocator.masks
 
 
@@ -205,19 +212,22 @@ def update_allocator(
     change if any ``w · g`` is not finite.
     """
     config = state.config
-    given = pytree.listed(weights), pytree.listed(gradients)
-    batches = pytree.alike(*given)
+    given = pytree.adapter_leaves(weights), pytree.adapter_leaves(gradients)
+    batches = pytree.group_by_shape(*given)
     paths = list(pytree.adapters(weights))
     roles = [role for batch in batches for role in pytree.by_role(batch, paths)]
-    finite = [finite_batch(*pytree.pick(role, *given)) for role in roles]
+    finite = [finite_batch(*pytree.gather(role, *given)) for role in roles]
     finite = jnp.all(jnp.stack(finite))
 
     def new_averages():
-        averages = pytree.listed(state.sensitivity), pytree.listed(state.uncertainty)
+        averages = (
+            pytree.adapter_leaves(state.sensitivity),
+            pytree.adapter_leaves(state.uncertainty),
+        )
         update = functools.partial(smooth_batch, config=config)
-        pairs = pytree.batched(update, batches, *given, *averages)
+        pairs = pytree.map_groups(update, batches, *given, *averages)
         return tuple(
-            pytree.in_containers(part, [pair[i] for pair in pairs])
+            pytree.match_containers(part, [pair[i] for pair in pairs])
             for i, part in enumerate((state.sensitivity, state.uncertainty))
         )
 
@@ -233,7 +243,7 @@ def update_allocator(
         best_masks, state, weights, gradients, sensitivity, uncertainty, allowed
     )
     masks = jax.lax.cond(
-        finite & mask_due(config, step, state.step), new_masks, lambda: state.masks
+        finite & is_mask_step(config, step, state.step), new_masks, lambda: state.masks
     )
     return state._replace(
         step=jnp.where(finite, step + 1, state.step),
@@ -261,42 +271,44 @@ def best_masks(
       allowed: the budget, in ``config.budget_unit``.
     """
     config = state.config
-    evidence = [pytree.listed(part) for part in (weights, gradients, sensitivity, uncertainty)]
-    batches = pytree.alike(*evidence[:2])
+    evidence = [
+        pytree.adapter_leaves(part) for part in (weights, gradients, sensitivity, uncertainty)
+    ]
+    batches = pytree.group_by_shape(*evidence[:2])
     factor: ArrayLike = 1
     if config.score == "sensitivity_uncertainty":
         of_lam = [adapter.lam for part in evidence[2:] for adapter in part]
         factor = representable(largest(of_lam))
-    scored = functools.partial(_scored, factor, config=config)
-    scores = pytree.batched(scored, batches, *evidence)
+    scored = functools.partial(_score_groups, factor, config=config)
+    scores = pytree.map_groups(scored, batches, *evidence)
     dtype = jnp.result_type(*{score.dtype for score in scores})
-    none, before = [None] * len(scores), pytree.listed(state.masks)
+    none, before = [None] * len(scores), pytree.adapter_leaves(state.masks)
     limits = _limits(config, weights, allowed) or none
     alive = none if config.revive else before
     costs = none if config.budget_unit == "triplets" else _costs(config, weights)
     columns = (scores, limits, alive, costs)
-    parts = [_entered(*pytree.pick(batch, *columns), dtype) for batch in batches]
-    where = cut(in_a_row([row for row, _ in parts]), allowed)
-    entries = pytree.spread(batches, [entries for _, entries in parts])
-    masks = [_sharded_like(*pair) for pair in zip(kept(entries, where), before)]
+    parts = [_ranked_scores(*pytree.gather(batch, *columns), dtype) for batch in batches]
+    where = find_threshold(concatenate([row for row, _ in parts]), allowed)
+    entries = pytree.scatter(batches, [entries for _, entries in parts])
+    masks = [_sharded_like(*pair) for pair in zip(apply_threshold(entries, where), before)]
     return jax.tree.structure(state.masks).unflatten(masks)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _scored(factor, weights, gradients, sensitivity, uncertainty, config):
+def _score_groups(factor, weights, gradients, sensitivity, uncertainty, config):
     rows = zip(weights, gradients, sensitivity, uncertainty)
     return [triplet_scores(ScoreInputs(*row), config, factor) for row in rows]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _entered(scores, limits, alive, costs, dtype):
+def _ranked_scores(scores, limits, alive, costs, dtype):
     """Return a batch's entries for the selection, concatenated and one per adapter."""
     rows = zip(scores, limits, alive, costs)
-    entries = [entry(score.astype(dtype), *rest) for score, *rest in rows]
-    return in_a_row(entries), entries
+    entries = [rank_scores(score.astype(dtype), *rest) for score, *rest in rows]
+    return concatenate(entries), entries
 
 
-def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
+def is_mask_step(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
     """Return whether a new mask is due at ``step``, given the state's ``step`` before the update.
 
     A mask is due at multiples of ``deltaT`` in the budgeting phase, and once at or after
@@ -306,11 +318,11 @@ def mask_due(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> ja
     return budgeting | ((step >= config.final_step) & (next_step <= config.final_step))
 
 
-def enforced(before: AllocatorState, step: jax.Array) -> jax.Array:
+def masks_applied(before: AllocatorState, step: jax.Array) -> jax.Array:
     """Return whether the masks are applied at ``step``; otherwise pruned λ may grow back."""
     config = before.config
     held = config.hold_mask or not config.revive
-    return mask_due(config, step, before.step) | (step >= config.final_step) | held
+    return is_mask_step(config, step, before.step) | (step >= config.final_step) | held
 
 
 def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
@@ -346,7 +358,7 @@ def with_facts(grads: PyTree, params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(like, grads, is_leaf=is_leaf)
 
 
-def matching_gradients(grads: PyTree, params: PyTree) -> PyTree:
+def check_gradients(grads: PyTree, params: PyTree) -> PyTree:
     """Return the gradients of the adapters in canonical form, checked against the adapters.
 
     Raises:
@@ -367,7 +379,7 @@ def matching_gradients(grads: PyTree, params: PyTree) -> PyTree:
             f"grads do not match the adapters: {shown}. Differentiate with respect to the same "
             "tree that is trained."
         )
-    return pytree.canonical(grads)
+    return pytree.extract_adapters(grads)
 
 
 def _limits(
@@ -379,7 +391,7 @@ def _limits(
     triplets, and the remainder of the budget goes to the best next triplets, one per matrix.
     """
     if config.allocation == "per_adapter":
-        share = allowed // _one_each(config, adapters)
+        share = allowed // _cost_per_rank(config, adapters)
         return [(share, share + 1) for _ in pytree.adapters(adapters)]
     if not config.rank_limits:
         return None
@@ -396,10 +408,10 @@ def current_budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> 
             f"budget_unit={config.budget_unit!r}: all triplets together cost {initial}, more than "
             "an int32 can count; give a function that counts in thousands."
         )
-    return budget(config, step, _one_each(config, adapters), initial=initial)
+    return budget(config, step, _cost_per_rank(config, adapters), initial=initial)
 
 
-def _one_each(config: AdaLoraConfig, adapters: PyTree) -> int:
+def _cost_per_rank(config: AdaLoraConfig, adapters: PyTree) -> int:
     """Return the total cost of one triplet per matrix; in triplets, the number of matrices."""
     costs, found = _costs(config, adapters), pytree.adapters(adapters).values()
     return sum(c * math.prod(a.lam.shape[:-1]) for c, a in zip(costs, found))
@@ -441,7 +453,9 @@ def map_state(
     def whole(node):  # map_params needs trees in the parameters' structure, without None
         if not is_state(node):
             return node
-        return node._replace(**{n: pytree.insert(plain, getattr(node, n)) for n in averages})
+        return node._replace(
+            **{n: pytree.replace_adapters(plain, getattr(node, n)) for n in averages}
+        )
 
     def adapters_only(node):
         if not is_state(node):
@@ -451,7 +465,7 @@ def map_state(
             for path, mask in pytree.leaves_with_path(originals[id(node.config)]).items()
         ]
         structure = jax.tree.structure(originals[id(node.config)])
-        own = {n: pytree.canonical(getattr(node, n)) for n in averages}
+        own = {n: pytree.extract_adapters(getattr(node, n)) for n in averages}
         return node._replace(masks=structure.unflatten(masks), **own)
 
     originals = {id(state.config): state.masks for state in allocator_states(opt_state)}
@@ -485,7 +499,9 @@ def allocator_states(opt_state: PyTree) -> list[AllocatorState]:
     """Return every :class:`AllocatorState` in a nested optax state."""
     is_state = lambda node: isinstance(node, AllocatorState)
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
-    return [pytree.bare(state) for state in found]  # nnx.Optimizer stores leaves as Variables
+    return [
+        pytree.unwrap_variables(state) for state in found
+    ]  # nnx.Optimizer stores leaves as Variables
 
 
 def allocator_state(opt_state: PyTree) -> AllocatorState:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
-from adalora_jax._src.core.low_rank import wide
+from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 
 
@@ -262,8 +262,10 @@ def truncate(adapters: PyTree, rank: int) -> PyTree:
     """
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
-    shorter = pytree.each(functools.partial(_truncated, rank=rank), pytree.canonical(adapters))
-    return pytree.insert(adapters, shorter)
+    shorter = pytree.map_adapters(
+        functools.partial(_truncated, rank=rank), pytree.extract_adapters(adapters)
+    )
+    return pytree.replace_adapters(adapters, shorter)
 
 
 def per_example(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -329,7 +331,7 @@ def _padded(adapter: Adapter, rank: int) -> Adapter:
 def _truncated(adapter: Adapter, rank: int) -> Adapter:
     if adapter.lam.ndim > 1:
         return jax.vmap(functools.partial(_truncated, rank=rank))(adapter)
-    p, lam, q = (leaf.astype(wide(leaf.dtype)) for leaf in adapter)
+    p, lam, q = (leaf.astype(accumulation_dtype(leaf.dtype)) for leaf in adapter)
     q, in_core = jnp.linalg.qr(q.T)
     p, out_core = jnp.linalg.qr(p.T)
     left, lam, right = jnp.linalg.svd((in_core * lam[None]) @ out_core.T, full_matrices=False)

@@ -74,12 +74,12 @@ def compact(params: PyTree, opt_state: Any, tx: optax.GradientTransformation | N
             "pass the state of the run that trained these parameters."
         )
     params = apply_masks(params, by_path)
-    cuts = _cuts(params, by_path)
-    small = _without_removed(jax.tree.map(_cut, params, cuts))
-    return small if tx is None else (small, _cut_state(tx, opt_state, cuts, by_path, small))
+    cuts = _selections(params, by_path)
+    small = _without_removed(jax.tree.map(_take_rows, params, cuts))
+    return small if tx is None else (small, _take_state_rows(tx, opt_state, cuts, by_path, small))
 
 
-class _Cut:
+class _Selection:
     """The remaining rows of one leaf of an adapter.
 
     Attributes:
@@ -93,21 +93,25 @@ class _Cut:
         self.name, self.shape, self.rows, self.after = name, shape, rows, after
 
 
-def _cuts(params: PyTree, by_path: Mapping[str, np.ndarray]) -> PyTree:
-    """Return a tree with a :class:`_Cut` per leaf of an adapter and False for other leaves."""
+def _selections(params: PyTree, by_path: Mapping[str, np.ndarray]) -> PyTree:
+    """Return a tree with a ``_Selection`` per leaf of an adapter and False for other leaves."""
 
     def cuts(path, adapter):
         rows = surviving_rows(by_path[path])[0]
-        make = lambda name, after: _Cut(f"{path}.{name}", getattr(adapter, name).shape, rows, after)
+        make = lambda name, after: _Selection(
+            f"{path}.{name}", getattr(adapter, name).shape, rows, after
+        )
         return adapter._replace(p=make("p", 1), lam=make("lam", 0), q=make("q", 1))
 
     plain = jax.tree.map(lambda leaf: False, params)
     found = pytree.adapters(params)
     values: Any = [cuts(path, adapter) for path, adapter in found.items()]
-    return pytree.insert(plain, pytree.filled(pytree.canonical(params), values))
+    return pytree.replace_adapters(
+        plain, pytree.unflatten_adapters(pytree.extract_adapters(params), values)
+    )
 
 
-def _cut(leaf: Any, cut: Any) -> Any:
+def _take_rows(leaf: Any, cut: Any) -> Any:
     """Return the remaining rows of a leaf of an adapter, or of an array of the leaf's shape."""
     if cut is False:
         return leaf
@@ -126,7 +130,7 @@ def _cut(leaf: Any, cut: Any) -> Any:
     return jnp.take_along_axis(leaf, index, axis=leaf.ndim - cut.after - 1)
 
 
-def _cut_state(tx: Any, opt_state: Any, cuts: PyTree, by_path: Any, small: PyTree) -> Any:
+def _take_state_rows(tx: Any, opt_state: Any, cuts: PyTree, by_path: Any, small: PyTree) -> Any:
     """Return the optimizer's state for the compacted parameters."""
     refusal = (
         "opt_state: the optimizer keeps something of the adapters that has not their shapes, so it "
@@ -138,7 +142,7 @@ def _cut_state(tx: Any, opt_state: Any, cuts: PyTree, by_path: Any, small: PyTre
         active = surviving_rows(by_path[path])[1]
         return jnp.asarray(active) if active.shape[-1] else _REMOVED
 
-    state = _without_removed(map_state(tx, _cut, cut_mask, opt_state, cuts))
+    state = _without_removed(map_state(tx, _take_rows, cut_mask, opt_state, cuts))
     expected = jax.eval_shape(tx.init, small)
     shapes = lambda node: [tuple(leaf.shape) for leaf in jax.tree.leaves(node)]
     if shapes(expected) != shapes(state):

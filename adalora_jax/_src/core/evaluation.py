@@ -115,16 +115,16 @@ def apply_masks(params: PyTree, state: Any) -> PyTree:
         lam = jnp.where(by_path[path], adapter.lam, jnp.zeros((), adapter.lam.dtype))
         return adapter._replace(lam=lam)
 
-    return pytree.insert(params, _by_path(masked, params, by_path))
+    return pytree.replace_adapters(params, _by_path(masked, params, by_path))
 
 
 def _by_path(function: Any, params: PyTree, paths: Any) -> PyTree:
     """Return the canonical tree of ``params`` with ``function(path, adapter)`` at ``paths``."""
-    adapters = pytree.canonical(params)
+    adapters = pytree.extract_adapters(params)
     names = list(pytree.adapters(params))
-    listed = pytree.listed(adapters)
+    listed = pytree.adapter_leaves(adapters)
     new = [function(n, a) if n in paths else a for n, a in zip(names, listed)]
-    return pytree.filled(adapters, new)
+    return pytree.unflatten_adapters(adapters, new)
 
 
 def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
@@ -139,7 +139,7 @@ def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
             f"opt_state holds {len(found)} states of schedule_free: average the parameters of each "
             "with optax.contrib.schedule_free_eval_params, then apply masks(opt_state)."
         )
-    return optax.contrib.schedule_free_eval_params(pytree.bare(found[0]), params)
+    return optax.contrib.schedule_free_eval_params(pytree.unwrap_variables(found[0]), params)
 
 
 def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tuple[PyTree, PyTree]:
@@ -189,8 +189,8 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
             "keep: pass the last ones."
         )
     apply_masks(params, pytree.leaves_with_path(state.masks))  # raises for other adapters
-    weights = pytree.canonical(params)
-    gradients = weights if grads is None else pytree.canonical(grads)
+    weights = pytree.extract_adapters(params)
+    gradients = weights if grads is None else pytree.extract_adapters(grads)
     allowed = current_budget(config, jnp.asarray(config.final_step, jnp.int32), weights)
     due = state.step <= config.final_step
     make = lambda: best_masks(
@@ -204,7 +204,7 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
     )
     params = apply_masks(params, pytree.leaves_with_path(final.masks))
     is_state = lambda node: isinstance(node, AllocatorState)
-    restore = lambda node: pytree.in_containers(node, final) if is_state(node) else node
+    restore = lambda node: pytree.match_containers(node, final) if is_state(node) else node
     return params, jax.tree.map(restore, opt_state, is_leaf=is_state)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from adalora_jax._src.core.adapter import Adapter, keys_of
 from adalora_jax._src.core.config import AdaLoraConfig
-from adalora_jax._src.core.low_rank import wide
+from adalora_jax._src.core.low_rank import accumulation_dtype
 
 _STD = 0.02  # initial standard deviation of p and q, as in PEFT and loralib
 
@@ -111,7 +111,7 @@ def _orthonormal(normal: jax.Array) -> jax.Array:
     """
     wide_matrix = normal.shape[-2] < normal.shape[-1]
     tall = jnp.swapaxes(normal, -1, -2) if wide_matrix else normal
-    q, r = jnp.linalg.qr(tall.astype(wide(normal.dtype)))
+    q, r = jnp.linalg.qr(tall.astype(accumulation_dtype(normal.dtype)))
     # Signs that make the diagonal of r positive give the uniform distribution (Mezzadri 2007).
     q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
     return (jnp.swapaxes(q, -1, -2) if wide_matrix else q).astype(normal.dtype)

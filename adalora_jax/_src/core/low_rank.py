@@ -31,9 +31,10 @@ def low_rank(
         gc = g pᵀ,  m = hᵀ g,  dp = c · m,  dc = Σ_out p · m,  dq = (gc · c)ᵀ x,  dx = (gc · c) q
 
     with ``h = x qᵀ``. The activations stored for it are x and h. With a seed, ``x · keep`` replaces
-    x, where ``keep`` is the mask of zeros and ones from :func:`keep`; the derivative recomputes the
-    mask. Sums over tokens are accumulated in at least float32, because sums in bfloat16 stall.
-    Forward-mode differentiation is not defined; use :func:`low_rank_plain` for it.
+    x, where ``keep`` is the mask of zeros and ones from :func:`dropout_mask`; the derivative
+    recomputes the mask. Sums over tokens are accumulated in at least float32, because sums in
+    bfloat16 stall. Forward-mode differentiation is not defined; use :func:`low_rank_autodiff` for
+    it.
 
     Args:
       x: layer inputs ``[..., in]``; their dtype is that of the computation and of the result.
@@ -56,7 +57,7 @@ def low_rank(
     return _forward(x, p, c, q, seed, rate, precision)[0]
 
 
-def low_rank_plain(
+def low_rank_autodiff(
     x: jax.Array,
     p: jax.Array,
     c: jax.Array,
@@ -71,45 +72,47 @@ def low_rank_plain(
 
     >>> import jax, jax.numpy as jnp
     >>> x, p, c, q = jnp.ones((5, 3)), jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3))
-    >>> jax.jvp(lambda c: low_rank_plain(x, p, c, q), (c,), (c,))[1].shape
+    >>> jax.jvp(lambda c: low_rank_autodiff(x, p, c, q), (c,), (c,))[1].shape
     (5, 4)
     """
     return _forward(x, p, c, q, seed, rate, precision)[0]
 
 
-def observed(x: jax.Array, q: jax.Array, out_features: int) -> jax.Array:
+def input_moment_probe(x: jax.Array, q: jax.Array, out_features: int) -> jax.Array:
     """Return zeros ``[..., out]`` whose gradient for q is ``q Σ xᵀx``, for every cotangent.
 
     A gradient of the model's output thereby collects the second moments of its layers' inputs,
     through any scan or map.
 
     >>> import jax, jax.numpy as jnp
-    >>> x, loss = jnp.arange(6.0).reshape(3, 2), lambda q: jnp.sum(observed(x, q, 4))
+    >>> x, loss = jnp.arange(6.0).reshape(3, 2), lambda q: jnp.sum(input_moment_probe(x, q, 4))
     >>> bool((jax.grad(loss)(jnp.eye(2)) == x.T @ x).all())
     True
     """
-    exact = lax.stop_gradient(x).astype(wide(x.dtype))
+    exact = lax.stop_gradient(x).astype(accumulation_dtype(x.dtype))
     h = jnp.matmul(exact, q.astype(exact.dtype).T, precision=lax.Precision.HIGHEST)
-    zeros: Any = silent(h, out_features)
+    zeros: Any = zeros_with_identity_vjp(h, out_features)
     return zeros.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def silent(h: jax.Array, out_features: int) -> jax.Array:
+def zeros_with_identity_vjp(h: jax.Array, out_features: int) -> jax.Array:
     """Return zeros ``[..., out]`` whose gradient for h is h itself, ``∂ ½‖h‖² / ∂h``.
 
-    >>> silent(jnp.ones((5, 2)), 3).shape
+    >>> zeros_with_identity_vjp(jnp.ones((5, 2)), 3).shape
     (5, 3)
     """
     return jnp.zeros((*h.shape[:-1], out_features), h.dtype)
 
 
 # The cotangent does not depend on h and is ignored.
-silent.defvjp(lambda h, out: (silent(h, out), h), lambda out, h, g: (h,))
+zeros_with_identity_vjp.defvjp(
+    lambda h, out: (zeros_with_identity_vjp(h, out), h), lambda out, h, g: (h,)
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def on_dropped(
+def linear_with_dropout(
     function: Callable[[jax.Array, Any], Any], x: jax.Array, weights: Any, seed: Any, rate: float
 ) -> Any:
     """Compute ``function(x · keep, weights)``, storing x for the derivative and not ``x · keep``.
@@ -119,27 +122,27 @@ def on_dropped(
 
     >>> import jax, jax.numpy as jnp
     >>> x, seed = jnp.ones(4), jnp.zeros(2, jnp.uint32)
-    >>> on_dropped(lambda x, w: x * w, x, 2 * x, seed, 0.0)
+    >>> linear_with_dropout(lambda x, w: x * w, x, 2 * x, seed, 0.0)
     Array([2., 2., 2., 2.], dtype=float32)
     """
-    return function(dropped(x, seed, rate), weights)
+    return function(apply_dropout(x, seed, rate), weights)
 
 
-def dropped(x: jax.Array, seed: jax.Array | None, rate: float) -> jax.Array:
-    """Return x with 0 where the mask from :func:`keep` is False; x itself without a seed.
+def apply_dropout(x: jax.Array, seed: jax.Array | None, rate: float) -> jax.Array:
+    """Return x with 0 where the mask from :func:`dropout_mask` is False; x itself without a seed.
 
-    >>> dropped(jnp.ones(3), None, 0.5)
+    >>> apply_dropout(jnp.ones(3), None, 0.5)
     Array([1., 1., 1.], dtype=float32)
     """
     if seed is None:
         return x
-    kept = keep(seed, x.shape, rate)
+    kept = dropout_mask(seed, x.shape, rate)
     if (sharding := explicit_sharding(x, _spec(x))) is not None:
         kept = jax.sharding.reshard(kept, sharding)
     return jnp.where(kept, x, jnp.zeros((), x.dtype))
 
 
-def keep(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
+def dropout_mask(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
     """Return booleans that are False with probability ``rate``, each a hash of its index.
 
     Every index is hashed into 32 bits, one axis after the other. That takes 4 % of the time of
@@ -153,7 +156,7 @@ def keep(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
       shape: shape of the result.
       rate: probability of False, in [0, 1).
 
-    >>> kept = keep(jnp.array([1, 2], jnp.uint32), (100, 100), 0.25)
+    >>> kept = dropout_mask(jnp.array([1, 2], jnp.uint32), (100, 100), 0.25)
     >>> 0.73 < float(kept.mean()) < 0.77
     True
     """
@@ -173,7 +176,7 @@ def _mixed(bits):
     return bits ^ (bits >> 16)
 
 
-def never(after: jax.Array) -> jax.Array:
+def opaque_false(after: jax.Array) -> jax.Array:
     """Return False, computed from a float array such that XLA cannot fold it to a constant.
 
     A computation that uses the result runs after the array is available and is not merged with an
@@ -181,7 +184,7 @@ def never(after: jax.Array) -> jax.Array:
     on a CPU XLA removes it before it merges common subexpressions and schedules. Other platforms
     use the barrier, because reading one element of a sharded array needs communication.
 
-    >>> never(jnp.ones(3))
+    >>> opaque_false(jnp.ones(3))
     Array(False, dtype=bool)
     """
 
@@ -196,10 +199,10 @@ def never(after: jax.Array) -> jax.Array:
     return lax.platform_dependent(after, cpu=on_cpu, default=elsewhere)
 
 
-def wide(dtype: Any) -> Any:
+def accumulation_dtype(dtype: Any) -> Any:
     """Return the dtype to accumulate in: ``dtype``, but at least float32.
 
-    >>> wide(jnp.bfloat16), wide(jnp.float64)
+    >>> accumulation_dtype(jnp.bfloat16), accumulation_dtype(jnp.float64)
     (dtype('float32'), dtype('float64'))
     """
     dtype = jnp.dtype(dtype)
@@ -224,9 +227,9 @@ def explicit_sharding(like: jax.Array, spec: Iterable[Any]) -> NamedSharding | N
 
 
 def _forward(x, p, c, q, seed, rate, precision):
-    dtype = wide(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     at = lambda of: explicit_sharding(x, (*_spec(x)[:-1], *of))
-    seen = dropped(x, seed, rate)
+    seen = apply_dropout(x, seed, rate)
     h = _contract(seen, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype, at(_spec(q)[:1]))
     scaled = (h * _row(c, h)).astype(x.dtype)
     at_y = at(_spec(p)[1:])
@@ -238,16 +241,16 @@ def _backward(rate, precision, residuals, g):
     x, p, c, q, seed, h = residuals
     dtype, last, tokens = h.dtype, x.ndim - 1, tuple(range(x.ndim - 1))
     at = lambda like: explicit_sharding(like, _spec(like))
-    seed = _later(seed, g)
+    seed = _recompute_seed(seed, g)
     gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype, at(h))
     dh = (gc * _row(c, h)).astype(x.dtype)
     # dp and dc share hᵀ g, so dc is a sum along rows of length out, not down columns of tokens.
     m = _contract(h.astype(x.dtype), g, tokens, tokens, precision, dtype, at(p))
     dp = m * c.astype(dtype)[:, None]
     dc = jnp.sum(m * p.astype(dtype), axis=1)
-    dq = _contract(dh, dropped(x, seed, rate), tokens, tokens, precision, dtype, at(q))
+    dq = _contract(dh, apply_dropout(x, seed, rate), tokens, tokens, precision, dtype, at(q))
     dx = _contract(dh, q.astype(x.dtype), last, 0, precision, x.dtype, at(x))
-    dx = dropped(dx, seed, rate)
+    dx = apply_dropout(dx, seed, rate)
     cotangents = dx, dp.astype(p.dtype), dc.astype(c.dtype), dq.astype(q.dtype)
     return *map(_as_varying_as, cotangents, (x, p, c, q)), None
 
@@ -255,23 +258,25 @@ def _backward(rate, precision, residuals, g):
 low_rank.defvjp(_forward, _backward)
 
 
-def _on_dropped_forward(function, x, weights, seed, rate):
-    return function(dropped(x, seed, rate), weights), (x, weights, seed)
+def _linear_with_dropout_forward(function, x, weights, seed, rate):
+    return function(apply_dropout(x, seed, rate), weights), (x, weights, seed)
 
 
-def _on_dropped_backward(function, rate, residuals, g):
+def _linear_with_dropout_backward(function, rate, residuals, g):
     x, weights, seed = residuals
-    seed = _later(seed, g)
-    _, pull = jax.vjp(lambda x, weights: function(dropped(x, seed, rate), weights), x, weights)
+    seed = _recompute_seed(seed, g)
+    _, pull = jax.vjp(
+        lambda x, weights: function(apply_dropout(x, seed, rate), weights), x, weights
+    )
     return *pull(g), None
 
 
-on_dropped.defvjp(_on_dropped_forward, _on_dropped_backward)
+linear_with_dropout.defvjp(_linear_with_dropout_forward, _linear_with_dropout_backward)
 
 
-def _later(seed, g):
+def _recompute_seed(seed, g):
     """Return the seed made dependent on g, so that the mask is recomputed instead of stored."""
-    return None if seed is None or g.size == 0 else seed ^ never(g).astype(seed.dtype)
+    return None if seed is None or g.size == 0 else seed ^ opaque_false(g).astype(seed.dtype)
 
 
 def _as_varying_as(cotangent, primal):

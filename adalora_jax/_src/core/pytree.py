@@ -15,7 +15,7 @@ from adalora_jax._src.core.adapter import Adapter, check_adapter
 
 PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in them
 
-HOLDER = "adalora"  # key of an adapter's p, lam and q among the variables of a Flax module
+ADAPTER_KEY = "adalora"  # key of an adapter's p, lam and q among the variables of a Flax module
 PACKED = "quantized"  # linen collection of weights that are stored as packed integers
 BATCH = 128  # maximum number of adapters per call of a traced function
 _FIELDS = frozenset(Adapter._fields)
@@ -41,10 +41,10 @@ def is_packed(node: Any) -> bool:
     return hasattr(node, "dequantize")
 
 
-def at(nested: Any, path: Sequence[str]) -> Any:
+def get_path(nested: Any, path: Sequence[str]) -> Any:
     """Return the node of nested dicts at ``path``; None if there is none.
 
-    >>> at({"up": {"kernel": 1}}, ["up", "kernel"]), at({"up": 1}, ["down"])
+    >>> get_path({"up": {"kernel": 1}}, ["up", "kernel"]), get_path({"up": 1}, ["down"])
     (1, None)
     """
     for name in path:
@@ -62,7 +62,7 @@ def weight_path(params: Any, path: str, weight: str) -> list[str]:
     (['up', 'kernel'], ['mlp', 'linear'])
     """
     parts = [*filter(None, path.split("/"))]
-    node = at(params, parts)
+    node = get_path(params, parts)
     return [*parts, weight] if node is None or isinstance(node, Mapping) else parts
 
 
@@ -75,17 +75,17 @@ def is_variable(node: Any) -> bool:
     return hasattr(node, "get_value")
 
 
-def bare(tree: PyTree) -> PyTree:
+def unwrap_variables(tree: PyTree) -> PyTree:
     """Return ``tree`` with every NNX Variable replaced by its array.
 
-    >>> bare({"a": 1.0})
+    >>> unwrap_variables({"a": 1.0})
     {'a': 1.0}
     """
     get = lambda node: node.get_raw_value() if is_variable(node) else node
     return jax.tree.map(get, tree, is_leaf=is_variable)
 
 
-def canonical(tree: PyTree, *, variables: bool = False) -> PyTree:
+def extract_adapters(tree: PyTree, *, variables: bool = False) -> PyTree:
     """Return the containers of ``tree`` with an :class:`Adapter` per adapter and None elsewhere.
 
     This canonical form is the input of ``jax.tree.map`` in all computations over adapters.
@@ -100,7 +100,7 @@ def canonical(tree: PyTree, *, variables: bool = False) -> PyTree:
 
     >>> import jax.numpy as jnp
     >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
-    >>> canonical(tree)["a"].lam.shape, canonical(tree)["b"]
+    >>> extract_adapters(tree)["a"].lam.shape, extract_adapters(tree)["b"]
     ((2,), None)
     """
     nodes, treedef = _nodes(tree)
@@ -108,45 +108,47 @@ def canonical(tree: PyTree, *, variables: bool = False) -> PyTree:
     return treedef.unflatten([_as_adapter(node, path, is_leaf) for path, node in nodes])
 
 
-def each(function: Callable[..., Any], adapters: PyTree, *rest: PyTree) -> Any:
+def map_adapters(function: Callable[..., Any], adapters: PyTree, *rest: PyTree) -> Any:
     """Map a function over a canonical tree like ``jax.tree.map``, but per :class:`Adapter`.
 
     >>> import jax.numpy as jnp
     >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
-    >>> each(lambda adapter: adapter.lam.size, {"query": adapter, "bias": None})
+    >>> map_adapters(lambda adapter: adapter.lam.size, {"query": adapter, "bias": None})
     {'bias': None, 'query': 2}
     """
     is_leaf = lambda node: isinstance(node, Adapter)
     return jax.tree.map(function, adapters, *rest, is_leaf=is_leaf)
 
 
-def listed(adapters: PyTree) -> list[Any]:
+def adapter_leaves(adapters: PyTree) -> list[Any]:
     """Flatten a canonical tree to a list; each Adapter, or value in its position, is one leaf.
 
-    >>> listed({"key": None, "query": Adapter(1, 2, 3)}), listed({"key": None, "query": True})
-    ([Adapter(p=1, lam=2, q=3, scale=1.0)], [True])
+    >>> adapter_leaves({"key": None, "query": Adapter(1, 2, 3)})
+    [Adapter(p=1, lam=2, q=3, scale=1.0)]
+    >>> adapter_leaves({"key": None, "query": True})
+    [True]
     """
     return jax.tree.leaves(adapters, is_leaf=lambda node: isinstance(node, Adapter))
 
 
-def filled(adapters: PyTree, values: Sequence[Any]) -> PyTree:
+def unflatten_adapters(adapters: PyTree, values: Sequence[Any]) -> PyTree:
     """Return a canonical tree with its adapters replaced by ``values``, in the tree's order.
 
-    >>> filled({"key": None, "query": Adapter(1, 2, 3)}, [True])
+    >>> unflatten_adapters({"key": None, "query": Adapter(1, 2, 3)}, [True])
     {'key': None, 'query': True}
     """
     is_leaf = lambda node: isinstance(node, Adapter)
     return jax.tree.structure(adapters, is_leaf=is_leaf).unflatten(values)
 
 
-def alike(*columns: Sequence[Any]) -> list[list[int]]:
+def group_by_shape(*columns: Sequence[Any]) -> list[list[int]]:
     """Group adapters with equal types in all columns; return batches of at most 128 indices.
 
     A type is shape, dtype and, on a mesh with explicit axes, sharding. A jitted function of one
     batch is traced per type, not per adapter, so thousands of adapters are traced in seconds.
 
     >>> import numpy as np
-    >>> alike([np.ones(2), np.ones(3), np.ones(2)])
+    >>> group_by_shape([np.ones(2), np.ones(3), np.ones(2)])
     [[0, 2], [1]]
     """
     kinds: dict[Any, list[int]] = {}
@@ -174,33 +176,33 @@ def by_role(indices: Iterable[int], paths: Sequence[str]) -> list[list[int]]:
     return list(roles.values())
 
 
-def pick(batch: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
+def gather(batch: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
     """Return the entries of each column at the indices of a batch.
 
-    >>> pick([0, 2], "abc", "xyz")
+    >>> gather([0, 2], "abc", "xyz")
     [['a', 'c'], ['x', 'z']]
     """
     return [[column[index] for index in batch] for column in columns]
 
 
-def batched(
+def map_groups(
     function: Callable[..., Any], batches: Iterable[Sequence[int]], *columns: Sequence[Any]
 ) -> list[Any]:
     """Apply a function of lists to each batch; return one result per entry, in the columns' order.
 
     The result is ``[f(*row) for row in zip(*columns)]``, where ``function`` maps f over lists.
 
-    >>> batched(lambda a, b: [x + y for x, y in zip(a, b)], [[0, 2], [1]], "abc", "xyz")
+    >>> map_groups(lambda a, b: [x + y for x, y in zip(a, b)], [[0, 2], [1]], "abc", "xyz")
     ['ax', 'by', 'cz']
     """
     batches = list(batches)
-    return spread(batches, [function(*pick(batch, *columns)) for batch in batches])
+    return scatter(batches, [function(*gather(batch, *columns)) for batch in batches])
 
 
-def spread(batches: Sequence[Sequence[int]], values: Sequence[Sequence[Any]]) -> list[Any]:
+def scatter(batches: Sequence[Sequence[int]], values: Sequence[Sequence[Any]]) -> list[Any]:
     """Return the values of all batches as one list, in the order of the adapters.
 
-    >>> spread([[0, 2], [1]], ["ac", "b"])
+    >>> scatter([[0, 2], [1]], ["ac", "b"])
     ['a', 'b', 'c']
     """
     results: list[Any] = [None] * sum(map(len, batches))
@@ -210,29 +212,32 @@ def spread(batches: Sequence[Sequence[int]], values: Sequence[Sequence[Any]]) ->
     return results
 
 
-def in_containers(own: PyTree, values: PyTree) -> Any:
+def match_containers(own: PyTree, values: PyTree) -> Any:
     """Return the leaves of ``values`` in the containers and NNX Variables of ``own``.
 
-    >>> in_containers({"a": 1, "b": 2}, [3, 4])
+    >>> match_containers({"a": 1, "b": 2}, [3, 4])
     {'a': 3, 'b': 4}
     """
     return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(values))
 
 
-def insert(tree: PyTree, adapters: PyTree) -> PyTree:
+def replace_adapters(tree: PyTree, adapters: PyTree) -> PyTree:
     """Return ``tree`` with the values of its adapters replaced by those of a canonical tree.
 
     >>> import jax.numpy as jnp
     >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
-    >>> zeros = jax.tree.map(jnp.zeros_like, canonical(tree))
-    >>> new = insert(tree, zeros)
+    >>> zeros = jax.tree.map(jnp.zeros_like, extract_adapters(tree))
+    >>> new = replace_adapters(tree, zeros)
     >>> new["a"]["lam"], new["b"]
     (Array([0., 0.], dtype=float32), 1.0)
     """
     nodes, treedef = _nodes(tree)
     values = treedef.flatten_up_to(adapters)
     return treedef.unflatten(
-        [node if value is None else _like(node, value) for (_, node), value in zip(nodes, values)]
+        [
+            node if value is None else _cast_like(node, value)
+            for (_, node), value in zip(nodes, values)
+        ]
     )
 
 
@@ -308,17 +313,17 @@ def param_labels(tree: PyTree, other: str = "other") -> PyTree:
     nodes, treedef = _nodes(tree)
     names: Any = Adapter._fields
     return treedef.unflatten(
-        [_like(n, Adapter(*names)) if is_adapter(n) else other for _, n in nodes]
+        [_cast_like(n, Adapter(*names)) if is_adapter(n) else other for _, n in nodes]
     )
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Return a key path as ``a/b/c``; the key :data:`HOLDER` at its end is omitted.
+    """Return a key path as ``a/b/c``; the key :data:`ADAPTER_KEY` at its end is omitted.
 
-    >>> path_name((tree_util.DictKey("layers"), tree_util.DictKey(0), tree_util.DictKey(HOLDER)))
+    >>> path_name([tree_util.DictKey(key) for key in ("layers", 0, ADAPTER_KEY)])
     'layers/0'
     """
-    if path and tree_util.keystr(path[-1:], simple=True) == HOLDER:
+    if path and tree_util.keystr(path[-1:], simple=True) == ADAPTER_KEY:
         path = path[:-1]
     return tree_util.keystr(path, simple=True, separator="/")
 
@@ -345,13 +350,13 @@ def row_name(path: str, index: tuple[int, ...]) -> str:
 def leaf_name(path: tuple[Any, ...]) -> str:
     """Return a leaf's key path as ``a/b/c``, equal for a dict, a Flax dict and an NNX State.
 
-    >>> leaf_name((tree_util.DictKey("up"), tree_util.DictKey(HOLDER), tree_util.DictKey("lam")))
+    >>> leaf_name([tree_util.DictKey(key) for key in ("up", ADAPTER_KEY, "lam")])
     'up/lam'
     """
     if path and path[-1] == tree_util.GetAttrKey("value"):  # the array in an NNX Variable
         path = path[:-1]
     parts = (tree_util.keystr((key,), simple=True) for key in path)
-    return "/".join(part for part in parts if part not in ("", HOLDER))
+    return "/".join(part for part in parts if part not in ("", ADAPTER_KEY))
 
 
 def _nodes(tree):
@@ -393,7 +398,7 @@ def _as_adapter(node: Any, path: tuple[Any, ...], is_leaf: Any = None) -> Adapte
     return adapter
 
 
-def _like(node: Any, adapter: Adapter) -> Any:
+def _cast_like(node: Any, adapter: Adapter) -> Any:
     """Return ``adapter`` in the containers of ``node``: an Adapter, a dict, or an NNX State."""
     named, treedef = tree_util.tree_flatten_with_path(node)
     return treedef.unflatten([getattr(adapter, _field(key)) for key, _ in named])

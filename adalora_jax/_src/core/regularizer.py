@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig
-from adalora_jax._src.core.low_rank import explicit_sharding, wide
+from adalora_jax._src.core.low_rank import accumulation_dtype, explicit_sharding
 from adalora_jax._src.core.pytree import PyTree
 
 
@@ -108,7 +108,7 @@ def deviation(m: jax.Array) -> jax.Array:
     >>> deviation(2 * jnp.eye(3))
     Array(5.196152, dtype=float32)
     """
-    gram = _gram(m.astype(wide(m.dtype)))
+    gram = _gram(m.astype(accumulation_dtype(m.dtype)))
     return _norm(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape))
 
 

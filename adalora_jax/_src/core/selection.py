@@ -53,11 +53,11 @@ def keep_best(
     leaves, treedef = jax.tree.flatten(scores)
     dtype, none = jnp.result_type(*leaves), [None] * len(leaves)
     rows: Any = zip(leaves, limits or none, none, costs or none)
-    entries = [entry(leaf.astype(dtype), *rest) for leaf, *rest in rows]
-    return treedef.unflatten(kept(entries, cut(in_a_row(entries), count)))
+    entries = [rank_scores(leaf.astype(dtype), *rest) for leaf, *rest in rows]
+    return treedef.unflatten(apply_threshold(entries, find_threshold(concatenate(entries), count)))
 
 
-class Entry(NamedTuple):
+class RankedScores(NamedTuple):
     """Replicated sort keys of one leaf, or of several leaves concatenated.
 
     Attributes:
@@ -72,7 +72,7 @@ class Entry(NamedTuple):
     cost: jax.Array | None
 
 
-class Cut(NamedTuple):
+class Threshold(NamedTuple):
     """The threshold of a selection: keys above ``lowest`` are kept, and the first ties with it.
 
     Attributes:
@@ -86,13 +86,13 @@ class Cut(NamedTuple):
     all_equal: jax.Array
 
 
-def entry(
+def rank_scores(
     scores: jax.Array,
     limits: tuple[ArrayLike, ArrayLike] | None = None,
     alive: jax.Array | None = None,
     cost: ArrayLike | None = None,
-) -> Entry:
-    """Return the :class:`Entry` of one leaf.
+) -> RankedScores:
+    """Return the :class:`RankedScores` of one leaf.
 
     Args:
       scores: ``[..., r]``; leaves that are ranked together have one dtype.
@@ -100,36 +100,37 @@ def entry(
       alive: booleans ``[..., r]``: False for a score that is never kept.
       cost: cost per score.
 
-    >>> entry(jnp.array([2.0, 3.0, 4.0]), (1, 2)).turns
+    >>> rank_scores(jnp.array([2.0, 3.0, 4.0]), (1, 2)).turns
     Array([2, 1, 0], dtype=int32)
     """
-    scores, turns = _everywhere(scores), None
+    scores, turns = _replicate(scores), None
     if limits is not None or alive is not None:
-        fit = jnp.ones_like(scores, bool) if alive is None else _everywhere(alive)
-        turns = _turn(scores, fit, *(limits or (0, scores.shape[-1])))
+        fit = jnp.ones_like(scores, bool) if alive is None else _replicate(alive)
+        turns = _assign_tiers(scores, fit, *(limits or (0, scores.shape[-1])))
     price = None if cost is None else jnp.full(scores.shape, cost, jnp.int32)
-    return Entry(_ascending(scores), turns, price)
+    return RankedScores(_order_preserving_bits(scores), turns, price)
 
 
-def in_a_row(entries: Sequence[Entry]) -> Entry:
+def concatenate(entries: Sequence[RankedScores]) -> RankedScores:
     """Concatenate entries into one, with flat arrays.
 
-    >>> in_a_row([entry(jnp.array([2, 3])), entry(jnp.array([0]))]).keys - jnp.uint32(2**31)
+    >>> entries = [rank_scores(jnp.array([2, 3])), rank_scores(jnp.array([0]))]
+    >>> concatenate(entries).keys - jnp.uint32(2**31)
     Array([2, 3, 0], dtype=uint32)
     """
     flat = lambda parts: jnp.concatenate([part.ravel() for part in parts])
     fields: Any = (None if parts[0] is None else flat(parts) for parts in zip(*entries))
-    return Entry(*fields)
+    return RankedScores(*fields)
 
 
-def cut(row: Entry, count: ArrayLike) -> Cut:
+def find_threshold(row: RankedScores, count: ArrayLike) -> Threshold:
     """Find the threshold that keeps ``count`` scores, or all eligible ones if there are fewer.
 
     The lowest kept key is found bit by bit, from the highest bit down: a bit is set if enough keys
     are at least as high with it set. That takes one sum over the row per bit of a key (32 for
     float32), and needs neither a sort nor the scatter that turns a sort order into a mask.
 
-    >>> cut(Entry(jnp.array([1, 5, 5, 5], jnp.uint32), None, None), 2)[:2]
+    >>> find_threshold(RankedScores(jnp.array([1, 5, 5, 5], jnp.uint32), None, None), 2)[:2]
     (Array(5, dtype=uint32), Array(2, dtype=int32))
     """
     keys, turns, _ = row
@@ -146,34 +147,34 @@ def cut(row: Entry, count: ArrayLike) -> Cut:
 
     lowest = jax.lax.fori_loop(0, width, settle, jnp.zeros((), keys.dtype))
     left = jnp.asarray(count - total(among & (keys > lowest)))
-    return Cut(lowest, left, jnp.asarray(left >= total(among & (keys == lowest))))
+    return Threshold(lowest, left, jnp.asarray(left >= total(among & (keys == lowest))))
 
 
-def _total(entry: Entry, mask: jax.Array) -> jax.Array:
+def _total(entry: RankedScores, mask: jax.Array) -> jax.Array:
     """Return the total cost of the scores in a mask."""
     price = mask if entry.cost is None else jnp.where(mask, entry.cost, 0)
     return jnp.sum(price, dtype=jnp.int32)
 
 
-def kept(entries: Sequence[Entry], cut: Cut) -> list[jax.Array]:
+def apply_threshold(entries: Sequence[RankedScores], cut: Threshold) -> list[jax.Array]:
     """Return the masks of all leaves; ties at the threshold are counted only if some are dropped.
 
-    >>> entries = [entry(jnp.array([2, 3])), entry(jnp.array([2, 2]))]
-    >>> kept(entries, Cut(jnp.uint32(2 + 2**31), jnp.int32(2), jnp.bool(False)))
+    >>> entries = [rank_scores(jnp.array([2, 3])), rank_scores(jnp.array([2, 2]))]
+    >>> apply_threshold(entries, Threshold(jnp.uint32(2 + 2**31), jnp.int32(2), jnp.bool(False)))
     [Array([ True,  True], dtype=bool), Array([ True, False], dtype=bool)]
     """
 
     def in_order():
         left, masks = cut.left, []
         for one in entries:
-            mask, left = _first(one, cut.lowest, left)
+            mask, left = _mask_with_ties(one, cut.lowest, left)
             masks.append(mask)
         return masks
 
-    at_once = lambda: [_from(one, cut.lowest) for one in entries]
+    at_once = lambda: [_mask_at_or_above(one, cut.lowest) for one in entries]
     masks = jax.lax.cond(cut.all_equal, at_once, in_order)
     # Otherwise the mask's sharding propagates to the scores and costs a second all-gather.
-    return [_everywhere(mask) for mask in masks]
+    return [_replicate(mask) for mask in masks]
 
 
 # Jitted, so that leaves of one shape are traced once. Their program does not depend on a leaf's
@@ -181,33 +182,35 @@ def kept(entries: Sequence[Entry], cut: Cut) -> list[jax.Array]:
 
 
 @jax.jit
-def _from(entry, lowest):
-    return _by_turn(entry, entry.keys >= lowest)
+def _mask_at_or_above(entry, lowest):
+    return _combine_tiers(entry, entry.keys >= lowest)
 
 
 @jax.jit
-def _first(entry, lowest, left):
+def _mask_with_ties(entry, lowest, left):
     """Return the mask if ``left`` may be spent on keys equal to ``lowest``, and the remainder."""
-    above, tied = entry.keys > lowest, _by_turn(entry, entry.keys == lowest, first=False)
+    above, tied = entry.keys > lowest, _combine_tiers(entry, entry.keys == lowest, first=False)
 
     def count():
         price = tied if entry.cost is None else jnp.where(tied, entry.cost, 0)
         spent = jnp.cumsum(price.ravel(), dtype=jnp.int32).reshape(tied.shape)
         after = jnp.maximum(left - _total(entry, tied), 0)
-        return _by_turn(entry, above | (tied & (spent <= left))), after
+        return _combine_tiers(entry, above | (tied & (spent <= left))), after
 
     # Without the branch, XLA would inline the computation of ``left`` into the leaf's program.
-    return jax.lax.cond(left > 0, count, lambda: (_by_turn(entry, above), jnp.zeros_like(left)))
+    return jax.lax.cond(
+        left > 0, count, lambda: (_combine_tiers(entry, above), jnp.zeros_like(left))
+    )
 
 
-def _by_turn(entry, mask, first=True):
+def _combine_tiers(entry, mask, first=True):
     if entry.turns is None:
         return mask
     mask = (entry.turns == 1) & mask
     return mask | (entry.turns == 0) if first else mask
 
 
-def _ascending(scores: jax.Array) -> jax.Array:
+def _order_preserving_bits(scores: jax.Array) -> jax.Array:
     """Convert scores to unsigned integers of the same order; NaN is lowest, 0 equals −0.
 
     The bits of positive floats, read as integers, have the floats' order; those of negative floats
@@ -227,7 +230,9 @@ def _ascending(scores: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(scores), jnp.zeros((), bits.dtype), bits)
 
 
-def _turn(scores: jax.Array, alive: jax.Array, least: ArrayLike, most: ArrayLike) -> jax.Array:
+def _assign_tiers(
+    scores: jax.Array, alive: jax.Array, least: ArrayLike, most: ArrayLike
+) -> jax.Array:
     order = jnp.lexsort((-scores, ~alive), axis=-1)
     place = jnp.argsort(order, axis=-1)  # the inverse permutation: positions when sorted
     least = jnp.minimum(least, most)
@@ -235,7 +240,7 @@ def _turn(scores: jax.Array, alive: jax.Array, least: ArrayLike, most: ArrayLike
     return jnp.where(alive, turn, 2)
 
 
-def _everywhere(scores: jax.Array) -> jax.Array:
+def _replicate(scores: jax.Array) -> jax.Array:
     """Return the scores replicated on every device.
 
     Adapters may have different shardings. With explicit mesh axes, arrays need one sharding to be

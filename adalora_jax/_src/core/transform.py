@@ -16,9 +16,9 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import (
     AllocatorState,
-    enforced,
+    check_gradients,
     init_allocator,
-    matching_gradients,
+    masks_applied,
     update_allocator,
     with_facts,
 )
@@ -138,37 +138,39 @@ def adalora(
                 f"state is a {type(state).__name__}: it must be what tx.init returned; arguments "
                 "are tx.update(grads, state, params)."
             )
-        before = pytree.bare(state.allocator)
+        before = pytree.unwrap_variables(state.allocator)
         _check_adapters(params, before)
         updates = with_facts(updates, params)
         if config.orth_reg_in_update:
             updates, before = _with_penalty(updates, params, before)
-        gradients = matching_gradients(updates, params)
+        gradients = check_gradients(updates, params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
-        current, moves = pytree.canonical(params), pytree.canonical(updates)
+        current, moves = pytree.extract_adapters(params), pytree.extract_adapters(updates)
         if config.lam_lr_multiplier != 1:
             faster = lambda move: move._replace(lam=config.lam_lr_multiplier * move.lam)
-            moves = pytree.each(faster, moves)
+            moves = pytree.map_adapters(faster, moves)
         if config.prox is not None:
-            moves = pytree.each(functools.partial(_through_prox, config), current, moves)
+            moves = pytree.map_adapters(functools.partial(_apply_prox, config), current, moves)
         weights = current
         if config.sensitivity_at == "updated":
             weights = optax.apply_updates(current, moves)
         allocator = update_allocator(before, weights, gradients, before.step)
-        now = enforced(before, before.step)
-        columns = [pytree.listed(part) for part in (current, moves, before.masks, allocator.masks)]
-        batches = pytree.alike(*columns)
-        results = [_prune(now, *pytree.pick(batch, *columns)) for batch in batches]
-        pruned = pytree.spread(batches, [moves for moves, _ in results])
+        now = masks_applied(before, before.step)
+        columns = [
+            pytree.adapter_leaves(part) for part in (current, moves, before.masks, allocator.masks)
+        ]
+        batches = pytree.group_by_shape(*columns)
+        results = [_prune(now, *pytree.gather(batch, *columns)) for batch in batches]
+        pruned = pytree.scatter(batches, [moves for moves, _ in results])
         revived = sum(count for _, count in results)
         allocator = allocator._replace(
             # The state does not change if a gradient is not finite.
             applied=jnp.where(allocator.step != before.step, now, before.applied),
             overridden=jnp.maximum(before.overridden, jnp.where(before.applied, revived, 0)),
         )
-        pruned = pytree.insert(updates, pytree.filled(moves, pruned))
+        pruned = pytree.replace_adapters(updates, pytree.unflatten_adapters(moves, pruned))
         return pruned, AdaLoraOptState(
-            inner_state, pytree.in_containers(state.allocator, allocator)
+            inner_state, pytree.match_containers(state.allocator, allocator)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -180,11 +182,13 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
     Other optimizers' moments are Variables, too: code that shards an optimizer's state reads the
     sharding from a Variable's metadata.
     """
-    own = pytree.canonical(params, variables=True)
+    own = pytree.extract_adapters(params, variables=True)
     return state._replace(
-        masks=pytree.in_containers(pytree.each(lambda adapter: adapter.lam, own), state.masks),
-        sensitivity=pytree.in_containers(own, state.sensitivity),
-        uncertainty=pytree.in_containers(own, state.uncertainty),
+        masks=pytree.match_containers(
+            pytree.map_adapters(lambda adapter: adapter.lam, own), state.masks
+        ),
+        sensitivity=pytree.match_containers(own, state.sensitivity),
+        uncertainty=pytree.match_containers(own, state.uncertainty),
     )
 
 
@@ -197,7 +201,7 @@ def soft_threshold(lam: jax.Array, weight: float) -> jax.Array:
     return jnp.sign(lam) * jnp.maximum(jnp.abs(lam) - weight, 0)
 
 
-def _through_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Adapter:
+def _apply_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Adapter:
     """Return the update after which λ is ``config.prox`` of its updated value."""
     prox = config.prox if callable(config.prox) else soft_threshold
     dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
@@ -286,13 +290,15 @@ def _check_adapters(params: Any, state: AllocatorState) -> None:
 
 def _with_penalty(grads: Any, params: Any, state: AllocatorState) -> tuple[Any, AllocatorState]:
     """Add the orthogonality penalty's gradients; return them and the state with its value."""
-    value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(pytree.canonical(params))
-    own = pytree.canonical(grads)
+    value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(
+        pytree.extract_adapters(params)
+    )
+    own = pytree.extract_adapters(grads)
     add = lambda grad, more: grad + more.astype(grad.dtype)
     summed = jax.tree.unflatten(
         jax.tree.structure(own), map(add, jax.tree.leaves(own), jax.tree.leaves(slope))
     )
-    return pytree.insert(grads, summed), state._replace(penalty=value.astype(jnp.float32))
+    return pytree.replace_adapters(grads, summed), state._replace(penalty=value.astype(jnp.float32))
 
 
 def _is_placeholder(params: Any) -> bool:

@@ -14,13 +14,13 @@ from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.evaluation import rank_pattern, unfinished
 from adalora_jax._src.huggingface.files import PREFIX, AdapterFile, read_adapter, write_adapter
 from adalora_jax._src.huggingface.matrices import (
-    Matrix,
+    LowRankMatrix,
     common_scale,
     from_matrices,
     kernel_size,
     to_matrices,
 )
-from adalora_jax._src.huggingface.names import NameMap, Place, as_names
+from adalora_jax._src.huggingface.names import NameMap, ParamLocation, as_names
 from adalora_jax._src.huggingface.saved import saved_from_torch, saved_to_torch
 
 # Config fields that PEFT shares and that are written unchanged; layers are listed one by one.
@@ -291,11 +291,11 @@ def _warn_unfinished(masks: Any) -> None:
         warnings.warn(f"{reason}: finish(opt_state, params) makes it.", stacklevel=3)
 
 
-def _factors(matrix: Matrix) -> dict[str, np.ndarray]:
+def _factors(matrix: LowRankMatrix) -> dict[str, np.ndarray]:
     return {"lora_A": matrix.q, "lora_B": matrix.p.T, "lora_E": matrix.lam[:, None]}
 
 
-def _folded(matrix: Matrix, scale: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _folded(matrix: LowRankMatrix, scale: float, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return A and B of plain LoRA, with λ and the scale multiplied into B."""
     wide = np.promote_types(matrix.p.dtype, np.float32)
     c = matrix.lam.astype(wide) * wide.type(scale)
@@ -310,7 +310,10 @@ def _folded(matrix: Matrix, scale: float, name: str) -> tuple[np.ndarray, np.nda
 
 
 def _written_pattern(
-    matrices: Mapping[str, Matrix], places: Mapping[str, Place], config: AdaLoraConfig, length: int
+    matrices: Mapping[str, LowRankMatrix],
+    places: Mapping[str, ParamLocation],
+    config: AdaLoraConfig,
+    length: int,
 ) -> dict[str, list[bool]]:
     """Return ``{module: length booleans}``, PEFT's ``rank_pattern``: True for written triplets.
 
@@ -360,7 +363,7 @@ def _modules(parameters: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted({name.rpartition(".")[0] for name in parameters}))
 
 
-def _conv1d(matrices: Mapping[str, Matrix], config: AdaLoraConfig, names: NameMap) -> bool:
+def _conv1d(matrices: Mapping[str, LowRankMatrix], config: AdaLoraConfig, names: NameMap) -> bool:
     return config.fan_in_fan_out or any(map(names.is_conv1d, matrices))
 
 

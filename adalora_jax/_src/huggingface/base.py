@@ -17,7 +17,7 @@ from jax.tree_util import tree_map_with_path
 
 from adalora_jax._src.core import pytree, rank_spec
 from adalora_jax._src.huggingface.names import as_names
-from adalora_jax._src.huggingface.reading import Reading, Source
+from adalora_jax._src.huggingface.reading import ParamReading, ParamSource
 from adalora_jax._src.huggingface.weights import Weights, read_weights
 from adalora_jax._src.modules import (
     layers,
@@ -28,7 +28,7 @@ from adalora_jax._src.modules import (
     sharding,
 )
 from adalora_jax._src.modules.params import by_path, parameters_of
-from adalora_jax._src.tensorfile import TensorFile, inside
+from adalora_jax._src.tensorfile import TensorFile, resolve_within
 
 Allowed: TypeAlias = bool | str | Sequence[str]
 # Buffers that older versions of transformers stored in checkpoints.
@@ -89,7 +89,7 @@ def load_base(
         ``equations`` matches no parameter; or a number overflows ``dtype``.
 
     >>> import flax.linen as nn, pathlib, tempfile
-    >>> from adalora_jax._src.tensorfile import new_file, save_tensors
+    >>> from adalora_jax._src.tensorfile import atomic_write, save_tensors
     >>> model, x = nn.Sequential([nn.Dense(2)]), jnp.ones((1, 3))
     >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     >>> tensors = {"up.weight": np.arange(6.0).reshape(2, 3), "up.bias": np.ones(2)}
@@ -103,10 +103,10 @@ def load_base(
     path = Path(directory)
     single = path.suffix == ".safetensors" and path.is_file()
     weights = read_weights(path.parent, path.name) if single else read_weights(path)
-    source = Source(weights, as_names(names))
+    source = ParamSource(weights, as_names(names))
     leaves, places = _parameters(model, variables)
     known = _layers(model, variables, args, kwargs, leaves, equations or {})
-    readings: dict[str, Reading] = {}
+    readings: dict[str, ParamReading] = {}
     missing: dict[str, str] = {}  # {path: the tensor name that was looked up}
     misfits: list[str] = []
     for name, leaf in leaves.items():
@@ -115,7 +115,7 @@ def load_base(
         except ValueError as error:
             misfits.append(str(error))
             continue
-        if isinstance(found, Reading):
+        if isinstance(found, ParamReading):
             readings[name] = found
         else:
             missing[name] = found
@@ -234,13 +234,13 @@ def _opened(weights: Weights) -> Iterator[Callable[[str], np.ndarray]]:
         def read(key: str) -> np.ndarray:
             name = files[key]
             if name not in opened:
-                opened[name] = stack.enter_context(TensorFile(inside(weights.folder, name)))
+                opened[name] = stack.enter_context(TensorFile(resolve_within(weights.folder, name)))
             return opened[name].read(key)
 
         yield read
 
 
-def _cast(reading: Reading, index, read, dtype, name: str) -> np.ndarray:
+def _cast(reading: ParamReading, index, read, dtype, name: str) -> np.ndarray:
     """Return a slice of a parameter, cast to ``dtype``.
 
     Raises:
@@ -271,7 +271,7 @@ def _sharding(where: Any, leaf: Any, mesh: Any) -> Any:
 _write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
-def _placed(reading: Reading, dtype: Any, where: Any, parts: Iterable[Any]) -> jax.Array:
+def _placed(reading: ParamReading, dtype: Any, where: Any, parts: Iterable[Any]) -> jax.Array:
     """Assemble an array on its devices, so that the host holds one part of it at a time."""
     shape = reading.shape
     everything = {None: (slice(None),) * len(shape)}

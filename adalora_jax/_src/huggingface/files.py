@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adalora_jax._src.core.config import AdaLoraConfig
-from adalora_jax._src.huggingface.matrices import Matrix
+from adalora_jax._src.huggingface.matrices import LowRankMatrix
 from adalora_jax._src.tensorfile import (
     FLOATS,
     MAX_JSON,
     TensorFile,
-    beside,
+    atomic_write,
     digest,
-    inside,
     leftovers,
-    new_file,
     read_json,
+    resolve_within,
     save_tensors,
     sync_folder,
+    temporary_path,
     writing_to,
 )
 
@@ -80,7 +80,9 @@ class AdapterFile(NamedTuple):
     """The content of a PEFT adapter's folder, with the names of the PyTorch model."""
 
     config: AdaLoraConfig
-    matrices: dict[str, Matrix]  # by module; the increment is config.scaling · pᵀ diag(lam) q
+    matrices: dict[
+        str, LowRankMatrix
+    ]  # by module; the increment is config.scaling · pᵀ diag(lam) q
     saved: dict[str, np.ndarray]  # by parameter: those of modules_to_save
     patterns: dict[str, list[bool]]  # PEFT's rank_pattern, by module; empty if it is not set
     kernels: dict[str, tuple[int, ...]]  # kernel sizes by module, where the shapes contain them
@@ -99,7 +101,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
         raise FileNotFoundError(f"{folder} is no folder: pass the one that has {CONFIG} in it.")
     if not (folder / WEIGHTS).exists():
         _refuse_pickles(folder)
-    path = inside(folder, _config_name(folder))
+    path = resolve_within(folder, _config_name(folder))
     stored = read_json(path)
     settings = {key: value for key, value in stored.items() if value is not None}
     try:
@@ -124,10 +126,13 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
         raise ValueError(f"{path}: {str(error)[:500]}") from None
     except (TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} has a value that makes no sense: {str(error)[:200]}.") from None
-    with TensorFile(inside(folder, WEIGHTS), MAX_JSON) as file:
+    with TensorFile(resolve_within(folder, WEIGHTS), MAX_JSON) as file:
         layout, saved = _layout(file, kind)
         tensors = {name: file.read(name) for name in file.specs}
-        if not file.is_current() or read_json(inside(folder, _config_name(folder))) != stored:
+        if (
+            not file.is_current()
+            or read_json(resolve_within(folder, _config_name(folder))) != stored
+        ):
             raise ValueError(f"{folder} was saved to while it was read: read it again.")
     try:
         factors = {
@@ -166,10 +171,10 @@ def write_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         _settle(folder)
         try:
-            weights = beside(folder / WEIGHTS)
-            with new_file(weights) as file:
+            weights = temporary_path(folder / WEIGHTS)
+            with atomic_write(weights) as file:
                 save_tensors(file, tensors)
-            with new_file(folder / _pending(weights)) as file:
+            with atomic_write(folder / _pending(weights)) as file:
                 file.write(text.encode())
             if (folder / CONFIG).exists():
                 os.replace(folder / CONFIG, folder / _PREVIOUS)
@@ -207,7 +212,7 @@ def _config_name(folder: Path) -> str:
     kept = {path.name for path in leftovers(folder / CONFIG)}
     if not kept or os.path.lexists(folder / CONFIG):
         return CONFIG
-    if (folder / WEIGHTS).exists() and (name := _pending(inside(folder, WEIGHTS))) in kept:
+    if (folder / WEIGHTS).exists() and (name := _pending(resolve_within(folder, WEIGHTS))) in kept:
         return name
     return _PREVIOUS if _PREVIOUS in kept else CONFIG
 
@@ -342,7 +347,7 @@ def _adalora(config, factors, saved) -> AdapterFile:
             # PEFT's scale is then r / init_r with the remaining rank r.
             wide = np.promote_types(lam.dtype, np.float32)
             lam = (lam.astype(wide) * (int(pattern.sum()) / config.init_r)).astype(wide)
-        matrices[name] = Matrix(b.T, lam, a, mask)
+        matrices[name] = LowRankMatrix(b.T, lam, a, mask)
     return AdapterFile(
         config, matrices, saved, {name: keep.tolist() for name, keep in patterns.items()}, {}
     )
@@ -385,7 +390,7 @@ def _lora(settings: Mapping[str, Any], factors, saved) -> AdapterFile:
         match = next((key for key in alphas if _names_module(key, name)), None)
         alpha = settings.get("lora_alpha", 8) if match is None else alphas[match]
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank) if rank else 1.0
-        matrices[name] = Matrix(
+        matrices[name] = LowRankMatrix(
             b.reshape(len(b), rank).T,
             np.full(rank, scale, np.float32),
             a.reshape(rank, math.prod(a.shape[1:])),

@@ -18,7 +18,7 @@ import numpy as np
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.huggingface.names import NameMap, Place
+from adalora_jax._src.huggingface.names import NameMap, ParamLocation
 
 # Limit on the size of a zero-padded stack, relative to the size of its matrices in the file: a file
 # of a few bytes must not allocate gigabytes.
@@ -26,7 +26,7 @@ _MAX_PADDING = 64
 _SMALL = 2**22  # elements allowed in addition to that
 
 
-class Matrix(NamedTuple):
+class LowRankMatrix(NamedTuple):
     """The factors of one PyTorch module's increment ``scale · (pᵀ diag(lam) q)``, ``[out, in]``."""
 
     p: np.ndarray  # [r, out]: PEFT's B, transposed
@@ -34,11 +34,11 @@ class Matrix(NamedTuple):
     q: np.ndarray  # [r, in]: PEFT's A
     mask: np.ndarray  # [r], bool: True where a triplet is active
 
-    def live(self) -> Matrix:
+    def live(self) -> LowRankMatrix:
         """Return the matrix with only its active triplets."""
-        return Matrix(*(leaf[self.mask] for leaf in self))
+        return LowRankMatrix(*(leaf[self.mask] for leaf in self))
 
-    def outputs(self, part: tuple[int, int]) -> Matrix:
+    def outputs(self, part: tuple[int, int]) -> LowRankMatrix:
         """Return the increment of part k of n equal parts of the outputs."""
         return self._replace(p=np.split(self.p, part[1], axis=1)[part[0]])
 
@@ -51,7 +51,7 @@ def common_scale(adapters: Any, default: float) -> float:
 
 def to_matrices(
     adapters: Any, scale: float, pattern: Mapping[str, list] | None, names: NameMap
-) -> tuple[dict[str, Matrix], dict[str, Place]]:
+) -> tuple[dict[str, LowRankMatrix], dict[str, ParamLocation]]:
     """Return ``{module: matrix}``, pruned rows included, and ``{module: place in its adapter}``.
 
     All matrices share one scale: λ of an adapter with another scale is multiplied by the ratio.
@@ -71,8 +71,8 @@ def to_matrices(
     if not found:
         raise ValueError("there is no adapter in adapters: pass {path: Adapter}.")
     by_path = pattern or {}
-    pieces: dict[str, dict[int, tuple[Matrix, tuple[int, int]]]] = {}
-    owners: dict[str, Place] = {}
+    pieces: dict[str, dict[int, tuple[LowRankMatrix, tuple[int, int]]]] = {}
+    owners: dict[str, ParamLocation] = {}
     for path, adapter in found.items():
         if pattern is not None and path not in by_path:
             raise ValueError(f"masks has none for {path!r}, only for {', '.join(by_path)}.")
@@ -89,20 +89,20 @@ def to_matrices(
             wide = np.promote_types(lam.dtype, np.float32)
             lam = (lam.astype(wide) * wide.type(ratio)).astype(lam.dtype)
         for index in np.ndindex(lam.shape[:-1]):
-            whole = Matrix(p[index], lam[index], q[index], mask[index])
+            whole = LowRankMatrix(p[index], lam[index], q[index], mask[index])
             for name, our_part, their_part in names.to_hf(path, index):
                 taken = pieces.setdefault(name, {})
                 if their_part[0] in taken:
                     raise ValueError(
                         f"names: {path!r} and {owners[name].path!r} both become {name!r}."
                     )
-                owners.setdefault(name, Place(path, index, our_part))
+                owners.setdefault(name, ParamLocation(path, index, our_part))
                 taken[their_part[0]] = whole.outputs(_divides(whole, our_part, path)), their_part
     return {name: _beside(name, parts) for name, parts in pieces.items()}, owners
 
 
 def from_matrices(
-    matrices: Mapping[str, Matrix],
+    matrices: Mapping[str, LowRankMatrix],
     names: NameMap,
     like: Any,
     kernels: Mapping[str, tuple[int, ...]],
@@ -141,11 +141,11 @@ def from_matrices(
     return adapters, masks
 
 
-_Parts = dict[tuple[int, int], Matrix]  # by part k of n of the adapter's outputs
+_Parts = dict[tuple[int, int], LowRankMatrix]  # by part k of n of the adapter's outputs
 _Places = dict[str, tuple[tuple[int, ...], dict[tuple[int, ...], _Parts]]]
 
 
-def _places(matrices: Mapping[str, Matrix], names: NameMap) -> _Places:
+def _places(matrices: Mapping[str, LowRankMatrix], names: NameMap) -> _Places:
     """Group the matrices by adapter, as the names determine it."""
     found: dict[str, dict[tuple[int, ...], _Parts]] = {}
     for name, matrix in matrices.items():
@@ -199,7 +199,7 @@ def _places_like(matrices, names, like: Mapping[str, Adapter]) -> _Places:
     return places
 
 
-def _beside(name: str, parts: Mapping[int, tuple[Matrix, tuple[int, int]]]) -> Matrix:
+def _beside(name: str, parts: Mapping[int, tuple[LowRankMatrix, tuple[int, int]]]) -> LowRankMatrix:
     """Combine the increments of parts of a module's outputs: all rows, zero outside their part."""
     (first, (_, count)), *_ = parts.values()
     if count == 1:
@@ -215,7 +215,7 @@ def _beside(name: str, parts: Mapping[int, tuple[Matrix, tuple[int, int]]]) -> M
     return _concatenated(rows)
 
 
-def _rows_of(matrix: Matrix, part: tuple[int, int], name: str) -> Matrix:
+def _rows_of(matrix: LowRankMatrix, part: tuple[int, int], name: str) -> LowRankMatrix:
     """Invert :func:`_beside`: return part k of n of the outputs, with the rows that act on it.
 
     A row that is zero everywhere belongs to the same part as the row before it.
@@ -228,10 +228,10 @@ def _rows_of(matrix: Matrix, part: tuple[int, int], name: str) -> Matrix:
         if not acts[row].any():
             acts[row] = acts[row - 1] if row else np.arange(count) == 0
     mine = acts[:, part[0]]
-    return Matrix(*(leaf[mine] for leaf in matrix.outputs(part)))
+    return LowRankMatrix(*(leaf[mine] for leaf in matrix.outputs(part)))
 
 
-def _joined(path: str, parts: _Parts) -> Matrix:
+def _joined(path: str, parts: _Parts) -> LowRankMatrix:
     """Return the matrix whose outputs are the concatenated outputs of the parts.
 
     If all parts share q, λ and the mask, it has the same number of rows as each part, which
@@ -256,7 +256,9 @@ def _joined(path: str, parts: _Parts) -> Matrix:
     return _beside(path, {k: (matrix, (k, count)) for k, matrix in enumerate(ordered)})
 
 
-def _stacked(path: str, stack: tuple[int, ...], found: Mapping[tuple[int, ...], Matrix]) -> Matrix:
+def _stacked(
+    path: str, stack: tuple[int, ...], found: Mapping[tuple[int, ...], LowRankMatrix]
+) -> LowRankMatrix:
     """Stack the matrices into one array per factor, each zero-padded to the largest rank."""
     some = list(found.values())
     ins, outs = some[0].q.shape[1], some[0].p.shape[1]
@@ -271,7 +273,7 @@ def _stacked(path: str, stack: tuple[int, ...], found: Mapping[tuple[int, ...], 
             "ranks are too different for one array."
         )
     dtype = lambda i: _common([m[i].dtype for m in some if len(m.lam)] or [some[0][i].dtype])
-    result = Matrix(
+    result = LowRankMatrix(
         np.zeros((*stack, rank, outs), dtype(0)),
         np.zeros((*stack, rank), dtype(1)),
         np.zeros((*stack, rank, ins), dtype(2)),
@@ -283,10 +285,10 @@ def _stacked(path: str, stack: tuple[int, ...], found: Mapping[tuple[int, ...], 
     return result
 
 
-def _concatenated(rows: Sequence[Matrix]) -> Matrix:
+def _concatenated(rows: Sequence[LowRankMatrix]) -> LowRankMatrix:
     rows = [matrix for matrix in rows if len(matrix.lam)] or list(rows[:1])
     dtypes = [_common([m[i].dtype for m in rows]) for i in range(4)]
-    return Matrix(*(np.concatenate(c).astype(d) for c, d in zip(zip(*rows), dtypes)))
+    return LowRankMatrix(*(np.concatenate(c).astype(d) for c, d in zip(zip(*rows), dtypes)))
 
 
 def _common(dtypes: Sequence[np.dtype]) -> np.dtype:
@@ -296,12 +298,12 @@ def _common(dtypes: Sequence[np.dtype]) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
-def _empty(ins: int, outs: int) -> Matrix:
+def _empty(ins: int, outs: int) -> LowRankMatrix:
     none = lambda *shape: np.zeros((0, *shape), np.float32)
-    return Matrix(none(outs), none(), none(ins), np.zeros(0, bool))
+    return LowRankMatrix(none(outs), none(), none(ins), np.zeros(0, bool))
 
 
-def _divides(matrix: Matrix, part: tuple[int, int], name: str) -> tuple[int, int]:
+def _divides(matrix: LowRankMatrix, part: tuple[int, int], name: str) -> tuple[int, int]:
     if matrix.p.shape[1] % part[1]:
         raise ValueError(
             f"{name!r} has {matrix.p.shape[1]} outputs, which are not {part[1]} equal parts."

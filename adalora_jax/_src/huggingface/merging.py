@@ -17,7 +17,7 @@ import numpy as np
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.evaluation import rank_pattern
 from adalora_jax._src.huggingface.files import read_adapter
-from adalora_jax._src.huggingface.matrices import Matrix, common_scale, to_matrices
+from adalora_jax._src.huggingface.matrices import LowRankMatrix, common_scale, to_matrices
 from adalora_jax._src.huggingface.names import as_names, hf_names
 from adalora_jax._src.huggingface.saved import saved_to_torch
 from adalora_jax._src.huggingface.tying import Change, tied_to, untie, untied
@@ -25,10 +25,10 @@ from adalora_jax._src.huggingface.weights import INDEX, Weights, read_weights
 from adalora_jax._src.tensorfile import (
     FLOATS,
     TensorFile,
-    inside,
-    new_file,
-    new_folder,
+    atomic_directory,
+    atomic_write,
     open_regular,
+    resolve_within,
     spec_of,
     stream_tensors,
     to_bytes,
@@ -92,7 +92,7 @@ def merge_pretrained(
 
     >>> import pathlib, tempfile
     >>> from adalora_jax import Adapter
-    >>> from adalora_jax._src.tensorfile import TensorFile, new_file, save_tensors
+    >>> from adalora_jax._src.tensorfile import TensorFile, atomic_write, save_tensors
     >>> adapter = Adapter(np.ones((4, 2)), np.ones(4), np.ones((4, 3)))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     base, out = pathlib.Path(folder, "base"), pathlib.Path(folder, "out")
@@ -124,7 +124,7 @@ def merge_pretrained(
     live = {name: matrix.live() for name, matrix in matrices.items() if matrix.mask.any()}
     changes = _changes(base, live, saved, conv1d)
     settings = untied(base.config or {}) if untie(base, changes, tied) else None
-    with writing_to("out_directory", out_directory), new_folder(out) as folder:
+    with writing_to("out_directory", out_directory), atomic_directory(out) as folder:
         _copy_others(base, folder, settings)
         _write(base, changes, scale, folder, safe, progress or (lambda tensors: tensors))
 
@@ -142,7 +142,7 @@ def _refuse_unmergeable(adapters: Mapping[str, Any]) -> None:
 
 def _changes(
     base: Weights,
-    matrices: Mapping[str, Matrix],
+    matrices: Mapping[str, LowRankMatrix],
     saved: Mapping[str, np.ndarray],
     conv1d: set[str],
 ) -> dict[str, Change]:
@@ -216,7 +216,10 @@ def _write(
             files[last][name] = spec_of(change.value)
     steps = iter(progress([tensor for specs in files.values() for tensor in specs]))
     for name, specs in files.items():
-        with TensorFile(inside(base.folder, name)) as source, new_file(folder / name) as target:
+        with (
+            TensorFile(resolve_within(base.folder, name)) as source,
+            atomic_write(folder / name) as target,
+        ):
 
             def data(tensor: str, source: TensorFile = source) -> Iterator[bytes]:
                 next(steps, None)
@@ -236,12 +239,12 @@ def _write(
         size = sum(spec.nbytes for specs in files.values() for spec in specs.values())
         about = base.index.get("metadata")
         about = {**(about if isinstance(about, dict) else {}), "total_size": size}
-        with new_file(folder / INDEX) as target:
+        with atomic_write(folder / INDEX) as target:
             target.write(json.dumps({"metadata": about, "weight_map": places}, indent=2).encode())
 
 
 def _merged(
-    weight: np.ndarray, change: Change, matrix: Matrix, scale: float, name: str, safe: bool
+    weight: np.ndarray, change: Change, matrix: LowRankMatrix, scale: float, name: str, safe: bool
 ) -> np.ndarray:
     """Return ``W + s · pᵀ diag(λ) q``, rounded once to the dtype of W."""
     wide = np.promote_types(weight.dtype, np.float32)
@@ -277,8 +280,8 @@ def _copy_others(base: Weights, folder: Path, settings: Mapping[str, Any] | None
             if name.startswith(".") or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
                 continue
             (folder / here).mkdir(parents=True, exist_ok=True)
-            source = open_regular(inside(base.folder, path.as_posix()))
-            with source, new_file(folder / path) as target:
+            source = open_regular(resolve_within(base.folder, path.as_posix()))
+            with source, atomic_write(folder / path) as target:
                 if settings is not None and path.as_posix() == "config.json":
                     target.write(f"{json.dumps(settings, indent=2)}\n".encode())
                 else:

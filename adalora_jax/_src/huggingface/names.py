@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-class Place(NamedTuple):
+class ParamLocation(NamedTuple):
     """The location of a matrix: a weight's path, a slice of its stack, a part of its outputs."""
 
     path: str
@@ -113,7 +113,7 @@ class NameMap:
             found.setdefault(ours.part[0], (theirs.fill(values, "."), ours.part, theirs.part))
         return [found[part] for part in sorted(found)] if len(found) == count else []
 
-    def to_flax(self, name: str) -> list[tuple[Place, tuple[int, int]]]:
+    def to_flax(self, name: str) -> list[tuple[ParamLocation, tuple[int, int]]]:
         """Return the places of a PyTorch module's outputs in the Flax model.
 
         Args:
@@ -125,14 +125,14 @@ class NameMap:
         Raises:
           ValueError: no pair matches (the message lists the nearest).
         """
-        found: dict[int, tuple[Place, tuple[int, int]]] = {}
+        found: dict[int, tuple[ParamLocation, tuple[int, int]]] = {}
         count = 0
         for ours, theirs in self._templates:
             values = theirs.match(name.replace(".", "/"), ())
             if values is None or (found and theirs.part[1] != count):
                 continue
             count = theirs.part[1]
-            place = Place(ours.fill(values, "/"), ours.index_of(values), ours.part)
+            place = ParamLocation(ours.fill(values, "/"), ours.index_of(values), ours.part)
             found.setdefault(theirs.part[0], (place, theirs.part))
         if not found:
             raise ValueError(self._unmapped(name, (), 1))

@@ -26,7 +26,7 @@ HEAD = re.compile(r"(.*\.)?(lm_head|embed_out|cls\.predictions\.decoder)\.weight
 _OLD = {".weight": ".gamma", ".bias": ".beta"}  # names in the first BERT checkpoints
 
 
-class Piece(NamedTuple):
+class TensorSlice(NamedTuple):
     """Part k of n of a tensor's outputs, which is part i of m of a parameter's outputs."""
 
     key: str  # the tensor's name
@@ -34,14 +34,14 @@ class Piece(NamedTuple):
     theirs: tuple[int, int]  # (k, n)
 
 
-class Reading(NamedTuple):
+class ParamReading(NamedTuple):
     """The source tensors of a parameter and the roles of its axes."""
 
     shape: tuple[int, ...]
     stack: tuple[int, ...]  # axes that index slices
     ins: tuple[int, ...] | None  # axes that a layer sums over; None if it is not a layer's weight
     outs: tuple[int, ...]  # the layer's output axes; all axes but the stack's if ins is None
-    slices: dict[tuple[int, ...], list[Piece]]  # by the index on the stack
+    slices: dict[tuple[int, ...], list[TensorSlice]]  # by the index on the stack
     turned: frozenset[str]  # the tensors that are [out, in]
 
     def value(self, index: tuple[int, ...], read: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -64,13 +64,13 @@ class Reading(NamedTuple):
         return np.expand_dims(whole, self.stack)
 
 
-class Source(NamedTuple):
+class ParamSource(NamedTuple):
     """A checkpoint and the map between its names and the model's."""
 
     weights: Weights
     names: NameMap
 
-    def reading(self, path: str, shape: Sequence[int], layer: Layout | None) -> Reading | str:
+    def reading(self, path: str, shape: Sequence[int], layer: Layout | None) -> ParamReading | str:
         """Return the reading of a parameter, or the name of a missing tensor.
 
         Args:
@@ -79,15 +79,15 @@ class Source(NamedTuple):
           layer: its layout; None if that is not known.
 
         Returns:
-          The :class:`Reading`, or the missing tensor's name, which is empty if ``names`` does not
-          map the path.
+          The :class:`ParamReading`, or the missing tensor's name, which is empty if ``names`` does
+          not map the path.
 
         Raises:
           ValueError: the tensors exist, but their shapes or dtypes do not fit.
         """
         wanted = ""
         for stack in _stacks(len(shape), layer):
-            slices: dict[tuple[int, ...], list[Piece]] = {}
+            slices: dict[tuple[int, ...], list[TensorSlice]] = {}
             for index in np.ndindex(*(shape[axis] for axis in stack)):
                 pieces, looked_for = self._pieces(path, index)
                 if not pieces:
@@ -98,7 +98,7 @@ class Source(NamedTuple):
                 return self._reading(path, tuple(shape), layer, stack, slices)
         return wanted
 
-    def _pieces(self, path: str, index: tuple[int, ...]) -> tuple[list[Piece], str]:
+    def _pieces(self, path: str, index: tuple[int, ...]) -> tuple[list[TensorSlice], str]:
         """Return the pieces of a slice; if a tensor is missing, no pieces and its expected name."""
         module, _, last = path.rpartition("/")
         end = ".bias" if last in _BIASES else ".weight"
@@ -111,7 +111,7 @@ class Source(NamedTuple):
         exactly = lambda key: key if key in self.weights.specs else None
         for find in (exactly, self.weights.find, self._tied):
             for way in ways:
-                pieces = [Piece(find(key) or "", ours, theirs) for key, ours, theirs in way]
+                pieces = [TensorSlice(find(key) or "", ours, theirs) for key, ours, theirs in way]
                 if all(piece.key for piece in pieces):
                     return pieces, ""
         return [], ways[0][0][0] if ways else ""
@@ -124,7 +124,7 @@ class Source(NamedTuple):
         same = [name for name in self.weights.specs if last(name) in EMBEDDINGS]
         return same[0] if ties and len(same) == 1 and HEAD.fullmatch(key) else None
 
-    def _reading(self, path, shape, layer, stack, slices) -> Reading:
+    def _reading(self, path, shape, layer, stack, slices) -> ParamReading:
         keys = {piece.key for pieces in slices.values() for piece in pieces}
         for key in sorted(keys):
             if self.weights.specs[key].dtype not in FLOATS:
@@ -136,7 +136,7 @@ class Source(NamedTuple):
         if layer is None and path.rpartition("/")[2] != "kernel":
             for pieces in slices.values():
                 self._check_plain(path, shape, own, pieces)
-            return Reading(shape, stack, None, own, slices, frozenset())
+            return ParamReading(shape, stack, None, own, slices, frozenset())
         if layer is None:
             ways = [(own[:n], own[n:]) for n in range(len(own) + 1)]
         else:
@@ -152,7 +152,7 @@ class Source(NamedTuple):
             if not ways:
                 raise ValueError(self._misfit(path, shape, pieces, f"{ins} inputs, {outs} outputs"))
         ins, outs = ways[0]
-        return Reading(shape, stack, ins, outs, slices, turned)
+        return ParamReading(shape, stack, ins, outs, slices, turned)
 
     def _is_turned(self, key: str, layer: Layout | None) -> bool:
         """Return whether a weight is ``[out, in]``: True except for embeddings and Conv1D."""
@@ -160,7 +160,7 @@ class Source(NamedTuple):
         conv1d = self.names.is_conv1d(module) or bool(self.weights.conv1d([module]))
         return not conv1d and (layer is None or layer.kind != "embed")
 
-    def _sizes(self, piece: Piece, turned: bool) -> tuple[int, int]:
+    def _sizes(self, piece: TensorSlice, turned: bool) -> tuple[int, int]:
         """Return the numbers of inputs and outputs of a piece."""
         first, *rest = self.weights.specs[piece.key].shape or (1,)
         ins, outs = (math.prod(rest), first) if turned else (first, math.prod(rest))
@@ -170,7 +170,7 @@ class Source(NamedTuple):
             )
         return ins, outs // piece.theirs[1]
 
-    def _check_plain(self, path, shape, own, pieces: list[Piece]) -> None:
+    def _check_plain(self, path, shape, own, pieces: list[TensorSlice]) -> None:
         """Raise unless the tensors hold the parameter's numbers in the parameter's order."""
         shapes = [self.weights.specs[piece.key].shape for piece in pieces]
         divided = any(piece.theirs[1] > 1 for piece in pieces) or len(pieces) > 1
@@ -192,7 +192,7 @@ class Source(NamedTuple):
         if divided or short(shapes[0]) != short(shape[axis] for axis in own):
             raise ValueError(self._misfit(path, shape, pieces, "numbers in this order"))
 
-    def _misfit(self, path, shape, pieces: list[Piece], what: str) -> str:
+    def _misfit(self, path, shape, pieces: list[TensorSlice], what: str) -> str:
         have = " and ".join(
             f"{piece.key!r} {list(self.weights.specs[piece.key].shape)}" for piece in pieces
         )

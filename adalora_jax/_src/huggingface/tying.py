@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adalora_jax._src.huggingface.matrices import Matrix
+from adalora_jax._src.huggingface.matrices import LowRankMatrix
 from adalora_jax._src.huggingface.reading import EMBEDDINGS, HEAD
 from adalora_jax._src.huggingface.weights import Weights
-from adalora_jax._src.tensorfile import TensorFile, inside
+from adalora_jax._src.tensorfile import TensorFile, resolve_within
 
 _FLAG = "tie_word_embeddings"
 # Keys under which a composite config stores the config of the model that has the head.
@@ -32,7 +32,7 @@ _WAY_OUT = (
 class Change(NamedTuple):
     """The change of one tensor of the base: an increment, or a replacement."""
 
-    matrix: Matrix | None = None  # the increment
+    matrix: LowRankMatrix | None = None  # the increment
     transposed: bool = False  # whether the weight is [in, out]
     value: np.ndarray | None = None  # the replacement
     source: str | None = None  # the base's tensor that a new tensor is copied from
@@ -192,4 +192,4 @@ def _is_value(base: Weights, embedding: str, change: Change | None, value: np.nd
 
 
 def _open(base: Weights, tensor: str) -> TensorFile:
-    return TensorFile(inside(base.folder, base.file_of(tensor)))
+    return TensorFile(resolve_within(base.folder, base.file_of(tensor)))

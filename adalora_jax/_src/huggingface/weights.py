@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adalora_jax._src.huggingface.names import hf_names
-from adalora_jax._src.tensorfile import Spec, TensorFile, inside, read_json
+from adalora_jax._src.tensorfile import Spec, TensorFile, read_json, resolve_within
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONV1D = {"gpt2": frozenset(hf_names("gpt2").conv1d)}  # by model_type
@@ -33,7 +33,7 @@ class Weights:
     def config(self) -> dict[str, Any] | None:
         """The content of the model's ``config.json``; None if that file does not exist."""
         there = (self.folder / "config.json").exists()
-        return read_json(inside(self.folder, "config.json")) if there else None
+        return read_json(resolve_within(self.folder, "config.json")) if there else None
 
     def file_of(self, tensor: str) -> str:
         """Return the name of the file that stores a tensor."""
@@ -78,7 +78,7 @@ def read_weights(folder: Path, only: str | None = None) -> Weights:
         raise FileNotFoundError(f"{folder} is no folder: pass that of the base model.")
     index, places = None, None
     if only is None and (folder / INDEX).exists():
-        path = inside(folder, INDEX)
+        path = resolve_within(folder, INDEX)
         index = read_json(path)
         places = index.get("weight_map")
         if not isinstance(places, dict) or not places:
@@ -95,7 +95,7 @@ def read_weights(folder: Path, only: str | None = None) -> Weights:
         )
     files, metadata = {}, {}
     for name in names:
-        with TensorFile(inside(folder, name)) as file:
+        with TensorFile(resolve_within(folder, name)) as file:
             files[name], metadata[name] = file.specs, file.metadata
     weights = Weights(folder, files, metadata, index)
     if places is not None:

@@ -8,7 +8,7 @@ from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.modules.usage import Use
 
 # Prefix of the note of a layer that can be merged only if the outputs are compared.
-UNKNOWN = "it is not known how its weight is used, since "
+UNKNOWN_USE = "it is not known how its weight is used, since "
 
 
 class Candidate(NamedTuple):
@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
     wrapper: str = ""
 
 
-def judged(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
+def judge_use(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
     """Return the candidate with ``refused`` or ``note`` set according to the use of its weight.
 
     Args:
@@ -43,7 +43,9 @@ def judged(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
         to the output of its whole method.
     """
     if use.unseen:
-        return candidate._replace(note=f"{UNKNOWN}its class takes other arguments than one input")
+        return candidate._replace(
+            note=f"{UNKNOWN_USE}its class takes other arguments than one input"
+        )
     if use.elsewhere:
         return candidate._replace(
             refused="its weight is also used outside of the layer, where there would be no "

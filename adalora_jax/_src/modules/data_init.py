@@ -15,7 +15,7 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, Observer, known_scale
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.low_rank import wide
+from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import linen_layers, merging, nnx_frontend, nnx_layers
 
@@ -71,7 +71,7 @@ def pissa_init(variables: Any, adapters: Any = None) -> Any:
         for path, module in nnx_layers.modules(variables):
             if isinstance(module, nnx_layers.Adapted) and path in new:
                 variable = getattr(module, new[path].layout.weight)
-                qwix = nnx_layers.by_qwix(variable)
+                qwix = nnx_layers.is_qwix_weight(variable)
                 new[path] = _principal(
                     new[path], variable if qwix else variable.get_raw_value(), path
                 )
@@ -81,20 +81,22 @@ def pissa_init(variables: Any, adapters: Any = None) -> Any:
     params, new = linen_layers.unboxed(variables), dict(adapters)
     for path, adapter in pytree.adapters(new).items():
         name = (adapter.layout or Layout()).weight
-        weight = pytree.at(params, pytree.weight_path(params, path, name))
+        weight = pytree.get_path(params, pytree.weight_path(params, path, name))
         new[path] = _principal(adapter, weight, path)
     return merging.unmerge(variables, new), new
 
 
 def _principal(adapter: Adapter, weight: Any, path: str) -> Adapter:
     layer, scale = adapter.layout or Layout(), known_scale(adapter, path)
-    if pytree.is_packed(weight) or nnx_layers.by_qwix(weight):
+    if pytree.is_packed(weight) or nnx_layers.is_qwix_weight(weight):
         raise ValueError(
             f"the weight of {path!r} is quantised, so nothing can be taken out of it: start with "
             "the weights as they were, and quantise what is left."
         )
     matrix = layer.to_matrix(weight)
-    u, sigma, vt = jnp.linalg.svd(matrix.astype(wide(matrix.dtype)), full_matrices=False)
+    u, sigma, vt = jnp.linalg.svd(
+        matrix.astype(accumulation_dtype(matrix.dtype)), full_matrices=False
+    )
     rank = min(adapter.lam.shape[-1], sigma.shape[-1])
     lam = (sigma / scale).astype(adapter.lam.dtype)
     lam = jnp.zeros_like(adapter.lam).at[..., :rank].set(lam[..., :rank])
@@ -156,7 +158,9 @@ def _moments(run: Callable[[Any], Any], adapters: Mapping[str, Adapter]) -> dict
     def observer(adapter):
         *stack, _, ins = adapter.q.shape
         p = jnp.zeros((*stack, 1, adapter.p.shape[-1]))  # only its width is used
-        q = jnp.broadcast_to(jnp.eye(ins, dtype=wide(adapter.q.dtype)), (*stack, ins, ins))
+        q = jnp.broadcast_to(
+            jnp.eye(ins, dtype=accumulation_dtype(adapter.q.dtype)), (*stack, ins, ins)
+        )
         return Observer(p, jnp.zeros((*stack, ins)), q, adapter.scale, adapter.layout)
 
     def total(observers) -> Any:

@@ -20,13 +20,18 @@ from adalora_jax._src.core.adapter import (
     Adapter,
     Observer,
     delta_weight,
-    increment,
+    dense_output,
     keys_of,
     known_scale,
     seed_of,
 )
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.low_rank import dropped, on_dropped, silent, wide
+from adalora_jax._src.core.low_rank import (
+    accumulation_dtype,
+    apply_dropout,
+    linear_with_dropout,
+    zeros_with_identity_vjp,
+)
 
 _KINDS = {
     "Dense": "dense",
@@ -84,7 +89,7 @@ def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = Non
     return Layout(named[0], ins, outs, stack, "einsum")
 
 
-def known(layer: Layout | None, module: Any) -> Layout:
+def require_layer(layer: Layout | None, module: Any) -> Layout:
     """Return the layout of a module that has an adapter.
 
     Raises:
@@ -154,7 +159,7 @@ def merged_weight(
     if note := layer.note or (adapter.layout.note if adapter.layout else ""):
         raise ValueError(f"the increment of {path!r} cannot be merged: {note}.")
     merged = add_increment(weight, sign * weight_increment(layer, adapter, weight.shape))
-    return finite(merged, path) if safe else merged
+    return require_finite(merged, path) if safe else merged
 
 
 def lora_pair(
@@ -188,7 +193,7 @@ def lora_pair(
         )
     sizes = lambda axes: [own[axis] for axis in axes]
     n, rank = math.prod(sizes(layer.stack)), adapter.lam.shape[-1]
-    dtype = wide(adapter.p.dtype)
+    dtype = accumulation_dtype(adapter.p.dtype)
     scale = jnp.asarray(known_scale(adapter), dtype)
     c = (adapter.lam.astype(dtype) * scale).reshape(n, rank, 1)
     p = (adapter.p.astype(dtype).reshape(n, rank, -1) * c).astype(adapter.p.dtype)
@@ -210,11 +215,11 @@ def add_increment(weight: jax.Array, delta: jax.Array) -> jax.Array:
     >>> add_increment(jnp.ones(2, jnp.bfloat16), jnp.ones(2)).dtype
     dtype(bfloat16)
     """
-    dtype = wide(weight.dtype)
+    dtype = accumulation_dtype(weight.dtype)
     return (weight.astype(dtype) + delta.astype(dtype)).astype(weight.dtype)
 
 
-def finite(weight: jax.Array, path: str) -> jax.Array:
+def require_finite(weight: jax.Array, path: str) -> jax.Array:
     """Return the merged weight of the layer at ``path`` if all its entries are finite.
 
     Raises:
@@ -228,7 +233,7 @@ def finite(weight: jax.Array, path: str) -> jax.Array:
     return weight
 
 
-def term(
+def adapter_output(
     layer: Layout,
     module: Any,
     adapter: Adapter,
@@ -272,23 +277,25 @@ def term(
     if layer.kind == "embed":
         if attend:  # the transposed increment swaps the two factors
             turned = adapter._replace(p=adapter.q, q=adapter.p)
-            return increment(turned, x.astype(dtype), **how)
+            return dense_output(turned, x.astype(dtype), **how)
         return _lookup(adapter, x, scale, dtype)
     x, how = x.astype(dtype), {**how, "dropout_rate": dropout_rate}
     if layer.kind == "dense":
         lead = x.shape[: x.ndim - len(layer.ins)]  # a declared layout may have several
-        y = increment(adapter, x.reshape(*lead, -1), key, **how)
+        y = dense_output(adapter, x.reshape(*lead, -1), key, **how)
         return y.reshape(*lead, *(shape[axis] for axis in layer.outs))
     if layer.kind == "conv":
         kernel, features = _conv_kernel(layer, module, adapter, shape, dtype)
         product = lambda x, kernel: convolve(module, x, kernel, features)
         seed = seed_of(key) if dropout_rate else None
         if seed is None or forward_mode:
-            h = product(dropped(x, seed, dropout_rate), kernel)
+            h = product(apply_dropout(x, seed, dropout_rate), kernel)
         else:
-            h = on_dropped(product, x, kernel, seed, dropout_rate)
+            h = linear_with_dropout(product, x, kernel, seed, dropout_rate)
         scale = scale if seed is None else scale / (1 - dropout_rate)
-        return _mix(adapter, h, getattr(module, "feature_group_count", 1), scale, precision)
+        return _pointwise_conv(
+            adapter, h, getattr(module, "feature_group_count", 1), scale, precision
+        )
     if layer.kind == "general":
         equation = _general_equation(module, x.ndim)
     labels = _labels(equation or _equation(module) or "", x.ndim)
@@ -304,7 +311,7 @@ def _contraction(layer, labels, adapter, x, key, shape, how):
     size = dict(zip(xs, x.shape)) | dict(zip(ws, shape))
     x = x.transpose([xs.index(a) for a in (*(a for a in stack if a in xs), *free, *ins)])
     x = x.reshape(*x.shape[: x.ndim - len(ins)], -1)
-    function = functools.partial(increment, **how)
+    function = functools.partial(dense_output, **how)
     keys = keys_of(key, tuple(size[a] for a in stack if a in xs))
     for label in reversed(stack):
         own = 0 if label in xs else None  # a shared input has one dropout mask
@@ -316,7 +323,9 @@ def _contraction(layer, labels, adapter, x, key, shape, how):
 
 def _lookup(adapter, ids, scale, dtype):
     """Return the rows ``ids`` of an embedding's increment, ``s · (q[:, ids]ᵀ · lam) p``."""
-    rows = jnp.moveaxis(jnp.take(adapter.q, ids, axis=1), 0, -1).astype(wide(dtype))  # [..., r]
+    rows = jnp.moveaxis(jnp.take(adapter.q, ids, axis=1), 0, -1).astype(
+        accumulation_dtype(dtype)
+    )  # [..., r]
     c = adapter.lam.astype(rows.dtype) * jnp.asarray(scale, rows.dtype)
     rows = rows * jnp.broadcast_to(c, rows.shape)
     return (rows.astype(dtype) @ adapter.p.astype(dtype)).astype(dtype)
@@ -333,13 +342,13 @@ def _conv_kernel(layer, module, adapter, shape, dtype):
     return kernel, rank * groups
 
 
-def _mix(adapter, h, groups, scale, precision):
+def _pointwise_conv(adapter, h, groups, scale, precision):
     """Apply the 1 x 1 convolution that maps ``h [..., groups · r]`` to ``[..., out]``."""
     if isinstance(adapter, Observer):
-        zeros: Any = silent(h, adapter.p.shape[-1])
+        zeros: Any = zeros_with_identity_vjp(h, adapter.p.shape[-1])
         return zeros
     rank, out = adapter.p.shape
-    dtype = wide(h.dtype)
+    dtype = accumulation_dtype(h.dtype)
     c = adapter.lam.astype(dtype) * jnp.asarray(scale, dtype)
     h = h.reshape(*h.shape[:-1], groups, rank)
     h = (h.astype(dtype) * jnp.broadcast_to(c, h.shape)).astype(h.dtype)

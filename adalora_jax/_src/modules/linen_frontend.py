@@ -26,20 +26,20 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout, declared
-from adalora_jax._src.core.low_rank import wide
+from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.modules import layers, sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
 from adalora_jax._src.modules.linen_layers import (
     METHODS,
-    apart,
     candidates,
     check_variables,
     in_base_dtype,
     input_of,
+    join_quantized,
     layer_of,
     own_shape,
+    split_quantized,
     unboxed,
-    whole,
 )
 
 _FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
@@ -99,16 +99,18 @@ class AdaptedModule:
                 "random numbers: give nn.scan or nn.vmap split_rngs={'dropout': True}.",
                 stacklevel=2,
             )
-        at = sharding.on_mesh(self._specs(variables, chosen), placement(variables))
+        at = sharding.to_named_sharding(self._specs(variables, chosen), placement(variables))
         fresh = targets.init_all(
             key, chosen, self.config, at and {path: at[path] for path in chosen}
         )
         params, saved = unboxed(variables), {}
         for root in self._saved_roots(params):
-            node = pytree.at(params, root.split("/"))
+            node = pytree.get_path(params, root.split("/"))
             node = jax.tree.map(_trainable_copy, node, is_leaf=pytree.is_packed)
             move = at and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(node))
-            saved[root] = sharding.placed(lambda node: node, at[root], node) if move else node
+            saved[root] = (
+                sharding.jit_with_shardings(lambda node: node, at[root], node) if move else node
+            )
         return {**fresh, **saved}
 
     def specs(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -129,16 +131,16 @@ class AdaptedModule:
             :func:`adalora_jax.sharding.derive`.
         """
         chosen = self._targets(variables, *args, **kwargs)
-        specs, known = self._specs(variables, chosen), targets.facts(chosen, self.config)
+        specs, known = self._specs(variables, chosen), targets.static_fields(chosen, self.config)
         return specs | {path: specs[path]._replace(**known[path]) for path in chosen}
 
     def _specs(self, variables, chosen):
         where, saved = placement(variables), {}
-        at = lambda path, t: pytree.at(where, pytree.weight_path(where, path, t.layer.weight))
+        at = lambda path, t: pytree.get_path(where, pytree.weight_path(where, path, t.layer.weight))
         weights = {p: (t.layer, t.shape, at(p, t)) for p, t in chosen.items()}
-        spec = lambda leaf, at: sharding.full(sharding.spec_of(at), len(leaf.shape))
+        spec = lambda leaf, at: sharding.pad_spec(sharding.spec_of(at), len(leaf.shape))
         for root in self._saved_roots(where):
-            nodes = (pytree.at(node, root.split("/")) for node in (unboxed(variables), where))
+            nodes = (pytree.get_path(node, root.split("/")) for node in (unboxed(variables), where))
             saved[root] = jax.tree.map(spec, *nodes, is_leaf=pytree.is_packed)
         return {**sharding.derive(weights, self.rules), **saved}
 
@@ -178,13 +180,13 @@ class AdaptedModule:
             model.
         """
         joined, sharing = self._join(variables, adapters)
-        with nn.intercept_methods(_adding(sharing, self.layers)):
+        with nn.intercept_methods(_adapter_interceptor(sharing, self.layers)):
             result = self.module.apply(joined, *args, mutable=mutable, **kwargs)
         if mutable is False:
             return result
         output, mutated = result
         if "params" in mutated:
-            mutated = apart({**mutated, "params": _strip(mutated["params"])})
+            mutated = split_quantized({**mutated, "params": _strip(mutated["params"])})
         return output, mutated
 
     def bind(self, variables: Mapping[str, Any]) -> BoundModule:
@@ -250,12 +252,12 @@ class AdaptedModule:
                 f"adapters is a {type(adapters).__name__}: it must be the dict that init returned; "
                 "arguments are (variables, adapters, *inputs)."
             )
-        variables = whole(variables)
+        variables = join_quantized(variables)
         params = unfreeze(variables["params"])
         sharing: set[tuple[str, ...]] = set()
         for path, node in adapters.items():
             parts = path.split("/") if path else []
-            there = pytree.at(params, parts)
+            there = pytree.get_path(params, parts)
             if there is None:
                 raise ValueError(
                     f"adapters[{path!r}] belongs to no layer of {type(self.module).__name__}, "
@@ -263,13 +265,13 @@ class AdaptedModule:
                     "model."
                 )
             if not pytree.is_adapter(node):
-                pytree.at(params, parts[:-1])[parts[-1]] = in_base_dtype(node, there, path)
+                pytree.get_path(params, parts[:-1])[parts[-1]] = in_base_dtype(node, there, path)
                 continue
-            held = _Held.of(node, self.config, path)
+            held = _BoundAdapter.of(node, self.config, path)
             if isinstance(there, dict):
-                there[pytree.HOLDER] = held
+                there[pytree.ADAPTER_KEY] = held
             else:  # the path is that of a weight, in a scope with several
-                pytree.at(params, parts[:-1])[_of_weight(parts[-1])] = held
+                pytree.get_path(params, parts[:-1])[_of_weight(parts[-1])] = held
                 sharing.add(tuple(parts[:-1]))
         return {**variables, "params": params}, sharing
 
@@ -449,10 +451,10 @@ def placement(variables: Mapping[str, Any]) -> dict[str, Any]:
         return sharding.sharding_of(node.value, spec)
 
     is_leaf = lambda node: not isinstance(node, Mapping)
-    return jax.tree.map(where, unfreeze(whole(variables)["params"]), is_leaf=is_leaf)
+    return jax.tree.map(where, unfreeze(join_quantized(variables)["params"]), is_leaf=is_leaf)
 
 
-class _Frame(NamedTuple):
+class _CallFrame(NamedTuple):
     """A method call in progress."""
 
     name: tuple[Any, ...]  # path and method
@@ -462,7 +464,7 @@ class _Frame(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Held:
+class _BoundAdapter:
     """An adapter in the parameters of a running model, with static settings of its output.
 
     The settings are part of the pytree's type, because ``nn.jit`` reuses traces of equal types.
@@ -473,7 +475,7 @@ class _Held:
     forward_mode: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, node: Any, config: AdaLoraConfig, path: str) -> _Held:
+    def of(cls, node: Any, config: AdaLoraConfig, path: str) -> _BoundAdapter:
         if isinstance(node, Adapter):
             known_scale(node, path)
             adapter = node
@@ -484,26 +486,28 @@ class _Held:
 
 def _of_weight(name: str) -> str:
     """Return the key of the adapter of one of several weights in a scope."""
-    return f"{pytree.HOLDER}_{name}"
+    return f"{pytree.ADAPTER_KEY}_{name}"
 
 
-def _adding(sharing: set[tuple[str, ...]], declared: Mapping[type, Layout] | None) -> Callable:
+def _adapter_interceptor(
+    sharing: set[tuple[str, ...]], declared: Mapping[type, Layout] | None
+) -> Callable:
     """Return an interceptor that adds the adapter outputs; make one per run of the model."""
-    frames: list[_Frame] = []
+    frames: list[_CallFrame] = []
 
     def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
         off = _dropout_off(module, context.orig_method, args, kwargs)
         if off is None:
             off = bool(frames) and frames[-1].dropout_off
-        frame = _Frame((module.path, context.method_name), off, set())
+        frame = _CallFrame((module.path, context.method_name), off, set())
         frames.append(frame)
         try:
             output = call(*args, **kwargs)
         finally:
             frames.pop()
         # If a subclass's method calls the layer's own, only the inner call adds the output.
-        held = _held(context, args, kwargs, sharing, declared)
+        held = _bound_adapter(context, args, kwargs, sharing, declared)
         if held is None or frame.name in frame.inner:
             return output
         for outer in frames:
@@ -513,18 +517,18 @@ def _adding(sharing: set[tuple[str, ...]], declared: Mapping[type, Layout] | Non
     return intercept
 
 
-def _held(
+def _bound_adapter(
     context: Any,
     args: tuple,
     kwargs: dict,
     sharing: set[tuple[str, ...]],
     declared: Mapping[type, Layout] | None,
-) -> _Held | None:
+) -> _BoundAdapter | None:
     """Return the adapter of the called layer; None if it has none."""
     module = context.module
     if context.method_name not in METHODS or module.scope is None:
         return None
-    name = pytree.HOLDER
+    name = pytree.ADAPTER_KEY
     if module.path in sharing:
         layer = layer_of(module, input_of(args, kwargs)[1], declared)
         name = _of_weight(layer.weight) if layer else name
@@ -534,7 +538,7 @@ def _held(
 def _add(held, context, args, kwargs, output, dropout_off, declared):
     """Return the output of a layer with its adapter output added."""
     module, (x, equation) = context.module, input_of(args, kwargs)
-    layer = layers.known(layer_of(module, equation, declared), module)
+    layer = layers.require_layer(layer_of(module, equation, declared), module)
     shape = own_shape(module, layer)
     layers.check_fit(layer, held.adapter, shape, "/".join(module.path))
     if layer.kind == "weight":  # the module's output is its weight
@@ -542,7 +546,7 @@ def _add(held, context, args, kwargs, output, dropout_off, declared):
         return output[0] + delta.astype(output[0].dtype), *output[1:]
     dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
     dropping = dropping and module.has_rng("dropout")
-    return output + layers.term(
+    return output + layers.adapter_output(
         *(layer, module, held.adapter, x, shape, output.dtype),
         key=module.make_rng("dropout") if dropping else None,
         dropout_rate=held.dropout,
@@ -583,7 +587,7 @@ def _trainable_copy(leaf: Any) -> Any:
         leaf = leaf.dequantize()
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
-    dtype = wide(leaf.dtype)
+    dtype = accumulation_dtype(leaf.dtype)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
     return jnp.array(leaf, dtype)
@@ -593,5 +597,5 @@ def _strip(params: Any) -> Any:
     """Return the parameters without the adapters."""
     if not isinstance(params, Mapping):
         return params
-    kept = {name: node for name, node in params.items() if not isinstance(node, _Held)}
+    kept = {name: node for name, node in params.items() if not isinstance(node, _BoundAdapter)}
     return {name: _strip(node) for name, node in kept.items()}

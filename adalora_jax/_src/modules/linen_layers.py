@@ -16,14 +16,14 @@ from jax.tree_util import DictKey, tree_flatten_with_path
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.modules import layers, usage
-from adalora_jax._src.modules.candidates import Candidate, judged
+from adalora_jax._src.modules.candidates import Candidate, judge_use
 
 METHODS = ("__call__", "attend")
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Here:
+class _ScopeMarker:
     """A static marker, unique per scope and trace.
 
     ``nn.jit`` traces a model's code once for all calls and layers whose inputs have equal types.
@@ -71,7 +71,7 @@ def candidates(
                 here[weight] = (
                     candidate._replace(refused=_REWRITTEN)
                     if place in changed
-                    else judged(candidate, uses[place], place in foreign)
+                    else judge_use(candidate, uses[place], place in foreign)
                 )
         several = {f"{path}/{weight}".lstrip("/"): here[weight] for weight in here if weight}
         first = next(iter(several.values()), None) or here[None]
@@ -115,7 +115,7 @@ def _traced(
 
     With ``probed`` the uses are those of a probe, an extra parameter next to each weight.
     """
-    variables, params = whole(variables), unboxed(variables)
+    variables, params = join_quantized(variables), unboxed(variables)
     found: dict[str, dict[str | None, Candidate]] = {}
     places: dict[_Place, int] = {}
     scaled: set[int] = set()
@@ -201,16 +201,16 @@ def _refusal(
 
 def _probe_of(weight: str) -> str:
     # Encoded, since nn.WeightNorm would take a name that contains the weight's for the weight.
-    return f"{pytree.HOLDER}_probe_{weight.encode().hex()}"
+    return f"{pytree.ADAPTER_KEY}_probe_{weight.encode().hex()}"
 
 
 def _belongs(module: nn.Module, trace: object) -> bool:
     """Return whether the module's parameters are those of the traced model."""
     scope = module.scope
-    if scope is None or not scope.has_variable("params", pytree.HOLDER):
+    if scope is None or not scope.has_variable("params", pytree.ADAPTER_KEY):
         return scope is None or not module.variables.get("params")
-    here = scope.get_variable("params", pytree.HOLDER)
-    return isinstance(here, _Here) and here.trace is trace
+    here = scope.get_variable("params", pytree.ADAPTER_KEY)
+    return isinstance(here, _ScopeMarker) and here.trace is trace
 
 
 def _normalises_all(module: nn.Module) -> bool:
@@ -223,15 +223,15 @@ def _normalises_all(module: nn.Module) -> bool:
 def _marked(params: Any, path: tuple[str, ...], trace: object, probed: bool) -> Any:
     if not isinstance(params, Mapping):
         return params
-    if pytree.HOLDER in params:
+    if pytree.ADAPTER_KEY in params:
         raise ValueError(
-            f"variables: the model has a module called {'/'.join((*path, pytree.HOLDER))!r}, the "
-            "name under which an adapter is put beside its weight: give the module another."
+            f"variables: the model has a module called {'/'.join((*path, pytree.ADAPTER_KEY))!r}, "
+            "the name under which an adapter is put beside its weight: give the module another."
         )
     inside = {name: _marked(node, (*path, name), trace, probed) for name, node in params.items()}
     own = {name: node for name, node in params.items() if not isinstance(node, Mapping)}
     probes = {_probe_of(name): node for name, node in own.items()} if probed else {}
-    return {**inside, **probes, pytree.HOLDER: _Here(path, trace)}
+    return {**inside, **probes, pytree.ADAPTER_KEY: _ScopeMarker(path, trace)}
 
 
 def layer_of(
@@ -244,15 +244,15 @@ def layer_of(
     own = {
         name: leaf
         for name, leaf in own.items()
-        if not isinstance(leaf, Mapping) and not name.startswith(pytree.HOLDER)
+        if not isinstance(leaf, Mapping) and not name.startswith(pytree.ADAPTER_KEY)
     }
     weights = {name: leaf.ndim for name, leaf in own.items()}
-    if len(own) > 1 and (mine := _spoken_of(module, own)):
+    if len(own) > 1 and (mine := _params_named_by_fields(module, own)):
         weights = {name: weights[name] for name in mine}
     return layers.layer_of(module, weights, equation)
 
 
-def _spoken_of(module: nn.Module, own: Mapping[str, Any]) -> list[str]:
+def _params_named_by_fields(module: nn.Module, own: Mapping[str, Any]) -> list[str]:
     """Return the parameters of a shared scope that belong to the module.
 
     They are those whose names are values of the module's fields, or else those of its ``shape``.
@@ -281,7 +281,7 @@ def _whole_shape(module, layer, params) -> tuple[int, ...] | None:
     Raises:
       ValueError: the weight is stacked along other than leading axes.
     """
-    weight = pytree.at(params, (*module.path, layer.weight))
+    weight = pytree.get_path(params, (*module.path, layer.weight))
     if not module.has_variable("params", layer.weight):
         return None
     own = own_shape(module, layer)
@@ -302,10 +302,10 @@ def own_shape(module: nn.Module, layer: Layout) -> tuple[int, ...]:
     return tuple(meta.unbox(module.get_variable("params", layer.weight)).shape)
 
 
-def whole(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+def join_quantized(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the variables of a quantised model with its packed weights moved into ``params``.
 
-    >>> whole({"params": {"up": {"bias": 0}}, "quantized": {"up": {"kernel": 1}}})
+    >>> join_quantized({"params": {"up": {"bias": 0}}, "quantized": {"up": {"kernel": 1}}})
     {'params': {'up': {'bias': 0, 'kernel': 1}}}
     """
     if pytree.PACKED not in variables:
@@ -314,15 +314,15 @@ def whole(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**rest, "params": _overlaid(variables["params"], variables[pytree.PACKED])}
 
 
-def apart(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Move packed weights out of ``params``, the inverse of :func:`whole`."""
-    params, packed = _apart(unfreeze(variables["params"]))
+def split_quantized(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Move packed weights out of ``params``, the inverse of :func:`join_quantized`."""
+    params, packed = _split_one(unfreeze(variables["params"]))
     return {**variables, "params": params, **({pytree.PACKED: packed} if packed else {})}
 
 
 def unboxed(variables: Mapping[str, Any]) -> Any:
     """Return the parameters without metadata, with their shardings: Flax's unbox may reshard."""
-    return meta.map_axis_meta(_box_value, unfreeze(whole(variables)["params"]))
+    return meta.map_axis_meta(_box_value, unfreeze(join_quantized(variables)["params"]))
 
 
 def _box_value(box: Any) -> Any:
@@ -366,13 +366,13 @@ def in_base_dtype(node: Any, base: Any, path: str) -> Any:
     return treedef.unflatten([leaf.astype(old.dtype) for leaf, old in zip(leaves, like)])
 
 
-def _apart(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_one(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return nested parameters without the packed weights, and the packed weights."""
     rest: dict[str, Any] = {}
     packed: dict[str, Any] = {}
     for name, node in params.items():
         if isinstance(node, Mapping):
-            rest[name], inside = _apart(node)
+            rest[name], inside = _split_one(node)
             packed |= {name: inside} if inside else {}
         else:
             (packed if pytree.is_packed(node) else rest)[name] = node

@@ -143,8 +143,10 @@ def compact(params: Any, opt_state: Any, tx: optax.GradientTransformation | None
             raise ValueError("tx was given with an NNX model: pass its nnx.Optimizer as opt_state.")
         small = compaction.compact(nnx_frontend.adapters(params), opt_state)
         return nnx_frontend.with_adapters(params, small)
-    optimizer, state = opt_state, pytree.bare(nnx.state(params, opt_state.wrt))
-    small, cut = compaction.compact(state, pytree.bare(optimizer.opt_state), optimizer.tx)
+    optimizer, state = opt_state, pytree.unwrap_variables(nnx.state(params, opt_state.wrt))
+    small, cut = compaction.compact(
+        state, pytree.unwrap_variables(optimizer.opt_state), optimizer.tx
+    )
     kept = {path: nnx_frontend.adapters(params)[path] for path in pytree.adapters(small)}
     model = nnx_frontend.with_adapters(params, kept)
     nnx.update(model, small)
@@ -160,8 +162,10 @@ def finish(opt_state: Any, params: Any, grads: Any = None) -> Any:
             f"opt_state is a {type(opt_state).__name__}: with an NNX model pass the nnx.Optimizer, "
             "finish(optimizer, model)."
         )
-    optimizer, state = opt_state, pytree.bare(nnx.state(params, opt_state.wrt))
-    state, done = evaluation.finish(pytree.bare(optimizer.opt_state), state, pytree.bare(grads))
+    optimizer, state = opt_state, pytree.unwrap_variables(nnx.state(params, opt_state.wrt))
+    state, done = evaluation.finish(
+        pytree.unwrap_variables(optimizer.opt_state), state, pytree.unwrap_variables(grads)
+    )
     model = nnx.clone(params)
     nnx.update(model, state)
     return model, nnx_frontend.optimizer_like(optimizer, model, done)
@@ -183,21 +187,21 @@ def _merged_variables(variables: Any, adapters: Any, safe: bool, sign: int) -> d
             f"adapters is a {type(adapters).__name__}: it must be the {{path: Adapter}} that "
             "adapted.init returned, trained."
         )
-    params = unfreeze(linen_layers.whole(variables)["params"])
+    params = unfreeze(linen_layers.join_quantized(variables)["params"])
     for path, node in adapters.items():
         parts = path.split("/") if path else []
-        existing = pytree.at(params, parts)
+        existing = pytree.get_path(params, parts)
         if existing is None:
             raise ValueError(
                 f"adapters[{path!r}] has no parameters in the model: it was made for another one."
             )
         if not pytree.is_adapter(node):
-            pytree.at(params, parts[:-1])[parts[-1]] = linen_layers.in_base_dtype(
+            pytree.get_path(params, parts[:-1])[parts[-1]] = linen_layers.in_base_dtype(
                 node, existing, path
             )
             continue
         adapter = pytree.adapters(node)[""]
-        holder = existing if isinstance(existing, dict) else pytree.at(params, parts[:-1])
+        holder = existing if isinstance(existing, dict) else pytree.get_path(params, parts[:-1])
         layer = _layout_of(adapter, existing, path)
         (weight, *more), treedef = jax.tree.flatten(holder[layer.weight], is_leaf=pytree.is_packed)
         if more or pytree.is_packed(weight):
@@ -208,7 +212,7 @@ def _merged_variables(variables: Any, adapters: Any, safe: bool, sign: int) -> d
             )
         merged = layers.merged_weight(path, weight, adapter, layer, sign=sign, safe=safe)
         holder[layer.weight] = treedef.unflatten([merged])
-    return linen_layers.apart({**variables, "params": params})
+    return linen_layers.split_quantized({**variables, "params": params})
 
 
 def _layout_of(adapter: Adapter, existing: Any, path: str) -> Layout:

@@ -23,7 +23,7 @@ from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules import sharding, targets
-from adalora_jax._src.modules.candidates import UNKNOWN, Candidate, judged
+from adalora_jax._src.modules.candidates import UNKNOWN_USE, Candidate, judge_use
 from adalora_jax._src.modules.nnx_layers import (
     FLAX_LAYERS,
     Adaptation,
@@ -32,13 +32,13 @@ from adalora_jax._src.modules.nnx_layers import (
     SavedParam,
     adapted_class,
     base_class,
-    by_qwix,
+    is_qwix_weight,
     layer_of,
     modules,
     parameters,
     readers,
     rewritten,
-    stored,
+    sharded_variable,
     unreached,
     use_of,
     weight_name,
@@ -110,10 +110,10 @@ def adapt(
         rngs = nnx.Rngs(rngs)
     adapted = nnx.clone(model)
     by_path: dict[str, Any] = dict(modules(adapted))
-    weights = {p: stored(getattr(by_path[p], t.layer.weight)) for p, t in chosen.items()}
+    weights = {p: sharded_variable(getattr(by_path[p], t.layer.weight)) for p, t in chosen.items()}
     where = {p: (t.layer, t.shape, placement(weights[p])) for p, t in chosen.items()}
     specs = sharding.derive(where, rules)
-    at = sharding.on_mesh(specs, [place for _, _, place in where.values()])
+    at = sharding.to_named_sharding(specs, [place for _, _, place in where.values()])
     fresh = targets.init_all(rngs.params(), chosen, config, at)
     for path, target in chosen.items():
         module = by_path[path]
@@ -290,7 +290,7 @@ def _set_saved(model: nnx.Module, new: Mapping[str, Any]) -> None:
             parts = name.removeprefix(root).strip("/").split("/") if name != root else []
             own = parameters(model)[name]
             own.set_raw_value(
-                jax.numpy.asarray(pytree.at(new[root], parts), own.get_raw_value().dtype)
+                jax.numpy.asarray(pytree.get_path(new[root], parts), own.get_raw_value().dtype)
             )
 
 
@@ -353,7 +353,7 @@ def with_adapters(model: _Model, new: Mapping[str, Any]) -> _Model:
 def optimizer_like(optimizer: nnx.Optimizer, model: Any, opt_state: Any) -> nnx.Optimizer:
     """Return a copy of an optimizer for another model, with another state but the same step."""
     copy = nnx.Optimizer(model, optimizer.tx, wrt=optimizer.wrt)
-    copy.opt_state = pytree.in_containers(copy.opt_state, opt_state)
+    copy.opt_state = pytree.match_containers(copy.opt_state, opt_state)
     copy.step[...] = optimizer.step[...]
     return copy
 
@@ -484,8 +484,8 @@ def _add_increments(
         if not isinstance(module, Adapted):
             continue
         adapter = module.adalora.adapter
-        layer = adapter.layout or kinds.known(layer_of(module), module)
-        if layer.note.startswith(UNKNOWN):
+        layer = adapter.layout or kinds.require_layer(layer_of(module), module)
+        if layer.note.startswith(UNKNOWN_USE):
             if not checked:
                 raise ValueError(
                     f"the increment of {path!r} cannot be merged: {layer.note}: "
@@ -496,7 +496,7 @@ def _add_increments(
         weight = getattr(own.get(path), weight_name(module), None)
         if weight is None:
             raise ValueError(f"model has no layer {path!r}: it is another one than was adapted.")
-        if by_qwix(weight) or pytree.is_packed(weight.get_raw_value()):
+        if is_qwix_weight(weight) or pytree.is_packed(weight.get_raw_value()):
             raise ValueError(
                 f"the weight of {path!r} is quantised and cannot be merged into in place: "
                 "adalora_jax.quantization.merge dequantises or requantises it, and reports the "
@@ -571,7 +571,7 @@ def candidates(
                 f"the model is adapted already, at {path!r}: adapt the base model, or set its "
                 "adapters with set_adapters."
             )
-        if pytree.HOLDER in path.split("/"):
+        if pytree.ADAPTER_KEY in path.split("/"):
             continue
         layer = layer_of(module, declared=(layers or {}).get(type(module)))
         if layer and not hasattr(module, layer.weight):
@@ -590,11 +590,11 @@ def candidates(
                 use = None  # the declaration specifies the computation
             if layer and use:
                 foreign = not issubclass(type(module), FLAX_LAYERS)
-                candidate = judged(candidate, use, foreign)
+                candidate = judge_use(candidate, use, foreign)
             if layer and not candidate.note and (id(module), layer.weight) in reading:
                 reader = reading[id(module), layer.weight]
                 candidate = candidate._replace(
-                    note=f"{UNKNOWN}the code of {reader} reads `.{layer.weight}` of a layer"
+                    note=f"{UNKNOWN_USE}the code of {reader} reads `.{layer.weight}` of a layer"
                 )
             found[path] = candidate
     return found
@@ -708,7 +708,7 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
     roots = targets.saved_roots(list(nodes), config)
     by_path = dict(modules(model))
     for path, variable in nodes.items():
-        if targets.saved(path, config):
+        if targets.saved_params(path, config):
             parent, _, name = path.rpartition("/")
             if parent not in by_path:  # inside of a weight that Qwix quantised
                 raise ValueError(

@@ -19,13 +19,13 @@ from flax import nnx
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.low_rank import wide
+from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.modules import layers, usage
 
 # Attribute of the class that Qwix sets on a model's root; its value is the original class.
 UNQUANTIZED = "_unquantized_type"
 # Arrays are already placed; disable Flax's eager sharding, which needs a mesh on every copy.
-PLACED = {"eager_sharding": False}
+NO_EAGER_SHARDING = {"eager_sharding": False}
 
 
 class AdapterParam(nnx.LoRAParam):
@@ -56,8 +56,8 @@ class SavedParam(nnx.LoRAParam):
         """
         value = variable.get_value()
         known = {"root": root, "base_dtype": value.dtype}
-        metadata = variable.get_metadata() | PLACED | known
-        return cls(jnp.array(value, wide(value.dtype)), **metadata)
+        metadata = variable.get_metadata() | NO_EAGER_SHARDING | known
+        return cls(jnp.array(value, accumulation_dtype(value.dtype)), **metadata)
 
     def get_value(self, **index: Any) -> Any:
         """Return the trained value, or, with an index, the indexed value in the base's dtype.
@@ -135,7 +135,7 @@ class Adaptation(nnx.Module):
           keep_metadata: whether the new variables keep the other metadata of the old ones.
         """
         self.scale, self.layout = adapter.scale, adapter.layout
-        known = PLACED | {"scale": self.scale, "layout": self.layout}
+        known = NO_EAGER_SHARDING | {"scale": self.scale, "layout": self.layout}
         for name, value in zip(Adapter._fields, adapter):
             metadata = getattr(self, name).get_metadata() if keep_metadata else {}
             setattr(self, name, AdapterParam(value, **metadata | known))
@@ -162,7 +162,7 @@ class Adaptation(nnx.Module):
         adapter = self.adapter
         equation = next((v for v in call.values() if isinstance(v, str)), None)
         found = self.layout if self.declared else layer_of(layer, equation)
-        spec = layers.known(found, layer)
+        spec = layers.require_layer(found, layer)
         shape = getattr(layer, spec.weight).shape
         layers.check_fit(spec, adapter, shape, type(layer).__name__)
         if any(layers.mapped_axes(_weight_of(layer))):
@@ -173,7 +173,7 @@ class Adaptation(nnx.Module):
         key, rate, dropout = None, 0.0, self.dropout
         if dropout is not None and not dropout.deterministic and spec.kind != "embed":
             key, rate = next_key(dropout), dropout.rate
-        return output + layers.term(
+        return output + layers.adapter_output(
             *(spec, layer, adapter, x, shape, output.dtype),
             key=key,
             dropout_rate=rate,
@@ -217,7 +217,7 @@ def weight_name(layer: Any) -> str:
     Layers that share a weight share its adapter, whose layout has the name in the first layer.
     """
     name = layer.adalora.layout.weight
-    return name if hasattr(layer, name) else layers.known(layer_of(layer), layer).weight
+    return name if hasattr(layer, name) else layers.require_layer(layer_of(layer), layer).weight
 
 
 def _weight_of(layer: Any) -> Any:
@@ -427,7 +427,7 @@ def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
     """
     weight, shape = getattr(module, layer.weight), tuple(getattr(module, layer.weight).shape)
     size = layers.input_shape(layer, module, shape)
-    if size is None or by_qwix(weight) or _is_plain(module, weight):
+    if size is None or is_qwix_weight(weight) or _is_plain(module, weight):
         return None
     graph, state = nnx.split(module)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
@@ -510,7 +510,7 @@ def readers(model: nnx.Module) -> dict[tuple[int, str], str]:
     for path, module in modules(model):
         names = _attributes_read(type(module))
         for inner, other in modules(module) if names else ():
-            if inner and pytree.HOLDER not in path.split("/"):
+            if inner and pytree.ADAPTER_KEY not in path.split("/"):
                 found.update({(id(other), name): type(module).__name__ for name in names})
     return found
 
@@ -623,21 +623,21 @@ def layer_of(
 def is_weight(value: Any) -> bool:
     """Return whether a value is a parameter, or a weight that is stored as integers."""
     packed = isinstance(value, nnx.Variable) and pytree.is_packed(value.get_raw_value())
-    return packed or isinstance(value, nnx.Param) or by_qwix(value)
+    return packed or isinstance(value, nnx.Param) or is_qwix_weight(value)
 
 
-def by_qwix(value: Any) -> bool:
+def is_qwix_weight(value: Any) -> bool:
     """Return whether a value is a weight, integers and scales, of ``qwix.quantize_model``.
 
-    >>> by_qwix(nnx.Param(1.0))
+    >>> is_qwix_weight(nnx.Param(1.0))
     False
     """
     return hasattr(value, "how") and hasattr(getattr(value, "array", None), "qvalue")
 
 
-def stored(weight: Any) -> nnx.Variable:
+def sharded_variable(weight: Any) -> nnx.Variable:
     """Return the variable with a weight's sharding and metadata: for Qwix's, its integers."""
-    return weight.array.qvalue if by_qwix(weight) else weight
+    return weight.array.qvalue if is_qwix_weight(weight) else weight
 
 
 def pure(state: Any) -> Any:

@@ -46,7 +46,7 @@ def adapter_specs(layer: Layout, shape: Sequence[int], spec: PartitionSpec) -> A
     >>> adapter_specs(conv, (3, 8, 16), PartitionSpec(None, "fsdp", "model")).q
     P(None, None)
     """
-    names = full(spec, len(shape))
+    names = pad_spec(spec, len(shape))
     lifted = len(shape) - len(layer.stack) - len(layer.ins) - len(layer.outs)
     at = lambda axes: [(names[lifted + axis], shape[lifted + axis]) for axis in axes]
     first = lambda axes: next((name for name, size in at(axes) if size > 1), None)
@@ -91,12 +91,12 @@ def spec_of(where: NamedSharding | PartitionSpec | None) -> PartitionSpec:
     return PartitionSpec() if spec is None else spec
 
 
-def full(spec: Any, ndim: int) -> PartitionSpec:
+def pad_spec(spec: Any, ndim: int) -> PartitionSpec:
     """Return a PartitionSpec padded with None to ``ndim`` entries.
 
     The entries of a padded spec belong to the last axes of an array with more axes.
 
-    >>> full(PartitionSpec("data"), 2)
+    >>> pad_spec(PartitionSpec("data"), 2)
     P('data', None)
     """
     return PartitionSpec(*spec, *[None] * (ndim - len(spec)))
@@ -146,16 +146,16 @@ def derive(
     return {path: _checked(path, rules(path, spec), spec) for path, spec in specs.items()}
 
 
-def on_mesh(specs: PyTree, base: PyTree) -> PyTree:
+def to_named_sharding(specs: PyTree, base: PyTree) -> PyTree:
     """Convert PartitionSpecs to NamedShardings on the mesh of the base; None without a mesh."""
     mesh = mesh_of(base)
     return mesh and jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def placed(make: Callable[..., PyTree], shardings: PyTree | None, *args: Any) -> PyTree:
+def jit_with_shardings(make: Callable[..., PyTree], shardings: PyTree | None, *args: Any) -> PyTree:
     """Return ``make(*args)``, jitted, with the given output shardings.
 
-    >>> placed(jax.numpy.zeros_like, None, jax.numpy.ones(2))
+    >>> jit_with_shardings(jax.numpy.zeros_like, None, jax.numpy.ones(2))
     Array([0., 0.], dtype=float32)
     """
     arrays = jax.jit(make, out_shardings=shardings)(*args)
@@ -198,5 +198,5 @@ def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
             f"sharding gave {given!r} for {path!r}, with more axes than the adapter has: at most "
             f"as many as in {derived!r}."
         )
-    whole: Any = (full(spec, len(own)) for spec, own in zip(given, derived))
+    whole: Any = (pad_spec(spec, len(own)) for spec, own in zip(given, derived))
     return Adapter(*whole)

@@ -14,7 +14,7 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import allocator_states, map_state
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.modules.sharding import full, mesh_of, sharding_of, spec_of
+from adalora_jax._src.modules.sharding import mesh_of, pad_spec, sharding_of, spec_of
 
 
 def shardings(
@@ -69,7 +69,7 @@ def shardings(
             "mesh=None, and no array has a NamedSharding: pass mesh=, or call within "
             "jax.set_mesh(mesh)."
         )
-    place = lambda leaf, owner: _as(owner, leaf.shape, mesh)
+    place = lambda leaf, owner: _match_sharding(owner, leaf.shape, mesh)
     if tx is None:
         owners = {pytree.leaf_name(path): leaf for path, leaf in tree_flatten_with_path(like)[0]}
         named, treedef = tree_flatten_with_path(state)
@@ -82,14 +82,16 @@ def shardings(
             )
         return treedef.unflatten([place(leaf, owners[n]) for n, (_, leaf) in zip(names, named)])
     everywhere = NamedSharding(mesh, PartitionSpec())
-    values = pytree.bare(state)
+    values = pytree.unwrap_variables(state)
     # Specs written by a user lack the scale and layout, which are part of the tree's structure.
     known = [pytree.adapters(found.sensitivity) for found in allocator_states(values)]
-    like = _with_facts(pytree.bare(like), {p: a for found in known for p, a in found.items()})
+    like = _with_facts(
+        pytree.unwrap_variables(like), {p: a for found in known for p, a in found.items()}
+    )
     lams = {path: adapter.lam for path, adapter in pytree.adapters(like).items()}
     on_mask = lambda path, mask: place(mask, lams[path])
     placed = map_state(tx, place, on_mask, values, like, other=lambda leaf: everywhere)
-    return pytree.in_containers(state, placed)
+    return pytree.match_containers(state, placed)
 
 
 def _with_facts(like: PyTree, known: Mapping[str, Adapter]) -> PyTree:
@@ -104,7 +106,7 @@ def _with_facts(like: PyTree, known: Mapping[str, Adapter]) -> PyTree:
     return tree_map_with_path(replaced, like, is_leaf=lambda node: isinstance(node, Adapter))
 
 
-def _as(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
+def _match_sharding(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Return the sharding of a leaf of ``owner``, which is an array or its sharding or spec.
 
     The leaf is replicated if its shape differs from the owner's, as in factored moments, or if the
@@ -121,4 +123,4 @@ def _as(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSha
     )
     if any(size % ways(names) for size, names in zip(own, spec)):
         return NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, PartitionSpec(*[None] * before, *full(spec, len(own))))
+    return NamedSharding(mesh, PartitionSpec(*[None] * before, *pad_spec(spec, len(own))))

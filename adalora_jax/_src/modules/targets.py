@@ -159,13 +159,13 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
     ]
     for name in wanted if isinstance(wanted, tuple) else ():
         named = [path for path in matched if _is_suffix(name, path)]
-        if named and all(saved(path, config) for path in named):
+        if named and all(saved_params(path, config) for path in named):
             raise ValueError(
                 f"target_modules={wanted!r}: {name!r} selects no layer: modules_to_save already "
                 f"trains {', '.join(map(repr, named[:8]))} as a whole. Name a layer in one of the "
                 "two."
             )
-    matched = [path for path in matched if not saved(path, config)]
+    matched = [path for path in matched if not saved_params(path, config)]
     _require_indices(matched, config)
     return sorted(path for path in matched if _layer_index_matches(path, config))
 
@@ -212,7 +212,7 @@ def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig)
     filters = {name: value for name in names if (value := getattr(config, name)) is not None}
     start = f"target_modules={wanted!r}"
     matched = sorted(path for path, c in candidates.items() if _matches(wanted, path, c))
-    if trained := [path for path in matched if saved(path, config)]:
+    if trained := [path for path in matched if saved_params(path, config)]:
         return (
             f"{start}, modules_to_save={config.modules_to_save!r} selects no layer: "
             f"modules_to_save already trains {', '.join(map(repr, trained[:8]))} as a whole. Name "
@@ -238,10 +238,10 @@ def _adaptable(candidate: Candidate) -> bool:
     return candidate.layer is not None and not candidate.refused
 
 
-def saved(path: str, config: AdaLoraConfig) -> bool:
+def saved_params(path: str, config: AdaLoraConfig) -> bool:
     """Return whether ``modules_to_save`` names this path or a module that contains it.
 
-    >>> saved("head/kernel", AdaLoraConfig(total_step=1, modules_to_save=["head"]))
+    >>> saved_params("head/kernel", AdaLoraConfig(total_step=1, modules_to_save=["head"]))
     True
     """
     parts = path.split("/")
@@ -292,17 +292,19 @@ def init_all(
         keys = jax.random.split(key, len(targets))
         fresh: dict[int, Adapter] = {}
         for shape, members in alike.items():
-            many = _init_alike(keys[jnp.array(members)], *shape, config=config)
+            many = _init_group(keys[jnp.array(members)], *shape, config=config)
             for n, index in enumerate(members):
                 fresh[index] = jax.tree.map(operator.itemgetter(n), many)
         return {path: fresh[index]._replace(**known[path]) for index, path in enumerate(targets)}
 
-    known = facts(targets, config)
+    known = static_fields(targets, config)
     shardings = shardings and {path: a._replace(**known[path]) for path, a in shardings.items()}
-    return sharding.placed(init, shardings, key)
+    return sharding.jit_with_shardings(init, shardings, key)
 
 
-def facts(targets: Mapping[str, Target], config: AdaLoraConfig) -> dict[str, dict[str, Any]]:
+def static_fields(
+    targets: Mapping[str, Target], config: AdaLoraConfig
+) -> dict[str, dict[str, Any]]:
     """Return ``{path: static fields}`` of the adapters: scale and layout of each weight."""
     return {
         path: {
@@ -315,7 +317,7 @@ def facts(targets: Mapping[str, Target], config: AdaLoraConfig) -> dict[str, dic
     }
 
 
-def _init_alike(keys, stack, in_features, out_features, rank, config) -> Adapter:
+def _init_group(keys, stack, in_features, out_features, rank, config) -> Adapter:
     """Return one adapter per key, stacked."""
     one = lambda key: init_adapter(key, in_features, out_features, config, rank=rank, stack=stack)
     return jax.vmap(one)(keys)
@@ -358,7 +360,7 @@ def describe(
     refused = {p: candidates[p] for p in _matched(candidates, config)} if candidates else {}
     lines = [f"not adapted: {p} {c.shape}: {c.refused}" for p, c in refused.items() if c.refused]
     trained = _trained_along(parameters or {}, config)
-    left_out = _of_no_layer(parameters or {}, candidates or {}, config)
+    left_out = _unadapted(parameters or {}, candidates or {}, config)
     return "\n".join([table([header, *rows, total], left=2), memory, *trained, *lines, *left_out])
 
 
@@ -369,7 +371,7 @@ def _trained_along(parameters: Mapping[str, tuple[int, ...]], config: AdaLoraCon
     return [f"trained along: {', '.join(saved_roots(list(parameters), config))}"]
 
 
-def _of_no_layer(
+def _unadapted(
     parameters: Mapping[str, tuple[int, ...]],
     candidates: Mapping[str, Candidate],
     config: AdaLoraConfig,
@@ -382,7 +384,7 @@ def _of_no_layer(
         for path, shape in parameters.items()
         # Biases and norm scales of stacked layers have two axes as well.
         if len(shape) >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
-        if not saved(path, config)
+        if not saved_params(path, config)
         if not any(path == place or path.startswith(f"{place}/") for place in held)
     ]
     if not found:

@@ -26,7 +26,7 @@ from flax import core, nnx
 from flax.core import meta, unfreeze
 
 from adalora_jax._src.core import pytree
-from adalora_jax._src.core.low_rank import never
+from adalora_jax._src.core.low_rank import opaque_false
 from adalora_jax._src.core.pytree import is_packed
 from adalora_jax._src.modules import linen_layers, nnx_layers
 from adalora_jax._src.modules.params import by_path, replaced
@@ -109,10 +109,10 @@ def _dense(packed: Any, after: Any) -> Any:
 
 
 def _false(after: Any) -> jax.Array:
-    """Return :func:`~adalora_jax._src.core.low_rank.never` of a layer's operands."""
+    """Return :func:`~adalora_jax._src.core.low_rank.opaque_false` of a layer's operands."""
     arrays = [leaf for leaf in jax.tree.leaves(after) if _is_float(leaf)]
     # The last array is the input, because operands start with the parameters.
-    return never(arrays[-1]) if arrays else jnp.zeros((), bool)
+    return opaque_false(arrays[-1]) if arrays else jnp.zeros((), bool)
 
 
 def _is_float(leaf: Any) -> bool:
@@ -175,7 +175,7 @@ class PackedModule(nn.Module):
           mutable: as in ``nn.Module.apply``.
           **kwargs: as in ``nn.Module.apply``.
         """
-        variables = linen_layers.whole(variables)
+        variables = linen_layers.join_quantized(variables)
         box = lambda leaf: _Box(leaf) if is_packed(leaf) else leaf
         params = jax.tree.map(box, variables["params"], is_leaf=is_packed)
         with nn.intercept_methods(_unpacking):
@@ -188,7 +188,7 @@ class PackedModule(nn.Module):
         is_box = lambda leaf: isinstance(leaf, _Box)
         unbox = lambda leaf: leaf.packed if is_box(leaf) else leaf
         params = jax.tree.map(unbox, mutated["params"], is_leaf=is_box)
-        return output, linen_layers.apart({**mutated, "params": params})
+        return output, linen_layers.split_quantized({**mutated, "params": params})
 
 
 @jax.tree_util.register_dataclass
@@ -232,7 +232,7 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     if method is None:
         return call(*args, **kwargs)
     # The adapter is not needed here: its output is added to the result of this call.
-    holds = lambda name: layer is not None and name.startswith(pytree.HOLDER)
+    holds = lambda name: layer is not None and name.startswith(pytree.ADAPTER_KEY)
     params = {n: leaf for n, leaf in params.items() if n not in packed and not holds(n)}
     collections = meta.unbox({**collections, "params": params})
     flat, treedef = jax.tree.flatten((args, kwargs))
@@ -284,7 +284,7 @@ def pack_linen(
     Raises:
       ValueError: a path is not that of a parameter, or the parameter has another shape.
     """
-    params = linen_layers.whole(variables)["params"]
+    params = linen_layers.join_quantized(variables)["params"]
     have = by_path(meta.unbox(params))
     for path, weight in weights.items():
         _check_place(path, weight, have.get(path))
@@ -292,7 +292,9 @@ def pack_linen(
     if not isinstance(module, PackedModule):
         module = module.copy()
         object.__setattr__(module, "__class__", _packed_class(type(module)))
-    return module, linen_layers.apart({**linen_layers.whole(variables), "params": params})
+    return module, linen_layers.split_quantized(
+        {**linen_layers.join_quantized(variables), "params": params}
+    )
 
 
 def _check_place(path: str, weight: Packed, place: Any) -> None:

@@ -17,7 +17,7 @@ from flax.core import meta
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import adapters as found_adapters
-from adalora_jax._src.core.pytree import at, is_packed, weight_path
+from adalora_jax._src.core.pytree import get_path, is_packed, weight_path
 from adalora_jax._src.modules import (
     linen_frontend,
     linen_layers,
@@ -27,7 +27,7 @@ from adalora_jax._src.modules import (
     targets,
 )
 from adalora_jax._src.modules.candidates import Candidate
-from adalora_jax._src.modules.layers import check_fit, known, weight_increment
+from adalora_jax._src.modules.layers import check_fit, require_layer, weight_increment
 from adalora_jax._src.modules.params import by_path, replaced
 from adalora_jax._src.quantization import packed, qwix_models
 from adalora_jax._src.quantization.gptq import load_gptq
@@ -291,12 +291,12 @@ def _quantized_linen(module, recipe, variables, inputs, kwargs):
         inner, variables = _quantized_linen(module.module, recipe, variables, inputs, kwargs)
         return dataclasses.replace(module, module=inner), variables
     linen_layers.check_variables(variables)
-    params = linen_layers.whole(variables)["params"]
+    params = linen_layers.join_quantized(variables)["params"]
     weights: dict[str, Packed] = {}
     found = linen_layers.candidates(module, variables, tuple(inputs), kwargs)
     for path, target in _targets(found, recipe):
         parts = weight_path(params, path, target.layer.weight)
-        place, weight = "/".join(parts), meta.unbox(at(params, parts))
+        place, weight = "/".join(parts), meta.unbox(get_path(params, parts))
         weights[place] = quantize_weight(_floats(weight, place), recipe, target.layer)
     module, variables = packed.pack_linen(module, variables, weights)
     return module, {**variables, "params": _cast(variables["params"], recipe.dtype)}
@@ -307,7 +307,7 @@ def _quantized_nnx(model, recipe):
     for path, target in _targets(nnx_frontend.candidates(model, of_adapted=True), recipe):
         place = f"{path}/{target.layer.weight}".lstrip("/")
         variable = getattr(dict(nnx_layers.modules(model))[path], target.layer.weight)
-        value = nnx_layers.stored(variable).get_raw_value()
+        value = nnx_layers.sharded_variable(variable).get_raw_value()
         weights[place] = quantize_weight(_floats(value, place), recipe, target.layer)
     model = packed.pack_nnx(model, weights)
     if recipe.dtype is not None:
@@ -397,7 +397,7 @@ def merge(variables: Any, adapters: Any = None, *, to: Any = "requantize") -> Me
     if isinstance(variables, nnx.Module):
         return _merged_nnx(variables, to)
     linen_layers.check_variables(variables)
-    whole = linen_layers.whole(variables)
+    whole = linen_layers.join_quantized(variables)
     weights = {p: w for p, w in by_path(whole["params"]).items() if is_packed(w)}
     merged, errors = {}, {}
     for path, adapter in found_adapters(dict(adapters)).items():
@@ -406,14 +406,14 @@ def merge(variables: Any, adapters: Any = None, *, to: Any = "requantize") -> Me
         if place in weights:
             weight = weights[place]
             delta = _checked_increment(path, weight, adapter, layer)
-            merged[place], errors[path] = _put(weight, delta, layer, to)
+            merged[place], errors[path] = _store_merged(weight, delta, layer, to)
     if _dtype(to) is not None:
         rest = {place: weight for place, weight in weights.items() if place not in merged}
         merged |= {place: weight.dequantize(to) for place, weight in rest.items()}
     rest = {path: node for path, node in adapters.items() if path not in errors}
     params = replaced(whole["params"], merged)
     result = {**whole, "params": params}
-    return Merged(merging.merge(linen_layers.apart(result), rest), errors)
+    return Merged(merging.merge(linen_layers.split_quantized(result), rest), errors)
 
 
 def _checked_increment(path: str, weight: Packed, adapter: Any, layer: Layout) -> jax.Array:
@@ -437,13 +437,13 @@ def _merged_nnx(model: Any, to: Any) -> Merged:
             continue
         adaptation = getattr(module, "adalora", None)
         layer = adaptation.layout if adaptation else nnx_layers.layer_of(module)
-        layer = known(layer, module)
+        layer = require_layer(layer, module)
         variable = getattr(module, layer.weight)
         weight = variable.get_raw_value()
         if adaptation is not None:
             if is_packed(weight) and id(variable) not in dense:
                 delta = _checked_increment(path, weight, adaptation.adapter, layer)
-                dense[id(variable)], errors[path] = _put(weight, delta, layer, to)
+                dense[id(variable)], errors[path] = _store_merged(weight, delta, layer, to)
             del module.adalora
             module.__class__ = nnx_layers.base_class(type(module))
         new = dense.get(id(variable), weight)
@@ -476,7 +476,7 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
         new: Any = weight if dtype is None else weight.dequantize(dtype)
         if adaptation is not None and layer is not None and layer.weight == name:
             delta = _checked_increment(path, weight, adaptation.adapter, layer)
-            new, errors[path] = _put(weight, delta, layer, to)
+            new, errors[path] = _store_merged(weight, delta, layer, to)
             del module.adalora
             module.__class__ = nnx_layers.base_class(type(module))
         setattr(module, name, weight.variable(new))
@@ -485,7 +485,9 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
     return errors
 
 
-def _put(weight: Packed, delta: jax.Array, layer: Layout, to: Any) -> tuple[Any, MergeLoss]:
+def _store_merged(
+    weight: Packed, delta: jax.Array, layer: Layout, to: Any
+) -> tuple[Any, MergeLoss]:
     """Return ``W + ΔW`` in the format ``to``, and its error."""
     target = weight.dequantize(jnp.float32) + delta
     if (dtype := _dtype(to)) is not None:

@@ -63,7 +63,9 @@ class QwixHeld(Packed):
         """Return the attribute of the module for the value ``new``: Qwix's object or a Param."""
         if isinstance(new, QwixHeld):
             return new.held
-        metadata = nnx_layers.stored(self.held).get_metadata() | nnx_layers.PLACED
+        metadata = (
+            nnx_layers.sharded_variable(self.held).get_metadata() | nnx_layers.NO_EAGER_SHARDING
+        )
         return nnx.Param(new, **metadata)
 
 
@@ -77,7 +79,7 @@ def weights(model: nnx.Module) -> list[tuple[str, nnx.Module, str, QwixHeld]]:
         (path, module, name, QwixHeld(value))
         for path, module in nnx_layers.modules(model)
         for name, value in vars(module).items()
-        if nnx_layers.by_qwix(value)
+        if nnx_layers.is_qwix_weight(value)
     ]
 
 
@@ -128,7 +130,7 @@ def as_lora(model: nnx.Module) -> Any:
     for _, module in nnx_layers.modules(copy):
         if not isinstance(module, nnx_layers.Adapted):
             continue
-        layer, own = layers.known(nnx_layers.layer_of(module), module), module.adalora
+        layer, own = layers.require_layer(nnx_layers.layer_of(module), module), module.adalora
         shape = getattr(module, layer.weight).shape
         a, b = layers.lora_pair(layer, module, own.adapter, shape)
         setattr(module, f"{layer.weight}_lora_a", nnx.LoRAParam(a))
