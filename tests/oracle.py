@@ -30,12 +30,12 @@ class Settings:
     budget_schedule: str = "cubic"
     budget_unit: str = "triplets"
     score: str = "sensitivity_uncertainty"
-    score_over: str = "triplet"
+    score_reduction: str = "triplet"
     orthogonality: str = "frobenius"
-    sensitivity_at: str = "updated"
-    hold_mask: bool = False
-    revive: bool = True
-    lam_lr_multiplier: float = 1.0
+    sensitivity_timing: str = "updated"
+    freeze_pruned: bool = False
+    allow_regrowth: bool = True
+    lambda_lr_scale: float = 1.0
     prox: str | None = None
     prox_weight: float = 0.0
 
@@ -164,7 +164,7 @@ def triplet_score(settings, weight, raw, sensitivity, uncertainty, i):
         return element_score(settings, *(values[name][index] for values in evidence))
 
     total = score("lam", i)
-    if settings.score_over == "triplet":
+    if settings.score_reduction == "triplet":
         for name in ("p", "q"):
             width = weight[name].shape[1]
             total += sum(score(name, (i, j)) for j in range(width)) / width
@@ -239,7 +239,7 @@ class Allocator:
                 self.decide(weights, raw)
                 self.finalised = final
             self.step += 1
-        if due or final or settings.hold_mask or not settings.revive:
+        if due or final or settings.freeze_pruned or not settings.allow_regrowth:
             return self.masks
         return [np.ones_like(mask) for mask in self.masks]
 
@@ -258,7 +258,7 @@ class Allocator:
             [triplet_score(settings, *one, i) for i in range(rank)]
             for one, rank in zip(evidence, self.ranks)
         ]
-        if not settings.revive:  # pruned triplets rank below all active ones
+        if not settings.allow_regrowth:  # pruned triplets rank below all active ones
             scores = [np.where(mask, row, -np.inf) for row, mask in zip(scores, self.masks)]
         self.masks, self.margin = top(scores, self.budget, self.costs)
 
@@ -288,13 +288,13 @@ def train(matrices, batches, settings, optimizer):
             new = {}
             for name in matrix:
                 states[k, name], move = optimizer(states.get((k, name)), gradient[name])
-                move = settings.lam_lr_multiplier * move if name == "lam" else move
+                move = settings.lambda_lr_scale * move if name == "lam" else move
                 new[name] = matrix[name] + move
             if settings.prox:  # the proximal operator of η ‖λ‖₁
                 shrunk = np.maximum(np.abs(new["lam"]) - settings.prox_weight, 0)
                 new["lam"] = np.sign(new["lam"]) * shrunk
             updated.append(new)
-        seen = updated if settings.sensitivity_at == "updated" else matrices
+        seen = updated if settings.sensitivity_timing == "updated" else matrices
         keep = allocator.update(seen, gradients)
         for matrix, mask in zip(updated, keep):
             matrix["lam"] = np.where(mask, matrix["lam"], 0.0)  # Eq. 6

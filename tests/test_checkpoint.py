@@ -290,7 +290,7 @@ def forge(saved, change):
         (lambda a: a.update(allocator="opt_state/elsewhere"), "not as saved"),
         (lambda a: a.update(step="3"), "not as saved"),
         (lambda a: a.update(config=[]), "not as saved"),
-        (lambda a: a["config"].update(rank_limits=[[1]]), "rank_limits="),
+        (lambda a: a["config"].update(rank_overrides=[[1]]), "rank_overrides="),
         (lambda a: a.update(keys={"adapters/down/p": "threefry2x32"}), "not as saved"),
     ],
 )

@@ -21,7 +21,7 @@ CONFIG = adalora.AdaLoraConfig(
     tinit=2,
     tfinal=6,
     orth_reg_weight=0.0,
-    rank_limits={"key": {"max_r": 0}},
+    rank_overrides={"key": {"max_r": 0}},
 )
 
 # Without its norms over whole blocks, which would include pruned rows.
@@ -119,7 +119,7 @@ def test_compaction_preserves_linen_model_outputs():
             return nn.Dense(2, name="head")(body(name="blocks")(x, None)[0])
 
     config = CONFIG.replace(
-        target_modules=["up", "head"], rank_limits={"head": {"max_r": 0}}, orth_reg_weight=0.1
+        target_modules=["up", "head"], rank_overrides={"head": {"max_r": 0}}, orth_reg_weight=0.1
     )
     x = jax.random.normal(jax.random.key(0), (5, 6))
     variables = Model().init(jax.random.key(1), x)
@@ -154,7 +154,7 @@ class Block(nn.Module):
 
 
 def test_compacted_nnx_model_and_optimizer_train_equally():
-    config = CONFIG.replace(target_modules="all-linear", rank_limits={"layers/1": {"max_r": 0}})
+    config = CONFIG.replace(target_modules="all-linear", rank_overrides={"layers/1": {"max_r": 0}})
     base = nnx.Sequential(*(nnx.Linear(5, 5, rngs=nnx.Rngs(i)) for i in range(3)))
     model = adalora.nnx.adapt(base, config)
     tx = adalora.adalora(optax.adam(0.05), config)

@@ -59,26 +59,30 @@ REFUSED = [
     ({"r": 0}, "r=0", "set init_r"),
     ({"budget_schedule": "cosine"}, "budget_schedule='cosine'", "'linear', 'grow', or a function"),
     ({"budget_unit": "bytes"}, "budget_unit='bytes'", "'parameters', 'flops', or a function"),
-    ({"budget_schedule": "grow", "revive": False}, "revive=False", "leave revive=True"),
+    (
+        {"budget_schedule": "grow", "allow_regrowth": False},
+        "allow_regrowth=False",
+        "leave allow_regrowth=True",
+    ),
     (
         {"score": "sensitivty"},
         "score='sensitivty'",
         "'sensitivity_over_uncertainty', 'signal_to_noise', or a function",
     ),
-    ({"score_over": "p"}, "score_over='p'", "'triplet', 'lam'"),
-    ({"score_over": len}, "score_over=<built-in function len>", "'triplet', 'lam'"),
+    ({"score_reduction": "p"}, "score_reduction='p'", "'triplet', 'lam'"),
+    ({"score_reduction": len}, "score_reduction=<built-in function len>", "'triplet', 'lam'"),
     ({"init": "zeros"}, "init='zeros'", "'gaussian', 'lambda_one', 'orthonormal'"),
     ({"scale": 0}, "scale=0", "above 0, or None"),
     ({"scale": float("inf")}, "scale=inf", "above 0, or None"),
     ({"scale": "2"}, "scale='2'", "above 0, or None"),
-    ({"lam_lr_multiplier": -1}, "lam_lr_multiplier=-1", "0 or more"),
-    ({"lam_lr_multiplier": None}, "lam_lr_multiplier=None", "0 or more"),
+    ({"lambda_lr_scale": -1}, "lambda_lr_scale=-1", "0 or more"),
+    ({"lambda_lr_scale": None}, "lambda_lr_scale=None", "0 or more"),
     ({"prox": "l1"}, "prox='l1'", "None, 'soft_threshold', or a function"),
     ({"prox_weight": -0.1}, "prox_weight=-0.1", "0 or more"),
-    ({"revive": "never"}, "revive='never'", "True or False"),
+    ({"allow_regrowth": "never"}, "allow_regrowth='never'", "True or False"),
     ({"orthogonality": "l2"}, "orthogonality='l2'", "'frobenius', 'squared'"),
-    ({"sensitivity_at": "both"}, "sensitivity_at='both'", "'updated', 'current'"),
-    ({"hold_mask": 1}, "hold_mask=1", "True or False"),
+    ({"sensitivity_timing": "both"}, "sensitivity_timing='both'", "'updated', 'current'"),
+    ({"freeze_pruned": 1}, "freeze_pruned=1", "True or False"),
     ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'", "True or False"),
     ({"fan_in_fan_out": None}, "fan_in_fan_out=None", "True or False"),
     ({"param_dtype": "int8"}, "param_dtype='int8'", "float32, bfloat16"),
@@ -103,7 +107,7 @@ REFUSED = [
     *(
         ({name: value}, f"{name}={shown}", "must be")
         for name in (
-            *("lora_alpha", "scale", "orth_reg_weight", "lam_lr_multiplier"),
+            *("lora_alpha", "scale", "orth_reg_weight", "lambda_lr_scale"),
             "prox_weight",
         )
         for value, shown in ((10**400, "an integer of 1329 bits"), (1e39, "1e+39"))
@@ -113,11 +117,11 @@ REFUSED = [
     ({"lora_alpha": 5e-324}, "lora_alpha=5e-324", "raise lora_alpha"),
     ({"lora_alpha": 1e-38}, "lora_alpha=1e-38", "raise lora_alpha"),
     ({"scale": 1e-300}, "scale=1e-300", "at least 1.18e-38"),
-    ({"rank_limits": {"q": {"alpha": 5e-324}}}, "rank_limits['q'].alpha=5e-324", "raise"),
-    ({"rank_limits": {"q": {"alpha": 10**400}}}, "rank_limits['q']", "a finite number"),
-    ({"rank_limits": {"q": {"init_r": 2**31}}}, "init_r=2147483648", "at most 2147483647"),
-    ({"rank_limits": {"(": 3}}, "rank_limits: '('", "not a regular expression"),
-    ({"rank_limits": {3: 3}}, "rank_limits={3: 3}", "must map regexes"),
+    ({"rank_overrides": {"q": {"alpha": 5e-324}}}, "rank_overrides['q'].alpha=5e-324", "raise"),
+    ({"rank_overrides": {"q": {"alpha": 10**400}}}, "rank_overrides['q']", "a finite number"),
+    ({"rank_overrides": {"q": {"init_r": 2**31}}}, "init_r=2147483648", "at most 2147483647"),
+    ({"rank_overrides": {"(": 3}}, "rank_overrides: '('", "not a regular expression"),
+    ({"rank_overrides": {3: 3}}, "rank_overrides={3: 3}", "must map regexes"),
     ({"target_modules": "("}, "target_modules: '('", "not a regular expression"),
     ({"exclude_modules": "*a"}, "exclude_modules: '*a'", "not a regular expression"),
     ({"exclude_modules": "a{99999999999}"}, "exclude_modules: 'a{", "not a regular expression"),
@@ -343,7 +347,7 @@ FIELDS = {
         | st.lists(st.booleans())
         | st.lists(st.lists(st.booleans(), min_size=1), min_size=1),
     ),
-    "rank_limits": st.none()
+    "rank_overrides": st.none()
     | st.dictionaries(
         st.sampled_from(["q", r".*\d", "a/b", "it's"]),
         st.builds(
@@ -361,7 +365,7 @@ FIELDS = {
     "score": st.sampled_from(["magnitude", np.str_("sensitivity")]),
     "param_dtype": st.sampled_from([jnp.bfloat16, "float32", np.dtype("float16")]),
     "prox": st.sampled_from([None, "soft_threshold"]),
-    "hold_mask": st.booleans(),
+    "freeze_pruned": st.booleans(),
 }
 
 
@@ -382,14 +386,14 @@ def test_config_round_trips_through_repr_json_pickle_and_replace(arguments):
         assert back.scaling == config.scaling
 
 
-def test_first_of_two_equal_rank_limits_patterns_applies():
-    config = AdaLoraConfig(**GOOD, rank_limits=[("q", 9), ("q", {"min_r": 3})])
+def test_first_of_two_equal_rank_overrides_patterns_applies():
+    config = AdaLoraConfig(**GOOD, rank_overrides=[("q", 9), ("q", {"min_r": 3})])
     assert config.spec_of("a/q") == (9, 0, 9, 8)
 
 
 @pytest.mark.parametrize("pattern", ["(?i)Q", "q|k", "(q)", "layers/.*/q", r"layers\.0\.q"])
-def test_rank_limits_pattern_matches_path_suffix(pattern):
-    config = AdaLoraConfig(**GOOD, rank_limits={pattern: 9})
+def test_rank_overrides_pattern_matches_path_suffix(pattern):
+    config = AdaLoraConfig(**GOOD, rank_overrides={pattern: 9})
     assert config.spec_of("layers/0/q").init_r == 9
     assert config.spec_of("layers/0/qq").init_r == 12
 
@@ -410,9 +414,9 @@ def test_rank_pattern_of_stack_keeps_its_slices():
         {"target_modules": {"value", "query"}, "exclude_modules": "head", "layers_to_transform": 3},
         {"layers_to_transform": range(2), "layers_pattern": "h", "modules_to_save": ["head"]},
         {"rank_pattern": {"b": 2, "a": [[True, False], [False, True]]}, "init_r": 9},
-        {"rank_limits": [("z", {"min_r": 1, "alpha": 2.5}), ("a", 4), (".*", 3)]},
-        {"param_dtype": jnp.bfloat16, "hold_mask": True, "beta1": 0.5, "lora_alpha": -1},
-        {"scale": 2, "lam_lr_multiplier": 0.5, "init": "orthonormal", "revive": False},
+        {"rank_overrides": [("z", {"min_r": 1, "alpha": 2.5}), ("a", 4), (".*", 3)]},
+        {"param_dtype": jnp.bfloat16, "freeze_pruned": True, "beta1": 0.5, "lora_alpha": -1},
+        {"scale": 2, "lambda_lr_scale": 0.5, "init": "orthonormal", "allow_regrowth": False},
         {"budget_unit": "flops", "budget_schedule": "grow"},
         {"prox": "soft_threshold", "prox_weight": 0.1, "score": "signal_to_noise"},
         {"allocation": "per_adapter", "score": "magnitude", "budget_schedule": "linear"},
@@ -425,7 +429,7 @@ def test_config_round_trips_through_json(changes):
     assert back == config
     assert hash(back) == hash(config)
     # The first matching pattern applies, so their order is part of the config.
-    assert back.rank_limits == config.rank_limits
+    assert back.rank_overrides == config.rank_overrides
 
 
 def test_config_functions_must_be_passed_to_from_dict():

@@ -63,12 +63,12 @@ def papers_scores(config, params, allocator, grads):
 
 
 @pytest.mark.parametrize(
-    ("score", "score_over"),
+    ("score", "score_reduction"),
     [(score, "triplet") for score in (*SCORES, "sensitivity", "magnitude", "signal_to_noise")]
     + [("sensitivity_uncertainty", "lam")],
 )
-def test_scores_match_paper_and_metrics_summarise_them(score, score_over):
-    config = CONFIG.replace(score=score, score_over=score_over)
+def test_scores_match_paper_and_metrics_summarise_them(score, score_reduction):
+    config = CONFIG.replace(score=score, score_reduction=score_reduction)
     for t, (params, allocator, grads, info, metrics) in enumerate(run(config)):
         expected = papers_scores(config, params, allocator, grads)
         np.testing.assert_allclose(problem.rows(info.scores), expected, rtol=1e-5)

@@ -182,7 +182,7 @@ def test_eva_ranks_stay_within_limits():
     ranks = lambda config, **most: dict(inits.eva_ranks(moments, config, **most).rank_pattern)
     assert ranks(CONFIG) == {"a": 5, "b": 1}
     assert ranks(CONFIG, max_rank=3) == {"a": 3, "b": 3}
-    limited = CONFIG.replace(rank_limits={"a": {"max_r": 2}})
+    limited = CONFIG.replace(rank_overrides={"a": {"max_r": 2}})
     assert ranks(limited) == {"a": 2, "b": 3}
     with pytest.raises(ValueError, match="max_rank=0 must be at least 1"):
         ranks(CONFIG, max_rank=0)
@@ -197,7 +197,7 @@ def read(weight, stack, ins):
     return np.asarray(weight, np.float64).reshape(shape)
 
 
-@pytest.mark.parametrize("changes", [{}, {"scale": 0.25}, {"rank_limits": {"query": 5}}])
+@pytest.mark.parametrize("changes", [{}, {"scale": 0.25}, {"rank_overrides": {"query": 5}}])
 def test_pissa_init_splits_kernel_into_top_components_and_remainder(linen, changes):
     model, _, variables, _ = linen
     config = CONFIG.replace(**changes)

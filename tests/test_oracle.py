@@ -34,13 +34,13 @@ CHOICES = {
         "upper_confidence",
     ),
     "init": ("gaussian", "lambda_one"),
-    "sensitivity_at": ("updated", "current"),
+    "sensitivity_timing": ("updated", "current"),
     "budget_schedule": ("cubic", "linear"),
-    "score_over": ("triplet", "lam"),
+    "score_reduction": ("triplet", "lam"),
     "orthogonality": ("frobenius", "squared"),
-    "hold_mask": (False, True),
-    "revive": (True, False),
-    "lam_lr_multiplier": (1.0, 3.0),
+    "freeze_pruned": (False, True),
+    "allow_regrowth": (True, False),
+    "lambda_lr_scale": (1.0, 3.0),
     "scale": (None, 0.7),
     "inner": ("sgd", "adam"),
     "tinit": (0, 3),
@@ -50,7 +50,7 @@ CHOICES = {
 
 
 def covering_cases():
-    """Combine every score with every init and ``sensitivity_at``; draw the other options."""
+    """Combine every score with every init and ``sensitivity_timing``; draw the other options."""
     names = list(CHOICES)
     rest = np.random.default_rng(5830)
     return [
@@ -61,7 +61,7 @@ def covering_cases():
 
 PLAIN = {
     "init": "gaussian",
-    "sensitivity_at": "updated",
+    "sensitivity_timing": "updated",
     "inner": "sgd",
     "tinit": 2,
     "tfinal": 3,
@@ -71,14 +71,19 @@ BEYOND = [  # options the paper does not have
     {"score": "sensitivity_over_uncertainty"},
     {"score": "sensitivity_over_uncertainty", "init": "lambda_one", "inner": "adam"},
     {"score": "signal_to_noise", "inner": "adam"},
-    {"score": "signal_to_noise", "score_over": "lam", "hold_mask": True},
+    {"score": "signal_to_noise", "score_reduction": "lam", "freeze_pruned": True},
     {"budget_unit": "parameters", "deltaT": 2},
-    {"budget_unit": "flops", "inner": "adam", "revive": False, "budget_schedule": "linear"},
+    {"budget_unit": "flops", "inner": "adam", "allow_regrowth": False, "budget_schedule": "linear"},
     {"budget_unit": "parameters", "budget_schedule": "grow", "score": "magnitude"},
     {"budget_schedule": "grow", "init_r": 4},
-    {"budget_schedule": "grow", "hold_mask": True, "inner": "adam", "init": "lambda_one"},
+    {"budget_schedule": "grow", "freeze_pruned": True, "inner": "adam", "init": "lambda_one"},
     {"prox": "soft_threshold", "prox_weight": 1e-3, "inner": "adam", "deltaT": 2},
-    {"prox": "soft_threshold", "prox_weight": 1e-4, "lam_lr_multiplier": 2.0, "revive": False},
+    {
+        "prox": "soft_threshold",
+        "prox_weight": 1e-4,
+        "lambda_lr_scale": 2.0,
+        "allow_regrowth": False,
+    },
 ]
 
 
@@ -162,11 +167,11 @@ def test_cases_cover_every_pair_of_options():
         assert pairs == set(itertools.product(first, second)), (a, b)
 
 
-@pytest.mark.parametrize(("inner", "sensitivity_at"), [("sgd", "current"), ("adam", "updated")])
-def test_float32_runs_match_paper_up_to_rounding(inner, sensitivity_at):
+@pytest.mark.parametrize(("inner", "sensitivity_timing"), [("sgd", "current"), ("adam", "updated")])
+def test_float32_runs_match_paper_up_to_rounding(inner, sensitivity_timing):
     case = {
         "inner": inner,
-        "sensitivity_at": sensitivity_at,
+        "sensitivity_timing": sensitivity_timing,
         "init": "gaussian",
         "tinit": 3,
         "tfinal": 4,
@@ -181,14 +186,16 @@ def test_float32_runs_match_paper_up_to_rounding(inner, sensitivity_at):
         compare(history, record, closest=1e-3, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("score_over", "hold_mask"), [("triplet", False), ("lam", True)])
+@pytest.mark.parametrize(("score_reduction", "freeze_pruned"), [("triplet", False), ("lam", True)])
 @pytest.mark.parametrize("score", CHOICES["score"])
-def test_allocate_matches_paper_with_unequal_ranks_and_bad_gradients(score, score_over, hold_mask):
+def test_allocate_matches_paper_with_unequal_ranks_and_bad_gradients(
+    score, score_reduction, freeze_pruned
+):
     """Weights and gradients are random; four gradients are not finite, one at a mask's step."""
     common = {
         "score": score,
-        "score_over": score_over,
-        "hold_mask": hold_mask,
+        "score_reduction": score_reduction,
+        "freeze_pruned": freeze_pruned,
         "tinit": 2,
         "tfinal": 3,
     }

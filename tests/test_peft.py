@@ -205,14 +205,14 @@ def test_scale_follows_live_rank_when_alpha_is_not_positive(alpha, tmp_path):
     np.testing.assert_array_equal(same, got)
 
 
-def test_training_only_options_are_dropped_and_rank_limits_kept(tmp_path):
+def test_training_only_options_are_dropped_and_rank_overrides_kept(tmp_path):
     config = CONFIG.replace(
         budget_schedule="linear",
         score=lambda evidence: evidence,
         allocation="per_adapter",
-        hold_mask=True,
+        freeze_pruned=True,
         target_modules=lambda path, module: True,
-        rank_limits={"query": {"init_r": 8, "alpha": 2}, "up": {"alpha": 12}},
+        rank_overrides={"query": {"init_r": 8, "alpha": 2}, "up": {"alpha": 12}},
     )
     trained = {"query": adapter(0, rank=8, config=config), "up": adapter(1), "down": adapter(2)}
     peft.save_pretrained(tmp_path, trained, config)

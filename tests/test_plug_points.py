@@ -57,7 +57,7 @@ def test_given_scale_does_not_depend_on_rank():
 
 def test_layer_alpha_overrides_config_scale():
     limits = {"query": al.RankSpec(init_r=8), "key": al.RankSpec(alpha=20)}
-    config = CONFIG.replace(rank_limits=limits)
+    config = CONFIG.replace(rank_overrides=limits)
     paths = ("a/query", "a/key", "a/up")
     assert [config.scale_of(path) for path in paths] == [6 / 8, 20 / 4, 6 / 4]
     assert [config.replace(scale=0.25).scale_of(path) for path in paths] == [0.25, 5.0, 0.25]
@@ -82,7 +82,7 @@ def test_peft_config_expresses_scale_as_alpha():
 
 @pytest.mark.parametrize("limits", [None, {"b": {"alpha": 3}}])
 def test_exported_adapter_computes_with_given_scale(limits, tmp_path):
-    config = CONFIG.replace(scale=0.75, rank_limits=limits, init_lora_weights=False)
+    config = CONFIG.replace(scale=0.75, rank_overrides=limits, init_lora_weights=False)
     shapes = {"a": (3, 4, ()), "b": (4, 3, ())}
     adapters = problem.adapters(config, shapes=shapes)
     al.huggingface.save_pretrained(tmp_path, adapters, config)
@@ -103,7 +103,7 @@ def test_exported_adapter_computes_with_given_scale(limits, tmp_path):
 )
 @pytest.mark.parametrize("params", [None, "beside others"])
 def test_lam_updates_are_inner_updates_times_multiplier(inner, params):
-    config = CONFIG.replace(lam_lr_multiplier=2.5, init_lora_weights=False)
+    config = CONFIG.replace(lambda_lr_scale=2.5, init_lora_weights=False)
     trees = problem.adapters(config)
     trees = trees if params is None else {"block": trees, "head": jnp.ones((2, 3))}
     grads = gradients(trees, 0)
@@ -126,7 +126,7 @@ def test_lam_updates_are_inner_updates_times_multiplier(inner, params):
 
 @pytest.mark.slow
 def test_multiplier_gives_same_run_with_and_without_jit():
-    config = CONFIG.replace(lam_lr_multiplier=4.0, revive=False)
+    config = CONFIG.replace(lambda_lr_scale=4.0, allow_regrowth=False)
     runs = [list(steps(config, optax.adam(0.03), jit=jit)) for jit in (jax.jit, lambda f: f)]
     for compiled, eager in zip(*runs):
         jax.tree.map(
@@ -141,9 +141,9 @@ def test_multiplier_of_one_leaves_program_unchanged():
         tx = al.adalora(optax.adam(0.1), config)
         return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
 
-    config = CONFIG.replace(lam_lr_multiplier=1, revive=True)
+    config = CONFIG.replace(lambda_lr_scale=1, allow_regrowth=True)
     assert program(config) == program(CONFIG)
-    assert program(CONFIG.replace(lam_lr_multiplier=2.0)) != program(CONFIG)
+    assert program(CONFIG.replace(lambda_lr_scale=2.0)) != program(CONFIG)
 
 
 # A proximal step on λ -------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_prox_is_applied_to_lam_before_importance(dtype):
     config = CONFIG.replace(
         prox="soft_threshold",
         prox_weight=0.75,
-        lam_lr_multiplier=2.0,
+        lambda_lr_scale=2.0,
         init_lora_weights=False,
         param_dtype=dtype,
     )
@@ -307,7 +307,9 @@ def test_triplet_cost_depends_on_layer_size():
 
 
 @pytest.mark.parametrize("unit", ["parameters", "flops"])
-@pytest.mark.parametrize("changes", [{}, {"allocation": "per_adapter"}, {"revive": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"allocation": "per_adapter"}, {"allow_regrowth": False}], ids=str
+)
 def test_live_cost_is_less_than_one_triplet_below_budget(unit, changes):
     """The budget falls from the cost of init_r per matrix to that of target_r per matrix."""
     config = CONFIG.replace(budget_unit=unit, **changes)
@@ -356,9 +358,9 @@ def test_budget_beyond_int32_raises():
 # Growing ranks --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hold_mask", [False, True])
+@pytest.mark.parametrize("freeze_pruned", [False, True])
 @pytest.mark.parametrize("init", ["gaussian", "lambda_one", "orthonormal"])
-def test_grow_schedule_increases_ranks_and_new_triplets_train(hold_mask, init):
+def test_grow_schedule_increases_ranks_and_new_triplets_train(freeze_pruned, init):
     """The problem needs rank: triplets that were pruned early are live and non-zero at the end."""
     config = CONFIG.replace(
         total_step=60,
@@ -366,7 +368,7 @@ def test_grow_schedule_increases_ranks_and_new_triplets_train(hold_mask, init):
         tfinal=20,
         deltaT=4,
         budget_schedule="grow",
-        hold_mask=hold_mask,
+        freeze_pruned=freeze_pruned,
         init=init,
     )
     params, data = problem.adapters(config), problem.batches(config)
@@ -434,7 +436,7 @@ def test_orthonormal_init_is_isotropic():
     ],
 )
 def test_without_revival_ranks_only_fall_and_budget_is_met(allocation, limits):
-    config = CONFIG.replace(rank_limits=limits, allocation=allocation, score="sensitivity")
+    config = CONFIG.replace(rank_overrides=limits, allocation=allocation, score="sensitivity")
 
     def run(config):
         """Count the triplets that masks revived, and those that are live after the last mask."""
@@ -444,13 +446,13 @@ def test_without_revival_ranks_only_fall_and_budget_is_met(allocation, limits):
             assert sum(map(np.sum, masks)) == int(state.budget), f"step {t}"
             if before is not None:
                 revived += sum(int((now & ~then).sum()) for now, then in zip(masks, before))
-            if not config.revive:
+            if not config.allow_regrowth:
                 for adapter, mask in zip(problem.matrices(params), masks):
                     assert not adapter["lam"][~mask].any(), f"step {t}"
             before = masks
         return revived, sum(map(np.sum, masks))
 
-    assert run(config.replace(revive=False)) == (0, 2 * problem.MATRICES)
+    assert run(config.replace(allow_regrowth=False)) == (0, 2 * problem.MATRICES)
     revived, live = run(config)
     assert revived > 0, "nothing was at stake"
     assert live == 2 * problem.MATRICES
@@ -460,7 +462,12 @@ def test_pruned_triplets_do_not_count_towards_min_r():
     """Only live triplets count, even where a pruned one has the highest score."""
     limits = {"a": {"min_r": 1}}
     config = al.AdaLoraConfig(
-        total_step=4, init_r=3, target_r=1, score="magnitude", rank_limits=limits, revive=False
+        total_step=4,
+        init_r=3,
+        target_r=1,
+        score="magnitude",
+        rank_overrides=limits,
+        allow_regrowth=False,
     )
     make = lambda lam: al.Adapter(jnp.ones((3, 2)), jnp.asarray(lam), jnp.ones((3, 2)))
     adapters = {"a": make([1.0, 2.0, 3.0]), "b": make([9.0, 8.0, 7.0])}

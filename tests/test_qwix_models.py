@@ -197,7 +197,7 @@ class Grouped(nnx.Module):
 
 @pytest.mark.parametrize("make", [Model, Grouped])
 def test_as_lora_matches_qwix_lora(make):
-    config = CONFIG.replace(rank_limits=[("q", adalora.RankSpec(init_r=3))])
+    config = CONFIG.replace(rank_overrides=[("q", adalora.RankSpec(init_r=3))])
     adapted = trained(adalora.nnx.adapt(make(nnx.Rngs(0)), config))
     adapters = adalora.nnx.adapters(adapted)
     masks = {path: jnp.arange(a.lam.shape[-1]) % 2 == 0 for path, a in adapters.items()}

@@ -98,8 +98,8 @@ def test_score_over_lam_ignores_p_and_q(score):
     against = jnp.broadcast_to(100 - 10 * rows[:, None], (4, 3))
     grads = {"a": al.Adapter(p=against[:, :2], lam=rows, q=against)}
 
-    def masks_with(score_over):
-        state = al.init_state(adapters, config.replace(score_over=score_over))
+    def masks_with(score_reduction):
+        state = al.init_state(adapters, config.replace(score_reduction=score_reduction))
         for step in range(9):
             state, masks = al.allocate(state, grads, step)
         return masks["a"].tolist()
@@ -216,8 +216,8 @@ def test_per_adapter_allocation_spends_budget_and_differs_by_at_most_one(seed):
 
 
 def test_per_adapter_allocation_rejects_rank_limits():
-    with pytest.raises(ValueError, match="min_r and max_r in rank_limits have no meaning"):
-        al.AdaLoraConfig(total_step=9, allocation="per_adapter", rank_limits={"q": {"max_r": 3}})
+    with pytest.raises(ValueError, match="min_r and max_r in rank_overrides have no meaning"):
+        al.AdaLoraConfig(total_step=9, allocation="per_adapter", rank_overrides={"q": {"max_r": 3}})
 
 
 def test_partitioned_transformations_have_separate_budgets():

@@ -91,23 +91,23 @@ ABLATIONS = {
     "no-orthogonality": _adalora("no orthogonality", orth_reg_weight=0.0),
     "squared-orthogonality": _adalora("squared orthogonality", orthogonality="squared"),
 }
-_COMBINED = {"init": "orthonormal", "lam_lr_multiplier": 10}
+_COMBINED = {"init": "orthonormal", "lambda_lr_scale": 10}
 # Options that might improve AdaLoRA, and those of them that LoRA supports.
 IMPROVEMENTS = {
     "lora-x4": Method("LoRA, scale × 4", "lora", 1, {"scale": 4}),
     "lora-x8": Method("LoRA, scale × 8", "lora", 1, {"scale": 8}, only_main=True),
     "x4": _adalora("scale × 4", scale=4),
     "x8": _adalora("scale × 8", scale=8),
-    "lam10": _adalora("λ at 10 × the rate", lam_lr_multiplier=10),
+    "lam10": _adalora("λ at 10 × the rate", lambda_lr_scale=10),
     "orthonormal": _adalora("orthonormal init", init="orthonormal"),
     "orthonormal-lam10": Method("AdaLoRA, orthonormal, λ × 10", config=_COMBINED),
-    "x4-lam10": Method("AdaLoRA, scale × 4, λ × 10", config={"scale": 4, "lam_lr_multiplier": 10}),
+    "x4-lam10": Method("AdaLoRA, scale × 4, λ × 10", config={"scale": 4, "lambda_lr_scale": 10}),
     "orthonormal-x4-lam10": _adalora("orthonormal, scale × 4, λ × 10", **_COMBINED, scale=4),
     "start4": _adalora("from 4 × the rank", start=4),
     "start4-orthonormal-lam10": _adalora("from 4 ×, orthonormal, λ × 10", start=4, **_COMBINED),
-    "start4-x4-lam10": _adalora("from 4 ×, scale × 4, λ × 10", 4, scale=4, lam_lr_multiplier=10),
+    "start4-x4-lam10": _adalora("from 4 ×, scale × 4, λ × 10", 4, scale=4, lambda_lr_scale=10),
     "every10": _adalora("a mask every 10 steps", deltaT=10),
-    "every10-held": _adalora("a mask every 10 steps, held", deltaT=10, hold_mask=True),
-    "unrevived": _adalora("pruned for good", revive=False),
+    "every10-held": _adalora("a mask every 10 steps, held", deltaT=10, freeze_pruned=True),
+    "unrevived": _adalora("pruned for good", allow_regrowth=False),
 }
 METHODS = {**BASELINES, **ABLATIONS, **IMPROVEMENTS}

@@ -158,7 +158,7 @@ def test_nn_jit_cache_is_not_shared_between_adapters():
     variables = Jitted().init(jax.random.key(1), X)
     plain = Jitted().apply(variables, X)
     limits = {"layer_1": adalora.RankSpec(alpha=40)}
-    for config in (CONFIG, CONFIG.replace(lora_alpha=30), CONFIG.replace(rank_limits=limits)):
+    for config in (CONFIG, CONFIG.replace(lora_alpha=30), CONFIG.replace(rank_overrides=limits)):
         jitted, unjitted = (adalora.linen.adapt(m(), config) for m in (Jitted, Unjitted))
         adapters = jitted.init(jax.random.key(2), variables, X)
         assert list(adapters) == [

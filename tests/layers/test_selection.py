@@ -135,12 +135,21 @@ def test_invalid_target_modules_raises(framework, wanted, message):
         ({"exclude_modules": ["nope"]}, r"exclude_modules: 'nope' matches no module\. The nearest"),
         ({"exclude_modules": ["out", "nope"]}, "exclude_modules: 'nope' matches no module"),
         ({"exclude_modules": "out"}, r"exclude_modules: 'out' .* whole path; .*, \['out'\]"),
-        ({"rank_limits": {"nope": 4}}, r"rank_limits: 'nope' matches no adapted layer; they are "),
-        ({"rank_limits": {"query": 4, "quer.": 3, "conv": 2}}, "rank_limits: 'conv' matches no"),
-        ({"exclude_modules": ["out"], "rank_limits": {"out": 3}}, "rank_limits: 'out' matches no"),
+        (
+            {"rank_overrides": {"nope": 4}},
+            r"rank_overrides: 'nope' matches no adapted layer; they are ",
+        ),
+        (
+            {"rank_overrides": {"query": 4, "quer.": 3, "conv": 2}},
+            "rank_overrides: 'conv' matches no",
+        ),
+        (
+            {"exclude_modules": ["out"], "rank_overrides": {"out": 3}},
+            "rank_overrides: 'out' matches no",
+        ),
     ],
 )
-def test_unmatched_exclude_modules_or_rank_limits_raises(framework, changes, message):
+def test_unmatched_exclude_modules_or_rank_overrides_raises(framework, changes, message):
     with pytest.raises(ValueError, match=message):
         SHAPES[framework](config(target_modules="all-linear", **changes))
 
@@ -239,9 +248,9 @@ def test_error_gives_reasons_if_all_selected_layers_are_unsupported():
         select(SUBJECTS, config(target_modules=r"a/key|b/value|norm"))
 
 
-def test_resolved_rank_overrides_equal_rank_limits_pattern():
+def test_resolved_overrides_equal_rank_overrides_pattern():
     choose = lambda path, module: adalora.RankSpec(init_r=3) if path == "a/query" else False
-    chosen = config(target_modules=choose, rank_limits={"a/query": 6})
+    chosen = config(target_modules=choose, rank_overrides={"a/query": 6})
     assert select(SUBJECTS, resolve(SUBJECTS, chosen))["a/query"].rank == 3
 
 
@@ -297,9 +306,9 @@ def test_weight_shared_by_different_layer_kinds_raises():
 
 
 @frameworks
-def test_rank_limits_set_ranks_by_pattern(framework):
+def test_rank_overrides_set_ranks_by_pattern(framework):
     limits = {"query": 6, r".*key": {"init_r": 3, "alpha": 3}, "head": adalora.RankSpec(min_r=1)}
-    chosen = config(target_modules="all-linear", rank_limits=limits)
+    chosen = config(target_modules="all-linear", rank_overrides=limits)
     ranks = {path: a.lam.shape[0] for path, a in SHAPES[framework](chosen).items()}
     expected = {"query": 6, "key": 3, "out": 4, "head": 4}
     assert ranks == {path: expected[path.rpartition("/")[2]] for path in ranks}
@@ -328,9 +337,9 @@ def test_predicate_with_rank_specs_requires_resolve(framework):
 
 
 @frameworks
-def test_rank_limits_alpha_scales_the_increment(framework):
+def test_rank_overrides_alpha_scales_the_increment(framework):
     limits = {"query": {"alpha": 12, "init_r": 6}}
-    chosen = config(target_modules="all-linear", rank_limits=limits, init_lora_weights=False)
+    chosen = config(target_modules="all-linear", rank_overrides=limits, init_lora_weights=False)
     assert chosen.scale_of(QUERIES[framework][0]) == 2
     x = jax.random.normal(jax.random.key(3), X.shape)
     if framework == "linen":
@@ -348,7 +357,7 @@ def test_rank_limits_alpha_scales_the_increment(framework):
 
 @frameworks
 def test_describe_counts_parameters_of_abstract_model(framework):
-    chosen = config(target_modules="all-linear", rank_limits={"head": 6})
+    chosen = config(target_modules="all-linear", rank_overrides={"head": 6})
     if framework == "linen":
         variables = jax.eval_shape(Model().init, jax.random.key(0), X)
         text = adalora.linen.describe(Model(), chosen, variables, X)
@@ -365,23 +374,23 @@ def test_describe_counts_parameters_of_abstract_model(framework):
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"query": {"min_r": 5}}, r"rank_limits\['query'\]: min_r=5 is above init_r=4"),
+        ({"query": {"min_r": 5}}, r"rank_overrides\['query'\]: min_r=5 is above init_r=4"),
         ({"query": {"min_r": 3, "max_r": 2}}, r"min_r=3 is above max_r=2"),
-        ({"query": {"rank": 3}}, r"rank_limits\['query'\]"),
+        ({"query": {"rank": 3}}, r"rank_overrides\['query'\]"),
         ({"query": 0}, r"init_r=0 must be an integer of at least 1"),
-        ({"(": 3}, r"rank_limits: '\(' is not a regular expression"),
+        ({"(": 3}, r"rank_overrides: '\(' is not a regular expression"),
         (3, "must map regexes"),
         ({"query": {"alpha": float("nan")}}, "alpha=nan must be a finite number"),
     ],
 )
-def test_invalid_rank_limits_raise(limits, message):
+def test_invalid_rank_overrides_raise(limits, message):
     with pytest.raises(ValueError, match=message):
-        config(rank_limits=limits)
+        config(rank_overrides=limits)
 
 
-def test_training_respects_rank_limits_and_meets_budget_exactly():
+def test_training_respects_rank_overrides_and_meets_budget_exactly():
     limits = {"query": {"min_r": 3}, r"layers_0/key": {"max_r": 1}}
-    chosen = config(target_modules="all-linear", rank_limits=limits)
+    chosen = config(target_modules="all-linear", rank_overrides=limits)
     adapters = {
         path: adalora.Adapter(*(jnp.ones(leaf.shape) for leaf in a))
         for path, a in linen_shapes(chosen).items()

@@ -151,7 +151,7 @@ def test_skipped_final_step_ends_above_target_in_peft_and_at_target_here():
 
 def test_between_masks_peft_is_unpruned_and_our_state_has_the_masks():
     """deltaT = 4: in both the pruned λ grow back, so that they can be revived; here the masks are
-    stored for evaluation and export, and ``hold_mask`` prevents the growth."""
+    stored for evaluation and export, and ``freeze_pruned`` prevents the growth."""
     case = Case("chain2", config(80, (6, 2), 10, 20, 4), steps=31)
     peft_model, config_, adapters = both(case)
     peft_live = [live(snapshot.adapters) for snapshot in theirs.train(case, peft_model)]
@@ -165,7 +165,7 @@ def test_between_masks_peft_is_unpruned_and_our_state_has_the_masks():
     ]
     assert [live(adapters) for adapters in masked[24:]] == [6] * 7
 
-    held = ours.train(case, config_.replace(hold_mask=True), adapters, scale=config_.scaling)
+    held = ours.train(case, config_.replace(freeze_pruned=True), adapters, scale=config_.scaling)
     assert [live(snapshot.adapters) for snapshot in held][24:] == [6] * 7
 
 

@@ -101,7 +101,9 @@ def test_lora_export_has_ranks_of_masks(tmp_path):
 
 
 def test_per_layer_scales_are_kept(tmp_path):
-    config = CONFIG.replace(rank_limits={"query": {"alpha": 30, "init_r": 6}, "key": {"alpha": -1}})
+    config = CONFIG.replace(
+        rank_overrides={"query": {"alpha": 30, "init_r": 6}, "key": {"alpha": -1}}
+    )
     family, layout = hf.LAYOUTS["bert"]
     adapters, masks = hf.adapters(layout, hf.model(family), config)
     adapters = small(adapters)

@@ -42,7 +42,7 @@ config = adalora.AdaLoraConfig(
     init_r=3,
     target_r=2,
     target_modules=["query"],
-    rank_limits={"query": adalora.RankSpec(init_r=3)},
+    rank_overrides={"query": adalora.RankSpec(init_r=3)},
     score=size,
 )
 x = jnp.ones((2, 4))

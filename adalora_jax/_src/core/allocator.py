@@ -140,8 +140,8 @@ def allocate(state: AdaLoraState, grads: PyTree, step: ArrayLike) -> tuple[AdaLo
     """Update the allocator by one step: moving averages, budget and masks. Jitted.
 
     Call it once per optimizer step, after the optimizer updated the adapters (with
-    ``sensitivity_at="current"``: before). With the default config, a call in the budgeting phase
-    computes::
+    ``sensitivity_timing="current"``: before). With the default config, a call in the budgeting
+    phase computes::
 
         I ← |w · g|                                       (8)
         Ī ← β1 Ī + (1 − β1) I                             (9)
@@ -155,9 +155,9 @@ def allocate(state: AdaLoraState, grads: PyTree, step: ArrayLike) -> tuple[AdaLo
 
     A new mask is made at multiples of ``deltaT`` in the budgeting phase, and at the final step. The
     current masks are applied to the returned adapters (pruned λ exactly 0) when a new mask is due,
-    at all steps from the final mask on, and with ``hold_mask`` at all steps. At other steps of the
-    budgeting phase a pruned λ may grow back, so that its triplet can be revived. With
-    ``revive=False`` a mask selects among the active triplets only, and pruned λ stay 0.
+    at all steps from the final mask on, and with ``freeze_pruned`` at all steps. At other steps of
+    the budgeting phase a pruned λ may grow back, so that its triplet can be revived. With
+    ``allow_regrowth=False`` a mask selects among the active triplets only, and pruned λ stay 0.
 
     If any ``w · g`` is not finite, the allocator's state does not change.
 
@@ -266,7 +266,7 @@ def best_masks(
     """Return new masks: the highest-scoring triplets of all adapters within the budget.
 
     Args:
-      state: the allocator's state; with ``revive=False`` its masks limit the selection.
+      state: the allocator's state; with ``allow_regrowth=False`` its masks limit the selection.
       weights, gradients, sensitivity, uncertainty: inputs of the scores, in canonical form.
       allowed: the budget, in ``config.budget_unit``.
     """
@@ -284,7 +284,7 @@ def best_masks(
     dtype = jnp.result_type(*{score.dtype for score in scores})
     none, before = [None] * len(scores), pytree.adapter_leaves(state.masks)
     limits = _limits(config, weights, allowed) or none
-    alive = none if config.revive else before
+    alive = none if config.allow_regrowth else before
     costs = none if config.budget_unit == "triplets" else _costs(config, weights)
     columns = (scores, limits, alive, costs)
     parts = [_ranked_scores(*pytree.gather(batch, *columns), dtype) for batch in batches]
@@ -321,7 +321,7 @@ def is_mask_step(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -
 def masks_applied(before: AllocatorState, step: jax.Array) -> jax.Array:
     """Return whether the masks are applied at ``step``; otherwise pruned λ may grow back."""
     config = before.config
-    held = config.hold_mask or not config.revive
+    held = config.freeze_pruned or not config.allow_regrowth
     return is_mask_step(config, step, before.step) | (step >= config.final_step) | held
 
 
@@ -393,7 +393,7 @@ def _limits(
     if config.allocation == "per_adapter":
         share = allowed // _cost_per_rank(config, adapters)
         return [(share, share + 1) for _ in pytree.adapters(adapters)]
-    if not config.rank_limits:
+    if not config.rank_overrides:
         return None
     specs = [config.spec_of(path) for path in pytree.adapters(adapters)]
     return [(spec.min_r, spec.max_r) for spec in specs]

@@ -36,28 +36,28 @@ Score = Literal[
     "sensitivity_over_uncertainty",
     "signal_to_noise",
 ]
-ScoreOver = Literal["triplet", "lam"]
+ScoreReduction = Literal["triplet", "lam"]
 Allocation = Literal["global", "per_adapter"]
 Init = Literal["gaussian", "lambda_one", "orthonormal"]
 Norm = Literal["frobenius", "squared"]
-SensitivityAt = Literal["updated", "current"]
+SensitivityTiming = Literal["updated", "current"]
 Rank = int | Sequence[bool] | Sequence[Sequence[bool]]
 Limit = RankSpec | Mapping[str, Any] | int
 
 _CHOICES = {
     "budget_schedule": get_args(Schedule),
     "score": get_args(Score),
-    "score_over": get_args(ScoreOver),
+    "score_reduction": get_args(ScoreReduction),
     "allocation": get_args(Allocation),
     "init": get_args(Init),
     "orthogonality": get_args(Norm),
-    "sensitivity_at": get_args(SensitivityAt),
+    "sensitivity_timing": get_args(SensitivityTiming),
     "prox": (None, "soft_threshold"),
     "budget_unit": get_args(Unit),
 }
 _OR_A_FUNCTION = ("budget_schedule", "budget_unit", "score", "init", "prox")
 _FLAGS = (
-    *("init_lora_weights", "fan_in_fan_out", "hold_mask", "revive", "forward_mode"),
+    *("init_lora_weights", "fan_in_fan_out", "freeze_pruned", "allow_regrowth", "forward_mode"),
     "orth_reg_in_update",
 )
 
@@ -89,14 +89,14 @@ class AdaLoraConfig:
       target_r: int ≥ 1, default 8; PEFT. Triplets per matrix at the end, averaged over all
         matrices: the final budget is b(T) = ``target_r`` · n. Used by ``budget``.
       init_r: int ≥ ``target_r``, default 12; PEFT. Triplets per matrix at the start: the initial
-        budget is b(0) = ``init_r`` · n. ``rank_limits`` and ``rank_pattern`` override it for single
-        layers. Used by ``adapt``, ``init_adapter``, ``budget`` and ``scaling``.
+        budget is b(0) = ``init_r`` · n. ``rank_overrides`` and ``rank_pattern`` override it for
+        single layers. Used by ``adapt``, ``init_adapter``, ``budget`` and ``scaling``.
       tinit: int ≥ 0, default 0; PEFT. t_i, the last step of the warm-up, in which nothing is
         pruned. Used by ``budget`` and by the allocator.
       tfinal: int ≥ 0, default 0; PEFT. t_f, the number of steps at the end, from the final mask on.
         Mask, Ī and Ū do not change after it. Used by ``budget`` and by the allocator.
       deltaT: int ≥ 1, default 1; PEFT. Δ_T, the number of steps from one mask to the next. Between
-        two masks a pruned λ may grow back, see ``hold_mask``. Used by the allocator.
+        two masks a pruned λ may grow back, see ``freeze_pruned``. Used by the allocator.
       beta1: float above 0 and below 1, default 0.85; PEFT. β1, the decay of the smoothed
         sensitivity Ī, Eq. (9). Used by the allocator.
       beta2: float above 0 and below 1, default 0.85; PEFT. β2, the decay of the uncertainty Ū,
@@ -109,12 +109,12 @@ class AdaLoraConfig:
         ``adalora_jax.orthogonality`` raises an error for this config, since the penalty would count
         twice. False: add ``orthogonality`` to the loss yourself.
       rank_pattern: ``{path: rank}``, its pairs, or None (default); PEFT. Ranks of an earlier run
-        to start from, ahead of ``init_r`` and ``rank_limits``. A rank is an int ≥ 0, or the
+        to start from, ahead of ``init_r`` and ``rank_overrides``. A rank is an int ≥ 0, or the
         booleans of ``adalora_jax.rank_pattern``, one per triplet (nested lists for a stack). None:
-        the ranks follow from ``init_r`` and ``rank_limits``. Used by ``adapt`` and by the reader
+        the ranks follow from ``init_r`` and ``rank_overrides``. Used by ``adapt`` and by the reader
         and writer of PEFT files.
-      rank_limits: ``{pattern: RankSpec}``, its pairs, or None (default). Initial rank, limits and
-        alpha of the layers that match; a value may also be a dict of the fields of
+      rank_overrides: ``{pattern: RankSpec}``, its pairs, or None (default). Initial rank, limits
+        and alpha of the layers that match; a value may also be a dict of the fields of
         :class:`RankSpec`, or an ``init_r`` alone. A pattern is a regex for the whole path or for
         its end at a separator, so the name of a layer is one. The first match counts. Used by
         ``adapt`` (``init_r``), the allocator (``min_r`` and ``max_r``, which
@@ -123,7 +123,7 @@ class AdaLoraConfig:
         for the whole run, or by 1 where ``lora_alpha`` is not above 0; see :attr:`scaling`. Has no
         effect if ``scale`` is set.
       scale: finite float ≥ 1.18e-38, or None (default). The factor s of the increments, for any
-        rank; an ``alpha`` in ``rank_limits`` has precedence. None: s is computed from
+        rank; an ``alpha`` in ``rank_overrides`` has precedence. None: s is computed from
         ``lora_alpha``. Used by :attr:`scaling` and :meth:`scale_of`.
       lora_dropout: float ≥ 0 and below 1, default 0; PEFT. Probability of dropout on the input of
         an adapter during training. Used by the adapted linen or NNX model.
@@ -162,8 +162,8 @@ class AdaLoraConfig:
         ``"upper_confidence"``, ``Ī + Ū``; ``"sensitivity_over_uncertainty"``, ``Ī / Ū``
         (IGU-LoRA); ``"signal_to_noise"``, ``|w|`` over the deviation of its posterior. Used by the
         allocator.
-      score_over: ``"triplet"`` (default), the score of λ plus the means of the scores of p and q,
-        Eq. (7); or ``"lam"``, the score of λ alone. Has no effect on ``"magnitude"`` and on a
+      score_reduction: ``"triplet"`` (default), the score of λ plus the means of the scores of p and
+        q, Eq. (7); or ``"lam"``, the score of λ alone. Has no effect on ``"magnitude"`` and on a
         ``ScoreFunction``. Used by the allocator.
       allocation: ``"global"`` (default), all triplets compete for one budget, Eq. (6); or
         ``"per_adapter"``, every matrix has the same rank. Used by the allocator.
@@ -175,9 +175,9 @@ class AdaLoraConfig:
         ``adalora_jax.adalora`` with ``orth_reg_in_update``.
       param_dtype: float32 (default), bfloat16, float16 or float64, as a name or a dtype; stored as
         its name. Dtype of p, λ and q. Used by ``init_adapter``.
-      sensitivity_at: ``"updated"`` (default), w in ``|w g|`` is taken after the update, as in PEFT;
-        or ``"current"``, before it. Used by ``adalora_jax.adalora``.
-      lam_lr_multiplier: finite float ≥ 0, default 1. Factor on the inner optimizer's update of λ.
+      sensitivity_timing: ``"updated"`` (default), w in ``|w g|`` is taken after the update, as in
+        PEFT; or ``"current"``, before it. Used by ``adalora_jax.adalora``.
+      lambda_lr_scale: finite float ≥ 0, default 1. Factor on the inner optimizer's update of λ.
         Used by ``adalora_jax.adalora``.
       prox: None (default), ``"soft_threshold"`` or a ``ProxFunction``. Map applied to λ after each
         update: None, the identity; ``"soft_threshold"``, the proximal step of an L1 penalty (SoRA).
@@ -186,10 +186,10 @@ class AdaLoraConfig:
         ``adalora_jax.adalora``.
       forward_mode: bool, default False. True: ``jax.jvp`` and ``jax.hessian`` work; training steps
         are slower. Used by the adapted linen or NNX model.
-      hold_mask: bool, default False. True: a pruned λ stays 0 until a later mask makes its triplet
-        active again. Used by the allocator.
-      revive: bool, default True. False: a pruned λ stays 0 for the rest of the run; not allowed
-        with ``budget_schedule="grow"``. Used by the allocator.
+      freeze_pruned: bool, default False. True: a pruned λ stays 0 until a later mask makes its
+        triplet active again. Used by the allocator.
+      allow_regrowth: bool, default True. False: a pruned λ stays 0 for the rest of the run; not
+        allowed with ``budget_schedule="grow"``. Used by the allocator.
 
     Args:
       task_type: None or one of PEFT's values. This and the arguments below are PEFT's; they are
@@ -227,7 +227,7 @@ prunes to target_r, so init_r must be at least 8.
     orth_reg_weight: float = 0.5
     orth_reg_in_update: bool = False
     rank_pattern: Mapping[str, Rank] | Sequence[tuple[str, Rank]] | None = None
-    rank_limits: Mapping[str, Limit] | Sequence[tuple[str, Limit]] | None = None
+    rank_overrides: Mapping[str, Limit] | Sequence[tuple[str, Limit]] | None = None
     lora_alpha: float = 8
     scale: float | None = None
     lora_dropout: float = 0.0
@@ -241,18 +241,18 @@ prunes to target_r, so init_r must be at least 8.
     budget_schedule: Schedule | BudgetSchedule = "cubic"
     budget_unit: Unit | BudgetCost = "triplets"
     score: Score | ScoreFunction = "sensitivity_uncertainty"
-    score_over: ScoreOver = "triplet"
+    score_reduction: ScoreReduction = "triplet"
     allocation: Allocation = "global"
     init: Init | InitFunction = "gaussian"
     orthogonality: Norm = "frobenius"
     param_dtype: DTypeLike = "float32"
-    sensitivity_at: SensitivityAt = "updated"
-    lam_lr_multiplier: float = 1.0
+    sensitivity_timing: SensitivityTiming = "updated"
+    lambda_lr_scale: float = 1.0
     prox: Literal["soft_threshold"] | ProxFunction | None = None
     prox_weight: float = 0.0
     forward_mode: bool = False
-    hold_mask: bool = False
-    revive: bool = True
+    freeze_pruned: bool = False
+    allow_regrowth: bool = True
     task_type: InitVar[str | None] = None
     bias: InitVar[str] = "none"
     inference_mode: InitVar[bool] = False
@@ -287,7 +287,7 @@ prunes to target_r, so init_r must be at least 8.
             self._check(name, checks.number, "strictly between 0 and 1", lambda v: 0 < v < 1)
         self._check("lora_dropout", checks.number, "at least 0 and below 1", lambda v: 0 <= v < 1)
         self._check("lora_alpha", checks.number, "a finite number", math.isfinite)
-        for name in ("orth_reg_weight", "lam_lr_multiplier", "prox_weight"):
+        for name in ("orth_reg_weight", "lambda_lr_scale", "prox_weight"):
             self._check(name, checks.number, "0 or more", lambda v: 0 <= v < math.inf)
         if self.scale is None:
             checks.scaling("lora_alpha", self.lora_alpha, self.init_r)
@@ -299,8 +299,8 @@ prunes to target_r, so init_r must be at least 8.
             self._check(name, checks.names)
         self._check("layers_to_transform", checks.indices)
         self._set("rank_pattern", checks.rank_pattern(self.rank_pattern))
-        limits = rank_spec.parse(self.rank_limits, self.init_r)
-        self._set("rank_limits", limits)
+        limits = rank_spec.parse(self.rank_overrides, self.init_r)
+        self._set("rank_overrides", limits)
         self._check("param_dtype", checks.dtype_name)
         for name, allowed in _CHOICES.items():
             self._check(name, checks.choice, allowed, name in _OR_A_FUNCTION)
@@ -309,12 +309,12 @@ prunes to target_r, so init_r must be at least 8.
         ):
             raise ValueError(
                 "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
-                "rank_limits have no meaning: leave them out, or allocate globally."
+                "rank_overrides have no meaning: leave them out, or allocate globally."
             )
-        if self.budget_schedule == "grow" and not self.revive:
+        if self.budget_schedule == "grow" and not self.allow_regrowth:
             raise ValueError(
-                "revive=False with budget_schedule='grow': a rank can only rise by triplets that "
-                "become active again, so leave revive=True."
+                "allow_regrowth=False with budget_schedule='grow': a rank can only rise by "
+                "triplets that become active again, so leave allow_regrowth=True."
             )
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
@@ -343,11 +343,11 @@ prunes to target_r, so init_r must be at least 8.
     def scale_of(self, path: str) -> float:
         """Return the factor s of the adapter at ``path``.
 
-        It is :attr:`scaling`, unless ``rank_limits`` sets the layer's alpha or, if ``scale`` is
+        It is :attr:`scaling`, unless ``rank_overrides`` sets the layer's alpha or, if ``scale`` is
         None, its ``init_r``. Then it is ``alpha / init_r`` with the layer's values, or 1 where that
         alpha is not above 0.
 
-        >>> config = AdaLoraConfig(total_step=9, rank_limits={"query": RankSpec(alpha=24)})
+        >>> config = AdaLoraConfig(total_step=9, rank_overrides={"query": RankSpec(alpha=24)})
         >>> config.scale_of("encoder/query"), config.scale_of("encoder/key") == config.scaling
         (2.0, True)
         """
@@ -359,11 +359,11 @@ prunes to target_r, so init_r must be at least 8.
     def spec_of(self, path: str) -> LayerRank:
         """Return the rank of the layer at ``path``, with defaults for the fields that are None.
 
-        A pattern of ``rank_limits`` is a regex for the whole path or for its end at a separator,
+        A pattern of ``rank_overrides`` is a regex for the whole path or for its end at a separator,
         so the name of a layer is one. The first match counts.
 
         >>> limits = {"query": 24, r".*/mlp/.*": {"max_r": 8}}
-        >>> config = AdaLoraConfig(total_step=9, rank_limits=limits)
+        >>> config = AdaLoraConfig(total_step=9, rank_overrides=limits)
         >>> config.spec_of("layers/0/query")
         LayerRank(init_r=24, min_r=0, max_r=24, alpha=8)
         >>> config.spec_of("layers.0.mlp.up").max_r
@@ -385,7 +385,7 @@ prunes to target_r, so init_r must be at least 8.
 
     @property
     def _limits(self) -> tuple[tuple[str, RankSpec], ...]:
-        return cast("Any", self.rank_limits or ())
+        return cast("Any", self.rank_overrides or ())
 
     def replace(self, **changes: Any) -> AdaLoraConfig:
         """Return a copy with some fields changed, validated like a new config.
@@ -403,7 +403,7 @@ prunes to target_r, so init_r must be at least 8.
 
         Functions are represented by their names, since JSON cannot represent functions.
 
-        >>> config = AdaLoraConfig(total_step=10, target_modules=["q"], rank_limits={"q": 4})
+        >>> config = AdaLoraConfig(total_step=10, target_modules=["q"], rank_overrides={"q": 4})
         >>> AdaLoraConfig.from_dict(config.to_dict()) == config
         True
         """
@@ -525,23 +525,23 @@ works without it.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdaLoraConfig)}
 # Fields that PEFT does not have; their defaults give PEFT's behaviour.
 _OURS = {
-    "rank_limits",
+    "rank_overrides",
     "scale",
     "budget_schedule",
     "budget_unit",
     "score",
-    "score_over",
+    "score_reduction",
     "allocation",
     "init",
     "orthogonality",
     "param_dtype",
-    "sensitivity_at",
-    "lam_lr_multiplier",
+    "sensitivity_timing",
+    "lambda_lr_scale",
     "prox",
     "prox_weight",
     "forward_mode",
-    "hold_mask",
-    "revive",
+    "freeze_pruned",
+    "allow_regrowth",
     "orth_reg_in_update",
 }
 

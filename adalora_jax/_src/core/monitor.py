@@ -129,8 +129,8 @@ def info(
     ``metrics = {"loss": loss, **info(opt_state).metrics("adalora/")}``.
 
     Right after a new mask, the active triplets are those with the ``budget`` highest ``scores``
-    (within ``rank_limits``); in another ``budget_unit``, the highest within the budget. Between two
-    masks the scores change while the mask does not. From the final mask on, the averages do not
+    (within ``rank_overrides``); in another ``budget_unit``, the highest within the budget. Between
+    two masks the scores change while the mask does not. From the final mask on, the averages do not
     change, nor do the scores computed from them.
 
     Args:
@@ -138,7 +138,7 @@ def info(
         optimizer, an ``nnx.Optimizer``, an :class:`AdaLoraState`, or the allocator's state.
       params: the adapters, in any tree. Needed by scores that depend on weights: ``"magnitude"``,
         ``"signal_to_noise"``, ``"sensitivity"`` and functions. Pass those after the update, in
-        which a newly pruned λ is already 0; with ``sensitivity_at="current"``, those before it.
+        which a newly pruned λ is already 0; with ``sensitivity_timing="current"``, those before it.
       grads: the gradients that ``tx.update`` got. Needed by ``"sensitivity"`` and functions.
 
     Returns:

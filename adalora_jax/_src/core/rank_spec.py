@@ -69,7 +69,7 @@ class LayerRank(NamedTuple):
 
 
 def parse(value: Any, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
-    """Return ``rank_limits`` as pairs of pattern and :class:`RankSpec`, in the given order.
+    """Return ``rank_overrides`` as pairs of pattern and :class:`RankSpec`, in the given order.
 
     Args:
       value: a mapping from pattern to a :class:`RankSpec`, a dict of its fields, or an ``init_r``;
@@ -91,11 +91,11 @@ def parse(value: Any, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
         ]
     except (TypeError, ValueError):
         raise ValueError(
-            f"rank_limits={value!r} must map regexes or names of layers to a RankSpec, a dict of "
-            "its fields, or init_r alone."
+            f"rank_overrides={value!r} must map regexes or names of layers to a RankSpec, a dict "
+            "of its fields, or init_r alone."
         ) from None
     return tuple(
-        (checks.regex("rank_limits", pattern), _as_spec(pattern, spec, init_r))
+        (checks.regex("rank_overrides", pattern), _as_spec(pattern, spec, init_r))
         for pattern, spec in pairs
     )
 
@@ -128,14 +128,15 @@ def _as_spec(pattern: str, value: Any, init_r: int) -> RankSpec:
         if not isinstance(value, RankSpec):
             value = RankSpec(**value) if isinstance(value, Mapping) else RankSpec(init_r=value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"rank_limits[{pattern!r}]={checks.shown(value)}: {error}") from None
+        raise ValueError(f"rank_overrides[{pattern!r}]={checks.shown(value)}: {error}") from None
     for name in ("min_r", "max_r") if value.init_r is None else ():
         limit = getattr(value, name)
         if limit is not None and limit > init_r:
             raise ValueError(
-                f"rank_limits[{pattern!r}]: {name}={limit} is above init_r={init_r}, the rank such "
-                f"a layer starts with: lower it, or give the pattern an init_r of {limit} or more."
+                f"rank_overrides[{pattern!r}]: {name}={limit} is above init_r={init_r}, the rank "
+                f"such a layer starts with: lower it, or give the pattern an init_r of {limit} or "
+                "more."
             )
     if value.alpha is not None:
-        checks.scaling(f"rank_limits[{pattern!r}].alpha", value.alpha, value.init_r or init_r)
+        checks.scaling(f"rank_overrides[{pattern!r}].alpha", value.alpha, value.init_r or init_r)
     return value

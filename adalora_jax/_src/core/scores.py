@@ -177,14 +177,14 @@ def triplet_scores(
       elements of steady importance (IGU-LoRA);
     * ``"signal_to_noise"``: ``|w| / σ`` of a weight's posterior (Chen and Garner 2024), with
       ``σ⁻² = h + δ`` and the Fisher information ``(Ī / w)²`` as h, so ``√(Ī² + δ w²)``; δ is 1e-4;
-    * ``"magnitude"``: ``|λ|``, for any ``score_over``;
+    * ``"magnitude"``: ``|λ|``, for any ``score_reduction``;
 
-    combined per triplet by :func:`triplet_mean`, or of λ alone with ``score_over="lam"``; or a
+    combined per triplet by :func:`triplet_mean`, or of λ alone with ``score_reduction="lam"``; or a
     function that takes a :class:`ScoreInputs` and returns the scores of the triplets.
 
     Args:
       evidence: weight, gradient and averages of one adapter.
-      config: the source of ``score`` and ``score_over``.
+      config: the source of ``score`` and ``score_reduction``.
       factor: the result of :func:`representable`, by which both averages in ``Ī · Ū`` are
         multiplied.
 
@@ -205,7 +205,7 @@ def triplet_scores(
     if config.score == "magnitude":
         return jnp.abs(evidence.weight.lam.astype(jnp.float32))
     elements = jax.tree.map(functools.partial(_element_score, config.score, factor), *evidence)
-    return elements.lam if config.score_over == "lam" else triplet_mean(elements)
+    return elements.lam if config.score_reduction == "lam" else triplet_mean(elements)
 
 
 def _element_score(score, factor, weight, gradient, sensitivity, uncertainty):

@@ -46,13 +46,13 @@ def adalora(
 
     One update has three parts:
 
-    1. The inner optimizer's step. The update of λ is multiplied by ``lam_lr_multiplier``, and λ is
+    1. The inner optimizer's step. The update of λ is multiplied by ``lambda_lr_scale``, and λ is
        mapped by ``prox``.
     2. The moving averages, from the incoming gradient and the updated parameters, as in PEFT; with
-       ``sensitivity_at="current"``, from the parameters before the update.
+       ``sensitivity_timing="current"``, from the parameters before the update.
     3. When a mask is due, a new mask over all adapters. Every pruned λ is then exactly 0 after
        ``optax.apply_updates``, and at all steps from the final mask on. In between it may grow
-       back, unless ``hold_mask`` or ``revive=False`` keeps it at 0.
+       back, unless ``freeze_pruned`` or ``allow_regrowth=False`` keeps it at 0.
 
     :func:`adalora_jax.allocate` has the equations of 2 and 3 (`AdaLoRA, Eqs. (6)–(12)
     <https://arxiv.org/abs/2303.10512>`_). The state counts one step per update; an update in which
@@ -146,13 +146,13 @@ def adalora(
         gradients = check_gradients(updates, params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         current, moves = pytree.extract_adapters(params), pytree.extract_adapters(updates)
-        if config.lam_lr_multiplier != 1:
-            faster = lambda move: move._replace(lam=config.lam_lr_multiplier * move.lam)
+        if config.lambda_lr_scale != 1:
+            faster = lambda move: move._replace(lam=config.lambda_lr_scale * move.lam)
             moves = pytree.map_adapters(faster, moves)
         if config.prox is not None:
             moves = pytree.map_adapters(functools.partial(_apply_prox, config), current, moves)
         weights = current
-        if config.sensitivity_at == "updated":
+        if config.sensitivity_timing == "updated":
             weights = optax.apply_updates(current, moves)
         allocator = update_allocator(before, weights, gradients, before.step)
         now = masks_applied(before, before.step)

@@ -185,7 +185,7 @@ def eva_ranks(
 
     Args:
       moments: ``{path: array [*stack, in, in]}`` as :func:`input_second_moments` returns them.
-      config: has each layer's ``init_r`` and, in ``rank_limits``, its ``max_r``.
+      config: has each layer's ``init_r`` and, in ``rank_overrides``, its ``max_r``.
       max_rank: the highest rank of a layer; None: twice its ``init_r``.
 
     Returns:
@@ -207,7 +207,7 @@ def eva_ranks(
         share = jnp.mean(_explained(moment), axis=range(moment.ndim - 2))
         number = math.prod(moment.shape[:-2])
         limit = min(max_rank or 2 * spec.init_r, moment.shape[-1])
-        limit = min(limit, spec.max_r) if config.rank_limits else limit
+        limit = min(limit, spec.max_r) if config.rank_overrides else limit
         for i, value in enumerate(np.asarray(share)[1:limit]):
             candidates.append((-value, path, i, number))
         ranks[path], left = 1, left + number * (spec.init_r - 1)

@@ -417,8 +417,8 @@ def resolve(
       variables, *args, **kwargs: as in :meth:`AdaptedModule.init`; shapes are enough.
 
     Returns:
-      A config with a regex as ``target_modules`` and each RankSpec in ``rank_limits``; ``config``
-      itself if its ``target_modules`` is not a function.
+      A config with a regex as ``target_modules`` and each RankSpec in ``rank_overrides``;
+      ``config`` itself if its ``target_modules`` is not a function.
 
     Raises:
       TypeError: as in :func:`adapt`.

@@ -171,7 +171,7 @@ def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
 
     Returns:
       A config in which ``target_modules`` is a regex of the selected paths and the RankSpecs are
-      entries of ``rank_limits``.
+      entries of ``rank_overrides``.
 
     Raises:
       TypeError: as in :func:`adapt`.

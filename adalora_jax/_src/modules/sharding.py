@@ -112,7 +112,7 @@ def derive(
       weights: by path, the layout, the whole shape, and the sharding of each weight; None for a
         replicated weight.
       rules: replacements for derived specs. Either ``{pattern: Adapter of PartitionSpecs}``, with
-        patterns as in ``rank_limits``: a regex for the whole path or for its end at a separator;
+        patterns as in ``rank_overrides``: a regex for the whole path or for its end at a separator;
         the first match counts. Or a function ``(path, derived Adapter) -> Adapter``.
 
     Returns:

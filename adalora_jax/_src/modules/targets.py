@@ -53,7 +53,7 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
 
     Every module that a name in a list selects must be adaptable. A regex or a function selects
     among the adaptable layers only. Each pattern of ``exclude_modules`` must match a module, each
-    pattern of ``rank_limits`` an adapted layer.
+    pattern of ``rank_overrides`` an adapted layer.
 
     Args:
       candidates: every module of the model by path.
@@ -73,10 +73,10 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
             "write it into the config with config = adalora_jax.linen.resolve(model, config, "
             "variables, *inputs) or adalora_jax.nnx.resolve(model, config), and use that config."
         )
-    for pattern, _ in config.rank_limits or ():
+    for pattern, _ in config.rank_overrides or ():
         if not any(rank_spec.matches(pattern, path) for path in chosen):
             raise ValueError(
-                f"rank_limits: {pattern!r} matches no adapted layer; they are "
+                f"rank_overrides: {pattern!r} matches no adapted layer; they are "
                 f"{', '.join(list(chosen)[:10])}."
             )
     ranks = _ranks(list(chosen), config)
@@ -88,7 +88,7 @@ def resolve(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> AdaLo
 
     The optimizer and merging see paths, not modules, so they cannot call the function to learn its
     ranks; and a config without functions can be saved. Each RankSpec becomes an entry of
-    ``rank_limits``, before the existing entries.
+    ``rank_overrides``, before the existing entries.
     """
     if not callable(config.target_modules):
         return config
@@ -98,7 +98,7 @@ def resolve(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> AdaLo
     limits = [(re.escape(path), spec) for path, spec in specs]
     return config.replace(
         target_modules=f"(?:{'|'.join(map(re.escape, chosen))})",
-        rank_limits=[*limits, *(config.rank_limits or ())] or None,
+        rank_overrides=[*limits, *(config.rank_overrides or ())] or None,
     )
 
 
@@ -450,7 +450,7 @@ def _layer_index(path: str, names: tuple[str, ...] | None) -> int | None:
 
 
 def _ranks(paths: Sequence[str], config: AdaLoraConfig) -> dict[str, int]:
-    """Return starting ranks by path: an earlier run's ``rank_pattern``, else ``rank_limits``.
+    """Return starting ranks by path: an earlier run's ``rank_pattern``, else ``rank_overrides``.
 
     Layers in neither have rank ``init_r``.
     """
