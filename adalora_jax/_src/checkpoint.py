@@ -23,6 +23,7 @@ from adalora_jax._src.core.allocator import AllocatorState, allocator_state
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree, leaf_name
+from adalora_jax._src.core.roles import group_by_role, stack
 from adalora_jax._src.tensorfile import writing_to
 
 _FORMAT = "adalora_jax/2"
@@ -32,6 +33,7 @@ _OF_THE_RUN = (
     *("lora_alpha", "scale"),
 )
 _PARTS = ("adapters", "opt_state")
+_BY_ROLE = ("masks", "sensitivity", "uncertainty")  # fields of the allocator's state
 _MOST_COMPRESSED = 40_000  # bound on the compression factor of zstd, which even zeros do not exceed
 
 
@@ -42,7 +44,7 @@ class Checkpoint(NamedTuple):
       adapters: the trained parameters, with the saved shapes and dtypes: ``{path: Adapter}`` and
         the parameters of ``modules_to_save``, or the containers of ``target``.
       opt_state: the optimizer's state.
-      allocator: the allocator's state, taken from ``opt_state``; always in dicts by path.
+      allocator: the allocator's state, as in ``opt_state``; with arrays in place of NNX Variables.
       step: the trainer's step that was passed to ``save``, or else the number of updates.
       config: the run's config.
       version: the version of the library that saved the checkpoint.
@@ -135,7 +137,7 @@ def save_args(
     """
     allocator = allocator_state(opt_state)
     _refuse_another_config(opt_state, config, "config")
-    leaves = _state(adapters, opt_state)
+    leaves = _state(adapters, _map_allocators(_by_path, opt_state))
     keys = {name: str(jax.random.key_impl(x)) for name, x in leaves.items() if _is_key(x)}
     arrays = {name: _data(leaf) for name, leaf in leaves.items()}
     prints = jax.device_get(_fingerprints(arrays))
@@ -199,7 +201,8 @@ def restore(
         opt_state = _structs(_subtree("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
     _refuse_other_facts(folder, facts, target[0])
-    wanted = _state(*target)
+    named = target[0], _map_allocators(lambda state: _by_path(_abstract(state)), target[1])
+    wanted = _state(*named)
     _refuse_differences(
         f"the checkpoint {folder}", saved, {name: _spec(leaf) for name, leaf in wanted.items()}
     )
@@ -216,8 +219,11 @@ def restore(
         jax.tree.unflatten(
             jax.tree.structure(node), [arrays[f"{part}/{n}"] for n in _flatten_named(node)]
         )
-        for part, node in zip(_PARTS, target)
+        for part, node in zip(_PARTS, named)
     ]
+    if goes_on:
+        filled[1] = _map_allocators(lambda state, like: _like(like, state), filled[1], target[1])
+        allocator = allocator_state(filled[1])
     return Checkpoint(filled[0], filled[1], allocator, about["step"], config, about["version"])
 
 
@@ -232,6 +238,40 @@ def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
         for part, node in zip(_PARTS, (adapters, opt_state))
         for name, leaf in _flatten_named(node).items()
     }
+
+
+def _map_allocators(function: Any, opt_state: PyTree, *rest: PyTree) -> PyTree:
+    """Return an optimizer's state with a function applied to each allocator's state in it."""
+    is_state = lambda node: isinstance(node, AllocatorState)
+    each = lambda node, *others: function(node, *others) if is_state(node) else node
+    return jax.tree.map(each, opt_state, *rest, is_leaf=is_state)
+
+
+def _by_path(state: AllocatorState) -> AllocatorState:
+    """Return the state with dicts by path, in which it is stored whatever the roles of a model."""
+    state = pytree.unwrap_variables(state)
+    return state._replace(**{name: dict(getattr(state, name)) for name in _BY_ROLE})
+
+
+def _abstract(state: AllocatorState) -> AllocatorState:
+    """Return the state with ``jax.ShapeDtypeStruct`` in place of its arrays, to slice no array."""
+    struct = lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+    )
+    return jax.tree.map(struct, pytree.unwrap_variables(state))
+
+
+def _like(target: AllocatorState, state: AllocatorState) -> AllocatorState:
+    """Return a state of dicts by path in the roles, Variables and shardings of ``target``."""
+    wanted = pytree.unwrap_variables(target)
+    roles = wanted.masks.roles
+    state = state._replace(**{name: stack(roles, getattr(state, name)) for name in _BY_ROLE})
+
+    def place(leaf, like):
+        sharding = getattr(like, "sharding", None)
+        return leaf if sharding in (None, leaf.sharding) else jax.device_put(leaf, sharding)
+
+    return pytree.match_containers(target, jax.tree.map(place, state, wanted))
 
 
 def _flatten_named(node: PyTree) -> dict[str, Any]:
@@ -346,10 +386,11 @@ def _allocator(
     averages = (_adapters(_subtree(name, named), facts) for name in ("sensitivity", "uncertainty"))
     scalars = {name: named[name] for name in ("step", "budget", "applied", "overridden", "penalty")}
     sensitivity, uncertainty = averages
+    roles = group_by_role(sensitivity)
     return AllocatorState(
-        masks=_subtree("masks", named),
-        sensitivity=sensitivity,
-        uncertainty=uncertainty,
+        masks=stack(roles, _subtree("masks", named)),
+        sensitivity=stack(roles, sensitivity),
+        uncertainty=stack(roles, uncertainty),
         config=config,
         **scalars,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +18,13 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.core.roles import ByRole, group_by_role, stack, stack_like
 from adalora_jax._src.core.schedule import budget, cost
 from adalora_jax._src.core.scores import (
     ScoreInputs,
-    finite_batch,
-    largest,
+    raw_sensitivity,
     representable,
-    smooth_batch,
+    smooth,
     triplet_scores,
 )
 from adalora_jax._src.core.selection import (
@@ -37,9 +38,10 @@ from adalora_jax._src.core.selection import (
 class AllocatorState(NamedTuple):
     """The allocator's state between steps; its leaves have constant shapes and dtypes.
 
-    ``masks``, ``sensitivity`` and ``uncertainty`` are trees in the containers of the parameters.
-    Instead of each adapter they have a boolean array ``[..., r]`` (``masks``) or an
-    :class:`Adapter` of float32 moving averages; instead of any other leaf, None.
+    ``masks``, ``sensitivity`` and ``uncertainty`` are mappings by path, in the order of the
+    parameters, whose arrays are stored by role: adapters whose paths differ only in numbers, and
+    whose shapes and dtypes are equal, are one array with a leading axis, as ``nn.scan`` would make
+    them. So the number of repeated layers does not show in the compiled update.
 
     Attributes:
       step: int32 scalar: number of updates so far, which is the index of the next step.
@@ -59,9 +61,9 @@ class AllocatorState(NamedTuple):
 
     step: jax.Array
     budget: jax.Array
-    masks: PyTree
-    sensitivity: PyTree
-    uncertainty: PyTree
+    masks: ByRole
+    sensitivity: ByRole
+    uncertainty: ByRole
     applied: jax.Array
     overridden: jax.Array
     penalty: jax.Array
@@ -113,21 +115,23 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     Raises:
       ValueError: ``params`` contains no adapter, or all triplets together cost 2³¹ or more.
     """
-    adapters = pytree.extract_adapters(params)
-    if not jax.tree.leaves(adapters):
+    adapters = pytree.adapters(params)
+    if not adapters:
         raise ValueError(
             f"no adapter was found in the {type(params).__name__} of parameters: pass the adapters "
             "that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam."
         )
+    roles = group_by_role(adapters)
     # zeros_like and ones_like give the state the shardings of the parameters.
-    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), adapters)
-    masks = pytree.map_adapters(lambda adapter: jnp.ones_like(adapter.lam, bool), adapters)
+    zeros = lambda leaf: jnp.zeros_like(leaf, jnp.float32)
+    averages = lambda: stack(roles, {p: jax.tree.map(zeros, a) for p, a in adapters.items()})
+    active = {path: jnp.ones_like(adapter.lam, bool) for path, adapter in adapters.items()}
     return AllocatorState(
         step=jnp.zeros((), jnp.int32),
         budget=current_budget(config, jnp.zeros((), jnp.int32), adapters),
-        masks=masks,
-        sensitivity=zeros(),
-        uncertainty=zeros(),
+        masks=stack(roles, active),
+        sensitivity=averages(),
+        uncertainty=averages(),
         applied=jnp.zeros((), bool),
         overridden=jnp.zeros((), jnp.int32),
         penalty=jnp.zeros((), jnp.float32),
@@ -184,128 +188,125 @@ def allocate(state: AdaLoraState, grads: PyTree, step: ArrayLike) -> tuple[AdaLo
     >>> int(masks["query"].sum())
     2
     """
-    adapters = pytree.extract_adapters(state.adapters)
-    gradients = check_gradients(with_facts(grads, state.adapters), state.adapters)
+    adapters = pytree.adapters(state.adapters)
+    gradients = check_gradients(grads, adapters)
     step = jnp.asarray(step, jnp.int32)
     allocator = update_allocator(state.allocator, adapters, gradients, step)
     now = masks_applied(state.allocator, step)
     done = allocator.step != state.allocator.step  # False if a gradient is not finite
     allocator = allocator._replace(applied=jnp.where(done, now, allocator.applied))
-    columns = (pytree.adapter_leaves(adapters), pytree.adapter_leaves(allocator.masks))
-    masked = pytree.map_groups(
-        functools.partial(_masked_batch, now), pytree.group_by_shape(*columns), *columns
-    )
-    adapters = pytree.replace_adapters(state.adapters, pytree.unflatten_adapters(adapters, masked))
-    return AdaLoraState(adapters, allocator), allocator.masks
+    masks = dict(allocator.masks)
+    masked = {
+        path: a._replace(lam=jnp.where(masks[path] | ~now, a.lam, jnp.zeros((), a.lam.dtype)))
+        for path, a in adapters.items()
+    }
+    result = AdaLoraState(pytree.insert_adapters(state.adapters, masked), allocator)
+    return result, pytree.insert_values(state.adapters, masks)
 
 
 def update_allocator(
     state: AllocatorState,
-    weights: PyTree,
-    gradients: PyTree,
+    weights: Mapping[str, Adapter],
+    gradients: Mapping[str, Adapter],
     step: jax.Array,
 ) -> AllocatorState:
-    """Return the allocator's next state, from adapters and gradients in canonical form.
+    """Return the allocator's next state, from ``{path: Adapter}`` of weights and gradients.
 
     Before the final phase the averages are updated with ``|w · g|``. When a mask is due, the
     highest-scoring triplets of all adapters are kept within the budget b(t). The state does not
     change if any ``w · g`` is not finite.
     """
-    config = state.config
-    given = pytree.adapter_leaves(weights), pytree.adapter_leaves(gradients)
-    batches = pytree.group_by_shape(*given)
-    paths = list(pytree.adapters(weights))
-    roles = [role for batch in batches for role in pytree.by_role(batch, paths)]
-    finite = [finite_batch(*pytree.gather(role, *given)) for role in roles]
-    finite = jnp.all(jnp.stack(finite))
+    config, averages = state.config, (state.sensitivity, state.uncertainty)
+    raw = stack_like(
+        state.sensitivity,
+        {path: Adapter(*map(raw_sensitivity, a, gradients[path])) for path, a in weights.items()},
+    )
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(raw)]))
 
     def new_averages():
-        averages = (
-            pytree.adapter_leaves(state.sensitivity),
-            pytree.adapter_leaves(state.uncertainty),
-        )
-        update = functools.partial(smooth_batch, config=config)
-        pairs = pytree.map_groups(update, batches, *given, *averages)
-        return tuple(
-            pytree.match_containers(part, [pair[i] for pair in pairs])
-            for i, part in enumerate((state.sensitivity, state.uncertainty))
-        )
+        leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
+        pairs = [smooth(*triple, config) for triple in leaves]
+        return tuple(map(jax.tree.structure(raw).unflatten, zip(*pairs)))
 
     # Not jnp.where, which reads and writes all averages even if they do not change.
     sensitivity, uncertainty = jax.lax.cond(
-        finite & (step < config.total_step - config.tfinal),
-        new_averages,
-        lambda: (state.sensitivity, state.uncertainty),
+        finite & (step < config.total_step - config.tfinal), new_averages, lambda: averages
     )
     allowed = current_budget(config, step, weights)
-
-    new_masks = functools.partial(
-        best_masks, state, weights, gradients, sensitivity, uncertainty, allowed
-    )
+    new_state = state._replace(sensitivity=sensitivity, uncertainty=uncertainty)
     masks = jax.lax.cond(
-        finite & is_mask_step(config, step, state.step), new_masks, lambda: state.masks
+        finite & is_mask_step(config, step, state.step),
+        lambda: best_masks(new_state, weights, gradients, allowed),
+        lambda: state.masks,
     )
-    return state._replace(
+    return new_state._replace(
         step=jnp.where(finite, step + 1, state.step),
         # Fixed from the final mask on, because compaction may remove adapters from the count.
         budget=jnp.where(finite & (state.step <= config.final_step), allowed, state.budget),
         masks=masks,
-        sensitivity=sensitivity,
-        uncertainty=uncertainty,
     )
 
 
 def best_masks(
     state: AllocatorState,
-    weights: PyTree,
-    gradients: PyTree,
-    sensitivity: PyTree,
-    uncertainty: PyTree,
+    weights: Mapping[str, Adapter],
+    gradients: Mapping[str, Adapter],
     allowed: jax.Array,
-) -> PyTree:
+) -> ByRole:
     """Return new masks: the highest-scoring triplets of all adapters within the budget.
 
     Args:
-      state: the allocator's state; with ``allow_regrowth=False`` its masks limit the selection.
-      weights, gradients, sensitivity, uncertainty: inputs of the scores, in canonical form.
+      state: the source of the averages; with ``allow_regrowth=False`` its masks limit the
+        selection.
+      weights, gradients: ``{path: Adapter}``, for the scores that depend on them.
       allowed: the budget, in ``config.budget_unit``.
     """
-    config = state.config
-    evidence = [
-        pytree.adapter_leaves(part) for part in (weights, gradients, sensitivity, uncertainty)
-    ]
-    batches = pytree.group_by_shape(*evidence[:2])
+    config, roles = state.config, state.masks.roles
+    scores = role_scores(state, weights, gradients)
+    dtype = jnp.result_type(*{score.dtype for score in scores.values()})
+    limits, costs = _limits(config, weights, allowed), _costs(config, weights)
+
+    def ranked(role):
+        along = lambda each: jnp.stack([jnp.asarray(each[p]) for p in role.paths]).reshape(
+            -1, *[1] * len(role.shape)
+        )
+        return rank_scores(
+            scores[role.name].astype(dtype),
+            limits and tuple(along({p: pair[i] for p, pair in limits.items()}) for i in (0, 1)),
+            None if config.allow_regrowth else state.masks.stacked[role.name],
+            None if config.budget_unit == "triplets" else along(costs),
+        )
+
+    entries = [ranked(role) for role in roles.members]
+    row = concatenate(entries)
+    mask = apply_threshold(row, find_threshold(row, allowed, roles.places), roles.places)
+    ends = itertools.accumulate(entry.keys.size for entry in entries)
+    new = {}
+    for role, entry, end in zip(roles.members, entries, ends):
+        before = state.masks.stacked[role.name]
+        new[role.name] = _sharded_like(
+            mask[end - entry.keys.size : end].reshape(before.shape), before
+        )
+    return ByRole(new, roles)
+
+
+def role_scores(
+    state: AllocatorState, weights: Mapping[str, Adapter], gradients: Mapping[str, Adapter]
+) -> dict[str, jax.Array]:
+    """Return the scores of all triplets, ``{role: [members, ..., r]}``."""
+    config, averages = state.config, (state.sensitivity, state.uncertainty)
     factor: ArrayLike = 1
     if config.score == "sensitivity_uncertainty":
-        of_lam = [adapter.lam for part in evidence[2:] for adapter in part]
-        factor = representable(largest(of_lam))
-    scored = functools.partial(_score_groups, factor, config=config)
-    scores = pytree.map_groups(scored, batches, *evidence)
-    dtype = jnp.result_type(*{score.dtype for score in scores})
-    none, before = [None] * len(scores), pytree.adapter_leaves(state.masks)
-    limits = _limits(config, weights, allowed) or none
-    alive = none if config.allow_regrowth else before
-    costs = none if config.budget_unit == "triplets" else _costs(config, weights)
-    columns = (scores, limits, alive, costs)
-    parts = [_ranked_scores(*pytree.gather(batch, *columns), dtype) for batch in batches]
-    where = find_threshold(concatenate([row for row, _ in parts]), allowed)
-    entries = pytree.scatter(batches, [entries for _, entries in parts])
-    masks = [_sharded_like(*pair) for pair in zip(apply_threshold(entries, where), before)]
-    return jax.tree.structure(state.masks).unflatten(masks)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _score_groups(factor, weights, gradients, sensitivity, uncertainty, config):
-    rows = zip(weights, gradients, sensitivity, uncertainty)
-    return [triplet_scores(ScoreInputs(*row), config, factor) for row in rows]
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _ranked_scores(scores, limits, alive, costs, dtype):
-    """Return a batch's entries for the selection, concatenated and one per adapter."""
-    rows = zip(scores, limits, alive, costs)
-    entries = [rank_scores(score.astype(dtype), *rest) for score, *rest in rows]
-    return concatenate(entries), entries
+        lams = [adapter.lam for part in averages for adapter in part.stacked.values()]
+        factor = representable(jnp.max(jnp.stack([jnp.max(lam) for lam in lams])))
+    given = [stack_like(state.sensitivity, part) for part in (weights, gradients)]
+    score = functools.partial(triplet_scores, config=config, factor=factor)
+    if callable(config.score):
+        score = jax.vmap(score)  # a custom score gets one adapter
+    return {
+        name: score(ScoreInputs(*(part.stacked[name] for part in (*given, *averages))))
+        for name in state.masks.stacked
+    }
 
 
 def is_mask_step(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
@@ -330,16 +331,6 @@ def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
     return jax.sharding.reshard(mask, sharding) if sharding.mesh.are_all_axes_explicit else mask
 
 
-def _masked(now, adapter, mask):
-    lam = jnp.where(mask | ~jnp.asarray(now), adapter.lam, jnp.zeros((), adapter.lam.dtype))
-    return adapter._replace(lam=lam)
-
-
-@jax.jit
-def _masked_batch(now, adapters, masks):
-    return [_masked(now, *pair) for pair in zip(adapters, masks)]
-
-
 def with_facts(grads: PyTree, params: PyTree) -> PyTree:
     """Return ``grads`` with the scale and layout of the parameters in each :class:`Adapter`.
 
@@ -358,33 +349,33 @@ def with_facts(grads: PyTree, params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(like, grads, is_leaf=is_leaf)
 
 
-def check_gradients(grads: PyTree, params: PyTree) -> PyTree:
-    """Return the gradients of the adapters in canonical form, checked against the adapters.
+def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Return ``{path: Adapter}`` of the gradients, in the order of the adapters, after checks.
 
     Raises:
       ValueError: an adapter has no gradient or one of another shape, or a gradient has no adapter;
         the message names them.
     """
-    have, want = pytree.adapters(grads), pytree.adapters(params)
-    problems = [f"{path} has no gradient" for path in want if path not in have]
-    problems += [f"{path} is no adapter" for path in have if path not in want]
-    for path in want:
+    have = pytree.adapters(grads)
+    problems = [f"{path} has no gradient" for path in adapters if path not in have]
+    problems += [f"{path} is no adapter" for path in have if path not in adapters]
+    for path, adapter in adapters.items():
         for name in Adapter._fields if path in have else ():
-            shapes = [tuple(getattr(a[path], name).shape) for a in (have, want)]
+            shapes = [tuple(getattr(a, name).shape) for a in (adapter, have[path])]
             if shapes[0] != shapes[1]:
-                problems.append(f"{path}.{name} has shape {shapes[1]}, its gradient {shapes[0]}")
+                problems.append(f"{path}.{name} has shape {shapes[0]}, its gradient {shapes[1]}")
     if problems:
         shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise ValueError(
             f"grads do not match the adapters: {shown}. Differentiate with respect to the same "
             "tree that is trained."
         )
-    return pytree.extract_adapters(grads)
+    return {path: have[path] for path in adapters}
 
 
 def _limits(
-    config: AdaLoraConfig, adapters: PyTree, allowed: jax.Array
-) -> list[tuple[ArrayLike, ArrayLike]] | None:
+    config: AdaLoraConfig, adapters: Mapping[str, Adapter], allowed: jax.Array
+) -> dict[str, tuple[ArrayLike, ArrayLike]] | None:
     """Return ``(min_r, max_r)`` of every adapter; None without limits.
 
     Allocation per adapter is expressed as limits, too: every matrix keeps an equal number of
@@ -392,17 +383,19 @@ def _limits(
     """
     if config.allocation == "per_adapter":
         share = allowed // _cost_per_rank(config, adapters)
-        return [(share, share + 1) for _ in pytree.adapters(adapters)]
+        return dict.fromkeys(adapters, (share, share + 1))
     if not config.rank_overrides:
         return None
-    specs = [config.spec_of(path) for path in pytree.adapters(adapters)]
-    return [(spec.min_r, spec.max_r) for spec in specs]
+    specs = {path: config.spec_of(path) for path in adapters}
+    return {path: (spec.min_r, spec.max_r) for path, spec in specs.items()}
 
 
-def current_budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> jax.Array:
+def current_budget(
+    config: AdaLoraConfig, step: jax.Array, adapters: Mapping[str, Adapter]
+) -> jax.Array:
     """Return b(step) of these adapters, in ``config.budget_unit``."""
-    costs, found = _costs(config, adapters), pytree.adapters(adapters).values()
-    initial = sum(c * adapter.lam.size for c, adapter in zip(costs, found))
+    costs = _costs(config, adapters)
+    initial = sum(costs[path] * adapter.lam.size for path, adapter in adapters.items())
     if initial >= 2**31:
         raise ValueError(
             f"budget_unit={config.budget_unit!r}: all triplets together cost {initial}, more than "
@@ -411,21 +404,21 @@ def current_budget(config: AdaLoraConfig, step: jax.Array, adapters: PyTree) -> 
     return budget(config, step, _cost_per_rank(config, adapters), initial=initial)
 
 
-def _cost_per_rank(config: AdaLoraConfig, adapters: PyTree) -> int:
+def _cost_per_rank(config: AdaLoraConfig, adapters: Mapping[str, Adapter]) -> int:
     """Return the total cost of one triplet per matrix; in triplets, the number of matrices."""
-    costs, found = _costs(config, adapters), pytree.adapters(adapters).values()
-    return sum(c * math.prod(a.lam.shape[:-1]) for c, a in zip(costs, found))
+    costs = _costs(config, adapters)
+    return sum(costs[path] * math.prod(a.lam.shape[:-1]) for path, a in adapters.items())
 
 
-def _costs(config: AdaLoraConfig, adapters: PyTree) -> list[int]:
-    found = pytree.adapters(adapters).items()
-    return [cost(config, path, a.q.shape[-1], a.p.shape[-1]) for path, a in found]
+def _costs(config: AdaLoraConfig, adapters: Mapping[str, Adapter]) -> dict[str, int]:
+    """Return the cost of one triplet of each adapter."""
+    return {p: cost(config, p, a.q.shape[-1], a.p.shape[-1]) for p, a in adapters.items()}
 
 
 def map_state(
     tx: optax.GradientTransformation,
     function: Callable[[Any, Any], Any],
-    on_mask: Callable[[str, Any], Any],
+    on_allocator: Callable[[AllocatorState], AllocatorState],
     opt_state: PyTree,
     rest: PyTree,
     other: Callable[[Any], Any] = lambda leaf: leaf,
@@ -436,7 +429,8 @@ def map_state(
       tx: the optimizer.
       function: called with a leaf that belongs to a parameter, and that parameter's leaf of
         ``rest``.
-      on_mask: called with the path of an adapter, and its mask.
+      on_allocator: called with the allocator's state, whose averages and masks are still those of
+        ``opt_state``.
       opt_state: the state of ``tx``.
       rest: a tree in the structure of the parameters; its leaves are not None.
       other: called with every other leaf.
@@ -447,38 +441,15 @@ def map_state(
     """
     is_state = lambda node: isinstance(node, AllocatorState)
     is_masked = lambda node: isinstance(node, optax.MaskedNode)
-    averages = ("sensitivity", "uncertainty")
-    plain = jax.tree.map(lambda leaf: False, rest)
+    mapped = lambda leaf, own: leaf if is_masked(leaf) else function(leaf, own)
 
-    def whole(node):  # map_params needs trees in the parameters' structure, without None
-        if not is_state(node):
-            return node
-        return node._replace(
-            **{n: pytree.replace_adapters(plain, getattr(node, n)) for n in averages}
-        )
-
-    def adapters_only(node):
-        if not is_state(node):
-            return node
-        masks = [
-            on_mask(path, mask)
-            for path, mask in pytree.leaves_with_path(originals[id(node.config)]).items()
-        ]
-        structure = jax.tree.structure(originals[id(node.config)])
-        own = {n: pytree.extract_adapters(getattr(node, n)) for n in averages}
-        return node._replace(masks=structure.unflatten(masks), **own)
-
-    originals = {id(state.config): state.masks for state in allocator_states(opt_state)}
-    mapped = lambda leaf, own: leaf if leaf is False or is_masked(leaf) else function(leaf, own)
-    others = lambda node: jax.tree.map(lambda leaf: leaf if leaf is False else other(leaf), node)
+    by_role = lambda node: isinstance(node, ByRole)
+    others = lambda node: jax.tree.map(
+        lambda leaf: leaf if by_role(leaf) else other(leaf), node, is_leaf=by_role
+    )
     try:
         state = optax.tree.map_params(
-            tx,
-            mapped,
-            jax.tree.map(whole, opt_state, is_leaf=is_state),
-            rest,
-            transform_non_params=others,
-            is_leaf=is_masked,
+            tx, mapped, opt_state, rest, transform_non_params=others, is_leaf=is_masked
         )
     except (TypeError, AttributeError, ValueError) as error:
         if str(error).startswith("opt_state"):
@@ -492,7 +463,8 @@ def map_state(
             "compact(params, opt_state) the parameters alone and start anew with tx.init "
             f"({reason})."
         ) from error
-    return jax.tree.map(adapters_only, state, is_leaf=is_state)
+    allocated = lambda node: on_allocator(node) if is_state(node) else node
+    return jax.tree.map(allocated, state, is_leaf=is_state)
 
 
 def allocator_states(opt_state: PyTree) -> list[AllocatorState]:

@@ -262,10 +262,9 @@ def truncate(adapters: PyTree, rank: int) -> PyTree:
     """
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
-    shorter = pytree.map_adapters(
-        functools.partial(_truncated, rank=rank), pytree.extract_adapters(adapters)
-    )
-    return pytree.replace_adapters(adapters, shorter)
+    found = pytree.adapters(adapters)
+    shorter = {path: _truncated(adapter, rank=rank) for path, adapter in found.items()}
+    return pytree.insert_adapters(adapters, shorter)
 
 
 def per_example(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from adalora_jax._src.core import pytree, text
 from adalora_jax._src.core.allocator import map_state
 from adalora_jax._src.core.evaluation import apply_masks, masks, ranks, unfinished
 from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.core.roles import ByRole, group_by_role, stack
 
 
 def compact(params: PyTree, opt_state: Any, tx: optax.GradientTransformation | None = None) -> Any:
@@ -105,10 +106,8 @@ def _selections(params: PyTree, by_path: Mapping[str, np.ndarray]) -> PyTree:
 
     plain = jax.tree.map(lambda leaf: False, params)
     found = pytree.adapters(params)
-    values: Any = [cuts(path, adapter) for path, adapter in found.items()]
-    return pytree.replace_adapters(
-        plain, pytree.unflatten_adapters(pytree.extract_adapters(params), values)
-    )
+    values: Any = {path: cuts(path, adapter) for path, adapter in found.items()}
+    return pytree.insert_adapters(plain, values)
 
 
 def _take_rows(leaf: Any, cut: Any) -> Any:
@@ -138,11 +137,21 @@ def _take_state_rows(tx: Any, opt_state: Any, cuts: PyTree, by_path: Any, small:
         "with tx.init."
     )
 
-    def cut_mask(path, mask):
-        active = surviving_rows(by_path[path])[1]
-        return jnp.asarray(active) if active.shape[-1] else _REMOVED
+    rows = pytree.adapters(cuts)
+    remaining = pytree.adapters(small)
+    roles = group_by_role(remaining)
 
-    state = _without_removed(map_state(tx, _take_rows, cut_mask, opt_state, cuts))
+    def cut_allocator(state):
+        take = lambda values: {
+            path: jax.tree.map(_take_rows, values[path], rows[path]) for path in remaining
+        }
+        active = {path: jnp.asarray(surviving_rows(by_path[path])[1]) for path in remaining}
+        averages = [stack(roles, take(part)) for part in (state.sensitivity, state.uncertainty)]
+        return state._replace(
+            masks=stack(roles, active), sensitivity=averages[0], uncertainty=averages[1]
+        )
+
+    state = _without_removed(map_state(tx, _take_rows, cut_allocator, opt_state, cuts))
     expected = jax.eval_shape(tx.init, small)
     shapes = lambda node: [tuple(leaf.shape) for leaf in jax.tree.leaves(node)]
     if shapes(expected) != shapes(state):
@@ -211,7 +220,7 @@ _REMOVED = object()  # replaces a leaf whose adapter has rank 0
 def _without_removed(node: PyTree) -> PyTree:
     """Return the tree without the entries of mappings whose leaves were all removed."""
     children, treedef = tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
-    if jax.tree_util.treedef_is_leaf(treedef):
+    if jax.tree_util.treedef_is_leaf(treedef) or isinstance(node, ByRole):
         return node
     gone = lambda child: {id(leaf) for leaf in jax.tree.leaves(child)} == {id(_REMOVED)}
     if isinstance(node, Mapping):

@@ -16,6 +16,7 @@ from adalora_jax._src.core.allocator import (
     allocator_state,
     allocator_states,
     best_masks,
+    check_gradients,
     current_budget,
 )
 from adalora_jax._src.core.pytree import PyTree
@@ -45,7 +46,7 @@ def masks(state: Any) -> dict[str, jax.Array]:
     """
     found = allocator_states(state)
     if found:
-        return {p: mask for s in found for p, mask in pytree.leaves_with_path(s.masks).items()}
+        return {path: mask for s in found for path, mask in s.masks.items()}
     given = getattr(state, "masks", state)
     by_path = pytree.leaves_with_path(given)
     is_mask = lambda leaf: str(getattr(leaf, "dtype", "")) == "bool" and leaf.ndim > 0
@@ -111,20 +112,11 @@ def apply_masks(params: PyTree, state: Any) -> PyTree:
             " pass the state and the parameters of one run, as the optimizer sees them."
         )
 
-    def masked(path, adapter):
-        lam = jnp.where(by_path[path], adapter.lam, jnp.zeros((), adapter.lam.dtype))
-        return adapter._replace(lam=lam)
+    def masked(path):
+        lam = found[path].lam
+        return found[path]._replace(lam=jnp.where(by_path[path], lam, jnp.zeros((), lam.dtype)))
 
-    return pytree.replace_adapters(params, _by_path(masked, params, by_path))
-
-
-def _by_path(function: Any, params: PyTree, paths: Any) -> PyTree:
-    """Return the canonical tree of ``params`` with ``function(path, adapter)`` at ``paths``."""
-    adapters = pytree.extract_adapters(params)
-    names = list(pytree.adapters(params))
-    listed = pytree.adapter_leaves(adapters)
-    new = [function(n, a) if n in paths else a for n, a in zip(names, listed)]
-    return pytree.unflatten_adapters(adapters, new)
+    return pytree.insert_adapters(params, {path: masked(path) for path in by_path})
 
 
 def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
@@ -188,21 +180,19 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
             f"grads=None: score={config.score!r} looks at gradients, which the allocator does not "
             "keep: pass the last ones."
         )
-    apply_masks(params, pytree.leaves_with_path(state.masks))  # raises for other adapters
-    weights = pytree.extract_adapters(params)
-    gradients = weights if grads is None else pytree.extract_adapters(grads)
+    apply_masks(params, state.masks)  # raises for other adapters
+    weights = pytree.adapters(params)
+    gradients = weights if grads is None else check_gradients(grads, weights)
     allowed = current_budget(config, jnp.asarray(config.final_step, jnp.int32), weights)
     due = state.step <= config.final_step
-    make = lambda: best_masks(
-        state, weights, gradients, state.sensitivity, state.uncertainty, allowed
-    )
+    make = lambda: best_masks(state, weights, gradients, allowed)
     final = state._replace(
         step=jnp.maximum(state.step, config.final_step + 1),
         budget=jnp.where(due, allowed, state.budget),
         masks=jax.lax.cond(due, make, lambda: state.masks),
         applied=jnp.ones((), bool),
     )
-    params = apply_masks(params, pytree.leaves_with_path(final.masks))
+    params = apply_masks(params, final.masks)
     is_state = lambda node: isinstance(node, AllocatorState)
     restore = lambda node: pytree.match_containers(node, final) if is_state(node) else node
     return params, jax.tree.map(restore, opt_state, is_leaf=is_state)

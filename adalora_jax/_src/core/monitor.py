@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from adalora_jax._src.core import pytree
-from adalora_jax._src.core.allocator import allocator_state
+from adalora_jax._src.core.allocator import allocator_state, role_scores
 from adalora_jax._src.core.evaluation import NEEDS
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.regularizer import penalty
-from adalora_jax._src.core.scores import ScoreInputs, triplet_scores
+from adalora_jax._src.core.roles import ByRole
 
 
 class AllocatorInfo(NamedTuple):
@@ -173,20 +173,16 @@ def info(
             f"score={config.score!r} looks at weights or gradients, which the allocator does not "
             f"keep: pass {' and '.join(f'{name}={name}' for name in missing)} to info."
         )
-    averages = [pytree.adapters(part) for part in (state.sensitivity, state.uncertainty)]
+    averages, masks = dict(state.sensitivity), dict(state.masks)
     # A score that depends on neither weights nor gradients gets arrays of the same shapes.
     weights, gradients = (
-        averages[0] if value is None else pytree.adapters(value) for value in given.values()
+        averages if value is None else pytree.adapters(value) for value in given.values()
     )
-    parts = (weights, gradients, *averages)
-    masks = pytree.leaves_with_path(state.masks)
-    scores = {
-        path: triplet_scores(ScoreInputs(*(part[path] for part in parts)), config) for path in masks
-    }
+    scores = dict(ByRole(role_scores(state, weights, gradients), state.masks.roles))
     live = sum((mask.sum() for mask in masks.values()), start=jnp.zeros((), jnp.int32))
     # Copies, because the next step may donate the state's buffers.
     step, budget, masks = jax.tree.map(jnp.copy, (state.step, state.budget, masks))
-    inactive = {path: (_total(averages[0][path]) == 0) & (step > 0) for path in masks}
+    inactive = {path: (_total(averages[path]) == 0) & (step > 0) for path in masks}
     value = jnp.copy(state.penalty) if config.orth_reg_in_update else None
     if value is None and params is not None:
         value = penalty(params, config)

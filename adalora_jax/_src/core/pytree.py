@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -12,12 +11,12 @@ import optax
 from jax import tree_util
 
 from adalora_jax._src.core.adapter import Adapter, check_adapter
+from adalora_jax._src.core.roles import ByRole
 
 PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in them
 
 ADAPTER_KEY = "adalora"  # key of an adapter's p, lam and q among the variables of a Flax module
 PACKED = "quantized"  # linen collection of weights that are stored as packed integers
-BATCH = 128  # maximum number of adapters per call of a traced function
 _FIELDS = frozenset(Adapter._fields)
 
 
@@ -75,6 +74,26 @@ def is_variable(node: Any) -> bool:
     return hasattr(node, "get_value")
 
 
+def stacked_variable(variable: Any, value: Any) -> Any:
+    """Return ``value``, in a Variable if ``variable`` is one, with one axis in front of its axes.
+
+    The new axis is not sharded: ``out_sharding``, by which an optimizer's state is placed, gets a
+    None in front.
+
+    >>> stacked_variable(1.0, 2.0)
+    2.0
+    """
+    if not is_variable(variable):
+        return value
+    spec = variable.get_metadata("out_sharding", None)
+    if hasattr(spec, "mesh"):
+        mesh, inner = spec.mesh, spec.spec
+        spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *inner))
+    elif spec:
+        spec = (None, *spec)
+    return variable.copy(value, out_sharding=spec)
+
+
 def unwrap_variables(tree: PyTree) -> PyTree:
     """Return ``tree`` with every NNX Variable replaced by its array.
 
@@ -83,133 +102,6 @@ def unwrap_variables(tree: PyTree) -> PyTree:
     """
     get = lambda node: node.get_raw_value() if is_variable(node) else node
     return jax.tree.map(get, tree, is_leaf=is_variable)
-
-
-def extract_adapters(tree: PyTree, *, variables: bool = False) -> PyTree:
-    """Return the containers of ``tree`` with an :class:`Adapter` per adapter and None elsewhere.
-
-    This canonical form is the input of ``jax.tree.map`` in all computations over adapters.
-
-    Args:
-      tree: containers of any kind.
-      variables: True keeps NNX Variables; False replaces them by their arrays.
-
-    Raises:
-      ValueError: the shapes of an adapter are inconsistent, or only some of p, lam and q are masked
-        out by optax.
-
-    >>> import jax.numpy as jnp
-    >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
-    >>> extract_adapters(tree)["a"].lam.shape, extract_adapters(tree)["b"]
-    ((2,), None)
-    """
-    nodes, treedef = _nodes(tree)
-    is_leaf = is_variable if variables else None
-    return treedef.unflatten([_as_adapter(node, path, is_leaf) for path, node in nodes])
-
-
-def map_adapters(function: Callable[..., Any], adapters: PyTree, *rest: PyTree) -> Any:
-    """Map a function over a canonical tree like ``jax.tree.map``, but per :class:`Adapter`.
-
-    >>> import jax.numpy as jnp
-    >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
-    >>> map_adapters(lambda adapter: adapter.lam.size, {"query": adapter, "bias": None})
-    {'bias': None, 'query': 2}
-    """
-    is_leaf = lambda node: isinstance(node, Adapter)
-    return jax.tree.map(function, adapters, *rest, is_leaf=is_leaf)
-
-
-def adapter_leaves(adapters: PyTree) -> list[Any]:
-    """Flatten a canonical tree to a list; each Adapter, or value in its position, is one leaf.
-
-    >>> adapter_leaves({"key": None, "query": Adapter(1, 2, 3)})
-    [Adapter(p=1, lam=2, q=3, scale=1.0)]
-    >>> adapter_leaves({"key": None, "query": True})
-    [True]
-    """
-    return jax.tree.leaves(adapters, is_leaf=lambda node: isinstance(node, Adapter))
-
-
-def unflatten_adapters(adapters: PyTree, values: Sequence[Any]) -> PyTree:
-    """Return a canonical tree with its adapters replaced by ``values``, in the tree's order.
-
-    >>> unflatten_adapters({"key": None, "query": Adapter(1, 2, 3)}, [True])
-    {'key': None, 'query': True}
-    """
-    is_leaf = lambda node: isinstance(node, Adapter)
-    return jax.tree.structure(adapters, is_leaf=is_leaf).unflatten(values)
-
-
-def group_by_shape(*columns: Sequence[Any]) -> list[list[int]]:
-    """Group adapters with equal types in all columns; return batches of at most 128 indices.
-
-    A type is shape, dtype and, on a mesh with explicit axes, sharding. A jitted function of one
-    batch is traced per type, not per adapter, so thousands of adapters are traced in seconds.
-
-    >>> import numpy as np
-    >>> group_by_shape([np.ones(2), np.ones(3), np.ones(2)])
-    [[0, 2], [1]]
-    """
-    kinds: dict[Any, list[int]] = {}
-    for index, row in enumerate(zip(*columns)):
-        kind = tuple(map(jax.typeof, jax.tree.leaves(row)))
-        kinds.setdefault(kind, []).append(index)
-    return [
-        members[start : start + BATCH]
-        for members in kinds.values()
-        for start in range(0, len(members), BATCH)
-    ]
-
-
-def by_role(indices: Iterable[int], paths: Sequence[str]) -> list[list[int]]:
-    """Return the indices in groups whose paths differ only in numbers.
-
-    Layers of one role have the same sharding, so their arrays can be joined without communication.
-
-    >>> by_role(range(3), ["h/0/up", "h/0/down", "h/1/up"])
-    [[0, 2], [1]]
-    """
-    roles: dict[str, list[int]] = {}
-    for index in indices:
-        roles.setdefault(re.sub(r"\d+", "*", paths[index]), []).append(index)
-    return list(roles.values())
-
-
-def gather(batch: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
-    """Return the entries of each column at the indices of a batch.
-
-    >>> gather([0, 2], "abc", "xyz")
-    [['a', 'c'], ['x', 'z']]
-    """
-    return [[column[index] for index in batch] for column in columns]
-
-
-def map_groups(
-    function: Callable[..., Any], batches: Iterable[Sequence[int]], *columns: Sequence[Any]
-) -> list[Any]:
-    """Apply a function of lists to each batch; return one result per entry, in the columns' order.
-
-    The result is ``[f(*row) for row in zip(*columns)]``, where ``function`` maps f over lists.
-
-    >>> map_groups(lambda a, b: [x + y for x, y in zip(a, b)], [[0, 2], [1]], "abc", "xyz")
-    ['ax', 'by', 'cz']
-    """
-    batches = list(batches)
-    return scatter(batches, [function(*gather(batch, *columns)) for batch in batches])
-
-
-def scatter(batches: Sequence[Sequence[int]], values: Sequence[Sequence[Any]]) -> list[Any]:
-    """Return the values of all batches as one list, in the order of the adapters.
-
-    >>> scatter([[0, 2], [1]], ["ac", "b"])
-    ['a', 'b', 'c']
-    """
-    results: list[Any] = [None] * sum(map(len, batches))
-    for batch, value in zip(batches, values):
-        for index, one in zip(batch, value):
-            results[index] = one
-    return results
 
 
 def match_containers(own: PyTree, values: PyTree) -> Any:
@@ -221,54 +113,73 @@ def match_containers(own: PyTree, values: PyTree) -> Any:
     return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(values))
 
 
-def replace_adapters(tree: PyTree, adapters: PyTree) -> PyTree:
-    """Return ``tree`` with the values of its adapters replaced by those of a canonical tree.
+def insert_adapters(tree: PyTree, new: Mapping[str, Adapter]) -> PyTree:
+    """Return ``tree`` with the arrays of its adapters replaced by those of ``{path: Adapter}``.
+
+    Adapters whose path is not in ``new``, and all other leaves, stay as they are.
 
     >>> import jax.numpy as jnp
     >>> tree = {"a": {"p": jnp.ones((2, 3)), "lam": jnp.ones(2), "q": jnp.ones((2, 4))}, "b": 1.0}
-    >>> zeros = jax.tree.map(jnp.zeros_like, extract_adapters(tree))
-    >>> new = replace_adapters(tree, zeros)
+    >>> zeros = {path: jax.tree.map(jnp.zeros_like, a) for path, a in adapters(tree).items()}
+    >>> new = insert_adapters(tree, zeros)
     >>> new["a"]["lam"], new["b"]
     (Array([0., 0.], dtype=float32), 1.0)
     """
     nodes, treedef = _nodes(tree)
-    values = treedef.flatten_up_to(adapters)
+    named = [(path_name(path) if is_adapter(node) else None, node) for path, node in nodes]
     return treedef.unflatten(
-        [
-            node if value is None else _cast_like(node, value)
-            for (_, node), value in zip(nodes, values)
-        ]
+        [_cast_like(node, new[name]) if name in new else node for name, node in named]
     )
 
 
-def adapters(tree: PyTree) -> dict[str, Adapter]:
+def insert_values(tree: PyTree, values: Mapping[str, Any]) -> PyTree:
+    """Return the containers of ``tree`` with ``values[path]`` per adapter and None elsewhere.
+
+    >>> insert_values({"query": Adapter(1, 2, 3), "bias": 4}, {"query": True})
+    {'bias': None, 'query': True}
+    """
+    nodes, treedef = _nodes(tree)
+    return treedef.unflatten(
+        [values.get(path_name(path)) if is_adapter(node) else None for path, node in nodes]
+    )
+
+
+def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
     """Return ``{path: Adapter}`` of all adapters in ``tree``, in the order of its leaves.
 
-    Scale and layout are None for an adapter that is stored as a mapping of arrays. For one in an
-    NNX State they are read from the metadata of its ``lam``.
+    This is the one form in which all computations take adapters. Scale and layout are None for an
+    adapter that is stored as a mapping of arrays. For one in an NNX State they are read from the
+    metadata of its ``lam``.
 
     Args:
-      tree: a dict, a Flax dict, an NNX State, or a mixture of them. Adapters that
-        ``optax.masked`` removed are skipped.
+      tree: a dict, a Flax dict, an NNX State, or a mixture of them; or a :class:`ByRole`. Adapters
+        that ``optax.masked`` removed are skipped.
+      variables: True keeps NNX Variables; False replaces them by their arrays.
 
     Returns:
-      A dict of :class:`Adapter` with the arrays of NNX Variables in place of the Variables. A path
-      is ``encoder/query``; that of an adapter at the root is ``""``.
+      A dict of :class:`Adapter`. A path is ``encoder/query``; that of an adapter at the root is
+      ``""``.
 
     Raises:
-      ValueError: the shapes of an adapter are inconsistent, or only some of p, lam and q are masked
-        out by optax.
+      ValueError: the shapes of an adapter are inconsistent, only some of p, lam and q are masked
+        out by optax, or two adapters have the same path.
 
     >>> import jax.numpy as jnp
     >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
     >>> list(adapters({"encoder": {"query": adapter, "bias": jnp.ones(3)}}))
     ['encoder/query']
     """
-    result = {}
+    if isinstance(tree, ByRole):
+        return dict(tree)
+    result: dict[str, Adapter] = {}
     for path, node in _nodes(tree)[0]:
-        adapter = _as_adapter(node, path)
-        if adapter is not None:
-            result[path_name(path)] = adapter._replace(**_facts(node))
+        adapter = _as_adapter(node, path, is_variable if variables else None)
+        if adapter is None:
+            continue
+        name = path_name(path)
+        if name in result:
+            raise ValueError(f"two adapters have the path {name!r}: rename one of their keys.")
+        result[name] = adapter._replace(**_facts(node))
     return result
 
 
@@ -287,6 +198,8 @@ def leaves_with_path(tree: PyTree) -> dict[str, Any]:
     >>> leaves_with_path({"encoder": {"query": 1, "adalora": 2}})
     {'encoder': 2, 'encoder/query': 1}
     """
+    if isinstance(tree, ByRole):
+        return dict(tree)
     return {path_name(path): leaf for path, leaf in tree_util.tree_flatten_with_path(tree)[0]}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,6 @@ from adalora_jax._src.core.config import AdaLoraConfig
 
 _MOST = 1e6  # upper bound of Ī / Ū, and its value where Ū = 0 and Ī > 0
 _PRIOR = 1e-4  # δ, the precision of the prior, equal to a weight decay of 1e-4
-_TOGETHER = 8  # leaves per fused check; processors prefetch about as many memory streams
 
 
 class ScoreInputs(NamedTuple):
@@ -76,44 +74,6 @@ def smooth(
     return sensitivity, config.beta2 * uncertainty + (1 - config.beta2) * deviation
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def smooth_batch(
-    weights: Sequence[Adapter],
-    gradients: Sequence[Adapter],
-    sensitivity: Sequence[Adapter],
-    uncertainty: Sequence[Adapter],
-    config: AdaLoraConfig,
-) -> list[tuple[Adapter, Adapter]]:
-    """Return ``(Ī, Ū)`` of each adapter, updated with its ``|w · g|`` by :func:`smooth`."""
-    pairs = [
-        [_smooth_leaf(*leaves, config=config) for leaves in zip(*adapter)]
-        for adapter in zip(weights, gradients, sensitivity, uncertainty)
-    ]
-    return [(Adapter(*(s for s, _ in pair)), Adapter(*(u for _, u in pair))) for pair in pairs]
-
-
-@functools.partial(jax.jit, static_argnames="config")  # one trace per shape and dtype
-def _smooth_leaf(weight, gradient, sensitivity, uncertainty, config):
-    return smooth(raw_sensitivity(weight, gradient), sensitivity, uncertainty, config)
-
-
-@jax.jit
-def finite_batch(weights: Sequence[Adapter], gradients: Sequence[Adapter]) -> jax.Array:
-    """Return whether ``w · g`` is finite in every element of the adapters.
-
-    A finite number times 0 is 0, any other number times 0 is NaN, and a sum with a NaN is NaN. One
-    kernel reads several leaves, so the adapters must have equal shapes and dtypes, and the same
-    role, which implies the same sharding.
-    """
-    tests = []
-    for field in zip(*(zip(*pair) for pair in zip(weights, gradients))):
-        zeros = [0 * raw_sensitivity(*pair) for pair in field]
-        starts = range(0, len(zeros), _TOGETHER)
-        groups = [zeros[start : start + _TOGETHER] for start in starts]
-        tests += [jnp.all(functools.reduce(jnp.add, group) == 0) for group in groups]
-    return jnp.all(jnp.stack(tests))
-
-
 def triplet_mean(element_scores: Adapter) -> jax.Array:
     """Return the scores of triplets from the scores of their elements.
 
@@ -132,12 +92,6 @@ def triplet_mean(element_scores: Adapter) -> jax.Array:
     """
     p, lam, q = element_scores
     return lam + jnp.mean(p, axis=-1) + jnp.mean(q, axis=-1)
-
-
-@jax.jit
-def largest(averages: Sequence[jax.Array]) -> jax.Array:
-    """Return the largest entry of all arrays."""
-    return jnp.max(jnp.stack([jnp.max(leaf) for leaf in averages]))
 
 
 def representable(of_lam: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,8 +54,11 @@ def keep_best(
     leaves, treedef = jax.tree.flatten(scores)
     dtype, none = jnp.result_type(*leaves), [None] * len(leaves)
     rows: Any = zip(leaves, limits or none, none, costs or none)
-    entries = [rank_scores(leaf.astype(dtype), *rest) for leaf, *rest in rows]
-    return treedef.unflatten(apply_threshold(entries, find_threshold(concatenate(entries), count)))
+    row = concatenate([rank_scores(leaf.astype(dtype), *rest) for leaf, *rest in rows])
+    mask = apply_threshold(row, find_threshold(row, count))
+    ends = itertools.accumulate(leaf.size for leaf in leaves)
+    spans = [mask[end - leaf.size : end] for end, leaf in zip(ends, leaves)]
+    return treedef.unflatten([span.reshape(leaf.shape) for span, leaf in zip(spans, leaves)])
 
 
 class RankedScores(NamedTuple):
@@ -77,13 +81,11 @@ class Threshold(NamedTuple):
 
     Attributes:
       lowest: the lowest key that is kept, a scalar in the dtype of the keys.
-      left: int32 scalar: total cost allowed for the keys equal to ``lowest``.
-      all_equal: boolean scalar: True if that suffices for all of them.
+      ties: int32 scalar: of the keys equal to ``lowest``, those before this position are kept.
     """
 
     lowest: jax.Array
-    left: jax.Array
-    all_equal: jax.Array
+    ties: jax.Array
 
 
 def rank_scores(
@@ -123,31 +125,58 @@ def concatenate(entries: Sequence[RankedScores]) -> RankedScores:
     return RankedScores(*fields)
 
 
-def find_threshold(row: RankedScores, count: ArrayLike) -> Threshold:
+def find_threshold(
+    row: RankedScores, count: ArrayLike, places: ArrayLike | None = None
+) -> Threshold:
     """Find the threshold that keeps ``count`` scores, or all eligible ones if there are fewer.
 
     The lowest kept key is found bit by bit, from the highest bit down: a bit is set if enough keys
     are at least as high with it set. That takes one sum over the row per bit of a key (32 for
-    float32), and needs neither a sort nor the scatter that turns a sort order into a mask.
+    float32), and needs neither a sort nor the scatter that turns a sort order into a mask. The
+    position up to which ties are kept is found likewise.
 
-    >>> find_threshold(RankedScores(jnp.array([1, 5, 5, 5], jnp.uint32), None, None), 2)[:2]
-    (Array(5, dtype=uint32), Array(2, dtype=int32))
+    Args:
+      row: all scores that are ranked together.
+      count: number of scores to keep, or their total cost.
+      places: int32 positions by which ties are broken, lowest first; by default those in the row.
+
+    >>> find_threshold(RankedScores(jnp.array([1, 5, 5, 5], jnp.uint32), None, None), 2)
+    Threshold(lowest=Array(5, dtype=uint32), ties=Array(3, dtype=int32))
     """
     keys, turns, _ = row
     among = jnp.ones_like(keys, bool) if turns is None else turns == 1
     total = functools.partial(_total, row)
     if turns is not None:
         count = count - total(turns == 0)
-    width = 8 * keys.dtype.itemsize
+    lowest = _largest_with(
+        lambda key: total(among & (keys >= key)) >= count, keys.dtype, 8 * keys.dtype.itemsize
+    )
+    left = count - total(among & (keys > lowest))
+    tied, places = among & (keys == lowest), _places(keys, places)
+    ties = _largest_with(
+        lambda place: total(tied & (places < place)) <= left, jnp.int32, keys.size.bit_length()
+    )
+    return Threshold(lowest, ties)
 
-    def settle(place, lowest):
-        shift = jnp.asarray(width - 1 - place, keys.dtype)  # an int where jit is disabled
-        bit = jax.lax.shift_left(jnp.ones((), keys.dtype), shift)
-        return jnp.where(total(among & (keys >= lowest | bit)) >= count, lowest | bit, lowest)
 
-    lowest = jax.lax.fori_loop(0, width, settle, jnp.zeros((), keys.dtype))
-    left = jnp.asarray(count - total(among & (keys > lowest)))
-    return Threshold(lowest, left, jnp.asarray(left >= total(among & (keys == lowest))))
+def _largest_with(holds: Any, dtype: Any, width: int) -> jax.Array:
+    """Return the largest integer of ``width`` bits for which a monotonic condition holds.
+
+    The condition holds for every integer up to that one; if it does not hold for 0, 0 is returned.
+    """
+
+    def settle(place, found):
+        shift = jnp.asarray(width - 1 - place, dtype)  # an int where jit is disabled
+        candidate = found | jax.lax.shift_left(jnp.ones((), dtype), shift)
+        return jnp.where(holds(candidate), candidate, found)
+
+    return jax.lax.fori_loop(0, width, settle, jnp.zeros((), dtype))
+
+
+def _places(keys: jax.Array, places: ArrayLike | None) -> jax.Array:
+    if places is None:
+        return jnp.arange(keys.size, dtype=jnp.int32)
+    return jnp.asarray(places)
 
 
 def _total(entry: RankedScores, mask: jax.Array) -> jax.Array:
@@ -156,58 +185,24 @@ def _total(entry: RankedScores, mask: jax.Array) -> jax.Array:
     return jnp.sum(price, dtype=jnp.int32)
 
 
-def apply_threshold(entries: Sequence[RankedScores], cut: Threshold) -> list[jax.Array]:
-    """Return the masks of all leaves; ties at the threshold are counted only if some are dropped.
+def apply_threshold(
+    row: RankedScores, cut: Threshold, places: ArrayLike | None = None
+) -> jax.Array:
+    """Return the mask of a row: True for keys above the threshold and for its first ties.
 
-    >>> entries = [rank_scores(jnp.array([2, 3])), rank_scores(jnp.array([2, 2]))]
-    >>> apply_threshold(entries, Threshold(jnp.uint32(2 + 2**31), jnp.int32(2), jnp.bool(False)))
-    [Array([ True,  True], dtype=bool), Array([ True, False], dtype=bool)]
+    Args:
+      row, places: as in :func:`find_threshold`.
+      cut: its result.
+
+    >>> row = rank_scores(jnp.array([2, 3, 2, 2]))
+    >>> apply_threshold(row, Threshold(jnp.uint32(2 + 2**31), jnp.int32(2)))
+    Array([ True,  True, False, False], dtype=bool)
     """
-
-    def in_order():
-        left, masks = cut.left, []
-        for one in entries:
-            mask, left = _mask_with_ties(one, cut.lowest, left)
-            masks.append(mask)
-        return masks
-
-    at_once = lambda: [_mask_at_or_above(one, cut.lowest) for one in entries]
-    masks = jax.lax.cond(cut.all_equal, at_once, in_order)
-    # Otherwise the mask's sharding propagates to the scores and costs a second all-gather.
-    return [_replicate(mask) for mask in masks]
-
-
-# Jitted, so that leaves of one shape are traced once. Their program does not depend on a leaf's
-# position, so it is also compiled once.
-
-
-@jax.jit
-def _mask_at_or_above(entry, lowest):
-    return _combine_tiers(entry, entry.keys >= lowest)
-
-
-@jax.jit
-def _mask_with_ties(entry, lowest, left):
-    """Return the mask if ``left`` may be spent on keys equal to ``lowest``, and the remainder."""
-    above, tied = entry.keys > lowest, _combine_tiers(entry, entry.keys == lowest, first=False)
-
-    def count():
-        price = tied if entry.cost is None else jnp.where(tied, entry.cost, 0)
-        spent = jnp.cumsum(price.ravel(), dtype=jnp.int32).reshape(tied.shape)
-        after = jnp.maximum(left - _total(entry, tied), 0)
-        return _combine_tiers(entry, above | (tied & (spent <= left))), after
-
-    # Without the branch, XLA would inline the computation of ``left`` into the leaf's program.
-    return jax.lax.cond(
-        left > 0, count, lambda: (_combine_tiers(entry, above), jnp.zeros_like(left))
-    )
-
-
-def _combine_tiers(entry, mask, first=True):
-    if entry.turns is None:
+    first = _places(row.keys, places) < cut.ties
+    mask = (row.keys > cut.lowest) | ((row.keys == cut.lowest) & first)
+    if row.turns is None:
         return mask
-    mask = (entry.turns == 1) & mask
-    return mask | (entry.turns == 0) if first else mask
+    return (row.turns == 0) | ((row.turns == 1) & mask)
 
 
 def _order_preserving_bits(scores: jax.Array) -> jax.Array:

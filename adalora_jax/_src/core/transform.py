@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import reprlib
 import warnings
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from adalora_jax._src.core.allocator import (
 )
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.regularizer import penalty
+from adalora_jax._src.core.roles import ByRole, stack
 
 
 class AdaLoraOptState(NamedTuple):
@@ -113,7 +113,7 @@ def adalora(
 
     def init(params: optax.Params) -> Any:  # AdaLoraOptState
         if _is_placeholder(params):
-            return AdaLoraOptState(inner.init(params), _placeholder_state(params, config))
+            return AdaLoraOptState(inner.init(params), _placeholder_state(config))
         _check_scales(params, config)
         _warn_of_trained_base(params)
         # Some optimizers store the initial parameters: copy, as callers donate params and state.
@@ -139,37 +139,37 @@ def adalora(
                 "are tx.update(grads, state, params)."
             )
         before = pytree.unwrap_variables(state.allocator)
-        _check_adapters(params, before)
-        updates = with_facts(updates, params)
+        current = pytree.adapters(params)
+        _check_adapters(current, before)
+        updates = with_facts(updates, current)
+        gradients = check_gradients(updates, current)
         if config.orth_reg_in_update:
-            updates, before = _with_penalty(updates, params, before)
-        gradients = check_gradients(updates, params)
+            gradients, before = _with_penalty(gradients, current, before)
+            updates = pytree.insert_adapters(updates, gradients)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
-        current, moves = pytree.extract_adapters(params), pytree.extract_adapters(updates)
+        moves = pytree.adapters(updates)
+        moves = {path: Adapter(*moves[path]) for path in current}
         if config.lambda_lr_scale != 1:
-            faster = lambda move: move._replace(lam=config.lambda_lr_scale * move.lam)
-            moves = pytree.map_adapters(faster, moves)
+            moves = {p: m._replace(lam=config.lambda_lr_scale * m.lam) for p, m in moves.items()}
         if config.prox is not None:
-            moves = pytree.map_adapters(functools.partial(_apply_prox, config), current, moves)
+            moves = {path: _apply_prox(config, current[path], m) for path, m in moves.items()}
         weights = current
         if config.sensitivity_timing == "updated":
-            weights = optax.apply_updates(current, moves)
+            plain = {path: Adapter(*adapter) for path, adapter in current.items()}
+            weights = optax.apply_updates(plain, moves)
         allocator = update_allocator(before, weights, gradients, before.step)
         now = masks_applied(before, before.step)
-        columns = [
-            pytree.adapter_leaves(part) for part in (current, moves, before.masks, allocator.masks)
-        ]
-        batches = pytree.group_by_shape(*columns)
-        results = [_prune(now, *pytree.gather(batch, *columns)) for batch in batches]
-        pruned = pytree.scatter(batches, [moves for moves, _ in results])
-        revived = sum(count for _, count in results)
+        revived = _count_revived(before, current)
         allocator = allocator._replace(
             # The state does not change if a gradient is not finite.
             applied=jnp.where(allocator.step != before.step, now, before.applied),
             overridden=jnp.maximum(before.overridden, jnp.where(before.applied, revived, 0)),
         )
-        pruned = pytree.replace_adapters(updates, pytree.unflatten_adapters(moves, pruned))
-        return pruned, AdaLoraOptState(
+        pruned = {
+            path: _prune(now, current[path], moves[path], mask)
+            for path, mask in allocator.masks.items()
+        }
+        return pytree.insert_adapters(updates, pruned), AdaLoraOptState(
             inner_state, pytree.match_containers(state.allocator, allocator)
         )
 
@@ -182,13 +182,23 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
     Other optimizers' moments are Variables, too: code that shards an optimizer's state reads the
     sharding from a Variable's metadata.
     """
-    own = pytree.extract_adapters(params, variables=True)
+    own = pytree.adapters(params, variables=True)
+
+    def boxed(values):
+        new = {}
+        for role in values.roles.members:
+            first, value = own[role.paths[0]], values.stacked[role.name]
+            if isinstance(value, Adapter):
+                leaves = map(pytree.stacked_variable, first, value)
+                new[role.name] = value._replace(**dict(zip(Adapter._fields, leaves)))
+            else:
+                new[role.name] = pytree.stacked_variable(first.lam, value)
+        return ByRole(new, values.roles)
+
     return state._replace(
-        masks=pytree.match_containers(
-            pytree.map_adapters(lambda adapter: adapter.lam, own), state.masks
-        ),
-        sensitivity=pytree.match_containers(own, state.sensitivity),
-        uncertainty=pytree.match_containers(own, state.uncertainty),
+        masks=boxed(state.masks),
+        sensitivity=boxed(state.sensitivity),
+        uncertainty=boxed(state.uncertainty),
     )
 
 
@@ -215,26 +225,19 @@ def _apply_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Adapt
     return move._replace(lam=after.astype(dtype) - before)
 
 
-@jax.jit
-def _prune(
-    now: jax.Array,
-    adapters: list[Adapter],
-    moves: list[Adapter],
-    old_masks: list[jax.Array],
-    masks: list[jax.Array],
-) -> tuple[list[Adapter], jax.Array]:
-    """Return the updates after which pruned λ are 0, λ + (−λ), if masks are applied now.
+def _prune(now: jax.Array, adapter: Adapter, move: Adapter, mask: jax.Array) -> Adapter:
+    """Return the update after which pruned λ are 0, λ + (−λ), if masks are applied now."""
+    dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
+    lam = jnp.where(mask | ~now, move.lam.astype(dtype), -adapter.lam.astype(dtype))
+    return move._replace(lam=lam)
 
-    The second result is the number of λ that are not 0 although the last update's masks prune them.
-    """
-    result, revived = [], []
-    for adapter, move, old, mask in zip(adapters, moves, old_masks, masks):
-        dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
-        keep = mask | ~now
-        lam = jnp.where(keep, move.lam.astype(dtype), -adapter.lam.astype(dtype))
-        result.append(move._replace(lam=lam))
-        revived.append(jnp.sum(~old & (adapter.lam != 0), dtype=jnp.int32))
-    return result, sum(revived, start=jnp.zeros((), jnp.int32))
+
+def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> jax.Array:
+    """Return the number of λ that are not 0 although the last update's masks prune them."""
+    nonzero = stack(state.masks.roles, {path: a.lam != 0 for path, a in adapters.items()})
+    count = lambda mask, alive: jnp.sum(~mask & alive, dtype=jnp.int32)
+    counts = jax.tree.leaves(jax.tree.map(count, state.masks, nonzero))
+    return sum(counts, start=jnp.zeros((), jnp.int32))
 
 
 _ACCUMULATION = (
@@ -276,10 +279,10 @@ def _warn_of_trained_base(params: Any) -> None:
         )
 
 
-def _check_adapters(params: Any, state: AllocatorState) -> None:
+def _check_adapters(adapters: Mapping[str, Adapter], state: AllocatorState) -> None:
     """Raise an error if the adapters differ from those for which the state was initialised."""
-    shapes = {path: a.lam.shape for path, a in pytree.adapters(params).items()}
-    known = {path: mask.shape for path, mask in pytree.leaves_with_path(state.masks).items()}
+    shapes = {path: adapter.lam.shape for path, adapter in adapters.items()}
+    known = {path: role.shape for path, (role, _) in state.masks.roles.where.items()}
     if shapes != known:
         differing = sorted(p for p in {*shapes, *known} if shapes.get(p) != known.get(p))
         raise ValueError(
@@ -288,17 +291,14 @@ def _check_adapters(params: Any, state: AllocatorState) -> None:
         )
 
 
-def _with_penalty(grads: Any, params: Any, state: AllocatorState) -> tuple[Any, AllocatorState]:
+def _with_penalty(
+    grads: Mapping[str, Adapter], adapters: Mapping[str, Adapter], state: AllocatorState
+) -> tuple[dict[str, Adapter], AllocatorState]:
     """Add the orthogonality penalty's gradients; return them and the state with its value."""
-    value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(
-        pytree.extract_adapters(params)
-    )
-    own = pytree.extract_adapters(grads)
+    value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(dict(adapters))
     add = lambda grad, more: grad + more.astype(grad.dtype)
-    summed = jax.tree.unflatten(
-        jax.tree.structure(own), map(add, jax.tree.leaves(own), jax.tree.leaves(slope))
-    )
-    return pytree.replace_adapters(grads, summed), state._replace(penalty=value.astype(jnp.float32))
+    summed = {path: Adapter(*map(add, grad, slope[path])) for path, grad in grads.items()}
+    return summed, state._replace(penalty=value.astype(jnp.float32))
 
 
 def _is_placeholder(params: Any) -> bool:
@@ -311,9 +311,6 @@ def _is_placeholder(params: Any) -> bool:
     return childless and not (params is None or isinstance(params, (Mapping, list, tuple)))
 
 
-def _placeholder_state(params: Any, config: AdaLoraConfig) -> AllocatorState:
-    """Return a state in which only the averages are marked as having the parameters' shapes."""
-    scalar = jnp.zeros((), jnp.int32)
-    return AllocatorState(
-        *(scalar, scalar, scalar, params, params, scalar, scalar, scalar), config=config
-    )
+def _placeholder_state(config: AdaLoraConfig) -> AllocatorState:
+    """Return a state with one leaf per field: none of them has the parameters' structure."""
+    return AllocatorState(*[jnp.zeros((), jnp.int32)] * 8, config=config)

@@ -14,6 +14,7 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import allocator_states, map_state
 from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.core.roles import ByRole
 from adalora_jax._src.modules.sharding import mesh_of, pad_spec, sharding_of, spec_of
 
 
@@ -56,8 +57,8 @@ def shardings(
     >>> specs = adalora.sharding.derive(weights)
     >>> mesh = jax.make_mesh((1,), ("model",))
     >>> placed = shardings(jax.eval_shape(tx.init, adapters), specs, tx=tx, mesh=mesh)
-    >>> placed.allocator.sensitivity["up"].p.spec, placed.inner[0].mu["up"].q.spec
-    (P(None, 'model'), P(None, None))
+    >>> placed.allocator.sensitivity.stacked["up"].p.spec, placed.inner[0].mu["up"].q.spec
+    (P(None, None, 'model'), P(None, None))
     >>> opt_state = jax.jit(tx.init, out_shardings=placed)(adapters)
     """
     if like is None and tx is not None:
@@ -84,14 +85,32 @@ def shardings(
     everywhere = NamedSharding(mesh, PartitionSpec())
     values = pytree.unwrap_variables(state)
     # Specs written by a user lack the scale and layout, which are part of the tree's structure.
-    known = [pytree.adapters(found.sensitivity) for found in allocator_states(values)]
     like = _with_facts(
-        pytree.unwrap_variables(like), {p: a for found in known for p, a in found.items()}
+        pytree.unwrap_variables(like),
+        {path: a for found in allocator_states(values) for path, a in found.sensitivity.items()},
     )
-    lams = {path: adapter.lam for path, adapter in pytree.adapters(like).items()}
-    on_mask = lambda path, mask: place(mask, lams[path])
-    placed = map_state(tx, place, on_mask, values, like, other=lambda leaf: everywhere)
+    owners = pytree.adapters(like)
+
+    def place_roles(found):
+        new = {}
+        for name in ("masks", "sensitivity", "uncertainty"):
+            part = getattr(found, name)
+            place_role = lambda role, part=part: _place_role(
+                part.stacked[role.name], owners[role.paths[0]], mesh
+            )
+            new[name] = ByRole({r.name: place_role(r) for r in part.roles.members}, part.roles)
+        return found._replace(**new)
+
+    placed = map_state(tx, place, place_roles, values, like, other=lambda leaf: everywhere)
     return pytree.match_containers(state, placed)
+
+
+def _place_role(value: Any, owner: Adapter, mesh: Mesh | AbstractMesh) -> Any:
+    """Return the shardings of a role's arrays: like its first member, without a leading axis."""
+    if not isinstance(value, Adapter):
+        return _match_sharding(owner.lam, value.shape, mesh)
+    placed = [_match_sharding(own, leaf.shape, mesh) for own, leaf in zip(owner, value)]
+    return value._replace(**dict(zip(Adapter._fields, placed)))
 
 
 def _with_facts(like: PyTree, known: Mapping[str, Adapter]) -> PyTree:

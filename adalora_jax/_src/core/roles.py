@@ -1,0 +1,194 @@
+"""Values per adapter, stored as one array per role: repeated layers are one array, as in a scan."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree_util
+
+from adalora_jax._src.core.adapter import Adapter
+
+
+class Role(NamedTuple):
+    """Adapters whose paths differ only in numbers, and whose shapes, dtypes and facts are equal.
+
+    Attributes:
+      name: the common path, with ``*`` for the numbers.
+      paths: the paths of the members, in the order of the leading axis.
+      shape: the shape of one member's λ, ``[*stack, r]``.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The roles of all adapters; static, so it is part of a tree's structure.
+
+    Attributes:
+      members: the roles, in the order of their first members.
+      paths: the paths of all adapters, in the order of the parameters.
+    """
+
+    members: tuple[Role, ...]
+    paths: tuple[str, ...]
+
+    @functools.cached_property
+    def where(self) -> dict[str, tuple[Role, int]]:
+        """The role of each path, and its index on the role's leading axis."""
+        return {path: (role, i) for role in self.members for i, path in enumerate(role.paths)}
+
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        """The position of every triplet in the order of the adapters, for the roles in a row."""
+        sizes = [math.prod(self.where[path][0].shape) for path in self.paths]
+        starts = dict(zip(self.paths, itertools.accumulate(sizes, initial=0)))
+        spans = [
+            np.arange(starts[path], starts[path] + math.prod(role.shape), dtype=np.int32)
+            for role in self.members
+            for path in role.paths
+        ]
+        return np.concatenate(spans)
+
+
+def group_by_role(adapters: Mapping[str, Adapter]) -> Roles:
+    """Group adapters whose paths differ only in numbers and whose arrays have one type.
+
+    Repeated layers are sharded alike, so their arrays can be joined along a new axis, which is not
+    sharded, without communication. On a mesh with explicit axes the sharding is part of the type.
+
+    Args:
+      adapters: ``{path: Adapter}``; arrays may be abstract.
+
+    >>> make = lambda: Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
+    >>> roles = group_by_role({"h/0/up": make(), "h/0/down": make(), "h/1/up": make()})
+    >>> [(role.name, role.paths) for role in roles.members]
+    [('h/*/up', ('h/0/up', 'h/1/up')), ('h/*/down', ('h/0/down',))]
+    """
+    groups: dict[Any, list[str]] = {}
+    for path, adapter in adapters.items():
+        types = tuple((leaf.shape, jnp.dtype(leaf.dtype), _spec(leaf)) for leaf in adapter)
+        kind = re.sub(r"\d+", "*", path), types, adapter.scale, adapter.layout
+        groups.setdefault(kind, []).append(path)
+    names: dict[str, int] = {}
+    members = []
+    for (name, *_), paths in groups.items():
+        names[name] = names.get(name, 0) + 1
+        unique = name if names[name] == 1 else f"{name}:{names[name]}"
+        members.append(Role(unique, tuple(paths), tuple(adapters[paths[0]].lam.shape)))
+    return Roles(tuple(members), tuple(adapters))
+
+
+def _spec(leaf: Any) -> Any:
+    """Return the sharding that is part of an array's type, on a mesh with explicit axes."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding.spec if sharding.mesh.are_all_axes_explicit else None
+
+
+@tree_util.register_pytree_with_keys_class
+class ByRole(Mapping[str, Any]):
+    """One value per adapter, read by path and stored as one array per role.
+
+    The value of an adapter is an array over its triplets, ``[..., r]``, or an :class:`Adapter`. As
+    a mapping it is ``{path: value}`` in the order of the parameters, where each value is a slice.
+    As a pytree its leaves are the arrays of the roles.
+
+    Axes in front of a role's, such as those of ``jax.vmap`` or ``jax.lax.scan``, remain in front.
+
+    Attributes:
+      stacked: ``{role: value}``; the value has one leading axis more than that of one adapter.
+      roles: the roles and paths; static.
+
+    >>> make = lambda value: Adapter(jnp.ones((1, 3)), jnp.array([value]), jnp.ones((1, 4)))
+    >>> adapters = {"h/0": make(0.0), "h/1": make(1.0), "head": make(2.0)}
+    >>> by_role = stack(group_by_role(adapters), adapters)
+    >>> {role: value.lam.shape for role, value in by_role.stacked.items()}
+    {'h/*': (2, 1), 'head': (1, 1)}
+    >>> by_role["h/1"].lam, list(by_role)
+    (Array([1.], dtype=float32), ['h/0', 'h/1', 'head'])
+    """
+
+    def __init__(self, stacked: Mapping[str, Any], roles: Roles):
+        self.stacked, self.roles = dict(stacked), roles
+
+    def __getitem__(self, path: str) -> Any:
+        role, index = self.roles.where[path]
+        value, ndim = self.stacked[role.name], len(role.shape)
+        if not isinstance(value, Adapter):
+            return _member(value, index, ndim)
+        p, lam, q = value
+        return value._replace(
+            p=_member(p, index, ndim + 1),
+            lam=_member(lam, index, ndim),
+            q=_member(q, index, ndim + 1),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.roles.paths)
+
+    def __len__(self) -> int:
+        return len(self.roles.paths)
+
+    def __repr__(self) -> str:
+        return f"ByRole({self.stacked!r})"
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Roles]:
+        keyed = [(tree_util.DictKey(r.name), self.stacked[r.name]) for r in self.roles.members]
+        return keyed, self.roles
+
+    @classmethod
+    def tree_unflatten(cls, roles: Roles, values: Sequence[Any]) -> ByRole:
+        return cls({role.name: value for role, value in zip(roles.members, values)}, roles)
+
+
+def stack(roles: Roles, values: Mapping[str, Any]) -> ByRole:
+    """Return the values of all adapters by role.
+
+    Args:
+      roles: the roles; their paths are keys of ``values``.
+      values: ``{path: value}``, with an array or an :class:`Adapter` per path. The adapters of a
+        role have the scale and layout of its first member.
+    """
+    return ByRole({r.name: _join([values[path] for path in r.paths]) for r in roles.members}, roles)
+
+
+def stack_like(like: ByRole, values: Mapping[str, Adapter]) -> ByRole:
+    """Return adapters by role, with the scales and layouts of ``like``.
+
+    Gradients and adapters in Flax containers have no scale and layout of their own.
+    """
+    joined = stack(like.roles, values).stacked
+    facts = {name: (a.scale, a.layout) for name, a in like.stacked.items()}
+    known = {n: a._replace(scale=facts[n][0], layout=facts[n][1]) for n, a in joined.items()}
+    return ByRole(known, like.roles)
+
+
+def _join(members: Sequence[Any]) -> Any:
+    if not isinstance(members[0], Adapter):
+        return jnp.stack(members)
+    return members[0]._replace(**dict(zip(Adapter._fields, map(jnp.stack, zip(*members)))))
+
+
+def _member(leaf: Any, index: int, ndim: int) -> Any:
+    """Return a slice of a role's array, in which ``ndim`` axes follow the axis of the members."""
+    axis = leaf.ndim - ndim - 1
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf[(slice(None),) * axis + (index,)]
+    sharding = leaf.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+        spec = jax.sharding.PartitionSpec(*spec[:axis], *spec[axis + 1 :])
+        sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+    shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
