@@ -1,7 +1,4 @@
-"""Results of pruning: ranks, tables, compacted adapters, merged weights."""
-
-import json
-from pathlib import Path
+"""Results of pruning: ranks, tables, compacted adapters."""
 
 import chex
 import jax
@@ -13,7 +10,6 @@ import adalora_jax as adalora
 from adalora_jax._src.core import evaluation
 from adalora_jax._src.core.compaction import surviving_rows
 
-ROOT = Path(__file__).parents[2]
 CONFIG = adalora.AdaLoraConfig(total_step=10, init_r=4, target_r=2, init_lora_weights=False)
 
 
@@ -82,60 +78,8 @@ def test_summary_counts_active_parameters(pruned):
     assert rows[-1].split() == ["total", "6", "16", "76"]
 
 
-def test_merge_rounds_once_to_dtype_of_weight(pruned):
-    adapters, _ = pruned
-    kernel = jax.random.normal(jax.random.key(9), (5, 6)).astype(jnp.bfloat16)
-    variables = {"params": {"a": {"query": {"kernel": kernel, "bias": jnp.zeros(6)}}}}
-    one = {"a/query": adapters["a/query"]}
-    merged = adalora.merge(variables, one)["params"]["a"]["query"]["kernel"]
-    delta = adalora.delta_weight(one["a/query"])
-    want = (kernel.astype(jnp.float32) + delta).astype(jnp.bfloat16)
-    chex.assert_trees_all_equal(merged, want)
-    chex.assert_trees_all_equal(variables["params"]["a"]["query"]["kernel"], kernel)
-
-
-def test_merging_mismatched_or_nonfinite_weight_raises(pruned):
-    adapters, _ = pruned
-    variables = {"params": {"a": {"query": {"kernel": jnp.zeros((6, 5))}}}}
-    with pytest.raises(
-        ValueError, match=r"'a/query' is for \[\] matrices of 5 x 6, but the weight"
-    ):
-        adalora.merge(variables, {"a/query": adapters["a/query"]})
-    with pytest.raises(ValueError, match=r"'b'\] has no parameters in the model"):
-        adalora.merge(variables, {"b": adapters["b"]})
-    fitting = {"params": {"a": {"query": {"kernel": jnp.full((5, 6), jnp.inf)}}}}
-    with pytest.raises(ValueError, match="'a/query' is not finite"):
-        adalora.merge(fitting, {"a/query": adapters["a/query"]}, safe=True)
-
-
 def test_compact_without_mask_of_an_adapter_raises(pruned):
     adapters, masks = pruned
     masks.pop("b")
     with pytest.raises(ValueError, match="opt_state has no mask for 'b', only for a/query, a/up"):
         adalora.compact(adapters, masks)
-
-
-@pytest.mark.parametrize(("dtype", "small"), [("float32", 2**-23), ("bfloat16", 2**-8)])
-def test_unmerge_restores_weight_to_one_rounding(dtype, small):
-    one = {"a/query": adapter(0, 5, 6)}
-    kernel = jax.random.normal(jax.random.key(9), (5, 6)).astype(dtype)
-    variables = {"params": {"a": {"query": {"kernel": kernel}}}}
-    merged = adalora.merge(variables, one)
-    back = adalora.unmerge(merged, one)["params"]["a"]["query"]["kernel"]
-    assert back.dtype == kernel.dtype
-    largest = jnp.abs(merged["params"]["a"]["query"]["kernel"]).astype(jnp.float32) + 1
-    error = jnp.abs(back.astype(jnp.float32) - kernel.astype(jnp.float32))
-    assert bool((error <= small * largest).all())
-    assert bool((error > 0).any()), "or this would test nothing"
-
-
-def test_readme_states_measured_bfloat16_merge_errors():
-    rows = json.loads((ROOT / "benchmarks/merging.json").read_text())["rows"]
-    lost = {
-        (row["dtype"], row["increment to weight"]): row["error of the increment"] for row in rows
-    }
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    for ratio, words in ((0.01, "a hundredth"), (0.001, "a thousandth")):
-        percent = f"{100 * lost['bfloat16', ratio]:.0f} %"
-        assert words in readme
-        assert percent in readme

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from support.small_models import KEY, adapted_of, draw
 
 import adalora_jax as adalora
 from adalora_jax._src.core import evaluation
@@ -207,3 +208,36 @@ def test_rank_pattern_sets_initial_ranks(model):
     assert ranks["layers_0/up"] == 3
     assert ranks["layers_1/attn/query"] == 1
     assert ranks["layers_1/up"] == 4
+
+
+def test_dropout_in_scan_without_split_rngs_warns():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(4, name="up")(x), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(
+                Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+            )
+            return scan(name="blocks")(x, None)[0]
+
+    with pytest.warns(UserWarning, match=r"blocks/up have no dropout.*split_rngs"):
+        adapted_of(Model(), draw(2, 4), lora_dropout=0.5)
+
+
+@pytest.mark.parametrize("call", ["init", "apply", "merge"])
+def test_params_in_place_of_variables_raise(call):
+    adapted, variables, adapters = adapted_of(nn.Dense(5), x := draw(2, 4))
+    calls = {
+        "init": lambda v: adapted.init(KEY, v, x),
+        "apply": lambda v: adapted.apply(v, adapters, x),
+        "merge": lambda v: adalora.merge(v, adapters),
+    }
+    with pytest.raises(ValueError, match="variables has no 'params'"):
+        calls[call](variables["params"])
+    if call == "apply":
+        with pytest.raises(ValueError, match="variables has no 'params'"):
+            adapted.apply(adapters, variables, x)

@@ -1,5 +1,8 @@
 """The NNX front end inside usual training code."""
 
+import copy
+import pickle
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from support.small_models import draw, in_model, linear, nnx_config
 
 import adalora_jax as adalora
 from adalora_jax._src.modules.nnx_layers import pure
@@ -212,3 +216,32 @@ def test_nonfinite_merge_or_unmerge_of_another_model_raises():
         adalora.merge(adapted, safe=True)
     with pytest.raises(ValueError, match="has no layer 'layers/0'"):
         adalora.unmerge(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), adapted)
+
+
+class Twice(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize("cls", [nnx.Linear, Twice])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_adapted_nnx_model_can_be_pickled_and_copied(cls, quantised):
+    base = in_model(linear(cls))
+    if quantised:
+        quantization = pytest.importorskip("adalora_jax.quantization")
+        base = quantization.quantize(base, "int8")
+    model, x = adalora.nnx.adapt(base, nnx_config(".*")), draw(2, 6)
+    graph, state = nnx.split(model)
+    copies = [
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        nnx.merge(*pickle.loads(pickle.dumps((graph, state)))),
+    ]
+    for other in copies:
+        assert type(other.layers[0]) is type(model.layers[0])
+        np.testing.assert_array_equal(other(x), model(x))
+
+
+def test_adapted_nnx_model_can_be_tabulated():
+    model = adalora.nnx.adapt(in_model(linear()), nnx_config(".*"))
+    assert "Total Parameters: 81" in nnx.tabulate(model, draw(1, 6))

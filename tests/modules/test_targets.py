@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from flax import nnx
 
 import adalora_jax as adalora
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.selection import keep_best
 from adalora_jax._src.modules.candidates import Candidate
 from adalora_jax._src.modules.targets import describe, resolve, select
 
@@ -421,62 +418,6 @@ def test_training_respects_rank_overrides_and_meets_budget_exactly():
     assert sum(ranks.values()) == 2 * len(ranks)
     assert (ranks["layers_0/query"], ranks["layers_1/query"]) == (3, 3)
     assert ranks["layers_0/key"] <= 1
-
-
-@st.composite
-def limited(draw):
-    """Draw scores with many ties, limits for each leaf, and a count."""
-    shapes = [(2, 3), (1, 4)]
-    values = st.sampled_from([0.0, 1.0, 2.0, float("nan")])
-    scores = [
-        np.array(draw(st.lists(values, min_size=n * r, max_size=n * r)), np.float32).reshape(n, r)
-        for n, r in shapes
-    ]
-    bounds = [draw(st.tuples(st.integers(0, 4), st.integers(0, 5))) for _ in shapes]
-    return scores, [(min(b), max(b)) for b in bounds], draw(st.integers(0, 12))
-
-
-@hypothesis.settings(max_examples=40, deadline=None)
-@hypothesis.given(limited())
-def test_keep_best_within_limits_matches_plain_python(problem):
-    scores, limits, count = problem
-    masks = keep_best([jnp.asarray(s) for s in scores], count, limits)
-    # In plain Python: the minimum of every row first, then the best others, ties by position.
-    first, rest, index = [], [], 0
-    for leaf, (least, most) in zip(scores, limits):
-        for row in np.nan_to_num(leaf, nan=-1):
-            order = sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))
-            first += [index + i for i in order[:least]]
-            rest += [
-                (-row[i], index + i)
-                for i in order[min(least, most) : most]
-                if i not in order[:least]
-            ]
-            index += len(row)
-    wanted = set(first) | {i for _, i in sorted(rest)[: max(0, count - len(first))]}
-    kept = np.concatenate([np.asarray(mask).ravel() for mask in masks])
-    assert set(np.flatnonzero(kept)) == wanted
-
-
-def test_keep_best_within_limits_is_equal_under_jit_and_vmap():
-    scores = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.array([9.0, 8.0])}
-    limits = [(1, 2), (0, 1)]
-    counts = jnp.arange(8)
-    jitted = jax.jit(lambda count: keep_best(scores, count, limits))
-    many = jax.vmap(lambda count: keep_best(scores, count, limits))(counts)
-    for i, count in enumerate(counts):
-        for name, mask in jitted(count).items():
-            assert np.array_equal(mask, many[name][i])
-    assert [int(sum(m[i].sum() for m in many.values())) for i in range(8)] == [
-        2,
-        2,
-        2,
-        3,
-        4,
-        5,
-        5,
-        5,
-    ]
 
 
 @pytest.mark.parametrize(

@@ -115,3 +115,20 @@ def assert_same_bits(ours, theirs):
 def live(masks):
     """Return the total number of active triplets in all adapters."""
     return sum(int(np.sum(mask)) for mask in jax.tree.leaves(masks))
+
+
+def gradients(params, seed):
+    """Draw random gradients, different at each step."""
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), leaf.dtype), params)
+
+
+def steps(config, inner, params=None, jit=jax.jit):
+    """Yield ``(params, allocator)`` after each step of a run with random gradients."""
+    params = adapters(config) if params is None else params
+    tx = al.adalora(lenient(inner), config)
+    state, update = tx.init(params), jit(tx.update)
+    for seed in range(config.total_step):
+        updates, state = update(gradients(params, seed), state, params)
+        params = optax.apply_updates(params, updates)
+        yield params, state.allocator
