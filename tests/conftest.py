@@ -2,9 +2,9 @@
 
 import os
 
-import compiling
 import jax
 import pytest
+from support import compiling
 
 os.environ.setdefault("XLA_FLAGS", compiling.FLAGS)  # XLA reads it when it first compiles
 

@@ -1,4 +1,5 @@
-"""The order of imports, the boundary of public and private, and the packages an import loads."""
+"""The order of imports, the boundary of public and private, the packages an import loads, and
+the names of the tests."""
 
 import ast
 import importlib
@@ -103,6 +104,15 @@ def test_facade_exports_exactly_its_imports(name):
     module = importlib.import_module(f"adalora_jax.{name}")
     public = {n for n, value in vars(module).items() if not n.startswith("_")}
     assert sorted(public) == sorted(module.__all__)
+
+
+@pytest.mark.parametrize("package", ["core", "modules", "quantization", "huggingface"])
+def test_test_files_are_named_after_modules(package):
+    """``test_merging.py`` and ``test_merging_….py`` both test ``merging.py``."""
+    modules = {path.stem for path in (PACKAGE / "_src" / package).glob("*.py")}
+    for path in (ROOT / "tests" / package).rglob("test_*.py"):
+        name = path.stem.removeprefix("test_")
+        assert any(f"{name}_".startswith(f"{module}_") for module in modules), path
 
 
 def test_import_does_not_load_optional_packages():

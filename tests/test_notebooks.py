@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from compiling import environment
+from support.compiling import environment
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -121,7 +120,6 @@ def test_notebook_output_matches_stored_output(path, elsewhere):
 def test_notebook_runs_on_several_devices(name, tmp_path):
     code = f"import test_notebooks as t; t.check(t.FOLDER / {name + '.ipynb'!r})"
     env = environment(DEVICES[name])
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env["PYTHONPATH"]])
     env["TMPDIR"] = str(tmp_path)
     subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=tmp_path)
 

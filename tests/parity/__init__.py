@@ -1,1 +1,1 @@
-"""PEFT's AdaLoRA and ours, trained side by side on the same model, weights and batches."""
+"""Whole runs against PEFT, against results it recorded (``pinned``), and the paper in NumPy."""

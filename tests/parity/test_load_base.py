@@ -1,12 +1,12 @@
 """transformers checkpoints loaded into Flax models: equal logits, and a round trip through PEFT."""
 
-import hf_flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from support import hf_flax
 
 import adalora_jax as adalora
 from adalora_jax import huggingface as files

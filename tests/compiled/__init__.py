@@ -1,0 +1,1 @@
+"""Tests of compiled programs, on one device, on meshes and in several processes."""

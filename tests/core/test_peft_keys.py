@@ -1,0 +1,172 @@
+"""``AdaLoraConfig.from_peft`` and ``to_peft`` on a config that PEFT saved; no torch needed.
+
+``save_pretrained`` wrote that config after a run of ``tests/parity/pinned/make.py``.
+"""
+
+import json
+import pathlib
+
+import pytest
+
+from adalora_jax import AdaLoraConfig
+
+FILE = pathlib.Path(__file__).parents[1] / "parity/pinned/adapter_config.json"
+PLAIN = {"peft_type": "ADALORA", "total_step": 100}
+
+
+@pytest.fixture
+def saved():
+    return json.loads(FILE.read_text())
+
+
+@pytest.mark.parametrize("source", [FILE, str(FILE), FILE.parent, str(FILE.parent)])
+def test_saved_config_is_read_from_file_and_folder(source, saved):
+    assert AdaLoraConfig.from_peft(source) == AdaLoraConfig.from_peft(saved)
+
+
+def test_saved_config_keeps_every_value(saved):
+    config = AdaLoraConfig.from_peft(saved)
+    for name in (
+        *("total_step", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
+        *("orth_reg_weight", "lora_alpha", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),
+    ):
+        assert getattr(config, name) == saved[name], name
+    assert config.target_modules == ("down", "key", "out", "query", "up", "value")
+    assert config.modules_to_save == ("head",)
+    patterns = {path.removesuffix(".lora_E"): v for path, v in saved["rank_pattern"].items()}
+    assert {path: list(keep) for path, keep in config.rank_pattern} == patterns
+    # The patterns include a rank of 0.
+    assert not any(patterns["query"])
+
+
+def test_saved_config_round_trips_through_to_peft(saved):
+    config = AdaLoraConfig.from_peft(saved)
+    back = config.to_peft()
+    assert json.loads(json.dumps(back)) == back
+    assert AdaLoraConfig.from_peft(back) == config
+    saved["target_modules"].sort()
+    assert {key: saved[key] for key in back} == back | {"loftq_config": saved["loftq_config"]}
+
+
+def test_order_of_saved_target_modules_does_not_matter():
+    """PEFT writes a set in arbitrary order; a config is a static argument of jit."""
+    configs = [
+        AdaLoraConfig.from_peft(PLAIN | {"target_modules": names, "exclude_modules": names})
+        for names in (["a", "b"], ["b", "a"], {"b", "a"}, ("b", "a"))
+    ]
+    assert len(set(configs)) == 1
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "encoder.layer.0.query.lora_E",
+        "encoder.layer.0.query.lora_E.default",
+        "base_model.model.encoder.layer.0.query.lora_E",
+    ],
+)
+def test_rank_pattern_keys_convert_to_paths_and_back(key):
+    config = AdaLoraConfig.from_peft(PLAIN | {"rank_pattern": {key: [True, False]}})
+    assert config.rank_pattern == (("encoder/layer/0/query", (True, False)),)
+    assert config.to_peft()["rank_pattern"] == {"encoder.layer.0.query.lora_E": [True, False]}
+
+
+@pytest.mark.parametrize("pattern", [{"query": 4}, {"query.lora_E": 4}, {"query": [True]}, [4]])
+def test_rank_pattern_of_plain_lora_raises(pattern):
+    """PEFT's AdaLoRA ignores it in training, and cannot load the adapter it saved."""
+    with pytest.raises(ValueError, match="rank_pattern="):
+        AdaLoraConfig.from_peft(PLAIN | {"rank_pattern": pattern})
+
+
+def test_unknown_keys_warn_by_name_and_are_ignored():
+    with pytest.warns(UserWarning, match="unknown keys of the PEFT config .*: future_knob, knob2"):
+        config = AdaLoraConfig.from_peft(PLAIN | {"knob2": 1, "future_knob": None})
+    assert config == AdaLoraConfig(total_step=100)
+
+
+def test_fields_without_counterpart_in_peft_warn_and_are_ignored():
+    with pytest.warns(UserWarning, match="unknown keys .*: budget_schedule"):
+        config = AdaLoraConfig.from_peft(PLAIN | {"budget_schedule": "linear"})
+    assert config.budget_schedule == "cubic"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_rslora", True),
+        ("alpha_pattern", {"query": 4}),
+        ("lora_bias", True),
+        ("eva_config", {"rho": 2.0}),
+        ("megatron_core", "other.core"),
+        ("init_lora_weights", "gaussian"),
+    ],
+)
+def test_options_without_effect_in_peft_warn_and_are_ignored(key, value):
+    with pytest.warns(UserWarning, match=f"does not use them: {key}="):
+        config = AdaLoraConfig.from_peft(PLAIN | {key: value})
+    assert config == AdaLoraConfig(total_step=100)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("ensure_weight_tying", True),
+        ("layer_replication", [[0, 4], [2, 5]]),
+        ("target_parameters", ["experts.weight"]),
+        ("trainable_token_indices", [1, 2]),
+        ("use_dora", True),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("init_lora_weights", "loftq"),
+        ("total_step", None),
+        ("init_r", 4),  # below target_r = 8
+        ("tfinal", 100),
+    ],
+)
+def test_unsupported_peft_option_raises_by_name(key, value):
+    with pytest.raises(ValueError, match=key):
+        AdaLoraConfig.from_peft(PLAIN | {key: value})
+
+
+def test_other_adapter_types_and_invalid_files_raise(tmp_path):
+    with pytest.raises(ValueError, match="peft_type='LORA'"):
+        AdaLoraConfig.from_peft({"peft_type": "LORA", "r": 8})
+    (tmp_path / "adapter_config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        AdaLoraConfig.from_peft(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        AdaLoraConfig.from_peft(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "others"),
+    [
+        ("budget_schedule", {"budget_schedule": "linear"}),
+        ("score", {"score": "magnitude"}),
+        ("freeze_pruned", {"freeze_pruned": True}),
+        ("allow_regrowth", {"allow_regrowth": False}),
+        ("prox", {"prox": "soft_threshold"}),
+        ("budget_unit", {"budget_unit": "parameters"}),
+        ("lambda_lr_scale", {"lambda_lr_scale": 2.0}),
+        ("target_modules", {"target_modules": lambda path, module: True}),
+        ("target_modules", {"target_modules": ".*query", "layers_to_transform": 3}),
+        ("layers_pattern", {"target_modules": ["query"], "layers_pattern": ["layers"]}),
+        ("rank_pattern", {"rank_pattern": {"query": 4}}),
+        ("param_dtype", {"param_dtype": "bfloat16"}),
+    ],
+)
+def test_to_peft_raises_for_fields_peft_lacks(field, others):
+    with pytest.raises(ValueError, match=field):
+        AdaLoraConfig(total_step=100, **others).to_peft()
+
+
+def test_to_peft_omits_orth_reg_in_update():
+    """The option does not change the numbers: PEFT's model adds the penalty to its loss."""
+    config = AdaLoraConfig(total_step=100, target_modules=["query"])
+    assert config.replace(orth_reg_in_update=True).to_peft() == config.to_peft()
+
+
+def test_to_peft_writes_rank_zero_as_booleans():
+    config = AdaLoraConfig(total_step=100, init_r=2, target_r=1, rank_pattern={"query": []})
+    assert config.to_peft()["rank_pattern"] == {"query.lora_E": [False, False]}

@@ -1,0 +1,406 @@
+"""Hugging Face base checkpoints loaded into Flax models, against the same models in NumPy.
+
+``tests/parity`` has the same against transformers itself.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+from support import hf_numpy
+from support.compiling import environment
+from support.hf_flax import NNX_LLAMA, Bert, Llama, NnxLlama, Sizes
+
+import adalora_jax as adalora
+from adalora_jax import huggingface as peft
+from adalora_jax import quantization
+
+pytestmark = pytest.mark.usefixtures("_flax_ranks")
+SIZES = Sizes(layers=3)
+IDS = np.arange(14).reshape(2, 7) * 5 % SIZES.vocabulary
+LLAMA = peft.NameMap((*NNX_LLAMA, *peft.hf_names("llama").pairs))
+
+
+@pytest.fixture
+def _flax_ranks():
+    """Allow rank promotion: Flax's norms and attention broadcast arrays of different rank."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def write(folder, tensors, shards=1, config=None):
+    """Write a checkpoint of this many files."""
+    folder.mkdir(exist_ok=True, parents=True)
+    names = list(tensors)
+    files = {f"model-{n:05}-of-{shards:05}.safetensors": names[n::shards] for n in range(shards)}
+    if shards == 1:
+        files = {"model.safetensors": names}
+    for file, mine in files.items():
+        save_file({n: np.ascontiguousarray(tensors[n]) for n in mine}, folder / file)
+    if shards > 1:
+        places = {name: file for file, mine in files.items() for name in mine}
+        index = {"metadata": {"total_size": 1}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def abstract(model, ids=IDS):
+    return jax.eval_shape(model.init, jax.random.key(0), ids)
+
+
+def close(actual, expected, tolerance=2e-5):
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(("classes", "prefix"), [(0, ""), (0, "bert."), (3, "bert.")])
+def test_bert_in_linen_matches_numpy(stacked, classes, prefix, tmp_path):
+    """Checkpoints with a head have a name prefix that the Flax model does not have."""
+    tensors = hf_numpy.bert_tensors(SIZES, prefix=prefix, classes=classes)
+    write(tmp_path, tensors, shards=1 + stacked)
+    model = Bert(SIZES, stacked, classes)
+    variables = peft.load_base(tmp_path, model, abstract(model), names="bert")
+    got = model.apply(variables, IDS)
+    jax.tree.map(close, got, hf_numpy.bert(tensors, SIZES, IDS, prefix))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("head", ["own", "tied", "attends"])
+def test_llama_in_linen_matches_numpy(stacked, head, tmp_path):
+    tensors = hf_numpy.llama_tensors(SIZES, seed=1, head=head == "own")
+    write(tmp_path, tensors, shards=3, config={"tie_word_embeddings": head != "own"})
+    model = Llama(SIZES, stacked, attends=head == "attends")
+    variables = peft.load_base(tmp_path, model, abstract(model), names="llama")
+    close(model.apply(variables, IDS), hf_numpy.llama(tensors, SIZES, IDS))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_llama_in_nnx_matches_numpy(stacked, tmp_path):
+    """Keys and values share one einsum, gate and up share one projection."""
+    tensors = hf_numpy.llama_tensors(SIZES, seed=2)
+    write(tmp_path, tensors, shards=2)
+    shapes = nnx.eval_shape(lambda: NnxLlama(SIZES, stacked))
+    model = peft.load_base(tmp_path, shapes, names=LLAMA)
+    close(model(IDS), hf_numpy.llama(tensors, SIZES, IDS))
+    assert not isinstance(shapes.norm.scale.get_value(), jax.Array), "the model that was given"
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_file_dtypes_convert_exactly_to_model_dtypes(stored, dtype, tmp_path):
+    tensors = hf_numpy.llama_tensors(SIZES, dtype=ml_dtypes.bfloat16)
+    tensors = {name: value.astype(stored) for name, value in tensors.items()}  # no rounding
+    write(tmp_path, tensors)
+    model = Llama(SIZES)
+    variables = peft.load_base(tmp_path, model, abstract(model), names="llama", dtype=dtype)
+    kernel = variables["params"]["layers_1"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.dtype == (dtype or "float32")
+    want = tensors["model.layers.1.mlp.up_proj.weight"].T.astype(np.float32)
+    np.testing.assert_array_equal(kernel.astype(np.float32), want)
+
+
+def test_dtype_that_cannot_hold_weights_raises(tmp_path):
+    write(tmp_path, {"up.weight": np.full((2, 3), 1e6, np.float32), "up.bias": np.ones(2, "f4")})
+    model = nn.Sequential([nn.Dense(2)])
+    load = lambda dtype: peft.load_base(
+        tmp_path, model, abstract(model, jnp.ones((1, 3))), names={"layers_0": "up"}, dtype=dtype
+    )
+    with pytest.raises(ValueError, match=r"dtype=float16 cannot hold.*'layers_0/kernel'"):
+        load("float16")
+    with pytest.raises(ValueError, match=r"dtype=int8 .* floating point"):
+        load("int8")
+
+
+def test_loaded_base_is_adapted_pruned_and_merged(tmp_path):
+    tensors = hf_numpy.llama_tensors(SIZES)
+    base, out = write(tmp_path / "base", tensors, shards=2), tmp_path / "merged"
+    model = Llama(SIZES, stacked=True)
+    variables = peft.load_base(base, model, abstract(model), names="llama")
+    config = adalora.AdaLoraConfig(
+        total_step=6, tfinal=2, init_r=3, target_r=1, target_modules=["q_proj", "v_proj"]
+    )
+    adapted = adalora.linen.adapt(model, config)
+    adapters = adapted.init(jax.random.key(0), variables, IDS)
+    close(adapted.apply(variables, adapters, IDS), hf_numpy.llama(tensors, SIZES, IDS))
+    tx = adalora.adalora(optax.adam(1e-2), config)
+
+    @jax.jit
+    def step(adapters, state):
+        loss = lambda a: jnp.square(adapted.apply(variables, a, IDS)).mean()
+        updates, state = tx.update(jax.grad(loss)(adapters), state, adapters)
+        return optax.apply_updates(adapters, updates), state
+
+    state = tx.init(adapters)
+    for _ in range(config.total_step):
+        adapters, state = step(adapters, state)
+    masks = adalora.allocator_state(state)
+    ranks = adalora.ranks(masks)
+    assert sum(ranks.values()) == 2 * SIZES.layers
+    peft.save_pretrained(tmp_path / "adapter", adapters, config, masks=masks, names="llama")
+    peft.merge_pretrained(tmp_path / "adapter", base, out)
+    merged = peft.load_base(out, model, abstract(model), names="llama")
+    close(model.apply(merged, IDS), adapted.apply(variables, adapters, IDS), 1e-4)
+
+
+class Einsum(nn.Module):
+    """A layer as in google-deepmind/gemma, whose equation is an argument of the call."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, equation, x):
+        return jnp.einsum(equation, x, self.param("w", nn.initializers.zeros, self.shape))
+
+
+class Kinds(nn.Module):
+    """Weights of every supported form."""
+
+    @nn.compact
+    def __call__(self, x, image):
+        q = Einsum((2, 5, 3), name="q_einsum")("BTD,NDH->BTNH", x)
+        k, v = Einsum((2, 1, 5, 3), name="kv_einsum")("BSD,CKDH->CBSKH", x)
+        z = Einsum((2, 3, 5), name="attn_vec_einsum")("BTNH,NHD->BTD", q + k + v)
+        c = nn.Conv(4, (3, 2), name="conv")(image)
+        own = self.param("own", nn.initializers.zeros, (5, 7))
+        position = self.param("position", nn.initializers.zeros, (1, 3, 5))
+        return z.sum() + c.sum() + (x @ own).sum() + position.sum()
+
+
+KINDS = {
+    "q_proj.weight": (6, 5),
+    "k_proj.weight": (3, 5),
+    "v_proj.weight": (3, 5),
+    "o_proj.weight": (5, 6),
+    "conv.weight": (4, 2, 3, 2),
+    "conv.bias": (4,),
+    "mlp.weight": (7, 5),
+    "positions.weight": (3, 5),
+    "embeddings.position": (1, 3, 5),
+}
+NAMES = [
+    ("q_einsum", "q_proj"),
+    ("kv_einsum[0]", "k_proj"),
+    ("kv_einsum[1]", "v_proj"),
+    ("attn_vec_einsum", "o_proj"),
+    ("conv", "conv"),
+    ("own", "mlp"),
+    ("position", "embeddings.position"),
+]
+
+
+def test_weight_axes_are_inferred_from_calls_or_equations(tmp_path):
+    tensors = hf_numpy.draw(KINDS, 0)
+    tensors.pop("positions.weight")
+    write(tmp_path, tensors)
+    inputs = jnp.ones((1, 4, 5)), jnp.ones((1, 4, 4, 2))
+    shapes = jax.eval_shape(Kinds().init, jax.random.key(0), *inputs)
+    equations = {"own": "...d,df->...f"}
+    load = lambda *inputs, **options: peft.load_base(
+        tmp_path, Kinds(), shapes, *inputs, names=NAMES, **options
+    )
+    params = load(*inputs, equations=equations)["params"]
+    want = {
+        "q_einsum": tensors["q_proj.weight"].reshape(2, 3, 5).transpose(0, 2, 1),
+        "attn_vec_einsum": tensors["o_proj.weight"].T.reshape(2, 3, 5),
+    }
+    for name, value in want.items():
+        np.testing.assert_array_equal(params[name]["w"], value)
+    for n, name in enumerate("kv"):
+        value = tensors[f"{name}_proj.weight"].reshape(1, 3, 5).transpose(0, 2, 1)
+        np.testing.assert_array_equal(params["kv_einsum"]["w"][n], value)
+    conv = tensors["conv.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(params["conv"]["kernel"], conv)
+    np.testing.assert_array_equal(params["own"], tensors["mlp.weight"].T)
+    np.testing.assert_array_equal(params["position"], tensors["embeddings.position"])
+    with pytest.raises(ValueError, match=r"'attn_vec_einsum/w' .* is called with, or equations="):
+        load(equations={**equations, "q_einsum/w": "BTD,NDH->BTNH"})
+    with pytest.raises(ValueError, match="equations: 'owm' matches no parameter"):
+        load(*inputs, equations={"owm": "...d,df->...f"})
+    with pytest.raises(ValueError, match=r"equations\['own'\]='d->f' does not tell"):
+        load(*inputs, equations={"own": "d->f"})
+    with pytest.raises(ValueError, match=r"'own' of shape \[5, 7\] does not hold 'mlp.weight'"):
+        load(*inputs, equations={"own": "...f,df->...d"})
+
+
+def test_gpt2_conv1d_and_fused_projection_load(tmp_path):
+    """Weights are [in, out] in the file, as the model type in the config implies."""
+
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            q, k, v = (nn.DenseGeneral((2, 3), name=n)(x) for n in ("query", "key", "value"))
+            return nn.DenseGeneral(6, axis=(-2, -1), name="out")(q + k + v)
+
+    class Gpt(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Attention(name="h_0_attn")(x)
+
+    shapes = {"h.0.attn.c_attn.weight": (6, 18), "h.0.attn.c_attn.bias": (18,)}
+    shapes |= {"h.0.attn.c_proj.weight": (6, 6), "h.0.attn.c_proj.bias": (6,)}
+    tensors = hf_numpy.draw(shapes, 0)
+    write(tmp_path, tensors, config={"model_type": "gpt2"})
+    fused = {n: f"h.0.attn.c_attn:{k}/3" for k, n in enumerate(("query", "key", "value"))}
+    names = {f"h_0_attn/{n}": hf for n, hf in (fused | {"out": "h.0.attn.c_proj"}).items()}
+    x = jax.random.normal(jax.random.key(0), (2, 6))
+    variables = peft.load_base(tmp_path, Gpt(), abstract(Gpt(), x), names=names)
+    y = np.asarray(x) @ tensors["h.0.attn.c_attn.weight"] + tensors["h.0.attn.c_attn.bias"]
+    y = sum(np.split(y, 3, axis=-1)) @ tensors["h.0.attn.c_proj.weight"]
+    close(Gpt().apply(variables, x), y + tensors["h.0.attn.c_proj.bias"])
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"18 inputs, 2 outputs|18 inputs|not 3 equal parts"):
+        peft.load_base(tmp_path, Gpt(), abstract(Gpt(), x), names=names)
+
+
+def test_legacy_norm_names_load_and_unused_tensors_raise(tmp_path):
+    """The first BERT checkpoints have these names."""
+    tensors = hf_numpy.bert_tensors(SIZES, prefix="bert.")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
+        for name, value in tensors.items()
+    }
+    ids = {"bert.embeddings.position_ids": np.arange(32)[None]}
+    heads = {"cls.predictions.bias": np.zeros(40, "f4"), "cls.seq_relationship.bias": np.zeros(2)}
+    write(tmp_path, {**old, **ids, **heads})
+    model = Bert(SIZES)
+    load = lambda **options: peft.load_base(
+        tmp_path, model, abstract(model), names="bert", **options
+    )
+    for allowed in (True, r"cls\..*", ["predictions.bias", "cls.seq_relationship.bias"]):
+        variables = load(allow_unused=allowed)
+    jax.tree.map(close, model.apply(variables, IDS), hf_numpy.bert(tensors, SIZES, IDS, "bert."))
+    with pytest.raises(ValueError, match=r"'cls.predictions.bias'.* are left over.*allow_unused="):
+        load()
+    with pytest.raises(ValueError, match=r"The tensors 'cls.seq_relationship.bias' are left over"):
+        load(allow_unused="predictions.bias")
+
+
+def test_missing_head_may_keep_initial_values(tmp_path):
+    tensors = hf_numpy.bert_tensors(SIZES)
+    write(tmp_path, tensors)
+    model = Bert(SIZES, classes=3)
+    variables = model.init(jax.random.key(1), IDS)
+    load = lambda **options: peft.load_base(tmp_path, model, variables, names="bert", **options)
+    for allowed in (True, "classifier/.*", ["classifier/kernel", "classifier/bias"]):
+        loaded = load(allow_missing=allowed)
+        head = loaded["params"]["classifier"]
+        assert head["kernel"] is variables["params"]["classifier"]["kernel"]
+    with pytest.raises(ValueError, match=r"'classifier/bias' \(looked for 'classifier.bias'\)"):
+        load()
+    _, pooled = hf_numpy.bert(tensors, SIZES, IDS)
+    close(model.apply(loaded, IDS), pooled @ np.asarray(head["kernel"]) + np.asarray(head["bias"]))
+
+
+def test_all_mismatches_are_reported_in_one_error(tmp_path):
+    tensors = hf_numpy.llama_tensors(SIZES)
+    tensors.pop("model.layers.2.self_attn.o_proj.weight")
+    up = "model.layers.1.mlp.up_proj.weight"
+    tensors[up] = tensors[up][:-1]
+    tensors["model.layers.0.mlp.up_proj.scale"] = np.ones(1, "f4")
+    tensors["model.norm.weight"] = np.ones(SIZES.width, np.int8)
+    write(tmp_path, tensors)
+    for stacked in (False, True):
+        model = Llama(SIZES, stacked)
+        with pytest.raises(ValueError, match="is not the checkpoint of this model") as error:
+            peft.load_base(tmp_path, model, abstract(model), names="llama")
+        said = str(error.value)
+        where = "layers/self_attn" if stacked else "layers_2/self_attn"
+        looked_for = "looked for 'model.layers.2.self_attn.o_proj.weight'"
+        assert f"{where}/o_proj/kernel' ({looked_for})" in said
+        assert f"does not hold '{up}' [23, 16] (16 inputs, 23 outputs)" in said
+        assert "'model.norm.weight', for 'norm/scale', has dtype I8" in said
+        assert "'model.layers.0.mlp.up_proj.scale'" in said
+        assert len(said) < 3000
+
+
+def test_wrong_checkpoint_raises_and_heads_are_not_tied_by_guess(tmp_path):
+    write(tmp_path / "bert", hf_numpy.bert_tensors(SIZES))
+    model = Llama(SIZES)
+    with pytest.raises(ValueError, match=r"names has nothing for it.*and 24 more: say with names="):
+        peft.load_base(tmp_path / "bert", model, abstract(model), names={"norm": "norm"})
+    for config in (None, {"tie_word_embeddings": False}):
+        write(tmp_path / "llama", hf_numpy.llama_tensors(SIZES, head=False), config=config)
+        with pytest.raises(ValueError, match=r"looked for 'lm_head\.weight'"):
+            peft.load_base(tmp_path / "llama", model, abstract(model), names="llama")
+    names = [("lm_head", "model.embed_tokens"), *peft.hf_names("llama").pairs]
+    variables = peft.load_base(tmp_path / "llama", model, abstract(model), names=names)
+    embedding = variables["params"]["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(variables["params"]["lm_head"]["kernel"], embedding.T)
+    with pytest.raises(TypeError, match="linen module with its variables"):
+        peft.load_base(tmp_path / "llama", model, names="llama")
+    with pytest.raises(FileNotFoundError, match="Pickled weights are not opened"):
+        peft.load_base(tmp_path, model, abstract(model))
+
+
+def test_single_file_loads_by_its_path(tmp_path):
+    tensors = hf_numpy.llama_tensors(SIZES)
+    write(tmp_path, tensors)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.fp32.safetensors")
+    model, seen = Llama(SIZES), []
+    variables = peft.load_base(
+        tmp_path / "model.fp32.safetensors",
+        model,
+        abstract(model),
+        names="llama",
+        progress=lambda paths: (seen.append(path) or path for path in paths),
+    )
+    assert len(seen) == len(jax.tree.leaves(variables)) == len(tensors)
+    close(model.apply(variables, IDS), hf_numpy.llama(tensors, SIZES, IDS))
+
+
+@pytest.mark.parametrize("what", ["meshes", "memory"])
+def test_loading_on_eight_devices_and_within_memory(what, tmp_path):
+    """The script ``loading_run.py`` documents its checks."""
+    here = pathlib.Path(__file__).parent
+    command = [sys.executable, str(here / "loading_run.py"), what, str(tmp_path)]
+    done = subprocess.run(
+        command, env=environment(devices=8), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_unpacked_tensors_of_gptq_checkpoint_load(tmp_path):
+    """``load_gptq`` reads the packed layers; all other tensors load as from any checkpoint."""
+    rng = np.random.default_rng(0)
+    packed = {
+        "up.qweight": rng.integers(-(2**31), 2**31, (2, 8)).astype(np.int32),
+        "up.qzeros": rng.integers(-(2**31), 2**31, (1, 1)).astype(np.int32),
+        "up.scales": np.full((1, 8), 0.01, np.float16),
+        "up.g_idx": np.zeros(16, np.int32),
+    }
+    floats = hf_numpy.draw({"up.bias": (8,), "head.weight": (3, 8), "head.bias": (3,)}, 0)
+    write(tmp_path, packed | floats, config={"quantization_config": {"quant_method": "gptq"}})
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(nn.Dense(8, name="up")(x))
+
+    x = jnp.ones((2, 16))
+    shapes = abstract(Model(), x)
+    with pytest.raises(ValueError, match=r"'up/kernel'.*qweight.*quantized\.load_gptq"):
+        peft.load_base(tmp_path, Model(), shapes)
+    variables = peft.load_base(
+        *(tmp_path, Model(), shapes),
+        allow_missing="up/kernel",
+        allow_unused=r"up\.(qweight|qzeros|scales|g_idx)",
+    )
+    model, variables = quantization.load_gptq(tmp_path, Model(), variables)
+    kernel = variables["quantized"]["up"]["kernel"].dequantize()
+    h = np.ones((2, 16)) @ np.asarray(kernel) + floats["up.bias"]
+    close(model.apply(variables, x), h @ floats["head.weight"].T + floats["head.bias"])

@@ -1,0 +1,72 @@
+"""An NNX cell as the pure functions that ``proof`` checks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import adalora_jax as adalora
+from modules.linen_cells import plain
+from modules.nnx_cells import Cell
+from modules.proof import CONFIG, Subject, random_like
+
+
+def _concrete(state):
+    """Replace the shapes of ``nnx.eval_shape`` by zeros, and those of keys by a key."""
+
+    def zeros(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+
+    return jax.tree.map(zeros, state)
+
+
+def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> Subject:
+    """Return the cell's module with random parameters and inputs of a dtype."""
+    config = config.replace(param_dtype=dtype, target_modules=cell.targets)
+    inputs = tuple(
+        value
+        if isinstance(value, np.ndarray)
+        else random_like(np.zeros(value, dtype), seed=i, std=1)
+        for i, value in enumerate(cell.inputs)
+    )
+    model = nnx.eval_shape(lambda: cell.make(nnx.Rngs(0)))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = random_like(params, seed=9, dtype=dtype), _concrete(rest)
+    model = nnx.merge(graph, params, rest)
+    adapted = nnx.eval_shape(lambda: adalora.nnx.adapt(model, config))
+    graphs = nnx.split(adapted, adalora.nnx.AdapterParam, nnx.Param, ...)
+    adapted_graph, own, _, others = graphs
+
+    def put(base, adapters):
+        joined = nnx.merge(adapted_graph, _concrete(own), base, _concrete(others), copy=True)
+        adalora.nnx.set_adapters(joined, adapters)
+        return joined
+
+    def add(base, deltas):
+        changed = nnx.merge(graph, base, rest, copy=True)
+        modules = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(changed)}
+        for path, delta in deltas.items():
+            names = [n for n in ("kernel", "embedding", "w") if hasattr(modules[path], n)]
+            weight = getattr(modules[path], names[0])
+            weight[...] += cell.layouts.get(path, plain)(delta, weight.shape)
+        return nnx.state(changed, nnx.Param)
+
+    def unmerge(base, adapters):
+        merged = nnx.merge(graph, base, rest, copy=True)
+        return nnx.state(adalora.unmerge(merged, put(params, adapters)), nnx.Param)
+
+    return Subject(
+        init=lambda key: adalora.nnx.adapters(adalora.nnx.adapt(model, config, key)),
+        apply=lambda base, adapters, *xs: put(base, adapters)(*xs),
+        base_apply=lambda base, *xs: nnx.merge(graph, base, rest, copy=True)(*xs),
+        base=params,
+        inputs=inputs,
+        add=add,
+        merge=lambda base, adapters: nnx.state(adalora.merge(put(base, adapters)), nnx.Param),
+        unmerge=unmerge,
+        config=config,
+    )

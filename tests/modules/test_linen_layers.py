@@ -1,0 +1,42 @@
+"""Every kind of linen layer: the adapted layer equals the layer with the dense increment."""
+
+import jax
+import pytest
+
+from modules import proof
+from modules.linen_cells import CELLS
+from modules.linen_subject import subject
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated"),
+]
+
+# One kind per category; the other kinds' float32 and training checks are slow tests.
+QUICK = [
+    "dense",
+    "general-multi-axis",
+    "self-attention",
+    "einsum",
+    "experts-einsum",
+    "tied-head",
+    "conv-2d-explicit-groups",
+    "conv-transpose",
+    "lstm-optimized",
+    "shared-called-again",
+]
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_adapted_layer_equals_dense_increment_in_float64(kind):
+    with jax.enable_x64(True):
+        proof.prove(subject(CELLS[kind](), "float64"), rtol=1e-10, merge_rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CELLS],
+)
+def test_adapted_layer_equals_dense_increment_in_float32_and_prunes(kind):
+    found = subject(CELLS[kind](), "float32")
+    proof.prove(found, rtol=2e-5)
+    proof.prove_training(found)

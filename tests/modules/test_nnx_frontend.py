@@ -1,0 +1,247 @@
+"""The NNX front end inside usual training code."""
+
+import copy
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from support.small_models import draw, in_model, linear, nnx_config
+
+import adalora_jax as adalora
+from adalora_jax._src.modules.nnx_layers import pure
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.attn = nnx.MultiHeadAttention(2, 8, 8, rngs=rngs, decode=False)
+        self.up = nnx.Linear(8, 24, rngs=rngs)
+        self.down = nnx.Linear(24, 8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.dropout(self.attn(self.norm(x)))
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([Block(rngs) for _ in range(2)])
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(axis=1))
+
+
+X = jax.random.normal(jax.random.key(0), (6, 4, 8))
+Y = jnp.array([0, 1, 2, 2, 1, 0])
+
+
+def config(**changes):
+    options = {"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 6, "lora_alpha": 16}
+    return adalora.AdaLoraConfig(
+        **{"total_step": 20, "target_modules": ["query", "value", "up"], **options, **changes}
+    )
+
+
+def paths(model):
+    return {path: type(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def test_adapted_model_starts_as_base_model_and_keeps_its_paths():
+    model = Model(nnx.Rngs(0))
+    model.eval()
+    before = paths(model)
+    adapted = adalora.nnx.adapt(model, config(), nnx.Rngs(1))
+    chex.assert_trees_all_equal(adapted(X), model(X))
+    assert isinstance(adapted, Model)
+    assert isinstance(adapted.layers[0].up, nnx.Linear)
+    assert isinstance(adapted.layers[0].attn.query, nnx.LinearGeneral)
+    after = paths(adapted)
+    assert {path: kind for path, kind in after.items() if path in before} == before
+    new = {path: kind for path, kind in after.items() if path not in before}
+    assert all(issubclass(kind, nnx.LoRAParam) for kind in new.values())
+    assert len(new) == 3 * 6
+    assert paths(model) == before, "the base model must stay as it was"
+
+
+def test_two_adapted_models_have_equal_graph_definitions():
+    graphs = [
+        nnx.split(adalora.nnx.adapt(Model(nnx.Rngs(0)), config(), nnx.Rngs(seed)))[0]
+        for seed in (1, 2)
+    ]
+    assert graphs[0] == graphs[1]
+
+
+def test_optimizer_trains_adapters_and_saved_modules_in_one_trace():
+    options = config(modules_to_save=["head"], lora_dropout=0.2)
+    model = Model(nnx.Rngs(0))
+    adapted = adalora.nnx.adapt(model, options, nnx.Rngs(1))
+    tx = adalora.adalora(optax.adamw(1e-2), options)
+    optimizer = nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)
+    is_base = lambda path, leaf: type(leaf) is nnx.Param
+    before = jax.tree.map(np.array, nnx.state(adapted, is_base))
+
+    @nnx.jit
+    @chex.assert_max_traces(1)
+    def step(model, optimizer):
+        def loss(model):
+            penalty = adalora.orthogonality(nnx.state(model, nnx.LoRAParam), options)
+            logits = model(X)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean() + penalty
+
+        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        optimizer.update(model, grads)
+        return value
+
+    values = [float(step(adapted, optimizer)) for _ in range(20)]
+    allocator = adalora.allocator_state(optimizer.opt_state)
+    ranks = adalora.ranks(allocator)
+    assert values[-1] < values[0]
+    assert int(allocator.step) == 20
+    found = adalora.adapters(adalora.nnx.adapters(adapted))
+    assert list(ranks) == sorted(found)
+    assert sum(ranks.values()) == 2 * 6
+    for path, adapter in found.items():
+        assert int((adapter.lam != 0).sum()) == ranks[path]
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(adapted, is_base)))
+    assert not np.array_equal(adapted.head.kernel[...], model.head.kernel[...])
+
+
+def test_functional_api_equals_nnx_optimizer():
+    options = config()
+    tx = adalora.adalora(optax.adamw(1e-2), options)
+
+    def loss(model):
+        return optax.softmax_cross_entropy_with_integer_labels(model(X), Y).mean()
+
+    adapted = adalora.nnx.adapt(Model(nnx.Rngs(0)), options, nnx.Rngs(1))
+    adapted.eval()
+    graph, trainable, rest = nnx.split(adapted, nnx.LoRAParam, ...)
+    optimizer = nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)
+
+    @jax.jit
+    def step(trainable, opt_state):
+        grads = jax.grad(lambda params: loss(nnx.merge(graph, params, rest)))(trainable)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state
+
+    @nnx.jit
+    def nnx_step(model, optimizer):
+        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
+
+    opt_state = tx.init(trainable)
+    for _ in range(12):
+        trainable, opt_state = step(trainable, opt_state)
+        nnx_step(adapted, optimizer)
+    chex.assert_trees_all_close(pure(trainable), pure(nnx.state(adapted, nnx.LoRAParam)), atol=1e-4)
+    masks = [adalora.allocator_state(s).masks for s in (opt_state, optimizer.opt_state)]
+    assert adalora.rank_pattern(masks[0]) == adalora.rank_pattern(masks[1])
+
+
+def test_set_adapters_replaces_all_adapters_of_model():
+    adapted = adalora.nnx.adapt(Model(nnx.Rngs(0)), config(), nnx.Rngs(1))
+    adapted.eval()
+    adapters = adalora.nnx.adapters(adapted)
+    other = adalora.nnx.adapt(Model(nnx.Rngs(0)), config(init_lora_weights=False), nnx.Rngs(2))
+    other.eval()
+    assert not np.allclose(other(X), adapted(X))
+    adalora.nnx.set_adapters(adapted, adalora.nnx.adapters(other))
+    chex.assert_trees_all_equal(adapted(X), other(X))
+    adapters.pop("layers/0/up")
+    with pytest.raises(ValueError, match="do not fit the model at layers/0/up"):
+        adalora.nnx.set_adapters(adapted, adapters)
+
+
+def test_merged_model_equals_adapted_model_in_base_classes():
+    model = Model(nnx.Rngs(0))
+    adapted = adalora.nnx.adapt(model, config(init_lora_weights=False), nnx.Rngs(1))
+    adapted.eval()
+    want = adapted(X)
+    merged = adalora.merge(adapted)
+    chex.assert_trees_all_close(merged(X), want, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_equal(adapted(X), want)
+    assert paths(merged) == paths(model)
+    assert type(merged.layers[0].up) is nnx.Linear
+
+
+def test_adapter_dropout_follows_train_and_eval():
+    options = config(lora_dropout=0.5, init_lora_weights=False)
+    adapted = adalora.nnx.adapt(Model(nnx.Rngs(0)), options, nnx.Rngs(1))
+    for module in adapted.layers:
+        module.dropout.rate = 0.0
+    adapted.eval()
+    chex.assert_trees_all_equal(adapted(X), adapted(X))
+    adapted.train()
+    assert not np.allclose(adapted(X), adapted(X))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"target_modules": ["querry"]}, r"'querry' matches no module.*layers/0/attn/query"),
+        ({"target_modules": r".*querry"}, r"selects no layer.*layers/0/attn/query"),
+        ({"target_modules": ["norm"]}, "BatchNorm, which cannot be adapted.*DenseGeneral"),
+        ({"target_modules": ["attn"]}, "Name the layers in it: layers/0/attn/"),
+        ({"modules_to_save": ["haed"]}, "'haed' matches no parameter or module; the nearest: head"),
+    ],
+)
+def test_invalid_layer_selection_raises(bad, message):
+    with pytest.raises(ValueError, match=message):
+        adalora.nnx.adapt(Model(nnx.Rngs(0)), config(**bad))
+
+
+def test_adapting_adapted_model_or_function_raises():
+    adapted = adalora.nnx.adapt(Model(nnx.Rngs(0)), config())
+    with pytest.raises(ValueError, match="the model is adapted already"):
+        adalora.nnx.adapt(adapted, config())
+    with pytest.raises(TypeError, match=r"adalora_jax\.linen\.adapt"):
+        adalora.nnx.adapt(lambda x: x, config())
+
+
+def test_nonfinite_merge_or_unmerge_of_another_model_raises():
+    model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+    options = {"total_step": 9, "target_modules": "all-linear", "init_lora_weights": False}
+    adapted = adalora.nnx.adapt(model, adalora.AdaLoraConfig(**options))
+    adapted.layers[0].adalora.lam[...] = jnp.full(12, jnp.inf)
+    assert not bool(jnp.isfinite(adalora.merge(adapted).layers[0].kernel[...]).all())
+    with pytest.raises(ValueError, match="merged weight of 'layers/0' is not finite in float32"):
+        adalora.merge(adapted, safe=True)
+    with pytest.raises(ValueError, match="has no layer 'layers/0'"):
+        adalora.unmerge(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), adapted)
+
+
+class Twice(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize("cls", [nnx.Linear, Twice])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_adapted_nnx_model_can_be_pickled_and_copied(cls, quantised):
+    base = in_model(linear(cls))
+    if quantised:
+        quantization = pytest.importorskip("adalora_jax.quantization")
+        base = quantization.quantize(base, "int8")
+    model, x = adalora.nnx.adapt(base, nnx_config(".*")), draw(2, 6)
+    graph, state = nnx.split(model)
+    copies = [
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        nnx.merge(*pickle.loads(pickle.dumps((graph, state)))),
+    ]
+    for other in copies:
+        assert type(other.layers[0]) is type(model.layers[0])
+        np.testing.assert_array_equal(other(x), model(x))
+
+
+def test_adapted_nnx_model_can_be_tabulated():
+    model = adalora.nnx.adapt(in_model(linear()), nnx_config(".*"))
+    assert "Total Parameters: 81" in nnx.tabulate(model, draw(1, 6))

@@ -1,0 +1,1 @@
+"""Invariants under random inputs."""

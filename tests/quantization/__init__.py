@@ -1,0 +1,1 @@
+"""Tests of ``adalora_jax/_src/quantization``, in files named after its modules."""

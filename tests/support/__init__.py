@@ -1,0 +1,1 @@
+"""Models, training problems and references that several folders of tests use."""
