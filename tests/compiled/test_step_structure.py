@@ -13,7 +13,7 @@ import pytest
 from support.compiling import AS_USERS
 
 import adalora_jax as adalora
-from adalora_jax._src.core import scores
+from adalora_jax._src.core import allocator
 
 RANK, TOKENS, WIDTH, HIDDEN = 4, 96, 40, 56
 CONFIG = adalora.AdaLoraConfig(
@@ -132,23 +132,26 @@ def allocating(count, stack=()):
 
 
 def test_allocator_works_in_place():
-    """Averages and adapters are overwritten, and temporaries are small."""
+    """Averages and adapters are overwritten; the only large temporary is |w · g| by role."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(many(6)))
     memory = allocating(6).compile(AS_USERS).memory_analysis()
     assert memory.alias_size_in_bytes >= 3 * size
-    assert memory.temp_size_in_bytes < size / 4
+    assert memory.temp_size_in_bytes < 1.25 * size
 
 
 def test_averages_and_ranking_are_only_computed_when_due():
-    """Outside the two conditionals nothing is searched for, and no p or q is written."""
+    """Outside the two conditionals nothing is searched for, and |w · g| alone is written."""
     program = re.sub(r"/\*.*?\*/", "", allocating(6).compile(AS_USERS).as_text())
     entry = program[program.index("\nENTRY") :]
     found = re.findall(r"= (\([^=]*?\)|\S+) ([\w\-]+)\(", entry[: entry.index("\n}")])
     kinds = [kind for _, kind in found]
     assert kinds.count("conditional") == 2
     assert "while" not in kinds
-    written = [(s, k) for s, k in found if k in (*COPIES, "fusion", "dot") and s.startswith("f")]
-    assert max(elements_of(shape) for shape, _ in written) < 12 * 384
+    written = [s for s, k in found if k in (*COPIES, "fusion", "dot") and s.startswith("f")]
+    by_role = ("f32[3,12,384]", "f32[3,12,1536]")
+    of_one = lambda shape: "f32[12," in shape or "f32[1,12," in shape
+    large = [s for s in written if elements_of(s) >= 12 * 384 and not of_one(s)]
+    assert sum(s.startswith(by_role) for s in large) == len(large) == 4
 
 
 def test_kernel_count_does_not_grow_with_stack_height():
@@ -157,12 +160,12 @@ def test_kernel_count_does_not_grow_with_stack_height():
     assert kernels(100_000) < 2 * kernels(10)
 
 
-def test_adapters_of_equal_shapes_are_traced_once(monkeypatch):
-    traced, plain = [], scores.smooth
-    monkeypatch.setattr(scores, "smooth", lambda *args: traced.append(1) or plain(*args))
+def test_adapters_of_one_role_are_traced_once(monkeypatch):
+    traced, plain = [], allocator.smooth
+    monkeypatch.setattr(allocator, "smooth", lambda *args: traced.append(1) or plain(*args))
     jax.clear_caches()
     allocating(60)
-    assert len(traced) == 3  # [12, 384], [12, 1536] and [12]
+    assert len(traced) == 6  # p, lam and q of two roles
 
 
 def test_tracing_work_is_linear_in_number_of_layers():

@@ -195,7 +195,9 @@ def test_pruned_triplets_do_not_count_towards_min_r():
     adapters = {"a": make([1.0, 2.0, 3.0]), "b": make([9.0, 8.0, 7.0])}
     state = al.init_state(adapters, config)
     dead = {"a": jnp.array([True, True, False]), "b": jnp.ones(3, bool)}
-    state = al.AdaLoraState(adapters, state.allocator._replace(masks=dead))
+    state = al.AdaLoraState(
+        adapters, state.allocator._replace(masks=stack(state.allocator.masks.roles, dead))
+    )
     _, masks = al.allocate(state, adapters, 3)
     assert {name: mask.tolist() for name, mask in masks.items()} == {
         "a": [False, True, False],

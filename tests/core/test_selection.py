@@ -36,7 +36,7 @@ def test_selection_under_costs_matches_greedy_reference(kinds, limited):
 
     def best(scores, turns, budget, costs):
         row = RankedScores(rank_scores(scores).keys, turns, costs)
-        return apply_threshold([row], find_threshold(row, budget))[0]
+        return apply_threshold(row, find_threshold(row, budget))
 
     ours = jax.jit(jax.vmap(best, in_axes=(None, None, 0, None)))
     for seed in range(40):

@@ -1,6 +1,7 @@
 """Round trips of adapters through PEFT's files, without PEFT: against the format, NumPy, and a run
 that PEFT recorded. ``tests/parity`` has that run, and the same with PEFT and transformers."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -147,7 +148,8 @@ def test_masks_not_lam_values_select_saved_rows(tmp_path):
 def test_states_are_accepted_as_masks(tmp_path):
     trained = {"query": adapter(0)}
     state = adalora.init_state(trained, CONFIG)
-    state.allocator.masks["query"] = MASK
+    masks = jax.tree.map(lambda mask: MASK[None], state.allocator.masks)
+    state = dataclasses.replace(state, allocator=state.allocator._replace(masks=masks))
     for number, masks in enumerate((state, state.allocator)):
         with pytest.warns(UserWarning, match="made 0 updates, but the final mask comes"):
             peft.save_pretrained(tmp_path / str(number), trained, CONFIG, masks=masks)

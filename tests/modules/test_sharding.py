@@ -228,7 +228,8 @@ def test_nnx_metadata_carries_over_to_adapters_and_optimizer():
     optimizer = nnx.Optimizer(adapted, adalora.adalora(optax.adam(1e-3), CONFIG), wrt=nnx.LoRAParam)
     placed = adalora.sharding.shardings(optimizer.opt_state, state, tx=optimizer.tx)
     assert placed.inner[0].mu["up"]["adalora"]["p"].get_value().spec == EXPECTED["up"].p
-    assert placed.allocator.masks["up"]["adalora"].get_value().spec == EXPECTED["up"].lam
+    mask = placed.allocator.masks.stacked["up"].get_value()
+    assert mask.spec == P(None, *EXPECTED["up"].lam)
     other = adalora.nnx.with_adapters(adapted, adalora.nnx.adapters(adapted))
     assert other.up.adalora.p.get_metadata("out_sharding") == (tuple(EXPECTED["up"].p))
 

@@ -68,7 +68,7 @@ def test_short_spec_applies_to_first_axes():
     placed = adalora.sharding.shardings(jax.device_put(adapters, at))
     for like in (jax.device_put(adapters, at), placed):
         state = adalora.sharding.shardings(jax.eval_shape(tx.init, adapters), like, tx=tx)
-        assert state.allocator.sensitivity["up"].p.spec == P("data", None, None)
+        assert state.allocator.sensitivity.stacked["up"].p.spec == P(None, "data", None, None)
         assert state.inner.diff_params_memory["up"].p.spec == P(None, "data", None, None)
 
 

@@ -30,6 +30,10 @@ def to_arrays(tree) -> dict[str, tuple[np.ndarray, ...]]:
     return {name: tuple(np.array(leaf) for leaf in leaves) for name, leaves in tree.items()}
 
 
+def by_name(by_path):
+    return {path.removeprefix("adapters/"): value for path, value in by_path.items()}
+
+
 def peft_scale(config: adalora.AdaLoraConfig) -> float:
     """Return PEFT's scale: a guard against rank 0 makes it 1e-6 smaller than ``config.scaling``."""
     alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
@@ -107,9 +111,9 @@ def train(
         yield Snapshot(
             loss=float(loss),
             budget=int(state.budget),
-            masks={name: np.array(mask) for name, mask in state.masks["adapters"].items()},
+            masks={name: np.array(mask) for name, mask in by_name(state.masks).items()},
             adapters=to_arrays(params["adapters"]),
-            sensitivity=to_arrays(state.sensitivity["adapters"]),
-            uncertainty=to_arrays(state.uncertainty["adapters"]),
+            sensitivity=to_arrays(by_name(state.sensitivity)),
+            uncertainty=to_arrays(by_name(state.uncertainty)),
             head={name: np.array(leaf) for name, leaf in params["head"].items()},
         )

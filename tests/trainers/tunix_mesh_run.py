@@ -35,14 +35,15 @@ def places(run):
     """Return the shardings of an adapter and of its optimizer state at the end."""
     at = lambda variable: list(variable[...].sharding.spec)
     pick = lambda node: {name: at(getattr(node, name)) for name in ("p", "q")}
+    role = lambda state: state.stacked["layers/*/mlp/up_proj"]
     layer = lambda state: state["layers"][0]["mlp"]["up_proj"]["adalora"]
     named = lambda node: {name: at(node[name]) for name in ("p", "q")}
     state = run.trainer.optimizer.opt_state
     return {
         "parameter": pick(run.model.layers[0].mlp.up_proj.adalora),
         "moments": named(layer(state.inner[0].mu)),
-        "sensitivity": pick(layer(state.allocator.sensitivity)),
-        "uncertainty": pick(layer(state.allocator.uncertainty)),
+        "sensitivity": pick(role(state.allocator.sensitivity)),
+        "uncertainty": pick(role(state.allocator.uncertainty)),
     }
 
 

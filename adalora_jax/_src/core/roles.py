@@ -137,6 +137,10 @@ class ByRole(Mapping[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.roles.paths)
 
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, ByRole) and self.roles == other.roles
+        return same and self.stacked == other.stacked
+
     def __len__(self) -> int:
         return len(self.roles.paths)
 
