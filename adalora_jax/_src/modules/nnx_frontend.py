@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from adalora_jax._src import _compat
 from adalora_jax._src.core import evaluation, pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
@@ -122,12 +123,12 @@ def adapt(
         foreign = bool(layers) and type(module) in layers
         module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, foreign)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
-        module.__class__ = adapted_class(type(module), foreign)
+        _compat.set_class(module, adapted_class(type(module), foreign))
     for path, owner in tied.items():
         module = by_path[path]
         module.adalora = by_path[owner].adalora
         foreign = bool(layers) and type(module) in layers
-        module.__class__ = adapted_class(type(module), foreign)
+        _compat.set_class(module, adapted_class(type(module), foreign))
     _save(adapted, config)
     return adapted
 
@@ -337,7 +338,7 @@ def with_adapters(model: _Model, new: Mapping[str, Any]) -> _Model:
         path, adaptation = paths[id(module.adalora)], module.adalora
         if path not in new:
             del module.adalora
-            module.__class__ = base_class(type(module))
+            _compat.set_class(module, base_class(type(module)))
         elif id(adaptation) not in replaced:
             replaced.add(id(adaptation))
             adapter = new[path]
@@ -384,7 +385,7 @@ def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None 
     for _, module in modules(copy):
         if isinstance(module, Adapted):
             del module.adalora
-            module.__class__ = base_class(type(module))
+            _compat.set_class(module, base_class(type(module)))
     copy = release_saved(copy)
     if inputs is not None:
         _refuse_another_output(model, copy, inputs)

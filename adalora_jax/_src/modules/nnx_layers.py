@@ -7,23 +7,21 @@ import copyreg
 import dis
 import functools
 import inspect
-import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.modules import layers, usage
 
-# Attribute of the class that Qwix sets on a model's root; its value is the original class.
-UNQUANTIZED = "_unquantized_type"
 # Arrays are already placed; disable Flax's eager sharding, which needs a mesh on every copy.
 NO_EAGER_SHARDING = {"eager_sharding": False}
 
@@ -234,7 +232,7 @@ class Adapted(nnx.Module):
         self._check_reached()
         output = super().__call__(inputs, *args, **kwargs)
         named = {str(name): value for name, value in (dict(enumerate(args)) | kwargs).items()}
-        return _unintercepted(self.adalora._add)(self, output, inputs, **named)
+        return _compat.without_qwix(self.adalora._add)(self, output, inputs, **named)
 
     def _check_reached(self) -> None:
         """Record that the call reaches the Flax layer.
@@ -259,7 +257,7 @@ class _AdaptedEmbed(Adapted):
     def attend(self, query, *args, **kwargs):
         self._check_reached()
         output = super().attend(query, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return _unintercepted(self.adalora._add)(self, output, query, attend=True)
+        return _compat.without_qwix(self.adalora._add)(self, output, query, attend=True)
 
 
 class _Checked(nnx.Module):
@@ -292,16 +290,6 @@ _DECLARE = (
     "if it computes y = x W + b, declare it with adapt(..., layers={cls: Layout(...)}), or leave "
     "it out of target_modules"
 )
-
-
-def _unintercepted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` with the interception by Qwix disabled while it runs.
-
-    While a model that Qwix quantised runs, Qwix replaces JAX's products by its own. It would treat
-    p and q as weights that are still to be quantised.
-    """
-    qwix = sys.modules.get("qwix._src.interception")  # models that Qwix quantised import it
-    return function if qwix is None else qwix.disable_interceptions(function)
 
 
 FLAX_LAYERS = (
@@ -386,8 +374,8 @@ def _layer_class(cls: type) -> type | None:
     """
 
     def is_layer(base):
-        own = vars(base)
-        return base in FLAX_LAYERS or "stands_for_its_layer" in own or UNQUANTIZED in own
+        equivalent = "stands_for_its_layer" in vars(base) or _compat.unquantized_class(base)
+        return base in FLAX_LAYERS or equivalent
 
     return next((base for base in cls.__mro__ if is_layer(base)), None)
 
@@ -403,8 +391,7 @@ def unreached(cls: type) -> str:
         if own is base:
             break
         for name in ("__call__", "attend"):
-            code = getattr(inspect.unwrap(vars(own).get(name, len)), "__code__", None)
-            if code is not None and "__class__" not in code.co_freevars:
+            if name in vars(own) and not _compat.uses_super(vars(own)[name]):
                 return (
                     f"its {name} does not call super().{name}, so its adapter would add nothing: "
                     f"{_DECLARE}"
@@ -440,7 +427,7 @@ def use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
 
     def run(leaves, x):
         copy = nnx.merge(graph, treedef.unflatten(leaves))
-        copy.__class__ = extended_class(type(copy), _Marked, "Marked")
+        _compat.set_class(copy, extended_class(type(copy), _Marked, "Marked"))
         output = copy(usage.mark_input(0, x) if foreign else x)
         return [leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype")]
 

@@ -14,6 +14,7 @@ import qwix
 from flax import nnx
 from flax.core import meta
 
+from adalora_jax._src import _compat
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import adapters as found_adapters
@@ -445,7 +446,7 @@ def _merged_nnx(model: Any, to: Any) -> Merged:
                 delta = _checked_increment(path, weight, adaptation.adapter, layer)
                 dense[id(variable)], errors[path] = _store_merged(weight, delta, layer, to)
             del module.adalora
-            module.__class__ = nnx_layers.base_class(type(module))
+            _compat.set_class(module, nnx_layers.base_class(type(module)))
         new = dense.get(id(variable), weight)
         if is_packed(new) and dtype is not None:
             new = dense[id(variable)] = new.dequantize(dtype)
@@ -478,7 +479,7 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
             delta = _checked_increment(path, weight, adaptation.adapter, layer)
             new, errors[path] = _store_merged(weight, delta, layer, to)
             del module.adalora
-            module.__class__ = nnx_layers.base_class(type(module))
+            _compat.set_class(module, nnx_layers.base_class(type(module)))
         setattr(module, name, weight.variable(new))
     if held and dtype is not None:
         qwix_models.release(model)

@@ -13,11 +13,9 @@ import jax
 import qwix
 from flax import nnx
 
+from adalora_jax._src import _compat
 from adalora_jax._src.modules import layers, nnx_layers
 from adalora_jax._src.quantization.packed import Packed
-
-# Attributes that Qwix sets on the modules of a model.
-_NOTES = {"qwix_path", "qwix_rngs", "disable_quant_stats_update"}
 
 
 class QwixHeld(Packed):
@@ -90,10 +88,8 @@ def release(model: nnx.Module) -> None:
     >>> release(model)
     """
     for _, module in nnx_layers.modules(model):
-        for name in _NOTES & set(vars(module)):
-            delattr(module, name)
-    cls = type(model)
-    model.__class__ = vars(cls).get(nnx_layers.UNQUANTIZED, cls)
+        _compat.delete_qwix_attributes(module)
+    _compat.set_class(model, _compat.unquantized_class(type(model)) or type(model))
 
 
 def as_lora(model: nnx.Module) -> Any:
@@ -136,5 +132,5 @@ def as_lora(model: nnx.Module) -> Any:
         setattr(module, f"{layer.weight}_lora_a", nnx.LoRAParam(a))
         setattr(module, f"{layer.weight}_lora_b", nnx.LoRAParam(b))
         del module.adalora
-        module.__class__ = nnx_layers.base_class(type(module))
+        _compat.set_class(module, nnx_layers.base_class(type(module)))
     return copy
