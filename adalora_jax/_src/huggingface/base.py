@@ -94,7 +94,7 @@ def load_base(
     >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     >>> tensors = {"up.weight": np.arange(6.0).reshape(2, 3), "up.bias": np.ones(2)}
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with new_file(pathlib.Path(folder, "model.safetensors")) as file:
+    ...     with atomic_write(pathlib.Path(folder, "model.safetensors")) as file:
     ...         save_tensors(file, tensors)
     ...     variables = load_base(folder, model, shapes, names={"layers_0": "up"})
     >>> model.apply(variables, x)
