@@ -75,10 +75,8 @@ class TensorFile:
                     f"{path} is no safetensors file: it announces a header of {length} bytes, "
                     f"where {max_header} are allowed."
                 )
-            with _errors_of_safetensors(f"{path} is no safetensors file, or a damaged one"):
-                from safetensors import safe_open
-
-                self._tensors = stack.enter_context(safe_open(self.path, "numpy"))
+            with self._opened(f"{path} is no safetensors file, or a damaged one"):
+                pass
             # The package keeps the offsets to itself and accepts duplicate names.
             header = parse_json(self._file.read(length), f"the header of {path}")
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
@@ -106,7 +104,8 @@ class TensorFile:
           dtypes: the dtypes that it may have, by their names in the format.
 
         Raises:
-          ValueError: it has another dtype, or more axes or elements than NumPy's arrays can have.
+          ValueError: it has another dtype, or more axes or elements than NumPy's arrays can have;
+            or the file was replaced since it was opened.
         """
         dtype = self.specs[name].dtype
         if dtype not in dtypes:
@@ -114,8 +113,11 @@ class TensorFile:
                 f"{self.path}: {name!r} has dtype {dtype}; only {', '.join(dtypes)} can be "
                 "computed with: convert or dequantise it first."
             )
-        with _errors_of_safetensors(f"{self.path}: {name!r} cannot be read"):
-            return self._tensors.get_tensor(name)
+        with self._opened(f"{self.path}: {name!r} cannot be read") as tensors:
+            array = tensors.get_tensor(name)
+        if not self.is_current():
+            raise ValueError(f"{self.path} was saved to while it was read: read it again.")
+        return array
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of the tensor ``name``, of any dtype, in chunks of 8 MiB."""
@@ -129,25 +131,29 @@ class TensorFile:
             remaining -= len(data)
             yield data
 
+    @contextlib.contextmanager
+    def _opened(self, problem: str) -> Iterator[Any]:
+        """Open the file with ``safetensors``; its errors become ones that begin with ``problem``.
+
+        The package maps the file into memory. It is closed after each tensor, since the pages that
+        were read would count as this process's memory.
+        """
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'safetensors is missing: pip install "adalora-jax[huggingface]" brings it.',
+                name=error.name,
+            ) from error
+        try:
+            with safe_open(self.path, "numpy") as tensors:
+                yield tensors
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{problem}: {str(error)[:200]}. Save it again.") from error
+
     def is_current(self) -> bool:
         """Return whether the path still refers to the opened file, not to a replacement."""
         return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
-
-
-@contextlib.contextmanager
-def _errors_of_safetensors(problem: str) -> Iterator[None]:
-    """Convert the errors of the package ``safetensors``, also that it is missing, to this one's."""
-    try:
-        from safetensors import SafetensorError
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'safetensors is missing: pip install "adalora-jax[huggingface]" brings it.',
-            name=error.name,
-        ) from error
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{problem}: {str(error)[:200]}. Save it again.") from error
 
 
 def open_regular(path: Path) -> io.BufferedReader:
