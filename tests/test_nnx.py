@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import adalora_jax as adalora
-from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.modules.nnx_variables import pure
 
 
 class Block(nnx.Module):

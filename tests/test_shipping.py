@@ -790,10 +790,10 @@ def test_params_in_place_of_variables_raise(call):
         "apply": lambda v: adapted.apply(v, adapters, x),
         "merge": lambda v: adalora.merge(v, adapters),
     }
-    with pytest.raises(ValueError, match="variables has no 'params'"):
+    with pytest.raises(ValueError, match="there is no 'params'"):
         calls[call](variables["params"])
     if call == "apply":
-        with pytest.raises(ValueError, match="variables has no 'params'"):
+        with pytest.raises(ValueError, match="there is no 'params'"):
             adapted.apply(adapters, variables, x)
 
 

@@ -18,7 +18,7 @@ import adalora_jax as adalora
 from adalora_jax import quantization
 from adalora_jax._src.core.pytree import is_packed
 from adalora_jax._src.modules import linen_layers
-from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.modules.nnx_variables import pure
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated"),

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adalora_jax._src.modules import nnx_layers
+from adalora_jax._src.modules import nnx_variables
 from adalora_jax._src.modules.params import parameters_of, replaced
 from adalora_jax._src.quantization import packed
 from adalora_jax._src.quantization.packed import Packed
@@ -299,7 +299,7 @@ def load_gptq(
         biases |= {} if bias is None else {place("bias"): bias}
     if isinstance(model, nnx.Module):
         model = packed.pack_nnx(model, kernels)
-        modules = dict(nnx_layers.modules(model))
+        modules = dict(nnx_variables.modules(model))
         for path, bias in biases.items():
             parent, _, name = path.rpartition("/")
             getattr(modules[parent], name).set_value(bias)

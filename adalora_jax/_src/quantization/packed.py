@@ -28,7 +28,7 @@ from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.low_rank import opaque_false
 from adalora_jax._src.core.pytree import is_packed
-from adalora_jax._src.modules import linen_layers, nnx_layers
+from adalora_jax._src.modules import linen_layers, nnx_layers, nnx_variables
 from adalora_jax._src.modules.params import by_path, replaced
 
 
@@ -345,7 +345,7 @@ class _PackedEmbed(PackedLayer):
 
 def _call_dense(layer, method, args, kwargs):
     graph, packed, rest = nnx.split(layer, PackedWeight, ...)
-    packed, rest = nnx_layers.pure(packed), nnx_layers.pure(rest)
+    packed, rest = nnx_variables.pure(packed), nnx_variables.pure(rest)
     flat, treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(flat) if hasattr(leaf, "shape")}
 
@@ -372,7 +372,7 @@ def pack_nnx(model: nnx.Module, weights: Mapping[str, Packed]) -> Any:
       ValueError: a path is not that of a variable, or the variable has another shape.
     """
     model = nnx.clone(model)
-    modules = dict(nnx_layers.modules(model))
+    modules = dict(nnx_variables.modules(model))
     places: dict[int, PackedWeight] = {}  # by variable, since layers may share one
     for path, weight in weights.items():
         parent, _, name = path.rpartition("/")

@@ -14,7 +14,7 @@ import qwix
 from flax import nnx
 
 from adalora_jax._src import _compat
-from adalora_jax._src.modules import layers, nnx_layers
+from adalora_jax._src.modules import layers, nnx_layers, nnx_variables
 from adalora_jax._src.quantization.packed import Packed
 
 
@@ -28,7 +28,7 @@ class QwixHeld(Packed):
 
     def __init__(self, held: Any):
         self.held = held
-        self.array: qwix.QArray = nnx_layers.pure(held.array)
+        self.array: qwix.QArray = nnx_variables.pure(held.array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,7 +62,8 @@ class QwixHeld(Packed):
         if isinstance(new, QwixHeld):
             return new.held
         metadata = (
-            nnx_layers.sharded_variable(self.held).get_metadata() | nnx_layers.NO_EAGER_SHARDING
+            nnx_variables.sharded_variable(self.held).get_metadata()
+            | nnx_variables.NO_EAGER_SHARDING
         )
         return nnx.Param(new, **metadata)
 
@@ -75,9 +76,9 @@ def weights(model: nnx.Module) -> list[tuple[str, nnx.Module, str, QwixHeld]]:
     """
     return [
         (path, module, name, QwixHeld(value))
-        for path, module in nnx_layers.modules(model)
+        for path, module in nnx_variables.modules(model)
         for name, value in vars(module).items()
-        if nnx_layers.is_qwix_weight(value)
+        if nnx_variables.is_qwix_weight(value)
     ]
 
 
@@ -87,7 +88,7 @@ def release(model: nnx.Module) -> None:
     >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     >>> release(model)
     """
-    for _, module in nnx_layers.modules(model):
+    for _, module in nnx_variables.modules(model):
         _compat.delete_qwix_attributes(module)
     _compat.set_class(model, _compat.unquantized_class(type(model)) or type(model))
 
@@ -123,7 +124,7 @@ def as_lora(model: nnx.Module) -> Any:
     ((6, 2), (2, 4))
     """
     copy = nnx.clone(model)
-    for _, module in nnx_layers.modules(copy):
+    for _, module in nnx_variables.modules(copy):
         if not isinstance(module, nnx_layers.Adapted):
             continue
         layer, own = layers.require_layer(nnx_layers.layer_of(module), module), module.adalora
