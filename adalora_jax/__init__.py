@@ -26,9 +26,10 @@ Submodules:
 ``protocols``                        signatures of the functions that a config accepts
 ``bank``                             several adapters of one model
 ``sharding``                         shardings of adapters and optimizer states on a mesh
-``checkpoint``, ``huggingface``      orbax checkpoints; files of Hugging Face PEFT and base models
-``quantization``, ``qwix_models``    quantised base models (need qwix, ``quantization`` also
+``checkpoint``                       orbax checkpoints
+``huggingface``                      files of Hugging Face PEFT and base models (reading them needs
                                      safetensors)
+``quantization``, ``qwix_models``    quantised base models (need qwix)
 ``plot``                             figures of a run (needs matplotlib)
 ===================================  ===========================================================
 """
@@ -107,7 +108,7 @@ _LAZY = {
     "inits": (),
     "plot": ("matplotlib",),
     "protocols": (),
-    "quantization": ("qwix", "safetensors"),
+    "quantization": ("qwix",),
     "qwix_models": ("qwix",),
 }
 

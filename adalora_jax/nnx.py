@@ -10,16 +10,14 @@ with the masks applied. :func:`describe` shows the layers that a config would ad
 :func:`resolve` replaces a function as ``target_modules`` by the layers that it selects.
 """
 
-from adalora_jax._src.modules.nnx_frontend import (
-    adapt,
+from adalora_jax._src.modules.nnx_adapters import (
     adapters,
-    describe,
     eval_model,
-    resolve,
     set_adapters,
     with_adapters,
 )
-from adalora_jax._src.modules.nnx_layers import AdapterParam, SavedParam
+from adalora_jax._src.modules.nnx_frontend import adapt, describe, resolve
+from adalora_jax._src.modules.nnx_variables import AdapterParam, SavedParam
 
 __all__ = [
     "AdapterParam",

@@ -19,20 +19,22 @@ PACKAGE = ROOT / "adalora_jax"
 FACADES = sorted({path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"})
 # The other packages, and the third-party ones, that each implementation package may import.
 BELOW = {
+    "_compat": set(),
     "core": set(),
-    "modules": {"core"},
-    "quantization": {"core", "modules"},
+    "modules": {"core", "_compat"},
+    "quantization": {"core", "modules", "_compat", "tensorfile"},
     "huggingface": {"core", "modules", "tensorfile"},
     "tensorfile": set(),
     "checkpoint": {"core", "tensorfile"},
     "plot": {"core"},
 }
 OUTSIDE = {
+    "_compat": {"flax"},
     "core": {"jax", "numpy", "optax"},
     "modules": {"jax", "numpy", "optax", "flax"},
-    "quantization": {"jax", "numpy", "flax", "qwix", "safetensors"},
+    "quantization": {"jax", "numpy", "flax", "qwix"},
     "huggingface": {"jax", "numpy"},
-    "tensorfile": {"jax", "ml_dtypes", "numpy"},
+    "tensorfile": {"ml_dtypes", "numpy", "safetensors"},
     "checkpoint": {"jax", "numpy", "orbax"},
     "plot": {"jax", "numpy", "matplotlib"},
 }
@@ -87,6 +89,59 @@ def test_module_imports_only_allowed_packages(name):
             continue
         if top not in sys.stdlib_module_names:
             assert top in OUTSIDE[package], f"{name} imports {other}"
+
+
+def private_parts(tree):
+    """Return the uses of other packages' private parts: imports, attributes, dotted names, classes.
+
+    A name is private if it begins with one underscore. Assignments to ``__class__`` count, too.
+    """
+    is_private = lambda names: any(n[:1] == "_" and n[:2] != "__" for n in names)
+    foreign, found = set(), set()
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        module = getattr(node, "module", None) or ""
+        for alias in node.names:
+            if f"{module}.{alias.name}".lstrip(".").split(".")[0] != "adalora_jax":
+                foreign.add(alias.asname or alias.name.split(".")[0])
+                if is_private([*module.split("."), *alias.name.split(".")]):
+                    found.add(ast.unparse(node))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            assigned = node.attr == "__class__" and isinstance(node.ctx, ast.Store)
+            if assigned or (first in foreign and is_private(rest)):
+                found.add(ast.unparse(node))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts = node.value.split(".")
+            if len(parts) > 1 and all(part.isidentifier() for part in parts) and is_private(parts):
+                found.add(node.value)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "adalora_jax._src._compat"])
+def test_private_parts_of_other_packages_are_used_in_compat_alone(name):
+    assert not private_parts(ast.parse(FILES[name].read_text()))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from jax._src import core",
+        "import qwix._src.model as m",
+        "from flax.nnx import _x",
+        "import jax; jax.tree._flatten(x)",
+        "from flax import nnx as n; n.Module._setattr",
+        "import sys; sys.modules.get('qwix._src.interception')",
+        "module.__class__ = cls",
+    ],
+)
+def test_private_parts_are_found(code):
+    assert private_parts(ast.parse(code))
+    assert not private_parts(
+        ast.parse("import flax.nnx as n; n.x.__name__; from adalora_jax import _src")
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "demo" in name])

@@ -1,9 +1,9 @@
 """Safetensors and JSON from untrusted files; atomic writing.
 
-Sizes, names, dtypes, shapes and offsets are validated before memory is allocated for them, and no
-code in a file is executed. A damaged or malicious file raises a ``ValueError`` that names it. The
-package ``safetensors`` is not used, because a header must be validated before it is used, and
-because a whole model must be read and written one tensor at a time.
+No code in a file is executed, and nothing is allocated for sizes that a file only declares. A
+damaged or malicious file raises a ``ValueError`` that names it. The package ``safetensors``
+validates a file's header and reads its tensors. Files are written here, one tensor at a time, since
+``safetensors`` writes a dict of all of them.
 """
 
 from __future__ import annotations
@@ -14,35 +14,22 @@ import glob
 import hashlib
 import io
 import json
-import math
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the format
-MAX_JSON = 16 * 2**20
-_MAX_NAME = 1024
-_MAX_AXES = 16
-_MAX_SIZE = 2**40  # length of one axis
+MAX_JSON = 16 * 2**20  # bytes
+_MAX_HEADER = 100_000_000  # bytes; the limit of the package safetensors
 _CHUNK = 8 * 2**20
 
-# Bits per element of every dtype of the format, and the dtypes that can be read as arrays.
-_BITS = {
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-}
+# The dtypes that weights are computed in, by their names in the format.
 FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -57,12 +44,8 @@ class Spec(NamedTuple):
 
     dtype: str  # the format's name: "F32", "BF16", ...
     shape: tuple[int, ...]
+    nbytes: int
     start: int = 0  # offset of the first byte in the file
-    stop: int = 0  # offset after the last byte
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
 class TensorFile:
@@ -78,60 +61,99 @@ class TensorFile:
 
     Raises:
       FileNotFoundError: the file does not exist.
+      ModuleNotFoundError: the package ``safetensors`` is not installed.
       ValueError: the file is not a safetensors file, or is damaged or malicious.
     """
 
-    def __init__(self, path: str | os.PathLike[str], max_header: int = MAX_HEADER):
+    def __init__(self, path: str | os.PathLike[str], max_header: int = _MAX_HEADER):
         self.path = Path(path)
-        self._file = open_regular(self.path)
-        try:
-            self.specs, self.metadata = _header(self._file, self.path, max_header)
-        except BaseException:
-            self._file.close()
-            raise
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(open_regular(self.path))
+            length = int.from_bytes(self._file.read(8), "little")
+            if length > max_header:
+                raise ValueError(
+                    f"{path} is no safetensors file: it announces a header of {length} bytes, "
+                    f"where {max_header} are allowed."
+                )
+            with self._opened(f"{path} is no safetensors file, or a damaged one"):
+                pass
+            # The package keeps the offsets to itself and accepts duplicate names.
+            header = parse_json(self._file.read(length), f"the header of {path}")
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            self.specs: dict[str, Spec] = {}
+            try:
+                for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+                    dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+                    begin, end = header[name]["data_offsets"]
+                    self.specs[name] = Spec(dtype, shape, end - begin, 8 + length + begin)
+            except TypeError as error:  # the package accepts lists of an object's values
+                raise ValueError(f"{path}: a tensor's entry must be a JSON object.") from error
+            self._close = stack.pop_all().close
 
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
+        self._close()
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, dtypes: Collection[str] = tuple(FLOATS)) -> np.ndarray:
         """Return the tensor ``name``.
 
+        Args:
+          name: name of the tensor.
+          dtypes: the dtypes that it may have, by their names in the format.
+
         Raises:
-          ValueError: its dtype is not in ``FLOATS``, or the file was truncated after it was opened.
+          ValueError: it has another dtype, or more axes or elements than NumPy's arrays can have;
+            or the file was replaced since it was opened.
         """
-        spec = self.specs[name]
-        if spec.dtype not in FLOATS:
+        dtype = self.specs[name].dtype
+        if dtype not in dtypes:
             raise ValueError(
-                f"{self.path}: {name!r} has dtype {spec.dtype}; only {', '.join(FLOATS)} can be "
+                f"{self.path}: {name!r} has dtype {dtype}; only {', '.join(dtypes)} can be "
                 "computed with: convert or dequantise it first."
             )
-        array = np.empty(spec.shape, FLOATS[spec.dtype])
-        self._file.seek(spec.start)
-        if self._file.readinto(array.reshape(-1).view(np.uint8).data) < array.nbytes:
-            raise self._ends_inside(name)
+        with self._opened(f"{self.path}: {name!r} cannot be read") as tensors:
+            array = tensors.get_tensor(name)
+        if not self.is_current():
+            raise ValueError(f"{self.path} was saved to while it was read: read it again.")
         return array
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of the tensor ``name`` in chunks of 8 MiB."""
+        """Yield the bytes of the tensor ``name``, of any dtype, in chunks of 8 MiB."""
         spec = self.specs[name]
         self._file.seek(spec.start)
-        left = spec.stop - spec.start
-        while left:
-            data = self._file.read(min(left, _CHUNK))
+        remaining = spec.nbytes
+        while remaining:
+            data = self._file.read(min(remaining, _CHUNK))
             if not data:
-                raise self._ends_inside(name)
-            left -= len(data)
+                raise ValueError(f"{self.path} ends inside {name!r}: it changed while being read.")
+            remaining -= len(data)
             yield data
+
+    @contextlib.contextmanager
+    def _opened(self, problem: str) -> Iterator[Any]:
+        """Open the file with ``safetensors``; its errors become ones that begin with ``problem``.
+
+        The package maps the file into memory. It is closed after each tensor, since the pages that
+        were read would count as this process's memory.
+        """
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'safetensors is missing: pip install "adalora-jax[huggingface]" brings it.',
+                name=error.name,
+            ) from error
+        try:
+            with safe_open(self.path, "numpy") as tensors:
+                yield tensors
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{problem}: {str(error)[:200]}. Save it again.") from error
 
     def is_current(self) -> bool:
         """Return whether the path still refers to the opened file, not to a replacement."""
         return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
-
-    def _ends_inside(self, name: str) -> ValueError:
-        return ValueError(f"{self.path} ends inside {name!r}: it changed while being read.")
 
 
 def open_regular(path: Path) -> io.BufferedReader:
@@ -197,60 +219,6 @@ def parse_json(data: bytes, where: Any) -> dict[str, Any]:
     return value
 
 
-def _header(file: BinaryIO, path: Path, most: int) -> tuple[dict[str, Spec], dict[str, str]]:
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, most):
-        raise ValueError(
-            f"{path} is no safetensors file: it has {size} bytes and announces a header of "
-            f"{length}, where {most} are allowed."
-        )
-    header = parse_json(file.read(length), f"the header of {path}")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError(f"{path}: __metadata__ must map strings to strings.")
-    specs = {name: _spec(name, entry, path, 8 + length) for name, entry in header.items()}
-    specs = dict(sorted(specs.items(), key=lambda item: item[1][2:]))
-    end = 8 + length
-    for name, spec in specs.items():
-        if spec.start != end:
-            raise ValueError(f"{path}: the data of {name!r} overlap others, or leave a hole.")
-        end = spec.stop
-    if end != size:
-        raise ValueError(f"{path} has {size} bytes, but its header describes {end}: it is damaged.")
-    return specs, metadata
-
-
-def _spec(name: str, entry: Any, path: Path, begin: int) -> Spec:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(
-            f"{path}: the entry of {name[:99]!r} must have dtype, shape and data_offsets alone."
-        )
-    if not name or len(name) > _MAX_NAME or not name.isprintable():
-        raise ValueError(f"{path}: a tensor has the name {name[:99]!r}.")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{path}: {name!r} has the unknown dtype {str(dtype)[:99]!r}.")
-    if not _integers(shape, _MAX_SIZE) or len(shape) > _MAX_AXES:
-        raise ValueError(f"{path}: {name!r} has the shape {str(shape)[:99]}.")
-    if not _integers(offsets, 2**63) or len(offsets) != 2:
-        raise ValueError(f"{path}: {name!r} has the data_offsets {str(offsets)[:99]}.")
-    start, stop = offsets
-    if (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:
-        raise ValueError(
-            f"{path}: {name!r} is a {dtype} tensor of shape {shape}, which does not fill the bytes "
-            f"{start} to {stop}."
-        )
-    return Spec(dtype, tuple(shape), begin + start, begin + stop)
-
-
-def _integers(value: Any, most: int) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry <= most
-        for entry in value
-    )
-
-
 def save_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
     """Write arrays as a safetensors file with the metadata that PyTorch's tools expect.
 
@@ -279,7 +247,7 @@ def stream_tensors(
 
     Args:
       file: a file that is open for writing.
-      specs: ``{name: Spec}`` of the tensors, in the order of the data; offsets are ignored.
+      specs: ``{name: Spec}`` of the tensors, in the order of the data; ``start`` is ignored.
       data: function that returns the bytes of a tensor by its name, in chunks.
       metadata: the header's ``__metadata__``.
     """
@@ -305,9 +273,9 @@ def spec_of(array: np.ndarray) -> Spec:
     """Return the header's description of an array.
 
     >>> spec_of(np.zeros((2, 3), np.float16))
-    Spec(dtype='F16', shape=(2, 3), start=0, stop=0)
+    Spec(dtype='F16', shape=(2, 3), nbytes=12, start=0)
     """
-    return Spec(_NAMES[array.dtype], array.shape)
+    return Spec(_NAMES[array.dtype], array.shape, array.nbytes)
 
 
 def to_bytes(array: np.ndarray) -> bytes:

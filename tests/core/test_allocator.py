@@ -11,6 +11,7 @@ from support import problem
 from support.problem import steps
 
 import adalora_jax as al
+from adalora_jax._src.core.roles import stack
 
 CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
 

@@ -8,6 +8,7 @@
 ``memory``: in addition to the result, memory holds not much more than one tensor at a time.
 """
 
+import math
 import pathlib
 import resource
 import sys
@@ -122,7 +123,8 @@ class Deep(nn.Module):
 
 def memory():
     shapes = {"weight": (SIZE, SIZE), "bias": (SIZE,)}
-    specs = {f"{i}.{n}": Spec("F32", shape) for i in range(LAYERS) for n, shape in shapes.items()}
+    spec = lambda shape: Spec("F32", shape, 4 * math.prod(shape))
+    specs = {f"{i}.{n}": spec(shape) for i in range(LAYERS) for n, shape in shapes.items()}
     number = lambda name: np.full(specs[name].shape, int(name.split(".")[0]), np.float32)
     with open(FOLDER / "model.safetensors", "wb") as file:
         stream_tensors(file, specs, lambda name: [number(name).tobytes()], {})

@@ -1,7 +1,9 @@
 """Damaged, contradictory and special files: each raises a ValueError that names the file."""
 
+import json
 import os
 import struct
+import sys
 import tracemalloc
 import warnings
 
@@ -51,7 +53,8 @@ DAMAGED = {
     "an unknown dtype": file_of({"x": {**F32, "dtype": "F128"}}, bytes(8)),
     "offsets turned round": file_of({"x": {**F32, "data_offsets": [8, 0]}}, bytes(8)),
     "a float for a size": file_of({"x": {**F32, "shape": [2.0]}}, bytes(8)),
-    "a key twice": file_of(b'{"x": 1, "x": 2}'),
+    "a key twice": file_of(b'{"x": %s, "x": %s}' % ((json.dumps(F32).encode(),) * 2), bytes(8)),
+    "a list for an entry": file_of({"x": ["F32", [2], [0, 8]]}, bytes(8)),
     "too many axes": file_of({"x": {**F32, "shape": [1] * 70 + [2]}}, bytes(8)),
     "deep nesting": file_of(b"[" * 100_000),
     "no object": file_of(b"[]"),
@@ -64,9 +67,16 @@ DAMAGED = {
 def test_damaged_weights_are_rejected_as_by_safetensors(what, tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     assert judge(DAMAGED[what], path) is None
-    if what not in ("a key twice", "too many axes", "zero times huge"):  # where we are stricter
+    stricter = ("a key twice", "a list for an entry", "too many axes", "zero times huge")
+    if what not in stricter:
         with pytest.raises(safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
             file.keys()
+
+
+def test_reading_without_safetensors_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match=r"safetensors is missing.*\[huggingface\]"):
+        peft.load_pretrained(write(tmp_path))
 
 
 def test_declared_sizes_do_not_allocate_memory(tmp_path):

@@ -13,7 +13,7 @@ import adalora_jax as adalora
 from adalora_jax import quantization
 from adalora_jax._src.core.pytree import is_packed
 from adalora_jax._src.modules import linen_layers
-from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.modules.nnx_variables import pure
 from modules import linen_cells, linen_subject, nnx_cells
 from modules.proof import close, random_like
 from modules.test_layers_stacked import LINEN, NNX

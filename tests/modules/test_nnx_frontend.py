@@ -13,7 +13,7 @@ from flax import nnx
 from support.small_models import draw, in_model, linear, nnx_config
 
 import adalora_jax as adalora
-from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.modules.nnx_variables import pure
 
 
 class Block(nnx.Module):

@@ -162,7 +162,7 @@ def test_layer_with_other_arguments_merges_only_with_inputs():
     np.testing.assert_allclose(merged(X), adapted(X), rtol=1e-4, atol=1e-5)
     back = adalora.unmerge(merged, adapted)
     np.testing.assert_allclose(back(X), Scaling()(X), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="reads the weight of an adapted layer by hand"):
+    with pytest.raises(ValueError, match="code outside of an adapted layer reads its weight"):
         adalora.merge(adalora.nnx.adapt(Scaling(tanh=True), CONFIG), inputs=(X,))
 
 
@@ -180,7 +180,7 @@ def test_merge_raises_if_parent_reads_weight():
         ValueError, match=r"'table' cannot be merged.* code of ByHand reads.*inputs="
     ):
         adalora.merge(adapted)
-    with pytest.raises(ValueError, match="reads the weight of an adapted layer by hand"):
+    with pytest.raises(ValueError, match="code outside of an adapted layer reads its weight"):
         adalora.merge(adapted, inputs=(jnp.arange(5),))
     with pytest.raises(ValueError, match="linen variables, which hold no model"):
         adalora.merge({"params": {}}, {}, inputs=(X,))

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import adalora_jax as adalora
 from adalora_jax import quantization
 from adalora_jax._src.modules import linen_layers
-from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.modules.nnx_variables import pure
 from adalora_jax._src.quantization import gptq
 
 PINNED = np.load(Path(__file__).parent / "gptq_tensors" / "packed.npz")

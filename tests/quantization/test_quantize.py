@@ -14,7 +14,7 @@ from flax import nnx, traverse_util
 
 import adalora_jax as adalora
 from adalora_jax._src.core.pytree import is_packed
-from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.modules.nnx_variables import pure
 from adalora_jax._src.quantization import packed
 from adalora_jax._src.quantization import quantize as quantization
 
@@ -467,7 +467,7 @@ def test_quantising_twice_and_invalid_arguments_raise():
     base = quantization.quantize(NnxModel(nnx.Rngs(0)), "int8", X)
     with pytest.raises(ValueError, match="is quantised already"):
         quantization.quantize(base, "int8", X)
-    with pytest.raises(TypeError, match="it must be the model's variables"):
+    with pytest.raises(TypeError, match="pass the model's variables"):
         quantization.quantize(Model(), "int8", X)
     with pytest.raises(TypeError, match="variables are missing"):
         quantization.quantize(Model(), "int8")

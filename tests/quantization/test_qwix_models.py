@@ -11,8 +11,8 @@ from flax import nnx
 
 import adalora_jax as adalora
 from adalora_jax import quantization, qwix_models
-from adalora_jax._src.modules import nnx_layers
-from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.modules import nnx_variables
+from adalora_jax._src.modules.nnx_variables import pure
 
 pytestmark = [
     # Raised by Qwix.
@@ -79,10 +79,10 @@ def in_floats(model):
     """Return the model with Qwix's weights dequantised."""
     model = nnx.clone(model)
     plain = Model(nnx.Rngs(0))
-    for path, module in nnx_layers.modules(model):
+    for path, module in nnx_variables.modules(model):
         for name, value in vars(module).items():
-            own = dict(nnx_layers.modules(plain))[path]
-            if nnx_layers.is_qwix_weight(value):
+            own = dict(nnx_variables.modules(plain))[path]
+            if nnx_variables.is_qwix_weight(value):
                 array = jax.tree.map(lambda leaf: jnp.asarray(leaf), pure(value.array))
                 getattr(own, name)[...] = qwix.dequantize(array)
             elif isinstance(value, nnx.Param):
@@ -167,7 +167,7 @@ def test_merging_returns_float_or_qwix_model():
     merged, errors = quantization.merge(adapted, to="float32")
     np.testing.assert_allclose(merged(X), want, rtol=1e-4, atol=1e-4)
     assert type(merged) is Model
-    parts = lambda model: {p: {*vars(m)} for p, m in nnx_layers.modules(model)}
+    parts = lambda model: {p: {*vars(m)} for p, m in nnx_variables.modules(model)}
     assert parts(merged) == parts(Model(nnx.Rngs(0)))
     assert set(errors) == {f"layers/{i}/{name}" for i in (0, 1) for name in ("q", "up")}
     again, errors = quantization.merge(adapted)
@@ -208,7 +208,7 @@ def test_as_lora_matches_qwix_lora(make):
     chex.assert_trees_all_equal(lora(X), make(nnx.Rngs(0))(X))
     ranks = {
         path: value.shape[0]
-        for path, module in nnx_layers.modules(lora)
+        for path, module in nnx_variables.modules(lora)
         for name, value in vars(module).items()
         if name.endswith("_lora_b")
     }
@@ -238,5 +238,5 @@ def test_unsupported_operations_raise():
         quantization.merge(adapted, to="int4")
     with pytest.raises(ValueError, match=r"is quantised already"):
         quantization.quantize(base, "int8")
-    with pytest.raises(ValueError, match=r"modules_to_save: 'layers/0/up/kernel.*cannot train"):
+    with pytest.raises(ValueError, match=r"modules_to_save`: 'layers/0/up/kernel.*cannot train"):
         adalora.nnx.adapt(base, CONFIG.replace(modules_to_save=["layers.0.up"]))

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import adalora_jax as adalora
-from adalora_jax._src.modules.nnx_layers import pure
+from adalora_jax._src.modules.nnx_variables import pure
 
 pytestmark = pytest.mark.usefixtures("_flax_ranks")
 SLOW = pytest.mark.slow

@@ -23,8 +23,9 @@ from adalora_jax._src.modules import (
     layers,
     linen_frontend,
     linen_layers,
+    nnx_candidates,
     nnx_frontend,
-    nnx_layers,
+    nnx_variables,
     sharding,
 )
 from adalora_jax._src.modules.params import by_path, parameters_of
@@ -94,7 +95,7 @@ def load_base(
     >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     >>> tensors = {"up.weight": np.arange(6.0).reshape(2, 3), "up.bias": np.ones(2)}
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with new_file(pathlib.Path(folder, "model.safetensors")) as file:
+    ...     with atomic_write(pathlib.Path(folder, "model.safetensors")) as file:
     ...         save_tensors(file, tensors)
     ...     variables = load_base(folder, model, shapes, names={"layers_0": "up"})
     >>> model.apply(variables, x)
@@ -130,7 +131,7 @@ def load_base(
             where = _sharding(places.get(name), leaf, mesh)
             new[name] = _placed(reading, wide, where, parts)
     if variables is None:
-        return nnx_layers.with_parameters(model, new)
+        return nnx_variables.with_parameters(model, new)
     put = lambda path, leaf: new.get(pytree.leaf_name(path), leaf)
     return {**variables, "params": tree_map_with_path(put, variables["params"])}
 
@@ -152,7 +153,7 @@ def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, laye
     """
     known: dict[str, layers.Layout] = {}
     if variables is None:
-        for path, candidate in nnx_frontend.candidates(model, of_adapted=True).items():
+        for path, candidate in nnx_candidates.candidates(model, of_adapted=True).items():
             if layer := candidate.layer:
                 known[f"{path}/{layer.weight}".lstrip("/")] = layer
     elif args or kwargs:

@@ -97,7 +97,7 @@ def merge_pretrained(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     base, out = pathlib.Path(folder, "base"), pathlib.Path(folder, "out")
     ...     base.mkdir()
-    ...     with new_file(base / "model.safetensors") as file:
+    ...     with atomic_write(base / "model.safetensors") as file:
     ...         save_tensors(file, {"query.weight": np.zeros((2, 3), np.float32)})
     ...     merge_pretrained({"query": adapter}, base, out)
     ...     with TensorFile(out / "model.safetensors") as file:

@@ -49,7 +49,7 @@ class NameMap:
     >>> names.to_hf("blocks/attn/query", (7,))
     [('model.layers.7.self_attn.q_proj', (0, 1), (0, 1))]
     >>> names.to_flax("model.layers.7.self_attn.q_proj")
-    [(Place(path='blocks/attn/query', at=(7,), part=(0, 1)), (0, 1))]
+    [(ParamLocation(path='blocks/attn/query', at=(7,), part=(0, 1)), (0, 1))]
     """
 
     pairs: tuple[tuple[str, str], ...]

@@ -45,7 +45,7 @@ def tied_to(base: Weights, name: str) -> str | None:
 
     >>> from pathlib import Path
     >>> from adalora_jax._src.tensorfile import Spec
-    >>> weights = Weights(Path(), {"": {"model.embed_tokens.weight": Spec("F32", ())}}, {}, None)
+    >>> weights = Weights(Path(), {"": {"model.embed_tokens.weight": Spec("F32", (), 4)}}, {}, None)
     >>> weights.__dict__["config"] = {"tie_word_embeddings": True}
     >>> tied_to(weights, "lm_head.weight")
     'model.embed_tokens.weight'

@@ -46,7 +46,8 @@ class Weights:
           ``key`` itself if such a tensor exists; otherwise the single name that is ``key`` with
           leading components added or removed; None if no name or several names match.
 
-        >>> weights = Weights(Path(), {"": {"bert.pooler.dense.weight": Spec("F32", ())}}, {}, None)
+        >>> files = {"": {"bert.pooler.dense.weight": Spec("F32", (), 4)}}
+        >>> weights = Weights(Path(), files, {}, None)
         >>> weights.find("pooler.dense.weight")
         'bert.pooler.dense.weight'
         """

@@ -17,7 +17,14 @@ from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.modules import linen_layers, merging, nnx_frontend, nnx_layers
+from adalora_jax._src.modules import (
+    linen_layers,
+    merging,
+    nnx_adapters,
+    nnx_layers,
+    nnx_merging,
+    nnx_variables,
+)
 
 _Model = TypeVar("_Model", bound=flax_nnx.Module)
 _OBSERVED = ("dense", "general", "einsum", "conv")  # an embedding's inputs are indices
@@ -67,16 +74,16 @@ def pissa_init(variables: Any, adapters: Any = None) -> Any:
     True
     """
     if isinstance(variables, flax_nnx.Module):
-        new = nnx_frontend.adapters(variables)
-        for path, module in nnx_layers.modules(variables):
+        new = nnx_adapters.adapters(variables)
+        for path, module in nnx_variables.modules(variables):
             if isinstance(module, nnx_layers.Adapted) and path in new:
                 variable = getattr(module, new[path].layout.weight)
-                qwix = nnx_layers.is_qwix_weight(variable)
+                qwix = nnx_variables.is_qwix_weight(variable)
                 new[path] = _principal(
                     new[path], variable if qwix else variable.get_raw_value(), path
                 )
-        changed = nnx_frontend.with_adapters(variables, new)
-        return nnx_frontend.unmerged(changed, changed, checked=False)
+        changed = nnx_adapters.with_adapters(variables, new)
+        return nnx_merging.unmerged(changed, changed, checked=False)
     linen_layers.check_variables(variables)
     params, new = linen_layers.unboxed(variables), dict(adapters)
     for path, adapter in pytree.adapters(new).items():
@@ -88,7 +95,7 @@ def pissa_init(variables: Any, adapters: Any = None) -> Any:
 
 def _principal(adapter: Adapter, weight: Any, path: str) -> Adapter:
     layer, scale = adapter.layout or Layout(), known_scale(adapter, path)
-    if pytree.is_packed(weight) or nnx_layers.is_qwix_weight(weight):
+    if pytree.is_packed(weight) or nnx_variables.is_qwix_weight(weight):
         raise ValueError(
             f"the weight of {path!r} is quantised, so nothing can be taken out of it: start with "
             "the weights as they were, and quantise what is left."
@@ -134,7 +141,7 @@ def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, j
     True
     """
     if isinstance(model, flax_nnx.Module):
-        adapters = nnx_frontend.adapters(model)
+        adapters = nnx_adapters.adapters(model)
         run = lambda observers: _observed_nnx(model, observers)(*inputs, **kwargs)
     else:
         variables, adapters, *rest = inputs
@@ -145,8 +152,8 @@ def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, j
 
 
 def _observed_nnx(model: Any, observers: Any) -> Any:
-    copy: Any = nnx_frontend.with_adapters(model, observers)
-    for _, module in nnx_layers.modules(copy):
+    copy: Any = nnx_adapters.with_adapters(model, observers)
+    for _, module in nnx_variables.modules(copy):
         if isinstance(module, nnx_layers.Adaptation):
             module.kind = Observer
     return copy

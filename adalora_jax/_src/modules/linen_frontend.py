@@ -8,11 +8,10 @@ adapters are joined into the model's ``params``, next to the weights they adapt,
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import reprlib
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,26 +22,25 @@ from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import NamedSharding
 
 from adalora_jax._src.core import pytree
-from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.core.low_rank import accumulation_dtype
-from adalora_jax._src.modules import layers, sharding, targets
+from adalora_jax._src.modules import sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
+from adalora_jax._src.modules.linen_interceptor import (
+    BoundAdapter,
+    adapter_interceptor,
+    key_of_weight,
+    strip_adapters,
+)
 from adalora_jax._src.modules.linen_layers import (
-    METHODS,
     candidates,
     check_variables,
     in_base_dtype,
-    input_of,
     join_quantized,
-    layer_of,
-    own_shape,
     split_quantized,
     unboxed,
 )
-
-_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +178,13 @@ class AdaptedModule:
             model.
         """
         joined, sharing = self._join(variables, adapters)
-        with nn.intercept_methods(_adapter_interceptor(sharing, self.layers)):
+        with nn.intercept_methods(adapter_interceptor(sharing, self.layers)):
             result = self.module.apply(joined, *args, mutable=mutable, **kwargs)
         if mutable is False:
             return result
         output, mutated = result
         if "params" in mutated:
-            mutated = split_quantized({**mutated, "params": _strip(mutated["params"])})
+            mutated = split_quantized({**mutated, "params": strip_adapters(mutated["params"])})
         return output, mutated
 
     def bind(self, variables: Mapping[str, Any]) -> BoundModule:
@@ -249,8 +247,8 @@ class AdaptedModule:
         check_variables(variables)
         if not isinstance(adapters, Mapping):
             raise TypeError(
-                f"adapters is a {type(adapters).__name__}: it must be the dict that init returned; "
-                "arguments are (variables, adapters, *inputs)."
+                f"`adapters={type(adapters).__name__}`: not a mapping; pass the dict that init "
+                "returned. The arguments are (variables, adapters, *inputs)."
             )
         variables = join_quantized(variables)
         params = unfreeze(variables["params"])
@@ -260,18 +258,18 @@ class AdaptedModule:
             there = pytree.get_path(params, parts)
             if there is None:
                 raise ValueError(
-                    f"adapters[{path!r}] belongs to no layer of {type(self.module).__name__}, "
-                    f"whose parameters are {', '.join(sorted(params))}: it was made for another "
+                    f"`adapters[{path!r}]`: not a layer of {type(self.module).__name__}, "
+                    f"whose parameters are {', '.join(sorted(params))}; pass the adapters of this "
                     "model."
                 )
             if not pytree.is_adapter(node):
                 pytree.get_path(params, parts[:-1])[parts[-1]] = in_base_dtype(node, there, path)
                 continue
-            held = _BoundAdapter.of(node, self.config, path)
+            held = BoundAdapter.of(node, self.config, path)
             if isinstance(there, dict):
                 there[pytree.ADAPTER_KEY] = held
             else:  # the path is that of a weight, in a scope with several
-                pytree.get_path(params, parts[:-1])[_of_weight(parts[-1])] = held
+                pytree.get_path(params, parts[:-1])[key_of_weight(parts[-1])] = held
                 sharing.add(tuple(parts[:-1]))
         return {**variables, "params": params}, sharing
 
@@ -322,7 +320,10 @@ class BoundModule:
           ValueError: ``variables`` has no ``params``, or as in :meth:`AdaptedModule.apply`.
         """
         if not isinstance(variables, Mapping) or "params" not in variables:
-            raise ValueError("variables: pass {'params': adapters}, as init returned them.")
+            raise ValueError(
+                "`variables`: there is no 'params'; pass {'params': adapters}, as init returned "
+                "them."
+            )
         base = {**self.variables, **variables, "params": self.variables["params"]}
         return self.adapted.apply(base, variables["params"], *args, **kwargs)
 
@@ -367,11 +368,11 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model is a {type(model).__name__}, not a flax.linen module; adalora_jax.nnx.adapt "
-            "takes NNX modules."
+            f"`model={type(model).__name__}`: not a flax.linen module; adalora_jax.nnx.adapt takes "
+            "NNX modules."
         )
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config={reprlib.repr(config)} must be an AdaLoraConfig.")
+        raise TypeError(f"`config={reprlib.repr(config)}`: not an AdaLoraConfig; pass one.")
     return AdaptedModule(model, config, rules, declared(layers))
 
 
@@ -454,133 +455,6 @@ def placement(variables: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree.map(where, unfreeze(join_quantized(variables)["params"]), is_leaf=is_leaf)
 
 
-class _CallFrame(NamedTuple):
-    """A method call in progress."""
-
-    name: tuple[Any, ...]  # path and method
-    dropout_off: bool
-    inner: set[Any]  # names of inner calls that have added their adapter output
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _BoundAdapter:
-    """An adapter in the parameters of a running model, with static settings of its output.
-
-    The settings are part of the pytree's type, because ``nn.jit`` reuses traces of equal types.
-    """
-
-    adapter: Adapter
-    dropout: float = dataclasses.field(metadata={"static": True})
-    forward_mode: bool = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, node: Any, config: AdaLoraConfig, path: str) -> _BoundAdapter:
-        if isinstance(node, Adapter):
-            known_scale(node, path)
-            adapter = node
-        else:  # a mapping of p, lam and q, as in trainers with nested dicts
-            adapter = pytree.adapters(node)[""]._replace(scale=config.scale_of(path))
-        return cls(adapter, config.lora_dropout, config.forward_mode)
-
-
-def _of_weight(name: str) -> str:
-    """Return the key of the adapter of one of several weights in a scope."""
-    return f"{pytree.ADAPTER_KEY}_{name}"
-
-
-def _adapter_interceptor(
-    sharing: set[tuple[str, ...]], declared: Mapping[type, Layout] | None
-) -> Callable:
-    """Return an interceptor that adds the adapter outputs; make one per run of the model."""
-    frames: list[_CallFrame] = []
-
-    def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
-        off = _dropout_off(module, context.orig_method, args, kwargs)
-        if off is None:
-            off = bool(frames) and frames[-1].dropout_off
-        frame = _CallFrame((module.path, context.method_name), off, set())
-        frames.append(frame)
-        try:
-            output = call(*args, **kwargs)
-        finally:
-            frames.pop()
-        # If a subclass's method calls the layer's own, only the inner call adds the output.
-        held = _bound_adapter(context, args, kwargs, sharing, declared)
-        if held is None or frame.name in frame.inner:
-            return output
-        for outer in frames:
-            outer.inner.add(frame.name)
-        return _add(held, context, args, kwargs, output, off, declared)
-
-    return intercept
-
-
-def _bound_adapter(
-    context: Any,
-    args: tuple,
-    kwargs: dict,
-    sharing: set[tuple[str, ...]],
-    declared: Mapping[type, Layout] | None,
-) -> _BoundAdapter | None:
-    """Return the adapter of the called layer; None if it has none."""
-    module = context.module
-    if context.method_name not in METHODS or module.scope is None:
-        return None
-    name = pytree.ADAPTER_KEY
-    if module.path in sharing:
-        layer = layer_of(module, input_of(args, kwargs)[1], declared)
-        name = _of_weight(layer.weight) if layer else name
-    return module.get_variable("params", name) if module.has_variable("params", name) else None
-
-
-def _add(held, context, args, kwargs, output, dropout_off, declared):
-    """Return the output of a layer with its adapter output added."""
-    module, (x, equation) = context.module, input_of(args, kwargs)
-    layer = layers.require_layer(layer_of(module, equation, declared), module)
-    shape = own_shape(module, layer)
-    layers.check_fit(layer, held.adapter, shape, "/".join(module.path))
-    if layer.kind == "weight":  # the module's output is its weight
-        delta = layers.weight_increment(layer, held.adapter, shape)
-        return output[0] + delta.astype(output[0].dtype), *output[1:]
-    dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
-    dropping = dropping and module.has_rng("dropout")
-    return output + layers.adapter_output(
-        *(layer, module, held.adapter, x, shape, output.dtype),
-        key=module.make_rng("dropout") if dropping else None,
-        dropout_rate=held.dropout,
-        forward_mode=held.forward_mode,
-        equation=equation,
-        attend=context.method_name == "attend",
-        convolve=_convolve,
-    )
-
-
-def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> Any:
-    """Apply the convolution of ``module`` with another kernel and without bias."""
-    # Use Flax's own class, since a subclass may do more than convolve.
-    kind = nn.ConvTranspose if isinstance(module, nn.ConvTranspose) else nn.Conv
-    names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
-    fields = {name: getattr(module, name) for name in names}
-    same = kind(**fields | {"features": features, "use_bias": False}, parent=None)
-    return same.apply({"params": {"kernel": kernel}}, x)
-
-
-def _dropout_off(module, method, args, kwargs) -> bool | None:
-    """Return whether a call's arguments, or else the module's attributes, turn dropout off.
-
-    None if neither specifies it.
-    """
-    bound = inspect.signature(method).bind_partial(*args, **kwargs)
-    bound.apply_defaults()
-    for said in (bound.arguments, kwargs, vars(module)):
-        for name, off in _FLAGS.items():
-            if isinstance(said.get(name), bool):
-                return said[name] is off
-    return None
-
-
 def _trainable_copy(leaf: Any) -> Any:
     """Return a copy in at least float32, since bfloat16 would round small updates away."""
     if pytree.is_packed(leaf):
@@ -591,11 +465,3 @@ def _trainable_copy(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
     return jnp.array(leaf, dtype)
-
-
-def _strip(params: Any) -> Any:
-    """Return the parameters without the adapters."""
-    if not isinstance(params, Mapping):
-        return params
-    kept = {name: node for name, node in params.items() if not isinstance(node, _BoundAdapter)}
-    return {name: _strip(node) for name, node in kept.items()}

@@ -225,8 +225,9 @@ def _marked(params: Any, path: tuple[str, ...], trace: object, probed: bool) -> 
         return params
     if pytree.ADAPTER_KEY in params:
         raise ValueError(
-            f"variables: the model has a module called {'/'.join((*path, pytree.ADAPTER_KEY))!r}, "
-            "the name under which an adapter is put beside its weight: give the module another."
+            "`variables`: the model has a module called "
+            f"{'/'.join((*path, pytree.ADAPTER_KEY))!r}, the name under which an adapter is stored "
+            "next to its weight; rename the module."
         )
     inside = {name: _marked(node, (*path, name), trace, probed) for name, node in params.items()}
     own = {name: node for name, node in params.items() if not isinstance(node, Mapping)}
@@ -290,9 +291,9 @@ def _whole_shape(module, layer, params) -> tuple[int, ...] | None:
     stacked = tuple(weight.shape)
     if stacked[len(stacked) - len(own) :] != own:
         raise ValueError(
-            f"{'/'.join(module.path)!r} has a weight of shape {stacked} for layers of shape {own}: "
-            "adapters need stacked layers along leading axes; give nn.scan or nn.vmap "
-            "variable_axes={'params': 0}."
+            f"`model`: {'/'.join(module.path)!r} has a weight of shape {stacked} for layers of "
+            f"shape {own}, but adapters need layers stacked along leading axes; give nn.scan or "
+            "nn.vmap variable_axes={'params': 0}."
         )
     return stacked
 
@@ -338,14 +339,14 @@ def check_variables(variables: Any) -> None:
     """
     if not isinstance(variables, Mapping):
         raise TypeError(
-            f"variables is a {type(variables).__name__}: it must be the model's variables, as "
-            "module.init returns them; arguments are (variables, adapters, *inputs)."
+            f"`variables={type(variables).__name__}`: not a mapping; pass the model's variables, "
+            "as module.init returns them. The arguments are (variables, adapters, *inputs)."
         )
     if "params" not in variables:
         shown = ", ".join(map(repr, list(variables)[:5]))
         raise ValueError(
-            f"variables has no 'params', but {shown}: pass the whole variables of module.init, or "
-            "{'params': params}."
+            f"`variables`: there is no 'params', but {shown}; pass all variables that module.init "
+            "returned, or {'params': params}."
         )
 
 
@@ -360,8 +361,8 @@ def in_base_dtype(node: Any, base: Any, path: str) -> Any:
     shapes = lambda values: [tuple(value.shape) for value in values]
     if shapes(leaves) != shapes(like):
         raise ValueError(
-            f"adapters[{path!r}] has parameters of shapes {shapes(leaves)}, but the model has "
-            f"{shapes(like)} there: they were made for another model."
+            f"`adapters[{path!r}]`: the shapes {shapes(leaves)} are not those of the model, "
+            f"{shapes(like)}; pass the adapters of this model."
         )
     return treedef.unflatten([leaf.astype(old.dtype) for leaf, old in zip(leaves, like)])
 

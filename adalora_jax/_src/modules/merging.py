@@ -13,7 +13,7 @@ from flax.core import unfreeze
 from adalora_jax._src.core import compaction, evaluation, pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.modules import layers, linen_layers, nnx_frontend
+from adalora_jax._src.modules import layers, linen_layers, nnx_adapters, nnx_merging
 
 _Model = TypeVar("_Model", bound=nnx.Module)
 
@@ -85,7 +85,7 @@ def merge(
                 "adapters were given with an NNX model, which holds its own: pass the model alone, "
                 "or put them into it with nnx.with_adapters(model, adapters)."
             )
-        return nnx_frontend.merged(variables, safe=safe, inputs=inputs)
+        return nnx_merging.merged(variables, safe=safe, inputs=inputs)
     if inputs is not None:
         raise ValueError(
             "inputs were given with linen variables, which hold no model: the check was made when "
@@ -130,7 +130,7 @@ def unmerge(variables: Any, adapters: Any, *, safe: bool = False) -> Any:
     0.0
     """
     if isinstance(variables, nnx.Module):
-        return nnx_frontend.unmerged(variables, adapters, safe=safe)
+        return nnx_merging.unmerged(variables, adapters, safe=safe)
     return _merged_variables(variables, pytree.adapters(adapters), safe, sign=-1)
 
 
@@ -141,16 +141,16 @@ def compact(params: Any, opt_state: Any, tx: optax.GradientTransformation | None
     if not isinstance(opt_state, nnx.Optimizer):
         if tx is not None:
             raise ValueError("tx was given with an NNX model: pass its nnx.Optimizer as opt_state.")
-        small = compaction.compact(nnx_frontend.adapters(params), opt_state)
-        return nnx_frontend.with_adapters(params, small)
+        small = compaction.compact(nnx_adapters.adapters(params), opt_state)
+        return nnx_adapters.with_adapters(params, small)
     optimizer, state = opt_state, pytree.unwrap_variables(nnx.state(params, opt_state.wrt))
     small, cut = compaction.compact(
         state, pytree.unwrap_variables(optimizer.opt_state), optimizer.tx
     )
-    kept = {path: nnx_frontend.adapters(params)[path] for path in pytree.adapters(small)}
-    model = nnx_frontend.with_adapters(params, kept)
+    kept = {path: nnx_adapters.adapters(params)[path] for path in pytree.adapters(small)}
+    model = nnx_adapters.with_adapters(params, kept)
     nnx.update(model, small)
-    return model, nnx_frontend.optimizer_like(optimizer, model, cut)
+    return model, nnx_adapters.optimizer_like(optimizer, model, cut)
 
 
 def finish(opt_state: Any, params: Any, grads: Any = None) -> Any:
@@ -168,7 +168,7 @@ def finish(opt_state: Any, params: Any, grads: Any = None) -> Any:
     )
     model = nnx.clone(params)
     nnx.update(model, state)
-    return model, nnx_frontend.optimizer_like(optimizer, model, done)
+    return model, nnx_adapters.optimizer_like(optimizer, model, done)
 
 
 compact.__doc__ = f"""{compaction.compact.__doc__}

@@ -7,41 +7,27 @@ the base's variables and the results of ``isinstance`` do not change.
 
 from __future__ import annotations
 
-import dataclasses
 import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adalora_jax._src.core import evaluation, pytree
+from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout, declared
-from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules import sharding, targets
-from adalora_jax._src.modules.candidates import UNKNOWN_USE, Candidate, judge_use
-from adalora_jax._src.modules.nnx_layers import (
-    FLAX_LAYERS,
-    Adaptation,
-    Adapted,
-    AdapterParam,
+from adalora_jax._src.modules.candidates import Candidate
+from adalora_jax._src.modules.nnx_candidates import candidates
+from adalora_jax._src.modules.nnx_layers import Adaptation, adapted_class
+from adalora_jax._src.modules.nnx_variables import (
     SavedParam,
-    adapted_class,
-    base_class,
-    is_qwix_weight,
-    layer_of,
     modules,
     parameters,
-    readers,
-    rewritten,
     sharded_variable,
-    unreached,
-    use_of,
-    weight_name,
 )
 
 _Model = TypeVar("_Model", bound=nnx.Module)
@@ -122,12 +108,12 @@ def adapt(
         foreign = bool(layers) and type(module) in layers
         module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, foreign)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
-        module.__class__ = adapted_class(type(module), foreign)
+        _compat.set_class(module, adapted_class(type(module), foreign))
     for path, owner in tied.items():
         module = by_path[path]
         module.adalora = by_path[owner].adalora
         foreign = bool(layers) and type(module) in layers
-        module.__class__ = adapted_class(type(module), foreign)
+        _compat.set_class(module, adapted_class(type(module), foreign))
     _save(adapted, config)
     return adapted
 
@@ -183,421 +169,10 @@ def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
     >>> import adalora_jax
     >>> model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     >>> config = resolve(model, AdaLoraConfig(total_step=10, target_r=2, target_modules=choose))
-    >>> adapters(adapt(model, config))["layers/0"].lam.shape
+    >>> adalora_jax.nnx.adapters(adapt(model, config))["layers/0"].lam.shape
     (4,)
     """
     return targets.resolve(_candidates(model, config), config)
-
-
-def adapters(model: nnx.Module) -> dict[str, Any]:
-    """Return ``{path: Adapter}`` and the parameters of ``modules_to_save``.
-
-    The form is that of ``init`` of an adapted linen module. Checkpoints, banks and exports take it.
-
-    Args:
-      model: as :func:`adapt` returns it.
-
-    Returns:
-      A dict by path: an :class:`~adalora_jax.Adapter` with scale and layout per adapted layer, and
-      the parameters, in at least float32, per module or parameter that ``modules_to_save`` names.
-
-    >>> adapted = adapt(
-    ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
-    ...     AdaLoraConfig(total_step=10, target_modules="all-linear"),
-    ... )
-    >>> adapters(adapted)["layers/0"].p.shape
-    (12, 4)
-    """
-    found: dict[str, Any] = dict(pytree.adapters(nnx.state(model, AdapterParam)))
-    saved: dict[str, Any] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, SavedParam)):
-        name = "/".join(map(str, path))
-        root = variable.get_metadata()["root"]
-        parts = name.removeprefix(root).strip("/").split("/") if name != root else []
-        _put(saved, [root, *parts], variable.get_raw_value())
-    return found | saved
-
-
-def _put(nested: dict[str, Any], parts: list[str], leaf: Any) -> None:
-    for part in parts[:-1]:
-        nested = nested.setdefault(part, {})
-    nested[parts[-1]] = leaf
-
-
-def set_adapters(model: nnx.Module, new: Mapping[str, Any]) -> None:
-    """Set the adapters of ``model`` and its parameters of ``modules_to_save``, in place.
-
-    Args:
-      model: as :func:`adapt` returns it.
-      new: new values as :func:`adapters` returns them, with all of the model's paths and shapes.
-        Their scales replace those of the model.
-
-    Raises:
-      ValueError: the paths or shapes are not those of the model, or an adapter was made for a
-        weight with other axes.
-
-    >>> import jax.numpy as jnp
-    >>> adapted = adapt(
-    ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
-    ...     AdaLoraConfig(total_step=10, target_modules="all-linear"),
-    ... )
-    >>> set_adapters(adapted, jax.tree.map(jnp.ones_like, adapters(adapted)))
-    >>> float(adapted.layers[0].adalora.lam[0])
-    1.0
-    """
-    existing = adapters(model)
-    if differing := sorted(
-        path for path in {*existing, *new} if _shapes(existing.get(path)) != _shapes(new.get(path))
-    ):
-        raise ValueError(
-            f"the new adapters do not fit the model at {', '.join(differing[:8])}: they need the "
-            "model's paths and shapes, and the parameters of modules_to_save where it has some; "
-            "with_adapters takes others."
-        )
-    _check_layouts(existing, new)
-    for path, module in modules(model):
-        if isinstance(module, Adaptation):
-            adapter = new[path.rpartition("/")[0] if "/" in path else ""]
-            for name, value in zip(Adapter._fields, adapter):
-                getattr(module, name)[...] = value
-            if adapter.scale is not None and adapter.scale != module.scale:
-                module.replace(module.adapter._replace(scale=adapter.scale), keep_metadata=True)
-    _set_saved(model, new)
-
-
-def _shapes(node: Any) -> Any:
-    if isinstance(node, Adapter):
-        return [tuple(leaf.shape) for leaf in node]
-    flat = jax.tree_util.tree_flatten_with_path(node)[0]
-    return {pytree.leaf_name(path): tuple(leaf.shape) for path, leaf in flat}
-
-
-def _check_layouts(existing: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    for path, adapter in new.items():
-        if not isinstance(adapter, Adapter):
-            continue
-        layer = existing[path].layout
-        if layer is not None and layer.shape is not None and adapter.layout is not None:
-            kinds.check_fit(layer, adapter, layer.shape, path)
-
-
-def _set_saved(model: nnx.Module, new: Mapping[str, Any]) -> None:
-    """Set the parameters of ``modules_to_save`` that are in ``new``, in place."""
-    for path, variable in nnx.to_flat_state(nnx.state(model, SavedParam)):
-        name = "/".join(map(str, path))
-        root = variable.get_metadata()["root"]
-        if root in new:
-            parts = name.removeprefix(root).strip("/").split("/") if name != root else []
-            own = parameters(model)[name]
-            own.set_raw_value(
-                jax.numpy.asarray(pytree.get_path(new[root], parts), own.get_raw_value().dtype)
-            )
-
-
-def with_adapters(model: _Model, new: Mapping[str, Any]) -> _Model:
-    """Return a copy of an adapted model with other adapters, of any rank.
-
-    Use it for adapters that :func:`adalora_jax.compact` made smaller, for those of another run, and
-    under ``jax.vmap`` for a batch in which every example has its own adapters.
-
-    Args:
-      model: as :func:`adapt` returns it; not changed.
-      new: ``{path: Adapter}`` and parameters of ``modules_to_save``. Layers that are not in ``new``
-        lose their adapters; parameters of ``modules_to_save`` that are not in ``new`` keep their
-        values.
-
-    Returns:
-      The copy. Adapters without a scale or layout in ``new`` have those of ``model``.
-
-    Raises:
-      ValueError: a path is not adapted in ``model``, or an adapter was made for another weight.
-
-    >>> adapted = adapt(
-    ...     nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))),
-    ...     AdaLoraConfig(total_step=10, target_modules="all-linear"),
-    ... )
-    >>> small = jax.tree.map(lambda leaf: leaf[:3], adapters(adapted))
-    >>> with_adapters(adapted, small).layers[0].adalora.p.shape
-    (3, 4)
-    """
-    existing = adapters(model)
-    if foreign := sorted(set(new) - set(existing)):
-        raise ValueError(
-            f"new has adapters for {', '.join(foreign[:8])}, where the model has none: it is "
-            f"adapted at {', '.join(sorted(existing)[:8])}."
-        )
-    _check_layouts(existing, new)
-    copy = nnx.clone(model)
-    found = modules(copy)
-    paths = {id(m): path.rpartition("/")[0] for path, m in found if isinstance(m, Adaptation)}
-    replaced: set[int] = set()  # layers that share a weight share its adapter
-    for _, module in found:
-        if not isinstance(module, Adapted):
-            continue
-        path, adaptation = paths[id(module.adalora)], module.adalora
-        if path not in new:
-            del module.adalora
-            module.__class__ = base_class(type(module))
-        elif id(adaptation) not in replaced:
-            replaced.add(id(adaptation))
-            adapter = new[path]
-            facts = existing[path]
-            if adapter.scale is None or adapter.layout is None:
-                scale = facts.scale if adapter.scale is None else adapter.scale
-                adapter = adapter._replace(scale=scale, layout=facts.layout)
-            adaptation.replace(adapter, keep_metadata=True)
-    _set_saved(copy, new)
-    return copy
-
-
-def optimizer_like(optimizer: nnx.Optimizer, model: Any, opt_state: Any) -> nnx.Optimizer:
-    """Return a copy of an optimizer for another model, with another state but the same step."""
-    copy = nnx.Optimizer(model, optimizer.tx, wrt=optimizer.wrt)
-    copy.opt_state = pytree.match_containers(copy.opt_state, opt_state)
-    copy.step[...] = optimizer.step[...]
-    return copy
-
-
-def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None = None) -> _Model:
-    """Return a copy of an adapted model with its increments merged, see :func:`adalora_jax.merge`.
-
-    Args:
-      model: as :func:`adapt` returns it; not changed.
-      safe: whether to raise an error if a merged weight is not finite.
-      inputs: arguments for which the outputs of both models are compared.
-
-    Raises:
-      ValueError: as in :func:`adalora_jax.merge`.
-
-    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
-    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
-    >>> adapted, x = adapt(base, config), jax.numpy.ones((2, 6))
-    >>> bool(jax.numpy.allclose(merged(adapted)(x), adapted(x), rtol=1e-4))
-    True
-    >>> type(merged(adapted).layers[0])
-    <class 'flax.nnx.nn.linear.Linear'>
-    """
-    copy = nnx.clone(model)
-    if not any(isinstance(module, Adapted) for _, module in modules(copy)):
-        raise ValueError("the model has no adapters: there is nothing to merge.")
-    _add_increments(copy, model, 1, safe, checked=inputs is not None)
-    for _, module in modules(copy):
-        if isinstance(module, Adapted):
-            del module.adalora
-            module.__class__ = base_class(type(module))
-    copy = release_saved(copy)
-    if inputs is not None:
-        _refuse_another_output(model, copy, inputs)
-    return copy
-
-
-def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[Any, ...]) -> None:
-    """Raise an error if the outputs of a merged model differ from those of the adapted one.
-
-    The bound on the relative error is the square root of the machine epsilon of the coarsest weight
-    dtype, about the effect of rounding the weights.
-
-    Raises:
-      ValueError: an output differs by more; the message has its index, error and norm.
-    """
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain, nnx.Param))}
-    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
-    bound = max(float(jnp.finfo(dtype).eps) for dtype in floats) ** 0.5
-    ours, theirs = (
-        [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(nnx.clone(model)(*inputs))]
-        for model in (adapted, plain)
-    )
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        error, size = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(a))
-        if not error <= bound * size:
-            raise ValueError(
-                f"inputs: output {index} of the merged model is off by {error:.2g}, of a norm of "
-                f"{size:.2g}: the code reads the weight of an adapted layer by hand, where there "
-                "is no increment (layer.kernel[...] outside of the layer): leave that layer out of "
-                "target_modules, or serve the model unmerged."
-            )
-
-
-def release_saved(model: _Model) -> _Model:
-    """Convert SavedParams to plain parameters of the base's dtype, in place; return the model."""
-    by_path = dict(modules(model))
-    for path, variable in parameters(model).items():
-        if isinstance(variable, SavedParam):
-            parent, _, name = path.rpartition("/")
-            setattr(by_path[parent], name, variable.released())
-    return model
-
-
-def unmerged(
-    model: _Model, adapted: nnx.Module, *, safe: bool = False, checked: bool = True
-) -> _Model:
-    """Return a copy of a merged model without its increments, see :func:`adalora_jax.unmerge`.
-
-    Args:
-      model: as :func:`merged` returned it; not changed.
-      adapted: the model that was merged.
-      safe: whether to raise an error if a result is not finite.
-      checked: whether outputs were compared at merging, so that layers whose weight has an unknown
-        use are unmerged, too.
-
-    Raises:
-      TypeError: ``adapted`` is not an NNX module.
-      ValueError: as in :func:`adalora_jax.merge`.
-
-    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
-    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear", init_lora_weights=False)
-    >>> adapted = adapt(base, config)
-    >>> restored = unmerged(merged(adapted), adapted)
-    >>> difference = restored.layers[0].kernel[...] - base.layers[0].kernel[...]
-    >>> bool(abs(difference).max() < 1e-6)
-    True
-    """
-    if not isinstance(adapted, nnx.Module):
-        raise TypeError(
-            f"adapters is a {type(adapted).__name__}: for an NNX model it must be the adapted "
-            "model that was merged."
-        )
-    restored = nnx.clone(model)
-    _add_increments(restored, adapted, -1, safe, checked=checked)
-    return restored
-
-
-def _add_increments(
-    model: nnx.Module, adapted: nnx.Module, sign: int, safe: bool, checked: bool = False
-) -> None:
-    """Add the increments of ``adapted`` to the weights of ``model``, in place.
-
-    Args:
-      model: the model whose weights change.
-      adapted: the model with the adapters.
-      sign: 1 to add, -1 to subtract.
-      safe: whether to raise an error if a result is not finite.
-      checked: whether outputs are compared, so that layers whose weight has an unknown use are
-        merged, too.
-
-    Raises:
-      ValueError: a weight cannot be merged, is quantised, or is not in ``model``.
-    """
-    own = dict(modules(model))
-    done: set[int] = set()  # a tied weight has several layers
-    for path, module in modules(adapted):
-        if not isinstance(module, Adapted):
-            continue
-        adapter = module.adalora.adapter
-        layer = adapter.layout or kinds.require_layer(layer_of(module), module)
-        if layer.note.startswith(UNKNOWN_USE):
-            if not checked:
-                raise ValueError(
-                    f"the increment of {path!r} cannot be merged: {layer.note}: "
-                    "merge(model, inputs=(...)) merges it where the outputs stay the same."
-                )
-            layer = dataclasses.replace(layer, note="")
-            adapter = adapter._replace(layout=layer)
-        weight = getattr(own.get(path), weight_name(module), None)
-        if weight is None:
-            raise ValueError(f"model has no layer {path!r}: it is another one than was adapted.")
-        if is_qwix_weight(weight) or pytree.is_packed(weight.get_raw_value()):
-            raise ValueError(
-                f"the weight of {path!r} is quantised and cannot be merged into in place: "
-                "adalora_jax.quantization.merge dequantises or requantises it, and reports the "
-                "error."
-            )
-        if id(weight) in done:
-            continue
-        done.add(id(weight))
-        weight[...] = kinds.merged_weight(path, weight[...], adapter, layer, sign=sign, safe=safe)
-
-
-def eval_model(model: _Model, optimizer: nnx.Optimizer) -> _Model:
-    """Return a copy of a model with the masks applied, for evaluation, merging and export.
-
-    Between two masks a pruned λ may become non-zero again, so the model in training can have more
-    active triplets than the allocator's masks; see :func:`adalora_jax.eval_params`.
-
-    Args:
-      model: an adapted model in training; not changed.
-      optimizer: the ``nnx.Optimizer`` that trains it, or its ``opt_state``.
-
-    Returns:
-      The copy, with λ exactly 0 wherever a mask is False.
-
-    Raises:
-      ValueError: the optimizer's state has no allocator, or one for another model.
-
-    >>> import optax, adalora_jax as adalora
-    >>> config = AdaLoraConfig(total_step=10, target_modules="all-linear")
-    >>> model = adapt(nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))), config)
-    >>> tx = adalora.adalora(optax.adam(1e-3), config)
-    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
-    >>> type(eval_model(model, optimizer)) is type(model)
-    True
-    """
-    opt_state = optimizer.opt_state if isinstance(optimizer, nnx.Optimizer) else optimizer
-    copy = nnx.clone(model)
-    state = nnx.state(copy, nnx.LoRAParam)
-    nnx.update(copy, evaluation.eval_params(opt_state, state))
-    return copy
-
-
-def candidates(
-    model: nnx.Module,
-    *,
-    of_adapted: bool = False,
-    layers: Mapping[type, Layout] | None = None,
-) -> dict[str, Candidate]:
-    """Return all modules of the model by path, as input of the selection.
-
-    Args:
-      model: any NNX module.
-      of_adapted: whether the model may have adapters. If so, the uses of its weights are not
-        traced.
-      layers: layouts of declared layers, by class.
-
-    Raises:
-      TypeError: ``model`` is not an NNX module.
-      ValueError: the model has adapters and ``of_adapted`` is False, or a declared layer does not
-        have the parameter that its layout names.
-    """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}, not a flax.nnx module; adalora_jax.linen.adapt "
-            "takes linen modules."
-        )
-    found: dict[str, Candidate] = {}
-    reasons, reading = rewritten(model), readers(model)
-    for path, module in modules(model):
-        if isinstance(module, Adaptation) and not of_adapted:
-            raise ValueError(
-                f"the model is adapted already, at {path!r}: adapt the base model, or set its "
-                "adapters with set_adapters."
-            )
-        if pytree.ADAPTER_KEY in path.split("/"):
-            continue
-        layer = layer_of(module, declared=(layers or {}).get(type(module)))
-        if layer and not hasattr(module, layer.weight):
-            raise ValueError(
-                f"layers={{{type(module).__name__}: ...}}: the layer {path!r} has no parameter "
-                f"called {layer.weight!r}."
-            )
-        shape = tuple(getattr(module, layer.weight).shape) if layer else ()
-        if layer is None or len(shape) >= layer.ndim:
-            refused = reasons.get(path, "")
-            if layer and not refused and type(module) not in (layers or {}):
-                refused = unreached(base_class(type(module)))
-            candidate = Candidate(module, layer, shape, refused if layer else "")
-            use = use_of(module, layer) if layer and not refused and not of_adapted else None
-            if use and use.unseen and type(module) in (layers or {}):
-                use = None  # the declaration specifies the computation
-            if layer and use:
-                foreign = not issubclass(type(module), FLAX_LAYERS)
-                candidate = judge_use(candidate, use, foreign)
-            if layer and not candidate.note and (id(module), layer.weight) in reading:
-                reader = reading[id(module), layer.weight]
-                candidate = candidate._replace(
-                    note=f"{UNKNOWN_USE}the code of {reader} reads `.{layer.weight}` of a layer"
-                )
-            found[path] = candidate
-    return found
 
 
 def _candidates(
@@ -605,7 +180,7 @@ def _candidates(
 ) -> dict[str, Candidate]:
     found = candidates(model, layers=layers)
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config={reprlib.repr(config)} must be an AdaLoraConfig.")
+        raise TypeError(f"`config={reprlib.repr(config)}`: not an AdaLoraConfig; pass one.")
     return found
 
 
@@ -633,9 +208,9 @@ def _chosen(
         first = chosen[owner].layer
         if not first.same_axes(layer):
             raise ValueError(
-                f"{owner!r} and {path!r} share a weight of shape {shape} but use it differently "
-                f"({first.kind}, {layer.kind}), so no adapter fits both: name one of them in "
-                "exclude_modules."
+                f"`target_modules`: {owner!r} and {path!r} share a weight of shape {shape} but use "
+                f"it differently ({first.kind}, {layer.kind}), so no adapter fits both; name one "
+                "of them in exclude_modules."
             )
         tied[path] = owner
     return {path: target for path, target in chosen.items() if path not in tied}, tied
@@ -660,8 +235,8 @@ def _refuse_tied_outside(
         if others := [place for place in places.get(id(weight), []) if place not in adapted]:
             layers = ", ".join(repr(place.rpartition("/")[0]) for place in others)
             raise ValueError(
-                f"target_modules: {path!r} shares its weight with {layers}, which would not have "
-                "the increment, while a merged model has it in both: adapt all of them, or none."
+                f"`target_modules`: {path!r} shares its weight with {layers}, which would not have "
+                "the increment, while a merged model has it in both; adapt all of them, or none."
             )
 
 
@@ -712,8 +287,8 @@ def _save(model: nnx.Module, config: AdaLoraConfig) -> None:
             parent, _, name = path.rpartition("/")
             if parent not in by_path:  # inside of a weight that Qwix quantised
                 raise ValueError(
-                    f"modules_to_save: {path!r} is quantised, so it cannot train: leave it as it "
-                    "is in the rules for Qwix, or do not name it."
+                    f"`modules_to_save`: {path!r} is quantised, so it cannot train; exclude it "
+                    "from Qwix's rules, or from modules_to_save."
                 )
             root = next(r for r in roots if path == r or path.startswith(f"{r}/"))
             setattr(by_path[parent], name, SavedParam.of(variable, root))

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.core import unfreeze
 
-from adalora_jax._src.modules import linen_layers, nnx_layers
+from adalora_jax._src.modules import linen_layers, nnx_variables
 
 
 def parameters_of(model: Any, variables: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def parameters_of(model: Any, variables: Mapping[str, Any] | None) -> dict[str, 
       TypeError: ``model`` is neither, an NNX module with variables, or a linen module without.
     """
     if isinstance(model, nnx.Module) and variables is None:
-        return nnx_layers.parameters(model)
+        return nnx_variables.parameters(model)
     if not isinstance(model, nn.Module) or variables is None:
         raise TypeError(
             f"model is a {type(model).__name__} with variables={type(variables).__name__}: it must "

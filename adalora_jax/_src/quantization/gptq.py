@@ -30,12 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
 
-from adalora_jax._src.modules import nnx_layers
+from adalora_jax._src.modules import nnx_variables
 from adalora_jax._src.modules.params import parameters_of, replaced
 from adalora_jax._src.quantization import packed
 from adalora_jax._src.quantization.packed import Packed
+from adalora_jax._src.tensorfile import FLOATS, TensorFile
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 _FORMATS = ("gptq", "gptq_v2")
@@ -205,8 +205,8 @@ def read_gptq(directory: str | pathlib.Path, dtype: Any = jnp.float32) -> dict[s
     settings = _settings(directory)
     found: dict[str, dict[str, tuple[pathlib.Path, str]]] = {}
     for file in files:
-        with safe_open(file, framework="numpy") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
+        with TensorFile(file) as tensors:
+            for key in tensors.specs:
                 name, _, tensor = key.rpartition(".")
                 found.setdefault(name, {})[tensor] = (file, key)
     layers = {name: places for name, places in found.items() if "qweight" in places}
@@ -233,8 +233,8 @@ def read_gptq(directory: str | pathlib.Path, dtype: Any = jnp.float32) -> dict[s
 
 
 def _read(file: pathlib.Path, key: str) -> np.ndarray:
-    with safe_open(file, framework="numpy") as tensors:
-        return tensors.get_tensor(key)
+    with TensorFile(file) as tensors:
+        return tensors.read(key, (*FLOATS, "I32"))
 
 
 def _settings(directory: pathlib.Path) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def load_gptq(
         biases |= {} if bias is None else {place("bias"): bias}
     if isinstance(model, nnx.Module):
         model = packed.pack_nnx(model, kernels)
-        modules = dict(nnx_layers.modules(model))
+        modules = dict(nnx_variables.modules(model))
         for path, bias in biases.items():
             parent, _, name = path.rpartition("/")
             getattr(modules[parent], name).set_value(bias)

@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import core, nnx
+from flax import nnx
 from flax.core import meta, unfreeze
 
+from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.low_rank import opaque_false
 from adalora_jax._src.core.pytree import is_packed
-from adalora_jax._src.modules import linen_layers, nnx_layers
+from adalora_jax._src.modules import linen_layers, nnx_layers, nnx_variables
 from adalora_jax._src.modules.params import by_path, replaced
 
 
@@ -228,7 +228,7 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     )
     if layer is not None:  # weights of other modules may be in this scope
         packed = {name: weight for name, weight in packed.items() if name == layer.weight}
-    method = _method(context) if packed else None
+    method = _compat.linen_method(context) if packed else None
     if method is None:
         return call(*args, **kwargs)
     # The adapter is not needed here: its output is added to the result of this call.
@@ -242,24 +242,11 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     def function(dense, operands):
         collections, rngs, arrays = operands
         variables = {**collections, "params": {**collections["params"], **dense}}
-        inner = core.Scope(variables, rngs, scope.name, path=scope.path, flags=scope.flags)
+        inner = _compat.linen_scope(scope, variables, rngs)
         args, kwargs = treedef.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(flat)])
         return method(module.clone(parent=inner), *args, **kwargs)
 
     return run(function, packed, (collections, scope.rngs, arrays))
-
-
-def _method(context: Any) -> Callable | None:
-    """Return the method that is called; None if it delegates to its superclass."""
-    function = context.orig_method.func
-    defining = [
-        vars(cls)[context.method_name]
-        for cls in type(context.module).__mro__
-        if context.method_name in vars(cls)
-    ]
-    at = [getattr(method, "__wrapped__", None) for method in defining].index(function)
-    uses_super = "__class__" in inspect.unwrap(function).__code__.co_freevars
-    return None if uses_super and at + 1 < len(defining) else defining[at]
 
 
 @functools.cache
@@ -291,7 +278,7 @@ def pack_linen(
     params = replaced(params, weights)
     if not isinstance(module, PackedModule):
         module = module.copy()
-        object.__setattr__(module, "__class__", _packed_class(type(module)))
+        _compat.set_class(module, _packed_class(type(module)))
     return module, linen_layers.split_quantized(
         {**linen_layers.join_quantized(variables), "params": params}
     )
@@ -358,7 +345,7 @@ class _PackedEmbed(PackedLayer):
 
 def _call_dense(layer, method, args, kwargs):
     graph, packed, rest = nnx.split(layer, PackedWeight, ...)
-    packed, rest = nnx_layers.pure(packed), nnx_layers.pure(rest)
+    packed, rest = nnx_variables.pure(packed), nnx_variables.pure(rest)
     flat, treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(flat) if hasattr(leaf, "shape")}
 
@@ -385,7 +372,7 @@ def pack_nnx(model: nnx.Module, weights: Mapping[str, Packed]) -> Any:
       ValueError: a path is not that of a variable, or the variable has another shape.
     """
     model = nnx.clone(model)
-    modules = dict(nnx_layers.modules(model))
+    modules = dict(nnx_variables.modules(model))
     places: dict[int, PackedWeight] = {}  # by variable, since layers may share one
     for path, weight in weights.items():
         parent, _, name = path.rpartition("/")
@@ -396,7 +383,7 @@ def pack_nnx(model: nnx.Module, weights: Mapping[str, Packed]) -> Any:
         for name, value in list(vars(module).items()):
             if id(value) in places:
                 setattr(module, name, places[id(value)])
-                module.__class__ = _packed_layer_class(type(module))
+                _compat.set_class(module, _packed_layer_class(type(module)))
     return model
 
 
@@ -414,4 +401,4 @@ def _packed_layer_class(cls: type) -> type:
 def unpack_layer(layer: nnx.Module, name: str, weight: jax.Array) -> None:
     """Restore the class of a packed layer without an adapter, with a float weight, in place."""
     setattr(layer, name, nnx.Param(weight))
-    layer.__class__ = next(c for c in type(layer).__mro__ if not issubclass(c, PackedLayer))
+    _compat.set_class(layer, next(c for c in type(layer).__mro__ if not issubclass(c, PackedLayer)))

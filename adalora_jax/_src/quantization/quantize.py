@@ -14,6 +14,7 @@ import qwix
 from flax import nnx
 from flax.core import meta
 
+from adalora_jax._src import _compat
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import adapters as found_adapters
@@ -22,8 +23,10 @@ from adalora_jax._src.modules import (
     linen_frontend,
     linen_layers,
     merging,
-    nnx_frontend,
+    nnx_candidates,
     nnx_layers,
+    nnx_merging,
+    nnx_variables,
     targets,
 )
 from adalora_jax._src.modules.candidates import Candidate
@@ -304,10 +307,10 @@ def _quantized_linen(module, recipe, variables, inputs, kwargs):
 
 def _quantized_nnx(model, recipe):
     weights: dict[str, Packed] = {}
-    for path, target in _targets(nnx_frontend.candidates(model, of_adapted=True), recipe):
+    for path, target in _targets(nnx_candidates.candidates(model, of_adapted=True), recipe):
         place = f"{path}/{target.layer.weight}".lstrip("/")
-        variable = getattr(dict(nnx_layers.modules(model))[path], target.layer.weight)
-        value = nnx_layers.sharded_variable(variable).get_raw_value()
+        variable = getattr(dict(nnx_variables.modules(model))[path], target.layer.weight)
+        value = nnx_variables.sharded_variable(variable).get_raw_value()
         weights[place] = quantize_weight(_floats(value, place), recipe, target.layer)
     model = packed.pack_nnx(model, weights)
     if recipe.dtype is not None:
@@ -432,7 +435,7 @@ def _merged_nnx(model: Any, to: Any) -> Merged:
     dtype = _dtype(to)
     dense: dict[int, Any] = {}  # a tied weight has several layers
     errors = _merge_by_qwix(model, to)
-    for path, module in nnx_layers.modules(model):
+    for path, module in nnx_variables.modules(model):
         if not isinstance(module, packed.PackedLayer):
             continue
         adaptation = getattr(module, "adalora", None)
@@ -445,7 +448,7 @@ def _merged_nnx(model: Any, to: Any) -> Merged:
                 delta = _checked_increment(path, weight, adaptation.adapter, layer)
                 dense[id(variable)], errors[path] = _store_merged(weight, delta, layer, to)
             del module.adalora
-            module.__class__ = nnx_layers.base_class(type(module))
+            _compat.set_class(module, nnx_layers.base_class(type(module)))
         new = dense.get(id(variable), weight)
         if is_packed(new) and dtype is not None:
             new = dense[id(variable)] = new.dequantize(dtype)
@@ -453,8 +456,8 @@ def _merged_nnx(model: Any, to: Any) -> Merged:
             variable.set_value(new)
         else:
             packed.unpack_layer(module, layer.weight, new)
-    left = any(isinstance(m, nnx_layers.Adapted) for _, m in nnx_layers.modules(model))
-    result = nnx_frontend.merged(model) if left else nnx_frontend.release_saved(model)
+    left = any(isinstance(m, nnx_layers.Adapted) for _, m in nnx_variables.modules(model))
+    result = nnx_merging.merged(model) if left else nnx_merging.release_saved(model)
     return Merged(result, errors)
 
 
@@ -478,7 +481,7 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
             delta = _checked_increment(path, weight, adaptation.adapter, layer)
             new, errors[path] = _store_merged(weight, delta, layer, to)
             del module.adalora
-            module.__class__ = nnx_layers.base_class(type(module))
+            _compat.set_class(module, nnx_layers.base_class(type(module)))
         setattr(module, name, weight.variable(new))
     if held and dtype is not None:
         qwix_models.release(model)

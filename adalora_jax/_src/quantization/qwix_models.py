@@ -13,11 +13,9 @@ import jax
 import qwix
 from flax import nnx
 
-from adalora_jax._src.modules import layers, nnx_layers
+from adalora_jax._src import _compat
+from adalora_jax._src.modules import layers, nnx_layers, nnx_variables
 from adalora_jax._src.quantization.packed import Packed
-
-# Attributes that Qwix sets on the modules of a model.
-_NOTES = {"qwix_path", "qwix_rngs", "disable_quant_stats_update"}
 
 
 class QwixHeld(Packed):
@@ -30,7 +28,7 @@ class QwixHeld(Packed):
 
     def __init__(self, held: Any):
         self.held = held
-        self.array: qwix.QArray = nnx_layers.pure(held.array)
+        self.array: qwix.QArray = nnx_variables.pure(held.array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +62,8 @@ class QwixHeld(Packed):
         if isinstance(new, QwixHeld):
             return new.held
         metadata = (
-            nnx_layers.sharded_variable(self.held).get_metadata() | nnx_layers.NO_EAGER_SHARDING
+            nnx_variables.sharded_variable(self.held).get_metadata()
+            | nnx_variables.NO_EAGER_SHARDING
         )
         return nnx.Param(new, **metadata)
 
@@ -77,9 +76,9 @@ def weights(model: nnx.Module) -> list[tuple[str, nnx.Module, str, QwixHeld]]:
     """
     return [
         (path, module, name, QwixHeld(value))
-        for path, module in nnx_layers.modules(model)
+        for path, module in nnx_variables.modules(model)
         for name, value in vars(module).items()
-        if nnx_layers.is_qwix_weight(value)
+        if nnx_variables.is_qwix_weight(value)
     ]
 
 
@@ -89,11 +88,9 @@ def release(model: nnx.Module) -> None:
     >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     >>> release(model)
     """
-    for _, module in nnx_layers.modules(model):
-        for name in _NOTES & set(vars(module)):
-            delattr(module, name)
-    cls = type(model)
-    model.__class__ = vars(cls).get(nnx_layers.UNQUANTIZED, cls)
+    for _, module in nnx_variables.modules(model):
+        _compat.delete_qwix_attributes(module)
+    _compat.set_class(model, _compat.unquantized_class(type(model)) or type(model))
 
 
 def as_lora(model: nnx.Module) -> Any:
@@ -127,7 +124,7 @@ def as_lora(model: nnx.Module) -> Any:
     ((6, 2), (2, 4))
     """
     copy = nnx.clone(model)
-    for _, module in nnx_layers.modules(copy):
+    for _, module in nnx_variables.modules(copy):
         if not isinstance(module, nnx_layers.Adapted):
             continue
         layer, own = layers.require_layer(nnx_layers.layer_of(module), module), module.adalora
@@ -136,5 +133,5 @@ def as_lora(model: nnx.Module) -> Any:
         setattr(module, f"{layer.weight}_lora_a", nnx.LoRAParam(a))
         setattr(module, f"{layer.weight}_lora_b", nnx.LoRAParam(b))
         del module.adalora
-        module.__class__ = nnx_layers.base_class(type(module))
+        _compat.set_class(module, nnx_layers.base_class(type(module)))
     return copy

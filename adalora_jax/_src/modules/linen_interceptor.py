@@ -1,0 +1,155 @@
+"""The interceptor that adds adapter outputs while a linen model runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.adapter import Adapter, known_scale
+from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.modules import layers
+from adalora_jax._src.modules.linen_layers import METHODS, input_of, layer_of, own_shape
+
+_FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
+
+
+class _CallFrame(NamedTuple):
+    """A method call in progress."""
+
+    name: tuple[Any, ...]  # path and method
+    dropout_off: bool
+    inner: set[Any]  # names of inner calls that have added their adapter output
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BoundAdapter:
+    """An adapter in the parameters of a running model, with static settings of its output.
+
+    The settings are part of the pytree's type, because ``nn.jit`` reuses traces of equal types.
+    """
+
+    adapter: Adapter
+    dropout: float = dataclasses.field(metadata={"static": True})
+    forward_mode: bool = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, node: Any, config: AdaLoraConfig, path: str) -> BoundAdapter:
+        if isinstance(node, Adapter):
+            known_scale(node, path)
+            adapter = node
+        else:  # a mapping of p, lam and q, as in trainers with nested dicts
+            adapter = pytree.adapters(node)[""]._replace(scale=config.scale_of(path))
+        return cls(adapter, config.lora_dropout, config.forward_mode)
+
+
+def key_of_weight(name: str) -> str:
+    """Return the key of the adapter of one of several weights in a scope."""
+    return f"{pytree.ADAPTER_KEY}_{name}"
+
+
+def adapter_interceptor(
+    sharing: set[tuple[str, ...]], declared: Mapping[type, Layout] | None
+) -> Callable:
+    """Return an interceptor that adds the adapter outputs; make one per run of the model."""
+    frames: list[_CallFrame] = []
+
+    def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        off = _dropout_off(module, context.orig_method, args, kwargs)
+        if off is None:
+            off = bool(frames) and frames[-1].dropout_off
+        frame = _CallFrame((module.path, context.method_name), off, set())
+        frames.append(frame)
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            frames.pop()
+        # If a subclass's method calls the layer's own, only the inner call adds the output.
+        held = _bound_adapter(context, args, kwargs, sharing, declared)
+        if held is None or frame.name in frame.inner:
+            return output
+        for outer in frames:
+            outer.inner.add(frame.name)
+        return _add(held, context, args, kwargs, output, off, declared)
+
+    return intercept
+
+
+def _bound_adapter(
+    context: Any,
+    args: tuple,
+    kwargs: dict,
+    sharing: set[tuple[str, ...]],
+    declared: Mapping[type, Layout] | None,
+) -> BoundAdapter | None:
+    """Return the adapter of the called layer; None if it has none."""
+    module = context.module
+    if context.method_name not in METHODS or module.scope is None:
+        return None
+    name = pytree.ADAPTER_KEY
+    if module.path in sharing:
+        layer = layer_of(module, input_of(args, kwargs)[1], declared)
+        name = key_of_weight(layer.weight) if layer else name
+    return module.get_variable("params", name) if module.has_variable("params", name) else None
+
+
+def _add(held, context, args, kwargs, output, dropout_off, declared):
+    """Return the output of a layer with its adapter output added."""
+    module, (x, equation) = context.module, input_of(args, kwargs)
+    layer = layers.require_layer(layer_of(module, equation, declared), module)
+    shape = own_shape(module, layer)
+    layers.check_fit(layer, held.adapter, shape, "/".join(module.path))
+    if layer.kind == "weight":  # the module's output is its weight
+        delta = layers.weight_increment(layer, held.adapter, shape)
+        return output[0] + delta.astype(output[0].dtype), *output[1:]
+    dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
+    dropping = dropping and module.has_rng("dropout")
+    return output + layers.adapter_output(
+        *(layer, module, held.adapter, x, shape, output.dtype),
+        key=module.make_rng("dropout") if dropping else None,
+        dropout_rate=held.dropout,
+        forward_mode=held.forward_mode,
+        equation=equation,
+        attend=context.method_name == "attend",
+        convolve=_convolve,
+    )
+
+
+def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> Any:
+    """Apply the convolution of ``module`` with another kernel and without bias."""
+    # Use Flax's own class, since a subclass may do more than convolve.
+    kind = nn.ConvTranspose if isinstance(module, nn.ConvTranspose) else nn.Conv
+    names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
+    fields = {name: getattr(module, name) for name in names}
+    same = kind(**fields | {"features": features, "use_bias": False}, parent=None)
+    return same.apply({"params": {"kernel": kernel}}, x)
+
+
+def _dropout_off(module, method, args, kwargs) -> bool | None:
+    """Return whether a call's arguments, or else the module's attributes, turn dropout off.
+
+    None if neither specifies it.
+    """
+    bound = inspect.signature(method).bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    for said in (bound.arguments, kwargs, vars(module)):
+        for name, off in _FLAGS.items():
+            if isinstance(said.get(name), bool):
+                return said[name] is off
+    return None
+
+
+def strip_adapters(params: Any) -> Any:
+    """Return the parameters without the adapters."""
+    if not isinstance(params, Mapping):
+        return params
+    kept = {name: node for name, node in params.items() if not isinstance(node, BoundAdapter)}
+    return {name: strip_adapters(node) for name, node in kept.items()}

@@ -1,0 +1,259 @@
+"""Layers of an NNX model that could be adapted, and the use of their weights."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adalora_jax._src import _compat
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.modules import layers as kinds
+from adalora_jax._src.modules import usage
+from adalora_jax._src.modules.candidates import UNKNOWN_USE, Candidate, judge_use
+from adalora_jax._src.modules.nnx_layers import (
+    DECLARE,
+    FLAX_LAYERS,
+    Adaptation,
+    base_class,
+    extended_class,
+    layer_class,
+    layer_of,
+)
+from adalora_jax._src.modules.nnx_variables import is_qwix_weight, modules
+
+
+def candidates(
+    model: nnx.Module,
+    *,
+    of_adapted: bool = False,
+    layers: Mapping[type, Layout] | None = None,
+) -> dict[str, Candidate]:
+    """Return all modules of the model by path, as input of the selection.
+
+    Args:
+      model: any NNX module.
+      of_adapted: whether the model may have adapters. If so, the uses of its weights are not
+        traced.
+      layers: layouts of declared layers, by class.
+
+    Raises:
+      TypeError: ``model`` is not an NNX module.
+      ValueError: the model has adapters and ``of_adapted`` is False, or a declared layer does not
+        have the parameter that its layout names.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model={type(model).__name__}`: not a flax.nnx module; adalora_jax.linen.adapt takes "
+            "linen modules."
+        )
+    found: dict[str, Candidate] = {}
+    reasons, reading = _rewritten(model), _readers(model)
+    for path, module in modules(model):
+        if isinstance(module, Adaptation) and not of_adapted:
+            raise ValueError(
+                f"`model`: the model is adapted already, at {path!r}; adapt the base model, or set "
+                "its adapters with set_adapters."
+            )
+        if pytree.ADAPTER_KEY in path.split("/"):
+            continue
+        layer = layer_of(module, declared=(layers or {}).get(type(module)))
+        if layer and not hasattr(module, layer.weight):
+            raise ValueError(
+                f"`layers={{{type(module).__name__}: ...}}`: {path!r} has no parameter called "
+                f"{layer.weight!r}; name the parameter with the weight in Layout(weight=...)."
+            )
+        shape = tuple(getattr(module, layer.weight).shape) if layer else ()
+        if layer is None or len(shape) >= layer.ndim:
+            refused = reasons.get(path, "")
+            if layer and not refused and type(module) not in (layers or {}):
+                refused = _unreached(base_class(type(module)))
+            candidate = Candidate(module, layer, shape, refused if layer else "")
+            use = _use_of(module, layer) if layer and not refused and not of_adapted else None
+            if use and use.unseen and type(module) in (layers or {}):
+                use = None  # the declaration specifies the computation
+            if layer and use:
+                foreign = not issubclass(type(module), FLAX_LAYERS)
+                candidate = judge_use(candidate, use, foreign)
+            if layer and not candidate.note and (id(module), layer.weight) in reading:
+                reader = reading[id(module), layer.weight]
+                candidate = candidate._replace(
+                    note=f"{UNKNOWN_USE}the code of {reader} reads `.{layer.weight}` of a layer"
+                )
+            found[path] = candidate
+    return found
+
+
+def _unreached(cls: type) -> str:
+    """Return why calls of a layer's class do not reach its Flax layer; empty if they do.
+
+    >>> _unreached(nnx.Linear)
+    ''
+    """
+    base = layer_class(cls)
+    for own in cls.__mro__ if base else ():
+        if own is base:
+            break
+        for name in ("__call__", "attend"):
+            if name in vars(own) and not _compat.uses_super(vars(own)[name]):
+                return (
+                    f"its {name} does not call super().{name}, so its adapter would add nothing: "
+                    f"{DECLARE}"
+                )
+    return ""
+
+
+def _use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
+    """Return how a layer uses its weight, according to a trace of the layer alone.
+
+    Unmodified Flax layers need no trace, because they multiply with the stored weight.
+
+    Args:
+      module: the layer.
+      layer: the layout of its weight.
+
+    Returns:
+      The use. It is ``unseen`` if the layer cannot be called with one input. None for unmodified
+      Flax layers, for quantised weights, and if the shape of an input is not known.
+    """
+    weight, shape = getattr(module, layer.weight), tuple(getattr(module, layer.weight).shape)
+    size = kinds.input_shape(layer, module, shape)
+    if size is None or is_qwix_weight(weight) or _is_plain(module, weight):
+        return None
+    graph, state = nnx.split(module)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    places = [i for i, (path, _) in enumerate(leaves) if pytree.leaf_name(path) == layer.weight]
+    if len(places) != 1:  # packed integers consist of several arrays
+        return None
+    lifted = len(shape) - layer.ndim
+    structs = [jax.ShapeDtypeStruct(leaf.shape[lifted:], leaf.dtype) for _, leaf in leaves]
+    foreign = layer_class(type(module)) is None
+
+    def run(leaves, x):
+        copy = nnx.merge(graph, treedef.unflatten(leaves))
+        _compat.set_class(copy, extended_class(type(copy), _Marked, "Marked"))
+        output = copy(usage.mark_input(0, x) if foreign else x)
+        return [leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype")]
+
+    x = jax.ShapeDtypeStruct(size, jnp.int32 if layer.kind == "embed" else jnp.float32)
+    try:
+        closed = jax.make_jaxpr(run)(structs, x)
+    except Exception:  # a custom class may raise any error for one input
+        return usage.Use(False, False, False, unseen=True)
+    scaled = frozenset({0} if kinds.weight_scale(layer, module) != 1 else ())
+    return usage.find_uses(closed.jaxpr, {places[0]: 0}, scaled)[0]
+
+
+class _Marked(nnx.Module):
+    """Mixin that runs a layer under the scope name by which :mod:`usage` finds it in a jaxpr."""
+
+    def __call__(self, *args, **kwargs):
+        with jax.named_scope(usage.scope_name(0)):
+            output = super().__call__(*args, **kwargs)
+        return usage.mark_output(0, output)
+
+
+def _is_plain(module: nnx.Module, weight: Any) -> bool:
+    """Return whether a layer is an unmodified Flax layer, with Flax's functions and variables."""
+    cls = type(module)
+    reading = ("get_value", "__getitem__", "__jax_array__")
+    if any(getattr(type(weight), n, None) is not getattr(nnx.Variable, n, None) for n in reading):
+        return False
+    if cls not in FLAX_LAYERS:
+        return False
+    dtypes = ("dtype", "param_dtype", "preferred_element_type")  # dtypes are callable, too
+    given = {
+        name: (getattr(module, name, parameter.default), parameter.default)
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.default is not parameter.empty
+        and name not in dtypes
+        and not name.endswith("_init")
+    }
+    changed = [
+        name
+        for name, (value, default) in given.items()
+        if (callable(value) or callable(default)) and value is not default
+    ]
+    return not changed and "on_get_value" not in weight.get_metadata()
+
+
+def _rewritten(model: nnx.Module) -> dict[str, str]:
+    """Return ``{path: reason}`` of the modules in wrappers that rewrite their weights."""
+    wrappers = (nnx.WeightNorm, nnx.SpectralNorm)
+    found = {p: type(m).__name__ for p, m in modules(model) if isinstance(m, wrappers)}
+    inside = lambda path, wrapper: not wrapper or path.startswith(f"{wrapper}/")
+    return {
+        path: f"it is inside of {name}, which rewrites its weight at every call"
+        for path, _ in modules(model)
+        for wrapper, name in found.items()
+        if inside(path, wrapper)
+    }
+
+
+def _readers(model: nnx.Module) -> dict[tuple[int, str], str]:
+    """Return ``{(id of a module, attribute): class}`` where the class may read that attribute.
+
+    Such code may multiply with a layer's weight outside of the layer. The analysis of a class
+    finds the names that it reads, not the modules, so each name is recorded for every module that
+    can be reached from an instance of the class.
+    """
+    found: dict[tuple[int, str], str] = {}
+    for path, module in modules(model):
+        names = _attributes_read(type(module))
+        for inner, other in modules(module) if names else ():
+            if inner and pytree.ADAPTER_KEY not in path.split("/"):
+                found.update({(id(other), name): type(module).__name__ for name in names})
+    return found
+
+
+@functools.cache
+def _attributes_read(cls: type) -> frozenset[str]:
+    """Return the names of attributes that a class's methods read from objects other than ``self``.
+
+    Constructors and the methods of Flax's and this package's classes are excluded.
+    """
+    names: set[str] = set()
+    for own in cls.__mro__:
+        if own.__module__.partition(".")[0] in ("flax", "adalora_jax", "builtins"):
+            continue
+        for name, method in vars(own).items():
+            code = getattr(_function(method), "__code__", None)
+            if name != "__init__" and code is not None:
+                is_method = code.co_argcount and not isinstance(method, (staticmethod, classmethod))
+                names |= _read_by(code, code.co_varnames[0] if is_method else None)
+    return frozenset(names)
+
+
+def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
+    """Return the attributes that a function reads from objects other than ``self``.
+
+    Nested functions are included, and so are all string constants of code that calls ``getattr``.
+    """
+    names: set[str] = set()
+    of_self = False
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not of_self:
+            names.add(step.argval)
+        if step.opname != "EXTENDED_ARG":
+            loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+            loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            of_self = loads and loaded[-1] == self_name  # one instruction may load two variables
+    if "getattr" in code.co_names:
+        names |= {constant for constant in code.co_consts if isinstance(constant, str)}
+    for inner in filter(inspect.iscode, code.co_consts):
+        names |= _read_by(inner, self_name)
+    return names
+
+
+def _function(method: Any) -> Any:
+    """Return the function in a method or a property, without its decorators."""
+    method = getattr(method, "fget", None) or getattr(method, "__func__", method)
+    return inspect.unwrap(method) if callable(method) else method

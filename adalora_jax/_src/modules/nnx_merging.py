@@ -1,0 +1,181 @@
+"""Increments added to the weights of an NNX model, and subtracted again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adalora_jax._src import _compat
+from adalora_jax._src.core import pytree
+from adalora_jax._src.modules import layers as kinds
+from adalora_jax._src.modules.candidates import UNKNOWN_USE
+from adalora_jax._src.modules.nnx_layers import Adapted, base_class, layer_of, weight_name
+from adalora_jax._src.modules.nnx_variables import SavedParam, is_qwix_weight, modules, parameters
+
+_Model = TypeVar("_Model", bound=nnx.Module)
+
+
+def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None = None) -> _Model:
+    """Return a copy of an adapted model with its increments merged, see :func:`adalora_jax.merge`.
+
+    Args:
+      model: as :func:`adapt` returns it; not changed.
+      safe: whether to raise an error if a merged weight is not finite.
+      inputs: arguments for which the outputs of both models are compared.
+
+    Raises:
+      ValueError: as in :func:`adalora_jax.merge`.
+
+    >>> import adalora_jax as adalora
+    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = adalora.AdaLoraConfig(
+    ...     total_step=10, target_modules="all-linear", init_lora_weights=False
+    ... )
+    >>> adapted, x = adalora.nnx.adapt(base, config), jax.numpy.ones((2, 6))
+    >>> bool(jax.numpy.allclose(merged(adapted)(x), adapted(x), rtol=1e-4))
+    True
+    >>> type(merged(adapted).layers[0])
+    <class 'flax.nnx.nn.linear.Linear'>
+    """
+    copy = nnx.clone(model)
+    if not any(isinstance(module, Adapted) for _, module in modules(copy)):
+        raise ValueError(
+            "`variables`: the model has no adapters, so there is nothing to merge; pass the model "
+            "that nnx.adapt returned."
+        )
+    _add_increments(copy, model, 1, safe, checked=inputs is not None)
+    for _, module in modules(copy):
+        if isinstance(module, Adapted):
+            del module.adalora
+            _compat.set_class(module, base_class(type(module)))
+    copy = release_saved(copy)
+    if inputs is not None:
+        _refuse_another_output(model, copy, inputs)
+    return copy
+
+
+def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[Any, ...]) -> None:
+    """Raise an error if the outputs of a merged model differ from those of the adapted one.
+
+    The bound on the relative error is the square root of the machine epsilon of the coarsest weight
+    dtype, about the effect of rounding the weights.
+
+    Raises:
+      ValueError: an output differs by more; the message has its index, error and norm.
+    """
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain, nnx.Param))}
+    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    bound = max(float(jnp.finfo(dtype).eps) for dtype in floats) ** 0.5
+    ours, theirs = (
+        [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(nnx.clone(model)(*inputs))]
+        for model in (adapted, plain)
+    )
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        error, size = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(a))
+        if not error <= bound * size:
+            raise ValueError(
+                f"`inputs`: output {index} of the merged model is off by {error:.2g}, of a norm of "
+                f"{size:.2g}, because code outside of an adapted layer reads its weight "
+                "(layer.kernel[...]), where there is no increment; leave that layer out of "
+                "target_modules, or use the model unmerged."
+            )
+
+
+def release_saved(model: _Model) -> _Model:
+    """Convert SavedParams to plain parameters of the base's dtype, in place; return the model."""
+    by_path = dict(modules(model))
+    for path, variable in parameters(model).items():
+        if isinstance(variable, SavedParam):
+            parent, _, name = path.rpartition("/")
+            setattr(by_path[parent], name, variable.released())
+    return model
+
+
+def unmerged(
+    model: _Model, adapted: nnx.Module, *, safe: bool = False, checked: bool = True
+) -> _Model:
+    """Return a copy of a merged model without its increments, see :func:`adalora_jax.unmerge`.
+
+    Args:
+      model: as :func:`merged` returned it; not changed.
+      adapted: the model that was merged.
+      safe: whether to raise an error if a result is not finite.
+      checked: whether outputs were compared at merging, so that layers whose weight has an unknown
+        use are unmerged, too.
+
+    Raises:
+      TypeError: ``adapted`` is not an NNX module.
+      ValueError: as in :func:`adalora_jax.merge`.
+
+    >>> import adalora_jax as adalora
+    >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> config = adalora.AdaLoraConfig(
+    ...     total_step=10, target_modules="all-linear", init_lora_weights=False
+    ... )
+    >>> adapted = adalora.nnx.adapt(base, config)
+    >>> restored = unmerged(merged(adapted), adapted)
+    >>> difference = restored.layers[0].kernel[...] - base.layers[0].kernel[...]
+    >>> bool(abs(difference).max() < 1e-6)
+    True
+    """
+    if not isinstance(adapted, nnx.Module):
+        raise TypeError(
+            f"`adapters={type(adapted).__name__}`: not an NNX module; pass the adapted model that "
+            "was merged."
+        )
+    restored = nnx.clone(model)
+    _add_increments(restored, adapted, -1, safe, checked=checked)
+    return restored
+
+
+def _add_increments(
+    model: nnx.Module, adapted: nnx.Module, sign: int, safe: bool, checked: bool = False
+) -> None:
+    """Add the increments of ``adapted`` to the weights of ``model``, in place.
+
+    Args:
+      model: the model whose weights change.
+      adapted: the model with the adapters.
+      sign: 1 to add, -1 to subtract.
+      safe: whether to raise an error if a result is not finite.
+      checked: whether outputs are compared, so that layers whose weight has an unknown use are
+        merged, too.
+
+    Raises:
+      ValueError: a weight cannot be merged, is quantised, or is not in ``model``.
+    """
+    own = dict(modules(model))
+    done: set[int] = set()  # a tied weight has several layers
+    for path, module in modules(adapted):
+        if not isinstance(module, Adapted):
+            continue
+        adapter = module.adalora.adapter
+        layer = adapter.layout or kinds.require_layer(layer_of(module), module)
+        if layer.note.startswith(UNKNOWN_USE):
+            if not checked:
+                raise ValueError(
+                    f"`variables`: the increment of {path!r} cannot be merged: {layer.note}; "
+                    "merge(model, inputs=(...)) merges it where the outputs stay the same."
+                )
+            layer = dataclasses.replace(layer, note="")
+            adapter = adapter._replace(layout=layer)
+        weight = getattr(own.get(path), weight_name(module), None)
+        if weight is None:
+            raise ValueError(
+                f"`variables`: the model has no layer {path!r}, so it is not the one that was "
+                "adapted; pass that one."
+            )
+        if is_qwix_weight(weight) or pytree.is_packed(weight.get_raw_value()):
+            raise ValueError(
+                f"`variables`: the weight of {path!r} is quantised and cannot be merged into in "
+                "place; adalora_jax.quantization.merge dequantises or requantises it, and reports "
+                "the error."
+            )
+        if id(weight) in done:
+            continue
+        done.add(id(weight))
+        weight[...] = kinds.merged_weight(path, weight[...], adapter, layer, sign=sign, safe=safe)

@@ -1,0 +1,148 @@
+"""Variables of NNX models: those that train, and all weights by path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.low_rank import accumulation_dtype
+
+# Arrays are already placed; disable Flax's eager sharding, which needs a mesh on every copy.
+NO_EAGER_SHARDING = {"eager_sharding": False}
+
+
+class AdapterParam(nnx.LoRAParam):
+    """Trainable variable with ``p``, ``lam`` or ``q`` of an :class:`~adalora_jax.Adapter`.
+
+    Attributes:
+      scale: metadata; float, the factor s of the adapter.
+      layout: metadata; the :class:`~adalora_jax.Layout` of the adapted weight.
+    """
+
+
+class SavedParam(nnx.LoRAParam):
+    """Trainable copy of a base parameter that ``modules_to_save`` names, in at least float32.
+
+    Attributes:
+      root: metadata; path of the outermost module or parameter that ``modules_to_save`` names.
+      base_dtype: metadata; dtype of the base parameter, which the model computes with.
+    """
+
+    @classmethod
+    def of(cls, variable: nnx.Variable, root: str) -> SavedParam:
+        """Return a trainable copy of a parameter in at least float32.
+
+        Args:
+          variable: the base parameter.
+          root: path of the outermost module or parameter that ``modules_to_save`` names and that
+            contains ``variable``.
+        """
+        value = variable.get_value()
+        known = {"root": root, "base_dtype": value.dtype}
+        metadata = variable.get_metadata() | NO_EAGER_SHARDING | known
+        return cls(jnp.array(value, accumulation_dtype(value.dtype)), **metadata)
+
+    def get_value(self, **index: Any) -> Any:
+        """Return the trained value, or, with an index, the indexed value in the base's dtype.
+
+        Layers read ``self.kernel[...]`` and compute in the base's dtype. Flax's optimizers,
+        averages and copies read without an index, in full precision.
+        """
+        value = super().get_value(**index)
+        return self._computed(value) if index else value
+
+    def __jax_array__(self) -> jax.Array:
+        return self._computed(self.get_value())
+
+    @property
+    def value(self) -> Any:
+        return self._computed(super().value)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.set_value(value)
+
+    def _computed(self, value: Any) -> Any:
+        dtype = self.get_metadata().get("base_dtype")
+        return value.astype(dtype) if dtype is not None and hasattr(value, "astype") else value
+
+    def released(self) -> nnx.Param:
+        """Return the trained values as a plain parameter of the base's dtype."""
+        metadata = self.get_metadata()
+        dtype = metadata.pop("base_dtype")
+        del metadata["root"]
+        return nnx.Param(self.get_raw_value().astype(dtype), **metadata)
+
+
+def modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
+    """Return each module of the model once, as ``(path, module)``, in graph order."""
+    return [
+        ("/".join(map(str, path)), node)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+    ]
+
+
+def parameters(model: nnx.Module) -> dict[str, Any]:
+    """Return ``{path: variable}`` of the model's parameters, without adapters.
+
+    >>> list(parameters(nnx.Linear(6, 4, rngs=nnx.Rngs(0))))
+    ['bias', 'kernel']
+    """
+    return {
+        "/".join(map(str, path)): variable
+        for path, variable in nnx.iter_graph(model)
+        if is_weight(variable) and not isinstance(variable, AdapterParam)
+    }
+
+
+def with_parameters(model: nnx.Module, new: Mapping[str, Any]) -> Any:
+    """Return a copy of ``model`` with new values for the parameters at some paths.
+
+    >>> model = with_parameters(
+    ...     nnx.Linear(6, 4, rngs=nnx.Rngs(0)), {"bias": jax.numpy.ones(4)}
+    ... )
+    >>> model.bias[0]
+    Array(1., dtype=float32)
+    """
+    copy = nnx.clone(model)
+    for path, variable in parameters(copy).items():
+        if path in new:
+            variable.set_value(new[path])
+    return copy
+
+
+def is_weight(value: Any) -> bool:
+    """Return whether a value is a parameter, or a weight that is stored as integers."""
+    packed = isinstance(value, nnx.Variable) and pytree.is_packed(value.get_raw_value())
+    return packed or isinstance(value, nnx.Param) or is_qwix_weight(value)
+
+
+def is_qwix_weight(value: Any) -> bool:
+    """Return whether a value is a weight, integers and scales, of ``qwix.quantize_model``.
+
+    >>> is_qwix_weight(nnx.Param(1.0))
+    False
+    """
+    return hasattr(value, "how") and hasattr(getattr(value, "array", None), "qvalue")
+
+
+def sharded_variable(weight: Any) -> nnx.Variable:
+    """Return the variable with a weight's sharding and metadata: for Qwix's, its integers."""
+    return weight.array.qvalue if is_qwix_weight(weight) else weight
+
+
+def pure(state: Any) -> Any:
+    """Return a pytree with every variable replaced by its value, like newer Flax's ``nnx.as_pure``.
+
+    >>> pure({"scale": nnx.Param(2.0)})
+    {'scale': 2.0}
+    """
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    value = lambda node: pure(node.get_raw_value()) if is_variable(node) else node
+    return jax.tree.map(value, state, is_leaf=is_variable)
