@@ -422,7 +422,7 @@ def test_compacting_or_exporting_unfinished_run_warns(tmp_path):
     for write in (huggingface.save_pretrained, huggingface.save_as_lora):
         with pytest.warns(UserWarning, match=said):
             write(tmp_path, params, CONFIG, masks=state)
-    with pytest.raises(ValueError, match="call finish"):
+    with pytest.raises(ValueError, match="Call finish"):
         adalora.compact(params, state, tx)
     params, state = adalora.finish(state, params)
     small, small_state = adalora.compact(params, state, tx)
@@ -757,7 +757,7 @@ def test_merging_adapters_from_file_without_layout_requires_like(tmp_path):
     huggingface.save_pretrained(tmp_path, adapters, adapted.config)
     alone = huggingface.load_pretrained(tmp_path).adapters
     agree(adapted.apply(variables, alone, x), output)
-    with pytest.raises(ValueError, match=r"'square'.*does not say how.*like="):
+    with pytest.raises(ValueError, match=r"'square'.*does not specify the axes.*like="):
         adalora.merge(variables, alone)
     known = huggingface.load_pretrained(tmp_path, like=adapters).adapters
     agree(Model().apply(adalora.merge(variables, known), x), output)
