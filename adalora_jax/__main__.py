@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         arguments.run(arguments)
     except ModuleNotFoundError as error:
-        sys.exit(f'{error.name} is missing: pip install "adalora-jax[cli]" brings it.')
+        sys.exit(f'{error.name} is missing: install it with pip install "adalora-jax[cli]".')
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -42,15 +42,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m adalora_jax", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m adalora_jax", description="Inspect and export saved adapters."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     folder = argparse.ArgumentParser(add_help=False)
     folder.add_argument(
         "folder",
         type=pathlib.Path,
         metavar="DIR",
-        help="a checkpoint of adalora_jax, or of its CheckpointManager (the last step counts), or "
-        "an adapter of Hugging Face PEFT, AdaLoRA or LoRA",
+        help="a checkpoint of adalora_jax, a folder of its CheckpointManager (the last step is "
+        "read), or an AdaLoRA or LoRA adapter of Hugging Face PEFT",
     )
     look = commands.add_parser(
         "inspect", parents=[folder], help="print ranks, budget, sizes and step"
@@ -64,19 +66,19 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         required=True,
         choices=["peft", "lora", "merged"],
-        help="an AdaLoRA adapter of PEFT; a plain LoRA adapter, with λ folded in; or the base "
-        "model's checkpoint with the increments in its weights",
+        help="peft: an AdaLoRA adapter of PEFT; lora: a plain LoRA adapter, with λ multiplied "
+        "into it; merged: the base model's checkpoint with the increments added to its weights",
     )
-    option("--out", required=True, type=pathlib.Path, help="a folder that is not there yet")
+    option("--out", required=True, type=pathlib.Path, help="the folder to write, new or empty")
     option(
         "--names",
         type=_names,
-        help="what the layers are called in PyTorch: a family such as bert or llama, or a JSON "
-        "file of {name in Flax: name there}; by default the same, with dots",
+        help="the layers' names in PyTorch: a family such as bert or llama, or a JSON file with "
+        "{name in Flax: name in PyTorch}; by default the names in Flax, with dots",
     )
     option("--base", type=pathlib.Path, help="for merged: the base model's folder (safetensors)")
     option("--base-model", help="for peft and lora: the base model's name, for the config")
-    option("--task-type", help="for peft and lora: PEFT's, such as CAUSAL_LM")
+    option("--task-type", help="for peft and lora: PEFT's task type, such as CAUSAL_LM")
     export.set_defaults(run=_export)
     return parser
 
@@ -119,11 +121,11 @@ def _description(folder: pathlib.Path) -> str:
     whole = sum(adapter.lam.size for adapter in adapters.values())
     nbytes = sum(leaf.nbytes for adapter in adapters.values() for leaf in adapter)
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    budget = "" if found.budget is None else f", by a budget of {found.budget}"
+    budget = "" if found.budget is None else f", budget {found.budget}"
     lines = [
         f"{found.what} in {folder}",
         f"{compaction.summary(adapters, found.masks)}",
-        f"triplets: {live} of {whole} live{budget}",
+        f"triplets: {live} of {whole} active{budget}",
         f"config: init_r {config.init_r}, target_r {config.target_r}, scale {config.scaling:.4g}",
         f"size: {nbytes:,} bytes of adapters; {stored:,} bytes on disk",
     ]
@@ -132,7 +134,7 @@ def _description(folder: pathlib.Path) -> str:
     leaves = jax.tree_util.tree_flatten_with_path(found.adapters, is_leaf=pytree.is_adapter)[0]
     others = [pytree.leaf_name(path) for path, node in leaves if not pytree.is_adapter(node)]
     if others:
-        lines.append(f"trained beside them: {', '.join(sorted(others))}")
+        lines.append(f"also trained: {', '.join(sorted(others))}")
     return "\n".join(lines)
 
 
@@ -140,7 +142,7 @@ def _phase(step: int, config: AdaLoraConfig) -> str:
     """Return the phase of a run after ``step`` updates."""
     if step <= config.tinit + 1:
         return "in the warm-up"
-    return "in the final phase" if step > config.final_step else "while the budget falls"
+    return "in the final phase" if step > config.final_step else "while the budget changes"
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -148,9 +150,11 @@ def _export(arguments: argparse.Namespace) -> None:
 
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is there already: name a new folder.")
+        raise ValueError(f"--out {out} exists and is not an empty folder: name a new folder.")
     if (arguments.to == "merged") != (arguments.base is not None):
-        raise ValueError("--base belongs to --to merged, which needs it: the folder of the base.")
+        if arguments.base is None:
+            raise ValueError("--to merged needs --base: pass the base model's folder.")
+        raise ValueError(f"--base {arguments.base} is used only with --to merged: leave it out.")
     found = _find(arguments.folder)
     common = {"masks": found.masks, "names": arguments.names}
     if arguments.to == "merged":

@@ -64,10 +64,10 @@ def test_inspect_prints_summary_of_checkpoint(trained, saved, capsys):
         (row,) = [line.split() for line in lines if line.startswith(f"{path} ")]
         assert row[3:5] == [str(rank), "4"]
     text = "\n".join(lines)
-    assert "triplets: 6 of 12 live, by a budget of 6" in text
+    assert "triplets: 6 of 12 active, budget 6" in text
     assert "init_r 4, target_r 2, scale 2" in text
     assert "step: 6 of 8, in the final phase" in text
-    assert "trained beside them: head/bias, head/kernel" in text
+    assert "also trained: head/bias, head/kernel" in text
     stored = sum(f.stat().st_size for f in saved.rglob("*") if f.is_file())
     nbytes = sum(4 * 4 * (ins + outs + 1) for ins, outs in SHAPES.values())
     assert f"size: {nbytes:,} bytes of adapters; {stored:,} bytes on disk" in text
@@ -148,13 +148,19 @@ def test_export_to_merged_base_adds_increments_and_shows_progress(trained, saved
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nothing"], "nothing is no folder"),
-        (["inspect", "."], "is no checkpoint of adalora_jax"),
-        (["export", "saved", "--to", "merged", "--out", "x"], "--base belongs to --to merged"),
-        (["export", "saved", "--to", "peft", "--out", "x", "--base", "y"], "--base belongs to"),
-        (["export", "saved", "--to", "peft", "--out", "saved"], "--out saved is there already"),
-        (["export", "saved", "--to", "peft", "--out", "x", "--names", "bert"], "has no name on"),
-        (["export", "saved", "--to", "peft", "--out", "x", "--names", "mars"], "'mars' is none of"),
+        (["inspect", "nothing"], "nothing is not a folder"),
+        (["inspect", "."], "is not a checkpoint of adalora_jax"),
+        (["export", "saved", "--to", "merged", "--out", "x"], "--to merged needs --base"),
+        (
+            ["export", "saved", "--to", "peft", "--out", "x", "--base", "y"],
+            "--base y is used only",
+        ),
+        (["export", "saved", "--to", "peft", "--out", "saved"], "--out saved exists"),
+        (["export", "saved", "--to", "peft", "--out", "x", "--names", "bert"], "matches no pair"),
+        (
+            ["export", "saved", "--to", "peft", "--out", "x", "--names", "mars"],
+            "'mars' must be one",
+        ),
         (["export", "saved", "--to", "merged", "--out", "x", "--base", "gone"], "gone"),
     ],
 )

@@ -204,7 +204,7 @@ def test_missing_package_is_named(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == 'tqdm is missing: pip install "adalora-jax[demo]" brings it.\n'
+    assert done.stderr == 'tqdm is missing: install it with pip install "adalora-jax[demo]".\n'
 
 
 def no_training(*args):

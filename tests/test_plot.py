@@ -68,13 +68,13 @@ def test_history_shows_every_step_and_budget():
     assert rows.collections[0].get_clim() == (0, 6)
     drawn = {patch.get_label(): patch.get_data() for patch in curves.patches}
     np.testing.assert_array_equal(drawn["budget"].values, [8, 6, 4])
-    np.testing.assert_array_equal(drawn["live triplets"].values, [8, 6, 4])
+    np.testing.assert_array_equal(drawn["active triplets"].values, [8, 6, 4])
     np.testing.assert_array_equal(drawn["budget"].edges, [0, 10, 30, 50])
 
 
 def test_history_accepts_one_step_without_budget():
     figure = plot.rank_history([{"query": 0}])
-    assert [patch.get_label() for patch in figure.axes[0].patches] == ["live triplets"]
+    assert [patch.get_label() for patch in figure.axes[0].patches] == ["active triplets"]
 
 
 def test_rank_figures_of_large_model_have_bounded_size():
@@ -118,7 +118,7 @@ def test_history_of_infos_uses_their_steps_and_budgets():
     figure = plot.rank_history(infos())
     curves, rows = figure.axes[:2]
     drawn = stairs(curves)
-    np.testing.assert_array_equal(drawn["live triplets"].values, [9, 7, 6, 3])
+    np.testing.assert_array_equal(drawn["active triplets"].values, [9, 7, 6, 3])
     np.testing.assert_array_equal(drawn["budget"].values, [10, 8, 7, 4])
     np.testing.assert_array_equal(drawn["budget"].edges, [1, 11, 21, 41, 61])
     names = ["layers/9  1", "layers/10  1", "stack[0]  1", "stack[1]  0"]
@@ -129,14 +129,14 @@ def test_history_of_infos_uses_their_steps_and_budgets():
 
 def test_rank_curves_show_spread_of_ranks():
     totals, spread = plot.rank_curves(infos()).axes
-    np.testing.assert_array_equal(stairs(totals)["live triplets"].values, [9, 7, 6, 3])
+    np.testing.assert_array_equal(stairs(totals)["active triplets"].values, [9, 7, 6, 3])
     np.testing.assert_array_equal(stairs(totals)["budget"].values, [10, 8, 7, 4])
     drawn = stairs(spread)  # of the ranks 3 2 2 2, 2 2 1 2, 2 1 1 2, 1 1 1 0
     np.testing.assert_array_equal(drawn["mean"].values, [2.25, 1.75, 1.5, 0.75])
     np.testing.assert_array_equal(drawn["lowest to highest"].baseline, [2, 1, 1, 0])
     np.testing.assert_array_equal(drawn["lowest to highest"].values, [3, 2, 2, 1])
-    np.testing.assert_array_equal(drawn["middle half"].baseline, [2, 1.75, 1, 0.75])
-    np.testing.assert_array_equal(drawn["middle half"].values, [2.25, 2, 2, 1])
+    np.testing.assert_array_equal(drawn["interquartile range"].baseline, [2, 1.75, 1, 0.75])
+    np.testing.assert_array_equal(drawn["interquartile range"].values, [2.25, 2, 2, 1])
 
 
 def test_importance_is_sum_of_adapter_scores():
@@ -148,7 +148,7 @@ def test_importance_is_sum_of_adapter_scores():
     shares = [label.split()[-1] for label in texts(rows.get_yticklabels())]
     assert shares == [f"{value / sum(last):.0%}" for value in last]
     drawn = stairs(curves)
-    np.testing.assert_allclose(drawn["lowest of the live"].values, [3, 1.5, 1, 0.75])
+    np.testing.assert_allclose(drawn["lowest of active"].values, [3, 1.5, 1, 0.75])
     np.testing.assert_allclose(drawn["highest"].values, [3, 1.5, 1, 0.75])
     assert curves.get_yscale() == "log"
 
@@ -195,7 +195,7 @@ def test_run_figures_of_large_model_have_bounded_size():
     [
         (lambda: plot.rank_curves([]), "infos must be .* it is empty"),
         (lambda: plot.lifetimes([{"a": 1}]), "infos must be .* not dict"),
-        (lambda: plot.importance_history(infos((1, 2, 2, 3))), "order of their steps"),
+        (lambda: plot.importance_history(infos((1, 2, 2, 3))), "sorted by their steps"),
         (
             lambda: plot.lifetimes([infos()[0], infos()[1]._replace(masks={})]),
             "infos name different adapters",
@@ -206,7 +206,11 @@ def test_run_figures_of_large_model_have_bounded_size():
         (lambda: plot.rank_history([{"a": 1}, {"b": 1}]), r"history\[1\].*'a', 'b'"),
         (lambda: plot.rank_history([{"a": 1}], steps=[1, 2]), "steps has 2 entries for the 1"),
         (lambda: plot.rank_history([{"a": 1}], budget=[]), "budget has 0 entries for the 1"),
-        (lambda: plot.rank_history([{"a": 1}] * 2, steps=[3, 3]), "steps must rise"),
+        (lambda: plot.rank_history([{"a": 1}] * 2, steps=[3, 3]), "steps must increase"),
+        (lambda: plot.rank_history(infos((1, 2, 2, 3))), "the steps of history must increase"),
+        (lambda: plot.rank_history(infos(), steps=[1, 2, 3, 4]), "steps was given with infos"),
+        (lambda: plot.rank_history(infos(), budget=[9, 7, 6, 3]), "budget was given with infos"),
+        (lambda: plot.rank_history([*infos(), {"a": 1}]), "both infos and other entries"),
     ],
 )
 def test_invalid_arguments_raise(call, message):

@@ -32,6 +32,7 @@ _OF_THE_RUN = (
     *("total_step", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
     *("lora_alpha", "scale"),
 )
+_OTHER = "Restore another checkpoint."  # what to do when one is damaged
 _PARTS = ("adapters", "opt_state")
 _BY_ROLE = ("masks", "sensitivity", "uncertainty")  # fields of the allocator's state
 _MOST_COMPRESSED = 40_000  # bound on the compression factor of zstd, which even zeros do not exceed
@@ -99,8 +100,8 @@ def save(
     folder = _folder(path)
     if folder.exists():
         raise ValueError(
-            f"path={str(path)!r} exists: save under a new name, or let CheckpointManager keep a "
-            "folder a step."
+            f"path={str(path)!r} exists: save under a new name, or use a CheckpointManager, which "
+            "makes one folder per step."
         )
     args = save_args(adapters, opt_state, config, step=step)
     with (
@@ -211,7 +212,9 @@ def restore(
     arrays = _read(folder, {name: _placed(leaf) for name, leaf in wanted.items()})
     prints = jax.device_get(_fingerprints(arrays))
     if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
-        raise ValueError(f"{folder} is damaged: {_shorten(damaged)} changed since it was saved.")
+        raise ValueError(
+            f"{folder} is damaged: {_shorten(damaged)} changed since it was saved. {_OTHER}"
+        )
     allocator = _allocator(_subtree(about["allocator"], arrays), config, facts)
     for name, kind in about["keys"].items():
         arrays[name] = jax.random.wrap_key_data(arrays[name], impl=kind)
@@ -276,10 +279,11 @@ def _like(target: AllocatorState, state: AllocatorState) -> AllocatorState:
 
 def _flatten_named(node: PyTree) -> dict[str, Any]:
     """Return ``{name: leaf}``, with equal names for a dict, a Flax dict and an NNX State."""
-    flat = tree_util.tree_flatten_with_path(node)[0]
-    named = {leaf_name(path): leaf for path, leaf in flat}
-    if len(named) < len(flat):
-        raise ValueError("two leaves have the same path: rename one of the keys with a '/' in it.")
+    named: dict[str, Any] = {}
+    for path, leaf in tree_util.tree_flatten_with_path(node)[0]:
+        if (name := leaf_name(path)) in named:
+            raise ValueError(f"two leaves have the path {name!r}: rename the key with a '/' in it.")
+        named[name] = leaf
     return named
 
 
@@ -351,7 +355,9 @@ def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dic
         facts, texts = {"": {"scale": ""}}, False
     is_scale = lambda s: s is None or (isinstance(s, (int, float)) and math.isfinite(s))
     if not texts or not all(is_scale(known["scale"]) for known in facts.values()):
-        raise ValueError(f"{folder} is damaged: its description in 'adalora' is not as saved.")
+        raise ValueError(
+            f"{folder} is damaged: its metadata in 'adalora' is not as saved. {_OTHER}"
+        )
     return facts
 
 
@@ -361,14 +367,14 @@ def _refuse_other_facts(folder: pathlib.Path, facts: Mapping[str, Any], adapters
         saved = facts.get(path, {"scale": None, "layout": None})
         here = {"scale": adapter.scale, "layout": adapter.layout}
         differing = [
-            f"{name} {saved[name]} there and {here[name]} here"
+            f"{name}={saved[name]} instead of {here[name]}"
             for name in here
             if saved[name] != here[name] and None not in (saved[name], here[name])
         ]
         if differing:
             raise ValueError(
                 f"the checkpoint {folder} is of another model or config: {path!r} has "
-                f"{_shorten(differing)}."
+                f"{_shorten(differing)}. Use the model and config that it was saved with."
             )
 
 
@@ -453,19 +459,22 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
       ValueError: the folder is not a checkpoint of this version's format, or is damaged.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: there is no such checkpoint.")
+        raise FileNotFoundError(f"{folder} is not a folder: pass the folder of a checkpoint.")
     entries = sorted(entry.name for entry in folder.iterdir())
     if not {"adalora", "state"} <= set(entries):
         steps = [name for name in entries if (folder / name / "adalora").is_dir()]
-        hint = f" Name one of its steps: {_shorten(steps)}." if steps else ""
+        hint = f" Pass one of its steps: {_shorten(steps)}." if steps else ""
         raise ValueError(
-            f"{folder} is no checkpoint of adalora_jax, which has the folders 'adalora' and "
-            f"'state': it holds {_shorten(entries)}.{hint}"
+            f"{folder} is not a checkpoint of adalora_jax, which has the folders 'adalora' and "
+            f"'state': it contains {_shorten(entries) or 'nothing'}.{hint}"
         )
     about = _orbax(folder, adalora=ocp.args.JsonRestore())["adalora"]  # pyright: ignore[reportCallIssue]
     form = about.get("format") if isinstance(about, Mapping) else None
     if form != _FORMAT:
-        raise ValueError(f"{folder} has the format {form!r}, but this version reads {_FORMAT!r}.")
+        raise ValueError(
+            f"{folder} has the format {form!r}, but this version reads {_FORMAT!r}: read it with "
+            "the version of adalora_jax that saved it."
+        )
     try:
         sizes = [_size(*entry) for entry in about["arrays"].values()]
         well_formed = (
@@ -482,12 +491,14 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError, ValueError):
         sizes, well_formed = [], False
     if not well_formed or about.get("digest") != _digest(about):
-        raise ValueError(f"{folder} is damaged: its description in 'adalora' is not as saved.")
+        raise ValueError(
+            f"{folder} is damaged: its metadata in 'adalora' is not as saved. {_OTHER}"
+        )
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if sum(sizes) > _MOST_COMPRESSED * stored:
         raise ValueError(
-            f"{folder} promises {sum(sizes)} bytes of arrays, more than its {stored} bytes can "
-            "hold: it is damaged or forged."
+            f"{folder} declares {sum(sizes)} bytes of arrays, more than its {stored} bytes of "
+            f"files can contain: it is damaged or forged. {_OTHER}"
         )
     return dict(about)
 
@@ -511,7 +522,7 @@ def _config(
         config = AdaLoraConfig.from_dict(saved)
         if for_training and (lost := config.missing_functions()):
             raise ValueError(
-                f"{folder} was saved with functions in its config, which a file cannot hold: "
+                f"{folder} was saved with functions in its config, which a file cannot store: "
                 f"{_shorten(f'{name} ({function})' for name, function in lost.items())}. Pass the "
                 "config that has them, restore(..., config=config)."
             )
@@ -519,8 +530,8 @@ def _config(
     saved, given = AdaLoraConfig.from_dict(saved).to_dict(), config.to_dict()
     if differing := _differing(saved, given):
         raise ValueError(
-            f"{folder} was saved with another config: {_shorten(differing)}. Go on with the saved "
-            "one, restore(path).config, or start anew."
+            f"{folder} was saved with another config: {_shorten(differing)}. Continue with the "
+            "saved one, restore(path).config, or start a new run."
         )
     return config
 
@@ -528,7 +539,7 @@ def _config(
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Return the fields in which two configs differ, with their values."""
     return [
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        f"{name}={there.get(name)!r} instead of {here.get(name)!r}"
         for name in sorted({*there, *here})
         if there.get(name) != here.get(name)
     ]
@@ -540,8 +551,8 @@ def _refuse_another_config(opt_state: Any, config: AdaLoraConfig, what: str) -> 
     numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
     if differing := _differing(*numbers):
         raise ValueError(
-            f"{what}: the optimizer has another config (there): {_shorten(differing)}. Use the "
-            "config that adalora(...) got."
+            f"{what}: the optimizer has another config: {_shorten(differing)}. Use the config "
+            "that was passed to adalora(...)."
         )
 
 
@@ -549,8 +560,8 @@ def _refuse_differences(what: str, saved: Mapping[str, Any], wanted: Mapping[str
     show = lambda spec: f"{spec[1]}{list(spec[0])}"
     differing = {
         "missing": [name for name in wanted if name not in saved],
-        "not asked for": [name for name in saved if name not in wanted],
-        "of another kind": [
+        "not expected": [name for name in saved if name not in wanted],
+        "of another shape or dtype": [
             f"{name} ({show(saved[name])}, not {show(spec)})"
             for name, spec in wanted.items()
             if name in saved and saved[name] != spec
@@ -559,8 +570,8 @@ def _refuse_differences(what: str, saved: Mapping[str, Any], wanted: Mapping[str
     if any(differing.values()):
         found = ". ".join(f"{how}: {_shorten(names)}" for how, names in differing.items() if names)
         raise ValueError(
-            f"{what} is of another model, optimizer or config. {found}. Restore without tx and "
-            "target to see what it holds."
+            f"{what} is of another model, optimizer or config. {found}. Restore it without tx and "
+            "target to see its contents."
         )
 
 
@@ -575,7 +586,9 @@ def _orbax(folder: pathlib.Path, **items: Any) -> Any:
             return checkpointer.restore(folder, args=ocp.args.Composite(**items))
     except Exception as error:  # orbax, tensorstore and the file system raise many types
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{folder} is damaged: orbax cannot read it ({said:.200}).") from error
+        raise ValueError(
+            f"{folder} is damaged: orbax cannot read it ({said:.200}). {_OTHER}"
+        ) from error
 
 
 def _shorten(entries: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from adalora_jax._src.core.monitor import AllocatorInfo
 
 _COLOURS = "viridis"
 _BUDGET = {"label": "budget", "color": "tab:orange", "lw": 3, "alpha": 0.6}
-_LIVE = {"label": "live triplets", "color": "black", "lw": 1}
+_LIVE = {"label": "active triplets", "color": "black", "lw": 1}
 _WIDTH = 9.0  # inches; width of a figure over time
 _ROW = 0.24  # inches; height of a row of text
 _TALLEST = 14.0  # inches; above this height rows get thinner and only some are labelled
@@ -67,7 +67,7 @@ def rank_heatmap(
     """
     ranks = _ranks(ranks)
     if not ranks:
-        raise ValueError("ranks={} is empty: pass what adalora_jax.ranks(state) gives.")
+        raise ValueError("ranks={} is empty: pass the result of adalora_jax.ranks(state).")
     places = {path: _place(path) for path in ranks}
     layers = sorted({layer for layer, _ in places.values()})
     modules = list(dict.fromkeys(module for _, module in places.values()))
@@ -110,10 +110,10 @@ def rank_history(
     Args:
       history: infos, as in :func:`rank_curves`; or one ``{path: rank}`` per step, as
         :func:`adalora_jax.ranks` returns it.
-      steps: the step of each entry of ``history``; without it they are numbered from 0. Ignored
-        for infos, which contain their steps.
-      budget: the budget at each entry, ``allocator_state(opt_state).budget``. Ignored for infos,
-        which contain their budgets.
+      steps: the step of each entry of ``history``; without it they are numbered from 0. Not
+        accepted with infos, which contain their steps.
+      budget: the budget at each entry, ``allocator_state(opt_state).budget``. Not accepted with
+        infos, which contain their budgets.
       highest: as in :func:`rank_heatmap`.
       title: the title of the figure.
 
@@ -121,8 +121,9 @@ def rank_history(
       The figure: the curves, and one row per adapter (per slice of a stack) coloured by rank.
 
     Raises:
-      ValueError: ``history`` is empty, its entries name different adapters, ``steps`` is not
-        strictly increasing, or ``steps`` or ``budget`` has another length.
+      ValueError: ``history`` is empty, mixes infos with dicts, or its entries name different
+        adapters; ``steps`` is not strictly increasing; ``steps`` or ``budget`` has another length,
+        or is given with infos.
 
     >>> history = [{"query": 4, "up": 4}, {"query": 2, "up": 4}, {"query": 1, "up": 3}]
     >>> figure = rank_history(history, steps=[0, 10, 20], budget=[8, 6, 4])
@@ -131,27 +132,39 @@ def rank_history(
     ['query  1', 'up  3']
     """
     infos, history = _infos(history)
+    if infos and history:
+        raise ValueError("history has both infos and other entries: pass entries of one kind.")
     if infos:
+        for name, values in (("steps", steps), ("budget", budget)):
+            if values is not None:
+                raise ValueError(
+                    f"{name} was given with infos, which contain it: leave {name} out, or pass "
+                    "{path: rank} dicts as history."
+                )
         steps, budget = _steps(infos), [int(info.budget) for info in infos]
         history = [_ranks(info) for info in infos]
     if not history or not history[0]:
-        raise ValueError("history is empty: pass one {path: rank} a step.")
+        raise ValueError("history is empty: pass one {path: rank} per step.")
     paths = list(history[0])
     for index, entry in enumerate(history):
         if set(entry) != set(paths):
             raise ValueError(
-                f"history[{index}] names other adapters than history[0]: "
-                f"{sorted(set(entry) ^ set(paths))[:5]} are in one of them only."
+                f"history[{index}] names other adapters than history[0], "
+                f"{sorted(set(entry) ^ set(paths))[:5]} are in only one of them: pass entries of "
+                "one run."
             )
     steps = range(len(history)) if steps is None else steps
     for name, values in (("steps", steps), ("budget", budget)):
         if values is not None and len(values) != len(history):
             raise ValueError(
                 f"{name} has {len(values)} entries for the {len(history)} of history: "
-                "give one for each."
+                "pass one for each."
             )
     if any(after <= before for before, after in itertools.pairwise(steps)):
-        raise ValueError("steps must rise from each entry of history to the next.")
+        raise ValueError(
+            f"{'the steps of history' if infos else 'steps'} must increase from each entry to the "
+            "next: pass the entries in the order of their steps, with no step twice."
+        )
     table = np.array([[entry[path] for entry in history] for path in paths])
     figure, curves, rows = _over_rows(len(paths), title or "rank of every adapter over time")
     edges = _edges(steps)
@@ -164,7 +177,7 @@ def rank_history(
     image = _coloured(
         rows, edges, table, [f"{path}  {history[-1][path]}" for path in paths], colours
     )
-    rows.set_ylabel("adapter and its last rank")
+    rows.set_ylabel("adapter and final rank")
     figure.colorbar(image, ax=rows, label="rank", ticks=MaxNLocator(integer=True), pad=0.02)
     return figure
 
@@ -193,7 +206,7 @@ def rank_curves(
     >>> infos = [AllocatorInfo(i, 4 - i, 4 - i, {"up": m}, {}) for i, m in enumerate(masks)]
     >>> totals, spread = rank_curves(infos).axes
     >>> [line.get_label() for line in spread.patches]
-    ['lowest to highest', 'middle half', 'mean']
+    ['lowest to highest', 'interquartile range', 'mean']
     """
     infos = _checked(infos)
     edges = _edges(_steps(infos))
@@ -207,7 +220,8 @@ def rank_curves(
     lowest, *quarters, highest = np.quantile(ranks, (0, 0.25, 0.75, 1), axis=1)
     band = {"fill": True, "color": "tab:blue", "lw": 0}
     spread.stairs(highest, edges, baseline=lowest, label="lowest to highest", alpha=0.15, **band)
-    spread.stairs(quarters[1], edges, baseline=quarters[0], label="middle half", alpha=0.35, **band)
+    label = "interquartile range"
+    spread.stairs(quarters[1], edges, baseline=quarters[0], label=label, alpha=0.35, **band)
     _stairs(spread, ranks.mean(axis=1), edges, label="mean", color="tab:blue", lw=1.5)
     spread.set_ylabel("rank of an adapter")
     spread.set_xlabel("step")
@@ -253,8 +267,8 @@ def importance_history(
     live = [flat(info.scores)[flat(info.masks).astype(bool)] for info in infos]
     for name, function, style in (
         ("highest", np.max, {"color": "tab:blue", "lw": 1}),
-        ("mean of the live", np.mean, {"color": "black", "lw": 1}),
-        ("lowest of the live", np.min, {"color": "tab:orange", "lw": 2, "alpha": 0.8}),
+        ("mean of active", np.mean, {"color": "black", "lw": 1}),
+        ("lowest of active", np.min, {"color": "tab:orange", "lw": 2, "alpha": 0.8}),
     ):
         values = [_positive(function(scores)) if scores.size else np.nan for scores in live]
         _stairs(curves, values, edges, label=name, **style)
@@ -267,8 +281,8 @@ def importance_history(
     digits = 0 if len(table) < 30 else 1
     names = [f"{path}  {share:.{digits}%}" for path, share in zip(sums[0], shares)]
     image = _coloured(rows, edges, table, names, colours)
-    rows.set_ylabel("adapter and its last share")
-    figure.colorbar(image, ax=rows, label="sum of its scores", pad=0.02)
+    rows.set_ylabel("adapter and final share")
+    figure.colorbar(image, ax=rows, label="sum of scores", pad=0.02)
     return figure
 
 
@@ -335,8 +349,8 @@ def lifetimes(
     axes.tick_params(axis="x", labelsize=8)
     _label_rows(axes, [f"{row}  {alive[-1].sum()}" for row, alive in histories.items()], height)
     axes.set_xlabel("triplet")
-    axes.set_ylabel("adapter and its last rank")
-    axes.set_title(title or "when each triplet died (white: it lives)", fontsize=11)
+    axes.set_ylabel("adapter and final rank")
+    axes.set_title(title or "step at which each triplet was pruned (white: active)", fontsize=11)
     figure.colorbar(image, ax=axes, label="step", pad=0.02)
     return figure
 
@@ -350,13 +364,13 @@ def _checked(infos: Any) -> list[AllocatorInfo]:
     found, others = _infos(infos)
     if others or not found:
         raise ValueError(
-            "infos must be what adalora_jax.info gave, one or more"
+            "infos must be one or more results of adalora_jax.info"
             + (f", not {type(others[0]).__name__}." if others else "; it is empty.")
         )
     if any(set(info.masks) != set(found[0].masks) for info in found):
         raise ValueError("infos name different adapters: pass those of one run.")
     if any(after <= before for before, after in itertools.pairwise(_steps(found))):
-        raise ValueError("infos must be in the order of their steps, with no step twice.")
+        raise ValueError("infos must be sorted by their steps, with no step twice.")
     return found
 
 

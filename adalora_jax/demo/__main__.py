@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(arguments)
     except ModuleNotFoundError as error:
-        sys.exit(f'{error.name} is missing: pip install "adalora-jax[demo]" brings it.')
+        sys.exit(f'{error.name} is missing: install it with pip install "adalora-jax[demo]".')
     except KeyboardInterrupt:
         print("\ninterrupted: no picture was drawn", file=sys.stderr)
         sys.exit(130)  # the shells' exit status for SIGINT
@@ -54,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--framework", choices=["linen", "nnx"], default="linen", help="which side of Flax")
-    option("--steps", type=_integer(_MIN_STEPS, 10**6), default=300, help="of each training run")
-    option("--seed", type=_integer(0, 2**32 - 1), default=0, help="of the split and the weights")
+    option("--framework", choices=["linen", "nnx"], default="linen", help="Flax API of the model")
+    option("--steps", type=_integer(_MIN_STEPS, 10**6), default=300, help="steps per run")
+    option("--seed", type=_integer(0, 2**32 - 1), default=0, help="seed of the split and weights")
     option("--out", type=_folder, default="adalora-demo", help="folder for the picture")
     return parser
 

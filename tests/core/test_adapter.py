@@ -123,7 +123,7 @@ def test_forward_mode_supports_jvp_with_equal_output():
         ),
         (
             lambda a: adalora.forward(a, jnp.ones((2, 5)), jnp.ones((5, 4)), jnp.ones(5)),
-            r"bias has shape \(5,\) instead of \(4,\)",
+            r"bias has shape \(5,\): it must be \(4,\)",
         ),
         (
             lambda a: adalora.forward(a, jnp.ones((2, 5)), dropout_rate=1.0),

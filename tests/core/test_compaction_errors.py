@@ -19,7 +19,7 @@ def test_compacting_or_exporting_unfinished_run_warns(tmp_path):
     for write in (huggingface.save_pretrained, huggingface.save_as_lora):
         with pytest.warns(UserWarning, match=said):
             write(tmp_path, params, CONFIG, masks=state)
-    with pytest.raises(ValueError, match="call finish"):
+    with pytest.raises(ValueError, match="Call finish"):
         adalora.compact(params, state, tx)
     params, state = adalora.finish(state, params)
     small, small_state = adalora.compact(params, state, tx)

@@ -241,7 +241,7 @@ def test_lora_export_folds_scale_into_b_and_sets_alpha_to_rank(tmp_path):
         a, b = (written[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
         masked = trained[path]._replace(lam=jnp.where(masks[path], trained[path].lam, 0))
         np.testing.assert_allclose((b @ a).T, adalora.delta_weight(masked), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="no triplet is left"):
+    with pytest.raises(ValueError, match="no active triplet"):
         peft.save_as_lora(tmp_path, {"b": trained["b"]}, CONFIG, masks=masks)
 
 
@@ -337,18 +337,18 @@ def refused(match, tmp_path, trained=None, **options):
 
 
 def test_invalid_save_arguments_raise_with_hints(tmp_path):
-    refused(r"'query' has no name .*nearest.*names=\[", tmp_path, names=[("key", "key")])
+    refused(r"'query' matches no pair .*nearest.*names=\[", tmp_path, names=[("key", "key")])
     refused("'a.b/query' has a dot", tmp_path, {"a.b/query": adapter(0)})
-    refused("with 1 stack axes has no name", tmp_path, {"query": adapter(0, stack=(2,))})
+    refused("with 1 stack axes matches no pair", tmp_path, {"query": adapter(0, stack=(2,))})
     refused(
         "both become 'c'",
         tmp_path,
         {"a": adapter(0), "b": adapter(1)},
         names=[("a", "c"), ("b", "c")],
     )
-    refused("masks has none for 'query'", tmp_path, masks={"key": MASK})
-    refused(r"masks has shape \(3,\) for 'query'", tmp_path, masks={"query": MASK[:3]})
-    refused("names='berd' is none of bert, gpt2", tmp_path, names="berd")
+    refused("masks has no mask for 'query'", tmp_path, masks={"key": MASK})
+    refused(r"masks\['query'\] has shape \(3,\)", tmp_path, masks={"query": MASK[:3]})
+    refused("names='berd' must be one of bert, gpt2", tmp_path, names="berd")
     refused("task_type='CLS'", tmp_path, task_type="CLS")
     refused("no adapter", tmp_path, {"head": {"kernel": jnp.ones((2, 2))}})
     refused(

@@ -116,7 +116,7 @@ def test_save_during_load_raises(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(TensorFile, "read", read_slowly)
-        with pytest.raises(ValueError, match="was saved to while it was read: read it again"):
+        with pytest.raises(ValueError, match="changed while it was read: read it again"):
             peft.load_pretrained(tmp_path)
     save(tmp_path / "again", 1, OTHER)
     assert loaded(tmp_path) == loaded(tmp_path / "again")

@@ -51,7 +51,7 @@ def test_hf_names_round_trip_through_unstacked_flax_paths(family):
 def test_stacked_and_unstacked_paths_are_distinct():
     llama = hf_names("llama")
     assert llama.to_hf("layers/attn/q_proj", (4,))[0][0] == "model.layers.4.self_attn.q_proj"
-    with pytest.raises(ValueError, match="has no name on the other side; the nearest"):
+    with pytest.raises(ValueError, match="matches no pair of names; the nearest"):
         llama.to_hf("layers/attn/q_proj")
     with pytest.raises(ValueError, match="with 2 stack axes"):
         llama.to_hf("layers/attn/q_proj", (4, 1))
@@ -97,7 +97,7 @@ def test_placeholders_round_trip_in_any_order(i, j, word):
     ((name, *_),) = names.to_hf(f"a_{i}/{word}", (j, 1))
     assert name == f"x.{j}.y.{i}.{word}.k"
     assert names.to_flax(name) == [(ParamLocation(f"a_{i}/{word}", (j, 1)), WHOLE)]
-    with pytest.raises(ValueError, match="no name"):
+    with pytest.raises(ValueError, match="matches no pair"):
         names.to_hf(f"a_{i}/{word}", (j, 2))
 
 
@@ -124,5 +124,5 @@ def test_invalid_map_raises(pairs, says):
 def test_error_lists_nearest_names():
     with pytest.raises(ValueError, match=r"layers/\{i\}/attn/q_proj.*names=\["):
         hf_names("llama").to_hf("layers/3/attn/q_porj")
-    with pytest.raises(ValueError, match="none of bert, gpt2, llama"):
+    with pytest.raises(ValueError, match="one of bert, gpt2, llama"):
         hf_names("t5")

@@ -260,10 +260,10 @@ def test_pissa_init_of_quantized_weight_raises():
     module, variables = quantization.quantize(model, "int8", model.init(jax.random.key(0), x), x)
     adapted = al.linen.adapt(module, CONFIG)
     adapters = adapted.init(jax.random.key(1), variables, x)
-    with pytest.raises(ValueError, match="is quantised, so nothing can be taken out of it"):
+    with pytest.raises(ValueError, match="is quantised, so no increment can be subtracted from it"):
         inits.pissa_init(variables, adapters)
     base = quantization.quantize(nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0))), "int8", x)
-    with pytest.raises(ValueError, match="is quantised, so nothing can be taken out of it"):
+    with pytest.raises(ValueError, match="is quantised, so no increment can be subtracted from it"):
         inits.pissa_init(al.nnx.adapt(base, CONFIG))
     # Its input moments can be computed as for any other weight.
     moments = inits.input_second_moments(adapted, variables, adapters, x)

@@ -171,7 +171,7 @@ def test_merged_base_model_equals_adapted_model(model):
     [
         ({"target_modules": ["querry"]}, r"'querry' matches no module.*layers_0/attn/query"),
         ({"target_modules": r".*querry"}, r"selects no layer.*layers_0/attn/query"),
-        ({"target_modules": None}, "say which layers to adapt"),
+        ({"target_modules": None}, "select the layers to adapt"),
         ({"target_modules": ["norm"]}, "BatchNorm, which cannot be adapted.*DenseGeneral"),
         ({"target_modules": r".*/norm"}, r"BatchNorm, which cannot be adapted.*layers_\d/"),
         ({"target_modules": ["attn"]}, "Name the layers in it: layers_0/attn/query"),

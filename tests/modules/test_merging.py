@@ -147,7 +147,7 @@ def test_merging_adapters_from_file_without_layout_requires_like(tmp_path):
     huggingface.save_pretrained(tmp_path, adapters, adapted.config)
     alone = huggingface.load_pretrained(tmp_path).adapters
     agree(adapted.apply(variables, alone, x), output)
-    with pytest.raises(ValueError, match=r"'square'.*does not say how.*like="):
+    with pytest.raises(ValueError, match=r"'square'.*does not specify the axes.*like="):
         adalora.merge(variables, alone)
     known = huggingface.load_pretrained(tmp_path, like=adapters).adapters
     agree(Model().apply(adalora.merge(variables, known), x), output)

@@ -179,7 +179,7 @@ def test_rules_override_specs():
     changed = EXPECTED["up"]._replace(q=P(None, None, None))
     assert plain(by_function.specs(variables, x)) == EXPECTED | {"up": changed}
     for rules, words in (
-        ({"down": whole}, "'down' matches no adapted layer; they are out, up"),
+        ({"down": whole}, "'down' matches no adapted layer; the adapted layers are out, up"),
         ({"out": P()}, r"gave P\(\) for 'out': it must be an Adapter"),
         ({"out": whole._replace(lam=P(None, None))}, "more axes than the adapter has"),
     ):

@@ -134,7 +134,7 @@ def test_invalid_target_modules_raises(framework, wanted, message):
         ({"exclude_modules": "out"}, r"exclude_modules: 'out' .* whole path; .*, \['out'\]"),
         (
             {"rank_overrides": {"nope": 4}},
-            r"rank_overrides: 'nope' matches no adapted layer; they are ",
+            r"rank_overrides: 'nope' matches no adapted layer; the adapted layers are ",
         ),
         (
             {"rank_overrides": {"query": 4, "quer.": 3, "conv": 2}},
@@ -161,7 +161,7 @@ def test_exclude_modules_may_name_any_module(framework):
 
 @frameworks
 def test_modules_to_save_covering_all_targets_raises(framework):
-    message = r"modules_to_save already trains 'head' as a whole\. Name a layer in one of the two"
+    message = r"modules_to_save already trains 'head' as a whole\. Name a layer in only one of"
     for wanted in (["head"], "head", r"he.*"):
         with pytest.raises(ValueError, match=message):
             SHAPES[framework](config(target_modules=wanted, modules_to_save=["head"]))
@@ -429,7 +429,7 @@ def test_training_respects_rank_overrides_and_meets_budget_exactly():
         ),
         (
             {"target_modules": "all-linear", "layers_to_transform": [0, 7]},
-            r"no layer that target_modules picks has the index 7; there are \[0, 1\]",
+            r"no layer that target_modules selects has the index 7; the indices are \[0, 1\]",
         ),
     ],
 )
@@ -440,7 +440,7 @@ def test_setting_without_effect_raises(shapes, changes, message):
 
 
 def test_exclude_modules_naming_a_container_raises():
-    with pytest.raises(ValueError, match="'layers_1', which holds layers but is none"):
+    with pytest.raises(ValueError, match="'layers_1', which contains layers but is not a layer"):
         linen_shapes(config(target_modules="all-linear", exclude_modules=["layers_1"]))
     chosen = config(target_modules="all-linear", exclude_modules=".*layers_1/.*")
     assert not any("layers_1" in path for path in linen_shapes(chosen))
@@ -474,5 +474,5 @@ def test_describe_lists_saved_modules_and_parameters_outside_layers(framework):
     else:
         text = adalora.nnx.describe(nnx.eval_shape(lambda: NnxWithTable(nnx.Rngs(0))), chosen)
     *_, trained, left_out = text.splitlines()
-    assert trained == "trained along: head"
+    assert trained == "also trained: head"
     assert left_out.startswith("in no layer of a known kind: positions (1, 4, 3). To adapt one")

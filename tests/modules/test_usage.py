@@ -182,7 +182,7 @@ def test_merge_raises_if_parent_reads_weight():
         adalora.merge(adapted)
     with pytest.raises(ValueError, match="code outside of an adapted layer reads its weight"):
         adalora.merge(adapted, inputs=(jnp.arange(5),))
-    with pytest.raises(ValueError, match="linen variables, which hold no model"):
+    with pytest.raises(ValueError, match="linen variables, which contain no model"):
         adalora.merge({"params": {}}, {}, inputs=(X,))
 
 

@@ -225,7 +225,7 @@ def test_layers_without_qwix_lora_raise():
     embed = nnx.Sequential(nnx.Embed(7, 5, rngs=nnx.Rngs(0)))
     for model in (experts, embed):
         adapted = adalora.nnx.adapt(model, CONFIG.replace(target_modules=".*"))
-        with pytest.raises(ValueError, match=r"has no LoRA of Qwix's.*merge them"):
+        with pytest.raises(ValueError, match=r"has no equivalent LoRA in Qwix.*merge them"):
             qwix_models.as_lora(adapted)
 
 

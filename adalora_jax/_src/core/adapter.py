@@ -223,7 +223,8 @@ def forward(
     in_features, out_features = adapter.q.shape[-1], adapter.p.shape[-1]
     if x.shape[-1:] != (in_features,) or x.shape[: len(stack)] != stack:
         raise ValueError(
-            f"x has shape {x.shape}, but the adapter takes {[*stack, '...', in_features]}."
+            f"x has shape {x.shape}: for this adapter it must be "
+            f"[{', '.join(map(str, (*stack, '...', in_features)))}]."
         )
     if kernel is not None and kernel.shape != (*stack, in_features, out_features):
         raise ValueError(
@@ -231,7 +232,7 @@ def forward(
             f"{(*stack, in_features, out_features)}: initialise the adapter for this kernel."
         )
     if bias is not None and bias.shape != (*stack, out_features):
-        raise ValueError(f"bias has shape {bias.shape} instead of {(*stack, out_features)}.")
+        raise ValueError(f"bias has shape {bias.shape}: it must be {(*stack, out_features)}.")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate={dropout_rate} must be at least 0 and below 1.")
     dtype = x.dtype if kernel is None else jnp.result_type(x, kernel)

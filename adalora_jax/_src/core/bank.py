@@ -93,12 +93,15 @@ class AdapterBank:
             raise ValueError(f"name={name!r} must be a string that is not empty.")
         found = pytree.adapters(adapters)
         if not found:
-            raise ValueError(f"no adapter was found in what is to be loaded as {name!r}.")
+            raise ValueError(
+                f"no adapter was found in the {type(adapters).__name__} given for {name!r}: pass "
+                "{path: Adapter}, as adalora_jax.eval_params or adalora_jax.compact returned it."
+            )
         others = _others(adapters)
         if len(jax.tree.leaves(adapters)) != len(jax.tree.leaves((found, others))):
             raise ValueError(
-                f"what is to be loaded as {name!r} must be a dict by path, as adapted.init returns "
-                "it."
+                f"the adapters given for {name!r} are a {type(adapters).__name__} of another form: "
+                "they must be one dict by path, as adapted.init and nnx.adapters return it."
             )
         for path, adapter in found.items():
             scale = known_scale(adapter, path)
@@ -117,8 +120,9 @@ class AdapterBank:
             if path not in plain:
                 if base is None or path not in base:
                     raise ValueError(
-                        f"{name!r} has parameters at {path!r} that trained along: pass the base's, "
-                        f"base={{{path!r}: variables['params'][...]}}, for those without them."
+                        f"{name!r} has parameters at {path!r}, which the base model and the other "
+                        "sets need too: pass the base model's, "
+                        f"base={{{path!r}: variables['params'][...]}}."
                     )
                 cast = lambda leaf, like: jnp.asarray(leaf, like.dtype)
                 plain[path] = jax.tree.map(cast, base[path], node)
@@ -162,8 +166,8 @@ class AdapterBank:
         for name in wanted:
             if name not in place:
                 raise ValueError(
-                    f"there are no adapters called {name!r} in the bank: it holds "
-                    f"{', '.join(self.names) or 'none'}."
+                    f"the bank has no adapters called {name!r}, only: "
+                    f"{', '.join(self.names) or 'none'}. Add them with bank.load({name!r}, ...)."
                 )
         found = jnp.asarray([place[name] for name in wanted], jnp.int32)
         return found[0] if names is None or isinstance(names, str) else found
@@ -215,7 +219,10 @@ def combine_adapters(*adapters: Mapping[str, Any], weights: Sequence[Any] | None
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
-        raise ValueError(f"{len(weights)} weights for {len(adapters)} sets of adapters: one each.")
+        raise ValueError(
+            f"weights has {len(weights)} entries for {len(adapters)} sets of adapters: pass one "
+            "per set."
+        )
     result = dict(adapters[0])
     parts: dict[str, list[Adapter]] = {}
     for number, (member, weight) in enumerate(zip(adapters, weights)):
@@ -346,9 +353,15 @@ def _check_same_weight(name: str, path: str, adapter: Adapter, first: Adapter) -
     """
     shape = lambda a: (*a.lam.shape[:-1], a.q.shape[-1], a.p.shape[-1])
     have, want = shape(adapter), shape(first)
-    axes = adapter.layout is None or first.layout is None or adapter.layout.same_axes(first.layout)
-    if have != want or not axes:
+    if have != want:
         raise ValueError(
-            f"{name!r} has an adapter at {path!r} for a weight of shape {list(have)}, where the "
-            f"others are for {list(want)}: they belong to different models."
+            f"{name!r} has an adapter at {path!r} for a weight of shape {list(have)}, but the "
+            f"others are for {list(want)}: use adapters of one model."
+        )
+    made_for, other = adapter.layout, first.layout
+    if made_for is not None and other is not None and not made_for.same_axes(other):
+        raise ValueError(
+            f"{name!r} has an adapter at {path!r} for a weight with the axes "
+            f"stack={made_for.stack}, in={made_for.ins}, out={made_for.outs}, but the others are "
+            f"for stack={other.stack}, in={other.ins}, out={other.outs}: use adapters of one model."
         )

@@ -28,7 +28,7 @@ class MissingFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            f"the function {self.name} was not saved with its config: give it again, with "
+            f"the function {self.name} was not saved with its config: pass it again, with "
             "config.replace."
         )
 
@@ -83,7 +83,7 @@ def number(name: str, value: Any, range_: str, ok: Callable[[float], bool]) -> i
     except (TypeError, ValueError):
         good = fits = False
     if not fits:
-        limit = f", and at most {MAX_NUMBER:.3g} in size, as float32 is" if good else ""
+        limit = f", and at most {MAX_NUMBER:.3g}, the largest float32, in size" if good else ""
         raise ValueError(f"{name}={shown(value)} must be {range_}{limit}.")
     return value if isinstance(value, int) else float(value)
 

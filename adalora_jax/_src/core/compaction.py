@@ -65,9 +65,9 @@ def compact(params: PyTree, opt_state: Any, tx: optax.GradientTransformation | N
     by_path = {path: np.asarray(mask) for path, mask in jax.device_get(masks(opt_state)).items()}
     reason = unfinished(opt_state)
     if reason and tx is not None:
-        raise ValueError(f"{reason}, so call finish(opt_state, params) first.")
+        raise ValueError(f"{reason}. Call finish(opt_state, params) first.")
     if reason:
-        warnings.warn(f"{reason}: finish(opt_state, params) makes it.", stacklevel=2)
+        warnings.warn(f"{reason}. Call finish(opt_state, params) first to apply it.", stacklevel=2)
     found = pytree.adapters(params)
     if lacking := [path for path in found if path not in by_path]:
         raise ValueError(
@@ -121,9 +121,9 @@ def _take_rows(leaf: Any, cut: Any) -> Any:
         if leaf.size == 1:
             return leaf  # an optimizer's placeholder
         raise ValueError(
-            f"opt_state: the optimizer keeps an array of shape {leaf.shape} for {cut.name!r} of "
-            f"shape {cut.shape}, so it cannot be cut: compact(params, opt_state) the parameters "
-            "alone and start the final phase with tx.init."
+            f"opt_state: the optimizer has an array of shape {leaf.shape} for {cut.name!r} of "
+            f"shape {cut.shape}, whose rows cannot be selected: compact the parameters alone, "
+            "compact(params, opt_state), and start the final phase with tx.init."
         )
     index = cut.rows.reshape(*(1,) * before, *cut.rows.shape, *(1,) * cut.after)
     return jnp.take_along_axis(leaf, index, axis=leaf.ndim - cut.after - 1)
@@ -132,9 +132,9 @@ def _take_rows(leaf: Any, cut: Any) -> Any:
 def _take_state_rows(tx: Any, opt_state: Any, cuts: PyTree, by_path: Any, small: PyTree) -> Any:
     """Return the optimizer's state for the compacted parameters."""
     refusal = (
-        "opt_state: the optimizer keeps something of the adapters that has not their shapes, so it "
-        "cannot be cut: compact(params, opt_state) the parameters alone and start the final phase "
-        "with tx.init."
+        "opt_state: after the selection of rows, the optimizer's state does not have the shapes "
+        "of tx.init for the compacted parameters: compact the parameters alone, "
+        "compact(params, opt_state), and start the final phase with tx.init."
     )
 
     rows = pytree.adapters(cuts)

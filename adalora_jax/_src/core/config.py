@@ -309,7 +309,7 @@ prunes to target_r, so init_r must be at least 8.
         ):
             raise ValueError(
                 "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
-                "rank_overrides have no meaning: leave them out, or allocate globally."
+                "rank_overrides have no meaning: leave them out, or use allocation='global'."
             )
         if self.budget_schedule == "grow" and not self.allow_regrowth:
             raise ValueError(
@@ -428,7 +428,8 @@ prunes to target_r, so init_r must be at least 8.
         if unknown := sorted(map(str, set(values) - set(_DEFAULTS))):
             raise ValueError(
                 f"the config has fields that are unknown here: {', '.join(unknown)}. It was made "
-                "by another version of adalora_jax, or by another library."
+                "by another version of adalora_jax, or by another library: read it there, or "
+                "leave them out."
             )
         is_function = lambda value: isinstance(value, Mapping) and set(value) == {"function"}
         values = {
@@ -492,21 +493,25 @@ works without it.
             value, default = getattr(self, name), _DEFAULTS[name]
             if value != default:
                 raise ValueError(
-                    f"{name}={value!r} has no counterpart in PEFT: use {default!r} there, or keep "
-                    "the config in this library's checkpoints."
+                    f"{name}={value!r} has no counterpart in PEFT: set it to {default!r}, or save "
+                    "the config in a checkpoint of this library."
                 )
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             if callable(getattr(self, name)):
-                raise ValueError(f"{name} is a function: give PEFT a list of suffixes or a regex.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is a function, which PEFT does not support: "
+                    "set it to a list of suffixes or a regex."
+                )
         layers = self.layers_to_transform is not None
         if isinstance(self.target_modules, str) and (layers or self.layers_pattern is not None):
             raise ValueError(
-                f"target_modules={self.target_modules!r} is a regex, with which PEFT takes no "
-                "layers_to_transform or layers_pattern: put the layers into the regex."
+                f"target_modules={self.target_modules!r} is a regex, with which PEFT does not "
+                "accept layers_to_transform or layers_pattern: select the layers in the regex."
             )
         if self.layers_pattern is not None and not layers:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform in PEFT."
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform in PEFT: set "
+                "it too, or leave layers_pattern out."
             )
         result: dict[str, Any] = {"peft_type": "ADALORA"}
         for name in (name for name in _DEFAULTS if name not in _OURS):

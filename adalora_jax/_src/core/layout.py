@@ -143,7 +143,9 @@ class Layout:
             for name, value in values.items()
         )
         if not well_formed:
-            raise ValueError(f"layout={dict(values)!r:.200} is not one that Layout.to_dict wrote.")
+            raise ValueError(
+                f"layout={dict(values)!r:.200} was not written by Layout.to_dict: pass its result."
+            )
         as_tuple = lambda value: tuple(value) if isinstance(value, list) else value
         arguments: dict[str, Any] = {name: as_tuple(value) for name, value in values.items()}
         return cls(**arguments)

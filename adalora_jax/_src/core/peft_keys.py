@@ -92,15 +92,15 @@ modules_to_save.
         raise ValueError(f"peft_type={peft_type!r} is not 'ADALORA': leave peft_type out.")
     if r is not None:
         raise ValueError(
-            f"r={r!r} means nothing to AdaLoRA: set init_r, the rank at the start, and "
-            "target_r, the average rank at the end."
+            f"r={r!r} is not used by AdaLoRA: set init_r, the rank at the start, and target_r, "
+            "the average rank at the end."
         )
     if use_dora:
         raise ValueError(f"use_dora={use_dora!r}: AdaLoRA has no DoRA form; leave use_dora out.")
     if loftq_config:
         raise ValueError(
-            f"loftq_config={loftq_config!r}: LoftQ needs its own initialisation, which the SVD "
-            "form does not have; quantize the base model and leave loftq_config out."
+            f"loftq_config={loftq_config!r}: the SVD form has no LoftQ initialisation; quantize "
+            "the base model and leave loftq_config out."
         )
 
 
@@ -152,12 +152,20 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
         with open(path, encoding="utf-8") as file:
             source = json.load(file)
         if not isinstance(source, Mapping):
-            raise ValueError(f"{path} holds no JSON object: it is not a PEFT adapter config.")
+            raise ValueError(
+                f"{path} contains no JSON object: pass the adapter_config.json of a PEFT adapter."
+            )
         if source.get("peft_type") is None:
-            raise ValueError(f"{path} has no peft_type: it is not a PEFT adapter config.")
+            raise ValueError(
+                f"{path} has no peft_type, so it is not the config of a PEFT adapter: pass an "
+                "adapter_config.json that PEFT wrote."
+            )
     kind = str(getattr(source.get("peft_type"), "value", source.get("peft_type", "ADALORA")))
     if kind.upper() != "ADALORA":
-        raise ValueError(f"peft_type={kind!r} is not 'ADALORA': convert that adapter first.")
+        raise ValueError(
+            f"peft_type={kind!r} is not 'ADALORA': pass the config of an AdaLoRA adapter, or read "
+            "a LoRA adapter with huggingface.load_pretrained."
+        )
     for key, unused in _PEFT_UNSUPPORTED.items():
         if source.get(key) not in (None, *unused):
             raise ValueError(
@@ -171,7 +179,9 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
         values["init_lora_weights"] = True
     if ignored:
         settings = ", ".join(f"{key}={source[key]!r}" for key in sorted(ignored))
-        warnings.warn(f"left out, PEFT's AdaLoRA does not use them: {settings}", stacklevel=3)
+        warnings.warn(
+            f"keys are left out, since PEFT's AdaLoRA does not use them: {settings}", stacklevel=3
+        )
     known = fields.union(_PEFT_BOOKKEEPING, _PEFT_UNSUPPORTED, _PEFT_IGNORED)
     if unknown := sorted(map(str, set(source) - known)):
         warnings.warn(
@@ -202,8 +212,8 @@ def written_pattern(pattern: tuple[tuple[str, Any], ...], init_r: int) -> dict[s
     for path, keep in pattern:
         if not isinstance(keep, tuple):
             raise ValueError(
-                f"rank_pattern gives {path!r} the rank {keep}, but PEFT asks which triplets are "
-                "active: give it a list of booleans."
+                f"rank_pattern[{path!r}]={keep} is a rank, but PEFT stores which triplets are "
+                "active: pass a list of booleans, one per triplet."
             )
     return {
         path.replace("/", ".") + ".lora_E": list(keep) or [False] * init_r for path, keep in pattern
@@ -224,7 +234,7 @@ def _read_pattern(value: Any) -> dict[str, list[bool]]:
         path = form.fullmatch(str(key))
         if path is None or not isinstance(keep, (list, tuple)):
             raise ValueError(
-                f"rank_pattern={value!r} is not what PEFT's AdaLoRA saves, "
+                f"rank_pattern={value!r} does not have the form that PEFT's AdaLoRA saves, "
                 "{'<path>.lora_E': [True, False, ...]}: leave it out."
             )
         result[path[1].replace(".", "/")] = list(keep)

@@ -102,7 +102,8 @@ def cost(config: AdaLoraConfig, path: str, in_features: int, out_features: int) 
     unit, both = config.budget_unit, in_features + out_features
     if callable(unit):
         value = unit(path, in_features, out_features)
-        return checks.integer(f"budget_unit={unit!r} for {path!r}: {value!r}", value, minimum=1)
+        call = f"budget_unit({path!r}, {in_features}, {out_features})"
+        return checks.integer(call, value, minimum=1)
     return {"triplets": 1, "parameters": both + 1, "flops": 2 * both + 1}[unit]
 
 

@@ -250,7 +250,7 @@ def save_as_lora(
     matrices, places = to_matrices(adapters, scale, pattern, names)
     matrices = {name: m.live() for name, m in matrices.items() if m.mask.any()}
     if not matrices:
-        raise ValueError("no triplet is left in any adapter: there is nothing to write.")
+        raise ValueError("adapters have no active triplet, so nothing can be written: check masks.")
     tensors, found = {}, pytree.adapters(adapters)
     for name, matrix in matrices.items():
         a, b = _folded(matrix, scale, name)
@@ -288,7 +288,7 @@ def save_as_lora(
 def _warn_unfinished(masks: Any) -> None:
     """Warn if the masks are not the final ones of their run."""
     if masks is not None and (reason := unfinished(masks)):
-        warnings.warn(f"{reason}: finish(opt_state, params) makes it.", stacklevel=3)
+        warnings.warn(f"{reason}. Call finish(opt_state, params) first to apply it.", stacklevel=3)
 
 
 def _factors(matrix: LowRankMatrix) -> dict[str, np.ndarray]:
@@ -303,7 +303,7 @@ def _folded(matrix: LowRankMatrix, scale: float, name: str) -> tuple[np.ndarray,
         b = (matrix.p.astype(wide) * c[:, None]).astype(matrix.p.dtype).T
     if not np.isfinite(b.astype(wide)).all():
         raise ValueError(
-            f"{name!r}: the product of λ, the scale and p is not finite in {matrix.p.dtype}: "
+            f"the product of λ, the scale and p of {name!r} is not finite in {matrix.p.dtype}: "
             "convert the adapters to float32, or check them."
         )
     return matrix.q, b
@@ -372,11 +372,11 @@ def _about(
 ) -> dict[str, Any]:
     """Return the base model, task type and mode for PEFT's config."""
     if task_type not in (None, *_TASKS):
-        raise ValueError(f"task_type={task_type!r} is none of PEFT's: {', '.join(_TASKS)}.")
+        raise ValueError(f"task_type={task_type!r} must be one of {', '.join(_TASKS)}, or None.")
     if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not saved:
         raise ValueError(
-            f"task_type={task_type!r}: with it PEFT looks for the classifier in the file, but "
-            "there are only adapters: pass its parameters along with them, or no task_type."
+            f"task_type={task_type!r}: PEFT then expects the classifier in the file, but adapters "
+            "has no other parameters: add the classifier's parameters, or leave task_type out."
         )
     return {
         "base_model_name_or_path": base_model,

@@ -170,9 +170,9 @@ def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, laye
             layer = layers.layer_of(None, axes, equation)
             if layer is None:
                 raise ValueError(
-                    f"equations[{pattern!r}]={equation!r} does not tell the inputs and outputs of "
-                    f"{path!r} {list(leaves[path].shape)}: write it as '...d,df->...f', the weight "
-                    "second."
+                    f"equations[{pattern!r}]={equation!r} does not determine the inputs and "
+                    f"outputs of {path!r} {list(leaves[path].shape)}: write it in the form "
+                    "'...d,df->...f', with the weight second."
                 )
             known[path] = layer
     return known
@@ -185,27 +185,27 @@ def _check(path, weights, readings, missing, misfits, allowed) -> None:
     unused = [n for n in weights.specs if n not in used and not _BUFFERS.fullmatch(n)]
     unused = [name for name in unused if not _is_allowed(name, allowed[1])]
     missing = [
-        f"{name!r}" + (f" (looked for {wanted!r})" if wanted else " (names has nothing for it)")
+        f"{name!r}" + (f" (looked for {wanted!r})" if wanted else " (names has no entry for it)")
         for name, wanted in missing.items()
         if not _is_allowed(name, allowed[0])
     ]
     wrong = []
     if missing:
         wrong.append(
-            f"There is nothing for the parameters {_list(missing)}: say with names= what they are "
-            "called there, or with allow_missing= that they may stay as they are."
+            f"It has no tensor for the parameters {_list(missing)}: map their names with names=, "
+            "or keep their values with allow_missing=."
         )
     if misfits:
-        wrong.append(f"These do not fit: {_list(misfits, ' ')}")
+        wrong.append(f"These tensors do not fit: {_list(misfits, ' ')}")
     if unused and (missing or not misfits):
         wrong.append(
-            f"The tensors {_list(map(repr, unused))} are left over: say with names= where they "
-            "belong, or with allow_unused= that they do not."
+            f"The tensors {_list(map(repr, unused))} are not used: map their names with names=, "
+            "or ignore them with allow_unused=."
         )
     if any(name.endswith(".qweight") for name in unused):
-        wrong.append("Packed layers (qweight) are for adalora_jax.quantized.load_gptq.")
+        wrong.append("Load packed layers (qweight) with adalora_jax.quantization.load_gptq.")
     if wrong:
-        raise ValueError(f"{path} is not the checkpoint of this model. {' '.join(wrong)}")
+        raise ValueError(f"{path} is not a checkpoint of this model. {' '.join(wrong)}")
 
 
 def _is_allowed(name: str, allowed: Allowed) -> bool:
@@ -249,13 +249,13 @@ def _cast(reading: ParamReading, index, read, dtype, name: str) -> np.ndarray:
     """
     value = reading.value(index, read)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype} for {name!r} must be one of floating point numbers.")
+        raise ValueError(f"dtype={dtype} for {name!r} must be a floating-point dtype.")
     with np.errstate(over="ignore"):
         cast = value.astype(dtype, copy=False)
     is_narrower = jnp.finfo(dtype).max < jnp.finfo(value.dtype).max
     if is_narrower and np.isfinite(value).all() and not np.isfinite(cast).all():
         raise ValueError(
-            f"dtype={dtype} cannot hold some of the numbers of {name!r}: take another."
+            f"dtype={dtype} cannot represent some values of {name!r}: pass a wider dtype."
         )
     return cast
 

@@ -98,7 +98,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     """
     folder = Path(directory)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: pass the one that has {CONFIG} in it.")
+        raise FileNotFoundError(f"{folder} is not a folder: pass the folder that has {CONFIG}.")
     if not (folder / WEIGHTS).exists():
         _refuse_pickles(folder)
     path = resolve_within(folder, _config_name(folder))
@@ -113,11 +113,11 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
             )
         kind = str(settings["peft_type"]).upper()
         if kind not in ("ADALORA", "LORA"):
-            raise ValueError(f"peft_type={kind[:99]!r}; only ADALORA and LORA can be read.")
+            raise ValueError(f"peft_type={kind[:99]!r} must be 'ADALORA' or 'LORA'.")
         if kind == "ADALORA" and "total_step" not in settings:
             raise ValueError(
                 f"total_step is {'null' if 'total_step' in stored else 'missing'}, but AdaLoRA "
-                "needs it: write the number of optimizer steps of the training into the file."
+                "needs it: set it in the file to the number of optimizer steps of the training."
             )
         config = AdaLoraConfig.from_peft(settings) if kind == "ADALORA" else None
         if config is None:
@@ -125,7 +125,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     except ValueError as error:
         raise ValueError(f"{path}: {str(error)[:500]}") from None
     except (TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} has a value that makes no sense: {str(error)[:200]}.") from None
+        raise ValueError(f"{path} has an invalid value: {str(error)[:200]}.") from None
     with TensorFile(resolve_within(folder, WEIGHTS), MAX_JSON) as file:
         layout, saved = _layout(file, kind)
         tensors = {name: file.read(name) for name in file.specs}
@@ -133,7 +133,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
             not file.is_current()
             or read_json(resolve_within(folder, _config_name(folder))) != stored
         ):
-            raise ValueError(f"{folder} was saved to while it was read: read it again.")
+            raise ValueError(f"{folder} changed while it was read: read it again.")
     try:
         factors = {
             name: [tensors[keys[letter]] for letter in ("A", "B", "E") if letter in keys]
@@ -166,7 +166,10 @@ def write_adapter(
     # Only the top level is sorted: the order of a pattern's keys is significant.
     text = json.dumps(dict(sorted(settings.items())), indent=2, allow_nan=False) + "\n"
     if len(text) > MAX_JSON:
-        raise ValueError(f"the config has {len(text)} characters, more than anybody would read.")
+        raise ValueError(
+            f"{CONFIG} would have {len(text)} characters, but at most {MAX_JSON} can be read: "
+            "shorten rank_pattern."
+        )
     with writing_to("directory", directory):
         folder.mkdir(parents=True, exist_ok=True)
         _settle(folder)
@@ -229,14 +232,18 @@ def _refuse_pickles(folder: Path) -> None:
             "If you trust it, convert it with PEFT: PeftModel.from_pretrained(base_model, "
             "directory).save_pretrained(other_directory)."
         )
-    raise FileNotFoundError(f"{folder / WEIGHTS} does not exist.")
+    raise FileNotFoundError(
+        f"{folder / WEIGHTS} does not exist: pass the folder that save_pretrained wrote."
+    )
 
 
 def _check_types(settings: Mapping[str, Any]) -> None:
     """Raise if a value's type is not PEFT's, or a number is too large or not finite."""
     for key, value in settings.items():
         if not key.isprintable() or len(key) > _LONGEST:
-            raise ValueError(f"there is a key {key[:99]!r}.")
+            raise ValueError(
+                f"the key {key[:99]!r} must be printable, with at most {_LONGEST} characters."
+            )
         if key in _INTEGERS:
             good, want = _is_integer(value), "an integer"
         elif key in _NUMBERS:
@@ -287,35 +294,44 @@ def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dic
             raise ValueError(
                 f"{file.path}: {key[:_LONGEST]!r} is from a raw state dict, with "
                 + (f"the adapter's name {stray[1]!r}" if stray[1] else "PEFT's wrappers")
-                + " in its keys: save with the save_pretrained of PEFT, which takes that out, or "
+                + " in its keys: save with the save_pretrained of PEFT, which removes it, or "
                 "rename the keys."
             )
         levels = re.fullmatch(r"[^\s/\\.]+(\.[^\s/\\.]+)*", name[:_LONGEST])
         if not key.startswith(PREFIX) or not levels or len(name) > _LONGEST:
-            raise ValueError(f"{file.path}: {key[:99]!r} is no name that PEFT gives to a tensor.")
+            raise ValueError(
+                f"{file.path}: {key[:99]!r} is not the name of a tensor in PEFT's format, "
+                f"{PREFIX}<module>.<tensor>."
+            )
         if spec.dtype not in FLOATS:
-            raise ValueError(f"{file.path}: {key!r} has dtype {spec.dtype}, not {list(FLOATS)}.")
+            raise ValueError(
+                f"{file.path}: {key!r} has dtype {spec.dtype}: it must be one of "
+                f"{', '.join(FLOATS)}."
+            )
         if found and bool(found[3]) == (kind == "LORA"):
             layout.setdefault(name, {})[found[2]] = key
         elif ".lora_" in key:
             raise ValueError(
-                f"{file.path}: {key!r} is not what {kind} has here: embeddings, DoRA and biases "
-                "of adapters cannot be read."
+                f"{file.path}: {key!r} is not a tensor of {kind}: embeddings, DoRA and biases of "
+                "adapters cannot be read."
             )
         else:
             saved[name] = key
     letters = set("AB") if kind == "LORA" else set("ABE")
     for name, keys in layout.items():
         if set(keys) != letters:
-            missing = ", ".join(f"lora_{x}" for x in sorted(letters ^ set(keys)))
-            raise ValueError(f"{file.path}: {name!r} should have {sorted(letters)}: {missing}.")
+            have, want = (", ".join(f"lora_{x}" for x in sorted(xs)) for xs in (keys, letters))
+            raise ValueError(f"{file.path}: {name!r} has {have}: it must have {want}.")
         shapes = {letter: file.specs[key].shape for letter, key in keys.items()}
         a, b, e = shapes["A"], shapes["B"], shapes.get("E")
         axes = len(a) == len(b) == 2 or (kind == "LORA" and len(a) == len(b) > 2)
         if not axes or b[1] != a[0] or any(n != 1 for n in b[2:]) or e not in (None, (a[0], 1)):
-            raise ValueError(f"{file.path}: {name!r} has factors of shapes {shapes}.")
+            raise ValueError(
+                f"{file.path}: {name!r} has factors of shapes {shapes}: A must be [r, in], B "
+                "[out, r] and E [r, 1]."
+            )
     if not layout:
-        raise ValueError(f"{file.path} has no adapter of type {kind} in it.")
+        raise ValueError(f"{file.path} contains no adapter of peft_type {kind!r}.")
     return layout, saved
 
 
@@ -324,12 +340,15 @@ def _adalora(config, factors, saved) -> AdapterFile:
         path.replace("/", "."): np.array(keep, bool) for path, keep in config.rank_pattern or ()
     }
     if unknown := sorted(set(patterns) - set(factors)):
-        raise ValueError(f"rank_pattern names {unknown[0]!r}, of which there are no weights.")
+        raise ValueError(f"rank_pattern names {unknown[0]!r}, which has no tensors in {WEIGHTS}.")
     matrices = {}
     for name, (a, b, e) in factors.items():
         rows, pattern = len(a), patterns.get(name)
         if pattern is None and rows != config.init_r:
-            raise ValueError(f"{name!r} has rank {rows}, not init_r={config.init_r}.")
+            raise ValueError(
+                f"{name!r} has rank {rows}, but init_r={config.init_r} and rank_pattern has no "
+                "entry for it."
+            )
         if pattern is not None and (
             pattern.ndim != 1
             or len(pattern) != config.init_r
@@ -356,7 +375,10 @@ def _adalora(config, factors, saved) -> AdapterFile:
 def _check_lora(settings: Mapping[str, Any]) -> None:
     for key, unused in _LORA_UNSUPPORTED.items():
         if key in settings and settings[key] not in unused:
-            raise ValueError(f"{key}={str(settings[key])[:99]!r} is not supported here.")
+            raise ValueError(
+                f"{key}={str(settings[key])[:99]!r} is not supported here: merge the adapter with "
+                "PEFT."
+            )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         raise ValueError(
@@ -373,11 +395,12 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
     for pattern, test in (("rank_pattern", _is_integer), ("alpha_pattern", _is_number)):
         for key, value in settings.get(pattern, {}).items():
             if not test(value):
-                raise ValueError(f"{pattern}[{key[:99]!r}]={str(value)[:99]!r} is no number.")
+                kind = "an integer" if pattern == "rank_pattern" else "a number"
+                raise ValueError(f"{pattern}[{key[:99]!r}]={str(value)[:99]!r} must be {kind}.")
             if not re.fullmatch(r"\^?[\w.\-]+", key):
                 raise ValueError(
-                    f"{pattern}: {key[:99]!r} is a regex, which is not run here: write the names "
-                    "of the modules out."
+                    f"{pattern}: {key[:99]!r} is a regex, which is not run here: list the names of "
+                    "the modules instead."
                 )
 
 

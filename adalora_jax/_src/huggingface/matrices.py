@@ -69,19 +69,25 @@ def to_matrices(
     """
     found = pytree.adapters(adapters)
     if not found:
-        raise ValueError("there is no adapter in adapters: pass {path: Adapter}.")
+        raise ValueError(
+            f"no adapter was found in the {type(adapters).__name__} given as adapters: pass "
+            "{path: Adapter}."
+        )
     by_path = pattern or {}
     pieces: dict[str, dict[int, tuple[LowRankMatrix, tuple[int, int]]]] = {}
     owners: dict[str, ParamLocation] = {}
     for path, adapter in found.items():
         if pattern is not None and path not in by_path:
-            raise ValueError(f"masks has none for {path!r}, only for {', '.join(by_path)}.")
+            raise ValueError(
+                f"masks has no mask for {path!r}, only for {', '.join(list(by_path)[:8])}: pass "
+                "the masks of these adapters."
+            )
         p, lam, q = (np.asarray(leaf) for leaf in jax.device_get(adapter))
         mask = np.array(by_path.get(path, np.ones(lam.shape)), bool)
         if mask.size != lam.size:
             raise ValueError(
-                f"masks has shape {mask.shape} for {path!r}, whose lam has {lam.shape}: masks and "
-                "adapters must be of the same step (after compact, pass no masks)."
+                f"masks[{path!r}] has shape {mask.shape}, but lam has {lam.shape}: pass masks and "
+                "adapters of the same step, and after compact no masks."
             )
         mask = mask.reshape(lam.shape)
         q = _to_torch(q, kernel_size(adapter))
@@ -94,7 +100,8 @@ def to_matrices(
                 taken = pieces.setdefault(name, {})
                 if their_part[0] in taken:
                     raise ValueError(
-                        f"names: {path!r} and {owners[name].path!r} both become {name!r}."
+                        f"names: {path!r} and {owners[name].path!r} both become {name!r}: map them "
+                        "to different names."
                     )
                 owners.setdefault(name, ParamLocation(path, index, our_part))
                 taken[their_part[0]] = whole.outputs(_divides(whole, our_part, path)), their_part
@@ -152,17 +159,23 @@ def _places(matrices: Mapping[str, LowRankMatrix], names: NameMap) -> _Places:
         for place, their_part in names.to_flax(name):
             parts = found.setdefault(place.path, {}).setdefault(place.at, {})
             if place.part in parts:
-                raise ValueError(f"names: {name!r} and another module both become {place}.")
+                raise ValueError(
+                    f"names: {name!r} and another module both become {place.path!r} (stack index "
+                    f"{place.at}, part {place.part}): map them to different names."
+                )
             parts[place.part] = _rows_of(matrix, their_part, name)
     places: _Places = {}
     for path, by_index in found.items():
         if len({len(index) for index in by_index}) > 1:
-            raise ValueError(f"names: {path!r} would have different numbers of stack axes.")
+            raise ValueError(
+                f"names: {path!r} would have different numbers of stack axes: map its modules "
+                "with the same number of indices."
+            )
         stack = tuple(max(axis) + 1 for axis in zip(*by_index))
         if math.prod(stack) > 2 * len(by_index) + 8:
             raise ValueError(
                 f"{path!r} would be a stack of {math.prod(stack)} matrices, of which the file has "
-                f"{len(by_index)}: pass like=adapters of the model if that is meant."
+                f"{len(by_index)}: if that is correct, pass like=adapters of the model."
             )
         places[path] = stack, by_index
     return places
@@ -185,8 +198,8 @@ def _places_like(matrices, names, like: Mapping[str, Adapter]) -> _Places:
                 if (matrix.q.shape[1], matrix.p.shape[1] * our_part[1]) != (ins, outs):
                     raise ValueError(
                         f"{name!r} is for {matrix.q.shape[1]} inputs and {matrix.p.shape[1]} "
-                        f"outputs, but {path!r} of like, of which it is to be part {our_part[0]} "
-                        f"of {our_part[1]}, has {ins} and {outs}."
+                        f"outputs, but {path!r} of like, of which it is part {our_part[0]} of "
+                        f"{our_part[1]}, has {ins} and {outs}: pass adapters of this model."
                     )
                 by_index.setdefault(index, {})[our_part] = matrix
         places[path] = stack, by_index
@@ -208,7 +221,7 @@ def _beside(name: str, parts: Mapping[int, tuple[LowRankMatrix, tuple[int, int]]
     rows = []
     for k, (matrix, _) in sorted(parts.items()):
         if matrix.p.shape[1] != out or matrix.q.shape[1] != first.q.shape[1]:
-            raise ValueError(f"the parts of {name!r} have different sizes: it takes equal ones.")
+            raise ValueError(f"the parts of {name!r} have different sizes: they must be equal.")
         p = np.zeros((matrix.p.shape[0], count * out), matrix.p.dtype)
         p[:, k * out : (k + 1) * out] = matrix.p
         rows.append(matrix._replace(p=p))
@@ -240,7 +253,10 @@ def _joined(path: str, parts: _Parts) -> LowRankMatrix:
     """
     count = next(iter(parts))[1]
     if any(part[1] != count for part in parts):
-        raise ValueError(f"names: {path!r} is divided in different ways.")
+        raise ValueError(
+            f"names: {path!r} is divided into different numbers of parts: divide it into the same "
+            "number in every pair."
+        )
     if count == 1:
         return next(iter(parts.values()))
     first = next(iter(parts.values()))
@@ -263,14 +279,18 @@ def _stacked(
     some = list(found.values())
     ins, outs = some[0].q.shape[1], some[0].p.shape[1]
     if any((m.q.shape[1], m.p.shape[1]) != (ins, outs) for m in some):
-        raise ValueError(f"the matrices of the stack {path!r} have different sizes.")
+        raise ValueError(
+            f"the matrices of the stack {path!r} have different sizes: map them to separate paths "
+            "with names=."
+        )
     rank = max(len(m.lam) for m in some)
     width = ins + outs + 1
     need, have = math.prod(stack) * rank * width, sum(len(m.lam) for m in some) * width
     if need > _MAX_PADDING * have + _SMALL:
         raise ValueError(
-            f"the stack {path!r} would take {need} numbers, of which the file has {have}: its "
-            "ranks are too different for one array."
+            f"the stack {path!r} would need {need} numbers, of which the file has {have}: its "
+            "ranks are too different for one array, so map its matrices to separate paths with "
+            "names=."
         )
     dtype = lambda i: _common([m[i].dtype for m in some if len(m.lam)] or [some[0][i].dtype])
     result = LowRankMatrix(
@@ -306,7 +326,8 @@ def _empty(ins: int, outs: int) -> LowRankMatrix:
 def _divides(matrix: LowRankMatrix, part: tuple[int, int], name: str) -> tuple[int, int]:
     if matrix.p.shape[1] % part[1]:
         raise ValueError(
-            f"{name!r} has {matrix.p.shape[1]} outputs, which are not {part[1]} equal parts."
+            f"{name!r} has {matrix.p.shape[1]} outputs, which are not {part[1]} equal parts: "
+            "change the parts in names."
         )
     return part
 
@@ -352,7 +373,7 @@ def as_jax(array: np.ndarray) -> jax.Array:
     """
     if array.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
-            "the file has float64 numbers, which JAX would round: call "
+            "the file has float64 numbers, which JAX would round to float32: call "
             "jax.config.update('jax_enable_x64', True) first."
         )
     return jnp.asarray(array)

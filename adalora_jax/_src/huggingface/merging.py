@@ -119,7 +119,9 @@ def merge_pretrained(
         tied = bool(tied)  # PEFT does not change the head.
     base, out = read_weights(Path(base_directory)), Path(out_directory)
     if out.resolve().is_relative_to(base.folder.resolve()):
-        raise ValueError(f"out_directory={str(out)!r} lies in the base's folder: name another.")
+        raise ValueError(
+            f"out_directory={str(out)!r} is inside the base's folder: name another folder."
+        )
     conv1d |= base.conv1d(matrices)
     live = {name: matrix.live() for name, matrix in matrices.items() if matrix.mask.any()}
     changes = _changes(base, live, saved, conv1d)
@@ -135,7 +137,7 @@ def _refuse_unmergeable(adapters: Mapping[str, Any]) -> None:
         note = adapter.layout.note if adapter.layout else ""
         if note:
             raise ValueError(
-                f"the increment of {path!r} cannot be merged: {note}. Where the PyTorch model does "
+                f"the increment of {path!r} cannot be merged: {note}. If the PyTorch model does "
                 "compute with the sum, write the adapter with save_pretrained and merge its folder."
             )
 
@@ -156,7 +158,7 @@ def _changes(
             near = difflib.get_close_matches(f"{name}.weight", specs, 3, 0.3)
             raise ValueError(
                 f"the base in {base.folder} has no weight for {name!r}; the nearest: "
-                f"{', '.join(near) or 'none'}. Is it the model that the adapter was trained for?"
+                f"{', '.join(near) or 'none'}. Pass the base that the adapter was trained for."
             )
         key, stored = key or f"{name}.weight", source or key or ""
         shape, ins, outs = specs[stored].shape, matrix.q.shape[1], matrix.p.shape[1]
@@ -165,24 +167,27 @@ def _changes(
         if not straight and not turned:
             raise ValueError(
                 f"{name!r} is for {ins} inputs and {outs} outputs, but {stored!r} of the base has "
-                f"the shape {list(shape)}."
+                f"the shape {list(shape)}: pass the base that the adapter was trained for."
             )
         if specs[stored].dtype not in FLOATS:
             raise ValueError(
-                f"{stored!r} of the base has dtype {specs[stored].dtype}: merge into a base that "
-                "is not quantised."
+                f"{stored!r} of the base has dtype {specs[stored].dtype}: merge into a base with "
+                "floating-point weights."
             )
         is_transposed = turned and (not straight or name in conv1d)
         changes[key] = Change(matrix, is_transposed, source=source)
     for name, value in saved.items():
         key = base.find(name) or name
         if key in changes:
-            raise ValueError(f"{key!r} is both adapted and saved.")
+            raise ValueError(
+                f"{key!r} has both an adapter and a saved value: remove one of the two."
+            )
         spec = specs.get(key)
         if spec is not None and (spec.shape != value.shape or spec.dtype not in FLOATS):
             raise ValueError(
                 f"{name!r} has shape {list(value.shape)}, but {key!r} of the base is a "
-                f"{spec.dtype} tensor of {list(spec.shape)}."
+                f"{spec.dtype} tensor of shape {list(spec.shape)}: pass the base that the adapter "
+                "was trained for."
             )
         changes[key] = Change(value=value if spec is None else value.astype(FLOATS[spec.dtype]))
     return changes

@@ -91,7 +91,7 @@ class NameMap:
         """
         if "." in path:
             raise ValueError(
-                f"{path!r} has a dot in a name, which means a new level in PyTorch: pass the "
+                f"{path!r} has a dot in a name, which separates modules in PyTorch: pass the "
                 "adapters under other paths."
             )
         found = self.match(path, index)
@@ -152,9 +152,9 @@ class NameMap:
         near = sorted(known, key=lambda k: -difflib.SequenceMatcher(None, plain, k).ratio())[:3]
         stack = f" with {len(index)} stack axes" if index else ""
         return (
-            f"{name[:200]!r}{stack} has no name on the other side; the nearest that have: "
+            f"{name[:200]!r}{stack} matches no pair of names; the nearest that do: "
             f"{', '.join(near)}. Pass names=[('name/in/flax/{{i}}', 'name.in.huggingface.{{i}}'), "
-            "...], see huggingface.NameMap, or another of huggingface.hf_names."
+            "...], see huggingface.NameMap, or another family of huggingface.hf_names."
         )
 
 
@@ -214,7 +214,7 @@ def _template(name: str) -> _Template:
     part = (int(found[3]), int(found[4])) if found and found[3] else (0, 1)
     if found is None or "{" in left or "}" in left or part[0] >= part[1]:
         raise ValueError(
-            f"names: {name!r} cannot be read; names look like 'layers/{{i}}/query', "
+            f"names: {name!r} cannot be read: write it like 'layers/{{i}}/query', "
             "'layers/query[{i}]' or 'attn/qkv:0/3'."
         )
     index = tuple(found[2].split(",")) if found[2] else ()
@@ -390,7 +390,9 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
     ['model.layers.3.self_attn.v_proj']
     """
     if family not in _FAMILIES:
-        raise ValueError(f"names={family!r} is none of {', '.join(_FAMILIES)}, nor pairs of names.")
+        raise ValueError(
+            f"names={family!r} must be one of {', '.join(_FAMILIES)}, or pairs of names."
+        )
     known = _FAMILIES[family]
     prefix = known.prefix if prefix is None else prefix.strip(".")
     roots = (prefix.replace(".", "/"), "") if root is None else (root.strip("/"),)

@@ -129,8 +129,8 @@ class ParamSource(NamedTuple):
         for key in sorted(keys):
             if self.weights.specs[key].dtype not in FLOATS:
                 raise ValueError(
-                    f"{key!r}, for {path!r}, has dtype {self.weights.specs[key].dtype}; only "
-                    f"{', '.join(FLOATS)} can be loaded."
+                    f"{key!r}, for {path!r}, has dtype {self.weights.specs[key].dtype}: it must be "
+                    f"one of {', '.join(FLOATS)}."
                 )
         own = tuple(axis for axis in range(len(shape)) if axis not in stack)
         if layer is None and path.rpartition("/")[2] != "kernel":
@@ -166,7 +166,7 @@ class ParamSource(NamedTuple):
         ins, outs = (math.prod(rest), first) if turned else (first, math.prod(rest))
         if outs % piece.theirs[1]:
             raise ValueError(
-                f"{piece.key!r} has {outs} outputs, not {piece.theirs[1]} equal parts."
+                f"{piece.key!r} has {outs} outputs, which are not {piece.theirs[1]} equal parts."
             )
         return ins, outs // piece.theirs[1]
 
@@ -185,9 +185,9 @@ class ParamSource(NamedTuple):
         embeds = "embed" in f"{last}/{path.rpartition('/')[2]}" or last in (*EMBEDDINGS, "wpe")
         if end == "weight" and len(short(shapes[0])) > 1 and not embeds:
             raise ValueError(
-                f"which axes of {path!r} {list(shape)} are inputs is not known, and "
-                f"{pieces[0].key!r} {list(shapes[0])} may have to be turned: pass what a linen "
-                f"model is called with, or equations={{{path!r}: ...}}."
+                f"the input axes of {path!r} {list(shape)} are not known, and {pieces[0].key!r} "
+                f"{list(shapes[0])} may have to be transposed: pass the inputs of the linen model "
+                f"as *args, or equations={{{path!r}: ...}}."
             )
         if divided or short(shapes[0]) != short(shape[axis] for axis in own):
             raise ValueError(self._misfit(path, shape, pieces, "numbers in this order"))
@@ -196,7 +196,7 @@ class ParamSource(NamedTuple):
         have = " and ".join(
             f"{piece.key!r} {list(self.weights.specs[piece.key].shape)}" for piece in pieces
         )
-        return f"{path!r} of shape {list(shape)} does not hold {have} ({what})."
+        return f"{path!r} of shape {list(shape)} does not fit {have} ({what})."
 
 
 def _stacks(axes: int, layer: Layout | None) -> list[tuple[int, ...]]:

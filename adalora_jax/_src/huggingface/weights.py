@@ -76,23 +76,28 @@ def read_weights(folder: Path, only: str | None = None) -> Weights:
       ValueError: a file is damaged or malicious, or the index contradicts the files.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: pass that of the base model.")
+        raise FileNotFoundError(f"{folder} is not a folder: pass the base model's folder.")
     index, places = None, None
     if only is None and (folder / INDEX).exists():
         path = resolve_within(folder, INDEX)
         index = read_json(path)
         places = index.get("weight_map")
         if not isinstance(places, dict) or not places:
-            raise ValueError(f"{path} has no weight_map of tensors to files.")
+            raise ValueError(
+                f"{path} has no weight_map from tensors to files: save the base with transformers."
+            )
         names = list(dict.fromkeys(map(str, places.values())))
         if wrong := [name for name in names if not name.endswith(".safetensors")]:
-            raise ValueError(f"{path} names {wrong[0][:99]!r}, which is no safetensors file.")
+            raise ValueError(
+                f"{path} names {wrong[0][:99]!r}, which is not a safetensors file: save the base "
+                "with transformers, which writes safetensors."
+            )
     elif only is not None or (folder / SINGLE).exists():
         names = [only or SINGLE]
     else:
         raise FileNotFoundError(
             f"{folder} has neither {SINGLE} nor {INDEX}. Pickled weights are not opened here: "
-            "load and save the base with transformers, which writes safetensors."
+            "load the base with transformers and save it, which writes safetensors."
         )
     files, metadata = {}, {}
     for name in names:
@@ -104,7 +109,7 @@ def read_weights(folder: Path, only: str | None = None) -> Weights:
         if found != places or len(found) != sum(map(len, files.values())):
             odd = sorted(t for t in {*found, *places} if found.get(t) != places.get(t))
             raise ValueError(
-                f"{folder / INDEX} and the files it names differ in what is where: "
-                f"{', '.join(repr(name[:99]) for name in odd[:3]) or 'a tensor is there twice'}."
+                f"{folder / INDEX} contradicts the files it names: "
+                f"{', '.join(repr(name[:99]) for name in odd[:3]) or 'a tensor is in two files'}."
             )
     return weights

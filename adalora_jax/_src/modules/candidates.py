@@ -48,9 +48,9 @@ def judge_use(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
         )
     if use.elsewhere:
         return candidate._replace(
-            refused="its weight is also used outside of the layer, where there would be no "
-            "increment, while a merged model has it in both (an embedding that is the head, too, "
-            "works with embed.attend)"
+            refused="its weight is also used outside of the layer, where the increment would be "
+            "missing, while a merged model has it in both places (use embed.attend for an "
+            "embedding that is also the head)"
         )
     if use.transformed:
         return candidate._replace(
@@ -59,7 +59,7 @@ def judge_use(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
         )
     if use.followed and foreign:
         return candidate._replace(
-            note="its layer does more than to multiply its input with the weight and add to the "
+            note="its layer does more than multiply its input by the weight and add to the "
             "product, so no sum of weights computes the same; serve it unmerged"
         )
     return candidate

@@ -97,8 +97,8 @@ def _principal(adapter: Adapter, weight: Any, path: str) -> Adapter:
     layer, scale = adapter.layout or Layout(), known_scale(adapter, path)
     if pytree.is_packed(weight) or nnx_variables.is_qwix_weight(weight):
         raise ValueError(
-            f"the weight of {path!r} is quantised, so nothing can be taken out of it: start with "
-            "the weights as they were, and quantise what is left."
+            f"the weight of {path!r} is quantised, so no increment can be subtracted from it: "
+            "pass the float weights, and quantise the result."
         )
     matrix = layer.to_matrix(weight)
     u, sigma, vt = jnp.linalg.svd(

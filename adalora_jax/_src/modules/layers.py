@@ -45,8 +45,8 @@ _KINDS = {
     "DenseParams": "weight",
 }
 SUPPORTED = (
-    "Dense, DenseGeneral, Linear, LinearGeneral, Einsum (also a module of your own with one weight "
-    "and an einsum equation), Embed, Conv, ConvTranspose"
+    "Dense, DenseGeneral, Linear, LinearGeneral, Einsum (also a custom module with one weight and "
+    "an einsum equation), Embed, Conv, ConvTranspose"
 )
 
 
@@ -97,8 +97,8 @@ def require_layer(layer: Layout | None, module: Any) -> Layout:
     """
     if layer is None:
         raise ValueError(
-            f"a {type(module).__name__} has an adapter but no weight and axes to read it by; kinds "
-            f"that can be adapted: {SUPPORTED}."
+            f"a {type(module).__name__} has an adapter, but it is not a layer of a kind that can "
+            f"be adapted: {SUPPORTED}."
         )
     return layer
 
@@ -123,8 +123,8 @@ def check_fit(layer: Layout, adapter: Adapter, shape: Sequence[int], path: str) 
         return
     if made_for.kind == "unknown" and layer.kind == "conv":
         raise ValueError(
-            f"the adapter of {path!r} was read from a file that does not say in which order the "
-            "inputs of a convolution are: read it with like=adapters of this model."
+            f"the adapter of {path!r} was read from a file that does not specify the order of a "
+            "convolution's inputs: read it with like=adapters of this model."
         )
     if made_for.kind != "unknown" and not made_for.same_axes(layer):
         raise ValueError(
@@ -188,8 +188,8 @@ def lora_pair(
     flat = layer.kind in ("dense", "general")
     if each_own or not (layer.kind == "einsum" or (flat and not layer.stack)):
         raise ValueError(
-            f"a {type(module).__name__} with a weight of shape {tuple(shape)} has no LoRA of "
-            "Qwix's that computes the same: leave it out of the adapters, or merge them."
+            f"a {type(module).__name__} with a weight of shape {tuple(shape)} has no equivalent "
+            "LoRA in Qwix: leave it out of the adapters, or merge them."
         )
     sizes = lambda axes: [own[axis] for axis in axes]
     n, rank = math.prod(sizes(layer.stack)), adapter.lam.shape[-1]

@@ -82,14 +82,14 @@ def merge(
     if isinstance(variables, nnx.Module):
         if adapters is not None:
             raise ValueError(
-                "adapters were given with an NNX model, which holds its own: pass the model alone, "
-                "or put them into it with nnx.with_adapters(model, adapters)."
+                "adapters were given with an NNX model, which contains its own: pass only the "
+                "model, or replace its adapters with nnx.with_adapters(model, adapters)."
             )
         return nnx_merging.merged(variables, safe=safe, inputs=inputs)
     if inputs is not None:
         raise ValueError(
-            "inputs were given with linen variables, which hold no model: the check was made when "
-            "the adapters were, by adapted.init(key, variables, *inputs)."
+            "inputs were given with linen variables, which contain no model: leave them out, since "
+            "adapted.init(key, variables, *inputs) has made this check."
         )
     return _merged_variables(variables, adapters, safe, sign=1)
 
@@ -140,7 +140,9 @@ def compact(params: Any, opt_state: Any, tx: optax.GradientTransformation | None
         return compaction.compact(params, opt_state, tx)
     if not isinstance(opt_state, nnx.Optimizer):
         if tx is not None:
-            raise ValueError("tx was given with an NNX model: pass its nnx.Optimizer as opt_state.")
+            raise ValueError(
+                "tx was given with an NNX model: pass its nnx.Optimizer as opt_state, and no tx."
+            )
         small = compaction.compact(nnx_adapters.adapters(params), opt_state)
         return nnx_adapters.with_adapters(params, small)
     optimizer, state = opt_state, pytree.unwrap_variables(nnx.state(params, opt_state.wrt))
@@ -184,8 +186,8 @@ def _merged_variables(variables: Any, adapters: Any, safe: bool, sign: int) -> d
     linen_layers.check_variables(variables)
     if not isinstance(adapters, Mapping):
         raise TypeError(
-            f"adapters is a {type(adapters).__name__}: it must be the {{path: Adapter}} that "
-            "adapted.init returned, trained."
+            f"adapters is a {type(adapters).__name__}: it must be {{path: Adapter}}, as "
+            "adapted.init returned it."
         )
     params = unfreeze(linen_layers.join_quantized(variables)["params"])
     for path, node in adapters.items():
@@ -193,7 +195,8 @@ def _merged_variables(variables: Any, adapters: Any, safe: bool, sign: int) -> d
         existing = pytree.get_path(params, parts)
         if existing is None:
             raise ValueError(
-                f"adapters[{path!r}] has no parameters in the model: it was made for another one."
+                f"adapters[{path!r}] has no parameters in the model: it was made for another "
+                "model, so pass the variables of that one."
             )
         if not pytree.is_adapter(node):
             pytree.get_path(params, parts[:-1])[parts[-1]] = linen_layers.in_base_dtype(
@@ -206,9 +209,9 @@ def _merged_variables(variables: Any, adapters: Any, safe: bool, sign: int) -> d
         (weight, *more), treedef = jax.tree.flatten(holder[layer.weight], is_leaf=pytree.is_packed)
         if more or pytree.is_packed(weight):
             raise ValueError(
-                f"the weight of {path!r} is quantised, and no increment can be added to integers "
-                "in place: adalora_jax.quantization.merge dequantises or requantises it, and "
-                "reports the error."
+                f"the weight of {path!r} is quantised, so no increment can be added in place: use "
+                "adalora_jax.quantization.merge, which dequantises or requantises it and reports "
+                "the error."
             )
         merged = layers.merged_weight(path, weight, adapter, layer, sign=sign, safe=safe)
         holder[layer.weight] = treedef.unflatten([merged])
@@ -257,8 +260,8 @@ def _only_reading(adapter: Adapter, shapes: Mapping[str, Sequence[int]], path: s
     fitting = [name for name, shape in shapes.items() if tuple(shape) == wanted]
     if ins == outs or len(fitting) != 1:
         raise ValueError(
-            f"adapters[{path!r}] (in {ins}, out {outs}) was read from a file that does not say how "
-            f"the axes of its weight read, and the parameters {dict(shapes)} do not tell: read it "
-            "with like=adapted.init(...), the adapters of this model."
+            f"adapters[{path!r}] (in {ins}, out {outs}) was read from a file that does not specify "
+            f"the axes of its weight, and the parameters {dict(shapes)} do not determine them: "
+            "read it with like=adapted.init(...), the adapters of this model."
         )
     return Layout(fitting[0])

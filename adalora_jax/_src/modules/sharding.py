@@ -134,7 +134,7 @@ def derive(
         for pattern in rules:
             if not any(rank_spec.matches(pattern, path) for path in specs):
                 raise ValueError(
-                    f"sharding: {pattern!r} matches no adapted layer; they are "
+                    f"sharding: {pattern!r} matches no adapted layer; the adapted layers are "
                     f"{', '.join(list(specs)[:10])}."
                 )
         by_pattern = rules
@@ -195,8 +195,8 @@ def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
         )
     if any(len(spec) > len(own) for spec, own in zip(given, derived)):
         raise ValueError(
-            f"sharding gave {given!r} for {path!r}, with more axes than the adapter has: at most "
-            f"as many as in {derived!r}."
+            f"sharding gave {given!r} for {path!r}, with more axes than the adapter has: pass at "
+            f"most as many as in {derived!r}."
         )
     whole: Any = (pad_spec(spec, len(own)) for spec, own in zip(given, derived))
     return Adapter(*whole)

@@ -62,7 +62,9 @@ def shardings(
     >>> opt_state = jax.jit(tx.init, out_shardings=placed)(adapters)
     """
     if like is None and tx is not None:
-        raise ValueError("like=None: of an optimizer's state it must say where the parameters are.")
+        raise ValueError(
+            "like=None: with tx, pass the parameters or their shardings, which the state follows."
+        )
     like = state if like is None else like
     mesh = mesh or mesh_of(like)
     if mesh is None:
@@ -78,8 +80,8 @@ def shardings(
         if sorted(names) != sorted(owners):
             differing = sorted({*names} ^ {*owners})
             raise ValueError(
-                f"state has other leaves than like, at {differing[:5]}: pass the parameters "
-                "alone, and an optimizer's state with tx=."
+                f"state has other leaves than like, at {differing[:5]}: pass only parameters, or "
+                "an optimizer's state with tx=."
             )
         return treedef.unflatten([place(leaf, owners[n]) for n, (_, leaf) in zip(names, named)])
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -69,14 +69,14 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
     if specs := _specs(chosen, config):
         path = next(iter(specs))
         raise ValueError(
-            f"target_modules gave {specs[path]} for {path!r}, which only this call would know: "
-            "write it into the config with config = adalora_jax.linen.resolve(model, config, "
+            f"target_modules returned {specs[path]} for {path!r}, which the optimizer would not "
+            "know: write it into the config with config = adalora_jax.linen.resolve(model, config, "
             "variables, *inputs) or adalora_jax.nnx.resolve(model, config), and use that config."
         )
     for pattern, _ in config.rank_overrides or ():
         if not any(rank_spec.matches(pattern, path) for path in chosen):
             raise ValueError(
-                f"rank_overrides: {pattern!r} matches no adapted layer; they are "
+                f"rank_overrides: {pattern!r} matches no adapted layer; the adapted layers are "
                 f"{', '.join(list(chosen)[:10])}."
             )
     ranks = _ranks(list(chosen), config)
@@ -140,7 +140,7 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
     wanted, excluded = config.target_modules, config.exclude_modules
     if wanted is None:
         raise ValueError(
-            "target_modules=None: say which layers to adapt, as name suffixes, a regex or "
+            "target_modules=None: select the layers to adapt by name suffixes, a regex or "
             f"'all-linear'. {_nearest('', candidates)}"
         )
     for name in wanted if isinstance(wanted, tuple) else ():
@@ -162,8 +162,8 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
         if named and all(saved_params(path, config) for path in named):
             raise ValueError(
                 f"target_modules={wanted!r}: {name!r} selects no layer: modules_to_save already "
-                f"trains {', '.join(map(repr, named[:8]))} as a whole. Name a layer in one of the "
-                "two."
+                f"trains {', '.join(map(repr, named[:8]))} as a whole. Name a layer in only one of "
+                "the two."
             )
     matched = [path for path in matched if not saved_params(path, config)]
     _require_indices(matched, config)
@@ -176,9 +176,9 @@ def _refuse_container(name: str, candidates: Mapping[str, Candidate]) -> None:
     inside = [p for p, c in candidates.items() if c.layer and p.startswith(f"{found[0]}/")]
     if inside and not any(candidates[path].layer for path in found):
         raise ValueError(
-            f"exclude_modules: {name!r} is {found[0]!r}, which holds layers but is none, so it "
-            f"excludes nothing: name the layers ({', '.join(inside[:8])}), or use the regular "
-            f"expression '.*{re.escape(name)}/.*'."
+            f"exclude_modules: {name!r} matches {found[0]!r}, which contains layers but is not a "
+            f"layer, so it excludes nothing: name the layers ({', '.join(inside[:8])}), or use the "
+            f"regular expression '.*{re.escape(name)}/.*'."
         )
 
 
@@ -192,8 +192,8 @@ def _require_indices(paths: Sequence[str], config: AdaLoraConfig) -> None:
     for index in indices:
         if index not in known and known & {*indices}:
             raise ValueError(
-                f"layers_to_transform: no layer that target_modules picks has the index {index}; "
-                f"there are {sorted(cast('Any', known))}."
+                f"layers_to_transform: no layer that target_modules selects has the index {index}; "
+                f"the indices are {sorted(cast('Any', known))}."
             )
 
 
@@ -216,7 +216,7 @@ def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig)
         return (
             f"{start}, modules_to_save={config.modules_to_save!r} selects no layer: "
             f"modules_to_save already trains {', '.join(map(repr, trained[:8]))} as a whole. Name "
-            "a layer in one of the two."
+            "a layer in only one of the two."
         )
     after = "".join(f", {name}={value!r}" for name, value in filters.items()) if matched else ""
     hint = "" if matched else _whole_path(wanted)
@@ -368,7 +368,7 @@ def _trained_along(parameters: Mapping[str, tuple[int, ...]], config: AdaLoraCon
     """Return a line that lists the parameters that ``modules_to_save`` trains, if any."""
     if not config.modules_to_save or not parameters:
         return []
-    return [f"trained along: {', '.join(saved_roots(list(parameters), config))}"]
+    return [f"also trained: {', '.join(saved_roots(list(parameters), config))}"]
 
 
 def _unadapted(
@@ -460,7 +460,8 @@ def _ranks(paths: Sequence[str], config: AdaLoraConfig) -> dict[str, int]:
         found = [path for path in paths if _is_suffix(path, name) or _is_suffix(name, path)]
         if not found:
             raise ValueError(
-                f"rank_pattern: {name!r} is no adapted layer; they are {', '.join(paths[:10])}."
+                f"rank_pattern: {name!r} is not an adapted layer; the adapted layers are "
+                f"{', '.join(paths[:10])}."
             )
         ranks |= dict.fromkeys(found, _rank(rank))
     return ranks

@@ -284,7 +284,7 @@ def quantize(model: Any, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> A
             "variables, or a flax.nnx module."
         )
     if not inputs:
-        raise TypeError("variables are missing: quantize(module, recipe, variables, *inputs).")
+        raise TypeError("variables are missing: call quantize(module, recipe, variables, *inputs).")
     variables, *inputs_ = inputs
     return _quantized_linen(model, recipe, variables, inputs_, kwargs)
 
@@ -425,7 +425,7 @@ def _checked_increment(path: str, weight: Packed, adapter: Any, layer: Layout) -
         raise ValueError(
             f"the increment of {path!r} cannot be merged: "
             + (layer.note or "it was read without like=adapters of this model")
-            + ". Serve the adapted model, or merge a float model, and quantise that."
+            + ". Serve the adapted model, or merge a float model and quantise the result."
         )
     return weight_increment(layer, adapter, weight.shape)
 
@@ -471,8 +471,8 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
     held = qwix_models.weights(model)
     if held and dtype is None and to != "requantize":
         raise ValueError(
-            f"to={to!r}: Qwix quantised this model, and would take it for one of its own still. "
-            "Merge to='requantize', or to a dtype and pass the result to quantization.quantize."
+            f"to={to!r}: Qwix quantised this model, and its code cannot use this library's packed "
+            "weights. Pass to='requantize', or a dtype and the result to quantization.quantize."
         )
     for path, module, name, weight in held:
         adaptation, layer = getattr(module, "adalora", None), nnx_layers.layer_of(module)
