@@ -1,6 +1,6 @@
 """Time per call of the allocator alone: with new averages, a new mask, or neither.
 
-    python benchmarks/allocator.py [--case bert ...] [--rounds 15]
+    python -m benchmarks.allocator [--case bert ...] [--rounds 15]
 
 The benchmark calls ``allocate``, with its state donated, on the adapters of a BERT-small (36), of a
 model with 7 billion parameters (224) and of 10,000 experts (as two stacks). It measures steps that
@@ -10,10 +10,8 @@ rounds measure:
 - the lower bound: the memory traffic of 4 reads and 2 writes of all adapters, in one array
 - PEFT's ``update_and_allocate`` on as many adapters of the same sizes, if PEFT is installed
 
-It also measures the seconds to trace and to compile, and the bytes of the state. A ratio is the
-median over the rounds. The table, numbers and figure are written to ``--out``; without it, those of
-a complete run are written next to this file. Takes a few minutes on two cores. PEFT needs
-``pip install ".[parity]"``.
+It also measures the seconds to trace and to compile, and the bytes of the state. Takes a few
+minutes on two cores. PEFT needs ``pip install ".[parity]"``.
 """
 
 from __future__ import annotations
@@ -23,16 +21,16 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import peers
-import timing
 from matplotlib.figure import Figure
 
 import adalora_jax as adalora
+from benchmarks import results, timing
+from benchmarks.networks import Unsupported
 
 RANK = 12
 EVERY = 10  # steps between two masks
@@ -41,7 +39,7 @@ CONFIG = adalora.AdaLoraConfig(
     total_step=2 * LAST, tfinal=LAST, init_r=RANK, target_r=8, deltaT=EVERY
 )
 # {kind of step: number of such a step}
-MOMENTS = {"averages": 1, "averages and mask": EVERY, "after the end": LAST + 1}
+MOMENTS = {"averages": 1, "averages and mask": EVERY, "after the final mask": LAST + 1}
 
 
 class Case(NamedTuple):
@@ -126,7 +124,7 @@ class Peft:
     """PEFT's allocator, on layers whose weights take no memory.
 
     Raises:
-      peers.Unsupported: PEFT is not installed.
+      Unsupported: PEFT is not installed.
     """
 
     def __init__(self, case: Case):
@@ -134,7 +132,7 @@ class Peft:
             import peft
             import torch
         except ModuleNotFoundError as error:
-            raise peers.Unsupported(f"{error.name} is not installed") from error
+            raise Unsupported(f"{error.name} is not installed") from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
         layers = []
@@ -175,7 +173,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     floor = Floor(ours.bytes)
     try:
         theirs = Peft(case)
-    except peers.Unsupported as why:
+    except Unsupported as why:
         missing = {"missing": str(why)}
     for moment, step in MOMENTS.items():
         together = {"ours": ours.at(step), "floor": floor}
@@ -195,44 +193,71 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
-def targets(results: Sequence[dict[str, Any]], device: str) -> list[dict[str, Any]]:
-    over_floor, under_peft = (2.0, 1 / 5) if device == "cpu" else (1.5, 1 / 50)
-    found = []
-    for result in results:
+def table(measured: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            *("model", "adapters", "kind of step", "adalora_jax, milliseconds"),
+            *("lower bound, milliseconds", "PEFT, milliseconds"),
+            *("adalora_jax / lower bound", "PEFT / adalora_jax"),
+        )
+    ]
+    for result in measured:
         for moment, times in result["milliseconds"].items():
-            title = f"{result['case']}, {moment}: ours / "
-            if moment != "after the end":
-                ratio = timing.ratio(times["ours"], times["floor"])
-                found.append(timing.judged(f"{title}floor", ratio, over_floor))
-            if "peft" in times:
-                ratio = timing.ratio(times["ours"], times["peft"])
-                found.append(timing.judged(f"{title}PEFT", ratio, under_peft))
-    return found
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    rows = [("adapters", "", "ours, ms", "floor, ms", "PEFT, ms", "ours / floor", "PEFT / ours")]
-    for result in results:
-        for moment, times in result["milliseconds"].items():
-            middle = {name: f"{value:.3g}" for name, value in timing.medians(times).items()}
-            over = f"{timing.ratio(times['ours'], times['floor']):.2f}"
-            peft = f"{timing.ratio(times['peft'], times['ours']):.0f}" if "peft" in times else ""
-            about = f"{result['adapters']:,}: {result['case']}"
+            middle = {name: results.number(ms) for name, ms in timing.medians(times).items()}
+            over = results.factor(timing.ratio(times["ours"], times["floor"]))
+            peft = (
+                results.factor(timing.ratio(times["peft"], times["ours"]))
+                if "peft" in times
+                else ""
+            )
             cells = (middle["ours"], middle["floor"], middle.get("peft", ""), over, peft)
-            rows.append((about, moment, *cells))
-    kept = [("adapters", "MB of adapters", "of the state", "seconds to trace", "to compile")]
-    for result in results:
-        sizes = (f"{result[name] / 1e6:.1f}" for name in ("adapter bytes", "state bytes"))
-        seconds = (f"{result[f'seconds to {verb}']:.2f}" for verb in ("trace", "compile"))
-        kept.append((f"{result['adapters']:,}: {result['case']}", *sizes, *seconds))
-    return f"{timing.markdown(rows)}\n\n{timing.markdown(kept)}"
+            rows.append((result["case"], f"{result['adapters']:,}", moment, *cells))
+    return results.markdown(rows)
 
 
-def picture(results: Sequence[dict[str, Any]]) -> Figure:
+def costs(measured: list[dict[str, Any]]) -> str:
+    """Return the table of memory and of the time before the first step."""
+    rows = [("model", "adapters, MB", "allocator's state, MB", "to trace, s", "to compile, s")]
+    for result in measured:
+        sizes = (results.number(result[name] / 1e6) for name in ("adapter bytes", "state bytes"))
+        seconds = (results.number(result[f"seconds to {verb}"]) for verb in ("trace", "compile"))
+        rows.append((result["case"], *sizes, *seconds))
+    return results.markdown(rows)
+
+
+def text(found: results.Results) -> str:
+    measured = found["results"]
+    rounds = len(next(iter(measured[0]["milliseconds"].values()))["ours"])
+    return "\n\n".join(
+        [
+            "# Time of the allocator",
+            "The benchmark measures one call of the allocator alone, without a model. It has three "
+            "kinds of steps: those that update the averages of the sensitivity and the "
+            f"uncertainty, those that also make a new mask (every {EVERY} steps here), and those "
+            "after the final mask, which only apply it. The lower bound is the "
+            "time to read all adapters four times and write them twice, in one array. PEFT is its "
+            "`update_and_allocate`, on as many adapters of the same sizes in PyTorch.",
+            f"Milliseconds are medians of {rounds} interleaved rounds, and ratios are medians of "
+            "the ratios within a round. In the last column, a number above 1 means that PEFT is "
+            "slower.",
+            table(measured),
+            "PEFT computes the scores of each adapter in separate operations, so its time grows "
+            "with their number; adapters that are stacked in one array are updated together here. "
+            "After the final mask, PEFT is faster where there are few adapters.",
+            "The allocator's state is stored between steps. Tracing and compiling happen once.",
+            costs(measured),
+            results.ending("allocator", found),
+        ]
+    )
+
+
+def picture(found: results.Results) -> Figure:
     """Draw one panel per case: the time of each kind of step, on a logarithmic axis."""
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    looks = {"floor": ("floor", "black"), "ours": ("ours", "tab:blue"), "peft": ("PEFT", "tab:red")}
-    for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results):
+    measured = found["results"]
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    looks = {"floor": ("lower bound", "black"), "ours": ("adalora_jax", "tab:blue")}
+    looks |= {"peft": ("PEFT", "tab:red")}
+    for axes, result in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured):
         moments = list(result["milliseconds"])
         for row, (name, (label, colour)) in enumerate(looks.items()):
             if name not in result["milliseconds"][moments[0]]:
@@ -240,10 +265,12 @@ def picture(results: Sequence[dict[str, Any]]) -> Figure:
             times = [timing.medians(result["milliseconds"][moment])[name] for moment in moments]
             places = [place + 0.27 * (row - 1) for place in range(len(moments))]
             bars = axes.bar(places, times, width=0.25, color=colour, label=label)
-            axes.bar_label(bars, [f"{time:.3g}" for time in times], fontsize=8)
-        axes.set_xticks(range(len(moments)), moments, fontsize=9)
-        axes.set(yscale="log", ylabel="milliseconds")
-        axes.set_title(f"{result['adapters']:,} adapters: {result['case']}", fontsize=10)
+            axes.bar_label(bars, [results.number(time) for time in times], fontsize=8)
+        labels = [moment.replace(" and", "\nand").replace(" the", "\nthe") for moment in moments]
+        axes.set_xticks(range(len(moments)), labels, fontsize=9)
+        axes.set(yscale="log", ylabel="milliseconds per call")
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.set_title(f"{result['case']}: {result['adapters']:,} adapters", fontsize=10)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -253,28 +280,15 @@ def picture(results: Sequence[dict[str, Any]]) -> Figure:
 def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # memory for PyTorch
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
+    option = parser.add_argument
+    option("--case", nargs="+", choices=CASES, default=list(CASES), help="models to measure")
+    option("--rounds", type=int, default=15, help="number of measured calls of each kind")
+    option("--out", type=pathlib.Path, help="folder for the results")
     chosen = parser.parse_args(arguments)
-    results = [measure(CASES[name], chosen.rounds) for name in chosen.case]
-    found, about = targets(results, jax.default_backend()), timing.machine()
-    text = "\n\n".join(
-        [
-            table(results),
-            f"**Targets**\n\n{timing.judgements(found)}",
-            f"Medians of {chosen.rounds} rounds in which all take turns. {about['processor']}, "
-            f"{about['cores']} cores, {about['device']}, JAX {about['jax']}.",
-        ]
-    )
-    complete = set(chosen.case) == set(CASES) and not any("missing" in r for r in results)
-    folder = chosen.out or (pathlib.Path(__file__).parent if complete else None)
-    if folder is None:
-        print(text)
-        return
-    place = timing.place(folder, "allocator")
-    timing.save(place, {"results": results, "targets": found}, text)
-    picture(results).savefig(place.with_suffix(".png"), dpi=110)
+    measured = [measure(CASES[name], chosen.rounds) for name in chosen.case]
+    complete = set(chosen.case) == set(CASES) and not any("missing" in r for r in measured)
+    found = {"results": measured}
+    results.finish("allocator", found, text, picture, folder=chosen.out, complete=complete)
 
 
 if __name__ == "__main__":

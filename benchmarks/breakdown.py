@@ -1,6 +1,6 @@
 """Time of a training step by kind of kernel, measured by XLA's profiler.
 
-    python benchmarks/breakdown.py [--model bert ...] [--rounds 7]
+    python -m benchmarks.breakdown [--model bert ...] [--rounds 7]
 
 The benchmark profiles the frozen model and this library's LoRA and AdaLoRA, on the models of
 ``training.py``. Every kernel has one of these kinds:
@@ -9,12 +9,11 @@ The benchmark profiles the frozen model and this library's LoRA and AdaLoRA, on 
 - thin products: the rank is an axis of the result, or the axis that is summed over; the result of
   the latter is as large as the layer's output
 - passes over activations: other kernels whose result has at least width × tokens elements
-- the rest: smaller kernels, mostly of the adapters: penalty, optimizer, averages, masks
+- small kernels: the others, mostly of the adapters: penalty, optimizer, averages, masks
 
 Times are sums over all threads, divided by the number of cores: the time of a step if all cores are
-busy. A thread that waits for another one inside of a product counts as busy. The table, numbers and
-figure are written to ``--out``; without it, those of a complete run are written next to this file.
-Takes four minutes on two cores.
+busy. A thread that waits for another one inside of a product counts as busy. Takes four minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -30,20 +29,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import peers
-import timing
-import training
 from matplotlib.figure import Figure
-from networks import Shape
+
+from benchmarks import peers, results, training
+from benchmarks.networks import Shape
 
 PEERS = ("frozen", "lora", "adalora")
 KINDS = (
     "large products",
-    "thin products, to the rank",
-    "thin products, from the rank",
+    "thin products, rank in the result",
+    "thin products, summed over the rank",
     "passes over activations",
-    "the rest",
+    "small kernels",
 )
+_, *THIN, _, SMALL = KINDS
 COLOURS = ("lightgrey", "salmon", "tab:red", "tab:blue", "tab:orange")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.-]+) = \w+\[([\d,]*)\][^ ]* ([\w-]+)\((.*)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -128,31 +127,86 @@ def measure(shape: Shape, rounds: int) -> dict[str, dict[str, dict[str, float]]]
 
 
 def table(found: Mapping[str, Any]) -> str:
-    rows = [("", *(f"{peers.TITLES[name]}: ms" for name in found), *("kernels" for _ in found))]
+    titles = [peers.TITLES[name] for name in found]
+    columns = [f"{title}, {unit}" for unit in ("milliseconds", "kernels") for title in titles]
+    rows = [("kind of kernel", *columns)]
     for kind in KINDS:
         cells = [groups[kind] for groups in found.values()]
-        rows.append((kind, *(f"{c['ms']:.1f}" for c in cells), *(c["kernels"] for c in cells)))
-    totals = [sum(group["ms"] for group in groups.values()) for groups in found.values()]
-    rows.append(("all", *(f"{total:.1f}" for total in totals), *("" for _ in found)))
-    return timing.markdown(rows)
+        times = (results.number(cell["ms"]) for cell in cells)
+        rows.append((kind, *times, *(f"{cell['kernels']:,}" for cell in cells)))
+    total = lambda groups, of: sum(group[of] for group in groups.values())
+    times = (results.number(total(groups, "ms")) for groups in found.values())
+    counts = (f"{total(groups, 'kernels'):,}" for groups in found.values())
+    rows.append(("all", *times, *counts))
+    return results.markdown(rows)
 
 
-def picture(results: Mapping[str, Any]) -> Figure:
+def shares(models: Mapping[str, Any]) -> str:
+    """Return the table of what adapters and allocation take of the time of AdaLoRA's step."""
+    rows = [
+        (
+            *("model", "thin products", "thin products, % of AdaLoRA's step"),
+            "penalty, averages and masks, % of AdaLoRA's step",
+        )
+    ]
+    for model, found in models.items():
+        groups = found["adalora"]
+        total = sum(group["ms"] for group in groups.values())
+        thin = 100 * sum(groups[kind]["ms"] for kind in THIN) / total
+        allocation = 100 * (groups[SMALL]["ms"] - found["lora"][SMALL]["ms"]) / total
+        count = sum(groups[kind]["kernels"] for kind in THIN)
+        rows.append((training.NAMES[model], count, f"{thin:.0f}", f"{allocation:.1f}"))
+    return results.markdown(rows)
+
+
+def text(found: results.Results) -> str:
+    parts = [
+        "# Time of a training step by kind of kernel",
+        "The benchmark profiles a training step of the frozen model, and of LoRA and AdaLoRA in "
+        "this library, on the models of [the benchmark of training steps](training.md). AdaLoRA "
+        "makes a new mask at every step. Each kernel of the compiled program has one of five "
+        "kinds. Large products are those of weights and activations, and those of attention. Thin "
+        f"products have an axis of the rank ({peers.RANK}), in the result or summed over. Passes "
+        "over activations are other kernels with a result as large as the activations. Small "
+        "kernels are all others, mostly of the adapters.",
+        f"Times are medians of {found['rounds']} interleaved rounds. They are sums over all "
+        "threads, divided by the number of cores, and so the time of a step in which no core "
+        "waits; a real step takes longer. Models under `nn.scan` have fewer "
+        "kernels, which run once per layer.",
+        "Most of what adapters cost are the thin products. The penalty, the averages and the masks "
+        "are what AdaLoRA's small kernels take more than LoRA's.",
+        shares(found["models"]),
+        *(
+            f"## {_title(found, model)}\n\n{table(groups)}"
+            for model, groups in found["models"].items()
+        ),
+        results.ending("breakdown", found),
+    ]
+    return "\n\n".join(parts)
+
+
+def _title(found: results.Results, model: str) -> str:
+    return training.title({"model": model, "dropout": 0.0, "shape": found["shapes"][model]})
+
+
+def picture(found: results.Results) -> Figure:
     """Draw one stacked bar of kinds per peer, grouped by model."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    models = found["models"]
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
-    places = [1.4 * len(PEERS) * i + j for i in range(len(results)) for j in range(len(PEERS))]
-    bars = [groups for found in results.values() for groups in found.values()]
-    names = [peers.TITLES[name] for found in results.values() for name in found]
+    places = [1.4 * len(PEERS) * i + j for i in range(len(models)) for j in range(len(PEERS))]
+    bars = [groups for found in models.values() for groups in found.values()]
+    names = [peers.TITLES[name].removeprefix("adalora_jax: ") for name in PEERS] * len(models)
     below = [0.0] * len(bars)
     for kind, colour in zip(KINDS, COLOURS):
         heights = [groups[kind]["ms"] for groups in bars]
         axes.bar(places, heights, bottom=below, label=kind, color=colour)
         below = [a + b for a, b in zip(below, heights)]
     axes.set_xticks(places, names, rotation=90, fontsize=8)
-    for first, model in zip(places[:: len(PEERS)], results):
-        axes.annotate(model, (first + 1, 1.01), xycoords=("data", "axes fraction"), ha="center")
-    axes.set_ylabel("milliseconds a step, threads / cores")
+    for first, model in zip(places[:: len(PEERS)], models):
+        where = {"xycoords": ("data", "axes fraction"), "ha": "center"}
+        axes.annotate(training.NAMES[model], (first + 1, 1.01), **where)
+    axes.set_ylabel("milliseconds per step: sum over threads / cores", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -160,30 +214,21 @@ def picture(results: Mapping[str, Any]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=training.CPU, default=list(training.CPU))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--depth", type=int, help="layers, instead of what the model has")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
+    option, every = parser.add_argument, list(training.CPU)
+    option("--model", nargs="+", choices=every, default=every, help="models to measure")
+    option("--rounds", type=int, default=7, help="number of profiles per method")
+    option("--depth", type=int, help="number of layers, instead of the model's own")
+    option("--out", type=pathlib.Path, help="folder for the results")
     chosen = parser.parse_args(arguments)
-    results, parts = {}, []
-    for model in chosen.model:
-        shape = training.CPU[model].replace(**{"depth": chosen.depth} if chosen.depth else {})
-        results[model] = measure(shape, chosen.rounds)
-        about = {"model": model, "dropout": 0.0, "shape": vars(shape)}
-        parts.append(f"**{training.title(about)}**\n\n{table(results[model])}")
-    machine = timing.machine()
-    parts.append(
-        f"Medians of {chosen.rounds} rounds in which all take turns. {machine['processor']}, "
-        f"{machine['cores']} cores, {machine['device']}, JAX {machine['jax']}."
-    )
-    everything = set(chosen.model) == set(training.CPU) and not chosen.depth
-    place = chosen.out or (pathlib.Path(__file__).parent if everything else None)
-    if place is None:
-        print("\n\n".join(parts))
-        return
-    place = timing.place(place, "breakdown")
-    timing.save(place, {"models": results}, "\n\n".join(parts))
-    picture(results).savefig(place.with_suffix(".png"), dpi=110)
+    changes = {"depth": chosen.depth} if chosen.depth else {}
+    shapes = {model: training.CPU[model].replace(**changes) for model in chosen.model}
+    found = {
+        "rounds": chosen.rounds,
+        "shapes": {model: vars(shape) for model, shape in shapes.items()},
+        "models": {model: measure(shape, chosen.rounds) for model, shape in shapes.items()},
+    }
+    complete = set(shapes) == set(training.CPU) and not changes
+    results.finish("breakdown", found, text, picture, folder=chosen.out, complete=complete)
 
 
 if __name__ == "__main__":

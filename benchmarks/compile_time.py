@@ -1,30 +1,29 @@
 """Time to trace and to compile a training step, by number of layers.
 
-    python benchmarks/compile_time.py [--depth 6 24 96] [--repeats 3]
+    python -m benchmarks.compile_time [--depth 6 24 96] [--repeats 3]
 
 The model is BERT-small with 6 to 96 layers, unrolled and under ``nn.scan`` with recomputed
 activations. The frozen model, this library's LoRA and AdaLoRA, and hand-written LoRA are measured
 in turn, each with empty caches; the table shows medians of the repeats. Nothing is run, and no
-array is allocated. The table is written to ``compile_time.md``, the numbers to
-``compile_time.json`` and the figure to ``compile_time.png``, in this folder or ``--out``. Takes
-half an hour on two cores.
+array is allocated. Takes half an hour on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 from typing import Any
 
 import jax
-import peers
-import timing
-import training
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from benchmarks import peers, results, timing, training
+
 PEERS = ("frozen", "lora", "adalora", "autodiff")
-FORMS = {"one by one": False, "scanned": True}
+DEPTHS = [6, 24, 96]
+FORMS = {"unrolled": False, "scanned": True}
 LONG = 48  # unrolled models with at least so many layers are measured once
 
 
@@ -47,41 +46,63 @@ def measure(depth: int, scan: bool, names, repeats: int) -> dict[str, dict[str, 
     return found
 
 
-def total(times: dict[str, list[float]]) -> list[float]:
-    return [sum(both) for both in zip(times["trace"], times["compile"])]
+def table(measured: list[dict[str, Any]], part: str) -> str:
+    """Return the table of the seconds to ``"trace"`` or to ``"compile"``."""
+    names = list(measured[0]["seconds"])
+    rows = [("layers", "form", *(f"{peers.TITLES[name]}, seconds" for name in names))]
+    for result in measured:
+        middle = (timing.medians(result["seconds"][name])[part] for name in names)
+        rows.append((result["depth"], result["form"], *map(results.number, middle)))
+    return results.markdown(rows)
 
 
-def targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        timing.judged(
-            f"{r['depth']} layers {r['form']}: AdaLoRA / LoRA, both ours, tracing and compiling",
-            timing.ratio(total(r["seconds"]["adalora"]), total(r["seconds"]["lora"])),
-            1.2,
-        )
-        for r in results
-        if {"adalora", "lora"} <= set(r["seconds"])
-    ]
+def ratios(measured: list[dict[str, Any]]) -> str:
+    """Return the table of AdaLoRA's total time divided by LoRA's, if both were measured."""
+    total = lambda times: [sum(both) for both in zip(times["trace"], times["compile"])]
+    rows = [("layers", "form", "AdaLoRA / LoRA")]
+    for result in measured:
+        seconds = result["seconds"]
+        if {"adalora", "lora"} <= set(seconds):
+            ratio = timing.ratio(total(seconds["adalora"]), total(seconds["lora"]))
+            rows.append((result["depth"], result["form"], f"{ratio:.2f}"))
+    return results.markdown(rows)
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    names = list(results[0]["seconds"])
-    rows = [("layers", "", *(f"{peers.TITLES[name]}: trace + compile, s" for name in names))]
-    for result in results:
-        cells = []
-        for name in names:
-            middle = timing.medians(result["seconds"][name])
-            cells.append(f"{middle['trace']:.1f} + {middle['compile']:.1f}")
-        rows.append((result["depth"], result["form"], *cells))
-    return timing.markdown(rows)
+def text(found: results.Results) -> str:
+    measured = found["results"]
+    counts = {len(times["trace"]) for result in measured for times in result["seconds"].values()}
+    repeats = "one run each" if counts == {1} else f"medians of {max(counts)} runs each"
+    if counts != {1} and 1 in counts:
+        repeats += f", and one run of unrolled models with {LONG} or more layers"
+    return "\n\n".join(
+        [
+            "# Time to trace and to compile a training step",
+            "The benchmark traces and compiles the training step of a small BERT with empty "
+            "caches, once with its layers unrolled and once with one layer under `nn.scan`, whose "
+            "activations are recomputed. It compiles the frozen model, LoRA and AdaLoRA in this "
+            "library, and hand-written LoRA. Nothing is run. A program is compiled once per "
+            f"training run. The numbers are {repeats}; they depend on other load on the machine, "
+            "so differences of a few seconds mean little.",
+            "With unrolled layers, each adapter adds its own operations to the program, so both "
+            "times grow with the number of layers, and AdaLoRA's more than LoRA's. Under "
+            "`nn.scan`, they hardly depend on the number of layers: scan the layers of a deep "
+            "model.",
+            f"## Tracing\n\n{table(measured, 'trace')}",
+            f"## Compilation\n\n{table(measured, 'compile')}",
+            f"## Both, of AdaLoRA relative to LoRA in this library\n\n{ratios(measured)}",
+            results.ending("compile_time", found),
+        ]
+    )
 
 
-def picture(results: list[dict[str, Any]]) -> Figure:
+def picture(found: results.Results) -> Figure:
     """Draw seconds against layers: tracing on the left, compiling on the right."""
+    measured = found["results"]
     figure = Figure(figsize=(11, 6), layout="constrained")
-    names = list(results[0]["seconds"])
+    names = list(measured[0]["seconds"])
     for axes, part in zip(figure.subplots(1, 2), ("trace", "compile")):
         for form, line in zip(FORMS, ("-", "--")):
-            rows = [result for result in results if result["form"] == form]
+            rows = [result for result in measured if result["form"] == form]
             for name, colour in zip(names, ("black", "tab:cyan", "tab:blue", "darkgrey")):
                 values = [timing.medians(row["seconds"][name])[part] for row in rows]
                 label = f"{peers.TITLES[name]}, {form}"
@@ -91,7 +112,7 @@ def picture(results: list[dict[str, Any]]) -> Figure:
                     **{"color": colour, "marker": "o", "ms": 3, "label": label},
                 )
         axes.set(xscale="log", yscale="log", xlabel="layers", ylabel=f"seconds to {part}")
-        depths = sorted({row["depth"] for row in results})
+        depths = sorted({row["depth"] for row in measured})
         axes.set_xticks(depths, list(map(str, depths)), minor=False)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -103,29 +124,21 @@ def picture(results: list[dict[str, Any]]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--depth", nargs="+", type=int, default=[6, 24, 96])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
+    option = parser.add_argument
+    option("--depth", nargs="+", type=int, default=DEPTHS, help="numbers of layers")
+    option("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="methods to compare")
+    option("--repeats", type=int, default=3, help="number of times to compile each program")
+    option("--out", type=pathlib.Path, help="folder for the results")
     chosen = parser.parse_args(arguments)
-    results = []
+    measured = []
     for form, scan in FORMS.items():
         for depth in chosen.depth:
             found = measure(depth, scan, chosen.peers, chosen.repeats)
-            results.append({"depth": depth, "form": form, "seconds": found})
-            print(f"{depth} layers {form}", flush=True)
-    found, about = targets(results), timing.machine()
-    text = "\n\n".join(
-        [
-            table(results),
-            f"**Targets**\n\n{timing.judgements(found)}",
-            f"{about['processor']}, {about['cores']} cores, for {about['device']}, "
-            f"JAX {about['jax']}.",
-        ]
-    )
-    place = timing.place(chosen.out, "compile_time")
-    timing.save(place, {"results": results, "targets": found}, text)
-    picture(results).savefig(place.with_suffix(".png"), dpi=110)
+            measured.append({"depth": depth, "form": form, "seconds": found})
+            print(f"{depth} layers, {form}", file=sys.stderr, flush=True)
+    complete = (chosen.depth, chosen.peers) == (DEPTHS, list(PEERS))
+    found = {"results": measured}
+    results.finish("compile_time", found, text, picture, folder=chosen.out, complete=complete)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Memory of a training step: the state between steps, and the temporaries of one step.
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory
 
 The benchmark covers the models and peers of ``training.py``. Between steps, memory holds the frozen
 base and the training state: trainable parameters, AdamW's moments, and the allocator's averages.
 The temporaries of a step are those that XLA reports for the compiled step; for eager PyTorch, the
-profiler's peak of simultaneous allocations. No JAX program is run. The table is written to
-``memory.md``, the numbers to ``memory.json`` and the figure to ``memory.png``, in this folder or
-``--out``. Takes about three minutes on two cores.
+profiler's peak of simultaneous allocations. No JAX program is run. Takes about three minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ import pathlib
 from typing import Any
 
 import jax
-import peers
-import timing
-import training
 from matplotlib.figure import Figure
-from networks import Shape
+
+from benchmarks import peers, results, training
+from benchmarks.networks import Shape, Unsupported
 
 PEERS = ("frozen", "lora", "svd", "adalora", "autodiff", "qwix", "full")
 TORCH = ("peft-lora", "peft-adalora")
 COLUMNS = ("adapters", "training state", "temporaries", "peak")
+BEYOND = ("training state", "peak")
 
 
 def size(tree: Any) -> int:
@@ -55,7 +54,7 @@ def of_jax(name: str, shape: Shape, dropout: float) -> dict[str, int]:
 
 def of_torch(name: str, shape: Shape, dropout: float, base: int) -> dict[str, int]:
     step = peers.build(name, shape, peers.RANK, dropout)
-    import torch_peers
+    from benchmarks import torch_peers
 
     found = torch_peers.memory(step)
     return {**found, "peak": base + found["training state"] + found["temporaries"]}
@@ -73,7 +72,7 @@ def measure(shape: Shape, dropout: float) -> tuple[dict[str, Any], dict[str, str
     for name in TORCH:
         try:
             found[name] = of_torch(name, shape, dropout, base)
-        except peers.Unsupported as why:
+        except Unsupported as why:
             missing[name] = str(why)
     return found, missing
 
@@ -83,47 +82,62 @@ def extra(found: dict[str, Any], of: str, to: str, column: str) -> float:
     return (found[of][column] - found[to][column]) / found[of]["adapters"]
 
 
-def targets(title: str, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare the state with that of LoRA in SVD form, and the peak memory with that of LoRA."""
-    return [
-        timing.judged(
-            f"{title}: {column}, AdaLoRA's over that of {peers.TITLES[to]}, / adapters",
-            extra(found, "adalora", to, column),
-            2.0,
-        )
-        for column, to in (("training state", "svd"), ("peak", "lora"))
-    ]
-
-
 def table(found: dict[str, Any], missing: dict[str, str]) -> str:
-    rows = [("", *(f"{column}, MB" for column in COLUMNS), "state over LoRA's / adapters")]
+    beyond = [f"{column} minus LoRA's, in sizes of the adapters" for column in BEYOND]
+    rows = [("method", *(f"{column}, MB" for column in COLUMNS), *beyond)]
     for name, sizes in found.items():
         lora = {"adalora": "lora", "svd": "lora", "peft-adalora": "peft-lora"}.get(name)
-        over = f"{extra(found, name, lora, 'training state'):.2f}" if lora in found else ""
-        cells = (f"{sizes[column] / 1e6:.2f}" for column in COLUMNS)
-        rows.append((peers.TITLES[name], *cells, over))
-    rows += [(peers.TITLES[name], why, "", "", "", "") for name, why in missing.items()]
-    return timing.markdown(rows)
+        cells = (results.number(sizes[column] / 1e6) for column in COLUMNS)
+        more = (f"{extra(found, name, lora, c):.2f}" if lora in found else "" for c in BEYOND)
+        rows.append((peers.TITLES[name], *cells, *more))
+    for name, why in missing.items():
+        rows.append((peers.TITLES[name], f"not measured: {why}", *[""] * (len(rows[0]) - 2)))
+    return results.markdown(rows)
 
 
-def picture(results: list[dict[str, Any]]) -> Figure:
+def text(found: results.Results) -> str:
+    peaks = [[r["bytes"][n]["peak"] for n in ("adalora", "lora")] for r in found["results"]]
+    more = [100 * (ours / lora - 1) for ours, lora in peaks]
+    parts = [
+        "# Memory of a training step",
+        "The benchmark adds up the memory that a training step needs, for the models and methods "
+        "of [the benchmark of training steps](training.md). The training state is stored between "
+        "steps, next to the frozen base: the trained parameters, AdamW's moments, and in AdaLoRA "
+        "the averages of the allocator. Temporaries exist during a step. The peak is all of "
+        "these: base, training state, batch and temporaries. XLA reports the temporaries of the "
+        "compiled step; for PyTorch they are the profiler's largest sum of live allocations.",
+        "The last two columns subtract LoRA's memory from AdaLoRA's, in the same library, and "
+        "divide by the size of the adapters. AdaLoRA's training state has two averages per "
+        "parameter of the adapters more than LoRA's, hence 2.00; PEFT's stores three. AdaLoRA's "
+        f"peak is {min(more):.1f} to {max(more):.1f} % above LoRA's in this library.",
+        *(
+            f"## {training.title(result)}\n\n{table(result['bytes'], result['missing'])}"
+            for result in found["results"]
+        ),
+        results.ending("memory", found),
+    ]
+    return "\n\n".join(parts)
+
+
+def picture(found: results.Results) -> Figure:
     """Draw one panel per model: state and temporaries of each peer, without the base."""
-    figure = Figure(figsize=(13, 0.6 + 3.2 * -(-len(results) // 2)), layout="constrained")
-    panels = figure.subplots(-(-len(results) // 2), min(2, len(results)), squeeze=False).ravel()
-    for axes, result in zip(panels, results):
-        found = result["bytes"]
-        names = list(found)[::-1]
+    measured = found["results"]
+    figure = Figure(figsize=(13, 0.6 + 3.2 * -(-len(measured) // 2)), layout="constrained")
+    panels = figure.subplots(-(-len(measured) // 2), min(2, len(measured)), squeeze=False).ravel()
+    for axes, result in zip(panels, measured):
+        sizes = result["bytes"]
+        names = list(sizes)[::-1]
         labels, start = [peers.TITLES[name] for name in names], [0.0] * len(names)
         for column, colour in (("training state", "tab:blue"), ("temporaries", "lightgrey")):
-            widths = [found[name][column] / 1e6 for name in names]
+            widths = [sizes[name][column] / 1e6 for name in names]
             axes.barh(labels, widths, left=start, color=colour, label=column)
             start = [a + b for a, b in zip(start, widths)]
         axes.set_title(training.title(result, "\n"), fontsize=10)
-        axes.set_xlabel("MB, the frozen base left out")
+        axes.set_xlabel("MB, without the frozen base")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
-    for axes in panels[len(results) :]:
+    for axes in panels[len(measured) :]:
         axes.set_axis_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -132,27 +146,21 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences PyTorch's profiler
     shapes = training.CPU if jax.default_backend() == "cpu" else training.GPU
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=shapes, default=list(shapes))
-    parser.add_argument("--depth", type=int, help="layers, instead of what the model has")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
+    option = parser.add_argument
+    option("--model", nargs="+", choices=shapes, default=list(shapes), help="models to measure")
+    option("--depth", type=int, help="number of layers, instead of the model's own")
+    option("--out", type=pathlib.Path, help="folder for the results")
     chosen = parser.parse_args(arguments)
-    results, found, parts = [], [], []
+    measured = []
     for model in chosen.model:
         shape = shapes[model].replace(**{"depth": chosen.depth} if chosen.depth else {})
         dropout = max(training.DROPOUTS.get(model, (0.0,)))
         sizes, missing = measure(shape, dropout)
         about = {"model": model, "dropout": dropout, "shape": vars(shape)}
-        results.append({**about, "bytes": sizes, "missing": missing})
-        found += targets(model, sizes)
-        parts.append(f"**{training.title(results[-1])}**\n\n{table(sizes, missing)}")
-    about = timing.machine()
-    parts += [
-        f"**Targets**\n\n{timing.judgements(found)}",
-        f"Of the compiled step for: {about['device']}, JAX {about['jax']}.",
-    ]
-    place = timing.place(chosen.out, "memory")
-    timing.save(place, {"results": results, "targets": found}, "\n\n".join(parts))
-    picture(results).savefig(place.with_suffix(".png"), dpi=110)
+        measured.append({**about, "bytes": sizes, "missing": missing})
+    complete = set(chosen.model) == set(shapes) and not chosen.depth
+    found = {"results": measured}
+    results.finish("memory", found, text, picture, folder=chosen.out, complete=complete)
 
 
 if __name__ == "__main__":

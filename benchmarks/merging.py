@@ -1,19 +1,18 @@
 """Rounding errors of an increment that is merged into weights of a narrow dtype.
 
-    python benchmarks/merging.py
+    python -m benchmarks.merging
 
 The weight W is 1024 x 1024 with the standard deviation of an initialised layer; the increment ΔW
 has rank 8 and various norms. Merging rounds W + ΔW to the dtype of W. The benchmark measures the
 error relative to the increment, the error of the layer's output, and the error of the weight after
-unmerging. The table is written to ``merging.md`` and the numbers to ``merging.json``, in this
-folder. Takes seconds.
+unmerging. Takes seconds.
 """
 
 import jax
 import numpy as np
-import timing
 
 import adalora_jax as adalora
+from benchmarks import results
 
 SIZE, RANK, TOKENS = 1024, 8, 512
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,11 +57,42 @@ def measure(dtype, ratio, seed=0):
     }
 
 
-def main():
+def text(found: results.Results) -> str:
+    columns = ("norm of the increment / norm of the weight", "error of the increment, %")
+    columns += ("error of the output, parts per million",)
+    columns += ("error of the weight after unmerging, parts per million",)
+    rows = [("dtype", *columns)]
+    for row in found["rows"]:
+        errors = (
+            100 * row["error of the increment"],
+            1e6 * row["error of the output"],
+            1e6 * row["error of the weight after unmerging"],
+        )
+        rows.append((row["dtype"], f"{row['increment to weight']:g}", *map(results.number, errors)))
+    return "\n\n".join(
+        [
+            "# Rounding errors of merging",
+            "Merging adds the increment ΔW of an adapter to the weight W and rounds the sum to the "
+            f"dtype of W. The benchmark merges increments of rank {found['rank']} and of several "
+            f"norms into a weight of {found['size']:,} × {found['size']:,}, and compares with "
+            "float64.",
+            "The error of the increment is the norm of the rounding error divided by the norm of "
+            "ΔW: at 100 %, the increment is lost. The error of the output is relative to the "
+            "output of the merged layer. The last column is the difference between W and the "
+            "weight after merging and unmerging, relative to W.",
+            "The rounding error depends on the weight, and hardly on the increment. A small "
+            "increment therefore loses most: in bfloat16, one of a hundredth of the weight's norm "
+            "loses a sixth of itself, and one of a thousandth loses most of itself. Serve such an "
+            "adapter unmerged, or merge in float32.",
+            results.markdown(rows),
+            results.ending("merging", found),
+        ]
+    )
+
+
+def main() -> None:
     rows = [measure(dtype, ratio) for dtype in DTYPES for ratio in RATIOS]
-    show = lambda value: value if isinstance(value, str) else f"{value:.1e}"
-    table = [rows[0].keys(), *([show(value) for value in row.values()] for row in rows)]
-    timing.save(__file__, {"size": SIZE, "rank": RANK, "rows": rows}, timing.markdown(table))
+    results.finish("merging", {"size": SIZE, "rank": RANK, "rows": rows}, text)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,10 @@ class Shape:
         return dataclasses.replace(self, **changes)
 
 
+class Unsupported(Exception):
+    """Error of a method that does not support a model; the message is the reason."""
+
+
 class Network(NamedTuple):
     """Model: the tables of its layers, and the functions that run them."""
 

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from networks import Linen, Nnx, Shape, cross_entropy, data
 
 import adalora_jax as adalora
+from benchmarks.networks import Linen, Nnx, Shape, Unsupported, cross_entropy, data
 
 ADAMW = optax.adamw(1e-3)
 RANK = 12
@@ -80,7 +80,7 @@ def build(name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0) -> An
     try:
         if name not in TORCH:
             return Step(PEERS[name](shape, rank, dropout), data(shape))
-        import torch_peers
+        from benchmarks import torch_peers
     except ModuleNotFoundError as error:
         raise Unsupported(f"{error.name} is not installed") from error
     return torch_peers.Step(name, shape, rank, dropout)
@@ -329,10 +329,6 @@ def qwix_nnx(shape: Shape, rank: int, dropout: float) -> Peer:
     return nnx_peer(model, nnx.LoRAParam, reseed)
 
 
-class Unsupported(Exception):
-    """Error of a peer that does not support its arguments; the message is the reason."""
-
-
 def _form(make, form):
     return lambda shape, rank, dropout: make(shape, rank, dropout, form)
 
@@ -359,15 +355,15 @@ TORCH = {
 }
 TITLES = {
     "frozen": "frozen model",
-    "lora": "ours: LoRA",
-    "svd": "ours: LoRA in SVD form",
-    "adalora": "ours: AdaLoRA",
-    "autodiff": "LoRA by hand, autodiff",
+    "lora": "adalora_jax: LoRA",
+    "svd": "adalora_jax: LoRA with trained λ",
+    "adalora": "adalora_jax: AdaLoRA",
+    "autodiff": "hand-written LoRA",
     "qwix": "Qwix: LoRA",
     "full": "full fine-tuning",
-    "nnx-lora": "ours, NNX: LoRA",
-    "nnx-adalora": "ours, NNX: AdaLoRA",
-    "flax-lora": "Flax: nnx.LoRA",
-    "qwix-nnx": "Qwix, NNX: LoRA",
+    "nnx-lora": "adalora_jax (NNX): LoRA",
+    "nnx-adalora": "adalora_jax (NNX): AdaLoRA",
+    "flax-lora": "Flax (NNX): nnx.LoRA",
+    "qwix-nnx": "Qwix (NNX): LoRA",
     **TORCH,
 }

@@ -1,6 +1,6 @@
 """Memory and communication of large models on large meshes, from compiled steps without arrays.
 
-    python benchmarks/planning.py [NAME ...]
+    python -m benchmarks.planning [NAME ...]
 
 The shapes are those of models with 7 and 70 billion parameters, and of two with experts, the second
 of which has a million triplets. Layers are scanned and rematerialised. The frozen base is bfloat16
@@ -12,16 +12,14 @@ allocated.
 The size of a collective is the bytes of its result on one device, times the trip count of its loop.
 Other backends choose other collectives and overlap them with computation, so the benchmark reports
 sizes, not time. All collectives of the optimizer's update are the allocator's, since AdamW has
-none. The table is written to ``planning.md`` and the numbers to ``planning.json``, in this folder.
-Takes about a minute per model.
+none. Takes about a minute per model; the results of models that are not named remain.
 """
 
+import argparse
 import json
 import os
 import re
-import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -29,11 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import timing
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
+from benchmarks import results
 
 # Virtual devices, and no optimisation of the machine code, which is never run.
 FLAGS = (
@@ -111,7 +109,7 @@ def base_spec(path, ndim):
 
 
 def plan(shape):
-    """Return the numbers of one model, a column of the table."""
+    """Return the numbers of one model, a row of the tables."""
     mesh = jax.make_mesh(shape.mesh, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     config = adalora.AdaLoraConfig(
         total_step=1000, init_r=shape.rank, target_r=shape.rank // 2, target_modules="all-linear"
@@ -216,26 +214,75 @@ def collectives(text):
     return of(entry)
 
 
-def human(value):
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(value) < 1000:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g}P"
+def text(found: results.Results) -> str:
+    models = {name: found[name] for name in MODELS if name in found}
+
+    def table(columns):
+        """Return a table of ``{header: (field, unit)}``, one row per model."""
+        rows = [("model", *columns)]
+        for name, row in models.items():
+            shown = lambda value, unit: results.number(value / unit) if unit != 1 else f"{value:,}"
+            rows.append((name, *(shown(row[field], unit) for field, unit in columns.values())))
+        return results.markdown(rows)
+
+    most = max(row["allocator's share"] for row in models.values())
+    sizes = {
+        "parameters, billions": ("parameters", 1e9),
+        "adapted matrices": ("matrices", 1),
+        "triplets": ("triplets", 1),
+        "devices": ("devices", 1),
+        "time to compile, seconds": ("seconds to compile", 1),
+    }
+    memory = {
+        "frozen base, MB": ("base", 1e6),
+        "adapters, MB": ("adapters", 1e6),
+        "AdamW's moments, MB": ("moments", 1e6),
+        "allocator's averages, MB": ("averages", 1e6),
+        "allocator's masks, kB": ("masks", 1e3),
+    }
+    traffic = {
+        "all collectives, GB": ("collectives of a step", 1e9),
+        "the allocator's collectives, kB": ("of the allocator", 1e3),
+        "the allocator's share, parts per million": ("allocator's share", 1e-6),
+        "number of the allocator's collectives": ("allocator's number", 1),
+    }
+    return "\n\n".join(
+        [
+            "# Memory and communication on large meshes",
+            "The benchmark compiles the training step of large models for a mesh of 256 or 512 "
+            "devices, from shapes alone: nothing is allocated or run. The frozen base is bfloat16 "
+            "and sharded over both axes of the mesh. Every weight has a float32 adapter of rank "
+            + ", ".join(f"{MODELS[name].rank} ({name})" for name in models)
+            + ". The optimizer is AdamW.",
+            table(sizes),
+            "## Memory per device\n\nThis is the memory of each device between steps. The factor p "
+            "of an adapter is sharded like the outputs of its weight and q like the inputs, and "
+            "each is replicated along the other axis of the mesh. Averages and moments are sharded "
+            f"like the adapters.\n\n{table(memory)}",
+            "## Communication per device and step\n\nThe size of a collective is the size of its "
+            "result on one device, for every time it runs. Other backends may choose other "
+            "collectives, so these are sizes and not times.\n\n" + table(traffic),
+            "The allocator ranks all triplets of all devices, but communicates only about one "
+            "number per triplet and axis of the mesh, or less: at most "
+            f"{results.number(1e6 * most)} parts per million of the step's communication.",
+            results.ending("planning", found),
+        ]
+    )
 
 
-def main(names):
+def main() -> None:
     os.environ |= {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}  # before JAX's first use
-    file = Path(__file__).with_suffix(".json")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", nargs="*", help=f"model to plan: {', '.join(MODELS)}")
+    names = parser.parse_args().name
+    if unknown := set(names) - set(MODELS):
+        parser.error(f"no model is called {', '.join(sorted(unknown))}")
+    file = results.HERE / "planning.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    plans = {name: plan for name, plan in before.items() if name in MODELS}
-    plans |= {name: plan(MODELS[name]) for name in names}
-    rows = [["", *plans]]
-    for field in next(iter(plans.values())):
-        show = "{:.1e}".format if "share" in field else human
-        rows.append([field, *(show(numbers[field]) for numbers in plans.values())])
-    timing.save(__file__, plans, timing.markdown(rows))
+    plans = {name: row for name, row in before.items() if name in MODELS}
+    plans |= {name: plan(MODELS[name]) for name in names or MODELS}
+    results.finish("planning", plans, text)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or MODELS)
+    main()

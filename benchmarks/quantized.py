@@ -1,12 +1,10 @@
 """Cost of a quantised base: bytes, and the peak memory and time of a training step.
 
-    python benchmarks/quantized.py
-
-The numbers are written to ``quantized.json`` and the tables to ``quantized.md``, in this folder.
-Takes about two minutes on two idle cores. Needs ``pip install ".[quant]"``.
+    python -m benchmarks.quantized
 
 The 7B model exists only as shapes: its training step is compiled, not run. The small model is run,
-with the steps of all bases interleaved.
+with the steps of all bases interleaved. Takes about two minutes on two idle cores. Needs
+``pip install ".[quant]"``.
 """
 
 from __future__ import annotations
@@ -19,16 +17,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import timing
 
 import adalora_jax as adalora
 from adalora_jax import quantization
+from benchmarks import results, timing
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=1000, init_r=12, target_r=8, tinit=100, tfinal=300, target_modules="all-linear"
 )
 TX = adalora.adalora(optax.adamw(1e-3), CONFIG)
 ROUNDS = 9
+UNITS = {"GB": 1e9, "MB": 1e6}
 BASES = ("float32", "bfloat16", "int8", "int4", "nf4")
 LLAMA = {"width": 4096, "hidden": 11008, "heads": 32, "depth": 32, "vocabulary": 32000}
 SMALL = {"width": 512, "hidden": 1376, "heads": 8, "depth": 4, "vocabulary": 1000}
@@ -126,7 +125,7 @@ def bytes_of(variables, adapters, opt, step=None) -> dict[str, int]:
     found = {"base": size(variables), "adapters": size(adapters), "training state": size(opt)}
     if step is not None:
         memory = step.memory_analysis()
-        found["step's temporaries"] = memory.temp_size_in_bytes
+        found["temporaries"] = memory.temp_size_in_bytes
         found["peak"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return found
 
@@ -163,40 +162,52 @@ def measured(shape: dict[str, int], batch: int, length: int):
             return value
 
         steps[base] = run
-    return sizes, timing.interleaved(steps, ROUNDS)
+    return sizes, timing.medians(timing.in_rounds(steps, ROUNDS))
+
+
+def table(sizes: dict[str, dict[str, int]], unit: str) -> str:
+    columns = list(sizes["bfloat16"])
+    rows = [("base", *(f"{column}, {unit}" for column in columns), "base / bfloat16 base")]
+    for base, found in sizes.items():
+        cells = (results.number(found[c] / UNITS[unit]) if c in found else "" for c in columns)
+        rows.append((base, *cells, f"{found['base'] / sizes['bfloat16']['base']:.2f}"))
+    return results.markdown(rows)
+
+
+def text(found: results.Results) -> str:
+    times = found["milliseconds per step"]
+    rows = [("base", "milliseconds per step", "time / bfloat16", "time / float32")]
+    for base, ms in times.items():
+        ratios = (f"{ms / times[other]:.2f}" for other in ("bfloat16", "float32"))
+        rows.append((base, results.number(ms), *ratios))
+    return "\n\n".join(
+        [
+            "# Cost of a quantised base",
+            "The benchmark compares AdaLoRA on a Llama whose frozen base is float32, bfloat16, or "
+            "quantised to int8, int4 or NF4. Embeddings and output layer remain in bfloat16 in a "
+            "quantised base. A model with 7 billion parameters is compiled from shapes, and not "
+            "run; a small one is also timed.",
+            "The training state is that of the optimizer and the allocator. Temporaries exist "
+            "during a step, and the peak is the sum of base, adapters, state and temporaries; both "
+            "are empty where the step was not compiled. A CPU has no arithmetic in bfloat16, so "
+            "the program stores a float32 copy of the whole bfloat16 base among the temporaries. "
+            "Of a quantised base it dequantises one weight at a time. The peaks therefore "
+            "differ more here than on a GPU or TPU, but the sizes of the bases are the same there.",
+            "## 7 billion parameters, one sequence of 512 tokens\n\n" + table(found["7B"], "GB"),
+            "## 4 layers of width 512, 4 sequences of 128 tokens\n\n" + table(found["small"], "MB"),
+            f"## Time of a training step of the small model\n\nThe times are medians of "
+            f"{found['rounds']} interleaved rounds. The bases take the same time, within the "
+            "noise of these measurements.\n\n" + results.markdown(rows),
+            results.ending("quantized", found),
+        ]
+    )
 
 
 def main() -> None:
     large = shapes_only(LLAMA, batch=1, length=512, compiled=("bfloat16", "nf4"))
-    small, step = measured(SMALL, batch=4, length=128)
-    lines = []
-    for title, found, unit, name in (
-        ("A Llama of 7B, one sequence of 512 tokens: shapes only", large, 1e9, "GB"),
-        ("4 layers of width 512, 4 sequences of 128 tokens", small, 1e6, "MB"),
-    ):
-        columns = list(found["bfloat16"])
-        rows = [("base", *(f"{column}, {name}" for column in columns), "base / bf16")]
-        for base, sizes in found.items():
-            cells = (f"{sizes[c] / unit:.2f}" if c in sizes else "" for c in columns)
-            rows.append((base, *cells, f"{sizes['base'] / found['bfloat16']['base']:.2f}"))
-        lines += [f"**{title}**", "", timing.markdown(rows), ""]
-    rows = [("base", "ms a step", "/ bf16", "/ f32")]
-    for base, ms in step.items():
-        ratios = (f"{ms / step[other]:.2f}" for other in ("bfloat16", "float32"))
-        rows.append((base, f"{ms:.0f}", *ratios))
-    about = timing.machine()
-    lines += [
-        "A CPU has no bf16 arithmetic, so XLA keeps a float32 copy of all of a bf16 base among the",
-        "step's temporaries. The quantised bases are of bf16, too; of those it copies one kernel.",
-        "",
-        f"**Time of a training step of the second**, medians of {ROUNDS}, interleaved",
-        "",
-        timing.markdown(rows),
-        "",
-        f"{about['processor']}, {about['cores']} cores, JAX {about['jax']}.",
-    ]
-    results = {"7B": large, "small": small, "milliseconds a step": step}
-    timing.save(__file__, results, "\n".join(lines))
+    small, times = measured(SMALL, batch=4, length=128)
+    found = {"rounds": ROUNDS, "7B": large, "small": small, "milliseconds per step": times}
+    results.finish("quantized", found, text)
 
 
 if __name__ == "__main__":

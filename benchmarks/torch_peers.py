@@ -1,4 +1,4 @@
-"""Peers in PyTorch: models of transformers in the same shapes, adapted by PEFT.
+"""Fine-tuning methods in PyTorch: PEFT on models of transformers in the shapes of ``networks``.
 
 Needs ``pip install ".[parity]"``. Runs on a GPU if PyTorch has one. AdamW is fused, attention is
 ``sdpa``, and GELU is the same approximation as in JAX. AdaLoRA allocates at every step, as in JAX.
@@ -18,8 +18,8 @@ import numpy as np
 import peft
 import torch
 import transformers
-from networks import Shape, data
-from peers import RANK, Unsupported
+
+from benchmarks.networks import Shape, Unsupported, data
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # All peers of all models compile the same few functions.
@@ -29,7 +29,7 @@ torch._dynamo.config.recompile_limit = 64
 class Step:
     """Training step and its state; a call takes one step and returns its loss."""
 
-    def __init__(self, name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0):
+    def __init__(self, name: str, shape: Shape, rank: int, dropout: float):
         torch.manual_seed(0)
         self.steps, self.allocate, self.optimizer = 0, None, None
         self.batch, self.model = batch(shape), model(shape)

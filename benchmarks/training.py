@@ -1,23 +1,22 @@
 """Time of a training step in this library and in its alternatives.
 
-    python benchmarks/training.py [--model bert ...] [--peers frozen lora ...] [--rounds 7]
+    python -m benchmarks.training [--model bert ...] [--peers frozen lora ...] [--rounds 7]
 
 Every method has the same model, weights, batch, precision and AdamW, and adapts all linear layers
 of all blocks at rank 12. Their steps are interleaved:
 
 - the frozen model: forward, and backward to the activations; the lower bound of all adapters
-- ours: LoRA (λ fixed at 1, no penalty, no allocator), the same with λ trained ("SVD form"), and
-  complete AdaLoRA, with new scores and a new mask at every step
+- this library: LoRA (λ fixed at 1, no penalty, no allocator), the same with λ trained, and complete
+  AdaLoRA, with new scores and a new mask at every step
 - hand-written LoRA: ``y + x A B`` in the same linen model, differentiated by JAX's autodiff
 - Qwix's LoRA, Flax's ``nnx.LoRA``, and full fine-tuning
 - PEFT's LoRA and AdaLoRA on the model of transformers with that shape, eager and with
   ``torch.compile``
 
 Methods that compute the same function must have the same losses. A ratio is the median over the
-rounds. On a GPU everything is bfloat16, and the results are named ``training-gpu``. The table,
-numbers and figure are written to ``--out``; without it, those of a complete run are written next to
-this file. Takes up to 15 minutes on two cores. Needs ``pip install ".[quant,plot,parity]"``; peers
-whose packages are missing are skipped.
+rounds. On a GPU everything is bfloat16, and the results are named ``training-gpu``. Takes up to 15
+minutes on two cores. Needs ``pip install ".[quant,plot,parity]"``; peers whose packages are missing
+are skipped.
 """
 
 from __future__ import annotations
@@ -32,11 +31,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import peers
-import timing
 from matplotlib.figure import Figure
-from networks import Shape
 
+from benchmarks import peers, results, timing
+from benchmarks.networks import Shape, Unsupported
+
+NAMES = {"bert": "BERT", "vit": "ViT", "gpt": "GPT", "llama": "Llama"}
 TEXT = {"width": 384, "hidden": 1536, "heads": 6, "depth": 6}
 CPU = {
     "bert": Shape("bert", **TEXT, batch=16, length=64),
@@ -51,24 +51,6 @@ GPU = {
 }
 DROPOUTS = {"bert": (0.1, 0.0)}  # none in the other models
 BERT_ONLY = ("svd", "nnx-lora", "peft-lora-compiled", "peft-adalora-compiled")  # to save time
-# Targets: the time of the first peer is at most ``limit`` times that of the second.
-ANYWHERE = (
-    ("adalora", "lora", 1.03),
-    ("nnx-adalora", "nnx-lora", 1.03),
-    ("adalora", "frozen", 1.15),
-)
-ON_CPU = {
-    "bert": (
-        ("nnx-adalora", "flax-lora", 0.6),
-        ("adalora", "qwix", 0.6),
-        ("nnx-adalora", "qwix-nnx", 0.6),
-    ),
-    "any": (("adalora", "peft-adalora", 1.0), ("adalora", "peft-adalora-compiled", 1.0)),
-}
-ON_GPU = {
-    "bert": (("adalora", "peft-adalora", 1 / 3),),
-    "llama": (("adalora", "peft-adalora", 1 / 1.3),),
-}
 SAME = {"lora", "autodiff", "qwix", "nnx-lora", "flax-lora", "qwix-nnx"}  # all compute LoRA
 
 
@@ -81,7 +63,7 @@ def measure(shape: Shape, names, dropout: float, rounds: int, threads: int = 1) 
         start = time.perf_counter()
         try:
             steps[name] = peers.build(name, shape, peers.RANK, dropout)
-        except peers.Unsupported as why:
+        except Unsupported as why:
             missing[name] = str(why)
             return
         losses[name] = [float(steps[name]()) for _ in range(3)]
@@ -114,62 +96,94 @@ def compare(losses: dict[str, list[float]], dtype: str, dropout: float) -> None:
         raise RuntimeError(f"peers that should have the same losses have {found}.")
 
 
-def targets(model: str, dropout: float, times: dict[str, list[float]], device: str):
-    """Return the targets of a model and whether these times reach them."""
-    asked = list(ANYWHERE)
-    for where, ratios in (ON_CPU if device == "cpu" else ON_GPU).items():
-        asked += ratios if where in (model, "any") else ()
-    if device == "cpu" and model == "bert" and dropout:
-        asked.append(("adalora", "autodiff", 0.5))
-    return [
-        timing.judged(
-            f"{model}, dropout {dropout:g}: {peers.TITLES[of]} / {peers.TITLES[to]}",
-            timing.ratio(times[of], times[to]),
-            limit,
-        )
-        for of, to, limit in asked
-        if of in times and to in times
-    ]
-
-
 def table(result: dict[str, Any]) -> str:
     times = result["milliseconds"]
     columns = [name for name in ("frozen", "adalora") if name in times]
-    rows = [("", "ms a step", *(f"/ {peers.TITLES[name]}" for name in columns))]
+    ratios = [f"ratio to {peers.TITLES[name]}" for name in columns]
+    rows = [("method", "milliseconds per step", *ratios)]
     for name, ms in timing.medians(times).items():
         ratios = (f"{timing.ratio(times[name], times[column]):.2f}" for column in columns)
-        rows.append((peers.TITLES[name], f"{ms:.1f}" if ms < 100 else f"{ms:.0f}", *ratios))
-    rows += [
-        (peers.TITLES[name], why, *("" for _ in columns)) for name, why in result["missing"].items()
+        rows.append((peers.TITLES[name], results.number(ms), *ratios))
+    for name, why in result["missing"].items():
+        rows.append((peers.TITLES[name], f"not measured: {why}", *("" for _ in columns)))
+    return results.markdown(rows)
+
+
+def findings(measured: list[dict[str, Any]]) -> str:
+    """Return how AdaLoRA's time compares with that of other methods, over all models."""
+    others = {
+        "frozen": "the frozen model",
+        "lora": "LoRA in this library",
+        "autodiff": "hand-written LoRA",
+        "qwix": "Qwix's LoRA",
+        "peft-adalora": "PEFT's AdaLoRA",
+        "peft-adalora-compiled": "PEFT's AdaLoRA with `torch.compile` (BERT only)",
+    }
+    lines = []
+    for name, whose in others.items():
+        every = [result["milliseconds"] for result in measured]
+        found = [timing.ratio(t["adalora"], t[name]) for t in every if {name, "adalora"} <= set(t)]
+        if found:
+            lines.append(f"- {min(found):.2f} to {max(found):.2f} times as long as {whose}")
+    if not lines:
+        return ""
+    return "\n".join(["A step of AdaLoRA in this library takes", "", *lines])
+
+
+def text(found: results.Results) -> str:
+    measured = found["results"]
+    rounds = len(next(iter(measured[0]["milliseconds"].values())))
+    parts = [
+        "# Time of a training step",
+        "The benchmark measures the time of one training step of four models, each with random "
+        "weights and data, under every method of fine-tuning. All methods share weights, batch, "
+        "precision and AdamW, and adapt all linear layers of all blocks at rank "
+        f"{peers.RANK}. AdaLoRA computes new scores and a new mask at every step here; in ordinary "
+        "use, masks are less frequent. The frozen model is a forward and a backward pass without "
+        "adapters, and so a lower bound for all of them. Hand-written LoRA is `y + x A B`, "
+        "differentiated by JAX.",
+        f"Milliseconds are medians of {rounds} interleaved rounds, in each of which every method "
+        "takes one step. A ratio above 1 is slower than the method in the column's header. Ratios "
+        "are medians of the ratios within a round, so that other load on the machine affects them "
+        "little; they may therefore differ from the quotients of the milliseconds.",
+        findings(measured),
+        *(f"## {title(result)}\n\n{table(result)}" for result in measured),
+        results.ending("training", found),
     ]
-    return timing.markdown(rows)
+    return "\n\n".join(part for part in parts if part)
 
 
-def picture(results: list[dict[str, Any]]) -> Figure:
+def picture(found: results.Results) -> Figure:
     """Draw one panel per model, with one bar per peer."""
-    rows = -(-len(results) // 2)
+    measured = found["results"]
+    rows = -(-len(measured) // 2)
     figure = Figure(figsize=(13, 0.6 + 4.0 * rows), layout="constrained")
-    panels = figure.subplots(rows, min(2, len(results)), squeeze=False).ravel()
-    for axes, result in zip(panels, results):
+    panels = figure.subplots(rows, min(2, len(measured)), squeeze=False).ravel()
+    for axes, result in zip(panels, measured):
         times = timing.medians(result["milliseconds"])
         names = sorted(times, key=times.__getitem__, reverse=True)
         colours = [_colour(name) for name in names]
         bars = axes.barh([peers.TITLES[n] for n in names], [times[n] for n in names], color=colours)
-        axes.bar_label(bars, [f"{times[n]:.3g}" for n in names], padding=3, fontsize=9)
+        labels = axes.bar_label(bars, [results.number(times[n]) for n in names], padding=3)
+        for label in labels:  # legible where the line of the frozen model crosses it
+            label.set(fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axes.set_title(title(result, "\n"), fontsize=10)
-        axes.set_xlabel("milliseconds a training step")
+        axes.set_xlabel("milliseconds per training step")
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
         if "frozen" in times:
             axes.axvline(times["frozen"], color="black", lw=1, ls=":")
-    for axes in panels[len(results) :]:
+    for axes in panels[len(measured) :]:
         axes.set_axis_off()
-    figure.supxlabel("blue: this library, grey: others in JAX, red: in PyTorch", fontsize=10)
+    figure.supxlabel(
+        "blue: this library; grey: other methods in JAX; red: PyTorch; dotted line: frozen model",
+        fontsize=10,
+    )
     return figure
 
 
 def _colour(name: str) -> str:
-    if peers.TITLES[name].startswith("ours"):
+    if peers.TITLES[name].startswith("adalora_jax"):
         return "tab:blue"
     return "tab:red" if name in peers.TORCH else "black" if name == "frozen" else "darkgrey"
 
@@ -179,55 +193,39 @@ def title(result: dict[str, Any], end: str = " ") -> str:
     layers = "layer" if shape.depth == 1 else "layers"
     how = ", layers scanned and recomputed" if shape.scan else ""
     return (
-        f"{result['model']}{how}, dropout {result['dropout']:g}:{end}{shape.depth} {layers} of "
-        f"width {shape.width}, {shape.batch} × {shape.tokens} tokens, {shape.dtype}"
+        f"{NAMES[result['model']]}{how}, dropout {result['dropout']:g}:{end}{shape.depth} {layers} "
+        f"of width {shape.width}, batch of {shape.batch} × {shape.tokens} tokens, {shape.dtype}"
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
     # JAX must leave GPU memory to PyTorch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    device = jax.default_backend()
-    shapes = CPU if device == "cpu" else GPU
+    shapes = CPU if jax.default_backend() == "cpu" else GPU
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=shapes, default=list(shapes))
-    parser.add_argument("--peers", nargs="+", choices=peers.TITLES)
-    parser.add_argument("--dropout", nargs="+", type=float)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="so many compile at a time")
-    parser.add_argument("--depth", type=int, help="layers, instead of what the model has")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
+    option = parser.add_argument
+    option("--model", nargs="+", choices=shapes, default=list(shapes), help="models to measure")
+    option("--peers", nargs="+", choices=peers.TITLES, help="methods to compare")
+    option("--dropout", nargs="+", type=float, help="dropout rates of the adapters")
+    option("--rounds", type=int, default=7, help="number of measured steps per method")
+    option("--threads", type=int, default=1, help="number of steps to compile in parallel")
+    option("--depth", type=int, help="number of layers, instead of the model's own")
+    option("--out", type=pathlib.Path, help="folder for the results")
     chosen = parser.parse_args(arguments)
 
-    results, found = [], []
+    measured = []
     for model in chosen.model:
         shape = shapes[model].replace(**{"depth": chosen.depth} if chosen.depth else {})
         default = [n for n in peers.TITLES if model == "bert" or n not in BERT_ONLY]
         for dropout in chosen.dropout or DROPOUTS.get(model, (0.0,)):
             result = measure(shape, chosen.peers or default, dropout, chosen.rounds, chosen.threads)
             about = {"model": model, "dropout": dropout, "shape": vars(shape)}
-            results.append({**about, **result})
-            found += targets(model, dropout, result["milliseconds"], device)
-            print(f"{title(results[-1])}\n\n{table(result)}\n", flush=True)
-    about = timing.machine()
-    text = "\n\n".join(
-        [
-            *(f"**{title(result)}**\n\n{table(result)}" for result in results),
-            f"**Targets**\n\n{timing.judgements(found)}",
-            f"Medians of {chosen.rounds} rounds in which all take turns. {about['processor']}, "
-            f"{about['cores']} cores, {about['device']}, JAX {about['jax']}.",
-        ]
-    )
-    everything = set(chosen.model) == set(shapes) and not (
-        chosen.peers or chosen.dropout or chosen.depth
-    )
-    place = chosen.out or (pathlib.Path(__file__).parent if everything else None)
-    if place is None:
-        print(timing.judgements(found))
-        return
-    place = timing.place(place, "training")
-    timing.save(place, {"results": results, "targets": found}, text)
-    picture(results).savefig(place.with_suffix(".png"), dpi=110)
+            measured.append({**about, **result})
+            print(f"{title(measured[-1])}\n\n{table(result)}\n", file=sys.stderr, flush=True)
+    every = set(chosen.model) == set(shapes)
+    complete = every and not (chosen.peers or chosen.dropout or chosen.depth)
+    found = {"results": measured}
+    results.finish("training", found, text, picture, folder=chosen.out, complete=complete)
 
 
 if __name__ == "__main__":

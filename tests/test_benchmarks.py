@@ -1,5 +1,8 @@
-"""The training benchmarks: equivalence of peers, tables, targets, and every script."""
+"""The benchmarks: equivalence of peers, tables, pages, imports, and every script."""
 
+import ast
+import graphlib
+import importlib
 import json
 import os
 import pathlib
@@ -11,16 +14,19 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT))
 
-import allocator  # noqa: E402
-import compile_time  # noqa: E402
-import memory  # noqa: E402
-import networks  # noqa: E402
-import peers  # noqa: E402
-import scaling  # noqa: E402
-import timing  # noqa: E402
-import training  # noqa: E402
+from benchmarks import (  # noqa: E402
+    __main__,
+    allocator,
+    compile_time,
+    memory,
+    networks,
+    peers,
+    results,
+    scaling,
+    training,
+)
 
 SMALL = {"depth": 1, "width": 16, "hidden": 32, "heads": 2, "batch": 2, "vocabulary": 20}
 SHAPES = {
@@ -74,21 +80,13 @@ def test_all_linear_layers_are_adapted(kind):
     assert all(adapter.lam.shape == (*stack, peers.RANK) for adapter in found.values())
 
 
-def test_targets_use_median_ratio_over_rounds():
+def test_ratios_are_medians_over_rounds():
     times = {"adalora": [2.0, 4.0, 30.0], "lora": [1.0, 4.0, 30.0], "frozen": [1.0, 2.0, 10.0]}
-    times["autodiff"] = [4.0, 8.0, 60.0]
-    found = training.targets("bert", 0.1, times, "cpu")
-    assert [(row["measured"], row["reached"]) for row in found] == [
-        (1.0, True),  # to LoRA, in the median round
-        (2.0, False),  # to the frozen model
-        (0.5, True),  # to autodiff
-    ]
-    assert len(training.targets("bert", 0.0, times, "cpu")) == 2
-    assert "| bert, dropout 0.1: ours: AdaLoRA / frozen model" in timing.judgements(found)
-    assert "| 2.00 | 1.15 | **no** |" in timing.judgements(found)
-    slow = {"adalora": [3.0], "peft-adalora": [4.0]}
-    assert [row["reached"] for row in training.targets("llama", 0, slow, "gpu")] == [True]
-    assert [row["reached"] for row in training.targets("bert", 0, slow, "gpu")] == [False]
+    result = {"milliseconds": times, "missing": {}}
+    assert "| adalora_jax: AdaLoRA | 4.00 | 2.00 | 1.00 |" in training.table(result)
+    found = training.findings([result, {"milliseconds": {"adalora": [3.0], "frozen": [4.0]}}])
+    assert "- 0.75 to 2.00 times as long as the frozen model" in found
+    assert "- 1.00 to 1.00 times as long as LoRA" in found
 
 
 def test_allocator_benchmark_covers_each_kind_of_step():
@@ -99,20 +97,26 @@ def test_allocator_benchmark_covers_each_kind_of_step():
     for moment, step in allocator.MOMENTS.items():
         live[moment] = sum(int(mask.sum()) for mask in ours.at(step)().values())
     # The budget falls over the run, and ends at 8 of 12 triplets in each of the 9 matrices.
-    assert live["averages"] == 9 * 12 > live["averages and mask"] >= live["after the end"] == 9 * 8
+    assert (
+        live["averages"]
+        == 9 * 12
+        > live["averages and mask"]
+        >= live["after the final mask"]
+        == 9 * 8
+    )
     times = {"ours": [4.0], "floor": [1.0], "peft": [12.0]}
-    result = {"case": "small", "milliseconds": dict.fromkeys(allocator.MOMENTS, times)}
-    found = allocator.targets([result], "cpu")
-    assert [round(row["measured"], 2) for row in found] == [4.0, 0.33, 4.0, 0.33, 0.33]
+    result = {"case": "small", "adapters": 9, "milliseconds": {"averages": times}}
+    row = "| small | 9 | averages | 4.00 | 1.00 | 12.0 | 4.00 | 3.00 |"
+    assert allocator.table([result]).endswith(row)
 
 
 def test_unsupported_peer_is_listed_in_table():
-    with pytest.raises(peers.Unsupported, match="has no dropout"):
+    with pytest.raises(networks.Unsupported, match="has no dropout"):
         peers.build("flax-lora", SHAPES["bert"], dropout=0.1)
     result = {"milliseconds": {"frozen": [1.0], "adalora": [2.0]}, "missing": {"qwix": "why"}}
     table = training.table(result).splitlines()
-    assert table[2] == "| frozen model | 1.0 | 1.00 | 0.50 |"
-    assert table[4] == "| Qwix: LoRA | why |  |  |"
+    assert table[2] == "| frozen model | 1.00 | 1.00 | 0.50 |"
+    assert table[4] == "| Qwix: LoRA | not measured: why |  |  |"
 
 
 def test_memory_is_computed_from_shapes():
@@ -124,9 +128,8 @@ def test_memory_is_computed_from_shapes():
     assert found["svd"]["training state"] == 3 * adapters + 4
     scalars = 4 * 4 + 1  # step, budget, overridden, penalty; applied
     assert found["adalora"]["training state"] == 5 * adapters + 4 + triplets + scalars
-    state, _ = memory.targets("bert", found)
-    assert state["measured"] == pytest.approx(2.0, abs=0.1)
-    assert "| ours: AdaLoRA | " in memory.table(found, {"qwix": "not installed"})
+    assert memory.extra(found, "adalora", "svd", "training state") == pytest.approx(2.0, abs=0.1)
+    assert "| adalora_jax: AdaLoRA | " in memory.table(found, {"qwix": "not installed"})
 
 
 def test_compile_time_and_scaling_report_their_cases():
@@ -134,25 +137,58 @@ def test_compile_time_and_scaling_report_their_cases():
         "adalora": {"trace": [1.0], "compile": [2.0]},
         "lora": {"trace": [1], "compile": [1]},
     }
-    rows = [{"depth": 6, "form": "one by one", "seconds": seconds}]
-    assert [(row["measured"], row["reached"]) for row in compile_time.targets(rows)] == [
-        (1.5, False)
-    ]
-    assert compile_time.table(rows).endswith("| 6 | one by one | 1.0 + 2.0 | 1.0 + 1.0 |")
-    shape, rank = scaling.at("adapters a layer", 2, SHAPES["bert"])
+    rows = [{"depth": 6, "form": "unrolled", "seconds": seconds}]
+    assert compile_time.ratios(rows).endswith("| 6 | unrolled | 1.50 |")
+    assert compile_time.table(rows, "compile").endswith("| 6 | unrolled | 2.00 | 1.00 |")
+    shape, rank = scaling.at("adapters per layer", 2, SHAPES["bert"])
     assert (shape.adapted, rank) == (("query", "value"), peers.RANK)
     assert scaling.at("rank", 4, shape) == (shape, 4)
 
 
 def test_benchmarks_command_lists_all_scripts():
-    command = [sys.executable, ROOT / "benchmarks"]
-    told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "benchmarks"]
+    options = {"capture_output": True, "text": True, "cwd": ROOT}
+    told = subprocess.run([*command, "--help"], check=True, **options).stdout
     for name in ("compile_time", "memory", "merging", "planning", "quantized", "scaling"):
         assert name in told
-    for name in ("networks", "peers", "timing", "__main__"):  # modules without a command
+    for name in ("networks", "peers", "timing", "results", "__main__"):  # modules without a command
         assert name not in told
-    wrong = subprocess.run([*command, "speed"], capture_output=True, text=True, check=False)
+    wrong = subprocess.run([*command, "speed"], check=False, **options)
     assert "no benchmark is called speed" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", __main__.names())
+def test_page_is_rendered_from_stored_results(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    path = ROOT / f"benchmarks/{name}.json"
+    page = results.page(path, module.text, getattr(module, "picture", None))
+    assert page == path.with_suffix(".md").read_text("utf-8"), "run python -m benchmarks --render"
+
+
+def test_numbers_are_plain():
+    numbers = (0, 1698.6, 0.48321, 9.996, 0.000253, 3.385e3)
+    assert list(map(results.number, numbers)) == [
+        "0",
+        "1,700",
+        "0.483",
+        "10.0",
+        "0.000253",
+        "3,380",
+    ]
+    assert [results.factor(ratio) for ratio in (0.451, 9.994, 27.69)] == ["0.45", "9.99", "27.7"]
+
+
+def test_imports_of_benchmarks_are_acyclic():
+    arrows, dotted = {}, lambda name: name.startswith("benchmarks.")
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        found = arrows[".".join(path.relative_to(ROOT).with_suffix("").parts)] = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):  # also within functions
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None)
+                names = [f"{module}.{a.name}" if module else a.name for a in node.names]
+                found |= set(filter(dotted, [*names, module or ""]))
+    order = list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError
+    assert order.index("benchmarks.peers") < order.index("benchmarks.training")
 
 
 @pytest.mark.slow
@@ -169,22 +205,19 @@ def test_benchmarks_command_lists_all_scripts():
         ("compile_time", "--depth 1 2 --repeats 1"),
         ("scaling", "--width 32 --rounds 1 --axis rank"),
         ("breakdown", "--model bert --depth 1 --rounds 1"),
-        ("levers", "--lever compaction --width 96 --depth 1 --rounds 1"),
     ],
 )
 def test_benchmark_script_runs(script, arguments, tmp_path):
     subprocess.run(
-        [sys.executable, ROOT / f"benchmarks/{script}.py", *arguments.split(), "--out", tmp_path],
+        [sys.executable, "-m", f"benchmarks.{script}", *arguments.split(), "--out", tmp_path],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
     )
-    results = json.loads((tmp_path / f"{script}.json").read_text())
-    assert results["machine"]["jax"] == jax.__version__
-    assert all(row["measured"] > 0 for row in results.get("targets", []) if script != "memory")
-    titles = {"allocator": "| 36: BERT-small |", "levers": "| AdaLoRA, compacted |"}
-    assert titles.get(script, "| ours: AdaLoRA") in (tmp_path / f"{script}.md").read_text()
-    if script != "levers":
-        assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((tmp_path / f"{script}.json").read_text())
+    assert stored["machine"]["jax"] == jax.__version__
+    row = "| BERT-small | 36 |" if script == "allocator" else "adalora_jax: AdaLoRA"
+    assert row in (tmp_path / f"{script}.md").read_text()
+    assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parity
@@ -192,7 +225,7 @@ def test_benchmark_script_runs(script, arguments, tmp_path):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_transformers_model_has_our_parameter_count_and_trains(kind):
     pytest.importorskip("torch", reason="needs torch: pip install '.[parity]'")
-    import torch_peers
+    from benchmarks import torch_peers
 
     shape = SHAPES[kind]
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))

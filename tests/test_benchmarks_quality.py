@@ -12,6 +12,7 @@ from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+from benchmarks import results as files
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import methods, paired, prepare, report, study, tasks, train
 
@@ -201,6 +202,12 @@ def test_only_significant_differences_are_marked():
     assert "| AdaLoRA as in PEFT | +9.1 |" in better  # because of one seed
     about["sign"] = -1
     assert "| AdaLoRA, scale × 4 | +2.000 *(worse)* |" in report.verdict(results)
+
+
+def test_page_is_rendered_from_stored_results():
+    path = files.HERE / "quality.json"
+    page = files.page(path, report.text, report.picture)
+    assert page == path.with_suffix(".md").read_text("utf-8"), "run benchmarks.quality --render"
 
 
 def test_report_uses_paired_differences_and_rising_budgets(folder):

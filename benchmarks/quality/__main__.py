@@ -11,7 +11,8 @@ also made at the start of a study.
 A cell of the table is one compiled program that runs all seeds and learning rates in parallel. The
 results are written after each cell, and an interrupted study continues from them. The numbers are
 written to ``quality.json``, the tables to ``quality.md`` and the figure to ``quality.png``, in
-``benchmarks`` or ``--out``. Takes minutes on a large GPU, and days on two CPU cores.
+``benchmarks`` or ``--out``; ``--render`` only makes the latter two from the first. Takes minutes on
+a large GPU, and days on two CPU cores.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import timing
+from benchmarks import results
 from benchmarks.quality import methods, report, study, tasks
 
 HERE = pathlib.Path(__file__).parent
@@ -35,26 +36,26 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         prog="python -m benchmarks.quality", description=str(__doc__).partition("\n")[0]
     )
     option = parser.add_argument
-    option("--task", nargs="+", choices=tasks.NAMES, default=list(tasks.NAMES))
-    option("--method", nargs="+", choices=methods.METHODS, help="only these")
-    option("--budget", nargs="+", choices=tasks.BUDGETS, help="only at these")
-    option("--seeds", type=int, default=10)
-    option("--rates", type=int, default=7, help="learning rates for each cell")
-    option("--near", type=int, metavar="N", help="only N, near a best (see study.run)")
-    option("--beyond", type=int, default=2, metavar="N", help="N more where the best was at an end")
-    option("--at-once", type=int, metavar="N", help="runs side by side; all of them, on a CPU 2")
-    option("--quick", action="store_true", help="a handful of steps, to see that it runs")
-    option("--budget-seconds", type=float, default=study.FOREVER, help="begin no cell after that")
-    option("--threads", type=int, help="that compile at a time; as many as there are cores")
-    option("--prepare", action="store_true", help="make the files of the tasks, and no more")
-    option("--report", action="store_true", help="tables and picture of what is there already")
-    option("--data", type=pathlib.Path, default=HERE / ".data", help="folder for those files")
+    option("--task", nargs="+", choices=tasks.NAMES, default=list(tasks.NAMES), help="tasks to run")
+    option("--method", nargs="+", choices=methods.METHODS, help="run only these methods")
+    option("--budget", nargs="+", choices=tasks.BUDGETS, help="run only these budgets")
+    option("--seeds", type=int, default=10, help="number of seeds")
+    option("--rates", type=int, default=7, help="number of learning rates per cell")
+    option("--near", type=int, metavar="N", help="run only N rates, near a known best (study.run)")
+    option("--beyond", type=int, default=2, metavar="N", help="N more rates if the best is an end")
+    option("--at-once", type=int, metavar="N", help="runs in parallel; default: all, on a CPU 2")
+    option("--quick", action="store_true", help="run a few steps only, as a smoke test")
+    option("--budget-seconds", type=float, default=study.FOREVER, help="start no cell after that")
+    option("--threads", type=int, help="number of cells to compile in parallel; default: cores")
+    option("--prepare", action="store_true", help="only make the files of the tasks")
+    option("--render", action="store_true", help="only write page and picture of the results")
+    option("--data", type=pathlib.Path, default=HERE / ".data", help="folder of the tasks' files")
     option("--out", type=pathlib.Path, default=HERE.parent, help="folder for the results")
     chosen = parser.parse_args(arguments)
 
     path = chosen.out / "quality.json"
-    if chosen.report:
-        return _report(json.loads(path.read_text("utf-8")), path)
+    if chosen.render:
+        return _render(path)
     for name in chosen.task:
         if not (chosen.data / f"{name}.npz").exists():
             from benchmarks.quality import prepare  # imports packages that training does not need
@@ -72,28 +73,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "python": tasks.python_of(chosen.task, chosen.data),
             "tasks": {name: _about(task) for name, task in found.items()},
         },
-        "machine": timing.machine(),
+        "machine": results.machine(),
     }
     wanted = study.cells(found, chosen.method)
     wanted = [cell for cell in wanted if str(cell.budget) in (chosen.budget or str(cell.budget))]
     at_once = chosen.at_once or (2 if jax.default_backend() == "cpu" else None)
     limits = chosen.budget_seconds, chosen.threads, chosen.near, chosen.beyond, at_once
-    results, failed = study.run(found, wanted, chosen.rates, path, about, *limits)
-    _report(results, path)
+    _, failed = study.run(found, wanted, chosen.rates, path, about, *limits)
+    written = _render(path) if path.exists() else {}  # missing if no cell was completed
     if failed:
         sys.exit(f"{len(failed)} cells failed: {', '.join(failed)}")
-    return results
+    return written
 
 
-def _report(results: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    """Write the tables and the figure next to the results."""
-    path.with_suffix(".md").write_text(report.text(results) + "\n", encoding="utf-8")
-    print(f"The tables are in {path.with_suffix('.md')}.", file=sys.stderr)
+def _render(path: pathlib.Path) -> dict[str, Any]:
+    """Write the page and the picture of the results, and return the results."""
     try:
-        report.picture(results).savefig(path.with_suffix(".png"), dpi=110)
+        results.render(path, report.text, report.picture)
     except ModuleNotFoundError as error:
-        print(f"{error.name} is missing: --report draws the picture elsewhere.", file=sys.stderr)
-    return results
+        print(f"{error.name} is missing: draw the picture later, by --render.", file=sys.stderr)
+    print(f"The tables are in {path.with_suffix('.md')}.", file=sys.stderr)
+    return json.loads(path.read_text("utf-8"))
 
 
 def _about(task: tasks.Task) -> dict[str, Any]:

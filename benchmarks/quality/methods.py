@@ -77,7 +77,7 @@ BASELINES = {
     "frozen": Method("frozen base", "frozen", 1, only_main=True),
     "full": Method("full fine-tuning", "full", 1, only_main=True),
     "lora": Method("LoRA", "lora", 1),
-    "lora-plus": Method("LoRA+, p at 16 × the rate", "lora", 1, p_rate=16),
+    "lora-plus": Method("LoRA+: learning rate of p × 16", "lora", 1, p_rate=16),
     "svd-lora": Method("SVD-LoRA: trained λ, no pruning", "svd", 1),
     "pruned-lora": Method("LoRA pruned by magnitude", "lora", 2, {"score": triplet_size}),
     "adalora": Method("AdaLoRA as in PEFT", "svd", 2),
@@ -98,16 +98,22 @@ IMPROVEMENTS = {
     "lora-x8": Method("LoRA, scale × 8", "lora", 1, {"scale": 8}, only_main=True),
     "x4": _adalora("scale × 4", scale=4),
     "x8": _adalora("scale × 8", scale=8),
-    "lam10": _adalora("λ at 10 × the rate", lambda_lr_scale=10),
+    "lam10": _adalora("learning rate of λ × 10", lambda_lr_scale=10),
     "orthonormal": _adalora("orthonormal init", init="orthonormal"),
-    "orthonormal-lam10": Method("AdaLoRA, orthonormal, λ × 10", config=_COMBINED),
+    "orthonormal-lam10": Method("AdaLoRA, orthonormal init, λ × 10", config=_COMBINED),
     "x4-lam10": Method("AdaLoRA, scale × 4, λ × 10", config={"scale": 4, "lambda_lr_scale": 10}),
-    "orthonormal-x4-lam10": _adalora("orthonormal, scale × 4, λ × 10", **_COMBINED, scale=4),
-    "start4": _adalora("from 4 × the rank", start=4),
-    "start4-orthonormal-lam10": _adalora("from 4 ×, orthonormal, λ × 10", start=4, **_COMBINED),
-    "start4-x4-lam10": _adalora("from 4 ×, scale × 4, λ × 10", 4, scale=4, lambda_lr_scale=10),
+    "orthonormal-x4-lam10": _adalora("orthonormal init, scale × 4, λ × 10", **_COMBINED, scale=4),
+    "start4": _adalora("initial rank 4 × the final", start=4),
+    "start4-orthonormal-lam10": _adalora(
+        "initial rank × 4, orthonormal init, λ × 10", start=4, **_COMBINED
+    ),
+    "start4-x4-lam10": _adalora(
+        "initial rank × 4, scale × 4, λ × 10", 4, scale=4, lambda_lr_scale=10
+    ),
     "every10": _adalora("a mask every 10 steps", deltaT=10),
-    "every10-held": _adalora("a mask every 10 steps, held", deltaT=10, freeze_pruned=True),
-    "unrevived": _adalora("pruned for good", allow_regrowth=False),
+    "every10-held": _adalora(
+        "a mask every 10 steps, pruned λ frozen", deltaT=10, freeze_pruned=True
+    ),
+    "unrevived": _adalora("no regrowth", allow_regrowth=False),
 }
 METHODS = {**BASELINES, **ABLATIONS, **IMPROVEMENTS}

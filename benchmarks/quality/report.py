@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.quality import methods
 from benchmarks.quality.paired import holm, mean_and_deviation, sign_flip
-from benchmarks.timing import markdown
+from benchmarks.results import described, markdown
 
 LEVEL = 0.05
 Cells = Mapping[str, Mapping[str, Any]]  # records of the study, by "task/method/budget"
@@ -29,59 +29,88 @@ MARKS = {
 def text(results: Mapping[str, Any]) -> str:
     """Return the complete report as Markdown."""
     study = results["study"]
-    parts = [_method(study)]
+    parts = ["# Accuracy of AdaLoRA, LoRA and full fine-tuning", _method(study)]
+    parts += [f"## Results\n\n{_findings(results)}", verdict(results)]
     for name, about in study["tasks"].items():
         found = {key: cell for key, cell in results["cells"].items() if key.startswith(f"{name}/")}
         if found:
-            parts.append(f"**{about['title']}** ({about['measure']})")
+            parts.append(f"## {about['title']}")
             parts += _tables(name, about, found, study["rates"])
-    parts.append("**Where AdaLoRA or LoRA with an option is ahead of LoRA**\n\n" + verdict(results))
     counts = Counter(cell["device"] for cell in results["cells"].values())
-    machines = [_machine(machine, counts[name]) for name, machine in results["machines"].items()]
-    parts.append(f"The standard library of Python {study['python']}. {'; '.join(machines)}.")
-    return "\n\n".join(part for part in parts if part)
-
-
-def _machine(machine: Mapping[str, Any], count: int) -> str:
-    return (
-        f"{count} cells: {machine['device']}, {machine['processor']}, {machine['cores']} cores, "
-        f"JAX {machine['jax']}"
+    machines = (
+        f"- {counts[name]} cells: {described(machine)}"
+        for name, machine in results["machines"].items()
     )
+    parts.append("## Machines\n\n" + "\n".join(machines))
+    parts.append(
+        f"The tasks were made from the standard library of Python {study['python']}. Run "
+        "`python -m benchmarks.quality` to repeat the study; the numbers are in the JSON file of "
+        "the same name."
+    )
+    return "\n\n".join(part for part in parts if part)
 
 
 def _method(study: Mapping[str, Any]) -> str:
     return (
-        f"Mean ± standard deviation over {study['seeds']} seeds, each with training, validation "
-        "and test examples, batches and adapters of its own, which all methods share. Each cell is "
-        f"tuned over {study['rates']} learning rates (of 1, 2, 5, 10 …), or over those around the "
-        "best of the same at rank 1, or of what it alters there (†); where the best "
-        "was the first or the last of them, over two more beyond it, and once more (‡: it is the "
-        "first or the last of all). The best is that with the best mean validation score over the "
-        "same seeds, and the test scores are at that rate. Test examples chose nothing. A head, "
-        "where there is one, trains along in all methods, at one rate, and is not counted. Budgets "
-        "are the average rank in the end; in brackets, what is trained in LoRA then, in % of the "
-        "base. The scale is 1 where nothing else is said. p: exact sign-flip test of the paired "
-        "test scores, two-sided, corrected by Holm for the comparisons in its column."
+        f"The study trains every method on {len(study['tasks'])} tasks with {study['seeds']} "
+        "seeds. A seed has its own training, validation and test examples, batches and initial "
+        "adapters, which all methods share. Scores are means ± standard deviations over the seeds, "
+        "on test examples. No test example was used for selection.\n\n"
+        "- **Budget**: the average rank at the end of training. The percentage is the number of "
+        "parameters that LoRA trains, relative to the base. Methods that prune start at twice the "
+        "rank, unless their name says otherwise.\n"
+        f"- **Learning rate**: each method is tuned over {study['rates']} rates (three per "
+        "decade) by its mean validation score over the seeds. †: only rates near the best of the "
+        "same method, or of unmodified AdaLoRA or LoRA, at rank 1 were tried. If the best "
+        "rate was the lowest or the highest, two more were tried beyond it, up to twice. ‡: the "
+        "best is still the lowest or highest, so the method may improve at others.\n"
+        "- **Trained parameters**: those of the adapters' active triplets. A head is trained along "
+        "in all methods, at the same rate, and is not counted.\n"
+        "- **Difference and p**: the mean over the seeds of the difference from the method named "
+        "above the table, and the p-value of an exact two-sided sign-flip test of these "
+        "differences, corrected by Holm for all comparisons of the table. Bold: better with p < "
+        f"{LEVEL}; *(worse)*: worse with p < {LEVEL}. Scores of one seed rise and fall together, "
+        "so a difference can be significant although the standard deviations are larger.\n"
+        "- The scale of the adapters is 1 unless the method's name says otherwise; λ × 10 is the "
+        "learning rate of λ."
     )
+
+
+def _findings(results: Mapping[str, Any]) -> str:
+    """Return how AdaLoRA compares with LoRA on each task, at the first budget."""
+    lines = []
+    for task, about in results["study"]["tasks"].items():
+        budget = about["budgets"][0]
+        there = [
+            name for name in methods.BASELINES if f"{task}/{name}/{budget}" in results["cells"]
+        ]
+        found = compare(task, budget, there, "lora", results["cells"])
+        if "adalora" in found:
+            difference, p = found["adalora"]
+            ahead = about["sign"] * difference > 0
+            word = "better than" if ahead else "worse than"
+            word = word if p < LEVEL else "not significantly different from"
+            shown = f"{difference:+z.{_digits(about['sign'])}f} {_unit(about['sign'])}"
+            lines.append(f"- {task}: AdaLoRA is {word} LoRA ({shown}, p = {p:.3f})")
+    return "\n".join(lines)
 
 
 def _tables(name: str, about: Mapping[str, Any], cells: Cells, rates: int) -> list[str]:
     main = about["budgets"][0]
-    sign = about["sign"]
     found = []
     for budget in _rising(about["budgets"]):
         lora = cells.get(f"{name}/lora/{budget}")
         share = f" ({_share(lora, about)})" if lora else ""
         names = [*methods.BASELINES, *(methods.IMPROVEMENTS if budget != main else ())]
-        rank = "rank 1, in queries and values alone" if budget == "qv" else f"rank {budget}"
+        rank = "rank 1, in queries and values only" if budget == "qv" else f"rank {budget}"
         heading = f"Budget: {rank}{share}. Compared with LoRA:"
-        found.append(_table(name, budget, names, "lora", cells, sign, rates, heading))
-    heading = f"What the paper's Tables 4 and 5 take away, at rank {main}. Compared with AdaLoRA:"
+        found.append(_table(name, budget, names, "lora", cells, about, rates, heading))
+    heading = f"Ablations of the paper's Tables 4 and 5, at rank {main}. Compared with AdaLoRA:"
     ablations = ["adalora", *methods.ABLATIONS]
-    found.append(_table(name, main, ablations, "adalora", cells, sign, rates, heading))
+    found.append(_table(name, main, ablations, "adalora", cells, about, rates, heading))
     improved = ["lora", "adalora", *methods.IMPROVEMENTS]
-    heading = f"What might make it better, at rank {main}. Compared with LoRA:"
-    found.append(_table(name, main, improved, "lora", cells, sign, rates, heading))
+    heading = f"Options of AdaLoRA and LoRA, at rank {main}. Compared with LoRA:"
+    found.append(_table(name, main, improved, "lora", cells, about, rates, heading))
     return found
 
 
@@ -91,14 +120,16 @@ def _table(
     names: Iterable[str],
     against: str,
     cells: Cells,
-    sign: int,
+    about: Mapping[str, Any],
     rates: int,
     heading: str,
 ) -> str:
     """Return a table with one row per method: score, difference from ``against``, and p-value."""
     there = [name for name in names if f"{task}/{name}/{budget}" in cells]
     compared = compare(task, budget, there, against, cells)
-    rows = [("", "test", "difference", "p", "learning rate", "trained parameters")]
+    sign = about["sign"]
+    difference = f"difference, {_unit(sign)}"
+    rows = [("method", about["measure"], difference, "p", "learning rate", "trained parameters")]
     for name in there:
         cell = cells[f"{task}/{name}/{budget}"]
         mean, deviation = mean_and_deviation(cell["test of seeds"])
@@ -142,7 +173,7 @@ def verdict(results: Mapping[str, Any]) -> str:
         main = about["budgets"][0]
         there = [name for name in names if f"{task}/{name}/{main}" in cells]
         columns[task] = compare(task, main, there, "lora", cells)
-    rows = [("", *(f"{name}: {about['measure']}" for name, about in tasks.items()))]
+    rows = [("method", *(f"{name}, {_unit(about['sign'])}" for name, about in tasks.items()))]
     for name in names:
         values = [
             _marked(*columns[task][name], about["sign"]) if name in columns[task] else ""
@@ -150,11 +181,15 @@ def verdict(results: Mapping[str, Any]) -> str:
         ]
         if any(values):
             rows.append((methods.METHODS[name].title, *values))
-    return f"{markdown(rows)}\n\nBold: better than LoRA with p < {LEVEL}; *(worse)*: worse with it."
+    return (
+        "Differences from LoRA at the first budget of each task, with p-values corrected for all "
+        f"methods of this table:\n\n{markdown(rows)}\n\nA higher accuracy is better; fewer "
+        "bits per character are better."
+    )
 
 
 def _marked(difference: float, p: float, sign: int) -> str:
-    text = f"{difference:+.{_digits(sign)}f}"
+    text = f"{difference:+z.{_digits(sign)}f}"
     if p >= LEVEL:
         return text
     return f"**{text}**" if sign * difference > 0 else f"{text} *(worse)*"
@@ -166,6 +201,10 @@ def _rising(budgets: Iterable[int | str]) -> list[int | str]:
 
 def _digits(sign: int) -> int:
     return 1 if sign > 0 else 3  # % or bits
+
+
+def _unit(sign: int) -> str:
+    return "percentage points" if sign > 0 else "bits per character"
 
 
 def _share(cell: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -193,9 +232,9 @@ def picture(results: Mapping[str, Any]) -> Any:
         shares = [_share(cells[f"{task}/lora/{budget}"], about) for budget in budgets]
         axes.set_xticks(range(len(budgets)), shares)
         axes.set_xlim(-0.6, max(len(budgets), 1) - 0.4)
-        axes.set_xlabel("trained in LoRA, of the base")
-        axes.set_ylabel(about["measure"])
-        axes.set_title(task)
+        axes.set_xlabel("parameters trained by LoRA, relative to the base")
+        axes.set_ylabel(f"difference, {_unit(about['sign'])}")
+        axes.set_title(f"{task}: {about['measure']}", fontsize=11)
         axes.tick_params(axis="x", length=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)

@@ -164,7 +164,7 @@ def run(
         _write(path, results)
 
     left = [cell for cell in wanted if cell.key not in known]
-    print(f"{len(wanted)} cells, of which {len(wanted) - len(left)} are there.", file=sys.stderr)
+    print(f"{len(wanted)} cells, {len(wanted) - len(left)} of them done before.", file=sys.stderr)
     jobs = [(cell, first(cell)) for cell in left]
     failed = _in_turn(tasks, jobs, keep, end, threads, at_once)
     for _ in range(2 if time.perf_counter() < end else 0):
@@ -198,7 +198,7 @@ def _in_turn(
                 programs[number - 1] = None  # frees the program's memory
                 found = _run(tasks[cell.task], rates, program, took)
             except TimeoutError:
-                print(f"Stopped for lack of time, before {cell.key}.", file=sys.stderr)
+                print(f"Time is up: stopped before {cell.key}.", file=sys.stderr)
                 break
             except Exception as error:  # does not affect other cells; reported to the caller
                 failed.append(cell.key)

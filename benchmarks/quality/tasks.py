@@ -101,7 +101,7 @@ def _minilm(file: dict[str, np.ndarray]) -> nn.Module:
 
 _PLANS = {
     "digits": _Plan(
-        title="Digits: a ViT that has learned 0-4 learns 5-9, of 50 images",
+        title="Digits: a Vision Transformer trained on the digits 0-4 learns 5-9 from 50 images",
         measure="test accuracy, %",
         sign=1,
         module=lambda _: Transformer(**DIGITS),
@@ -114,8 +114,8 @@ _PLANS = {
         rates={"full": 0, "lora": 3, "adalora": 3},
     ),
     "prose": _Plan(
-        title="Prose: a language model of Python's source learns its reference, of 300 passages",
-        measure="bits a character of test passages",
+        title="Prose: a model of Python code learns the language reference from 300 passages",
+        measure="bits per character of test passages",
         sign=-1,
         module=lambda _: Transformer(**PROSE),
         targets=_OURS,
@@ -127,7 +127,7 @@ _PLANS = {
         rates={"full": -2, "lora": 1, "adalora": 3},
     ),
     "docstrings": _Plan(
-        title="Docstrings: MiniLM learns which package a docstring is from, of 200",
+        title="Docstrings: MiniLM learns to classify docstrings by package from 200 examples",
         measure="test accuracy, %",
         sign=1,
         module=_minilm,
