@@ -12,12 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.low_rank import (
-    accumulation_dtype,
-    input_moment_probe,
-    low_rank,
-    low_rank_autodiff,
-)
+from adalora_jax._src.core.low_rank import accumulation_dtype, low_rank, low_rank_autodiff
 
 
 @functools.partial(
@@ -68,19 +63,6 @@ class Adapter:
 
     def _asdict(self) -> dict[str, jax.Array]:
         return dict(zip(self._fields, self))
-
-
-class Observer(Adapter):
-    """Adapter with zero output that measures the second moments of its layer's inputs.
-
-    The gradient of any loss with respect to q is ``q Σ xᵀx``, summed over all inputs x of the
-    layer, see :func:`~adalora_jax._src.core.low_rank.input_moment_probe`.
-    """
-
-
-jax.tree_util.register_dataclass(
-    Observer, data_fields=["p", "lam", "q"], meta_fields=["scale", "layout"]
-)
 
 
 def known_scale(adapter: Adapter, name: str = "adapter") -> float:
@@ -136,8 +118,6 @@ def dense_output(
     product: Any = low_rank_autodiff if forward_mode else low_rank
 
     def term(adapter, x, key):
-        if isinstance(adapter, Observer):
-            return input_moment_probe(x, adapter.q, adapter.p.shape[-1])
         c = _scaled(adapter.lam, scale if key is None else scale / (1 - dropout_rate))
         return product(x, adapter.p, c, adapter.q, seed_of(key), dropout_rate, precision)
 

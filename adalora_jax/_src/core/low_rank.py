@@ -78,39 +78,6 @@ def low_rank_autodiff(
     return _forward(x, p, c, q, seed, rate, precision)[0]
 
 
-def input_moment_probe(x: jax.Array, q: jax.Array, out_features: int) -> jax.Array:
-    """Return zeros ``[..., out]`` whose gradient for q is ``q Σ xᵀx``, for every cotangent.
-
-    A gradient of the model's output thereby collects the second moments of its layers' inputs,
-    through any scan or map.
-
-    >>> import jax, jax.numpy as jnp
-    >>> x, loss = jnp.arange(6.0).reshape(3, 2), lambda q: jnp.sum(input_moment_probe(x, q, 4))
-    >>> bool((jax.grad(loss)(jnp.eye(2)) == x.T @ x).all())
-    True
-    """
-    exact = lax.stop_gradient(x).astype(accumulation_dtype(x.dtype))
-    h = jnp.matmul(exact, q.astype(exact.dtype).T, precision=lax.Precision.HIGHEST)
-    zeros: Any = zeros_with_identity_vjp(h, out_features)
-    return zeros.astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def zeros_with_identity_vjp(h: jax.Array, out_features: int) -> jax.Array:
-    """Return zeros ``[..., out]`` whose gradient for h is h itself, ``∂ ½‖h‖² / ∂h``.
-
-    >>> zeros_with_identity_vjp(jnp.ones((5, 2)), 3).shape
-    (5, 3)
-    """
-    return jnp.zeros((*h.shape[:-1], out_features), h.dtype)
-
-
-# The cotangent does not depend on h and is ignored.
-zeros_with_identity_vjp.defvjp(
-    lambda h, out: (zeros_with_identity_vjp(h, out), h), lambda out, h, g: (h,)
-)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def linear_with_dropout(
     function: Callable[[jax.Array, Any], Any], x: jax.Array, weights: Any, seed: Any, rate: float

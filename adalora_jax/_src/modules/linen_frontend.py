@@ -54,12 +54,17 @@ class AdaptedModule:
       config: targets, ranks and scale of the adapters.
       rules: shardings of adapters that differ from those derived from the base; None if none do.
       layers: ``{class: Layout}`` of layers that are not Flax's; None if there are none.
+      adapter_output: function that computes what is added to a layer's output, with the arguments
+        of :func:`layers.adapter_output`.
     """
 
     module: nn.Module
     config: AdaLoraConfig
     rules: sharding.Rules | None = dataclasses.field(default=None, hash=False)
     layers: Mapping[type, Layout] | None = dataclasses.field(default=None, hash=False)
+    adapter_output: Callable[..., jax.Array] = dataclasses.field(
+        default_factory=lambda: layers.adapter_output, repr=False
+    )
 
     def init(
         self, key: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -267,7 +272,7 @@ class AdaptedModule:
             if not pytree.is_adapter(node):
                 pytree.get_path(params, parts[:-1])[parts[-1]] = in_base_dtype(node, there, path)
                 continue
-            held = _BoundAdapter.of(node, self.config, path)
+            held = _BoundAdapter.of(node, self, path)
             if isinstance(there, dict):
                 there[pytree.ADAPTER_KEY] = held
             else:  # the path is that of a weight, in a scope with several
@@ -473,15 +478,17 @@ class _BoundAdapter:
     adapter: Adapter
     dropout: float = dataclasses.field(metadata={"static": True})
     forward_mode: bool = dataclasses.field(metadata={"static": True})
+    output: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, node: Any, config: AdaLoraConfig, path: str) -> _BoundAdapter:
+    def of(cls, node: Any, adapted: AdaptedModule, path: str) -> _BoundAdapter:
+        config = adapted.config
         if isinstance(node, Adapter):
             known_scale(node, path)
             adapter = node
         else:  # a mapping of p, lam and q, as in trainers with nested dicts
             adapter = pytree.adapters(node)[""]._replace(scale=config.scale_of(path))
-        return cls(adapter, config.lora_dropout, config.forward_mode)
+        return cls(adapter, config.lora_dropout, config.forward_mode, adapted.adapter_output)
 
 
 def _of_weight(name: str) -> str:
@@ -546,7 +553,7 @@ def _add(held, context, args, kwargs, output, dropout_off, declared):
         return output[0] + delta.astype(output[0].dtype), *output[1:]
     dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
     dropping = dropping and module.has_rng("dropout")
-    return output + layers.adapter_output(
+    return output + held.output(
         *(layer, module, held.adapter, x, shape, output.dtype),
         key=module.make_rng("dropout") if dropping else None,
         dropout_rate=held.dropout,
