@@ -27,7 +27,7 @@ BELOW = {
     "plot": {"core"},
 }
 OUTSIDE = {
-    "core": {"jax", "numpy", "optax"},
+    "core": {"jax", "jaxtyping", "numpy", "optax"},
     "modules": {"jax", "numpy", "optax", "flax"},
     "quantization": {"jax", "numpy", "flax", "qwix", "safetensors"},
     "huggingface": {"jax", "numpy"},
