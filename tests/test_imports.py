@@ -30,7 +30,7 @@ BELOW = {
 }
 OUTSIDE = {
     "_compat": {"flax"},
-    "core": {"jax", "numpy", "optax"},
+    "core": {"jax", "jaxtyping", "numpy", "optax"},
     "modules": {"jax", "numpy", "optax", "flax"},
     "quantization": {"jax", "numpy", "flax", "qwix"},
     "huggingface": {"jax", "numpy"},

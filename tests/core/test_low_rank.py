@@ -73,7 +73,7 @@ def test_derivative_equals_autodiff_of_plain_form(seed, sizes):
 
 def test_derivative_equals_finite_difference():
     with jax.enable_x64(True):
-        check_grads(low_rank, operands(), order=1, modes=["rev"], eps=1e-5)
+        check_grads(jax.jit(low_rank), operands(), order=1, modes=["rev"], eps=1e-5)
 
 
 def test_product_equals_dense_matrix_product():
@@ -176,7 +176,7 @@ def test_dropout_mask_is_statistically_random(rate):
 
 
 def with_mask(product, rate=0.4):
-    return lambda *operands: product(*operands, SEED, rate)
+    return lambda *operands: product(*operands, jnp.asarray(SEED), rate)
 
 
 def test_dropout_derivative_equals_masked_product():
@@ -197,8 +197,9 @@ def test_dropout_derivative_of_custom_product_equals_masked_product():
         x, _, _, q = operands(tokens=(6,))
         product = lambda x, q: x @ q.T
         loss = lambda f: jax.grad(lambda x, q: jnp.sum(jnp.sin(f(x, q))), argnums=(0, 1))
-        ours = loss(lambda x, q: linear_with_dropout(product, x, q, SEED, 0.4))(x, q)
-        theirs = loss(lambda x, q: product(apply_dropout(x, SEED, 0.4), q))(x, q)
+        seed = jnp.asarray(SEED)
+        ours = loss(lambda x, q: linear_with_dropout(product, x, q, seed, 0.4))(x, q)
+        theirs = loss(lambda x, q: product(apply_dropout(x, seed, 0.4), q))(x, q)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, theirs)
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Inexact, Shaped, UInt32
 
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.low_rank import (
-    accumulation_dtype,
-    input_moment_probe,
-    low_rank,
-    low_rank_autodiff,
-)
+from adalora_jax._src.core.low_rank import accumulation_dtype, low_rank, low_rank_autodiff
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    LeafT = TypeVarWithDefault("LeafT", default=Array)
+else:
+    LeafT = TypeVar("LeafT")
 
 
 @functools.partial(
@@ -26,7 +30,7 @@ from adalora_jax._src.core.low_rank import (
     meta_fields=["scale", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class Adapter(Generic[LeafT]):
     """Factors of the increment ``ΔW = s · P Λ Q`` of one weight, one triplet per row.
 
     This is the increment of `AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_ with a scale s.
@@ -34,10 +38,11 @@ class Adapter:
     axes are stacked layers; each slice is the adapter of one matrix, with r triplets. The dense
     form of the increment is ``s · qᵀ diag(lam) p``, ``[..., in, out]``.
 
-    An adapter is a pytree with three leaves. The scale and the layout are static, a part of the
-    tree's structure, so every function that takes adapters has access to them. Iteration,
-    ``_asdict`` and ``_replace`` work as for a NamedTuple of the three leaves; ``_replace`` also
-    changes static fields.
+    An adapter is a pytree with three leaves. They are arrays, or what another tree has in the place
+    of arrays: ``Adapter[PartitionSpec]`` holds their shardings. The scale and the layout are
+    static, a part of the tree's structure, so every function that takes adapters has access to
+    them. Iteration, ``_asdict`` and ``_replace`` work as for a NamedTuple of the three leaves;
+    ``_replace`` also changes static fields.
 
     Attributes:
       p: float array ``[..., r, out]``: left singular vectors, the paper's P transposed.
@@ -54,36 +59,23 @@ class Adapter:
 
     _fields: ClassVar[tuple[str, ...]] = ("p", "lam", "q")
 
-    p: jax.Array
-    lam: jax.Array
-    q: jax.Array
+    p: LeafT
+    lam: LeafT
+    q: LeafT
     scale: float | None = 1.0
     layout: Layout | None = dataclasses.field(default=None, repr=False)
 
-    def __iter__(self) -> Iterator[jax.Array]:
+    def __iter__(self) -> Iterator[LeafT]:
         return iter((self.p, self.lam, self.q))
 
-    def _replace(self, **changes: Any) -> Self:
+    def _replace(self, **changes: Any) -> Adapter[LeafT]:
         return dataclasses.replace(self, **changes)
 
-    def _asdict(self) -> dict[str, jax.Array]:
+    def _asdict(self) -> dict[str, LeafT]:
         return dict(zip(self._fields, self))
 
 
-class Observer(Adapter):
-    """Adapter with zero output that measures the second moments of its layer's inputs.
-
-    The gradient of any loss with respect to q is ``q Σ xᵀx``, summed over all inputs x of the
-    layer, see :func:`~adalora_jax._src.core.low_rank.input_moment_probe`.
-    """
-
-
-jax.tree_util.register_dataclass(
-    Observer, data_fields=["p", "lam", "q"], meta_fields=["scale", "layout"]
-)
-
-
-def known_scale(adapter: Adapter, name: str = "adapter") -> float:
+def known_scale(adapter: Adapter[Any], name: str = "adapter") -> float:
     """Return the adapter's scale.
 
     Args:
@@ -104,14 +96,14 @@ def known_scale(adapter: Adapter, name: str = "adapter") -> float:
 
 def dense_output(
     adapter: Adapter,
-    x: jax.Array,
-    key: jax.Array | None = None,
+    x: Inexact[Array, "... in"],
+    key: Array | None = None,
     *,
     scale: ArrayLike,
     dropout_rate: float = 0.0,
     forward_mode: bool = False,
-    precision: Any = None,
-) -> jax.Array:
+    precision: PrecisionLike = None,
+) -> Inexact[Array, "... out"]:
     """Return the adapter output ``s · ((x qᵀ) · lam) p``, the adapter's term in the layer's output.
 
     Args:
@@ -133,11 +125,9 @@ def dense_output(
     """
     stack = adapter.lam.shape[:-1]
     key = key if dropout_rate else None
-    product: Any = low_rank_autodiff if forward_mode else low_rank
+    product = low_rank_autodiff if forward_mode else low_rank
 
-    def term(adapter, x, key):
-        if isinstance(adapter, Observer):
-            return input_moment_probe(x, adapter.q, adapter.p.shape[-1])
+    def term(adapter: Adapter, x: Array, key: Array | None) -> Array:
         c = _scaled(adapter.lam, scale if key is None else scale / (1 - dropout_rate))
         return product(x, adapter.p, c, adapter.q, seed_of(key), dropout_rate, precision)
 
@@ -146,7 +136,7 @@ def dense_output(
     return term(adapter, x, keys_of(key, stack))
 
 
-def seed_of(key: jax.Array | None) -> jax.Array | None:
+def seed_of(key: Array | None) -> UInt32[Array, "2"] | None:
     """Return the seed of ``low_rank.dropout_mask``; None without a key.
 
     >>> seed_of(jax.random.key(0)).shape
@@ -159,7 +149,7 @@ def seed_of(key: jax.Array | None) -> jax.Array | None:
     return (jax.random.key_data(key) if typed else key).ravel()[:2]
 
 
-def keys_of(key: jax.Array | None, stack: tuple[int, ...]) -> jax.Array | None:
+def keys_of(key: Array | None, stack: tuple[int, ...]) -> Shaped[Array, "..."] | None:
     """Return one key per slice of a stack, the key itself without stack axes, or None for None.
 
     >>> keys_of(jax.random.key(0), (2, 3)).shape, keys_of(None, (2, 3))
@@ -168,7 +158,7 @@ def keys_of(key: jax.Array | None, stack: tuple[int, ...]) -> jax.Array | None:
     return jax.random.split(key, stack) if key is not None and stack else key
 
 
-def _scaled(lam, scale):
+def _scaled(lam: Inexact[Array, "..."], scale: ArrayLike) -> Inexact[Array, "..."]:
     dtype = accumulation_dtype(lam.dtype)
     return lam.astype(dtype) * jnp.asarray(scale, dtype)
 
@@ -176,16 +166,16 @@ def _scaled(lam, scale):
 @functools.partial(jax.jit, static_argnames=("dropout_rate", "forward_mode", "precision"))
 def forward(
     adapter: Adapter,
-    x: jax.Array,
-    kernel: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    x: Shaped[Array, "... in"],
+    kernel: Shaped[Array, "..."] | None = None,
+    bias: Shaped[Array, "..."] | None = None,
     *,
-    mask: jax.Array | None = None,
+    mask: Bool[Array, "..."] | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout_key: Array | None = None,
     forward_mode: bool = False,
-    precision: Any = None,
-) -> jax.Array:
+    precision: PrecisionLike = None,
+) -> Inexact[Array, "... out"]:
     """Return the adapted layer's output, ``y = x W + b + s · ((x qᵀ) · lam) p``. Jitted.
 
     The adapted weight ``W + s · qᵀ diag(lam) p`` is that of `AdaLoRA, Eq. (3)
@@ -256,7 +246,7 @@ def forward(
     return y if bias is None else y + bias.astype(dtype).reshape(spread)
 
 
-def delta_weight(adapter: Adapter) -> jax.Array:
+def delta_weight(adapter: Adapter) -> Float[Array, "... in out"]:
     """Return the dense increment ``ΔW = s · qᵀ diag(lam) p``.
 
     It is the term ``P Λ Q`` of `AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_, scaled by s

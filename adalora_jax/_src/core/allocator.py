@@ -18,7 +18,7 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole, group_by_role, stack, stack_like
+from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack, stack_like
 from adalora_jax._src.core.schedule import budget, cost
 from adalora_jax._src.core.scores import (
     ScoreInputs,
@@ -219,13 +219,13 @@ def update_allocator(
     config, averages = state.config, (state.sensitivity, state.uncertainty)
     raw = stack_like(
         state.sensitivity,
-        {path: Adapter(*map(raw_sensitivity, a, gradients[path])) for path, a in weights.items()},
+        {path: map_leaves(raw_sensitivity, a, gradients[path]) for path, a in weights.items()},
     )
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(raw)]))
 
     def new_averages():
         leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
-        pairs = [smooth(*triple, config) for triple in leaves]
+        pairs = [smooth(i, mean, deviation, config) for i, mean, deviation in leaves]
         return tuple(map(jax.tree.structure(raw).unflatten, zip(*pairs)))
 
     # Not jnp.where, which reads and writes all averages even if they do not change.
@@ -272,7 +272,7 @@ def best_masks(
         )
         return rank_scores(
             scores[role.name].astype(dtype),
-            limits and tuple(along({p: pair[i] for p, pair in limits.items()}) for i in (0, 1)),
+            None if limits is None else (along(limits[0]), along(limits[1])),
             None if config.allow_regrowth else state.masks.stacked[role.name],
             None if config.budget_unit == "triplets" else along(costs),
         )
@@ -375,19 +375,20 @@ def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str,
 
 def _limits(
     config: AdaLoraConfig, adapters: Mapping[str, Adapter], allowed: jax.Array
-) -> dict[str, tuple[ArrayLike, ArrayLike]] | None:
-    """Return ``(min_r, max_r)`` of every adapter; None without limits.
+) -> tuple[Mapping[str, ArrayLike], Mapping[str, ArrayLike]] | None:
+    """Return the ``min_r`` and the ``max_r`` of all adapters by path; None without limits.
 
     Allocation per adapter is expressed as limits, too: every matrix keeps an equal number of
     triplets, and the remainder of the budget goes to the best next triplets, one per matrix.
     """
     if config.allocation == "per_adapter":
         share = allowed // _cost_per_rank(config, adapters)
-        return dict.fromkeys(adapters, (share, share + 1))
+        return dict.fromkeys(adapters, share), dict.fromkeys(adapters, share + 1)
     if not config.rank_overrides:
         return None
     specs = {path: config.spec_of(path) for path in adapters}
-    return {path: (spec.min_r, spec.max_r) for path, spec in specs.items()}
+    least = {path: spec.min_r for path, spec in specs.items()}
+    return least, {path: spec.max_r for path, spec in specs.items()}
 
 
 def current_budget(

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, Int32, Shaped
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
@@ -149,7 +151,7 @@ class AdapterBank:
         stacked, others = jax.tree.map(without, (self.stacked, self.others))
         return AdapterBank(stacked, others, tuple(n for n in self.names if n != name))
 
-    def index(self, names: str | Sequence[str | None] | None) -> jax.Array:
+    def index(self, names: str | Sequence[str | None] | None) -> Int32[Array, "..."]:
         """Return the indices of names in the bank.
 
         Args:
@@ -172,7 +174,9 @@ class AdapterBank:
         found = jnp.asarray([place[name] for name in wanted], jnp.int32)
         return found[0] if names is None or isinstance(names, str) else found
 
-    def select(self, which: Any) -> dict[str, Any]:
+    def select(
+        self, which: str | list[str | None] | tuple[str | None, ...] | Int[Array, "..."] | None
+    ) -> dict[str, Any]:
         """Return the adapters, and the parameters of ``modules_to_save``, of one or more sets.
 
         Args:
@@ -192,7 +196,9 @@ class AdapterBank:
         return jax.tree.map(lambda leaf: jnp.take(leaf, which, axis=0), self.stacked | self.others)
 
 
-def combine_adapters(*adapters: Mapping[str, Any], weights: Sequence[Any] | None = None) -> Any:
+def combine_adapters(
+    *adapters: Mapping[str, Any], weights: Sequence[ArrayLike] | None = None
+) -> dict[str, Any]:
     """Combine sets of adapters into one whose increments are weighted sums, ``ΔW = Σ_k w_k ΔW_k``.
 
     The sums are exact: triplets are concatenated, so ranks add up. The function is differentiable,
@@ -315,7 +321,7 @@ def _stack(members: Sequence[Mapping[str, Adapter]]) -> dict[str, Adapter]:
     return stacked
 
 
-def _others(adapters: Any) -> dict[str, Any]:
+def _others(adapters: PyTree) -> dict[str, Any]:
     """Return the entries that are not adapters."""
     if not isinstance(adapters, Mapping):
         return {}
@@ -326,7 +332,7 @@ def _others(adapters: Any) -> dict[str, Any]:
 def _padded(adapter: Adapter, rank: int) -> Adapter:
     """Return the adapter padded with zero triplets to ``rank``."""
 
-    def pad(leaf: jax.Array, axis: int) -> jax.Array:
+    def pad(leaf: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         widths = [(0, 0)] * leaf.ndim
         widths[axis] = (0, rank - leaf.shape[axis])
         return jnp.pad(leaf, widths)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import tree_flatten_with_path
+from jaxtyping import Bool, Int
 
 from adalora_jax._src.core import pytree, text
+from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import map_state
 from adalora_jax._src.core.evaluation import apply_masks, masks, ranks, unfinished
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import ByRole, group_by_role, stack
 
 
-def compact(params: PyTree, opt_state: Any, tx: optax.GradientTransformation | None = None) -> Any:
+def compact(
+    params: PyTree, opt_state: PyTree, tx: optax.GradientTransformation | None = None
+) -> PyTree:
     """Return the parameters without their pruned triplets: the same function at smaller ranks.
 
     The masks are applied first and alone determine the removed triplets, independently of the
@@ -90,19 +94,22 @@ class _Selection:
       after: number of axes after the triplet axis.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], rows: np.ndarray, after: int):
+    def __init__(
+        self, name: str, shape: tuple[int, ...], rows: Int[np.ndarray, "... rank"], after: int
+    ):
         self.name, self.shape, self.rows, self.after = name, shape, rows, after
 
 
-def _selections(params: PyTree, by_path: Mapping[str, np.ndarray]) -> PyTree:
+def _selections(params: PyTree, by_path: Mapping[str, Bool[np.ndarray, "... _"]]) -> PyTree:
     """Return a tree with a ``_Selection`` per leaf of an adapter and False for other leaves."""
 
-    def cuts(path, adapter):
+    def cuts(path: str, adapter: Adapter) -> Adapter[_Selection]:
         rows = surviving_rows(by_path[path])[0]
         make = lambda name, after: _Selection(
             f"{path}.{name}", getattr(adapter, name).shape, rows, after
         )
-        return adapter._replace(p=make("p", 1), lam=make("lam", 0), q=make("q", 1))
+        leaves = make("p", 1), make("lam", 0), make("q", 1)
+        return Adapter(*leaves, adapter.scale, adapter.layout)
 
     plain = jax.tree.map(lambda leaf: False, params)
     found = pytree.adapters(params)
@@ -110,7 +117,7 @@ def _selections(params: PyTree, by_path: Mapping[str, np.ndarray]) -> PyTree:
     return pytree.insert_adapters(plain, values)
 
 
-def _take_rows(leaf: Any, cut: Any) -> Any:
+def _take_rows(leaf: Any, cut: _Selection | Literal[False]) -> Any:
     """Return the remaining rows of a leaf of an adapter, or of an array of the leaf's shape."""
     if cut is False:
         return leaf
@@ -129,7 +136,13 @@ def _take_rows(leaf: Any, cut: Any) -> Any:
     return jnp.take_along_axis(leaf, index, axis=leaf.ndim - cut.after - 1)
 
 
-def _take_state_rows(tx: Any, opt_state: Any, cuts: PyTree, by_path: Any, small: PyTree) -> Any:
+def _take_state_rows(
+    tx: optax.GradientTransformation,
+    opt_state: PyTree,
+    cuts: PyTree,
+    by_path: Mapping[str, Bool[np.ndarray, "... _"]],
+    small: PyTree,
+) -> PyTree:
     """Return the optimizer's state for the compacted parameters."""
     refusal = (
         "opt_state: after the selection of rows, the optimizer's state does not have the shapes "
@@ -159,7 +172,7 @@ def _take_state_rows(tx: Any, opt_state: Any, cuts: PyTree, by_path: Any, small:
     return state
 
 
-def summary(adapters: PyTree, state: Any = None) -> str:
+def summary(adapters: PyTree, state: PyTree = None) -> str:
     """Return a text table of the adapters: sizes, ranks and active parameters per matrix.
 
     Args:
@@ -202,7 +215,9 @@ def summary(adapters: PyTree, state: Any = None) -> str:
     return text.table([header, *rows, ("total", "", "", *totals)])
 
 
-def surviving_rows(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def surviving_rows(
+    mask: Bool[np.ndarray, "*stack r"],
+) -> tuple[Int[np.ndarray, "*stack rank"], Bool[np.ndarray, "*stack rank"]]:
     """Return the remaining rows of an adapter, and False for those that pad a slice of a stack.
 
     >>> rows, active = surviving_rows(np.array([[True, False, True], [False, True, False]]))

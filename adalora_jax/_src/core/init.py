@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Inexact
 
-from adalora_jax._src.core.adapter import Adapter, keys_of
+from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.low_rank import accumulation_dtype
 
@@ -13,7 +17,7 @@ _STD = 0.02  # initial standard deviation of p and q, as in PEFT and loralib
 
 
 def init_adapter(
-    key: jax.Array,
+    key: Array,
     in_features: int,
     out_features: int,
     config: AdaLoraConfig,
@@ -68,7 +72,7 @@ def init_adapter(
         raise ValueError(f"rank={rank} must be at least 0.")
     dtype = jnp.dtype(config.param_dtype)
     if callable(config.init):
-        return _own_init(key, in_features, out_features, rank, stack, config)
+        return _own_init(config.init, key, in_features, out_features, rank, stack, config)
     shapes = ((*stack, rank, out_features), (*stack, rank), (*stack, rank, in_features))
     p, lam, q = (
         jax.random.normal(k, shape, dtype) for k, shape in zip(jax.random.split(key, 3), shapes)
@@ -84,26 +88,34 @@ def init_adapter(
     return Adapter(*factors, scale=config.scaling)
 
 
-def _own_init(key, in_features, out_features, rank, stack, config):
+def _own_init(
+    init: Callable[..., tuple[ArrayLike, ArrayLike, ArrayLike]],
+    key: Array,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    stack: tuple[int, ...],
+    config: AdaLoraConfig,
+) -> Adapter:
     """Return an adapter from a custom ``config.init``, called once per matrix of a stack."""
     dtype = jnp.dtype(config.param_dtype)
 
-    def one(key):
-        leaves = [*config.init(key, in_features, out_features, rank, dtype)]
+    def one(key: Array) -> Adapter:
+        leaves = [*init(key, in_features, out_features, rank, dtype)]
         wanted = [(rank, out_features), (rank,), (rank, in_features)]
         if (shapes := [jnp.shape(leaf) for leaf in leaves]) != wanted:
             raise ValueError(
-                f"init={config.init!r} returned the shapes {shapes} for p, lam and q: they must be "
+                f"init={init!r} returned the shapes {shapes} for p, lam and q: they must be "
                 f"{wanted}."
             )
         return Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves), scale=config.scaling)
 
     for _ in stack:
         one = jax.vmap(one)
-    return one(keys_of(key, stack))
+    return one(jax.random.split(key, stack) if stack else key)
 
 
-def _orthonormal(normal: jax.Array) -> jax.Array:
+def _orthonormal(normal: Inexact[Array, "... r d"]) -> Inexact[Array, "... r d"]:
     """Return each matrix with orthonormal rows, or columns where it has no more columns than rows.
 
     Args:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
+from jaxtyping import Array, Shaped
 
 KINDS = ("dense", "general", "einsum", "embed", "conv", "weight", "unknown")
 
@@ -89,7 +89,9 @@ class Layout:
         size = lambda axes: math.prod(own[axis] for axis in axes)
         return (*lifted, *(own[axis] for axis in self.stack)), size(self.ins), size(self.outs)
 
-    def to_weight(self, delta: jax.Array, shape: Sequence[int]) -> jax.Array:
+    def to_weight(
+        self, delta: Shaped[Array, "... in out"], shape: Sequence[int]
+    ) -> Shaped[Array, "..."]:
         """Return ``delta [*stack, in, out]`` with the axes of a weight of the given shape.
 
         >>> import jax.numpy as jnp
@@ -103,7 +105,7 @@ class Layout:
         inverse = [len(lifted) + order.index(axis) for axis in range(len(own))]
         return delta.transpose(*range(len(lifted)), *inverse)
 
-    def to_matrix(self, weight: jax.Array) -> jax.Array:
+    def to_matrix(self, weight: Shaped[Array, "..."]) -> Shaped[Array, "... in out"]:
         """Return a weight as ``[*stack, in, out]``, the inverse of :meth:`to_weight`.
 
         >>> import jax.numpy as jnp
@@ -154,7 +156,7 @@ class Layout:
         return tuple(shape[: len(shape) - self.ndim]), tuple(shape[len(shape) - self.ndim :])
 
 
-def declared(layers: Any) -> dict[type, Layout] | None:
+def declared(layers: Mapping[type, Layout] | None) -> dict[type, Layout] | None:
     """Return the layouts that a user declared for custom layer classes, checked; None for None.
 
     Raises:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Inexact, Shaped, UInt32
+
+Weights = TypeVar("Weights")
+Output = TypeVar("Output")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def low_rank(
-    x: jax.Array,
-    p: jax.Array,
-    c: jax.Array,
-    q: jax.Array,
-    seed: jax.Array | None = None,
+    x: Inexact[Array, "*tokens in"],
+    p: Inexact[Array, "r out"],
+    c: Inexact[Array, " r"],
+    q: Inexact[Array, "r in"],
+    seed: UInt32[Array, "2"] | None = None,
     rate: float = 0.0,
-    precision: Any = None,
-) -> jax.Array:
+    precision: PrecisionLike = None,
+) -> Inexact[Array, "*tokens out"]:
     """Compute ``y = ((x qᵀ) · c) p``, the product with a rank-r matrix in SVD form.
 
     In JAX's own derivative, the weight gradients are products with the large operand, the
@@ -58,14 +65,14 @@ def low_rank(
 
 
 def low_rank_autodiff(
-    x: jax.Array,
-    p: jax.Array,
-    c: jax.Array,
-    q: jax.Array,
-    seed: jax.Array | None = None,
+    x: Inexact[Array, "*tokens in"],
+    p: Inexact[Array, "r out"],
+    c: Inexact[Array, " r"],
+    q: Inexact[Array, "r in"],
+    seed: UInt32[Array, "2"] | None = None,
     rate: float = 0.0,
-    precision: Any = None,
-) -> jax.Array:
+    precision: PrecisionLike = None,
+) -> Inexact[Array, "*tokens out"]:
     """Compute :func:`low_rank` with JAX's own derivative, for ``jax.jvp`` and ``jax.hessian``.
 
     ``AdaLoraConfig(forward_mode=True)`` selects it for all layers of a model.
@@ -78,43 +85,14 @@ def low_rank_autodiff(
     return _forward(x, p, c, q, seed, rate, precision)[0]
 
 
-def input_moment_probe(x: jax.Array, q: jax.Array, out_features: int) -> jax.Array:
-    """Return zeros ``[..., out]`` whose gradient for q is ``q Σ xᵀx``, for every cotangent.
-
-    A gradient of the model's output thereby collects the second moments of its layers' inputs,
-    through any scan or map.
-
-    >>> import jax, jax.numpy as jnp
-    >>> x, loss = jnp.arange(6.0).reshape(3, 2), lambda q: jnp.sum(input_moment_probe(x, q, 4))
-    >>> bool((jax.grad(loss)(jnp.eye(2)) == x.T @ x).all())
-    True
-    """
-    exact = lax.stop_gradient(x).astype(accumulation_dtype(x.dtype))
-    h = jnp.matmul(exact, q.astype(exact.dtype).T, precision=lax.Precision.HIGHEST)
-    zeros: Any = zeros_with_identity_vjp(h, out_features)
-    return zeros.astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def zeros_with_identity_vjp(h: jax.Array, out_features: int) -> jax.Array:
-    """Return zeros ``[..., out]`` whose gradient for h is h itself, ``∂ ½‖h‖² / ∂h``.
-
-    >>> zeros_with_identity_vjp(jnp.ones((5, 2)), 3).shape
-    (5, 3)
-    """
-    return jnp.zeros((*h.shape[:-1], out_features), h.dtype)
-
-
-# The cotangent does not depend on h and is ignored.
-zeros_with_identity_vjp.defvjp(
-    lambda h, out: (zeros_with_identity_vjp(h, out), h), lambda out, h, g: (h,)
-)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def linear_with_dropout(
-    function: Callable[[jax.Array, Any], Any], x: jax.Array, weights: Any, seed: Any, rate: float
-) -> Any:
+    function: Callable[[Array, Weights], Output],
+    x: Inexact[Array, "..."],
+    weights: Weights,
+    seed: UInt32[Array, "2"] | None,
+    rate: float,
+) -> Output:
     """Compute ``function(x · keep, weights)``, storing x for the derivative and not ``x · keep``.
 
     It serves layers whose adapter output is not computed by :func:`low_rank`. The function must be
@@ -128,7 +106,9 @@ def linear_with_dropout(
     return function(apply_dropout(x, seed, rate), weights)
 
 
-def apply_dropout(x: jax.Array, seed: jax.Array | None, rate: float) -> jax.Array:
+def apply_dropout(
+    x: Inexact[Array, "*axes"], seed: UInt32[Array, "2"] | None, rate: float
+) -> Inexact[Array, "*axes"]:
     """Return x with 0 where the mask from :func:`dropout_mask` is False; x itself without a seed.
 
     >>> apply_dropout(jnp.ones(3), None, 0.5)
@@ -142,7 +122,7 @@ def apply_dropout(x: jax.Array, seed: jax.Array | None, rate: float) -> jax.Arra
     return jnp.where(kept, x, jnp.zeros((), x.dtype))
 
 
-def dropout_mask(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
+def dropout_mask(seed: UInt32[Array, "2"], shape: Sequence[int], rate: float) -> Bool[Array, "..."]:
     """Return booleans that are False with probability ``rate``, each a hash of its index.
 
     Every index is hashed into 32 bits, one axis after the other. That takes 4 % of the time of
@@ -169,14 +149,14 @@ def dropout_mask(seed: jax.Array, shape: Sequence[int], rate: float) -> jax.Arra
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
-def _mixed(bits):
+def _mixed(bits: UInt32[Array, "*axes"]) -> UInt32[Array, "*axes"]:
     """Permute the 32-bit integers so that every input bit affects every output bit."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
     bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
     return bits ^ (bits >> 16)
 
 
-def opaque_false(after: jax.Array) -> jax.Array:
+def opaque_false(after: Shaped[Array, "..."]) -> Bool[Array, ""]:
     """Return False, computed from a float array such that XLA cannot fold it to a constant.
 
     A computation that uses the result runs after the array is available and is not merged with an
@@ -199,7 +179,7 @@ def opaque_false(after: jax.Array) -> jax.Array:
     return lax.platform_dependent(after, cpu=on_cpu, default=elsewhere)
 
 
-def accumulation_dtype(dtype: Any) -> Any:
+def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
     """Return the dtype to accumulate in: ``dtype``, but at least float32.
 
     >>> accumulation_dtype(jnp.bfloat16), accumulation_dtype(jnp.float64)
@@ -209,7 +189,9 @@ def accumulation_dtype(dtype: Any) -> Any:
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
-def explicit_sharding(like: jax.Array, spec: Iterable[Any]) -> NamedSharding | None:
+def explicit_sharding(
+    like: Shaped[Array, "..."], spec: Iterable[str | tuple[str, ...] | None]
+) -> NamedSharding | None:
     """Return the ``out_sharding`` of a product on a mesh with explicit axes; None on other meshes.
 
     >>> explicit_sharding(jnp.ones((2, 3)), ("data", None)) is None
@@ -226,7 +208,15 @@ def explicit_sharding(like: jax.Array, spec: Iterable[Any]) -> NamedSharding | N
     return NamedSharding(mesh, PartitionSpec(*kept))
 
 
-def _forward(x, p, c, q, seed, rate, precision):
+def _forward(
+    x: Inexact[Array, "*tokens in"],
+    p: Inexact[Array, "r out"],
+    c: Inexact[Array, " r"],
+    q: Inexact[Array, "r in"],
+    seed: UInt32[Array, "2"] | None,
+    rate: float,
+    precision: PrecisionLike,
+) -> tuple[Inexact[Array, "*tokens out"], tuple[Array | None, ...]]:
     dtype = accumulation_dtype(x.dtype)
     at = lambda of: explicit_sharding(x, (*_spec(x)[:-1], *of))
     seen = apply_dropout(x, seed, rate)
@@ -237,7 +227,12 @@ def _forward(x, p, c, q, seed, rate, precision):
     return y, (x, p, c, q, seed, h)
 
 
-def _backward(rate, precision, residuals, g):
+def _backward(
+    rate: float,
+    precision: PrecisionLike,
+    residuals: tuple[Any, ...],
+    g: Inexact[Array, "*tokens out"],
+) -> tuple[Array | None, ...]:
     x, p, c, q, seed, h = residuals
     dtype, last, tokens = h.dtype, x.ndim - 1, tuple(range(x.ndim - 1))
     at = lambda like: explicit_sharding(like, _spec(like))
@@ -258,11 +253,22 @@ def _backward(rate, precision, residuals, g):
 low_rank.defvjp(_forward, _backward)
 
 
-def _linear_with_dropout_forward(function, x, weights, seed, rate):
+def _linear_with_dropout_forward(
+    function: Callable[[Array, Weights], Output],
+    x: Inexact[Array, "..."],
+    weights: Weights,
+    seed: UInt32[Array, "2"] | None,
+    rate: float,
+) -> tuple[Output, tuple[Array, Weights, Array | None]]:
     return function(apply_dropout(x, seed, rate), weights), (x, weights, seed)
 
 
-def _linear_with_dropout_backward(function, rate, residuals, g):
+def _linear_with_dropout_backward(
+    function: Callable[[Array, Weights], Output],
+    rate: float,
+    residuals: tuple[Array, Weights, Array | None],
+    g: Inexact[Array, "..."],
+) -> tuple[Array, Weights, None]:
     x, weights, seed = residuals
     seed = _recompute_seed(seed, g)
     _, pull = jax.vjp(
@@ -274,12 +280,16 @@ def _linear_with_dropout_backward(function, rate, residuals, g):
 linear_with_dropout.defvjp(_linear_with_dropout_forward, _linear_with_dropout_backward)
 
 
-def _recompute_seed(seed, g):
+def _recompute_seed(
+    seed: UInt32[Array, "2"] | None, g: Inexact[Array, "..."]
+) -> UInt32[Array, "2"] | None:
     """Return the seed made dependent on g, so that the mask is recomputed instead of stored."""
     return None if seed is None or g.size == 0 else seed ^ opaque_false(g).astype(seed.dtype)
 
 
-def _as_varying_as(cotangent, primal):
+def _as_varying_as(
+    cotangent: Inexact[Array, "*axes"], primal: Inexact[Array, "*axes"]
+) -> Inexact[Array, "*axes"]:
     """Return the cotangent summed over the mesh axes on which it varies but the primal does not.
 
     Under ``jax.shard_map(check_vma=True)`` the transposes of JAX's own products do the same.
@@ -290,22 +300,30 @@ def _as_varying_as(cotangent, primal):
     return lax.psum(cotangent, axes) if axes else cotangent
 
 
-def _varying(array):
+def _varying(array: Shaped[Array, "..."]) -> frozenset[str]:
     """Return the mesh axes on which an array varies inside a ``shard_map``."""
     kind = getattr(jax.typeof(array), "manual_axis_type", None)
     return frozenset(kind.varying if kind is not None else ())
 
 
-def _row(c, like):
+def _row(c: Inexact[Array, " r"], like: Inexact[Array, "*tokens r"]) -> Inexact[Array, "... r"]:
     """Return ``c [r]`` as ``[1, ..., r]``, in the dtype of ``like [..., r]``."""
     return jnp.expand_dims(c.astype(like.dtype), range(like.ndim - 1))
 
 
-def _spec(array):
+def _spec(array: Shaped[Array, "..."]) -> tuple[str | tuple[str, ...] | None, ...]:
     return tuple(jax.typeof(array).sharding.spec)
 
 
-def _contract(a, b, a_axes, b_axes, precision, dtype, out_sharding):
+def _contract(
+    a: Inexact[Array, "..."],
+    b: Inexact[Array, "..."],
+    a_axes: int | tuple[int, ...],
+    b_axes: int | tuple[int, ...],
+    precision: PrecisionLike,
+    dtype: np.dtype,
+    out_sharding: NamedSharding | None,
+) -> Inexact[Array, "..."]:
     """Compute ``dot_general`` over the given axes, without batch axes."""
     as_tuple = lambda axes: axes if isinstance(axes, tuple) else (axes,)
     return lax.dot_general(

@@ -126,10 +126,12 @@ def insert_adapters(tree: PyTree, new: Mapping[str, Adapter]) -> PyTree:
     (Array([0., 0.], dtype=float32), 1.0)
     """
     nodes, treedef = _nodes(tree)
-    named = [(path_name(path) if is_adapter(node) else None, node) for path, node in nodes]
-    return treedef.unflatten(
-        [_cast_like(node, new[name]) if name in new else node for name, node in named]
-    )
+
+    def replaced(path, node):
+        name = path_name(path)
+        return _cast_like(node, new[name]) if is_adapter(node) and name in new else node
+
+    return treedef.unflatten([replaced(path, node) for path, node in nodes])
 
 
 def insert_values(tree: PyTree, values: Mapping[str, Any]) -> PyTree:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,16 @@ import numpy as np
 from jax import tree_util
 
 from adalora_jax._src.core.adapter import Adapter
+
+
+def map_leaves(function: Callable[..., Any], *adapters: Adapter) -> Adapter:
+    """Return an adapter of ``function(leaf, ...)``, without scale and layout.
+
+    >>> map_leaves(lambda a, b: a + b, Adapter(1, 2, 3), Adapter(4, 5, 6))
+    Adapter(p=5, lam=7, q=9, scale=1.0)
+    """
+    p, lam, q = map(function, *adapters)
+    return Adapter(p, lam, q)
 
 
 class Role(NamedTuple):
@@ -138,8 +148,9 @@ class ByRole(Mapping[str, Any]):
         return iter(self.roles.paths)
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, ByRole) and self.roles == other.roles
-        return same and self.stacked == other.stacked
+        if not isinstance(other, ByRole):
+            return NotImplemented
+        return self.roles == other.roles and self.stacked == other.stacked
 
     def __len__(self) -> int:
         return len(self.roles.paths)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Int, Int32
 
 from adalora_jax._src.core import checks
 from adalora_jax._src.core.config import AdaLoraConfig
@@ -16,11 +16,11 @@ from adalora_jax._src.core.config import AdaLoraConfig
 
 def budget(
     config: AdaLoraConfig,
-    step: ArrayLike,
+    step: Int[ArrayLike, "*steps"],
     n_adapters: int,
     *,
     initial: int | None = None,
-) -> jax.Array:
+) -> Int32[Array, "*steps"]:
     """Return the budget b(t) at ``step``: the number of triplets that may be active in total.
 
     With n = ``n_adapters``, ``b0 = init_r · n``, ``bT = min(target_r · n, b0)`` and ``c``, which
@@ -110,7 +110,7 @@ def cost(config: AdaLoraConfig, path: str, in_features: int, out_features: int) 
 @functools.lru_cache(maxsize=128)
 def _staircase(
     config: AdaLoraConfig, initial: int, target: int, first: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int32[np.ndarray, " changes"], Int32[np.ndarray, " changes"]]:
     """Return the steps at which a built-in schedule changes, and its values from there on.
 
     Both are computed in float64 ahead of time, since in float32 the floor differs at some steps.

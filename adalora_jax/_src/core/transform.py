@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import reprlib
 import warnings
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from adalora_jax._src.core.allocator import (
 )
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.regularizer import penalty
-from adalora_jax._src.core.roles import ByRole, stack
+from adalora_jax._src.core.roles import ByRole, map_leaves, stack
 
 
 class AdaLoraOptState(NamedTuple):
@@ -148,15 +149,14 @@ def adalora(
             updates = pytree.insert_adapters(updates, gradients)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         moves = pytree.adapters(updates)
-        moves = {path: Adapter(*moves[path]) for path in current}
         if config.lambda_lr_scale != 1:
             moves = {p: m._replace(lam=config.lambda_lr_scale * m.lam) for p, m in moves.items()}
         if config.prox is not None:
             moves = {path: _apply_prox(config, current[path], m) for path, m in moves.items()}
         weights = current
         if config.sensitivity_timing == "updated":
-            plain = {path: Adapter(*adapter) for path, adapter in current.items()}
-            weights = optax.apply_updates(plain, moves)
+            after = functools.partial(map_leaves, optax.apply_updates)
+            weights = {path: after(adapter, moves[path]) for path, adapter in current.items()}
         allocator = update_allocator(before, weights, gradients, before.step)
         now = masks_applied(before, before.step)
         revived = _count_revived(before, current)
@@ -297,7 +297,7 @@ def _with_penalty(
     """Add the orthogonality penalty's gradients; return them and the state with its value."""
     value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(dict(adapters))
     add = lambda grad, more: grad + more.astype(grad.dtype)
-    summed = {path: Adapter(*map(add, grad, slope[path])) for path, grad in grads.items()}
+    summed = {path: map_leaves(add, grad, slope[path]) for path, grad in grads.items()}
     return summed, state._replace(penalty=value.astype(jnp.float32))
 
 
@@ -313,4 +313,5 @@ def _is_placeholder(params: Any) -> bool:
 
 def _placeholder_state(config: AdaLoraConfig) -> AllocatorState:
     """Return a state with one leaf per field: none of them has the parameters' structure."""
-    return AllocatorState(*[jnp.zeros((), jnp.int32)] * 8, config=config)
+    leaves: Any = [jnp.zeros((), jnp.int32)] * 8
+    return AllocatorState(*leaves, config=config)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx as flax_nnx
+from jax import lax
 
 from adalora_jax._src.core import pytree
-from adalora_jax._src.core.adapter import Adapter, Observer, known_scale
+from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import (
+    layers,
     linen_layers,
     merging,
     nnx_adapters,
@@ -142,41 +145,96 @@ def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, j
     """
     if isinstance(model, flax_nnx.Module):
         adapters = nnx_adapters.adapters(model)
-        run = lambda observers: _observed_nnx(model, observers)(*inputs, **kwargs)
+        run = lambda probes: _with_probes(model, probes)(*inputs, **kwargs)
     else:
         variables, adapters, *rest = inputs
-        run = lambda observers: model.apply(variables, observers, *rest, **kwargs)
-    kinds = {path: (a.layout or Layout()).kind for path, a in pytree.adapters(adapters).items()}
+        probed = dataclasses.replace(model, adapter_output=_probe_output)
+        run = lambda probes: probed.apply(variables, probes, *rest, **kwargs)
     found = pytree.adapters(adapters).items()
-    return _moments(run, {path: a for path, a in found if kinds[path] in _OBSERVED})
+    return _moments(run, {p: a for p, a in found if (a.layout or Layout()).kind in _OBSERVED})
 
 
-def _observed_nnx(model: Any, observers: Any) -> Any:
-    copy: Any = nnx_adapters.with_adapters(model, observers)
+def _with_probes(model: flax_nnx.Module, probes: Mapping[str, Adapter]) -> Any:
+    copy: Any = nnx_adapters.with_adapters(model, probes)
     for _, module in nnx_variables.modules(copy):
         if isinstance(module, nnx_layers.Adaptation):
-            module.kind = Observer
+            module.adapter_output = _probe_output
     return copy
 
 
 def _moments(run: Callable[[Any], Any], adapters: Mapping[str, Adapter]) -> dict[str, jax.Array]:
-    """Return the gradients of the observers' q, which are ``q Σ xᵀx``, with q = I."""
+    """Return ``Σ xᵀx`` of each adapted layer's inputs x.
 
-    def observer(adapter):
+    They are computed as gradients, which JAX sums over the calls of a layer and stacks through any
+    scan or map. Each probe has the form of an adapter of rank ``in``, with q = I.
+    """
+
+    def probe(adapter: Adapter) -> Adapter:
         *stack, _, ins = adapter.q.shape
+        dtype = accumulation_dtype(adapter.q.dtype)
         p = jnp.zeros((*stack, 1, adapter.p.shape[-1]))  # only its width is used
-        q = jnp.broadcast_to(
-            jnp.eye(ins, dtype=accumulation_dtype(adapter.q.dtype)), (*stack, ins, ins)
-        )
-        return Observer(p, jnp.zeros((*stack, ins)), q, adapter.scale, adapter.layout)
+        q = jnp.broadcast_to(jnp.eye(ins, dtype=dtype), (*stack, ins, ins))
+        return adapter._replace(p=p, lam=jnp.zeros((*stack, ins)), q=q)
 
-    def total(observers) -> Any:
-        leaves = [leaf for leaf in jax.tree.leaves(run(observers)) if hasattr(leaf, "dtype")]
+    def total(probes: Any) -> jax.Array:
+        leaves = [leaf for leaf in jax.tree.leaves(run(probes)) if hasattr(leaf, "dtype")]
         floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
         return sum((jnp.sum(leaf.astype("float32")) for leaf in floats), start=jnp.zeros(()))
 
-    grads = jax.grad(total)({path: observer(adapter) for path, adapter in adapters.items()})
-    return {path: observer.q for path, observer in grads.items()}
+    grads = jax.grad(total)({path: probe(adapter) for path, adapter in adapters.items()})
+    return {path: grad.q for path, grad in grads.items()}
+
+
+def _probe_output(
+    layer: Layout,
+    module: Any,
+    probe: Adapter,
+    x: jax.Array,
+    shape: Sequence[int],
+    dtype: Any,
+    *,
+    equation: str | None,
+    convolve: Callable[[Any, jax.Array, jax.Array, int], jax.Array],
+    **_: Any,
+) -> jax.Array:
+    """Return 0 whose gradient for the probe's q is ``q Σ xᵀx``, for every cotangent.
+
+    The arguments are those of :func:`layers.adapter_output`, in whose place it is called.
+    """
+    x = lax.stop_gradient(jnp.asarray(x).astype(dtype))
+    rows = _input_rows(layer, module, x, shape, equation, convolve)
+    rows = rows.astype(accumulation_dtype(dtype))
+    q = jnp.asarray(probe.q).astype(rows.dtype)
+    h = jnp.matmul(rows, jnp.matrix_transpose(q), precision=lax.Precision.HIGHEST)
+    return _zero_with_identity_vjp(h).astype(dtype)
+
+
+def _input_rows(layer, module, x, shape, equation, convolve):
+    """Return a layer's input as the rows ``[*stack, rows, in]`` that its matrices multiply.
+
+    An axis of the stack has size 1 where all its matrices have the same input. The rows of a
+    convolution are its patches.
+    """
+    in_features = math.prod(shape[axis] for axis in layer.ins)
+    if layer.kind == "dense":
+        return x.reshape(-1, in_features)
+    if layer.kind == "conv":
+        identity = jnp.eye(in_features, dtype=x.dtype)
+        kernel, features = layers.conv_kernel(layer, module, identity, shape, x.dtype)
+        return convolve(module, x, kernel, features).reshape(-1, in_features)
+    xs, ws, _ = labels = layers.einsum_labels(layer, module, equation, x.ndim)
+    stack = [shape[axis] if ws[axis] in xs else 1 for axis in layer.stack]
+    return layers.stack_first(layer, labels, x).reshape(*stack, -1, in_features)
+
+
+@jax.custom_vjp
+def _zero_with_identity_vjp(h: jax.Array) -> jax.Array:
+    """Return 0 whose gradient for h is h itself, ``∂ ½‖h‖² / ∂h``."""
+    return jnp.zeros((), h.dtype)
+
+
+# The cotangent does not depend on h and is ignored.
+_zero_with_identity_vjp.defvjp(lambda h: (_zero_with_identity_vjp(h), h), lambda h, g: (h,))
 
 
 def eva_ranks(

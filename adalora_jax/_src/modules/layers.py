@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from adalora_jax._src.core.adapter import (
     Adapter,
-    Observer,
     delta_weight,
     dense_output,
     keys_of,
@@ -26,12 +25,7 @@ from adalora_jax._src.core.adapter import (
     seed_of,
 )
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.low_rank import (
-    accumulation_dtype,
-    apply_dropout,
-    linear_with_dropout,
-    zeros_with_identity_vjp,
-)
+from adalora_jax._src.core.low_rank import accumulation_dtype, apply_dropout, linear_with_dropout
 
 _KINDS = {
     "Dense": "dense",
@@ -285,7 +279,7 @@ def adapter_output(
         y = dense_output(adapter, x.reshape(*lead, -1), key, **how)
         return y.reshape(*lead, *(shape[axis] for axis in layer.outs))
     if layer.kind == "conv":
-        kernel, features = _conv_kernel(layer, module, adapter, shape, dtype)
+        kernel, features = conv_kernel(layer, module, adapter.q, shape, dtype)
         product = lambda x, kernel: convolve(module, x, kernel, features)
         seed = seed_of(key) if dropout_rate else None
         if seed is None or forward_mode:
@@ -296,21 +290,36 @@ def adapter_output(
         return _pointwise_conv(
             adapter, h, getattr(module, "feature_group_count", 1), scale, precision
         )
-    if layer.kind == "general":
-        equation = _general_equation(module, x.ndim)
-    labels = _labels(equation or _equation(module) or "", x.ndim)
+    labels = einsum_labels(layer, module, equation, x.ndim)
     return _contraction(layer, labels, adapter, x, key, shape, how)
 
 
+def einsum_labels(
+    layer: Layout, module: Any, equation: str | None, ndim: int
+) -> tuple[str, str, str]:
+    """Return the labels of input, weight and output of a general or an einsum layer."""
+    if layer.kind == "general":
+        equation = _general_equation(module, ndim)
+    return _labels(equation or _equation(module) or "", ndim)
+
+
+def stack_first(layer: Layout, labels: tuple[str, str, str], x: jax.Array) -> jax.Array:
+    """Return an einsum's input as ``[*stack, *free, in]``, with those stack axes that it has."""
+    xs, ws, _ = labels
+    stack, ins = ([ws[axis] for axis in axes] for axes in (layer.stack, layer.ins))
+    free = [a for a in xs if a not in stack and a not in ins]
+    x = x.transpose([xs.index(a) for a in (*(a for a in stack if a in xs), *free, *ins)])
+    return x.reshape(*x.shape[: x.ndim - len(ins)], -1)
+
+
 def _contraction(layer, labels, adapter, x, key, shape, how):
-    """Return the adapter output of ``y = einsum(x, W)``, computed on x as ``[stack, free, in]``."""
+    """Return the adapter output of ``y = einsum(x, W)``."""
     xs, ws, ys = labels
     axes = (layer.stack, layer.ins, layer.outs)
     stack, ins, outs = ("".join(ws[axis] for axis in axes) for axes in axes)
     free = [a for a in xs if a not in stack and a not in ins]
     size = dict(zip(xs, x.shape)) | dict(zip(ws, shape))
-    x = x.transpose([xs.index(a) for a in (*(a for a in stack if a in xs), *free, *ins)])
-    x = x.reshape(*x.shape[: x.ndim - len(ins)], -1)
+    x = stack_first(layer, labels, x)
     function = functools.partial(dense_output, **how)
     keys = keys_of(key, tuple(size[a] for a in stack if a in xs))
     for label in reversed(stack):
@@ -331,12 +340,13 @@ def _lookup(adapter, ids, scale, dtype):
     return (rows.astype(dtype) @ adapter.p.astype(dtype)).astype(dtype)
 
 
-def _conv_kernel(layer, module, adapter, shape, dtype):
-    """Return q as a convolution kernel with r output features per group, and their number."""
-    groups = getattr(module, "feature_group_count", 1)
-    rank = adapter.lam.shape[0]
+def conv_kernel(
+    layer: Layout, module: Any, q: jax.Array, shape: Sequence[int], dtype: Any
+) -> tuple[jax.Array, int]:
+    """Return ``q [r, in]`` as a kernel with r output features per group, and their number."""
+    groups, rank = getattr(module, "feature_group_count", 1), q.shape[0]
     shape = [rank if axis in layer.outs else size for axis, size in enumerate(shape)]
-    kernel = layer.to_weight(adapter.q.T, shape).astype(dtype)
+    kernel = layer.to_weight(q.T, shape).astype(dtype)
     # Each group of outputs sees its own inputs through the same r kernels.
     kernel = jnp.concatenate([kernel] * groups, axis=layer.outs[0]) if groups > 1 else kernel
     return kernel, rank * groups
@@ -344,9 +354,6 @@ def _conv_kernel(layer, module, adapter, shape, dtype):
 
 def _pointwise_conv(adapter, h, groups, scale, precision):
     """Apply the 1 x 1 convolution that maps ``h [..., groups · r]`` to ``[..., out]``."""
-    if isinstance(adapter, Observer):
-        zeros: Any = zeros_with_identity_vjp(h, adapter.p.shape[-1])
-        return zeros
     rank, out = adapter.p.shape
     dtype = accumulation_dtype(h.dtype)
     c = adapter.lam.astype(dtype) * jnp.asarray(scale, dtype)

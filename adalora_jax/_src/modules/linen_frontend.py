@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +25,7 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.core.low_rank import accumulation_dtype
-from adalora_jax._src.modules import sharding, targets
+from adalora_jax._src.modules import layers, sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
 from adalora_jax._src.modules.linen_interceptor import (
     BoundAdapter,
@@ -52,12 +52,17 @@ class AdaptedModule:
       config: targets, ranks and scale of the adapters.
       rules: shardings of adapters that differ from those derived from the base; None if none do.
       layers: ``{class: Layout}`` of layers that are not Flax's; None if there are none.
+      adapter_output: function that computes what is added to a layer's output, with the arguments
+        of :func:`layers.adapter_output`.
     """
 
     module: nn.Module
     config: AdaLoraConfig
     rules: sharding.Rules | None = dataclasses.field(default=None, hash=False)
     layers: Mapping[type, Layout] | None = dataclasses.field(default=None, hash=False)
+    adapter_output: Callable[..., jax.Array] = dataclasses.field(
+        default_factory=lambda: layers.adapter_output, repr=False
+    )
 
     def init(
         self, key: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -265,7 +270,7 @@ class AdaptedModule:
             if not pytree.is_adapter(node):
                 pytree.get_path(params, parts[:-1])[parts[-1]] = in_base_dtype(node, there, path)
                 continue
-            held = BoundAdapter.of(node, self.config, path)
+            held = BoundAdapter.of(node, self.config, path, self.adapter_output)
             if isinstance(there, dict):
                 there[pytree.ADAPTER_KEY] = held
             else:  # the path is that of a weight, in a scope with several

@@ -39,15 +39,18 @@ class BoundAdapter:
     adapter: Adapter
     dropout: float = dataclasses.field(metadata={"static": True})
     forward_mode: bool = dataclasses.field(metadata={"static": True})
+    output: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, node: Any, config: AdaLoraConfig, path: str) -> BoundAdapter:
+    def of(
+        cls, node: Any, config: AdaLoraConfig, path: str, output: Callable[..., jax.Array]
+    ) -> BoundAdapter:
         if isinstance(node, Adapter):
             known_scale(node, path)
             adapter = node
         else:  # a mapping of p, lam and q, as in trainers with nested dicts
             adapter = pytree.adapters(node)[""]._replace(scale=config.scale_of(path))
-        return cls(adapter, config.lora_dropout, config.forward_mode)
+        return cls(adapter, config.lora_dropout, config.forward_mode, output)
 
 
 def key_of_weight(name: str) -> str:
@@ -112,7 +115,7 @@ def _add(held, context, args, kwargs, output, dropout_off, declared):
         return output[0] + delta.astype(output[0].dtype), *output[1:]
     dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
     dropping = dropping and module.has_rng("dropout")
-    return output + layers.adapter_output(
+    return output + held.output(
         *(layer, module, held.adapter, x, shape, output.dtype),
         key=module.make_rng("dropout") if dropping else None,
         dropout_rate=held.dropout,

@@ -6,6 +6,7 @@ import contextvars
 import copyreg
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,10 +36,11 @@ class Adaptation(nnx.Module):
         used; the adapter computes the mask itself.
       forward_mode: as in the config.
       declared: whether the user declared the layout for the layer's class.
-      kind: Adapter, or Observer to collect second moments of the layer's inputs.
+      adapter_output: function that computes what is added to the layer's output, with the
+        arguments of :func:`layers.adapter_output`.
     """
 
-    kind: type[Adapter] = Adapter
+    adapter_output: Callable[..., jax.Array] = staticmethod(layers.adapter_output)
     p: AdapterParam
     lam: AdapterParam
     q: AdapterParam
@@ -74,7 +76,7 @@ class Adaptation(nnx.Module):
     @property
     def adapter(self) -> Adapter:
         """Adapter with the current values of the three factors."""
-        return self.kind(self.p[...], self.lam[...], self.q[...], self.scale, self.layout)
+        return Adapter(self.p[...], self.lam[...], self.q[...], self.scale, self.layout)
 
     def _add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
         """Return the layer's output plus the adapter output.
@@ -105,7 +107,7 @@ class Adaptation(nnx.Module):
         key, rate, dropout = None, 0.0, self.dropout
         if dropout is not None and not dropout.deterministic and spec.kind != "embed":
             key, rate = next_key(dropout), dropout.rate
-        return output + layers.adapter_output(
+        return output + self.adapter_output(
             *(spec, layer, adapter, x, shape, output.dtype),
             key=key,
             dropout_rate=rate,
