@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float32, Int32
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
@@ -22,6 +23,7 @@ from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack
 from adalora_jax._src.core.schedule import budget, cost
 from adalora_jax._src.core.scores import (
     ScoreInputs,
+    needed_inputs,
     raw_sensitivity,
     representable,
     smooth,
@@ -59,14 +61,14 @@ class AllocatorState(NamedTuple):
       config: the config of the run; static.
     """
 
-    step: jax.Array
-    budget: jax.Array
+    step: Int32[Array, ""]
+    budget: Int32[Array, ""]
     masks: ByRole
     sensitivity: ByRole
     uncertainty: ByRole
-    applied: jax.Array
-    overridden: jax.Array
-    penalty: jax.Array
+    applied: Bool[Array, ""]
+    overridden: Int32[Array, ""]
+    penalty: Float32[Array, ""]
     config: AdaLoraConfig
 
 
@@ -293,13 +295,22 @@ def best_masks(
 def role_scores(
     state: AllocatorState, weights: Mapping[str, Adapter], gradients: Mapping[str, Adapter]
 ) -> dict[str, jax.Array]:
-    """Return the scores of all triplets, ``{role: [members, ..., r]}``."""
+    """Return the scores of all triplets, ``{role: [members, ..., r]}``.
+
+    Args:
+      state: the source of the averages.
+      weights, gradients: ``{path: Adapter}``; empty where the score does not need them.
+    """
     config, averages = state.config, (state.sensitivity, state.uncertainty)
     factor: ArrayLike = 1
     if config.score == "sensitivity_uncertainty":
         lams = [adapter.lam for part in averages for adapter in part.stacked.values()]
         factor = representable(jnp.max(jnp.stack([jnp.max(lam) for lam in lams])))
-    given = [stack_like(state.sensitivity, part) for part in (weights, gradients)]
+    # A score that needs neither weights nor gradients gets arrays of the same shapes.
+    given = [
+        stack_like(state.sensitivity, part) if name in needed_inputs(config) else averages[0]
+        for name, part in (("params", weights), ("grads", gradients))
+    ]
     score = functools.partial(triplet_scores, config=config, factor=factor)
     if callable(config.score):
         score = jax.vmap(score)  # a custom score gets one adapter

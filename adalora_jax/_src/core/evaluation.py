@@ -20,12 +20,7 @@ from adalora_jax._src.core.allocator import (
     current_budget,
 )
 from adalora_jax._src.core.pytree import PyTree
-
-NEEDS = {  # inputs of the built-in scores in addition to the moving averages
-    "magnitude": ("params",),
-    "signal_to_noise": ("params",),
-    "sensitivity": ("params", "grads"),
-}
+from adalora_jax._src.core.scores import needed_inputs
 
 
 def masks(state: Any) -> dict[str, jax.Array]:
@@ -173,9 +168,8 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
         raise ValueError(
             "opt_state has made no update, so there is nothing to rank triplets by: train first."
         )
-    needed = ("grads",) if callable(config.score) else NEEDS.get(config.score, ())
     made = not isinstance(state.step, Tracer) and int(state.step) > config.final_step
-    if grads is None and "grads" in needed and not made:
+    if grads is None and "grads" in needed_inputs(config) and not made:
         raise ValueError(
             f"grads=None: score={config.score!r} looks at gradients, which the allocator does not "
             "keep: pass the last ones."

@@ -10,10 +10,10 @@ import numpy as np
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.allocator import allocator_state, role_scores
-from adalora_jax._src.core.evaluation import NEEDS
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.regularizer import penalty
 from adalora_jax._src.core.roles import ByRole
+from adalora_jax._src.core.scores import needed_inputs
 
 
 class AllocatorInfo(NamedTuple):
@@ -166,28 +166,26 @@ def info(
     """
     state = allocator_state(opt_state)
     config = state.config
-    needed = ("params", "grads") if callable(config.score) else NEEDS.get(config.score, ())
     given = {"params": params, "grads": grads}
-    if missing := [name for name in needed if given[name] is None]:
+    if missing := [name for name in needed_inputs(config) if given[name] is None]:
         raise ValueError(
             f"score={config.score!r} looks at weights or gradients, which the allocator does not "
             f"keep: pass {' and '.join(f'{name}={name}' for name in missing)} to info."
         )
-    averages, masks = dict(state.sensitivity), dict(state.masks)
-    # A score that depends on neither weights nor gradients gets arrays of the same shapes.
-    weights, gradients = (
-        averages if value is None else pytree.adapters(value) for value in given.values()
-    )
-    scores = dict(ByRole(role_scores(state, weights, gradients), state.masks.roles))
-    live = sum((mask.sum() for mask in masks.values()), start=jnp.zeros((), jnp.int32))
+    roles = state.masks.roles
+    scores = role_scores(state, *map(pytree.adapters, given.values()))
+    idle = lambda averages: ((_total(averages) == 0) & (state.step > 0))[..., None]
+    idle = ByRole({name: idle(a) for name, a in state.sensitivity.stacked.items()}, roles)
+    inactive = {path: value[..., 0] for path, value in idle.items()}
+    live = sum((m.sum() for m in jax.tree.leaves(state.masks)), start=jnp.zeros((), jnp.int32))
     # Copies, because the next step may donate the state's buffers.
-    step, budget, masks = jax.tree.map(jnp.copy, (state.step, state.budget, masks))
-    inactive = {path: (_total(averages[path]) == 0) & (step > 0) for path in masks}
+    step, budget, masks = jax.tree.map(jnp.copy, (state.step, state.budget, dict(state.masks)))
     value = jnp.copy(state.penalty) if config.orth_reg_in_update else None
     if value is None and params is not None:
         value = penalty(params, config)
     return AllocatorInfo(
-        step, budget, live, masks, scores, jnp.copy(state.overridden), inactive, value
+        *(step, budget, live, masks, dict(ByRole(scores, roles))),
+        *(jnp.copy(state.overridden), inactive, value),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig
@@ -15,7 +16,7 @@ from adalora_jax._src.core.low_rank import accumulation_dtype, explicit_sharding
 from adalora_jax._src.core.pytree import PyTree
 
 
-def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
+def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     """Return the weighted orthogonality penalty of all P and Q, a term of the training loss.
 
     By ``config.orthogonality`` it is one of::
@@ -58,7 +59,7 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
     return penalty(adapters, config)
 
 
-def penalty(adapters: PyTree, config: AdaLoraConfig) -> jax.Array:
+def penalty(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     """Return the value of :func:`orthogonality`, also with ``config.orth_reg_in_update``."""
     found = pytree.adapters(adapters)
     matrices = {
@@ -98,7 +99,7 @@ def _deviations(m):
     return deviation(m).ravel()
 
 
-def deviation(m: jax.Array) -> jax.Array:
+def deviation(m: Inexact[Array, "*stack r d"]) -> Float[Array, "*stack"]:
     """Return ``‖M Mᵀ − I‖_F`` for ``m [..., r, d]``, one value per matrix, in at least float32.
 
     Its gradient ``2 (D / ‖D‖) M``, with ``D = M Mᵀ − I``, is finite everywhere. It is 0 if the rows

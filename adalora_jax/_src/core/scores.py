@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Float32, Shaped
 
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
@@ -37,7 +38,9 @@ class ScoreInputs(NamedTuple):
     uncertainty: Adapter
 
 
-def raw_sensitivity(weight: jax.Array, gradient: jax.Array) -> jax.Array:
+def raw_sensitivity(
+    weight: Shaped[Array, "*shape"], gradient: Shaped[Array, "*shape"]
+) -> Float32[Array, "*shape"]:
     """Return the sensitivity ``I = |w · g|`` in float32, for parameters of any dtype.
 
     This is `AdaLoRA, Eq. (8) <https://arxiv.org/abs/2303.10512>`_.
@@ -49,8 +52,11 @@ def raw_sensitivity(weight: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def smooth(
-    raw: jax.Array, sensitivity: jax.Array, uncertainty: jax.Array, config: AdaLoraConfig
-) -> tuple[jax.Array, jax.Array]:
+    raw: Float32[Array, "*shape"],
+    sensitivity: Float32[Array, "*shape"],
+    uncertainty: Float32[Array, "*shape"],
+    config: AdaLoraConfig,
+) -> tuple[Float32[Array, "*shape"], Float32[Array, "*shape"]]:
     """Return the moving averages Ī and Ū after one step.
 
     They start at 0 and have no bias correction (`AdaLoRA, Eqs. (9) and (10)
@@ -74,7 +80,7 @@ def smooth(
     return sensitivity, config.beta2 * uncertainty + (1 - config.beta2) * deviation
 
 
-def triplet_mean(element_scores: Adapter) -> jax.Array:
+def triplet_mean(element_scores: Adapter) -> Float[Array, "*stack r"]:
     """Return the scores of triplets from the scores of their elements.
 
     ``S_i = s(λ_i) + mean_j s(p_ij) + mean_j s(q_ij)``, `AdaLoRA, Eq. (7)
@@ -94,7 +100,7 @@ def triplet_mean(element_scores: Adapter) -> jax.Array:
     return lam + jnp.mean(p, axis=-1) + jnp.mean(q, axis=-1)
 
 
-def representable(of_lam: jax.Array) -> jax.Array:
+def representable(of_lam: Float32[Array, ""]) -> Float32[Array, ""]:
     """Return the factor by which to multiply all averages so that float32 represents ``Ī · Ū``.
 
     Otherwise products of averages below 1e-19 underflow to 0 and products of averages above 1e19
@@ -115,9 +121,20 @@ def representable(of_lam: jax.Array) -> jax.Array:
     return jnp.where(of_lam > 0, factor, 1)
 
 
+def needed_inputs(config: AdaLoraConfig) -> tuple[str, ...]:
+    """Return which of ``"params"`` and ``"grads"`` the score needs besides the averages.
+
+    >>> needed_inputs(AdaLoraConfig(total_step=10, score="magnitude"))
+    ('params',)
+    """
+    if callable(config.score) or config.score == "sensitivity":
+        return ("params", "grads")
+    return ("params",) if config.score in ("magnitude", "signal_to_noise") else ()
+
+
 def triplet_scores(
     evidence: ScoreInputs, config: AdaLoraConfig, factor: ArrayLike = 1
-) -> jax.Array:
+) -> Shaped[Array, "*stack r"]:
     """Return the scores by which the triplets of one adapter are ranked.
 
     ``config.score`` is one of

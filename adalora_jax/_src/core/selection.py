@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int32, Shaped, UInt
 
 from adalora_jax._src.core.pytree import PyTree
 
@@ -71,9 +72,9 @@ class RankedScores(NamedTuple):
       cost: int32 cost per score; None if it is 1.
     """
 
-    keys: jax.Array
-    turns: jax.Array | None
-    cost: jax.Array | None
+    keys: UInt[Array, "*shape"]
+    turns: Int32[Array, "*shape"] | None
+    cost: Int32[Array, "*shape"] | None
 
 
 class Threshold(NamedTuple):
@@ -84,14 +85,14 @@ class Threshold(NamedTuple):
       ties: int32 scalar: of the keys equal to ``lowest``, those before this position are kept.
     """
 
-    lowest: jax.Array
-    ties: jax.Array
+    lowest: UInt[Array, ""]
+    ties: Int32[Array, ""]
 
 
 def rank_scores(
-    scores: jax.Array,
+    scores: Shaped[Array, "*stack r"],
     limits: tuple[ArrayLike, ArrayLike] | None = None,
-    alive: jax.Array | None = None,
+    alive: Bool[Array, "*stack r"] | None = None,
     cost: ArrayLike | None = None,
 ) -> RankedScores:
     """Return the :class:`RankedScores` of one leaf.
@@ -187,7 +188,7 @@ def _total(entry: RankedScores, mask: jax.Array) -> jax.Array:
 
 def apply_threshold(
     row: RankedScores, cut: Threshold, places: ArrayLike | None = None
-) -> jax.Array:
+) -> Bool[Array, " n"]:
     """Return the mask of a row: True for keys above the threshold and for its first ties.
 
     Args:
@@ -205,7 +206,7 @@ def apply_threshold(
     return (row.turns == 0) | ((row.turns == 1) & mask)
 
 
-def _order_preserving_bits(scores: jax.Array) -> jax.Array:
+def _order_preserving_bits(scores: Shaped[Array, "*shape"]) -> UInt[Array, "*shape"]:
     """Convert scores to unsigned integers of the same order; NaN is lowest, 0 equals −0.
 
     The bits of positive floats, read as integers, have the floats' order; those of negative floats
