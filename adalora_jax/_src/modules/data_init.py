@@ -158,7 +158,7 @@ def _with_probes(model: flax_nnx.Module, probes: Mapping[str, Adapter]) -> Any:
     copy: Any = nnx_adapters.with_adapters(model, probes)
     for _, module in nnx_variables.modules(copy):
         if isinstance(module, nnx_layers.Adaptation):
-            module.adapter_output = _probe_output
+            module._adapter_output = _probe_output
     return copy
 
 

@@ -36,11 +36,11 @@ class Adaptation(nnx.Module):
         used; the adapter computes the mask itself.
       forward_mode: as in the config.
       declared: whether the user declared the layout for the layer's class.
-      adapter_output: function that computes what is added to the layer's output, with the
-        arguments of :func:`layers.adapter_output`.
     """
 
-    adapter_output: Callable[..., jax.Array] = staticmethod(layers.adapter_output)
+    # Computes what is added to the layer's output, with the arguments of layers.adapter_output.
+    # Private, because nnx.tabulate wraps public methods to print their inputs.
+    _adapter_output: Callable[..., jax.Array] = staticmethod(layers.adapter_output)
     p: AdapterParam
     lam: AdapterParam
     q: AdapterParam
@@ -107,7 +107,7 @@ class Adaptation(nnx.Module):
         key, rate, dropout = None, 0.0, self.dropout
         if dropout is not None and not dropout.deterministic and spec.kind != "embed":
             key, rate = next_key(dropout), dropout.rate
-        return output + self.adapter_output(
+        return output + self._adapter_output(
             *(spec, layer, adapter, x, shape, output.dtype),
             key=key,
             dropout_rate=rate,
