@@ -116,7 +116,7 @@ class TensorFile:
         with self._opened(f"{self.path}: {name!r} cannot be read") as tensors:
             array = tensors.get_tensor(name)
         if not self.is_current():
-            raise ValueError(f"{self.path} was saved to while it was read: read it again.")
+            raise ValueError(f"{self.path} changed while it was read: read it again.")
         return array
 
     def chunks(self, name: str) -> Iterator[bytes]:

@@ -136,7 +136,7 @@ def test_allocator_works_in_place():
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(many(6)))
     memory = allocating(6).compile(AS_USERS).memory_analysis()
     assert memory.alias_size_in_bytes >= 3 * size
-    assert memory.temp_size_in_bytes < 1.25 * size
+    assert memory.temp_size_in_bytes < 1.5 * size
 
 
 def test_averages_and_ranking_are_only_computed_when_due():

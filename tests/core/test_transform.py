@@ -103,7 +103,7 @@ def test_importance_sees_clipping_outside_but_not_inside():
     averages = [al.allocator_state(state).sensitivity for _, state in (before, within)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(4 * a, b, rtol=1e-6), *averages)
     # λ was 0 and moved by −0.1: I = 0.4, of which the average takes 15 %.
-    np.testing.assert_allclose(averages[1]["block"]["a"].lam, 0.15 * 0.4, rtol=1e-5)
+    np.testing.assert_allclose(averages[1]["block/a"].lam, 0.15 * 0.4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["outside", "inside"])

@@ -18,7 +18,7 @@ from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import map_state
 from adalora_jax._src.core.evaluation import apply_masks, masks, ranks, unfinished
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole, group_by_role, stack
+from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack
 
 
 def compact(
@@ -155,9 +155,8 @@ def _take_state_rows(
     roles = group_by_role(remaining)
 
     def cut_allocator(state):
-        take = lambda values: {
-            path: jax.tree.map(_take_rows, values[path], rows[path]) for path in remaining
-        }
+        short = lambda path, a: a._replace(**map_leaves(_take_rows, a, rows[path])._asdict())
+        take = lambda values: {path: short(path, values[path]) for path in remaining}
         active = {path: jnp.asarray(surviving_rows(by_path[path])[1]) for path in remaining}
         averages = [stack(roles, take(part)) for part in (state.sensitivity, state.uncertainty)]
         return state._replace(

@@ -11,7 +11,6 @@ import optax
 from jax import tree_util
 
 from adalora_jax._src.core.adapter import Adapter, check_adapter
-from adalora_jax._src.core.roles import ByRole
 
 PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in them
 
@@ -38,6 +37,15 @@ def is_packed(node: Any) -> bool:
     False
     """
     return hasattr(node, "dequantize")
+
+
+def is_by_role(node: Any) -> bool:
+    """Return whether a node is a :class:`ByRole`, a mapping by path with one array per role.
+
+    >>> is_by_role({"query": 1.0})
+    False
+    """
+    return hasattr(node, "stacked")
 
 
 def get_path(nested: Any, path: Sequence[str]) -> Any:
@@ -171,7 +179,7 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
     >>> list(adapters({"encoder": {"query": adapter, "bias": jnp.ones(3)}}))
     ['encoder/query']
     """
-    if isinstance(tree, ByRole):
+    if is_by_role(tree):
         return dict(tree)
     result: dict[str, Adapter] = {}
     for path, node in _nodes(tree)[0]:
@@ -200,7 +208,7 @@ def leaves_with_path(tree: PyTree) -> dict[str, Any]:
     >>> leaves_with_path({"encoder": {"query": 1, "adalora": 2}})
     {'encoder': 2, 'encoder/query': 1}
     """
-    if isinstance(tree, ByRole):
+    if is_by_role(tree):
         return dict(tree)
     return {path_name(path): leaf for path, leaf in tree_util.tree_flatten_with_path(tree)[0]}
 

@@ -75,7 +75,10 @@ def budget(
         between = between.astype(jnp.int32)
     else:
         starts, values = _staircase(config, initial, target, min(n_adapters, target))
-        between = jnp.asarray(values)[jnp.searchsorted(starts, step, side="right") - 1]
+        # For one step, all comparisons at once are one kernel; a binary search is a loop.
+        method = "scan" if step.ndim else "compare_all"
+        place = jnp.searchsorted(starts, step, side="right", method=method)
+        between = jnp.asarray(values)[place - 1]
     between = jnp.where(step <= config.tinit, jnp.int32(initial), between)
     return jnp.where(step >= config.final_step, jnp.int32(target), between)
 
