@@ -230,9 +230,13 @@ def update_allocator(
         pairs = [smooth(i, mean, deviation, config) for i, mean, deviation in leaves]
         return tuple(map(jax.tree.structure(raw).unflatten, zip(*pairs)))
 
-    # Not jnp.where, which reads and writes all averages even if they do not change.
-    sensitivity, uncertainty = jax.lax.cond(
-        finite & (step < config.total_step - config.tfinal), new_averages, lambda: averages
+    changes = finite & (step < config.total_step - config.tfinal)
+    # On a CPU, a branch saves reading and writing averages that do not change. Elsewhere it costs
+    # copies of them, and on a GPU the host would wait for the predicate.
+    choose = functools.partial(jnp.where, changes)
+    sensitivity, uncertainty = jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.cond(changes, new_averages, lambda: averages),
+        default=lambda: jax.tree.map(choose, new_averages(), averages),
     )
     allowed = current_budget(config, step, weights)
     new_state = state._replace(sensitivity=sensitivity, uncertainty=uncertainty)
