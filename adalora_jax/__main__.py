@@ -155,6 +155,11 @@ def _export(arguments: argparse.Namespace) -> None:
         if arguments.base is None:
             raise ValueError("--to merged needs --base: pass the base model's folder.")
         raise ValueError(f"--base {arguments.base} is used only with --to merged: leave it out.")
+    if arguments.to == "merged":
+        for name in ("base_model", "task_type"):
+            if (value := getattr(arguments, name)) is not None:
+                option = f"--{name.replace('_', '-')} {value}"
+                raise ValueError(f"{option} is for --to peft and --to lora: leave it out.")
     found = _find(arguments.folder)
     common = {"masks": found.masks, "names": arguments.names}
     if arguments.to == "merged":

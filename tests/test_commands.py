@@ -155,6 +155,21 @@ def test_export_to_merged_base_adds_increments_and_shows_progress(trained, saved
             ["export", "saved", "--to", "peft", "--out", "x", "--base", "y"],
             "--base y is used only",
         ),
+        (
+            [
+                "export",
+                "saved",
+                "--to",
+                "merged",
+                "--out",
+                "x",
+                "--base",
+                "y",
+                "--task-type",
+                "CAUSAL_LM",
+            ],
+            "--task-type CAUSAL_LM is for --to peft",
+        ),
         (["export", "saved", "--to", "peft", "--out", "saved"], "--out saved exists"),
         (["export", "saved", "--to", "peft", "--out", "x", "--names", "bert"], "matches no pair"),
         (

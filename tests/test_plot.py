@@ -201,6 +201,11 @@ def test_run_figures_of_large_model_have_bounded_size():
             "infos name different adapters",
         ),
         (lambda: plot.rank_heatmap({}), "ranks={} is empty"),
+        (lambda: plot.rank_heatmap({"a": 1}, highest=0), "highest=0 must be at least 1"),
+        (
+            lambda: plot.rank_heatmap(jax.tree.map(lambda *leaves: jnp.stack(leaves), *infos())),
+            r"info with \(4,\) steps",
+        ),
         (lambda: plot.rank_history([]), "history is empty"),
         (lambda: plot.rank_history([{}]), "history is empty"),
         (lambda: plot.rank_history([{"a": 1}, {"b": 1}]), r"history\[1\].*'a', 'b'"),

@@ -56,7 +56,7 @@ def rank_heatmap(
       The figure: one row per layer, one column per module.
 
     Raises:
-      ValueError: ``ranks`` is empty.
+      ValueError: ``ranks`` is empty, an info contains several steps, or ``highest`` is below 1.
 
     >>> figure = rank_heatmap({"blocks/0/query": 2, "blocks/0/up": 5, "blocks/1/up": 7})
     >>> table = figure.axes[0]
@@ -68,6 +68,8 @@ def rank_heatmap(
     ranks = _ranks(ranks)
     if not ranks:
         raise ValueError("ranks={} is empty: pass the result of adalora_jax.ranks(state).")
+    if highest is not None and not highest >= 1:
+        raise ValueError(f"highest={highest!r} must be at least 1: pass config.init_r.")
     places = {path: _place(path) for path in ranks}
     layers = sorted({layer for layer, _ in places.values()})
     modules = list(dict.fromkeys(module for _, module in places.values()))
@@ -393,6 +395,11 @@ def _steps(infos: Sequence[AllocatorInfo]) -> list[int]:
 def _ranks(ranks: Mapping[str, int] | AllocatorInfo) -> Mapping[str, int]:
     if not isinstance(ranks, AllocatorInfo):
         return ranks
+    if np.ndim(ranks.step):
+        raise ValueError(
+            f"ranks is an info with {np.shape(ranks.step)} steps: pass that of one step, "
+            "jax.tree.map(lambda leaf: leaf[i], infos)."
+        )
     live = evaluation.ranks(ranks)
     return {path: live[path] for path in sorted(live, key=_natural)}
 

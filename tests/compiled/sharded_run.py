@@ -92,9 +92,11 @@ def main(axis_type):
     first = sharded[0]
     for name, specs in SPECS.items():
         for average in (first[1].allocator.sensitivity, first[1].allocator.uncertainty):
-            for leaf, like in zip(average[name], placed[name]):
-                assert leaf.sharding == like.sharding, f"{name}: {leaf.sharding}"
-        assert first[1].allocator.masks[name].sharding.spec == specs.lam, name
+            for leaf, like in zip(average.stacked[name], placed[name]):
+                assert leaf.sharding.spec == P(None, *like.sharding.spec), (
+                    f"{name}: {leaf.sharding}"
+                )
+        assert first[1].allocator.masks.stacked[name].sharding.spec == P(None, *specs.lam), name
 
     for t, carry in enumerate(sharded[1:]):
         named = jax.tree_util.tree_leaves_with_path(carry)

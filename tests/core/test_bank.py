@@ -197,6 +197,19 @@ def test_training_one_adapter_leaves_others_unchanged(members, bank):
     assert sum(adalora.ranks(adalora.allocator_state(state)).values()) == 2 * 4
 
 
+@pytest.mark.parametrize("which", [4, -1, True, 1.0, np.array([0, 4])])
+def test_selecting_invalid_indices_raises(bank, which):
+    with pytest.raises(ValueError, match=r"which=.* indices from 0, the base model, to 3"):
+        bank.select(which)
+
+
+def test_combining_nothing_or_by_a_string_raises(members):
+    with pytest.raises(ValueError, match="adapters is empty"):
+        adalora.bank.combine_adapters()
+    with pytest.raises(TypeError, match="weights='2' is a string"):
+        adalora.bank.combine_adapters(members["french"][0], weights="2")
+
+
 def test_loading_invalid_adapters_raises(bank):
     good, _ = trained(7)
     with pytest.raises(ValueError, match="name='' must be a string"):

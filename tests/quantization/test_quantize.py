@@ -449,6 +449,8 @@ def test_plain_merge_of_quantised_base_raises():
     [
         ({"qtype": "int3"}, "qtype='int3' must be one of"),
         ({"block": -1}, "block=-1 must be a positive integer"),
+        ({"block": True}, "block=True must be a positive integer"),
+        ({"dtype": "foo"}, "dtype='foo' must be a floating-point dtype"),
         ({"dtype": "int8"}, "dtype='int8' must be a floating-point dtype"),
         ({"target_modules": ["querry"]}, "'querry' matches no module"),
     ],

@@ -194,7 +194,9 @@ def test_mesh_run_matches_single_device_and_shards_averages_like_params():
             np.testing.assert_allclose(ours, theirs, atol=3e-5, err_msg=path)
     own = places.pop("parameter")
     assert own == {"p": [None, "tp"], "q": [None, "fsdp"]}
-    assert places == dict.fromkeys(["moments", "sensitivity", "uncertainty"], own)
+    assert places["moments"] == own
+    by_role = {name: [None, *spec] for name, spec in own.items()}
+    assert places["sensitivity"] == places["uncertainty"] == by_role
 
 
 # A quantised base -----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from adalora_jax._src.core.selection import (
     concatenate,
     find_threshold,
     rank_scores,
+    replicate,
 )
 
 
@@ -290,9 +291,9 @@ def best_masks(
     new = {}
     for role, entry, end in zip(roles.members, entries, ends):
         before = state.masks.stacked[role.name]
-        new[role.name] = _sharded_like(
-            mask[end - entry.keys.size : end].reshape(before.shape), before
-        )
+        # Otherwise the sharding of a role's mask would propagate to the row and to other roles.
+        own = replicate(mask[end - entry.keys.size : end].reshape(before.shape))
+        new[role.name] = _sharded_like(own, before)
     return ByRole(new, roles)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Int32, Shaped
 
@@ -189,10 +190,18 @@ class AdapterBank:
           have a leading axis, see :func:`per_example`.
 
         Raises:
-          ValueError: the bank has no set of a name.
+          ValueError: the bank has no set of a name, or an index that is not traced is not an
+            integer from 0 to the number of sets.
         """
         if which is None or isinstance(which, (str, list, tuple)):
             which = self.index(which)
+        elif not isinstance(which, jax.core.Tracer):
+            given, last = np.asarray(which), len(self.names)
+            if given.dtype.kind not in "iu" or not np.all((given >= 0) & (given <= last)):
+                raise ValueError(
+                    f"which={which!r} must be names, or indices from 0, the base model, to {last}, "
+                    "as bank.index(names) returns them."
+                )
         return jax.tree.map(lambda leaf: jnp.take(leaf, which, axis=0), self.stacked | self.others)
 
 
@@ -215,14 +224,19 @@ def combine_adapters(
       in ``modules_to_save``, are those of the first set.
 
     Raises:
-      ValueError: the numbers of weights and sets differ, the adapters at a path are for weights of
-        different shapes, or a scale is unknown.
+      ValueError: no set is given, the numbers of weights and sets differ, the adapters at a path
+        are for weights of different shapes, or a scale is unknown.
+      TypeError: ``weights`` is a string.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
     >>> both = combine_adapters({"query": adapter}, {"query": adapter}, weights=[0.5, 2.0])
     >>> both["query"].lam
     Array([0.5, 0.5, 2. , 2. ], dtype=float32)
     """
+    if not adapters:
+        raise ValueError("adapters is empty: pass at least one set, {path: Adapter}.")
+    if isinstance(weights, str):
+        raise TypeError(f"weights={weights!r} is a string: pass one number per set.")
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(

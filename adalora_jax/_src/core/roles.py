@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import tree_util
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from adalora_jax._src.core.adapter import Adapter
 
@@ -191,8 +193,18 @@ def stack_like(like: ByRole, values: Mapping[str, Adapter]) -> ByRole:
 
 def _join(members: Sequence[Any]) -> Any:
     if not isinstance(members[0], Adapter):
-        return jnp.stack(members)
-    return members[0]._replace(**dict(zip(Adapter._fields, map(jnp.stack, zip(*members)))))
+        return _join_arrays(members)
+    return members[0]._replace(**dict(zip(Adapter._fields, map(_join_arrays, zip(*members)))))
+
+
+def _join_arrays(members: Sequence[Any]) -> jax.Array:
+    """Stack arrays along a new axis that is not sharded."""
+    joined, first = jnp.stack(members), members[0]
+    sharding = None if isinstance(first, jax.core.Tracer) else getattr(first, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return joined
+    # Outside of jit, XLA may replicate the result.
+    return jax.device_put(joined, NamedSharding(sharding.mesh, P(None, *sharding.spec)))
 
 
 def _member(leaf: Any, index: int, ndim: int) -> Any:
@@ -201,9 +213,8 @@ def _member(leaf: Any, index: int, ndim: int) -> Any:
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf[(slice(None),) * axis + (index,)]
     sharding = leaf.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
+    if isinstance(sharding, NamedSharding):
         spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-        spec = jax.sharding.PartitionSpec(*spec[:axis], *spec[axis + 1 :])
-        sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+        sharding = NamedSharding(sharding.mesh, P(*spec[:axis], *spec[axis + 1 :]))
     shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)

@@ -106,9 +106,9 @@ def rank_scores(
     >>> rank_scores(jnp.array([2.0, 3.0, 4.0]), (1, 2)).turns
     Array([2, 1, 0], dtype=int32)
     """
-    scores, turns = _replicate(scores), None
+    scores, turns = replicate(scores), None
     if limits is not None or alive is not None:
-        fit = jnp.ones_like(scores, bool) if alive is None else _replicate(alive)
+        fit = jnp.ones_like(scores, bool) if alive is None else replicate(alive)
         turns = _assign_tiers(scores, fit, *(limits or (0, scores.shape[-1])))
     price = None if cost is None else jnp.full(scores.shape, cost, jnp.int32)
     return RankedScores(_order_preserving_bits(scores), turns, price)
@@ -201,9 +201,9 @@ def apply_threshold(
     """
     first = _places(row.keys, places) < cut.ties
     mask = (row.keys > cut.lowest) | ((row.keys == cut.lowest) & first)
-    if row.turns is None:
-        return mask
-    return (row.turns == 0) | ((row.turns == 1) & mask)
+    if row.turns is not None:
+        mask = (row.turns == 0) | ((row.turns == 1) & mask)
+    return mask
 
 
 def _order_preserving_bits(scores: Shaped[Array, "*shape"]) -> UInt[Array, "*shape"]:
@@ -236,7 +236,7 @@ def _assign_tiers(
     return jnp.where(alive, turn, 2)
 
 
-def _replicate(scores: jax.Array) -> jax.Array:
+def replicate(scores: jax.Array) -> jax.Array:
     """Return the scores replicated on every device.
 
     Adapters may have different shardings. With explicit mesh axes, arrays need one sharding to be

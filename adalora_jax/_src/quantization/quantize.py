@@ -95,9 +95,14 @@ class Recipe:
             raise ValueError(f"qtype={self.qtype!r} must be one of {_QTYPES}.")
         if self.block == "default":
             object.__setattr__(self, "block", None if self.qtype == "int8" else 64)
-        if self.block is not None and not (isinstance(self.block, int) and self.block > 0):
+        is_int = isinstance(self.block, int) and self.block > 0
+        if self.block is not None and (not is_int or self.block is True):
             raise ValueError(f"block={self.block!r} must be a positive integer, or None.")
-        if self.dtype is not None and not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
+        try:
+            is_float = self.dtype is None or jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+        except TypeError:  # not a dtype
+            is_float = False
+        if not is_float:
             raise ValueError(f"dtype={self.dtype!r} must be a floating-point dtype, or None.")
 
 
