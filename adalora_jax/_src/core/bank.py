@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Int32, Shaped
 
@@ -195,7 +196,7 @@ class AdapterBank:
         """
         if which is None or isinstance(which, (str, list, tuple)):
             which = self.index(which)
-        elif not isinstance(which, jax.core.Tracer):
+        elif not isinstance(which, Tracer):
             given, last = np.asarray(which), len(self.names)
             if given.dtype.kind not in "iu" or not np.all((given >= 0) & (given <= last)):
                 raise ValueError(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import tree_util
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -200,7 +201,7 @@ def _join(members: Sequence[Any]) -> Any:
 def _join_arrays(members: Sequence[Any]) -> jax.Array:
     """Stack arrays along a new axis that is not sharded."""
     joined, first = jnp.stack(members), members[0]
-    sharding = None if isinstance(first, jax.core.Tracer) else getattr(first, "sharding", None)
+    sharding = None if isinstance(first, Tracer) else getattr(first, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return joined
     # Outside of jit, XLA may replicate the result.
