@@ -87,6 +87,16 @@ def test_axes_of_vmap_and_scan_stay_in_front():
             )
 
 
+def test_values_with_axes_in_front_are_stacked_as_vmap_stacks_them():
+    given = adapters()
+    roles = group_by_role(given)
+    many = jax.vmap(lambda factor: jax.tree.map(lambda leaf: factor * leaf, given))(jnp.arange(3.0))
+    inside, outside = jax.vmap(lambda one: stack(roles, one))(many), stack(roles, many)
+    assert jax.tree.map(jnp.shape, inside) == jax.tree.map(jnp.shape, outside)
+    chex.assert_trees_all_equal(inside, outside)
+    chex.assert_trees_all_equal(dict(outside), many)
+
+
 def test_abstract_values_are_read_by_path():
     given = adapters()
     by_role = jax.eval_shape(lambda a: stack(group_by_role(a), a), given)

@@ -176,9 +176,14 @@ def stack(roles: Roles, values: Mapping[str, Any]) -> ByRole:
     Args:
       roles: the roles; their paths are keys of ``values``.
       values: ``{path: value}``, with an array or an :class:`Adapter` per path. The adapters of a
-        role have the scale and layout of its first member.
+        role have the scale and layout of its first member. Axes in front of a value's own, such as
+        those of ``jax.vmap``, remain in front.
     """
-    return ByRole({r.name: _join([values[path] for path in r.paths]) for r in roles.members}, roles)
+    joined = {
+        role.name: _join([values[path] for path in role.paths], len(role.shape))
+        for role in roles.members
+    }
+    return ByRole(joined, roles)
 
 
 def stack_like(like: ByRole, values: Mapping[str, Adapter]) -> ByRole:
@@ -192,20 +197,27 @@ def stack_like(like: ByRole, values: Mapping[str, Adapter]) -> ByRole:
     return ByRole(known, like.roles)
 
 
-def _join(members: Sequence[Any]) -> Any:
+def _join(members: Sequence[Any], ndim: int) -> Any:
     if not isinstance(members[0], Adapter):
-        return _join_arrays(members)
-    return members[0]._replace(**dict(zip(Adapter._fields, map(_join_arrays, zip(*members)))))
+        return _join_arrays(members, ndim)
+    p, lam, q = zip(*members)
+    return members[0]._replace(
+        p=_join_arrays(p, ndim + 1), lam=_join_arrays(lam, ndim), q=_join_arrays(q, ndim + 1)
+    )
 
 
-def _join_arrays(members: Sequence[Any]) -> jax.Array:
-    """Stack arrays along a new axis that is not sharded."""
-    joined, first = jnp.stack(members), members[0]
+def _join_arrays(members: Sequence[Any], ndim: int) -> jax.Array:
+    """Stack arrays along a new axis, which is not sharded, in front of their last ``ndim`` axes."""
+    first = members[0]
+    axis = first.ndim - ndim
+    joined = jnp.stack(members, axis)
     sharding = None if isinstance(first, Tracer) else getattr(first, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return joined
     # Outside of jit, XLA may replicate the result.
-    return jax.device_put(joined, NamedSharding(sharding.mesh, P(None, *sharding.spec)))
+    spec = [*sharding.spec, *[None] * (axis - len(sharding.spec))]
+    spec = P(*spec[:axis], None, *spec[axis:])
+    return jax.device_put(joined, NamedSharding(sharding.mesh, spec))
 
 
 def _member(leaf: Any, index: int, ndim: int) -> Any:
