@@ -32,9 +32,6 @@ Score = Literal[
     "smoothed_sensitivity",
     "sensitivity",
     "magnitude",
-    "upper_confidence",
-    "sensitivity_over_uncertainty",
-    "signal_to_noise",
 ]
 ScoreReduction = Literal["triplet", "lam"]
 Allocation = Literal["global", "per_adapter"]
@@ -158,10 +155,7 @@ class AdaLoraConfig:
       score: name or ``ScoreFunction``. The score that ranks the triplets, from the smoothed
         sensitivity Ī of ``|w g|``, Eqs. (8) and (9), and its uncertainty Ū, Eq. (10):
         ``"sensitivity_uncertainty"`` (default), ``Ī Ū``, Eq. (11); ``"smoothed_sensitivity"``, Ī;
-        ``"sensitivity"``, ``|w g|`` of this step; ``"magnitude"``, ``|λ|``;
-        ``"upper_confidence"``, ``Ī + Ū``; ``"sensitivity_over_uncertainty"``, ``Ī / Ū``
-        (IGU-LoRA); ``"signal_to_noise"``, ``|w|`` over the deviation of its posterior. Used by the
-        allocator.
+        ``"sensitivity"``, ``|w g|`` of this step; ``"magnitude"``, ``|λ|``. Used by the allocator.
       score_reduction: ``"triplet"`` (default), the score of λ plus the means of the scores of p and
         q, Eq. (7); or ``"lam"``, the score of λ alone. Has no effect on ``"magnitude"`` and on a
         ``ScoreFunction``. Used by the allocator.

@@ -137,7 +137,7 @@ def info(
       opt_state: a pytree that contains one :class:`AllocatorState`: the state of an optax
         optimizer, an ``nnx.Optimizer``, an :class:`AdaLoraState`, or the allocator's state.
       params: the adapters, in any tree. Needed by scores that depend on weights: ``"magnitude"``,
-        ``"signal_to_noise"``, ``"sensitivity"`` and functions. Pass those after the update, in
+        ``"sensitivity"`` and functions. Pass those after the update, in
         which a newly pruned λ is already 0; with ``sensitivity_timing="current"``, those before it.
       grads: the gradients that ``tx.update`` got. Needed by ``"sensitivity"`` and functions.
 
