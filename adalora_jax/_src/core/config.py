@@ -287,7 +287,10 @@ prunes to target_r, so init_r must be at least 8.
             checks.scaling("lora_alpha", self.lora_alpha, self.init_r)
         else:
             least = f"above 0, or None, and at least {checks.MIN_NUMBER:.3g}"
-            ok = lambda v: checks.MIN_NUMBER <= v < math.inf
+
+            def ok(v):
+                return checks.MIN_NUMBER <= v < math.inf
+
             self._check("scale", checks.number, least, ok)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             self._check(name, checks.names)
@@ -425,7 +428,10 @@ prunes to target_r, so init_r must be at least 8.
                 "by another version of adalora_jax, or by another library: read it there, or "
                 "leave them out."
             )
-        is_function = lambda value: isinstance(value, Mapping) and set(value) == {"function"}
+
+        def is_function(value):
+            return isinstance(value, Mapping) and set(value) == {"function"}
+
         values = {
             name: MissingFunction(str(value["function"])) if is_function(value) else value
             for name, value in values.items()
