@@ -128,5 +128,7 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():
-        installed = lambda packages: all(_util.find_spec(package) for package in packages)
+        def installed(packages):
+            return all(_util.find_spec(package) for package in packages)
+
         return sorted({*__all__, *(n for n, packages in _LAZY.items() if installed(packages))})

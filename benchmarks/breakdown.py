@@ -134,7 +134,10 @@ def table(found: Mapping[str, Any]) -> str:
         cells = [groups[kind] for groups in found.values()]
         times = (results.number(cell["ms"]) for cell in cells)
         rows.append((kind, *times, *(f"{cell['kernels']:,}" for cell in cells)))
-    total = lambda groups, of: sum(group[of] for group in groups.values())
+
+    def total(groups, of):
+        return sum(group[of] for group in groups.values())
+
     times = (results.number(total(groups, "ms")) for groups in found.values())
     counts = (f"{total(groups, 'kernels'):,}" for groups in found.values())
     rows.append(("all", *times, *counts))

@@ -58,7 +58,10 @@ def table(measured: list[dict[str, Any]], part: str) -> str:
 
 def ratios(measured: list[dict[str, Any]]) -> str:
     """Return the table of AdaLoRA's total time divided by LoRA's, if both were measured."""
-    total = lambda times: [sum(both) for both in zip(times["trace"], times["compile"])]
+
+    def total(times):
+        return [sum(both) for both in zip(times["trace"], times["compile"])]
+
     rows = [("layers", "form", "AdaLoRA / LoRA")]
     for result in measured:
         seconds = result["seconds"]

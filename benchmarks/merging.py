@@ -41,7 +41,10 @@ def measure(dtype, ratio, seed=0):
     variables = {"params": {"layer": {"kernel": weight}}}
     merged = adalora.merge(variables, {"layer": adapter})
     back = adalora.unmerge(merged, {"layer": adapter})
-    kernel = lambda tree: wide(tree["params"]["layer"]["kernel"])
+
+    def kernel(tree):
+        return wide(tree["params"]["layer"]["kernel"])
+
     return {
         "dtype": dtype,
         "increment to weight": ratio,

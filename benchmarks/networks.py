@@ -290,7 +290,10 @@ class Nnx(nnx.Module):
         for name in NETWORKS[shape.kind].ends:
             setattr(self, name, nnx_layer(shape, NETWORKS[shape.kind].ends, name, rngs))
         if shape.scan:
-            make = lambda rngs: NnxBlock(shape, rngs)
+
+            def make(rngs):
+                return NnxBlock(shape, rngs)
+
             self.layers = nnx.vmap(make)(rngs.split(shape.depth))
         else:
             for i in range(shape.depth):

@@ -179,7 +179,9 @@ def frozen(shape: Shape, rank: int, dropout: float) -> Peer:
 
 
 def full(shape: Shape, rank: int, dropout: float) -> Peer:
-    loss = lambda _, params, key, batch: linen_loss(Linen(shape), params, batch, key, 0)
+    def loss(_, params, key, batch):
+        return linen_loss(Linen(shape), params, batch, key, 0)
+
     return Peer((), base(shape), loss)
 
 
@@ -197,7 +199,9 @@ def ours(shape: Shape, rank: int, dropout: float, form: str) -> Peer:
         return cross_entropy(logits, batch[1])
 
     def lora(params, factors, key, batch):
-        ones = lambda p: jnp.ones(p.shape[:-1], p.dtype)
+        def ones(p):
+            return jnp.ones(p.shape[:-1], p.dtype)
+
         adapters = {
             path: adalora.Adapter(p, ones(p), q, *known[path]) for path, (p, q) in factors.items()
         }
@@ -284,11 +288,20 @@ def nnx_ours(shape: Shape, rank: int, dropout: float, form: str) -> Peer:
     found = config(shape, rank, dropout)
     model = adalora.nnx.adapt(nnx_base(shape), found, nnx.Rngs(1))
     adalora.nnx.set_adapters(model, first(shape, rank))
-    reseed = lambda model, key: nnx.reseed(model, dropout=key, policy="match_shape")
+
+    def reseed(model, key):
+        return nnx.reseed(model, dropout=key, policy="match_shape")
+
     if form == "lora":
-        factors = lambda path, value: isinstance(value, nnx.LoRAParam) and path[-1] != "lam"
+
+        def factors(path, value):
+            return isinstance(value, nnx.LoRAParam) and path[-1] != "lam"
+
         return nnx_peer(model, factors, reseed)
-    penalty = lambda trainable: adalora.orthogonality(trainable, found)
+
+    def penalty(trainable):
+        return adalora.orthogonality(trainable, found)
+
     return nnx_peer(model, nnx.LoRAParam, reseed, penalty, adalora.adalora(ADAMW, found))
 
 

@@ -65,8 +65,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
         s, heads = self.shape, self.shape.width // 128
-        dense = lambda n, name: nn.Dense(n, use_bias=False, name=name, dtype=x.dtype)
-        split = lambda y: y.reshape(*y.shape[:-1], -1, 128)
+
+        def dense(n, name):
+            return nn.Dense(n, use_bias=False, name=name, dtype=x.dtype)
+
+        def split(y):
+            return y.reshape(*y.shape[:-1], -1, 128)
+
         q, k, v = split(dense(s.width, "q")(x)), *(split(dense(s.kv, n)(x)) for n in "kv")
         k, v = (jnp.repeat(a, heads // a.shape[-2], axis=-2) for a in (k, v))
         mixed = nn.dot_product_attention(q, k, v).reshape(x.shape)
@@ -76,9 +81,12 @@ class Block(nn.Module):
             return x + dense(s.width, "down")(h), None
         # Every expert gets the same number of tokens.
         tokens = x.reshape(-1, s.experts, s.width).swapaxes(0, 1)
-        each = lambda i, o, name: nn.Einsum(
-            (s.experts, i, o), "etd,edf->etf", use_bias=False, name=name, dtype=x.dtype
-        )
+
+        def each(i, o, name):
+            return nn.Einsum(
+                (s.experts, i, o), "etd,edf->etf", use_bias=False, name=name, dtype=x.dtype
+            )
+
         h = nn.silu(each(s.width, s.hidden, "gate")(tokens)) * each(s.width, s.hidden, "up")(tokens)
         h = each(s.hidden, s.width, "down")(h)
         return x + h.swapaxes(0, 1).reshape(x.shape), None
@@ -115,7 +123,10 @@ def plan(shape):
         total_step=1000, init_r=shape.rank, target_r=shape.rank // 2, target_modules="all-linear"
     )
     model = Model(shape)
-    at = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def at(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     batch = NamedSharding(mesh, P("data"))
     x = jax.ShapeDtypeStruct((shape.mesh[0], TOKENS, shape.width), jnp.bfloat16, sharding=batch)
     base = jax.eval_shape(model.init, jax.random.key(0), x)
@@ -173,7 +184,10 @@ def plan(shape):
 
 def on_a_device(tree):
     """Return the bytes of one device's shards."""
-    part = lambda leaf: int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
+
+    def part(leaf):
+        return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
+
     return sum(part(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -221,7 +235,10 @@ def text(found: results.Results) -> str:
         """Return a table of ``{header: (field, unit)}``, one row per model."""
         rows = [("model", *columns)]
         for name, row in models.items():
-            shown = lambda value, unit: results.number(value / unit) if unit != 1 else f"{value:,}"
+
+            def shown(value, unit):
+                return results.number(value / unit) if unit != 1 else f"{value:,}"
+
             rows.append((name, *(shown(row[field], unit) for field, unit in columns.values())))
         return results.markdown(rows)
 

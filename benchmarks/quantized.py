@@ -43,7 +43,10 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
         dense = functools.partial(nn.Dense, use_bias=False)
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
+
+        def split(y):
+            return y.reshape(*y.shape[:-1], self.heads, -1)
+
         h = nn.RMSNorm(name="attention_norm")(x)
         q, k, v = (split(dense(self.width, name=n)(h)) for n in ("q_proj", "k_proj", "v_proj"))
         h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)

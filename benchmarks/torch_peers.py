@@ -142,14 +142,20 @@ def batch(shape: Shape) -> dict[str, torch.Tensor]:
         found = {"pixel_values": images.to(getattr(torch, shape.dtype)), "labels": labels}
     else:  # a causal model of transformers shifts the labels
         found = {"input_ids": inputs, "labels": labels if shape.kind == "bert" else inputs}
-    as_tensor = lambda x: x if torch.is_tensor(x) else torch.from_numpy(x.astype(np.int64))
+
+    def as_tensor(x):
+        return x if torch.is_tensor(x) else torch.from_numpy(x.astype(np.int64))
+
     return {name: as_tensor(x).to(DEVICE) for name, x in found.items()}
 
 
 def memory(step: Step) -> dict[str, int]:
     """Return the bytes of the adapters, the training state, and the temporaries of a step."""
     step(), step()  # these create the complete state
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+
+    def size(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     adapters = size(step.trainable)
     state = adapters + size(t for s in step.optimizer.state.values() for t in s.values())
     if step.allocate:

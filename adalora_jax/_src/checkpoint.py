@@ -19,7 +19,11 @@ from jax import tree_util
 from adalora_jax import __version__
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, check_adapter
-from adalora_jax._src.core.allocator import AllocatorState, allocator_state
+from adalora_jax._src.core.allocator import (
+    AllocatorState,
+    allocator_state,
+    is_allocator_state,
+)
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree, leaf_name
@@ -245,9 +249,11 @@ def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
 
 def _map_allocators(function: Any, opt_state: PyTree, *rest: PyTree) -> PyTree:
     """Return an optimizer's state with a function applied to each allocator's state in it."""
-    is_state = lambda node: isinstance(node, AllocatorState)
-    each = lambda node, *others: function(node, *others) if is_state(node) else node
-    return jax.tree.map(each, opt_state, *rest, is_leaf=is_state)
+
+    def each(node, *others):
+        return function(node, *others) if is_allocator_state(node) else node
+
+    return jax.tree.map(each, opt_state, *rest, is_leaf=is_allocator_state)
 
 
 def _by_path(state: AllocatorState) -> AllocatorState:
@@ -258,9 +264,12 @@ def _by_path(state: AllocatorState) -> AllocatorState:
 
 def _abstract(state: AllocatorState) -> AllocatorState:
     """Return the state with ``jax.ShapeDtypeStruct`` in place of its arrays, to slice no array."""
-    struct = lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
-    )
+
+    def struct(leaf):
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+        )
+
     return jax.tree.map(struct, pytree.unwrap_variables(state))
 
 
@@ -297,9 +306,8 @@ def _subtree(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _allocator_name(opt_state: PyTree) -> str:
-    is_state = lambda node: isinstance(node, AllocatorState)
-    nodes = tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
-    inside = next(leaf_name(path) for path, node in nodes if is_state(node))
+    nodes = tree_util.tree_flatten_with_path(opt_state, is_leaf=is_allocator_state)[0]
+    inside = next(leaf_name(path) for path, node in nodes if is_allocator_state(node))
     return f"opt_state/{inside}".rstrip("/")
 
 
@@ -353,7 +361,10 @@ def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dic
         texts = all(isinstance(n, str) and all(isinstance(p, str) for p in ps) for n, ps in nested)
     except (AttributeError, KeyError, TypeError, ValueError):
         facts, texts = {"": {"scale": ""}}, False
-    is_scale = lambda s: s is None or (isinstance(s, (int, float)) and math.isfinite(s))
+
+    def is_scale(s):
+        return s is None or (isinstance(s, (int, float)) and math.isfinite(s))
+
     if not texts or not all(is_scale(known["scale"]) for known in facts.values()):
         raise ValueError(
             f"{folder} is damaged: its metadata in 'adalora' is not as saved. {_OTHER}"
@@ -380,9 +391,15 @@ def _refuse_other_facts(folder: pathlib.Path, facts: Mapping[str, Any], adapters
 
 def _nested_paths(adapters: PyTree) -> dict[str, list[str]]:
     """Return ``{name: keys}`` of the leaves outside of adapters, to restore their nesting."""
-    is_node = lambda node: pytree.is_adapter(node) or pytree.is_variable(node)
+
+    def is_node(node):
+        return pytree.is_adapter(node) or pytree.is_variable(node)
+
     flat = tree_util.tree_flatten_with_path(adapters, is_leaf=is_node)[0]
-    keys = lambda path: [tree_util.keystr((key,), simple=True) for key in path]
+
+    def keys(path):
+        return [tree_util.keystr((key,), simple=True) for key in path]
+
     return {leaf_name(path): keys(path) for path, node in flat if not pytree.is_adapter(node)}
 
 
@@ -557,7 +574,9 @@ def _refuse_another_config(opt_state: Any, config: AdaLoraConfig, what: str) -> 
 
 
 def _refuse_differences(what: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    show = lambda spec: f"{spec[1]}{list(spec[0])}"
+    def show(spec):
+        return f"{spec[1]}{list(spec[0])}"
+
     differing = {
         "missing": [name for name in wanted if name not in saved],
         "not expected": [name for name in saved if name not in wanted],

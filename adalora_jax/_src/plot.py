@@ -265,7 +265,10 @@ def importance_history(
     sums = [_rows({path: s.sum(axis=-1) for path, s in info.scores.items()}) for info in infos]
     table = np.array([list(row.values()) for row in sums], float).T
     figure, curves, rows = _over_rows(len(table), title or "importance of every adapter over time")
-    flat = lambda arrays: np.concatenate([np.ravel(array) for array in arrays.values()])
+
+    def flat(arrays):
+        return np.concatenate([np.ravel(array) for array in arrays.values()])
+
     live = [flat(info.scores)[flat(info.masks).astype(bool)] for info in infos]
     for name, function, style in (
         ("highest", np.max, {"color": "tab:blue", "lw": 1}),

@@ -21,7 +21,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+
+        def split(y):
+            return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+
         y = nn.LayerNorm(name="attention_norm")(x)
         q, k, v = (split(nn.Dense(width, name=name)(y)) for name in ("query", "key", "value"))
         y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
@@ -61,7 +64,9 @@ class Learner:
         if method.config is None:
             # Full fine-tuning: nothing is frozen.
             self.frozen, self.trainable = None, base
-            apply: Any = lambda _, variables, pixels: model.apply(variables, pixels)
+
+            def apply(_, variables, pixels) -> Any:
+                return model.apply(variables, pixels)
         else:
             # Gradients are computed with respect to a small separate tree, which contains the
             # adapters and the parameters of modules_to_save, and not with respect to the base.

@@ -26,7 +26,9 @@ class Block(nnx.Module):
         self.down = nnx.Linear(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads)
+        def split(y):
+            return y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads)
+
         y = self.attention_norm(x)
         q, k, v = (split(layer(y)) for layer in (self.query, self.key, self.value))
         x = x + self.out(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))

@@ -68,6 +68,17 @@ def triplet_size(evidence: adalora.scores.ScoreInputs) -> jax.Array:
     return jnp.abs(lam) * jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)
 
 
+def signal_to_noise(evidence: adalora.scores.ScoreInputs) -> jax.Array:
+    """Return ``|w| / σ`` per triplet, with σ the deviation of the posterior (Chen and Garner 2024).
+
+    With the Fisher information ``(Ī / w)²`` and a prior of precision ``δ = 1e-4``, this is
+    ``√(Ī² + δ w²)``.
+    """
+    return adalora.scores.triplet_mean(
+        jax.tree.map(lambda w, s: jnp.hypot(s, 1e-2 * w), evidence.weight, evidence.sensitivity)
+    )
+
+
 def _adalora(title: str, start: int = 2, **config: Any) -> Method:
     return Method(f"AdaLoRA, {title}", start=start, config=config, only_main=True)
 
@@ -86,7 +97,7 @@ BASELINES = {
 ABLATIONS = {
     "score-smoothed": _adalora("score: smoothed sensitivity", score="smoothed_sensitivity"),
     "score-sensitivity": _adalora("score: sensitivity", score="sensitivity"),
-    "score-signal": _adalora("score: signal to noise", score="signal_to_noise"),
+    "score-signal": _adalora("score: signal to noise", score=signal_to_noise),
     "score-magnitude": _adalora("score: magnitude of λ", score="magnitude"),
     "no-orthogonality": _adalora("no orthogonality", orth_reg_weight=0.0),
     "squared-orthogonality": _adalora("squared orthogonality", orthogonality="squared"),

@@ -25,7 +25,10 @@ def scanned(block: Any, length: int) -> Any:
 
 def attend(q, k, v, heads: int, mask=None, causal: bool = False) -> jax.Array:
     """Return multi-head attention of arrays ``[batch, tokens, width]``."""
-    split = lambda y: y.reshape(*y.shape[:-1], heads, -1)
+
+    def split(y):
+        return y.reshape(*y.shape[:-1], heads, -1)
+
     y = jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask, is_causal=causal)
     return y.reshape(q.shape)
 

@@ -90,7 +90,9 @@ _BERTS += ("attention_output_dense", "intermediate_dense", "output_dense")
 
 
 def _minilm(file: dict[str, np.ndarray]) -> nn.Module:
-    size = lambda name, axis: file[f"base/{name}"].shape[axis]
+    def size(name, axis):
+        return file[f"base/{name}"].shape[axis]
+
     return SentenceEncoder(
         **MINILM,
         outputs=size("head/bias", 0),

@@ -152,8 +152,12 @@ def optimizer(task: Task, method: Method, config: Any, rate: jax.Array) -> Any:
     warm = max(1, task.steps // 10)
 
     def adam(peak):
-        up = lambda t: (t + 1) / warm
-        down = lambda t: (task.steps - t) / (task.steps - warm)
+        def up(t):
+            return (t + 1) / warm
+
+        def down(t):
+            return (task.steps - t) / (task.steps - warm)
+
         return optax.adam(lambda t: peak * jnp.minimum(1.0, jnp.minimum(up(t), down(t))))
 
     still, head = optax.set_to_zero(), adam(task.head_rate)

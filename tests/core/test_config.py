@@ -67,7 +67,7 @@ REFUSED = [
     (
         {"score": "sensitivty"},
         "score='sensitivty'",
-        "'sensitivity_over_uncertainty', 'signal_to_noise', or a function",
+        "'sensitivity', 'magnitude', or a function",
     ),
     ({"score_reduction": "p"}, "score_reduction='p'", "'triplet', 'lam'"),
     ({"score_reduction": len}, "score_reduction=<built-in function len>", "'triplet', 'lam'"),
@@ -418,7 +418,7 @@ def test_rank_pattern_of_stack_keeps_its_slices():
         {"param_dtype": jnp.bfloat16, "freeze_pruned": True, "beta1": 0.5, "lora_alpha": -1},
         {"scale": 2, "lambda_lr_scale": 0.5, "init": "orthonormal", "allow_regrowth": False},
         {"budget_unit": "flops", "budget_schedule": "grow"},
-        {"prox": "soft_threshold", "prox_weight": 0.1, "score": "signal_to_noise"},
+        {"prox": "soft_threshold", "prox_weight": 0.1, "score": "sensitivity"},
         {"allocation": "per_adapter", "score": "magnitude", "budget_schedule": "linear"},
     ],
     ids=lambda changes: ",".join(changes) or "defaults",

@@ -7,7 +7,7 @@ code in place of Eq. 14 as printed. Nothing is imported from the package. A matr
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Settings:
     scale: float | None = None
     budget_schedule: str = "cubic"
     budget_unit: str = "triplets"
-    score: str = "sensitivity_uncertainty"
+    score: Any = "sensitivity_uncertainty"  # a name, or a function of one of the names below
     score_reduction: str = "triplet"
     orthogonality: str = "frobenius"
     sensitivity_timing: str = "updated"
@@ -151,7 +151,7 @@ def element_score(settings, weight, raw, sensitivity, uncertainty):
             0 if sensitivity == 0 else min(sensitivity / max(uncertainty, 1e-300), 1e6)
         ),
         "signal_to_noise": math.sqrt(sensitivity**2 + 1e-4 * weight**2),
-    }[settings.score]
+    }[getattr(settings.score, "__name__", settings.score)]
 
 
 def triplet_score(settings, weight, raw, sensitivity, uncertainty, i):

@@ -125,9 +125,14 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
             "that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam."
         )
     roles = group_by_role(adapters)
+
     # zeros_like and ones_like give the state the shardings of the parameters.
-    zeros = lambda leaf: jnp.zeros_like(leaf, jnp.float32)
-    averages = lambda: stack(roles, {p: jax.tree.map(zeros, a) for p, a in adapters.items()})
+    def zeros(leaf):
+        return jnp.zeros_like(leaf, jnp.float32)
+
+    def averages():
+        return stack(roles, {p: jax.tree.map(zeros, a) for p, a in adapters.items()})
+
     active = {path: jnp.ones_like(adapter.lam, bool) for path, adapter in adapters.items()}
     return AllocatorState(
         step=jnp.zeros((), jnp.int32),
@@ -274,9 +279,11 @@ def best_masks(
     limits, costs = _limits(config, weights, allowed), _costs(config, weights)
 
     def ranked(role):
-        along = lambda each: jnp.stack([jnp.asarray(each[p]) for p in role.paths]).reshape(
-            -1, *[1] * len(role.shape)
-        )
+        def along(each):
+            return jnp.stack([jnp.asarray(each[p]) for p in role.paths]).reshape(
+                -1, *[1] * len(role.shape)
+            )
+
         return rank_scores(
             scores[role.name].astype(dtype),
             None if limits is None else (along(limits[0]), along(limits[1])),
@@ -361,7 +368,9 @@ def with_facts(grads: PyTree, params: PyTree) -> PyTree:
             return node
         return node._replace(scale=adapter.scale, layout=adapter.layout)
 
-    is_leaf = lambda node: isinstance(node, Adapter)
+    def is_leaf(node):
+        return isinstance(node, Adapter)
+
     return jax.tree_util.tree_map_with_path(like, grads, is_leaf=is_leaf)
 
 
@@ -456,14 +465,21 @@ def map_state(
       ValueError: the optimizer stores something else per parameter than one leaf, or the state is
         not that of ``tx``.
     """
-    is_state = lambda node: isinstance(node, AllocatorState)
-    is_masked = lambda node: isinstance(node, optax.MaskedNode)
-    mapped = lambda leaf, own: leaf if is_masked(leaf) else function(leaf, own)
 
-    by_role = lambda node: isinstance(node, ByRole)
-    others = lambda node: jax.tree.map(
-        lambda leaf: leaf if by_role(leaf) else other(leaf), node, is_leaf=by_role
-    )
+    def is_masked(node):
+        return isinstance(node, optax.MaskedNode)
+
+    def mapped(leaf, own):
+        return leaf if is_masked(leaf) else function(leaf, own)
+
+    def by_role(node):
+        return isinstance(node, ByRole)
+
+    def others(node):
+        return jax.tree.map(
+            lambda leaf: leaf if by_role(leaf) else other(leaf), node, is_leaf=by_role
+        )
+
     try:
         state = optax.tree.map_params(
             tx, mapped, opt_state, rest, transform_non_params=others, is_leaf=is_masked
@@ -480,17 +496,23 @@ def map_state(
             "compact(params, opt_state) the parameters alone and start anew with tx.init "
             f"({reason})."
         ) from error
-    allocated = lambda node: on_allocator(node) if is_state(node) else node
-    return jax.tree.map(allocated, state, is_leaf=is_state)
+
+    def allocated(node):
+        return on_allocator(node) if is_allocator_state(node) else node
+
+    return jax.tree.map(allocated, state, is_leaf=is_allocator_state)
+
+
+def is_allocator_state(node: Any) -> bool:
+    """Return whether a node of a pytree is an allocator's state."""
+    return isinstance(node, AllocatorState)
 
 
 def allocator_states(opt_state: PyTree) -> list[AllocatorState]:
     """Return every :class:`AllocatorState` in a nested optax state."""
-    is_state = lambda node: isinstance(node, AllocatorState)
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
-    return [
-        pytree.unwrap_variables(state) for state in found
-    ]  # nnx.Optimizer stores leaves as Variables
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_allocator_state)
+    # nnx.Optimizer stores leaves as Variables.
+    return [pytree.unwrap_variables(node) for node in nodes if is_allocator_state(node)]
 
 
 def allocator_state(opt_state: PyTree) -> AllocatorState:

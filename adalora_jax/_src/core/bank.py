@@ -128,7 +128,10 @@ class AdapterBank:
                         "sets need too: pass the base model's, "
                         f"base={{{path!r}: variables['params'][...]}}."
                     )
-                cast = lambda leaf, like: jnp.asarray(leaf, like.dtype)
+
+                def cast(leaf, like):
+                    return jnp.asarray(leaf, like.dtype)
+
                 plain[path] = jax.tree.map(cast, base[path], node)
         stacked = _stack([{}, *(adapters for adapters, _ in members.values())])
         sets = [plain, *(plain | other for _, other in members.values())]
@@ -149,7 +152,10 @@ class AdapterBank:
           ValueError: the bank has no set of this name.
         """
         removed = int(self.index(name))
-        without = lambda leaf: jnp.delete(leaf, removed, axis=0)
+
+        def without(leaf):
+            return jnp.delete(leaf, removed, axis=0)
+
         stacked, others = jax.tree.map(without, (self.stacked, self.others))
         return AdapterBank(stacked, others, tuple(n for n in self.names if n != name))
 
@@ -340,7 +346,10 @@ def _others(adapters: PyTree) -> dict[str, Any]:
     """Return the entries that are not adapters."""
     if not isinstance(adapters, Mapping):
         return {}
-    is_other = lambda node: not pytree.adapters(node) and jax.tree.leaves(node)
+
+    def is_other(node):
+        return not pytree.adapters(node) and jax.tree.leaves(node)
+
     return {path: node for path, node in adapters.items() if is_other(node)}
 
 
@@ -372,7 +381,10 @@ def _check_same_weight(name: str, path: str, adapter: Adapter, first: Adapter) -
 
     Stack, ``in`` and ``out`` must be equal, and the axes of the layouts, if both are known.
     """
-    shape = lambda a: (*a.lam.shape[:-1], a.q.shape[-1], a.p.shape[-1])
+
+    def shape(a):
+        return (*a.lam.shape[:-1], a.q.shape[-1], a.p.shape[-1])
+
     have, want = shape(adapter), shape(first)
     if have != want:
         raise ValueError(

@@ -105,9 +105,10 @@ def _selections(params: PyTree, by_path: Mapping[str, Bool[np.ndarray, "... _"]]
 
     def cuts(path: str, adapter: Adapter) -> Adapter[_Selection]:
         rows = surviving_rows(by_path[path])[0]
-        make = lambda name, after: _Selection(
-            f"{path}.{name}", getattr(adapter, name).shape, rows, after
-        )
+
+        def make(name, after):
+            return _Selection(f"{path}.{name}", getattr(adapter, name).shape, rows, after)
+
         leaves = make("p", 1), make("lam", 0), make("q", 1)
         return Adapter(*leaves, adapter.scale, adapter.layout)
 
@@ -155,8 +156,12 @@ def _take_state_rows(
     roles = group_by_role(remaining)
 
     def cut_allocator(state):
-        short = lambda path, a: a._replace(**map_leaves(_take_rows, a, rows[path])._asdict())
-        take = lambda values: {path: short(path, values[path]) for path in remaining}
+        def short(path, a):
+            return a._replace(**map_leaves(_take_rows, a, rows[path])._asdict())
+
+        def take(values):
+            return {path: short(path, values[path]) for path in remaining}
+
         active = {path: jnp.asarray(surviving_rows(by_path[path])[1]) for path in remaining}
         averages = [stack(roles, take(part)) for part in (state.sensitivity, state.uncertainty)]
         return state._replace(
@@ -165,7 +170,10 @@ def _take_state_rows(
 
     state = _without_removed(map_state(tx, _take_rows, cut_allocator, opt_state, cuts))
     expected = jax.eval_shape(tx.init, small)
-    shapes = lambda node: [tuple(leaf.shape) for leaf in jax.tree.leaves(node)]
+
+    def shapes(node):
+        return [tuple(leaf.shape) for leaf in jax.tree.leaves(node)]
+
     if shapes(expected) != shapes(state):
         raise ValueError(refusal)
     return state
@@ -236,7 +244,10 @@ def _without_removed(node: PyTree) -> PyTree:
     children, treedef = tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
     if jax.tree_util.treedef_is_leaf(treedef) or isinstance(node, ByRole):
         return node
-    gone = lambda child: {id(leaf) for leaf in jax.tree.leaves(child)} == {id(_REMOVED)}
+
+    def gone(child):
+        return {id(leaf) for leaf in jax.tree.leaves(child)} == {id(_REMOVED)}
+
     if isinstance(node, Mapping):
         remaining: Any = {key.key: _without_removed(c) for (key,), c in children if not gone(c)}
         return type(node)(remaining)  # pyright: ignore[reportCallIssue]

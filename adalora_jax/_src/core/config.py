@@ -32,9 +32,6 @@ Score = Literal[
     "smoothed_sensitivity",
     "sensitivity",
     "magnitude",
-    "upper_confidence",
-    "sensitivity_over_uncertainty",
-    "signal_to_noise",
 ]
 ScoreReduction = Literal["triplet", "lam"]
 Allocation = Literal["global", "per_adapter"]
@@ -158,10 +155,7 @@ class AdaLoraConfig:
       score: name or ``ScoreFunction``. The score that ranks the triplets, from the smoothed
         sensitivity Ī of ``|w g|``, Eqs. (8) and (9), and its uncertainty Ū, Eq. (10):
         ``"sensitivity_uncertainty"`` (default), ``Ī Ū``, Eq. (11); ``"smoothed_sensitivity"``, Ī;
-        ``"sensitivity"``, ``|w g|`` of this step; ``"magnitude"``, ``|λ|``;
-        ``"upper_confidence"``, ``Ī + Ū``; ``"sensitivity_over_uncertainty"``, ``Ī / Ū``
-        (IGU-LoRA); ``"signal_to_noise"``, ``|w|`` over the deviation of its posterior. Used by the
-        allocator.
+        ``"sensitivity"``, ``|w g|`` of this step; ``"magnitude"``, ``|λ|``. Used by the allocator.
       score_reduction: ``"triplet"`` (default), the score of λ plus the means of the scores of p and
         q, Eq. (7); or ``"lam"``, the score of λ alone. Has no effect on ``"magnitude"`` and on a
         ``ScoreFunction``. Used by the allocator.
@@ -293,7 +287,10 @@ prunes to target_r, so init_r must be at least 8.
             checks.scaling("lora_alpha", self.lora_alpha, self.init_r)
         else:
             least = f"above 0, or None, and at least {checks.MIN_NUMBER:.3g}"
-            ok = lambda v: checks.MIN_NUMBER <= v < math.inf
+
+            def ok(v):
+                return checks.MIN_NUMBER <= v < math.inf
+
             self._check("scale", checks.number, least, ok)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             self._check(name, checks.names)
@@ -431,7 +428,10 @@ prunes to target_r, so init_r must be at least 8.
                 "by another version of adalora_jax, or by another library: read it there, or "
                 "leave them out."
             )
-        is_function = lambda value: isinstance(value, Mapping) and set(value) == {"function"}
+
+        def is_function(value):
+            return isinstance(value, Mapping) and set(value) == {"function"}
+
         values = {
             name: MissingFunction(str(value["function"])) if is_function(value) else value
             for name, value in values.items()

@@ -12,12 +12,12 @@ from jax.core import Tracer
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.allocator import (
-    AllocatorState,
     allocator_state,
     allocator_states,
     best_masks,
     check_gradients,
     current_budget,
+    is_allocator_state,
 )
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.scores import needed_inputs
@@ -44,7 +44,10 @@ def masks(state: Any) -> dict[str, jax.Array]:
         return {path: mask for s in found for path, mask in s.masks.items()}
     given = getattr(state, "masks", state)
     by_path = pytree.leaves_with_path(given)
-    is_mask = lambda leaf: str(getattr(leaf, "dtype", "")) == "bool" and leaf.ndim > 0
+
+    def is_mask(leaf):
+        return str(getattr(leaf, "dtype", "")) == "bool" and leaf.ndim > 0
+
     if not by_path or not all(map(is_mask, by_path.values())):
         raise ValueError(
             f"state is a {type(state).__name__} without an AllocatorState in it, and not a dict of "
@@ -117,7 +120,10 @@ def apply_masks(params: PyTree, state: Any) -> PyTree:
 def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
     """Return ``schedule_free``'s average of the parameters, or ``params`` if it is not used."""
     state_type = optax.contrib.ScheduleFreeState
-    is_state = lambda node: isinstance(node, state_type)
+
+    def is_state(node):
+        return isinstance(node, state_type)
+
     found = [n for n in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(n)]
     if not found:
         return params
@@ -179,7 +185,10 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
     gradients = weights if grads is None else check_gradients(grads, weights)
     allowed = current_budget(config, jnp.asarray(config.final_step, jnp.int32), weights)
     due = state.step <= config.final_step
-    make = lambda: best_masks(state, weights, gradients, allowed)
+
+    def make():
+        return best_masks(state, weights, gradients, allowed)
+
     final = state._replace(
         step=jnp.maximum(state.step, config.final_step + 1),
         budget=jnp.where(due, allowed, state.budget),
@@ -187,9 +196,11 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
         applied=jnp.ones((), bool),
     )
     params = apply_masks(params, final.masks)
-    is_state = lambda node: isinstance(node, AllocatorState)
-    restore = lambda node: pytree.match_containers(node, final) if is_state(node) else node
-    return params, jax.tree.map(restore, opt_state, is_leaf=is_state)
+
+    def restore(node):
+        return pytree.match_containers(node, final) if is_allocator_state(node) else node
+
+    return params, jax.tree.map(restore, opt_state, is_leaf=is_allocator_state)
 
 
 def unfinished(state: Any) -> str:

@@ -74,7 +74,10 @@ class Layout:
         >>> Layout("kernel").same_axes(Layout("w", kind="einsum"))
         True
         """
-        axes = lambda layout: (layout.stack, layout.ins, layout.outs)
+
+        def axes(layout):
+            return (layout.stack, layout.ins, layout.outs)
+
         return axes(self) == axes(other)
 
     def matrix(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
@@ -86,7 +89,10 @@ class Layout:
         ((12,), 64, 256)
         """
         lifted, own = self._split(shape)
-        size = lambda axes: math.prod(own[axis] for axis in axes)
+
+        def size(axes):
+            return math.prod(own[axis] for axis in axes)
+
         return (*lifted, *(own[axis] for axis in self.stack)), size(self.ins), size(self.outs)
 
     def to_weight(
@@ -123,7 +129,10 @@ class Layout:
         >>> Layout.from_dict(Layout("w", shape=(2, 3)).to_dict()) == Layout("w", shape=(2, 3))
         True
         """
-        as_list = lambda value: list(value) if isinstance(value, tuple) else value
+
+        def as_list(value):
+            return list(value) if isinstance(value, tuple) else value
+
         return {name: as_list(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
@@ -134,9 +143,10 @@ class Layout:
           ValueError: a field is missing, unknown, of another type or invalid.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
-        is_axes = lambda value: (
-            isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-        )
+
+        def is_axes(value):
+            return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
         texts = ("weight", "kind", "note")
         well_formed = set(values) == fields and all(
             isinstance(value, str)
@@ -148,7 +158,10 @@ class Layout:
             raise ValueError(
                 f"layout={dict(values)!r:.200} was not written by Layout.to_dict: pass its result."
             )
-        as_tuple = lambda value: tuple(value) if isinstance(value, list) else value
+
+        def as_tuple(value):
+            return tuple(value) if isinstance(value, list) else value
+
         arguments: dict[str, Any] = {name: as_tuple(value) for name, value in values.items()}
         return cls(**arguments)
 

@@ -218,7 +218,10 @@ def _forward(
     precision: PrecisionLike,
 ) -> tuple[Inexact[Array, "*tokens out"], tuple[Array | None, ...]]:
     dtype = accumulation_dtype(x.dtype)
-    at = lambda of: explicit_sharding(x, (*_spec(x)[:-1], *of))
+
+    def at(of):
+        return explicit_sharding(x, (*_spec(x)[:-1], *of))
+
     seen = apply_dropout(x, seed, rate)
     h = _contract(seen, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype, at(_spec(q)[:1]))
     scaled = (h * _row(c, h)).astype(x.dtype)
@@ -235,7 +238,10 @@ def _backward(
 ) -> tuple[Array | None, ...]:
     x, p, c, q, seed, h = residuals
     dtype, last, tokens = h.dtype, x.ndim - 1, tuple(range(x.ndim - 1))
-    at = lambda like: explicit_sharding(like, _spec(like))
+
+    def at(like):
+        return explicit_sharding(like, _spec(like))
+
     seed = _recompute_seed(seed, g)
     gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype, at(h))
     dh = (gc * _row(c, h)).astype(x.dtype)
@@ -325,7 +331,10 @@ def _contract(
     out_sharding: NamedSharding | None,
 ) -> Inexact[Array, "..."]:
     """Compute ``dot_general`` over the given axes, without batch axes."""
-    as_tuple = lambda axes: axes if isinstance(axes, tuple) else (axes,)
+
+    def as_tuple(axes):
+        return axes if isinstance(axes, tuple) else (axes,)
+
     return lax.dot_general(
         a,
         b,

@@ -92,7 +92,10 @@ class AllocatorInfo(NamedTuple):
         """
         ranks = _rows({path: mask.sum(axis=-1) for path, mask in self.masks.items()})
         sums = _rows({path: score.sum(axis=-1) for path, score in self.scores.items()})
-        flat = lambda arrays: jnp.concatenate([array.ravel() for array in arrays.values()])
+
+        def flat(arrays):
+            return jnp.concatenate([array.ravel() for array in arrays.values()])
+
         rank, score = jnp.stack(list(ranks.values())), flat(self.scores)
         result = {
             "budget": self.budget,
@@ -137,7 +140,7 @@ def info(
       opt_state: a pytree that contains one :class:`AllocatorState`: the state of an optax
         optimizer, an ``nnx.Optimizer``, an :class:`AdaLoraState`, or the allocator's state.
       params: the adapters, in any tree. Needed by scores that depend on weights: ``"magnitude"``,
-        ``"signal_to_noise"``, ``"sensitivity"`` and functions. Pass those after the update, in
+        ``"sensitivity"`` and functions. Pass those after the update, in
         which a newly pruned λ is already 0; with ``sensitivity_timing="current"``, those before it.
       grads: the gradients that ``tx.update`` got. Needed by ``"sensitivity"`` and functions.
 
@@ -174,8 +177,13 @@ def info(
         )
     roles = state.masks.roles
     scores = role_scores(state, *map(pytree.adapters, given.values()))
-    idle = lambda averages: ((_total(averages) == 0) & (state.step > 0))[..., None]
-    idle = ByRole({name: idle(a) for name, a in state.sensitivity.stacked.items()}, roles)
+
+    def without_gradient(averages):
+        return ((_total(averages) == 0) & (state.step > 0))[..., None]
+
+    idle = ByRole(
+        {name: without_gradient(a) for name, a in state.sensitivity.stacked.items()}, roles
+    )
     inactive = {path: value[..., 0] for path, value in idle.items()}
     live = sum((m.sum() for m in jax.tree.leaves(state.masks)), start=jnp.zeros((), jnp.int32))
     # Copies, because the next step may donate the state's buffers.
@@ -191,7 +199,10 @@ def info(
 
 def _total(adapter: Any) -> jax.Array:
     """Return the sum of absolute values per matrix, which is 0 only if all entries are 0."""
-    own = lambda leaf: tuple(range(adapter.lam.ndim - 1, leaf.ndim))
+
+    def own(leaf):
+        return tuple(range(adapter.lam.ndim - 1, leaf.ndim))
+
     p, lam, q = (jnp.sum(jnp.abs(leaf), axis=own(leaf)) for leaf in adapter)
     return p + lam + q
 

@@ -108,7 +108,10 @@ def unwrap_variables(tree: PyTree) -> PyTree:
     >>> unwrap_variables({"a": 1.0})
     {'a': 1.0}
     """
-    get = lambda node: node.get_raw_value() if is_variable(node) else node
+
+    def get(node):
+        return node.get_raw_value() if is_variable(node) else node
+
     return jax.tree.map(get, tree, is_leaf=is_variable)
 
 
@@ -288,7 +291,10 @@ def _nodes(tree):
     The structure is then independent of whether the parameters are Variables, as in an optimizer's
     ``init``, or arrays, as in its ``update``.
     """
-    is_leaf = lambda node: is_adapter(node) or is_variable(node)
+
+    def is_leaf(node):
+        return is_adapter(node) or is_variable(node)
+
     return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
 
 

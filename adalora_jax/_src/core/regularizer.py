@@ -72,8 +72,11 @@ def penalty(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
             f"no adapter was found in the {type(adapters).__name__} given as adapters: pass the "
             "adapters, or an NNX state filtered by nnx.LoRAParam."
         )
+
     # On a CPU, kernel launches are cheap and joined matrices take longer to compile.
-    one_by_one = lambda: jnp.concatenate([_deviations(m) for m in matrices.values()])
+    def one_by_one():
+        return jnp.concatenate([_deviations(m) for m in matrices.values()])
+
     deviations = jax.lax.platform_dependent(cpu=one_by_one, default=lambda: _joined(matrices))
     if config.orthogonality == "squared":
         return config.orth_reg_weight * jnp.sum(deviations**2)

@@ -13,9 +13,6 @@ from jaxtyping import Array, Float, Float32, Shaped
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 
-_MOST = 1e6  # upper bound of Ī / Ū, and its value where Ū = 0 and Ī > 0
-_PRIOR = 1e-4  # δ, the precision of the prior, equal to a weight decay of 1e-4
-
 
 class ScoreInputs(NamedTuple):
     """Inputs of a score for one adapter.
@@ -129,7 +126,7 @@ def needed_inputs(config: AdaLoraConfig) -> tuple[str, ...]:
     """
     if callable(config.score) or config.score == "sensitivity":
         return ("params", "grads")
-    return ("params",) if config.score in ("magnitude", "signal_to_noise") else ()
+    return ("params",) if config.score == "magnitude" else ()
 
 
 def triplet_scores(
@@ -143,11 +140,6 @@ def triplet_scores(
       <https://arxiv.org/abs/2303.10512>`_ and PEFT;
     * ``"smoothed_sensitivity"``: ``Ī``;
     * ``"sensitivity"``: ``I``, of this step alone;
-    * ``"upper_confidence"``: ``Ī + Ū``;
-    * ``"sensitivity_over_uncertainty"``: ``Ī / Ū``, at most 1e6, and 0 where ``Ī = 0``; it favours
-      elements of steady importance (IGU-LoRA);
-    * ``"signal_to_noise"``: ``|w| / σ`` of a weight's posterior (Chen and Garner 2024), with
-      ``σ⁻² = h + δ`` and the Fisher information ``(Ī / w)²`` as h, so ``√(Ī² + δ w²)``; δ is 1e-4;
     * ``"magnitude"``: ``|λ|``, for any ``score_reduction``;
 
     combined per triplet by :func:`triplet_mean`, or of λ alone with ``score_reduction="lam"``; or a
@@ -182,14 +174,6 @@ def triplet_scores(
 def _element_score(score, factor, weight, gradient, sensitivity, uncertainty):
     if score == "sensitivity_uncertainty":
         return (factor * sensitivity) * (factor * uncertainty)
-    if score == "upper_confidence":
-        return sensitivity + uncertainty
     if score == "smoothed_sensitivity":
         return sensitivity
-    if score == "sensitivity_over_uncertainty":
-        known = uncertainty > 0
-        ratio = jnp.minimum(sensitivity / jnp.where(known, uncertainty, 1), _MOST)
-        return jnp.where(known | (sensitivity == 0), ratio, _MOST)
-    if score == "signal_to_noise":
-        return jnp.hypot(sensitivity, _PRIOR**0.5 * weight.astype(jnp.float32))
     return raw_sensitivity(weight, gradient)

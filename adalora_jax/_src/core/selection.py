@@ -121,7 +121,10 @@ def concatenate(entries: Sequence[RankedScores]) -> RankedScores:
     >>> concatenate(entries).keys - jnp.uint32(2**31)
     Array([2, 3, 0], dtype=uint32)
     """
-    flat = lambda parts: jnp.concatenate([part.ravel() for part in parts])
+
+    def flat(parts):
+        return jnp.concatenate([part.ravel() for part in parts])
+
     fields: Any = (None if parts[0] is None else flat(parts) for parts in zip(*entries))
     return RankedScores(*fields)
 

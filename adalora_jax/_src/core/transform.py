@@ -117,8 +117,11 @@ def adalora(
             return AdaLoraOptState(inner.init(params), _placeholder_state(config))
         _check_scales(params, config)
         _warn_of_trained_base(params)
+
         # Some optimizers store the initial parameters: copy, as callers donate params and state.
-        own = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+        def own(leaf):
+            return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+
         inner_state = jax.tree.map(own, inner.init(params))
         _refuse_accumulation(inner_state)
         return AdaLoraOptState(inner_state, _in_variables(init_allocator(params, config), params))
@@ -235,7 +238,10 @@ def _prune(now: jax.Array, adapter: Adapter, move: Adapter, mask: jax.Array) -> 
 def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> jax.Array:
     """Return the number of λ that are not 0 although the last update's masks prune them."""
     nonzero = stack(state.masks.roles, {path: a.lam != 0 for path, a in adapters.items()})
-    count = lambda mask, alive: jnp.sum(~mask & alive, dtype=jnp.int32)
+
+    def count(mask, alive):
+        return jnp.sum(~mask & alive, dtype=jnp.int32)
+
     counts = jax.tree.leaves(jax.tree.map(count, state.masks, nonzero))
     return sum(counts, start=jnp.zeros((), jnp.int32))
 
@@ -249,7 +255,10 @@ _ACCUMULATION = (
 def _refuse_accumulation(inner_state: Any) -> None:
     """Raise an error if the inner optimizer applies an update only at some of its calls."""
     kinds = {"MultiStepsState", "ApplyEvery"}
-    is_one = lambda node: type(node).__name__ in kinds
+
+    def is_one(node):
+        return type(node).__name__ in kinds
+
     for node in jax.tree.leaves(inner_state, is_leaf=is_one):
         if is_one(node):
             raise ValueError(f"inner holds a {type(node).__name__}: {_ACCUMULATION}")
@@ -296,7 +305,10 @@ def _with_penalty(
 ) -> tuple[dict[str, Adapter], AllocatorState]:
     """Add the orthogonality penalty's gradients; return them and the state with its value."""
     value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(dict(adapters))
-    add = lambda grad, more: grad + more.astype(grad.dtype)
+
+    def add(grad, more):
+        return grad + more.astype(grad.dtype)
+
     summed = {path: map_leaves(add, grad, slope[path]) for path, grad in grads.items()}
     return summed, state._replace(penalty=value.astype(jnp.float32))
 

@@ -132,7 +132,10 @@ def load_base(
             new[name] = _placed(reading, wide, where, parts)
     if variables is None:
         return nnx_variables.with_parameters(model, new)
-    put = lambda path, leaf: new.get(pytree.leaf_name(path), leaf)
+
+    def put(path, leaf):
+        return new.get(pytree.leaf_name(path), leaf)
+
     return {**variables, "params": tree_map_with_path(put, variables["params"])}
 
 

@@ -292,7 +292,10 @@ def _stacked(
             "ranks are too different for one array, so map its matrices to separate paths with "
             "names=."
         )
-    dtype = lambda i: _common([m[i].dtype for m in some if len(m.lam)] or [some[0][i].dtype])
+
+    def dtype(i):
+        return _common([m[i].dtype for m in some if len(m.lam)] or [some[0][i].dtype])
+
     result = LowRankMatrix(
         np.zeros((*stack, rank, outs), dtype(0)),
         np.zeros((*stack, rank), dtype(1)),
@@ -319,7 +322,9 @@ def _common(dtypes: Sequence[np.dtype]) -> np.dtype:
 
 
 def _empty(ins: int, outs: int) -> LowRankMatrix:
-    none = lambda *shape: np.zeros((0, *shape), np.float32)
+    def none(*shape):
+        return np.zeros((0, *shape), np.float32)
+
     return LowRankMatrix(none(outs), none(), none(ins), np.zeros(0, bool))
 
 

@@ -108,7 +108,10 @@ class ParamSource(NamedTuple):
             if (way := self.names.match(of, index))
             for end in ends
         ]
-        exactly = lambda key: key if key in self.weights.specs else None
+
+        def exactly(key):
+            return key if key in self.weights.specs else None
+
         for find in (exactly, self.weights.find, self._tied):
             for way in ways:
                 pieces = [TensorSlice(find(key) or "", ours, theirs) for key, ours, theirs in way]
@@ -120,7 +123,10 @@ class ParamSource(NamedTuple):
         """Return the embedding that is stored in place of the weight ``key`` of a tied head."""
         config = self.weights.config or {"tie_word_embeddings": False}
         ties = config.get("tie_word_embeddings", True)  # True is the default in transformers
-        last = lambda name: name.removesuffix(".weight").rpartition(".")[2]
+
+        def last(name):
+            return name.removesuffix(".weight").rpartition(".")[2]
+
         same = [name for name in self.weights.specs if last(name) in EMBEDDINGS]
         return same[0] if ties and len(same) == 1 and HEAD.fullmatch(key) else None
 
@@ -143,7 +149,10 @@ class ParamSource(NamedTuple):
             lifted = len(shape) - len(layer.stack) - len(layer.ins) - len(layer.outs)
             ways = [tuple(tuple(lifted + a for a in axes) for axes in (layer.ins, layer.outs))]
         turned = frozenset(key for key in keys if self._is_turned(key, layer))
-        size = lambda axes: math.prod(shape[axis] for axis in axes)
+
+        def size(axes):
+            return math.prod(shape[axis] for axis in axes)
+
         for pieces in slices.values():
             sizes = [self._sizes(piece, piece.key in turned) for piece in pieces]
             ins, outs = sizes[0][0], sum(outs for _, outs in sizes)
@@ -179,7 +188,10 @@ class ParamSource(NamedTuple):
             if have != math.prod(shape[axis] for axis in own):
                 raise ValueError(self._misfit(path, shape, pieces, f"{have} numbers"))
             return
-        short = lambda sizes: [size for size in sizes if size != 1]
+
+        def short(sizes):
+            return [size for size in sizes if size != 1]
+
         module, _, end = pieces[0].key.rpartition(".")
         last = module.rpartition(".")[2]
         embeds = "embed" in f"{last}/{path.rpartition('/')[2]}" or last in (*EMBEDDINGS, "wpe")

@@ -145,11 +145,16 @@ def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, j
     """
     if isinstance(model, flax_nnx.Module):
         adapters = nnx_adapters.adapters(model)
-        run = lambda probes: _with_probes(model, probes)(*inputs, **kwargs)
+
+        def run(probes):
+            return _with_probes(model, probes)(*inputs, **kwargs)
     else:
         variables, adapters, *rest = inputs
         probed = dataclasses.replace(model, adapter_output=_probe_output)
-        run = lambda probes: probed.apply(variables, probes, *rest, **kwargs)
+
+        def run(probes):
+            return probed.apply(variables, probes, *rest, **kwargs)
+
     found = pytree.adapters(adapters).items()
     return _moments(run, {p: a for p, a in found if (a.layout or Layout()).kind in _OBSERVED})
 

@@ -185,7 +185,10 @@ def lora_pair(
             f"a {type(module).__name__} with a weight of shape {tuple(shape)} has no equivalent "
             "LoRA in Qwix: leave it out of the adapters, or merge them."
         )
-    sizes = lambda axes: [own[axis] for axis in axes]
+
+    def sizes(axes):
+        return [own[axis] for axis in axes]
+
     n, rank = math.prod(sizes(layer.stack)), adapter.lam.shape[-1]
     dtype = accumulation_dtype(adapter.p.dtype)
     scale = jnp.asarray(known_scale(adapter), dtype)
@@ -280,7 +283,10 @@ def adapter_output(
         return y.reshape(*lead, *(shape[axis] for axis in layer.outs))
     if layer.kind == "conv":
         kernel, features = conv_kernel(layer, module, adapter.q, shape, dtype)
-        product = lambda x, kernel: convolve(module, x, kernel, features)
+
+        def product(x, kernel):
+            return convolve(module, x, kernel, features)
+
         seed = seed_of(key) if dropout_rate else None
         if seed is None or forward_mode:
             h = product(apply_dropout(x, seed, dropout_rate), kernel)
@@ -421,7 +427,10 @@ def input_shape(layer: Layout, module: Any, shape: Sequence[int]) -> tuple[int, 
     if layer.kind == "general":
         batch, axes, _ = _general(module)
         size = [2] * max(len(batch) + len(axes) + 1, *(a + 1 for a in axes), *(-a for a in axes))
-        in_order = lambda axes: sorted(axis % len(size) for axis in axes)  # as Flax contracts them
+
+        def in_order(axes):
+            return sorted(axis % len(size) for axis in axes)  # as Flax contracts them
+
         stack = [own[axis] for axis in layer.stack]
         for axis, features in zip((*in_order(batch), *in_order(axes)), (*stack, *ins)):
             size[axis] = features
@@ -438,7 +447,10 @@ def input_shape(layer: Layout, module: Any, shape: Sequence[int]) -> tuple[int, 
 
 def _general(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return batch axes, contracted axes and features of a DenseGeneral or a LinearGeneral."""
-    as_tuple = lambda value: tuple(value) if isinstance(value, Iterable) else (value,)
+
+    def as_tuple(value):
+        return tuple(value) if isinstance(value, Iterable) else (value,)
+
     batch = module.batch_dims if hasattr(module, "batch_dims") else module.batch_axis
     features = module.features if hasattr(module, "features") else module.out_features
     return as_tuple(batch), as_tuple(module.axis), as_tuple(features)
@@ -448,7 +460,10 @@ def _general_equation(module: Any, ndim: int) -> str:
     batch, axis, features = _general(module)
     xs = _letters(ndim)
     outs = _letters(len(features), skip=ndim)
-    in_order = lambda axes: "".join(xs[a] for a in sorted(a % ndim for a in axes))
+
+    def in_order(axes):
+        return "".join(xs[a] for a in sorted(a % ndim for a in axes))
+
     batch, ins = in_order(batch), in_order(axis)  # Flax sorts the axes
     free = "".join(a for a in xs if a not in batch + ins)
     return f"{xs},{batch}{ins}{outs}->{batch}{free}{outs}"

@@ -139,9 +139,15 @@ class AdaptedModule:
 
     def _specs(self, variables, chosen):
         where, saved = placement(variables), {}
-        at = lambda path, t: pytree.get_path(where, pytree.weight_path(where, path, t.layer.weight))
+
+        def at(path, t):
+            return pytree.get_path(where, pytree.weight_path(where, path, t.layer.weight))
+
         weights = {p: (t.layer, t.shape, at(p, t)) for p, t in chosen.items()}
-        spec = lambda leaf, at: sharding.pad_spec(sharding.spec_of(at), len(leaf.shape))
+
+        def spec(leaf, at):
+            return sharding.pad_spec(sharding.spec_of(at), len(leaf.shape))
+
         for root in self._saved_roots(where):
             nodes = (pytree.get_path(node, root.split("/")) for node in (unboxed(variables), where))
             saved[root] = jax.tree.map(spec, *nodes, is_leaf=pytree.is_packed)
@@ -456,7 +462,9 @@ def placement(variables: Mapping[str, Any]) -> dict[str, Any]:
             spec = NamedSharding(node.mesh, spec)
         return sharding.sharding_of(node.value, spec)
 
-    is_leaf = lambda node: not isinstance(node, Mapping)
+    def is_leaf(node):
+        return not isinstance(node, Mapping)
+
     return jax.tree.map(where, unfreeze(join_quantized(variables)["params"]), is_leaf=is_leaf)
 
 

@@ -158,7 +158,9 @@ def _traced(
         finally:
             active.pop()
 
-    is_data = lambda value: all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
+    def is_data(value):
+        return all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
+
     flat, treedef = jax.tree.flatten((args, {"mutable": nn.DenyList("params"), **kwargs}))
     data = {i: leaf for i, leaf in enumerate(flat) if is_data(leaf)}
 
@@ -358,7 +360,10 @@ def in_base_dtype(node: Any, base: Any, path: str) -> Any:
     """
     leaves, treedef = jax.tree.flatten(node)
     like = jax.tree.leaves(meta.map_axis_meta(_box_value, base), is_leaf=pytree.is_packed)
-    shapes = lambda values: [tuple(value.shape) for value in values]
+
+    def shapes(values):
+        return [tuple(value.shape) for value in values]
+
     if shapes(leaves) != shapes(like):
         raise ValueError(
             f"`adapters[{path!r}]`: the shapes {shapes(leaves)} are not those of the model, "

@@ -189,7 +189,10 @@ def _rewritten(model: nnx.Module) -> dict[str, str]:
     """Return ``{path: reason}`` of the modules in wrappers that rewrite their weights."""
     wrappers = (nnx.WeightNorm, nnx.SpectralNorm)
     found = {p: type(m).__name__ for p, m in modules(model) if isinstance(m, wrappers)}
-    inside = lambda path, wrapper: not wrapper or path.startswith(f"{wrapper}/")
+
+    def inside(path, wrapper):
+        return not wrapper or path.startswith(f"{wrapper}/")
+
     return {
         path: f"it is inside of {name}, which rewrites its weight at every call"
         for path, _ in modules(model)

@@ -286,12 +286,15 @@ def extended_class(cls: type, mixin: type, prefix: str, outside: bool = False) -
 def _extended(cls: type, mixin: type, prefix: str, outside: bool) -> type:
     base = cls if outside else layer_class(cls) or cls
     arguments = (cls, mixin, prefix, outside)
-    make = lambda part, name, bases: types.new_class(
-        f"{prefix}{name}",
-        bases,
-        {"metaclass": _Extended},
-        lambda body: body.update(__module__=__name__, made_of=(part, *arguments)),
-    )
+
+    def make(part, name, bases):
+        return types.new_class(
+            f"{prefix}{name}",
+            bases,
+            {"metaclass": _Extended},
+            lambda body: body.update(__module__=__name__, made_of=(part, *arguments)),
+        )
+
     if base is cls:
         return make("whole", cls.__name__, (mixin, cls))
     inner = make("inner", base.__name__, (mixin, base))

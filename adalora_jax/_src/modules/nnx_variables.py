@@ -143,6 +143,11 @@ def pure(state: Any) -> Any:
     >>> pure({"scale": nnx.Param(2.0)})
     {'scale': 2.0}
     """
-    is_variable = lambda node: isinstance(node, nnx.Variable)
-    value = lambda node: pure(node.get_raw_value()) if is_variable(node) else node
+
+    def is_variable(node):
+        return isinstance(node, nnx.Variable)
+
+    def value(node):
+        return pure(node.get_raw_value()) if is_variable(node) else node
+
     return jax.tree.map(value, state, is_leaf=is_variable)

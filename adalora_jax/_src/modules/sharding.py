@@ -48,8 +48,13 @@ def adapter_specs(layer: Layout, shape: Sequence[int], spec: PartitionSpec) -> A
     """
     names = pad_spec(spec, len(shape))
     lifted = len(shape) - len(layer.stack) - len(layer.ins) - len(layer.outs)
-    at = lambda axes: [(names[lifted + axis], shape[lifted + axis]) for axis in axes]
-    first = lambda axes: next((name for name, size in at(axes) if size > 1), None)
+
+    def at(axes):
+        return [(names[lifted + axis], shape[lifted + axis]) for axis in axes]
+
+    def first(axes):
+        return next((name for name, size in at(axes) if size > 1), None)
+
     stack = (*names[:lifted], *(name for name, _ in at(layer.stack)))
     specs: Any = (  # an Adapter is typed as one of arrays
         PartitionSpec(*stack, None, first(layer.outs)),
@@ -71,7 +76,10 @@ def sharding_of(
     >>> sharding_of(jax.numpy.ones((4, 6)), PartitionSpec("fsdp"))
     P('fsdp',)
     """
-    axes = lambda node: len(getattr(node, "shape", ()))
+
+    def axes(node):
+        return len(getattr(node, "shape", ()))
+
     leaf = next((x for x in jax.tree.leaves(weight) if axes(x) == axes(weight)), None)
     # A tracer's .sharding raises, and formatting the error takes time linear in the program.
     found = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
@@ -130,20 +138,24 @@ def derive(
         path: adapter_specs(layer, shape, spec_of(where))
         for path, (layer, shape, where) in weights.items()
     }
-    if isinstance(rules, Mapping):
-        for pattern in rules:
-            if not any(rank_spec.matches(pattern, path) for path in specs):
-                raise ValueError(
-                    f"sharding: {pattern!r} matches no adapted layer; the adapted layers are "
-                    f"{', '.join(list(specs)[:10])}."
-                )
-        by_pattern = rules
-        rules = lambda path, spec: next(
-            (by_pattern[p] for p in by_pattern if rank_spec.matches(p, path)), spec
-        )
     if rules is None:
         return specs
-    return {path: _checked(path, rules(path, spec), spec) for path, spec in specs.items()}
+    rule = _rule_by_pattern(rules, specs) if isinstance(rules, Mapping) else rules
+    return {path: _checked(path, rule(path, spec), spec) for path, spec in specs.items()}
+
+
+def _rule_by_pattern(rules: Mapping[str, Any], specs: Mapping[str, Any]) -> Callable[..., Any]:
+    for pattern in rules:
+        if not any(rank_spec.matches(pattern, path) for path in specs):
+            raise ValueError(
+                f"sharding: {pattern!r} matches no adapted layer; the adapted layers are "
+                f"{', '.join(list(specs)[:10])}."
+            )
+
+    def rule(path, spec):
+        return next((rules[p] for p in rules if rank_spec.matches(p, path)), spec)
+
+    return rule
 
 
 def to_named_sharding(specs: PyTree, base: PyTree) -> PyTree:
@@ -161,9 +173,14 @@ def jit_with_shardings(make: Callable[..., PyTree], shardings: PyTree | None, *a
     arrays = jax.jit(make, out_shardings=shardings)(*args)
     if shardings is None:
         return arrays
+
     # A nested jit does not tell the outer trace how explicit axes are sharded.
-    explicit = lambda leaf, at: isinstance(leaf, Tracer) and at.mesh.are_all_axes_explicit
-    put = lambda leaf, at: jax.device_put(leaf, at) if explicit(leaf, at) else leaf
+    def explicit(leaf, at):
+        return isinstance(leaf, Tracer) and at.mesh.are_all_axes_explicit
+
+    def put(leaf, at):
+        return jax.device_put(leaf, at) if explicit(leaf, at) else leaf
+
     return jax.tree.map(put, arrays, shardings)
 
 
@@ -187,7 +204,9 @@ def mesh_of(placed: PyTree) -> Mesh | AbstractMesh | None:
 
 
 def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
-    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
+    def is_spec(leaf):
+        return isinstance(leaf, PartitionSpec)
+
     if not isinstance(given, Adapter) or not all(map(is_spec, given)):
         raise ValueError(
             f"sharding gave {given!r} for {path!r}: it must be an Adapter of three PartitionSpecs, "

@@ -72,7 +72,10 @@ def shardings(
             "mesh=None, and no array has a NamedSharding: pass mesh=, or call within "
             "jax.set_mesh(mesh)."
         )
-    place = lambda leaf, owner: _match_sharding(owner, leaf.shape, mesh)
+
+    def place(leaf, owner):
+        return _match_sharding(owner, leaf.shape, mesh)
+
     if tx is None:
         owners = {pytree.leaf_name(path): leaf for path, leaf in tree_flatten_with_path(like)[0]}
         named, treedef = tree_flatten_with_path(state)
@@ -97,9 +100,10 @@ def shardings(
         new = {}
         for name in ("masks", "sensitivity", "uncertainty"):
             part = getattr(found, name)
-            place_role = lambda role, part=part: _place_role(
-                part.stacked[role.name], owners[role.paths[0]], mesh
-            )
+
+            def place_role(role, part=part):
+                return _place_role(part.stacked[role.name], owners[role.paths[0]], mesh)
+
             new[name] = ByRole({r.name: place_role(r) for r in part.roles.members}, part.roles)
         return found._replace(**new)
 
@@ -139,9 +143,12 @@ def _match_sharding(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh)
     before = len(shape) - len(own)
     if before < 0 or tuple(shape[before:]) != tuple(own) or len(spec) > len(own):
         return NamedSharding(mesh, PartitionSpec())
-    ways = lambda names: math.prod(
-        mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)) if name
-    )
+
+    def ways(names):
+        return math.prod(
+            mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)) if name
+        )
+
     if any(size % ways(names) for size, names in zip(own, spec)):
         return NamedSharding(mesh, PartitionSpec())
     return NamedSharding(mesh, PartitionSpec(*[None] * before, *pad_spec(spec, len(own))))

@@ -319,7 +319,10 @@ def static_fields(
 
 def _init_group(keys, stack, in_features, out_features, rank, config) -> Adapter:
     """Return one adapter per key, stacked."""
-    one = lambda key: init_adapter(key, in_features, out_features, config, rank=rank, stack=stack)
+
+    def one(key):
+        return init_adapter(key, in_features, out_features, config, rank=rank, stack=stack)
+
     return jax.vmap(one)(keys)
 
 
@@ -497,5 +500,8 @@ def _nearest(name: str, candidates: Mapping[str, Candidate]) -> str:
 def _by_similarity(name: str, paths: Iterable[str]) -> list[str]:
     """Return the paths sorted by similarity of path or last name to ``name``, nearest first."""
     plain = re.sub(r"[^\w/]+", "", name.replace(".", "/"))
-    ratio = lambda path: difflib.SequenceMatcher(None, plain, path).ratio()
+
+    def ratio(path):
+        return difflib.SequenceMatcher(None, plain, path).ratio()
+
     return sorted(sorted(paths), key=lambda p: -max(ratio(p), ratio(p.rpartition("/")[2])))

@@ -105,7 +105,9 @@ def mark_input(index: int, x: Any) -> Any:
 
 
 def _named(name: str, tree: Any) -> Any:
-    is_float = lambda leaf: hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    def is_float(leaf):
+        return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name) if is_float(leaf) else leaf, tree)
 
 
@@ -153,7 +155,10 @@ class _Walk:
     def run(self, jaxpr: Any, given: Sequence[_Tags], scope: int | None) -> list[_Tags]:
         """Return the tags of a jaxpr's outputs, given those of its inputs."""
         tags: dict[Any, _Tags] = dict(zip(jaxpr.invars, given))
-        read = lambda v: _NONE if isinstance(v, core.Literal) else tags.get(v, _NONE)
+
+        def read(v):
+            return _NONE if isinstance(v, core.Literal) else tags.get(v, _NONE)
+
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
             marks = eqn.primitive.name == "name" and _INPUTS.fullmatch(eqn.params["name"])

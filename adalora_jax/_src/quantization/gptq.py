@@ -293,7 +293,10 @@ def load_gptq(
     named = _named(params, layers, names)
     kernels, biases = {}, {}
     for path, parts in named.items():
-        place = lambda name, path=path: f"{path}/{name}".lstrip("/")
+
+        def place(name, path=path):
+            return f"{path}/{name}".lstrip("/")
+
         kernels[place("kernel")] = _kernel(parts, tuple(params[place("kernel")].shape), path, dtype)
         bias = _bias(parts, params.get(place("bias")), path)
         biases |= {} if bias is None else {place("bias"): bias}

@@ -176,7 +176,10 @@ class PackedModule(nn.Module):
           **kwargs: as in ``nn.Module.apply``.
         """
         variables = linen_layers.join_quantized(variables)
-        box = lambda leaf: _Box(leaf) if is_packed(leaf) else leaf
+
+        def box(leaf):
+            return _Box(leaf) if is_packed(leaf) else leaf
+
         params = jax.tree.map(box, variables["params"], is_leaf=is_packed)
         with nn.intercept_methods(_unpacking):
             result = nn.Module.apply(
@@ -185,8 +188,13 @@ class PackedModule(nn.Module):
         if mutable is False or "params" not in result[1]:
             return result
         output, mutated = result
-        is_box = lambda leaf: isinstance(leaf, _Box)
-        unbox = lambda leaf: leaf.packed if is_box(leaf) else leaf
+
+        def is_box(leaf):
+            return isinstance(leaf, _Box)
+
+        def unbox(leaf):
+            return leaf.packed if is_box(leaf) else leaf
+
         params = jax.tree.map(unbox, mutated["params"], is_leaf=is_box)
         return output, linen_layers.split_quantized({**mutated, "params": params})
 
@@ -231,8 +239,11 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     method = _compat.linen_method(context) if packed else None
     if method is None:
         return call(*args, **kwargs)
+
     # The adapter is not needed here: its output is added to the result of this call.
-    holds = lambda name: layer is not None and name.startswith(pytree.ADAPTER_KEY)
+    def holds(name):
+        return layer is not None and name.startswith(pytree.ADAPTER_KEY)
+
     params = {n: leaf for n, leaf in params.items() if n not in packed and not holds(n)}
     collections = meta.unbox({**collections, "params": params})
     flat, treedef = jax.tree.flatten((args, kwargs))

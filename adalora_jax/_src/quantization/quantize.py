@@ -319,7 +319,10 @@ def _quantized_nnx(model, recipe):
         weights[place] = quantize_weight(_floats(value, place), recipe, target.layer)
     model = packed.pack_nnx(model, weights)
     if recipe.dtype is not None:
-        is_base = lambda path, leaf: type(leaf) is nnx.Param
+
+        def is_base(path, leaf):
+            return type(leaf) is nnx.Param
+
         nnx.update(model, _cast(nnx.state(model, is_base), recipe.dtype))
     return model
 
@@ -544,7 +547,9 @@ def _targets(candidates: Mapping[str, Candidate], recipe: Recipe) -> Any:
     }
     if recipe.target_modules is None:
         # Other modules remain candidates, so that exclude_modules may name them.
-        fits = lambda candidate: candidate.layer is not None and candidate.layer.kind in _KINDS
+        def fits(candidate):
+            return candidate.layer is not None and candidate.layer.kind in _KINDS
+
         candidates = {p: c if fits(c) else c._replace(layer=None) for p, c in candidates.items()}
     config = AdaLoraConfig(
         total_step=1,
@@ -564,5 +569,8 @@ def _cast(tree: Any, dtype: str | None) -> Any:
     """Cast the floating-point leaves to ``dtype``; None returns the tree unchanged."""
     if dtype is None:
         return tree
-    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    def floating(leaf):
+        return jnp.issubdtype(leaf.dtype, jnp.floating)
+
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if floating(leaf) else leaf, tree)
