@@ -20,7 +20,7 @@ _PRIOR = 1e-4  # δ, the precision of the prior, equal to a weight decay of 1e-4
 class ScoreInputs(NamedTuple):
     """Inputs of a score for one adapter.
 
-    Every field is an :class:`Adapter` with arrays of the shapes ``p [..., r, out]``,
+    Every field is an :class:`~adalora_jax.Adapter` with arrays of the shapes ``p [..., r, out]``,
     ``lam [..., r]`` and ``q [..., r, in]``.
 
     Attributes:
