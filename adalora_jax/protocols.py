@@ -1,4 +1,4 @@
-"""Signatures of the functions that :class:`AdaLoraConfig` accepts instead of a name.
+"""Signatures of the functions that :class:`~adalora_jax.AdaLoraConfig` accepts instead of a name.
 
 ===================================================  ===========================================
 :class:`ScoreFunction`, of a :class:`ScoreInputs`    ``score``: scores of the triplets

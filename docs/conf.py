@@ -1,7 +1,10 @@
 """Configuration of the documentation: ``python -m sphinx -W --keep-going docs build/docs``."""
 
+import re
 import shutil
 from pathlib import Path
+
+from docutils import nodes
 
 import adalora_jax
 
@@ -30,7 +33,7 @@ extensions = [
 html_theme = "sphinx_book_theme"
 html_title = "adalora_jax"
 html_static_path = ["_static"]
-html_css_files = ["style.css"]
+html_css_files = ["style.css", "reference.css"]
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 html_show_sourcelink = False
 
@@ -42,9 +45,17 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+# Names that signatures show as they are written, not as the private classes or unions behind them.
+autodoc_type_aliases = {
+    name: name
+    for name in ("Array", "ArrayLike", "DTypeLike", "PRNGKeyArray", "PrecisionLike", "PyTree")
+} | {"_Model": "Module", "AllocatorInfo": "AllocatorInfo"}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+# "Attributes:" as one list, not as an entry of the index for each.
+napoleon_custom_sections = [("Attributes", "params_style")]
 python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -56,5 +67,32 @@ def link_to_pages(app, docname, source):
         source[0] = source[0].replace("](../docs/", "](../")
 
 
+def shorten_signature(app, what, name, obj, options, signature, returns):
+    """Write the types of a signature without the modules that hold them."""
+    if not signature:
+        return None
+    if getattr(obj, "_is_protocol", False):
+        return "", None
+    patterns = {
+        r"TypeAliasForwardRef\('(\w+)'\)": r"\1",
+        r"dataclasses\.InitVar\[(.*?)\](?= = )": r"\1",
+        r"~(?:\w+\.)+|collections\.abc\.": "",
+        "<factory>": "...",
+    }
+    for pattern, short in patterns.items():
+        signature = re.sub(pattern, short, signature)
+        returns = returns and re.sub(pattern, short, returns)
+    return signature, returns
+
+
+def hide_private_names(app, doctree):
+    """Show type variables as the class they stand for, and no private module before a name."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text in ("_Model", "adalora_jax._src.core.monitor."):
+            text.parent.replace(text, nodes.Text("Module" if text == "_Model" else ""))
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("doctree-read", hide_private_names)
     app.connect("source-read", link_to_pages)

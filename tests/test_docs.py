@@ -1,10 +1,17 @@
-"""The site in ``docs/``: the Python code of its pages runs."""
+"""The site in ``docs/``: its Python code runs, and its reference is complete and correct."""
 
+import ast
+import dataclasses
+import importlib
+import inspect
 import re
+import types
 from pathlib import Path
 
 import jax
 import pytest
+
+import adalora_jax as adalora
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [
@@ -40,3 +47,54 @@ def test_python_blocks_run_in_order(page, example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with jax.numpy_rank_promotion("allow"):
         run_blocks(page, dict(example))
+
+
+API = DOCS / "reference" / "api"
+FACADES = sorted(path.stem for path in API.glob("*.md") if path.stem != "index")
+
+
+def test_every_public_module_has_a_page():
+    folder = Path(adalora.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    assert set(FACADES) == modules | {"adalora_jax"}
+
+
+@pytest.mark.parametrize("name", FACADES)
+def test_page_documents_every_public_name_of_its_module(name):
+    if name in ("qwix_models", "quantization"):
+        pytest.importorskip("qwix")
+    if name == "plot":
+        pytest.importorskip("matplotlib")
+    module = adalora if name == "adalora_jax" else importlib.import_module(f"adalora_jax.{name}")
+    text = (API / f"{name}.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\.\. (?:auto|py:)(?:class|function|data):: (\w+)$", text, re.M)
+    is_module = lambda name: isinstance(getattr(module, name), types.ModuleType)
+    assert sorted(documented) == [name for name in module.__all__ if not is_module(name)]
+
+
+def rows(text):
+    """Return ``{first cell: other cells}`` of the tables in a text, whose first cells are code."""
+    lines = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.M)
+    assert len(dict(lines)) == len(lines)
+    return {name: [cell.strip() for cell in cells.split(" |")] for name, cells in lines}
+
+
+def defaults(table):
+    return {
+        name: ... if cells[0] == "required" else ast.literal_eval(cells[0].strip("`"))
+        for name, cells in table.items()
+    }
+
+
+def test_config_page_has_all_fields_with_their_defaults():
+    text = (DOCS / "reference" / "config.md").read_text(encoding="utf-8")
+    config, _, rank_spec = text.partition("## RankSpec")
+    config, table = adalora.AdaLoraConfig, rows(config)
+    parameters = inspect.signature(config).parameters.values()
+    expected = {p.name: ... if p.default is p.empty else p.default for p in parameters}
+    assert defaults(table) == expected
+    fields = {field.name for field in dataclasses.fields(config)}
+    marked = {name for name in fields if table[name][1] == "✓"}
+    assert marked == fields & set(config(total_step=1).to_peft())
+    expected = {field.name: field.default for field in dataclasses.fields(adalora.RankSpec)}
+    assert defaults(rows(rank_spec)) == expected

@@ -81,8 +81,8 @@ def save(
       path: the folder to write; it must not exist.
       adapters: the trained parameters: the dict that ``adapted.init`` returned, or an NNX State.
         The base model is not saved.
-      opt_state: a state that contains one :class:`AllocatorState`: an optax state, or the
-        ``opt_state`` of an ``nnx.Optimizer``.
+      opt_state: a state that contains one :class:`~adalora_jax.AllocatorState`: an optax state, or
+        the ``opt_state`` of an ``nnx.Optimizer``.
       config: the run's config. Only the name of a function in it is saved.
       step: the trainer's step, if it differs from the number of optimizer updates.
 

@@ -53,7 +53,7 @@ def rank_heatmap(
       title: the title of the figure.
 
     Returns:
-      The figure: one row per layer, one column per module.
+      The figure, with one row per layer, one column per module.
 
     Raises:
       ValueError: ``ranks`` is empty, an info contains several steps, or ``highest`` is below 1.
@@ -120,7 +120,7 @@ def rank_history(
       title: the title of the figure.
 
     Returns:
-      The figure: the curves, and one row per adapter (per slice of a stack) coloured by rank.
+      The figure, with the curves and one row per adapter (per slice of a stack) coloured by rank.
 
     Raises:
       ValueError: ``history`` is empty, mixes infos with dicts, or its entries name different
@@ -198,7 +198,7 @@ def rank_curves(
       title: the title of the figure.
 
     Returns:
-      The figure: two plots over the same steps.
+      The figure, with two plots over the same steps.
 
     Raises:
       ValueError: ``infos`` is empty, contains objects of other types, names different adapters, or
@@ -248,7 +248,8 @@ def importance_history(
       title: the title of the figure.
 
     Returns:
-      The figure: the curves, and one row per adapter (per slice of a stack) coloured by importance.
+      The figure, with the curves and one row per adapter (per slice of a stack) coloured by
+      importance.
 
     Raises:
       ValueError: as in :func:`rank_curves`.
@@ -305,7 +306,7 @@ def lifetimes(
       title: the title of the figure.
 
     Returns:
-      The figure: one row per adapter (per slice of a stack), one column per triplet.
+      The figure, with one row per adapter (per slice of a stack), one column per triplet.
 
     Raises:
       ValueError: as in :func:`rank_curves`.

@@ -313,7 +313,7 @@ def per_example(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
       A function of the same arguments, in which the adapters also have the batch axis, as
-      :meth:`AdapterBank.select` returns them for several names.
+      ``AdapterBank.select`` returns them for several names.
 
     >>> from adalora_jax import forward
     >>> adapter = Adapter(jnp.ones((3, 2, 4)), jnp.ones((3, 2)), jnp.ones((3, 2, 5)))

@@ -188,8 +188,8 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
         triplet as active.
 
     Returns:
-      A table with one row per matrix and one for the total. Columns: path, ``in``, ``out``, number
-      of active triplets (``rank``), number of all triplets (``of``), number of active parameters.
+      A table with one row per matrix and one for the total, and with the columns path, ``in``,
+      ``out``, active triplets (``rank``), all triplets (``of``) and active parameters.
 
     Raises:
       ValueError: ``adapters`` contains no adapter, or ``state`` no masks.

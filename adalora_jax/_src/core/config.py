@@ -325,7 +325,7 @@ prunes to target_r, so init_r must be at least 8.
 
     @property
     def scaling(self) -> float:
-        """Factor s of the increments: ``scale`` if it is set, else ``lora_alpha / init_r``.
+        """Factor s of the increments, ``scale`` if it is set, else ``lora_alpha / init_r``.
 
         It is 1 where ``lora_alpha`` is not above 0. :meth:`scale_of` returns the factor of one
         layer.
@@ -377,7 +377,7 @@ prunes to target_r, so init_r must be at least 8.
 
     @property
     def final_step(self) -> int:
-        """Step of the final mask: ``total_step - tfinal``, at most ``total_step - 1``."""
+        """Step of the final mask, ``total_step - tfinal``, at most ``total_step - 1``."""
         return min(self.total_step - self.tfinal, self.total_step - 1)
 
     @property

@@ -48,7 +48,7 @@ def budget(
       step: optimizer step, counted from 0; a Python int or an integer array, traced or not.
       n_adapters: int: number of matrices that share the budget; every slice of a stack is one. In
         another ``budget_unit`` than triplets: the cost of one triplet of each matrix, summed over
-        the matrices, see :func:`cost`.
+        the matrices, see ``AdaLoraConfig.budget_unit``.
       initial: int: b0, if not all adapters start at ``init_r``. None: ``init_r · n_adapters``.
 
     Returns:

@@ -17,7 +17,7 @@ from adalora_jax._src.core.config import AdaLoraConfig
 class ScoreInputs(NamedTuple):
     """Inputs of a score for one adapter.
 
-    Every field is an :class:`Adapter` with arrays of the shapes ``p [..., r, out]``,
+    Every field is an :class:`~adalora_jax.Adapter` with arrays of the shapes ``p [..., r, out]``,
     ``lam [..., r]`` and ``q [..., r, in]``.
 
     Attributes:

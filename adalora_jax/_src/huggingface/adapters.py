@@ -75,7 +75,7 @@ def save_pretrained(
       masks: the optimizer's state, or as in :func:`adalora_jax.masks`; without them every triplet
         is written. A ``UserWarning`` reports a state whose final mask is still to come.
       names: the names of the layers in PyTorch: a family such as ``"bert"``, pairs of names, or
-        a :class:`~adalora_jax.huggingface.names.NameMap`. Without it ``/`` becomes ``.``.
+        a :class:`~adalora_jax.huggingface.NameMap`. Without it ``/`` becomes ``.``.
       base_model: the base model's name on the Hub, or its path, for the config.
       task_type: PEFT's task type, such as ``"CAUSAL_LM"``. For a classifier's, such as
         ``"SEQ_CLS"``, ``adapters`` must contain the classifier's parameters.

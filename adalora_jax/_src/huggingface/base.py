@@ -66,8 +66,9 @@ def load_base(
       variables: the variables of a linen module; None for NNX. Shapes suffice: from
         ``jax.eval_shape(model.init, ...)``, or for NNX a model from ``nnx.eval_shape``. Parameters
         get the shardings of these arrays, or those of their sharding metadata if there is a mesh.
-      *args, **kwargs: arguments of a call of the linen model. They are needed for weights whose
-        axes only the call determines, those of einsum layers. The model is traced, not run.
+      *args: arguments of a call of the linen model. They are needed for weights whose axes only
+        the call determines, those of einsum layers. The model is traced, not run.
+      **kwargs: keyword arguments of that call.
       names: the names of the layers in the checkpoint: a family such as ``"llama"``, pairs of
         names, or a :class:`~adalora_jax.huggingface.NameMap`. Names refer to modules; a pair may
         also name a parameter. Without it ``/`` becomes ``.``.

@@ -63,6 +63,7 @@ def pissa_init(variables: Any, adapters: Any = None) -> Any:
       TypeError: the variables are not a mapping.
       ValueError: a weight is quantised, its layer transforms it before use, or an adapter does not
         fit its weight or has no known scale.
+
     >>> import adalora_jax, flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.ones((2, 6))
     >>> variables = model.init(jax.random.key(0), x)
@@ -128,9 +129,10 @@ def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, j
 
     Args:
       model: an adapted NNX model, which is not changed; or an adapted linen module.
-      *inputs, **kwargs: the arguments of the model; for linen ``variables`` and ``adapters`` come
-        first, as in ``adapted.apply``; the values of the adapters do not matter. The outputs must
-        be differentiable functions of each layer's output.
+      *inputs: arguments of the model; for linen ``variables`` and ``adapters`` come first, as in
+        ``adapted.apply``; the values of the adapters do not matter. The outputs must be
+        differentiable functions of each layer's output.
+      **kwargs: keyword arguments of the model.
 
     Returns:
       ``{path: array [*stack, in, in]}``, in at least float32.
@@ -303,6 +305,7 @@ def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, An
 
     Raises:
       KeyError: ``moments`` has a path without an adapter.
+
     >>> adapter = Adapter(jnp.ones((1, 4)), jnp.ones(1), jnp.ones((1, 3)))
     >>> moments = {"query": jnp.diag(jnp.array([1.0, 9.0, 4.0]))}
     >>> abs(eva_init({"query": adapter}, moments)["query"].q)

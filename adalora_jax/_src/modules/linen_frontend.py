@@ -53,7 +53,7 @@ class AdaptedModule:
       rules: shardings of adapters that differ from those derived from the base; None if none do.
       layers: ``{class: Layout}`` of layers that are not Flax's; None if there are none.
       adapter_output: function that computes what is added to a layer's output, with the arguments
-        of :func:`layers.adapter_output`.
+        of ``layers.adapter_output``.
     """
 
     module: nn.Module
@@ -76,7 +76,8 @@ class AdaptedModule:
           key: a PRNG key.
           variables: the model's variables, as ``module.init`` returns them; arrays or
             ``jax.ShapeDtypeStruct``.
-          *args, **kwargs: the arguments of the model; ``method`` as in ``module.apply``.
+          *args: arguments of the model.
+          **kwargs: arguments of the model; ``method`` as in ``module.apply``.
 
         Returns:
           A dict by path (``layers/attn/query``) with an :class:`~adalora_jax.Adapter` per layer,
@@ -124,7 +125,9 @@ class AdaptedModule:
         of ``nn.logical_axis_rules``. For :func:`adalora_jax.sharding.shardings`.
 
         Args:
-          variables, *args, **kwargs: as in :meth:`init`; shapes are enough.
+          variables: as in :meth:`init`; shapes are enough.
+          *args: arguments of the model; shapes are enough.
+          **kwargs: as in :meth:`init`.
 
         Returns:
           ``{path: Adapter of PartitionSpecs}``, and trees of them for ``modules_to_save``.
@@ -175,7 +178,7 @@ class AdaptedModule:
         Args:
           variables: the model's variables; not changed, and differentiated only on request.
           adapters: the result of :meth:`init`, trained or not. A mapping of p, lam and q in place
-            of an :class:`Adapter` gets the scale of this config.
+            of an :class:`~adalora_jax.Adapter` gets the scale of this config.
           *args: arguments of the model.
           mutable: as in ``module.apply``; the mutated variables never contain adapters.
           **kwargs: arguments of the model and of ``module.apply`` (``rngs``, ``method`` ...).
@@ -211,6 +214,7 @@ class AdaptedModule:
         Raises:
           TypeError: ``variables`` is not a mapping.
           ValueError: ``variables`` has no ``params``.
+
         >>> import jax.numpy as jnp
         >>> model, x = nn.Dense(4), jnp.ones((2, 6))
         >>> config = AdaLoraConfig(total_step=10, target_modules=".*")
@@ -226,7 +230,9 @@ class AdaptedModule:
         """Return a table of the adapters that :meth:`init` makes; nothing is allocated.
 
         Args:
-          variables, *args, **kwargs: as in :meth:`init`; shapes are enough.
+          variables: as in :meth:`init`; shapes are enough.
+          *args: arguments of the model; shapes are enough.
+          **kwargs: as in :meth:`init`.
 
         Returns:
           The table as text, see :func:`describe`.
@@ -304,7 +310,8 @@ class BoundModule:
 
         Args:
           rngs: a PRNG key, or a dict of keys with one for ``params``, as for linen modules.
-          *args, **kwargs: the model's arguments, as in :meth:`AdaptedModule.init`.
+          *args: arguments of the model.
+          **kwargs: as in :meth:`AdaptedModule.init`.
 
         Returns:
           Variables, with ``{path: Adapter}`` and the ``modules_to_save`` as ``params``.
@@ -322,7 +329,8 @@ class BoundModule:
         Args:
           variables: the result of :meth:`init`, with adapters as ``params``; other collections,
             such as ``batch_stats``, replace the base's.
-          *args, **kwargs: as in :meth:`AdaptedModule.apply`.
+          *args: arguments of the model.
+          **kwargs: as in :meth:`AdaptedModule.apply`.
 
         Returns:
           The result of :meth:`AdaptedModule.apply`.
@@ -366,9 +374,10 @@ def adapt(
       An :class:`AdaptedModule`, with the methods ``init`` and ``apply``.
 
     Raises:
-      TypeError: ``model`` is not a linen module, or ``config`` is not an :class:`AdaLoraConfig`.
+      TypeError: ``model`` is not a linen module, or ``config`` is not an ``AdaLoraConfig``.
       ValueError: ``layers`` is not ``{class: Layout}``, or a layout has another kind than
         ``"dense"`` or ``"embed"``, stack axes, or a shape.
+
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> model, x = nn.Dense(4, name="query"), jnp.ones((2, 6))
     >>> variables = model.init(jax.random.key(0), x)
@@ -394,7 +403,9 @@ def describe(
 
     Args:
       model, config: as in :func:`adapt`.
-      variables, *args, **kwargs: as in :meth:`AdaptedModule.init`; shapes are enough.
+      variables: as in :meth:`AdaptedModule.init`; shapes are enough.
+      *args: arguments of the model; shapes are enough.
+      **kwargs: as in :meth:`AdaptedModule.init`.
 
     Returns:
       The table as text. Cost is the adapter's parameters relative to the weight's. The lines below
@@ -404,6 +415,7 @@ def describe(
     Raises:
       TypeError: as in :func:`adapt`.
       ValueError: the config selects nothing, or a module that cannot be adapted.
+
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> model, x = nn.Dense(4), jnp.ones((2, 6))
     >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
@@ -426,7 +438,9 @@ def resolve(
 
     Args:
       model, config: as in :func:`adapt`.
-      variables, *args, **kwargs: as in :meth:`AdaptedModule.init`; shapes are enough.
+      variables: as in :meth:`AdaptedModule.init`; shapes are enough.
+      *args: arguments of the model; shapes are enough.
+      **kwargs: as in :meth:`AdaptedModule.init`.
 
     Returns:
       A config with a regex as ``target_modules`` and each RankSpec in ``rank_overrides``;
@@ -435,6 +449,7 @@ def resolve(
     Raises:
       TypeError: as in :func:`adapt`.
       ValueError: the function selects no layer that can be adapted.
+
     >>> import adalora_jax, flax.linen as nn, jax, jax.numpy as jnp
     >>> def choose(path, module):
     ...     return adalora_jax.RankSpec(init_r=4) if isinstance(module, nn.Dense) else False

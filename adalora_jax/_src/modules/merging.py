@@ -122,6 +122,7 @@ def unmerge(variables: Any, adapters: Any, *, safe: bool = False) -> Any:
       TypeError: linen variables are not a mapping; or for an NNX model, ``adapters`` is not one.
       ValueError: an adapter fits no weight of the model, its layer transforms the weight before
         use, a weight is quantised, or with ``safe`` a result is not finite.
+
     >>> import jax.numpy as jnp
     >>> variables = {"params": {"query": {"kernel": jnp.zeros((5, 6))}}}
     >>> adapters = {"query": Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))}

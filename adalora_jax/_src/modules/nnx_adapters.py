@@ -27,8 +27,9 @@ def adapters(model: nnx.Module) -> dict[str, Any]:
       model: as :func:`adapt` returns it.
 
     Returns:
-      A dict by path: an :class:`~adalora_jax.Adapter` with scale and layout per adapted layer, and
-      the parameters, in at least float32, per module or parameter that ``modules_to_save`` names.
+      A dict by path, with an :class:`~adalora_jax.Adapter` of known scale and layout per adapted
+      layer, and the parameters, in at least float32, per module or parameter that
+      ``modules_to_save`` names.
 
     >>> import adalora_jax as adalora
     >>> adapted = adalora.nnx.adapt(

@@ -73,7 +73,7 @@ def adapt(
       layer.
 
     Raises:
-      TypeError: ``model`` is not an NNX module, or ``config`` is not an :class:`AdaLoraConfig`.
+      TypeError: ``model`` is not an NNX module, or ``config`` is not an ``AdaLoraConfig``.
       ValueError: the config selects nothing, or something that cannot be adapted; only some of the
         layers that share a weight are selected, or they use it differently; ``layers`` is invalid;
         or the model already has adapters.

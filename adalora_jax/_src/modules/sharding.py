@@ -37,7 +37,8 @@ def adapter_specs(layer: Layout, shape: Sequence[int], spec: PartitionSpec) -> A
       spec: PartitionSpec of the weight; axes that it omits are replicated.
 
     Returns:
-      An :class:`Adapter` with a PartitionSpec in place of each of p, lam and q.
+      An :class:`~adalora_jax.Adapter` with a PartitionSpec in place of each of p, lam and q.
+
     >>> dense = Layout()
     >>> specs = adapter_specs(dense, (12, 64, 256), PartitionSpec("layers", "fsdp", "model"))
     >>> specs.p, specs.lam, specs.q
@@ -73,6 +74,7 @@ def sharding_of(
       weight: an array, a tracer, a ``jax.ShapeDtypeStruct``, or an object that contains some, such
         as packed integers with their scales; the first with as many axes as the object is used.
       named: the sharding in the framework's metadata, if any.
+
     >>> sharding_of(jax.numpy.ones((4, 6)), PartitionSpec("fsdp"))
     P('fsdp',)
     """
@@ -129,6 +131,7 @@ def derive(
     Raises:
       ValueError: a pattern matches nothing, or a rule returns anything but an Adapter of
         PartitionSpecs with at most as many entries as the derived ones.
+
     >>> dense = Layout()
     >>> weights = {"up": (dense, (64, 256), PartitionSpec("fsdp", "model"))}
     >>> derive(weights, {"up": Adapter(*[PartitionSpec()] * 3)})
