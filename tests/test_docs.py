@@ -33,7 +33,9 @@ def example():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS).with_suffix("")))
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: str(page.relative_to(DOCS).with_suffix(""))
+)
 def test_python_blocks_run_in_order(page, example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with jax.numpy_rank_promotion("allow"):
