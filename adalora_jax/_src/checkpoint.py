@@ -544,7 +544,8 @@ def _config(
                 "config that has them, restore(..., config=config)."
             )
         return config
-    saved, given = AdaLoraConfig.from_dict(saved).to_dict(), config.to_dict()
+    saved = AdaLoraConfig.from_dict(saved).to_dict()
+    given = config.to_dict() | {"warn_small_start": saved["warn_small_start"]}  # not of the run
     if differing := _differing(saved, given):
         raise ValueError(
             f"{folder} was saved with another config: {_shorten(differing)}. Continue with the "

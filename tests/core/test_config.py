@@ -130,6 +130,7 @@ REFUSED = [
     ({"modules_to_save": len}, "modules_to_save=<built-in function len>", "list of names"),
     ({"layers_pattern": len}, "layers_pattern=<built-in function len>", "list of names"),
     ({"orth_reg_in_update": 1}, "orth_reg_in_update=1", "True or False"),
+    ({"warn_small_start": None}, "warn_small_start=None", "True or False"),
     ({"bias": "all"}, "bias='all'", "leave bias out"),
     ({"bias": "lora_only"}, "bias='lora_only'", "leave bias out"),
     ({"peft_type": "LORA"}, "peft_type='LORA'", "leave peft_type out"),
@@ -338,6 +339,7 @@ FIELDS = {
     "beta1": st.floats(0.01, 0.99) | st.just(np.float32(0.3)),
     "orth_reg_weight": st.floats(0, 9) | st.integers(0, 3),
     "orth_reg_in_update": st.booleans(),
+    "warn_small_start": st.booleans(),
     "lora_alpha": st.floats(-9, 9).filter(lambda v: v <= 0 or v > 1e-30) | st.just(np.float16(2)),
     "scale": st.none() | st.floats(0.01, 9) | st.integers(1, 9),
     "rank_pattern": st.none()

@@ -1,7 +1,14 @@
 """The scale of adapters: given, or derived from alpha and the rank."""
 
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from support import problem
 
 import adalora_jax as al
@@ -58,3 +65,115 @@ def test_exported_adapter_computes_with_given_scale(limits, tmp_path):
         np.testing.assert_allclose(theirs, ours, rtol=1e-5)
         if limits is None:
             problem.assert_same_bits(loaded.adapters[name]._replace(layout=None), adapter)
+
+
+LEADERBOARD = al.AdaLoraConfig(total_step=12, init_r=64, target_r=32, lora_alpha=8)  # scale 0.125
+
+
+def started(config, adapters=None, shapes=problem.SHAPES):
+    """Return the optimizer's initial state for adapters of the config."""
+    adapters = problem.adapters(config, shapes=shapes) if adapters is None else adapters
+    return al.adalora(optax.adam(1e-2), config).init(adapters)
+
+
+def test_small_start_warns_with_numbers_and_remedy():
+    message = (
+        r"scale=0\.125: the increments of 3 of 3 adapters start far too small\. .* of 'layers' is "
+        r"13,333 times smaller.* Set scale=1\.0 .*warn_small_start=False"
+    )
+    with pytest.warns(UserWarning, match=message):
+        started(LEADERBOARD)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"warn_small_start": False},
+        {"scale": 0.25},
+        {"scale": 1.0},
+        {"init_r": 32},
+        {"lambda_lr_scale": 2.0},
+        {"init": "lambda_one"},
+        {"init_lora_weights": False},
+    ],
+    ids=repr,
+)
+def test_no_warning_for_other_starts(changes):
+    started(LEADERBOARD.replace(**changes))
+
+
+def test_peft_defaults_do_not_warn():
+    started(al.AdaLoraConfig(total_step=12))
+
+
+def test_adapters_that_were_trained_do_not_warn():
+    trained = {
+        path: adapter._replace(lam=adapter.lam + 1)
+        for path, adapter in problem.adapters(LEADERBOARD).items()
+    }
+    started(LEADERBOARD, trained)
+
+
+def test_scale_of_each_layer_decides_about_the_warning():
+    config = LEADERBOARD.replace(init_r=4, target_r=2, scale=1.0)
+    adapters = problem.adapters(config)
+    adapters["key"] = adapters["key"]._replace(scale=0.1)
+    started(config, problem.adapters(config))
+    with pytest.warns(UserWarning, match=r"scale=0\.1: .* of 1 of 3 adapters .* that of 'key'"):
+        started(config, adapters)
+
+
+def test_nnx_optimizer_warns_of_small_start():
+    layer = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    model = al.nnx.adapt(layer, LEADERBOARD.replace(target_modules=".*"), rngs=nnx.Rngs(1))
+    with pytest.warns(UserWarning, match="start far too small"):
+        nnx.Optimizer(model, al.adalora(optax.adam(1e-2), LEADERBOARD), wrt=nnx.LoRAParam)
+
+
+def test_training_steps_do_not_repeat_the_warning():
+    adapters = problem.adapters(LEADERBOARD)
+    tx = al.adalora(optax.adam(1e-2), LEADERBOARD)
+    with pytest.warns(UserWarning, match="start far too small"):
+        state = jax.jit(tx.init)(adapters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            updates, state = tx.update(jax.tree.map(jnp.ones_like, adapters), state, adapters)
+            adapters = optax.apply_updates(adapters, updates)
+
+
+def test_resumed_run_may_turn_the_warning_off(tmp_path):
+    quiet = LEADERBOARD.replace(warn_small_start=False)
+    adapters = problem.adapters(LEADERBOARD)
+    with pytest.warns(UserWarning, match="start far too small"):
+        state = started(LEADERBOARD, adapters)
+    al.checkpoint.save(tmp_path / "run", adapters, state, LEADERBOARD)
+    tx = al.adalora(optax.adam(1e-2), quiet)
+    restored = al.checkpoint.restore(tmp_path / "run", tx, config=quiet)
+    assert restored.config == quiet
+
+
+def test_ratio_in_the_warning_is_that_of_the_first_adam_steps():
+    """LoRA's B and AdaLoRA's λ take one Adam step on the same loss."""
+    rank, sizes, rate = 16, (512, 384), 1e-3
+    config = LEADERBOARD.replace(init_r=rank, target_r=8, scale=0.125)
+    with pytest.warns(UserWarning, match="start far too small") as caught:
+        started(config, shapes={"w": (*sizes, ())})
+    (stated,) = re.findall(r"([\d,]+) times smaller", str(caught[0].message))
+    slope = jax.random.normal(jax.random.key(0), sizes)
+
+    def size_after_one_step(adapter, trained):
+        def loss(adapter):
+            return jnp.sum(slope * al.delta_weight(adapter))
+
+        grads = jax.grad(loss)(adapter)
+        step = lambda grad, name: -rate * jnp.sign(grad) * (name in trained)
+        move = jax.tree.map(step, grads, type(grads)("p", "lam", "q", adapter.scale))
+        return float(jnp.std(al.delta_weight(jax.tree.map(jnp.add, adapter, move))))
+
+    bound = sizes[0] ** -0.5
+    a = jax.random.uniform(jax.random.key(1), (rank, sizes[0]), minval=-bound, maxval=bound)
+    lora = al.Adapter(jnp.zeros((rank, sizes[1])), jnp.ones(rank), a, scale=2.0)
+    ours = al.init_adapter(jax.random.key(2), *sizes, config)
+    ratio = size_after_one_step(lora, ("p",)) / size_after_one_step(ours, ("lam",))
+    np.testing.assert_allclose(float(stated.replace(",", "")), ratio, rtol=0.15)

@@ -167,6 +167,11 @@ def test_to_peft_omits_orth_reg_in_update():
     assert config.replace(orth_reg_in_update=True).to_peft() == config.to_peft()
 
 
+def test_to_peft_omits_warn_small_start():
+    config = AdaLoraConfig(total_step=100, target_modules=["query"])
+    assert config.replace(warn_small_start=False).to_peft() == config.to_peft()
+
+
 def test_to_peft_writes_rank_zero_as_booleans():
     config = AdaLoraConfig(total_step=100, init_r=2, target_r=1, rank_pattern={"query": []})
     assert config.to_peft()["rank_pattern"] == {"query.lora_E": [False, False]}

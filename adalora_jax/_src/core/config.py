@@ -55,7 +55,7 @@ _CHOICES = {
 _OR_A_FUNCTION = ("budget_schedule", "budget_unit", "score", "init", "prox")
 _FLAGS = (
     *("init_lora_weights", "fan_in_fan_out", "freeze_pruned", "allow_regrowth", "forward_mode"),
-    "orth_reg_in_update",
+    *("orth_reg_in_update", "warn_small_start"),
 )
 
 
@@ -184,6 +184,9 @@ class AdaLoraConfig:
         triplet active again. Used by the allocator.
       allow_regrowth: bool, default True. False: a pruned λ stays 0 for the rest of the run; not
         allowed with ``budget_schedule="grow"``. Used by the allocator.
+      warn_small_start: bool, default True. Whether the optimizer's ``init`` warns of increments
+        that start far smaller than LoRA's: with ``init="gaussian"``, a scale times
+        ``lambda_lr_scale`` below 0.25. Has no effect on the run. Used by ``adalora_jax.adalora``.
 
     Args:
       task_type: None or one of PEFT's values. This and the arguments below are PEFT's; they are
@@ -247,6 +250,7 @@ prunes to target_r, so init_r must be at least 8.
     forward_mode: bool = False
     freeze_pruned: bool = False
     allow_regrowth: bool = True
+    warn_small_start: bool = True
     task_type: InitVar[str | None] = None
     bias: InitVar[str] = "none"
     inference_mode: InitVar[bool] = False
@@ -480,8 +484,8 @@ works without it.
         The result has no ``task_type``, which has no counterpart here. Add one, because PEFT omits
         the orthogonality penalty without it. Fields that PEFT does not have and that change the
         computation must have their defaults, which give PEFT's behaviour; ``scale`` is written as
-        ``lora_alpha``. ``orth_reg_in_update`` is omitted: PEFT's model adds the penalty to its
-        loss.
+        ``lora_alpha``. ``orth_reg_in_update`` is omitted, because PEFT's model adds the penalty to
+        its loss, and ``warn_small_start``, because it does not affect the run.
 
         >>> AdaLoraConfig(total_step=10, target_modules=["q"]).to_peft()["target_modules"]
         ['q']
@@ -489,7 +493,8 @@ works without it.
         Raises:
           ValueError: a field has a value that PEFT does not support.
         """
-        for name in (n for n in _DEFAULTS if n in _OURS - {"scale", "orth_reg_in_update"}):
+        omitted = {"scale", "orth_reg_in_update", "warn_small_start"}
+        for name in (n for n in _DEFAULTS if n in _OURS - omitted):
             value, default = getattr(self, name), _DEFAULTS[name]
             if value != default:
                 raise ValueError(
@@ -548,6 +553,7 @@ _OURS = {
     "freeze_pruned",
     "allow_regrowth",
     "orth_reg_in_update",
+    "warn_small_start",
 }
 
 

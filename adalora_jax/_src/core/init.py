@@ -13,7 +13,7 @@ from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.low_rank import accumulation_dtype
 
-_STD = 0.02  # initial standard deviation of p and q, as in PEFT and loralib
+INIT_STD = 0.02  # initial standard deviation of p and q, as in PEFT and loralib
 
 
 def init_adapter(
@@ -80,11 +80,11 @@ def init_adapter(
     if not config.init_lora_weights:
         factors = p, lam, q
     elif config.init == "lambda_one":
-        factors = jnp.zeros_like(p), jnp.ones_like(lam), _STD * q
+        factors = jnp.zeros_like(p), jnp.ones_like(lam), INIT_STD * q
     elif config.init == "orthonormal":
         factors = _orthonormal(p), jnp.zeros_like(lam), _orthonormal(q)
     else:
-        factors = _STD * p, jnp.zeros_like(lam), _STD * q
+        factors = INIT_STD * p, jnp.zeros_like(lam), INIT_STD * q
     return Adapter(*factors, scale=config.scaling)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import reprlib
 import warnings
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
@@ -23,8 +25,12 @@ from adalora_jax._src.core.allocator import (
     with_facts,
 )
 from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.init import INIT_STD
 from adalora_jax._src.core.regularizer import penalty
 from adalora_jax._src.core.roles import ByRole, map_leaves, stack
+
+_LORA_SCALE = 2.0  # the common choice alpha = 2 r
+_SMALL_SCALE = 0.25  # an eighth of it; docs/how-to/learning-rate.md has the measured increments
 
 
 class AdaLoraOptState(NamedTuple):
@@ -89,7 +95,8 @@ def adalora(
         state.
 
     Warns:
-      UserWarning: from ``init``, if weights that have an adapter are among the parameters.
+      UserWarning: from ``init``, if weights that have an adapter are among the parameters; or, with
+        ``warn_small_start``, if increments start far smaller than LoRA's.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from adalora_jax import init_adapter
@@ -117,6 +124,7 @@ def adalora(
             return AdaLoraOptState(inner.init(params), _placeholder_state(config))
         _check_scales(params, config)
         _warn_of_trained_base(params)
+        _warn_of_small_start(params, config)
 
         # Some optimizers store the initial parameters: copy, as callers donate params and state.
         def own(leaf):
@@ -284,6 +292,36 @@ def _warn_of_trained_base(params: Any) -> None:
             f"params: the base's weights train along with their adapters, {len(base)} of them, "
             f"such as {base[0]!r}, unless inner freezes them: nnx.Optimizer(..., "
             "wrt=nnx.LoRAParam) trains only what adapt added.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_small_start(params: Any, config: AdaLoraConfig) -> None:
+    """Warn if increments start far smaller than those of LoRA at the same learning rate.
+
+    Adam's first step moves every trained number by the learning rate η. Entries of the increment
+    then have the root mean square s η √r σ², from λ = ±η and p, q of standard deviation σ. With
+    LoRA's B = ±η and A uniform on ±1/√in it is s η √(r / (3 in)).
+    """
+    if not config.warn_small_start or config.init != "gaussian" or not config.init_lora_weights:
+        return
+    speed = max(config.lambda_lr_scale, 1.0)
+    adapters = pytree.adapters(params)
+    small = {
+        path: adapter.scale * speed * INIT_STD**2 * math.sqrt(3 * adapter.q.shape[-1])
+        for path, adapter in adapters.items()
+        if adapter.scale is not None
+        and adapter.scale * speed < _SMALL_SCALE
+        and (isinstance(adapter.lam, Tracer) or not adapter.lam.any())  # not trained before
+    }
+    if small:
+        path = min(small, key=lambda path: small[path])
+        warnings.warn(
+            f"scale={adapters[path].scale:.3g}: the increments of {len(small)} of {len(adapters)} "
+            f"adapters start far too small. After the first step that of {path!r} is "
+            f"{_LORA_SCALE / small[path]:,.0f} times smaller than LoRA's, with its usual scale of "
+            f"{_LORA_SCALE:g} and the same learning rate. Set scale=1.0 or more and 5 to 25 times "
+            "LoRA's learning rate; warn_small_start=False turns this warning off.",
             stacklevel=3,
         )
 
