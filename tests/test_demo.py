@@ -95,8 +95,10 @@ def test_demo_draws_a_picture(demo):
 
 
 def test_demo_shows_progress(demo):
-    for shown in ("loss=", "budget=", "mean rank="):
+    for shown in ("loss=", "mean rank=2.00"):
         assert shown in demo.progress
+    lines = re.split(r"[\r\n]+", demo.progress)
+    assert max(map(len, lines)) <= 80
 
 
 def test_demo_prints_accuracy_and_sizes(demo):
@@ -120,13 +122,14 @@ def test_reported_sizes_match_the_model(demo):
 
 
 def test_demo_prints_final_ranks(demo):
-    rows = re.findall(r"^blocks\D0/(\w+) +16 +16 +(\d) +6 +\d+$", demo.printed, re.MULTILINE)
-    assert sorted(module for module, _ in rows) == ["down", "key", "out", "query", "up", "value"]
-    run = demo.fits["AdaLoRA"].run
-    last = adalora.ranks(run.history[-1].masks)
-    assert {f"blocks_0/{m}": int(r) for m, r in rows} == {
-        path.replace("blocks/0", "blocks_0"): rank for path, rank in last.items()
-    }
+    header = r"^final ranks   query   key   value   out   up   down   sum$"
+    row = r"^(blocks\D0) +(\d) +(\d) +(\d) +(\d) +(\d) +(\d) +(\d+)$"
+    assert re.search(header, demo.printed, re.MULTILINE)
+    ((block, *ranks, total),) = re.findall(row, demo.printed, re.MULTILINE)
+    last = adalora.ranks(demo.fits["AdaLoRA"].run.history[-1].masks)
+    modules = ("query", "key", "value", "out", "up", "down")
+    assert [int(rank) for rank in ranks] == [last[f"{block}/{module}"] for module in modules]
+    assert int(total) == TARGET
 
 
 def test_ranks_follow_budget_to_target(demo):
@@ -246,7 +249,7 @@ def test_interrupt_prints_one_line_and_leaves_no_folder(tmp_path, monkeypatch, c
 
 
 def test_results_are_printed_if_saving_picture_fails(demo, tmp_path, monkeypatch, capsys):
-    def full(*args):
+    def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     runs = [fit.run for name, fit in demo.fits.items() if name != "pre-training"]

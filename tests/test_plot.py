@@ -29,7 +29,8 @@ def test_heat_map_has_cell_for_every_adapter():
     assert texts(axes.get_yticklabels()) == ["0", "1", "2"]
     assert texts(axes.texts) == ["4", "0", "3", "1", "2", "2"]
     np.testing.assert_array_equal(axes.images[0].get_array(), [[4, 0], [3, 1], [2, 2]])
-    assert axes.images[0].get_clim() == (0, 8)
+    assert axes.images[0].get_clim() == (-0.5, 8.5)
+    assert axes.images[0].cmap.N == 9  # one colour per rank
 
 
 def test_heat_map_masks_missing_adapters():
@@ -65,11 +66,40 @@ def test_history_shows_every_step_and_budget():
     figure = plot.rank_history(history, steps=[0, 10, 30], budget=[8, 6, 4], highest=6)
     curves, rows = figure.axes[:2]
     np.testing.assert_array_equal(rows.collections[0].get_array(), [[4, 2, 1], [4, 4, 3]])
-    assert rows.collections[0].get_clim() == (0, 6)
+    assert rows.collections[0].get_clim() == (-0.5, 6.5)
+    assert rows.collections[0].cmap.N == 7  # one colour per rank
     drawn = {patch.get_label(): patch.get_data() for patch in curves.patches}
     np.testing.assert_array_equal(drawn["budget"].values, [8, 6, 4])
     np.testing.assert_array_equal(drawn["active triplets"].values, [8, 6, 4])
     np.testing.assert_array_equal(drawn["budget"].edges, [0, 10, 30, 50])
+
+
+def final_ranks(rows):
+    return [int(text) for text in texts(rows.child_axes[0].get_yticklabels())]
+
+
+def test_history_separates_adjacent_layers():
+    rows = plot.rank_history([RANKS, dict(reversed(RANKS.items()))]).axes[1]
+    assert texts(rows.get_yticklabels()) == ["attention/query", "up"] * 3
+    assert final_ranks(rows) == [4, 0, 3, 1, 2, 2]
+    centres = {text.get_text(): text.xy[1] for text in rows.texts}
+    layers = {f"blocks {layer}": 2 * layer + 0.5 for layer in range(3)}
+    assert centres.items() >= layers.items()
+    assert [line.get_ydata()[0] for line in rows.lines] == [1.5, 3.5]
+
+
+def test_history_keeps_order_of_dicts_and_paths_of_scattered_layers():
+    ranks = {f"blocks_{layer}/{module}": layer for module in ("up", "down") for layer in (1, 0)}
+    rows = plot.rank_history([ranks]).axes[1]
+    assert texts(rows.get_yticklabels()) == list(ranks)
+    assert not rows.lines
+
+
+def test_history_of_many_layers_labels_some_layers():
+    ranks = {f"layers/{i}/{module}": i % 9 for i in range(200) for module in ("query", "up")}
+    rows = plot.rank_history([ranks]).axes[1]
+    assert texts(rows.get_yticklabels()) == []
+    assert 20 < len(rows.texts) < 200
 
 
 def test_history_accepts_one_step_without_budget():
@@ -121,8 +151,8 @@ def test_history_of_infos_uses_their_steps_and_budgets():
     np.testing.assert_array_equal(drawn["active triplets"].values, [9, 7, 6, 3])
     np.testing.assert_array_equal(drawn["budget"].values, [10, 8, 7, 4])
     np.testing.assert_array_equal(drawn["budget"].edges, [1, 11, 21, 41, 61])
-    names = ["layers/9  1", "layers/10  1", "stack[0]  1", "stack[1]  0"]
-    assert texts(rows.get_yticklabels()) == names
+    assert texts(rows.get_yticklabels()) == ["layers/9", "layers/10", "stack[0]", "stack[1]"]
+    assert final_ranks(rows) == [1, 1, 1, 0]
     assert rows.collections[0].get_array()[:, 1].tolist() == [2, 2, 1, 2]
     assert texts(plot.rank_heatmap(infos()[-1]).axes[0].texts) == ["1", "0", "1", "1"]
 

@@ -15,16 +15,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from adalora_jax._src.core import evaluation, pytree
 from adalora_jax._src.core.monitor import AllocatorInfo
 
 _COLOURS = "viridis"
+_RANK_COLOURS = "YlGnBu"  # light for rank 0, dark for high ranks
 _BUDGET = {"label": "budget", "color": "tab:orange", "lw": 3, "alpha": 0.6}
 _LIVE = {"label": "active triplets", "color": "black", "lw": 1}
 _WIDTH = 9.0  # inches; width of a figure over time
@@ -80,12 +83,11 @@ def rank_heatmap(
     height = min(0.9 + 1.4 * _ROW * len(layers), _TALLEST)
     figure = _figure(2.2 + 0.75 * len(modules), height + 0.5)
     axes = figure.subplots()
-    image = axes.imshow(
-        table, cmap=_COLOURS, vmin=0, vmax=highest or max(ranks.values()) or 1, aspect="auto"
-    )
+    colours = _rank_colours(highest or max(ranks.values()) or 1)
+    image = axes.imshow(table, aspect="auto", **colours)
     for (row, column), rank in np.ndenumerate(table):
         if not np.isnan(rank):
-            colour = "black" if np.asarray(image.norm(rank)) > 0.6 else "white"
+            colour = "white" if np.asarray(image.norm(rank)) > 0.6 else "black"
             axes.text(
                 column, row, f"{rank:.0f}", fontsize=9, ha="center", va="center", color=colour
             )
@@ -109,6 +111,11 @@ def rank_history(
 ) -> Figure:
     """Draw the rank of every adapter over time, below curves of their sum and of the budget.
 
+    Rows have the order of the first entry of a history of dicts, and of the layers' numbers in a
+    history of infos. If the modules of every layer are adjacent, as in ``blocks_0/query``,
+    ``blocks_0/up``, ``blocks_1/query``, ..., lines separate the layers, and the layer is not
+    repeated in each row. The number at the right end of a row is its final rank.
+
     Args:
       history: infos, as in :func:`rank_curves`; or one ``{path: rank}`` per step, as
         :func:`adalora_jax.ranks` returns it.
@@ -131,7 +138,9 @@ def rank_history(
     >>> figure = rank_history(history, steps=[0, 10, 20], budget=[8, 6, 4])
     >>> curves, rows = figure.axes[:2]
     >>> [label.get_text() for label in rows.get_yticklabels()]
-    ['query  1', 'up  3']
+    ['query', 'up']
+    >>> [label.get_text() for label in rows.child_axes[0].get_yticklabels()]
+    ['1', '3']
     """
     infos, history = _infos(history)
     if infos and history:
@@ -174,12 +183,20 @@ def rank_history(
         _stairs(curves, budget, edges, **_BUDGET)
     _stairs(curves, table.sum(axis=0), edges, **_LIVE)
     curves.set_ylim(bottom=0)
-    curves.legend(fontsize=9, loc="lower left", frameon=False)
-    colours = {"vmin": 0, "vmax": highest or int(table.max()) or 1}
-    image = _coloured(
-        rows, edges, table, [f"{path}  {history[-1][path]}" for path in paths], colours
-    )
-    rows.set_ylabel("adapter and final rank")
+    curves.set_ylabel("triplets")
+    curves.legend(fontsize=10, loc="upper right", frameon=False)
+    layers, modules = _grouped(paths)
+    colours = _rank_colours(highest or int(table.max()) or 1)
+    image = _coloured(rows, edges, table, modules, colours)
+    stride = _label_rows(rows, modules, _rows_height(len(paths)))
+    if stride == 1:
+        final = rows.secondary_yaxis("right")
+        final.set_yticks(range(len(paths)), map(str, table[:, -1]), fontsize=10, weight="bold")
+        final.tick_params(length=0)
+        header = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 9}
+        rows.annotate("final\nrank", (1, 1), (8, 3), ha="center", va="bottom", **header)
+    if layers:
+        _label_layers(rows, layers, [] if stride > 1 else modules)
     figure.colorbar(image, ax=rows, label="rank", ticks=MaxNLocator(integer=True), pad=0.02)
     return figure
 
@@ -286,7 +303,8 @@ def importance_history(
     shares = table[:, -1] / (table[:, -1].sum() or 1)
     digits = 0 if len(table) < 30 else 1
     names = [f"{path}  {share:.{digits}%}" for path, share in zip(sums[0], shares)]
-    image = _coloured(rows, edges, table, names, colours)
+    image = _coloured(rows, edges, table, names, {"cmap": _COLOURS, **colours})
+    _label_rows(rows, names, _rows_height(len(names)))
     rows.set_ylabel("adapter and final share")
     figure.colorbar(image, ax=rows, label="sum of scores", pad=0.02)
     return figure
@@ -441,12 +459,16 @@ def _figure(width: float, height: float) -> Figure:
 
 def _over_rows(count: int, title: str) -> tuple[Figure, Any, Any]:
     """Create a figure with curves above one coloured row per adapter, over the same steps."""
-    height = min(0.5 + _ROW * count, _TALLEST)
+    height = _rows_height(count)
     figure = _figure(_WIDTH, height + 2.0)
     curves, rows = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, height])
     curves.set_title(title, fontsize=11)
     rows.set_xlabel("step")
     return figure, curves, rows
+
+
+def _rows_height(count: int) -> float:
+    return min(0.5 + _ROW * count, _TALLEST)
 
 
 def _edges(steps: Sequence[int]) -> np.ndarray:
@@ -463,16 +485,86 @@ def _coloured(
 ) -> Any:
     """Draw one row of coloured cells per name."""
     places = np.arange(len(names) + 1) - 0.5
-    image = axes.pcolormesh(edges, places, table, cmap=_COLOURS, **colours)
+    image = axes.pcolormesh(edges, places, table, **colours)
     axes.invert_yaxis()
-    _label_rows(axes, names, min(0.5 + _ROW * len(names), _TALLEST))
     return image
 
 
-def _label_rows(axes: Any, names: list[str], height: float) -> None:
-    """Label every row if there is room, and otherwise every second, third, ... row."""
+def _rank_colours(highest: int) -> dict[str, Any]:
+    """Return a colour scale with one band per rank from 0 to ``highest``."""
+    cmap = matplotlib.colormaps[_RANK_COLOURS].resampled(highest + 1)
+    return {"cmap": cmap, "vmin": -0.5, "vmax": highest + 0.5}
+
+
+def _label_rows(axes: Any, names: list[str], height: float) -> int:
+    """Label every row if there is room, and otherwise every second, third, ... row.
+
+    Returns:
+      The distance of labelled rows.
+    """
     stride = int(np.ceil(len(names) * 0.6 * _ROW / height))
-    axes.set_yticks(range(0, len(names), stride), names[::stride], fontsize=8)
+    axes.set_yticks(range(0, len(names), stride), names[::stride], fontsize=9)
+    return stride
+
+
+def _grouped(paths: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
+    """Return the layers of adjacent rows, with their numbers of rows, and the rows' modules.
+
+    Without several rows per layer, or if the rows of a layer are not adjacent, there are no layers,
+    and the modules are the paths.
+
+    >>> _grouped(["blocks_0/query", "blocks_0/up", "blocks_1/query", "head"])
+    ([('blocks 0', 2), ('blocks 1', 1), ('', 1)], ['query', 'up', 'query', 'head'])
+    >>> _grouped(["blocks_0/up", "blocks_1/up"])
+    ([], ['blocks_0/up', 'blocks_1/up'])
+    """
+    places = [_place(path) for path in paths]
+    groups = [(layer, len([*rows])) for layer, rows in itertools.groupby(p[0] for p in places)]
+    layers = [layer for layer, _ in groups]
+    if len(set(layers)) < len(layers) or len(layers) in (1, len(paths)):
+        return [], paths
+    several = len({prefix for prefix, numbers in layers if numbers}) > 1
+    name = lambda prefix: prefix if several else prefix.rpartition("/")[2]
+    return [
+        (" ".join(filter(None, [name(prefix), ",".join(map(str, numbers))])), count)
+        for (prefix, numbers), count in groups
+    ], [module for _, module in places]
+
+
+def _label_layers(axes: Any, layers: list[tuple[str, int]], modules: list[str]) -> None:
+    """Write the layers left of the rows' labels, and draw a line between layers.
+
+    Args:
+      axes: the rows.
+      layers: names and numbers of rows.
+      modules: the labels of the rows; none if only layers are labelled.
+    """
+    ends = list(itertools.accumulate(count for _, count in layers))
+    for end in ends[:-1]:
+        axes.axhline(end - 0.5, color="white", lw=4 if modules else 0.5)
+    stride = 1
+    if not modules:
+        stride = int(np.ceil(len(layers) * 0.6 * _ROW / _rows_height(ends[-1])))
+    width = max((_text_width(name, 9) for name in modules), default=0)
+    axes.tick_params(axis="y", length=0)
+    if not modules:
+        axes.set_yticks([])
+    for (name, count), end in list(zip(layers, ends))[::stride]:
+        axes.annotate(
+            name,
+            (0, end - count / 2 - 0.5),
+            (-width - 12, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=10,
+            ha="right",
+            va="center",
+        )
+
+
+def _text_width(text: str, size: float) -> float:
+    """Return the width of a text in points."""
+    return TextPath((0, 0), text, size=size).get_extents().width if text else 0.0
 
 
 def _place(path: str) -> tuple[tuple[str, tuple[int, ...]], str]:

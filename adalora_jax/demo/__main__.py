@@ -42,8 +42,8 @@ def _run(arguments: argparse.Namespace) -> None:
         report.save_picture(runs, picture)
     except OSError as error:
         sys.exit(f"error: {picture} cannot be written: {error.strerror}")
-    print(f"The rank of every adapter over time: {picture}")
-    print(f"{time.perf_counter() - started:.0f} seconds in all.")
+    print(f"picture of the ranks during training: {picture}")
+    print(f"{time.perf_counter() - started:.0f} seconds in all")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import adalora_jax as adalora
 from adalora_jax.demo.data import batches, load
 from adalora_jax.demo.methods import Method, Progress, adaptations, pretraining
 
+_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"  # fits 80 columns
 _SHOW_EVERY = 10  # steps; reading a value from the device blocks until its step is done
 
 
@@ -89,7 +90,7 @@ def fit(framework: Any, base: Any, method: Method, digits: range, steps: int, se
     train, test = load(digits, seed)
     learner: Learner = framework.Learner(base, method, seed)
     history = []
-    with tqdm(total=steps, desc=method.title.ljust(20)) as bar:
+    with tqdm(total=steps, desc=method.title.ljust(20), bar_format=_BAR) as bar:
         for batch in batches(train, steps, seed):
             history.append(learner.step(batch.pixels, batch.digits))
             bar.update()
@@ -126,8 +127,7 @@ def _pruned(learner: Learner, method: Method) -> int:
 
 def _shown(progress: Progress) -> dict[str, str]:
     shown = {"loss": f"{float(progress.loss):.3f}"}
-    if progress.budget is not None:
+    if progress.masks is not None:
         live = adalora.ranks(progress.masks)
-        shown["budget"] = str(int(progress.budget))
         shown["mean rank"] = f"{np.mean(list(live.values())):.2f}"
     return shown
