@@ -30,6 +30,7 @@ SLOW = {
     "04-resume-compact-export",
     "05-quantised-base",
     "09-inside-other-loops",
+    "11-llm",
 }
 DEVICES = {"06-sharded-training": 8}  # run in a process with so many devices
 PACKAGES = {
@@ -141,7 +142,7 @@ def test_cells_tagged_with_package_run(path, package, elsewhere):
 
 
 def test_notebooks_are_numbered_and_use_every_package_tag():
-    assert [int(path.stem[:2]) for path in NOTEBOOKS] == list(range(1, 11))
+    assert [int(path.stem[:2]) for path in NOTEBOOKS] == list(range(1, 12))
     tags = set().union(*(needs(cell) for path in NOTEBOOKS for cell in code_cells(path)))
     assert tags == set(PACKAGES)
 
