@@ -98,3 +98,27 @@ def test_config_page_has_all_fields_with_their_defaults():
     assert marked == fields & set(config(total_step=1).to_peft())
     expected = {field.name: field.default for field in dataclasses.fields(adalora.RankSpec)}
     assert defaults(rows(rank_spec)) == expected
+
+
+def strings_of_package():
+    """Return the strings in the package's code, with a NUL in place of each formatted value."""
+    found = set()
+    for path in Path(adalora.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            text = [getattr(part, "value", None) for part in parts]
+            found.add("".join(part if isinstance(part, str) else "\0" for part in text))
+    return found
+
+
+def test_messages_on_error_page_are_in_the_source():
+    text = (DOCS / "reference" / "errors.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^`(.*)`\n: ", text, re.M)
+    assert len(messages) > 20
+    strings = strings_of_package()
+    for message in messages:
+        # The name of an argument at the start may be a formatted value of the string.
+        pieces = [piece for piece in re.split(r"<.*?>", message) if len(piece) > 2]
+        patterns = [".*".join(map(re.escape, part)) for part in (pieces, pieces[1:]) if part]
+        found = [p for p in patterns if any(re.search(p, s, re.DOTALL) for s in strings)]
+        assert found, message
