@@ -524,7 +524,10 @@ def _grouped(paths: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
     if len(set(layers)) < len(layers) or len(layers) in (1, len(paths)):
         return [], paths
     several = len({prefix for prefix, numbers in layers if numbers}) > 1
-    name = lambda prefix: prefix if several else prefix.rpartition("/")[2]
+
+    def name(prefix):
+        return prefix if several else prefix.rpartition("/")[2]
+
     return [
         (" ".join(filter(None, [name(prefix), ",".join(map(str, numbers))])), count)
         for (prefix, numbers), count in groups

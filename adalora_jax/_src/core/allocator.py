@@ -317,7 +317,7 @@ def role_scores(
     factor: ArrayLike = 1
     if config.score == "sensitivity_uncertainty":
         lams = [adapter.lam for part in averages for adapter in part.stacked.values()]
-        factor = representable(jnp.max(jnp.stack([jnp.max(lam) for lam in lams])))
+        factor = representable(jnp.max(jnp.stack([jnp.max(lam, initial=0) for lam in lams])))
     # A score that needs neither weights nor gradients gets arrays of the same shapes.
     given = [
         stack_like(state.sensitivity, part) if name in needed_inputs(config) else averages[0]
