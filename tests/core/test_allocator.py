@@ -57,6 +57,16 @@ def test_adapter_may_lose_every_triplet():
     assert final_masks(scores, target=1) == {"a": [], "b": [0, 1]}
 
 
+def test_adapter_of_rank_0_takes_part_in_run():
+    adapters = known({"a": [4.0, 3.0, 2.0, 1.0], "b": []})
+    config = al.AdaLoraConfig(total_step=2, init_r=4, target_r=2)
+    state = al.init_state(adapters, config)
+    for t in range(2):
+        state, masks = al.allocate(state, state.adapters, t)
+    assert masks["a"].tolist() == [True] * 4  # the budget is 2 per matrix
+    assert masks["b"].shape == (0,)
+
+
 def test_per_adapter_allocation_keeps_top_half_of_each():
     scores = {"a": [1.0, 2.0, 3.0, 4.0], "b": [8.0, 7.0, 6.0, 5.0], "c": [0.1, 0.4, 0.2, 0.3]}
     assert final_masks(scores, target=2) == {"a": [2, 3], "b": [0, 1, 2, 3], "c": []}
