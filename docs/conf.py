@@ -18,7 +18,8 @@ for folder in ("notebooks", "benchmarks"):
             shutil.copy2(file, HERE / folder)
 
 project = "adalora_jax"
-copyright = "The adalora_jax authors"
+author = "The adalora_jax authors"
+copyright = author
 release = adalora_jax.__version__
 
 extensions = [

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 PICTURE = "ranks.png"
+_INTERRUPTED = 130  # the shells' exit status for SIGINT
 _MIN_STEPS = 10  # fewer are too few for warm-up, pruning and the final phase
 
 
@@ -24,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         sys.exit(f'{error.name} is missing: install it with pip install "adalora-jax[demo]".')
     except KeyboardInterrupt:
-        print("\ninterrupted: no picture was drawn", file=sys.stderr)
-        sys.exit(130)  # the shells' exit status for SIGINT
+        print("\ninterrupted: no picture was drawn", file=sys.stderr, flush=True)
+        sys.exit(_INTERRUPTED)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -105,4 +106,9 @@ def _folder(text: str) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as stopped:
+        if stopped.code == _INTERRUPTED:
+            os._exit(_INTERRUPTED)  # after an interrupted compilation, a normal exit may crash
+        raise
