@@ -53,7 +53,7 @@ from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.evaluation import eval_params, masks, rank_pattern, ranks
 from adalora_jax._src.core.init import init_adapter
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.monitor import info
+from adalora_jax._src.core.monitor import AllocatorInfo, info
 from adalora_jax._src.core.pytree import adapters, param_labels
 from adalora_jax._src.core.rank_spec import RankSpec
 from adalora_jax._src.core.regularizer import orthogonality
@@ -61,8 +61,7 @@ from adalora_jax._src.core.schedule import budget
 from adalora_jax._src.core.transform import AdaLoraOptState, adalora
 from adalora_jax._src.modules import serialization as _serialization  # noqa: F401  (registers)
 from adalora_jax._src.modules.merging import compact, finish, merge, unmerge
-
-__version__ = "0.1.0"
+from adalora_jax._src.version import __version__ as __version__
 
 __all__ = [
     "AdaLoraConfig",
@@ -70,6 +69,7 @@ __all__ = [
     "AdaLoraState",
     "Adapter",
     "AdapterBank",
+    "AllocatorInfo",
     "AllocatorState",
     "Layout",
     "RankSpec",

@@ -63,9 +63,12 @@ copybutton_prompt_is_regexp = True
 
 
 def link_to_pages(app, docname, source):
-    """Rewrite a notebook's links to ``docs/``, which work in a checkout, for the site."""
+    """Rewrite links that work in a checkout for the site, which has copies below ``docs/``."""
     if docname.startswith("notebooks/"):
         source[0] = source[0].replace("](../docs/", "](../")
+    up = "../" * docname.count("/")
+    link = rf"(\]\(|\{{image\}} |\{{figure\}} )\.\./{re.escape(up)}(notebooks|benchmarks)/"
+    source[0] = re.sub(link, rf"\1{up}\2/", source[0])
 
 
 def shorten_signature(app, what, name, obj, options, signature, returns):

@@ -25,7 +25,8 @@ BELOW = {
     "quantization": {"core", "modules", "_compat", "tensorfile"},
     "huggingface": {"core", "modules", "tensorfile"},
     "tensorfile": set(),
-    "checkpoint": {"core", "tensorfile"},
+    "version": set(),
+    "checkpoint": {"core", "tensorfile", "version"},
     "plot": {"core"},
 }
 OUTSIDE = {
@@ -35,6 +36,7 @@ OUTSIDE = {
     "quantization": {"jax", "numpy", "flax", "qwix"},
     "huggingface": {"jax", "numpy"},
     "tensorfile": {"ml_dtypes", "numpy", "safetensors"},
+    "version": set(),
     "checkpoint": {"jax", "numpy", "orbax"},
     "plot": {"jax", "numpy", "matplotlib"},
 }
@@ -111,7 +113,9 @@ def private_parts(tree):
         if isinstance(node, ast.Attribute):
             first, *rest = ast.unparse(node).split(".")
             assigned = node.attr == "__class__" and isinstance(node.ctx, ast.Store)
-            if assigned or (first in foreign and is_private(rest)):
+            # os._exit is documented, in spite of its name.
+            private = is_private(rest) and ast.unparse(node) != "os._exit"
+            if assigned or (first in foreign and private):
                 found.add(ast.unparse(node))
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             parts = node.value.split(".")

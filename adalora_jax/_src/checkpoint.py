@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import tree_util
 
-from adalora_jax import __version__
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, check_adapter
 from adalora_jax._src.core.allocator import (
@@ -29,6 +28,7 @@ from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree, leaf_name
 from adalora_jax._src.core.roles import group_by_role, stack
 from adalora_jax._src.tensorfile import writing_to
+from adalora_jax._src.version import __version__
 
 _FORMAT = "adalora_jax/2"
 # Fields that the optimizer and its adapters depend on; layer selection may be written differently.

@@ -72,10 +72,10 @@ class TensorFile:
             length = int.from_bytes(self._file.read(8), "little")
             if length > max_header:
                 raise ValueError(
-                    f"{path} is no safetensors file: it announces a header of {length} bytes, "
-                    f"where {max_header} are allowed."
+                    f"{path} is not a safetensors file: its header would have {length} bytes, "
+                    f"and the limit is {max_header}."
                 )
-            with self._opened(f"{path} is no safetensors file, or a damaged one"):
+            with self._opened(f"{path} is not a safetensors file, or is damaged"):
                 pass
             # The package keeps the offsets to itself and accepts duplicate names.
             header = parse_json(self._file.read(length), f"the header of {path}")
@@ -172,7 +172,7 @@ def open_regular(path: Path) -> io.BufferedReader:
     file = os.fdopen(descriptor, "rb") if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
     if file is None:
         os.close(descriptor)
-        raise ValueError(f"{path} is no regular file.")
+        raise ValueError(f"{path} is not a regular file.")
     return file
 
 
@@ -198,24 +198,24 @@ def parse_json(data: bytes, where: Any) -> dict[str, Any]:
     >>> parse_json(b"[1, 2]", "adapter_config.json")
     Traceback (most recent call last):
         ...
-    ValueError: adapter_config.json holds no JSON object.
+    ValueError: adapter_config.json does not contain a JSON object.
     """
 
     def unique(pairs):
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ValueError("a key stands there twice")
+            raise ValueError("an object has a duplicate key")
         return result
 
     def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not valid JSON")
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no valid JSON: {str(error)[:200]}.") from None
+        raise ValueError(f"{where} is not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where} holds no JSON object.")
+        raise ValueError(f"{where} does not contain a JSON object.")
     return value
 
 
@@ -383,12 +383,12 @@ def resolve_within(folder: Path, name: Any) -> Path:
     >>> resolve_within(Path("."), "../secret")
     Traceback (most recent call last):
         ...
-    ValueError: '../secret' is no plain name of a file in the folder '.'.
+    ValueError: '../secret' is not the name of a file in the folder '.'.
     """
     plain = isinstance(name, str) and name.isprintable() and "\\" not in name and ":" not in name
     if not plain or not name or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError(
-            f"{str(name)[:99]!r} is no plain name of a file in the folder {str(folder)!r}."
+            f"{str(name)[:99]!r} is not the name of a file in the folder {str(folder)!r}."
         )
     try:
         real, home = (folder / name).resolve(strict=True), folder.resolve(strict=True)
@@ -400,7 +400,7 @@ def resolve_within(folder: Path, name: Any) -> Path:
     if home.parent.name == "snapshots":
         roots.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(root) for root in roots):
-        raise ValueError(f"{folder / name} is a link that leads out of its folder, to {real}.")
+        raise ValueError(f"{folder / name} is a link to {real}, outside of its folder.")
     return folder / name
 
 

@@ -59,9 +59,9 @@ def members():
 
 @pytest.fixture(scope="module")
 def bank(members):
-    bank = adalora.AdapterBank.of({})
+    bank = adalora.AdapterBank.from_dict({})
     for name, (adapters, _) in members.items():
-        bank = bank.load(name, adapters)
+        bank = bank.add(name, adapters)
     return bank
 
 
@@ -91,7 +91,7 @@ def test_switching_and_disabling_do_not_recompile(members, bank):
     disabled = step(bank, bank.index(None), IDS)
     np.testing.assert_array_equal(disabled, jax.jit(Model().apply)(VARIABLES, IDS))
     # Nor does another adapter of the same size under the same name.
-    again = bank.load("italian", jax.tree.map(jnp.negative, members["italian"][0]))
+    again = bank.add("italian", jax.tree.map(jnp.negative, members["italian"][0]))
     step(again, again.index("italian"), IDS)
 
 
@@ -134,7 +134,7 @@ def test_delete_keeps_other_adapters_unchanged(members, bank):
         bank.index(["french", "greek"])
     with pytest.raises(ValueError, match="no adapters called 'greek'"):
         bank.delete("greek")
-    again = less.load("german", members["german"][0])
+    again = less.add("german", members["german"][0])
     assert again.names == ("french", "italian", "german")
     chex.assert_trees_all_close(again.select("german"), bank.select("german"))
 
@@ -192,7 +192,7 @@ def test_training_one_adapter_leaves_others_unchanged(members, bank):
         adapters, state, value = step(adapters, state)
         losses.append(float(value))
     assert losses[-1] < losses[0] - 0.1
-    together = bank.load("french", adapters)
+    together = bank.add("french", adapters)
     chex.assert_trees_all_equal(together.select("german"), frozen)
     assert sum(adalora.ranks(adalora.allocator_state(state)).values()) == 2 * 4
 
@@ -213,24 +213,24 @@ def test_combining_nothing_or_by_a_string_raises(members):
 def test_loading_invalid_adapters_raises(bank):
     good, _ = trained(7)
     with pytest.raises(ValueError, match="name='' must be a string"):
-        bank.load("", good)
+        bank.add("", good)
     with pytest.raises(ValueError, match=r"'more' has parameters at 'head'.*pass the base model's"):
-        bank.load("more", {**good, "head": {"kernel": jnp.ones(3)}})
+        bank.add("more", {**good, "head": {"kernel": jnp.ones(3)}})
     with pytest.raises(ValueError, match="no adapter was found in the dict given for 'none'"):
-        bank.load("none", {})
+        bank.add("none", {})
     other = {"blocks/up": jax.tree.map(lambda leaf: leaf[:1], good["blocks/up"])}
     with pytest.raises(ValueError, match=r"'blocks/up' for a weight of shape \[1, 6, 6\].*\[2, 6"):
-        bank.load("other", other)
+        bank.add("other", other)
     flat = {"blocks/up": jax.tree.map(lambda leaf: leaf[0], good["blocks/up"])}
     with pytest.raises(ValueError, match=r"for a weight of shape \[6, 6\].*\[2, 6, 6\]"):
-        bank.load("flat", flat)
+        bank.add("flat", flat)
 
 
 def test_bank_works_with_nnx_model():
     config = CONFIG.replace(target_modules="all-linear")
     base = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 5, rngs=nnx.Rngs(1)))
     models = {n: adalora.nnx.adapt(base, config, rngs=i) for i, n in enumerate(["a", "b"])}
-    bank = adalora.AdapterBank.of({n: adalora.nnx.adapters(m) for n, m in models.items()})
+    bank = adalora.AdapterBank.from_dict({n: adalora.nnx.adapters(m) for n, m in models.items()})
     x = jax.random.normal(jax.random.key(3), (3, 2, 6))
     apply = lambda adapters, x: adalora.nnx.with_adapters(models["a"], adapters)(x)
     for name, model in models.items():

@@ -133,7 +133,7 @@ def test_other_adapter_types_and_invalid_files_raise(tmp_path):
     with pytest.raises(ValueError, match="peft_type='LORA'"):
         AdaLoraConfig.from_peft({"peft_type": "LORA", "r": 8})
     (tmp_path / "adapter_config.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="does not contain a JSON object"):
         AdaLoraConfig.from_peft(tmp_path)
     with pytest.raises(FileNotFoundError):
         AdaLoraConfig.from_peft(tmp_path / "nowhere.json")

@@ -53,5 +53,5 @@ def test_custom_score_decides_from_all_inputs():
 def test_score_of_wrong_shape_raises():
     config = al.AdaLoraConfig(total_step=1, score=lambda e: e.weight.p, init_r=4, target_r=2)
     adapters = known({"a": [1.0] * 4})
-    with pytest.raises(ValueError, match=r"returned shape \(4, 2\).*one score a triplet"):
+    with pytest.raises(ValueError, match=r"returned shape \(4, 2\).*one score per triplet"):
         al.allocate(al.init_state(adapters, config), adapters, 0)

@@ -106,7 +106,7 @@ def test_swapped_arguments_raise_with_hints():
     with pytest.raises(TypeError, match=r"orthogonality\(adapters, config\)"):
         adalora.orthogonality(config, adapters)
     with pytest.raises(TypeError, match="named is a list"):
-        adalora.AdapterBank.of([adapters])
+        adalora.AdapterBank.from_dict([adapters])
     with pytest.raises(ValueError, match=r"arguments are \(opt_state, params\)"):
         adalora.eval_params(adapters, state)
     with pytest.raises(ValueError, match="no adapter was found in the Linear"):

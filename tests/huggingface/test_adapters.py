@@ -330,6 +330,15 @@ def test_parameters_without_pytorch_form_raise(kind, leaf, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("write", [peft.save_pretrained, peft.save_as_lora])
+def test_adapted_embedding_raises(write, tmp_path):
+    """PEFT's LoRA stores embeddings under other names, and would ignore these with a warning."""
+    table = adapter(1)._replace(layout=adalora.Layout("embedding", kind="embed"))
+    with pytest.raises(ValueError, match=r"'wte' adapts an embedding.*merge_pretrained"):
+        write(tmp_path, {"query": adapter(0), "wte": table}, CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
 def refused(match, tmp_path, trained=None, **options):
     with pytest.raises(ValueError, match=match):
         peft.save_pretrained(tmp_path, trained or {"query": adapter(0)}, CONFIG, **options)

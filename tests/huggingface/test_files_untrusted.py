@@ -113,11 +113,11 @@ def test_special_files_are_not_opened(tmp_path):
     write(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     os.mkfifo(tmp_path / "adapter_config.json")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         peft.load_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "adapter_config.json").mkdir()
-    with pytest.raises(ValueError, match=r"no regular file|cannot be opened"):
+    with pytest.raises(ValueError, match=r"not a regular file|cannot be opened"):
         peft.load_pretrained(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_external_links_raise_except_into_hub_cache(tmp_path):
     folder.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).symlink_to(tmp_path / "elsewhere" / name)
-    with pytest.raises(ValueError, match="link that leads out of its folder"):
+    with pytest.raises(ValueError, match=r"link to .*, outside of its folder"):
         peft.load_pretrained(folder)
     # The cache of huggingface_hub: models--x/snapshots/<commit>/<file> -> ../../blobs/<hash>.
     snapshot, blobs = tmp_path / "models--x/snapshots/1a2b", tmp_path / "models--x/blobs"

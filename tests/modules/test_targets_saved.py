@@ -81,7 +81,7 @@ def test_linen_head_is_kept_by_all_operations(linen_run, tmp_path):
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, variables)
     close(model.apply(merged, x))
     base = {"head": variables["params"]["head"]}
-    bank = adalora.AdapterBank.of({"one": small, "two": params}, base)
+    bank = adalora.AdapterBank.from_dict({"one": small, "two": params}, base)
     for name in ("one", "two"):
         close(adapted.apply(variables, bank.select(name), x))
     np.testing.assert_array_equal(

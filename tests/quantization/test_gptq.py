@@ -259,7 +259,7 @@ def test_list_of_names_loads_a_stack_of_layers(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scales": np.ones((3, 16), np.float16)}, "do not belong together"),
+        ({"scales": np.ones((3, 16), np.float16)}, "do not fit each other"),
         ({"qweight": np.ones((8, 16), np.int64)}, "must be int32, not int64"),
         ({"qzeros": np.ones((2, 1), np.int32)}, "packed in 2 bits; 4 and 8 can be read"),
         ({"g_idx": np.full(64, 2, np.int32)}, "must give each of 64 inputs one of 2 groups"),

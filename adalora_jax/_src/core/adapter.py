@@ -38,10 +38,10 @@ class Adapter(Generic[LeafT]):
     axes are stacked layers; each slice is the adapter of one matrix, with r triplets. The dense
     form of the increment is ``s · qᵀ diag(lam) p``, ``[..., in, out]``.
 
-    An adapter is a pytree with three leaves. They are arrays, or what another tree has in the place
-    of arrays: ``Adapter[PartitionSpec]`` holds their shardings. The scale and the layout are
-    static, a part of the tree's structure, so every function that takes adapters has access to
-    them. Iteration, ``_asdict`` and ``_replace`` work as for a NamedTuple of the three leaves;
+    An adapter is a pytree with three leaves, which are arrays or values in place of arrays: the
+    leaves of an ``Adapter[PartitionSpec]`` are PartitionSpecs. The scale and the layout are static,
+    a part of the tree's structure, so every function that takes adapters has access to them.
+    Iteration, ``_asdict`` and ``_replace`` work as for a NamedTuple of the three leaves;
     ``_replace`` also changes static fields.
 
     Attributes:

@@ -354,7 +354,7 @@ def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
     return jax.sharding.reshard(mask, sharding) if sharding.mesh.are_all_axes_explicit else mask
 
 
-def with_facts(grads: PyTree, params: PyTree) -> PyTree:
+def with_static_fields(grads: PyTree, params: PyTree) -> PyTree:
     """Return ``grads`` with the scale and layout of the parameters in each :class:`Adapter`.
 
     Gradients constructed as ``Adapter(p, lam, q)`` have default metadata. Scale and layout are part
@@ -383,7 +383,7 @@ def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str,
     """
     have = pytree.adapters(grads)
     problems = [f"{path} has no gradient" for path in adapters if path not in have]
-    problems += [f"{path} is no adapter" for path in have if path not in adapters]
+    problems += [f"{path} has a gradient but no adapter" for path in have if path not in adapters]
     for path, adapter in adapters.items():
         for name in Adapter._fields if path in have else ():
             shapes = [tuple(getattr(a, name).shape) for a in (adapter, have[path])]

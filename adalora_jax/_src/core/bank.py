@@ -44,7 +44,7 @@ class AdapterBank:
     ... )
     >>> french = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
     >>> german = {"value": adalora.init_adapter(jax.random.key(1), 6, 5, config, rank=3)}
-    >>> bank = AdapterBank.of({"french": french, "german": german})
+    >>> bank = AdapterBank.from_dict({"french": french, "german": german})
     >>> adapters = bank.select("german")  # for adapted.apply(variables, adapters, x)
     >>> bool(adapters["query"].lam.any()), adapters["value"].p.shape
     (False, (3, 5))
@@ -55,7 +55,9 @@ class AdapterBank:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, named: Mapping[str, PyTree], base: Mapping[str, Any] | None = None) -> AdapterBank:
+    def from_dict(
+        cls, named: Mapping[str, PyTree], base: Mapping[str, Any] | None = None
+    ) -> AdapterBank:
         """Return a bank of the sets in ``{name: adapters}``.
 
         Args:
@@ -72,10 +74,10 @@ class AdapterBank:
             )
         bank = cls({}, {}, ())
         for name, adapters in named.items():
-            bank = bank.load(name, adapters, base)
+            bank = bank.add(name, adapters, base)
         return bank
 
-    def load(
+    def add(
         self, name: str, adapters: PyTree, base: Mapping[str, Any] | None = None
     ) -> AdapterBank:
         """Return the bank with another set of adapters; it replaces a set of the same name.
@@ -177,7 +179,7 @@ class AdapterBank:
             if name not in place:
                 raise ValueError(
                     f"the bank has no adapters called {name!r}, only: "
-                    f"{', '.join(self.names) or 'none'}. Add them with bank.load({name!r}, ...)."
+                    f"{', '.join(self.names) or 'none'}. Add them with bank.add({name!r}, ...)."
                 )
         found = jnp.asarray([place[name] for name in wanted], jnp.int32)
         return found[0] if names is None or isinstance(names, str) else found

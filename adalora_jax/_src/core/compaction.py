@@ -24,48 +24,7 @@ from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack
 def compact(
     params: PyTree, opt_state: PyTree, tx: optax.GradientTransformation | None = None
 ) -> PyTree:
-    """Return the parameters without their pruned triplets: the same function at smaller ranks.
-
-    The masks are applied first and alone determine the removed triplets, independently of the
-    values of λ. An adapter of rank 0 is removed. A stack remains one array of its largest rank;
-    lower-rank slices are padded with λ = 0. Scales and all other leaves do not change. It does not
-    work under ``jit``, because the shapes depend on the masks.
-
-    With ``tx`` the optimizer's state is compacted, too, so training can continue at the new size:
-    moments, moving averages and masks lose the same rows as the adapters. A jitted step compiles
-    again for the new shapes. The gradients of the task's loss do not change; the orthogonality
-    penalty no longer counts the removed rows.
-
-    Args:
-      params: the trained parameters: a tree with adapters in it, as the optimizer updates it.
-      opt_state: masks, or a state that contains them, as in :func:`adalora_jax.masks`; with ``tx``
-        its complete state.
-      tx: the optimizer, if its state is to be compacted.
-
-    Returns:
-      ``params`` in their containers, without the entries of adapters of rank 0; with ``tx``
-      ``(params, opt_state)``.
-
-    Raises:
-      ValueError: an adapter has no mask, or a mask has no adapter of its shape; with ``tx``, the
-        final mask is missing, or the optimizer stores an array of another shape for an adapter.
-
-    Warns:
-      UserWarning: without ``tx``, if the final mask is missing; :func:`finish` makes it.
-
-    >>> import jax, jax.numpy as jnp, optax, adalora_jax as adalora
-    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2, tfinal=1)
-    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
-    >>> tx = adalora.adalora(optax.adam(1e-3), config)
-    >>> state = tx.init(adapters)
-    >>> for _ in range(4):
-    ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, adapters), state, adapters)
-    >>> compact(adapters, state)["query"].p.shape
-    (2, 5)
-    >>> adapters, state = compact(adapters, state, tx)
-    >>> adapters["query"].p.shape, state.inner[0].mu["query"].p.shape
-    ((2, 5), (2, 5))
-    """
+    """Return the parameters, or with ``tx`` also the state, without their pruned triplets."""
     by_path = {path: np.asarray(mask) for path, mask in jax.device_get(masks(opt_state)).items()}
     reason = unfinished(opt_state)
     if reason and tx is not None:

@@ -160,7 +160,7 @@ class AdaLoraConfig:
         q, Eq. (7); or ``"lam"``, the score of λ alone. Has no effect on ``"magnitude"`` and on a
         ``ScoreFunction``. Used by the allocator.
       allocation: ``"global"`` (default), all triplets compete for one budget, Eq. (6); or
-        ``"per_adapter"``, every matrix has the same rank. Used by the allocator.
+        ``"per_adapter"``, ranks of all matrices are equal, or differ by one. Used by the allocator.
       init: ``"gaussian"`` (default), λ = 0, p and q normal with standard deviation 0.02;
         ``"lambda_one"``, λ = 1 and p = 0; ``"orthonormal"``, λ = 0, p and q with orthonormal rows;
         or an ``InitFunction``. Initial values. Used by ``init_adapter``.

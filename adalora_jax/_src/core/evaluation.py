@@ -136,38 +136,7 @@ def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
 
 
 def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tuple[PyTree, PyTree]:
-    """End a run within its budget: make the final mask if it is missing, and apply the masks.
-
-    A run has no final mask if it stops early, or if updates were skipped (a loss scale's overflow
-    under ``optax.apply_if_finite``). The final mask is made from the current moving averages, with
-    the budget of ``config.final_step``. If there is one already, only the masks are applied, so
-    every run may end with this call. Works under ``jit``.
-
-    Args:
-      opt_state: the optimizer's state, which contains one :class:`AllocatorState`.
-      params: the trained parameters, in the containers that the optimizer updates.
-      grads: the last gradients, in the same containers. Needed by scores that depend on gradients
-        (``"sensitivity"`` and functions) if the final mask is missing, or under ``jit``.
-
-    Returns:
-      ``(params, opt_state)``, in their containers. Further updates belong to the final phase.
-
-    Raises:
-      ValueError: no update was made yet, so there are no averages; the score needs ``grads``; the
-        state contains no allocator state or more than one, or one for other adapters.
-
-    >>> import jax, jax.numpy as jnp, optax, adalora_jax as adalora
-    >>> config = adalora.AdaLoraConfig(total_step=40, init_r=4, target_r=2)
-    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
-    >>> tx = adalora.adalora(optax.adam(1e-3), config)
-    >>> opt_state = tx.init(adapters)
-    >>> grads = jax.tree.map(jnp.ones_like, adapters)
-    >>> updates, opt_state = tx.update(grads, opt_state, adapters)
-    >>> adapters = optax.apply_updates(adapters, updates)
-    >>> adapters, opt_state = finish(opt_state, adapters)
-    >>> adalora.ranks(opt_state)
-    {'query': 2}
-    """
+    """Make the final mask if it is missing, and apply the masks."""
     state = allocator_state(opt_state)
     config = state.config
     if not isinstance(state.step, Tracer) and int(state.step) == 0:
@@ -177,8 +146,8 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
     made = not isinstance(state.step, Tracer) and int(state.step) > config.final_step
     if grads is None and "grads" in needed_inputs(config) and not made:
         raise ValueError(
-            f"grads=None: score={config.score!r} looks at gradients, which the allocator does not "
-            "keep: pass the last ones."
+            f"grads=None: score={config.score!r} depends on gradients, which the allocator does "
+            "not store: pass the last ones."
         )
     apply_masks(params, state.masks)  # raises for other adapters
     weights = pytree.adapters(params)

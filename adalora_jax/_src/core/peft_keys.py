@@ -153,7 +153,8 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
             source = json.load(file)
         if not isinstance(source, Mapping):
             raise ValueError(
-                f"{path} contains no JSON object: pass the adapter_config.json of a PEFT adapter."
+                f"{path} does not contain a JSON object: pass the "
+                f"adapter_config.json of a PEFT adapter."
             )
         if source.get("peft_type") is None:
             raise ValueError(

@@ -192,11 +192,11 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
         name = path_name(path)
         if name in result:
             raise ValueError(f"two adapters have the path {name!r}: rename one of their keys.")
-        result[name] = adapter._replace(**_facts(node))
+        result[name] = adapter._replace(**_static_fields(node))
     return result
 
 
-def _facts(node: Any) -> dict[str, Any]:
+def _static_fields(node: Any) -> dict[str, Any]:
     """Return the scale and layout from the metadata of an NNX adapter's ``lam``."""
     lam: Any = node["lam"] if isinstance(node, Mapping) else None
     if not is_variable(lam):

@@ -22,7 +22,7 @@ from adalora_jax._src.core.adapter import Adapter
 
 
 def map_leaves(function: Callable[..., Any], *adapters: Adapter) -> Adapter:
-    """Return an adapter of ``function(leaf, ...)``, without scale and layout.
+    """Return an adapter of ``function(leaf, ...)``, with the default scale and layout.
 
     >>> map_leaves(lambda a, b: a + b, Adapter(1, 2, 3), Adapter(4, 5, 6))
     Adapter(p=5, lam=7, q=9, scale=1.0)
@@ -32,7 +32,7 @@ def map_leaves(function: Callable[..., Any], *adapters: Adapter) -> Adapter:
 
 
 class Role(NamedTuple):
-    """Adapters whose paths differ only in numbers, and whose shapes, dtypes and facts are equal.
+    """Adapters whose paths differ only in numbers, with equal shapes, dtypes and static fields.
 
     Attributes:
       name: the common path, with ``*`` for the numbers.
@@ -189,11 +189,11 @@ def stack(roles: Roles, values: Mapping[str, Any]) -> ByRole:
 def stack_like(like: ByRole, values: Mapping[str, Adapter]) -> ByRole:
     """Return adapters by role, with the scales and layouts of ``like``.
 
-    Gradients and adapters in Flax containers have no scale and layout of their own.
+    Gradients and adapters in Flax containers do not store a scale or a layout.
     """
     joined = stack(like.roles, values).stacked
-    facts = {name: (a.scale, a.layout) for name, a in like.stacked.items()}
-    known = {n: a._replace(scale=facts[n][0], layout=facts[n][1]) for n, a in joined.items()}
+    static = {name: (a.scale, a.layout) for name, a in like.stacked.items()}
+    known = {n: a._replace(scale=static[n][0], layout=static[n][1]) for n, a in joined.items()}
     return ByRole(known, like.roles)
 
 

@@ -162,7 +162,7 @@ def triplet_scores(
         if scores.shape != evidence.weight.lam.shape:
             raise ValueError(
                 f"score={config.score!r} returned shape {scores.shape} for an adapter whose lam "
-                f"has shape {evidence.weight.lam.shape}: it must return one score a triplet."
+                f"has shape {evidence.weight.lam.shape}: it must return one score per triplet."
             )
         return scores
     if config.score == "magnitude":

@@ -67,13 +67,13 @@ class RankedScores(NamedTuple):
 
     Attributes:
       keys: unsigned integers in the order of the scores.
-      turns: int32 per score: 0 for the scores that a matrix keeps first, 1 for those that compete
+      tiers: int32 per score: 0 for the scores that a matrix keeps first, 1 for those that compete
         for the remainder, 2 for those that are never kept; None if all compete.
       cost: int32 cost per score; None if it is 1.
     """
 
     keys: UInt[Array, "*shape"]
-    turns: Int32[Array, "*shape"] | None
+    tiers: Int32[Array, "*shape"] | None
     cost: Int32[Array, "*shape"] | None
 
 
@@ -103,15 +103,15 @@ def rank_scores(
       alive: booleans ``[..., r]``: False for a score that is never kept.
       cost: cost per score.
 
-    >>> rank_scores(jnp.array([2.0, 3.0, 4.0]), (1, 2)).turns
+    >>> rank_scores(jnp.array([2.0, 3.0, 4.0]), (1, 2)).tiers
     Array([2, 1, 0], dtype=int32)
     """
-    scores, turns = replicate(scores), None
+    scores, tiers = replicate(scores), None
     if limits is not None or alive is not None:
         fit = jnp.ones_like(scores, bool) if alive is None else replicate(alive)
-        turns = _assign_tiers(scores, fit, *(limits or (0, scores.shape[-1])))
-    price = None if cost is None else jnp.full(scores.shape, cost, jnp.int32)
-    return RankedScores(_order_preserving_bits(scores), turns, price)
+        tiers = _assign_tiers(scores, fit, *(limits or (0, scores.shape[-1])))
+    costs = None if cost is None else jnp.full(scores.shape, cost, jnp.int32)
+    return RankedScores(_order_preserving_bits(scores), tiers, costs)
 
 
 def concatenate(entries: Sequence[RankedScores]) -> RankedScores:
@@ -147,11 +147,11 @@ def find_threshold(
     >>> find_threshold(RankedScores(jnp.array([1, 5, 5, 5], jnp.uint32), None, None), 2)
     Threshold(lowest=Array(5, dtype=uint32), ties=Array(3, dtype=int32))
     """
-    keys, turns, _ = row
-    among = jnp.ones_like(keys, bool) if turns is None else turns == 1
+    keys, tiers, _ = row
+    among = jnp.ones_like(keys, bool) if tiers is None else tiers == 1
     total = functools.partial(_total, row)
-    if turns is not None:
-        count = count - total(turns == 0)
+    if tiers is not None:
+        count = count - total(tiers == 0)
     lowest = _largest_with(
         lambda key: total(among & (keys >= key)) >= count, keys.dtype, 8 * keys.dtype.itemsize
     )
@@ -169,12 +169,12 @@ def _largest_with(holds: Any, dtype: Any, width: int) -> jax.Array:
     The condition holds for every integer up to that one; if it does not hold for 0, 0 is returned.
     """
 
-    def settle(place, found):
+    def set_bit(place, found):
         shift = jnp.asarray(width - 1 - place, dtype)  # an int where jit is disabled
         candidate = found | jax.lax.shift_left(jnp.ones((), dtype), shift)
         return jnp.where(holds(candidate), candidate, found)
 
-    return jax.lax.fori_loop(0, width, settle, jnp.zeros((), dtype))
+    return jax.lax.fori_loop(0, width, set_bit, jnp.zeros((), dtype))
 
 
 def _places(keys: jax.Array, places: ArrayLike | None) -> jax.Array:
@@ -185,27 +185,27 @@ def _places(keys: jax.Array, places: ArrayLike | None) -> jax.Array:
 
 def _total(entry: RankedScores, mask: jax.Array) -> jax.Array:
     """Return the total cost of the scores in a mask."""
-    price = mask if entry.cost is None else jnp.where(mask, entry.cost, 0)
-    return jnp.sum(price, dtype=jnp.int32)
+    costs = mask if entry.cost is None else jnp.where(mask, entry.cost, 0)
+    return jnp.sum(costs, dtype=jnp.int32)
 
 
 def apply_threshold(
-    row: RankedScores, cut: Threshold, places: ArrayLike | None = None
+    row: RankedScores, threshold: Threshold, places: ArrayLike | None = None
 ) -> Bool[Array, " n"]:
     """Return the mask of a row: True for keys above the threshold and for its first ties.
 
     Args:
       row, places: as in :func:`find_threshold`.
-      cut: its result.
+      threshold: its result.
 
     >>> row = rank_scores(jnp.array([2, 3, 2, 2]))
     >>> apply_threshold(row, Threshold(jnp.uint32(2 + 2**31), jnp.int32(2)))
     Array([ True,  True, False, False], dtype=bool)
     """
-    first = _places(row.keys, places) < cut.ties
-    mask = (row.keys > cut.lowest) | ((row.keys == cut.lowest) & first)
-    if row.turns is not None:
-        mask = (row.turns == 0) | ((row.turns == 1) & mask)
+    first = _places(row.keys, places) < threshold.ties
+    mask = (row.keys > threshold.lowest) | ((row.keys == threshold.lowest) & first)
+    if row.tiers is not None:
+        mask = (row.tiers == 0) | ((row.tiers == 1) & mask)
     return mask
 
 

@@ -22,7 +22,7 @@ from adalora_jax._src.core.allocator import (
     init_allocator,
     masks_applied,
     update_allocator,
-    with_facts,
+    with_static_fields,
 )
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.init import INIT_STD
@@ -153,7 +153,7 @@ def adalora(
         before = pytree.unwrap_variables(state.allocator)
         current = pytree.adapters(params)
         _check_adapters(current, before)
-        updates = with_facts(updates, current)
+        updates = with_static_fields(updates, current)
         gradients = check_gradients(updates, current)
         if config.orth_reg_in_update:
             gradients, before = _with_penalty(gradients, current, before)

@@ -98,6 +98,7 @@ def save_pretrained(
     ((2, 6), (('encoder/query', (True, False, True, False)),))
     """
     _warn_unfinished(masks)
+    _refuse_embeddings(adapters)
     names = as_names(names)
     scale = common_scale(adapters, config.scaling)
     pattern = None if masks is None else rank_pattern(masks)
@@ -244,6 +245,7 @@ def save_as_lora(
     (4, 4, ['encoder.query'])
     """
     _warn_unfinished(masks)
+    _refuse_embeddings(adapters)
     names = as_names(names)
     scale = common_scale(adapters, config.scaling)
     pattern = None if masks is None else rank_pattern(masks)
@@ -289,6 +291,17 @@ def _warn_unfinished(masks: Any) -> None:
     """Warn if the masks are not the final ones of their run."""
     if masks is not None and (reason := unfinished(masks)):
         warnings.warn(f"{reason}. Call finish(opt_state, params) first to apply it.", stacklevel=3)
+
+
+def _refuse_embeddings(adapters: Mapping[str, Any]) -> None:
+    """Raise an error for adapted embeddings, whose tensors PEFT would ignore with a warning."""
+    for path, adapter in pytree.adapters(adapters).items():
+        if adapter.layout is not None and adapter.layout.kind == "embed":
+            raise ValueError(
+                f"adapters: {path!r} adapts an embedding, for which PEFT's AdaLoRA has no layer "
+                "and PEFT's LoRA has another format: exclude it by exclude_modules, or add the "
+                "increments to the base model's files with merge_pretrained(adapters, base, out)."
+            )
 
 
 def _factors(matrix: LowRankMatrix) -> dict[str, np.ndarray]:

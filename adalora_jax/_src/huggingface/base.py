@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_map_with_path
 
 from adalora_jax._src.core import pytree, rank_spec
@@ -168,7 +168,7 @@ def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, laye
     for pattern, equation in equations.items():
         fitting = [path for path in leaves if rank_spec.matches(pattern, path)]
         if not fitting:
-            raise ValueError(f"equations: {pattern!r} matches no parameter. {_some(leaves)}")
+            raise ValueError(f"equations: {pattern!r} matches no parameter. {_first_names(leaves)}")
         for path in fitting:
             axes = {path.rpartition("/")[2]: len(leaves[path].shape)}
             layer = layers.layer_of(None, axes, equation)
@@ -225,7 +225,7 @@ def _list(items: Iterable[str], separator: str = ", ") -> str:
     return separator.join(items[:_SHOWN]) + more
 
 
-def _some(leaves: Mapping[str, Any]) -> str:
+def _first_names(leaves: Mapping[str, Any]) -> str:
     return f"The model has {_list(leaves)}."
 
 
@@ -266,6 +266,8 @@ def _cast(reading: ParamReading, index, read, dtype, name: str) -> np.ndarray:
 
 def _sharding(where: Any, leaf: Any, mesh: Any) -> Any:
     """Return the sharding of a parameter; None for the default device."""
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, AbstractMesh):
+        where = where.spec  # of shapes made under jax.set_mesh
     if isinstance(where, PartitionSpec) and mesh is not None:
         where = NamedSharding(mesh, where)
     if isinstance(where, NamedSharding):

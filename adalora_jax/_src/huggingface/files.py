@@ -172,7 +172,7 @@ def write_adapter(
         )
     with writing_to("directory", directory):
         folder.mkdir(parents=True, exist_ok=True)
-        _settle(folder)
+        _complete_or_undo(folder)
         try:
             weights = temporary_path(folder / WEIGHTS)
             with atomic_write(weights) as file:
@@ -185,14 +185,14 @@ def write_adapter(
             os.replace(weights, folder / WEIGHTS)  # From here on readers see the new adapter.
             sync_folder(folder)
         except BaseException:
-            # Report the original error; the next save calls _settle again.
+            # Report the original error; the next save calls _complete_or_undo again.
             with contextlib.suppress(OSError):
-                _settle(folder)
+                _complete_or_undo(folder)
             raise
-        _settle(folder)
+        _complete_or_undo(folder)
 
 
-def _settle(folder: Path) -> None:
+def _complete_or_undo(folder: Path) -> None:
     """Complete or roll back an interrupted save, and remove temporary files.
 
     The save is completed if its weights are in place.

@@ -105,7 +105,7 @@ def to_matrices(
                     )
                 owners.setdefault(name, ParamLocation(path, index, our_part))
                 taken[their_part[0]] = whole.outputs(_divides(whole, our_part, path)), their_part
-    return {name: _beside(name, parts) for name, parts in pieces.items()}, owners
+    return {name: _side_by_side(name, parts) for name, parts in pieces.items()}, owners
 
 
 def from_matrices(
@@ -212,7 +212,9 @@ def _places_like(matrices, names, like: Mapping[str, Adapter]) -> _Places:
     return places
 
 
-def _beside(name: str, parts: Mapping[int, tuple[LowRankMatrix, tuple[int, int]]]) -> LowRankMatrix:
+def _side_by_side(
+    name: str, parts: Mapping[int, tuple[LowRankMatrix, tuple[int, int]]]
+) -> LowRankMatrix:
     """Combine the increments of parts of a module's outputs: all rows, zero outside their part."""
     (first, (_, count)), *_ = parts.values()
     if count == 1:
@@ -229,7 +231,7 @@ def _beside(name: str, parts: Mapping[int, tuple[LowRankMatrix, tuple[int, int]]
 
 
 def _rows_of(matrix: LowRankMatrix, part: tuple[int, int], name: str) -> LowRankMatrix:
-    """Invert :func:`_beside`: return part k of n of the outputs, with the rows that act on it.
+    """Invert :func:`_side_by_side`: return part k of n of the outputs, with its rows.
 
     A row that is zero everywhere belongs to the same part as the row before it.
     """
@@ -269,7 +271,7 @@ def _joined(path: str, parts: _Parts) -> LowRankMatrix:
     )
     if same and all(matrix.p.shape == first.p.shape for matrix in ordered):
         return first._replace(p=np.concatenate([matrix.p for matrix in ordered], axis=1))
-    return _beside(path, {k: (matrix, (k, count)) for k, matrix in enumerate(ordered)})
+    return _side_by_side(path, {k: (matrix, (k, count)) for k, matrix in enumerate(ordered)})
 
 
 def _stacked(

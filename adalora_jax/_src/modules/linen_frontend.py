@@ -52,7 +52,7 @@ class AdaptedModule:
       config: targets, ranks and scale of the adapters.
       rules: shardings of adapters that differ from those derived from the base; None if none do.
       layers: ``{class: Layout}`` of layers that are not Flax's; None if there are none.
-      adapter_output: function that computes what is added to a layer's output, with the arguments
+      adapter_output: function that computes the adapter output, with the arguments
         of ``layers.adapter_output``.
     """
 
@@ -265,7 +265,7 @@ class AdaptedModule:
         if not isinstance(adapters, Mapping):
             raise TypeError(
                 f"`adapters={type(adapters).__name__}`: not a mapping; pass the dict that init "
-                "returned. The arguments are (variables, adapters, *inputs)."
+                "returned. The arguments are apply(variables, adapters, *inputs)."
             )
         variables = join_quantized(variables)
         params = unfreeze(variables["params"])

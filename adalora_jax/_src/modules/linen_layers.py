@@ -342,7 +342,8 @@ def check_variables(variables: Any) -> None:
     if not isinstance(variables, Mapping):
         raise TypeError(
             f"`variables={type(variables).__name__}`: not a mapping; pass the model's variables, "
-            "as module.init returns them. The arguments are (variables, adapters, *inputs)."
+            "as module.init returns them. The arguments are init(key, variables, *inputs) and "
+            "apply(variables, adapters, *inputs)."
         )
     if "params" not in variables:
         shown = ", ".join(map(repr, list(variables)[:5]))

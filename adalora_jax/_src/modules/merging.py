@@ -136,7 +136,51 @@ def unmerge(variables: Any, adapters: Any, *, safe: bool = False) -> Any:
 
 
 def compact(params: Any, opt_state: Any, tx: optax.GradientTransformation | None = None) -> Any:
-    """Return the parameters without their pruned triplets, see :func:`compaction.compact`."""
+    """Return the parameters without their pruned triplets: the same function at smaller ranks.
+
+    The masks are applied first and alone determine the removed triplets, independently of the
+    values of λ. An adapter of rank 0 is removed. A stack remains one array of its largest rank;
+    lower-rank slices are padded with λ = 0. Scales and all other leaves do not change. It does not
+    work under ``jit``, because the shapes depend on the masks.
+
+    With ``tx`` the optimizer's state is compacted, too, so training can continue at the new size:
+    moments, moving averages and masks lose the same rows as the adapters. A jitted step compiles
+    again for the new shapes. The gradients of the task's loss do not change; the orthogonality
+    penalty no longer counts the removed rows.
+
+    For an NNX model, ``compact(model, optimizer)`` returns ``(model, optimizer)``, both copies, and
+    ``compact(model, opt_state)`` the model alone.
+
+    Args:
+      params: the trained parameters: a tree with adapters in it, as the optimizer updates it.
+      opt_state: masks, or a state that contains them, as in :func:`adalora_jax.masks`; with ``tx``
+        its complete state.
+      tx: the optimizer, if its state is to be compacted.
+
+    Returns:
+      ``params`` in their containers, without the entries of adapters of rank 0; with ``tx``
+      ``(params, opt_state)``.
+
+    Raises:
+      ValueError: an adapter has no mask, or a mask has no adapter of its shape; with ``tx``, the
+        final mask is missing, or the optimizer stores an array of another shape for an adapter.
+
+    Warns:
+      UserWarning: without ``tx``, if the final mask is missing; :func:`finish` makes it.
+
+    >>> import jax, jax.numpy as jnp, optax, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2, tfinal=1)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> state = tx.init(adapters)
+    >>> for _ in range(4):
+    ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, adapters), state, adapters)
+    >>> compact(adapters, state)["query"].p.shape
+    (2, 5)
+    >>> adapters, state = compact(adapters, state, tx)
+    >>> adapters["query"].p.shape, state.inner[0].mu["query"].p.shape
+    ((2, 5), (2, 5))
+    """
     if not isinstance(params, nnx.Module):
         return compaction.compact(params, opt_state, tx)
     if not isinstance(opt_state, nnx.Optimizer):
@@ -157,7 +201,40 @@ def compact(params: Any, opt_state: Any, tx: optax.GradientTransformation | None
 
 
 def finish(opt_state: Any, params: Any, grads: Any = None) -> Any:
-    """End a run within its budget, see :func:`evaluation.finish`."""
+    """End a run within its budget: make the final mask if it is missing, and apply the masks.
+
+    A run has no final mask if it stops early, or if updates were skipped (a loss scale's overflow
+    under ``optax.apply_if_finite``). The final mask is made from the current moving averages, with
+    the budget of ``config.final_step``. If there is one already, only the masks are applied, so
+    every run may end with this call. Works under ``jit``.
+
+    For an NNX model, ``finish(optimizer, model)`` returns copies ``(model, optimizer)``.
+
+    Args:
+      opt_state: the optimizer's state, which contains one :class:`AllocatorState`.
+      params: the trained parameters, in the containers that the optimizer updates.
+      grads: the last gradients, in the same containers. Needed by scores that depend on gradients
+        (``"sensitivity"`` and functions) if the final mask is missing, or under ``jit``.
+
+    Returns:
+      ``(params, opt_state)``, in their containers. Further updates belong to the final phase.
+
+    Raises:
+      ValueError: no update was made yet, so there are no averages; the score needs ``grads``; the
+        state contains no allocator state or more than one, or one for other adapters.
+
+    >>> import jax, jax.numpy as jnp, optax, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=40, init_r=4, target_r=2)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> opt_state = tx.init(adapters)
+    >>> grads = jax.tree.map(jnp.ones_like, adapters)
+    >>> updates, opt_state = tx.update(grads, opt_state, adapters)
+    >>> adapters = optax.apply_updates(adapters, updates)
+    >>> adapters, opt_state = finish(opt_state, adapters)
+    >>> adalora.ranks(opt_state)
+    {'query': 2}
+    """
     if not isinstance(params, nnx.Module):
         return evaluation.finish(opt_state, params, grads)
     if not isinstance(opt_state, nnx.Optimizer):
@@ -172,15 +249,6 @@ def finish(opt_state: Any, params: Any, grads: Any = None) -> Any:
     model = nnx.clone(params)
     nnx.update(model, state)
     return model, nnx_adapters.optimizer_like(optimizer, model, done)
-
-
-compact.__doc__ = f"""{compaction.compact.__doc__}
-    For an NNX model, ``compact(model, optimizer)`` returns ``(model, optimizer)``, both copies, and
-    ``compact(model, opt_state)`` the model alone.
-    """
-finish.__doc__ = f"""{evaluation.finish.__doc__}
-    For an NNX model, ``finish(optimizer, model)`` returns copies ``(model, optimizer)``.
-    """
 
 
 def _merged_variables(variables: Any, adapters: Any, safe: bool, sign: int) -> dict[str, Any]:

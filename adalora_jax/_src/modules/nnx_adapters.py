@@ -45,11 +45,11 @@ def adapters(model: nnx.Module) -> dict[str, Any]:
         name = "/".join(map(str, path))
         root = variable.get_metadata()["root"]
         parts = name.removeprefix(root).strip("/").split("/") if name != root else []
-        _put(saved, [root, *parts], variable.get_raw_value())
+        _insert(saved, [root, *parts], variable.get_raw_value())
     return found | saved
 
 
-def _put(nested: dict[str, Any], parts: list[str], leaf: Any) -> None:
+def _insert(nested: dict[str, Any], parts: list[str], leaf: Any) -> None:
     for part in parts[:-1]:
         nested = nested.setdefault(part, {})
     nested[parts[-1]] = leaf
@@ -187,7 +187,8 @@ def eval_model(model: _Model, optimizer: nnx.Optimizer) -> _Model:
     """Return a copy of a model with the masks applied, for evaluation, merging and export.
 
     Between two masks a pruned λ may become non-zero again, so the model in training can have more
-    active triplets than the allocator's masks; see :func:`adalora_jax.eval_params`.
+    active triplets than the allocator's masks; see :func:`adalora_jax.eval_params`. The copy is in
+    the mode of the model: call its ``eval()`` where the model or its adapters have dropout.
 
     Args:
       model: an adapted model in training; not changed.

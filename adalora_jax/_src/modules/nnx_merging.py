@@ -62,7 +62,7 @@ def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple
     """Raise an error if the outputs of a merged model differ from those of the adapted one.
 
     The bound on the relative error is the square root of the machine epsilon of the coarsest weight
-    dtype, about the effect of rounding the weights.
+    dtype, about the effect of rounding the weights. The models run in evaluation mode.
 
     Raises:
       ValueError: an output differs by more; the message has its index, error and norm.
@@ -70,10 +70,13 @@ def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain, nnx.Param))}
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
     bound = max(float(jnp.finfo(dtype).eps) for dtype in floats) ** 0.5
-    ours, theirs = (
-        [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(nnx.clone(model)(*inputs))]
-        for model in (adapted, plain)
-    )
+
+    def outputs(model):
+        model = nnx.clone(model)
+        model.eval()  # dropout would differ between the two
+        return [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(model(*inputs))]
+
+    ours, theirs = outputs(adapted), outputs(plain)
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         error, size = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(a))
         if not error <= bound * size:

@@ -92,8 +92,8 @@ class GptqWeight(Packed):
         """
         raise ValueError(
             "a GPTQ weight cannot be requantised: its numbers were chosen layer by layer on "
-            "calibration data, which is not there. Merge into a dtype, or into a recipe such as "
-            "'int8'."
+            "calibration data, which is not available. Merge into a dtype, or into a recipe "
+            "such as 'int8'."
         )
 
     def as_shape(self, own: tuple[int, ...], dtype: Any) -> GptqWeight:
@@ -153,7 +153,7 @@ def from_tensors(
     if qweight.dtype != np.int32 or qzeros.dtype != np.int32:
         raise ValueError(f"{name}: qweight and qzeros must be int32, not {qweight.dtype}.")
     if not qweight.ndim == qzeros.ndim == scales.ndim == 2 or qzeros.shape[0] != scales.shape[0]:
-        raise ValueError(f"{shapes} do not belong together.")
+        raise ValueError(f"{shapes} do not fit each other.")
     count, out = scales.shape
     bits, rest = divmod(32 * qzeros.shape[1], out)
     if rest or bits not in (4, 8) or qweight.shape[1] != out:
@@ -212,8 +212,8 @@ def read_gptq(directory: str | pathlib.Path, dtype: Any = jnp.float32) -> dict[s
     layers = {name: places for name, places in found.items() if "qweight" in places}
     if not layers:
         raise ValueError(
-            f"{directory} has {len(files)} safetensors files and no qweight in them: it is no GPTQ "
-            "checkpoint."
+            f"{directory} has {len(files)} safetensors files and no qweight in them: it is not a "
+            "GPTQ checkpoint."
         )
     result = {}
     for name, places in layers.items():
@@ -249,7 +249,7 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
             said = said.get("quantization_config", said if file.startswith("quantize") else {})
             method = said.get("quant_method", "gptq")
             if method != "gptq":
-                raise ValueError(f"{directory / file} says quant_method={method!r}, not 'gptq'.")
+                raise ValueError(f"{directory / file} has quant_method={method!r}, not 'gptq'.")
             if said:
                 return said
     return {}
@@ -380,13 +380,14 @@ def _named(params, layers, names) -> dict[str, list[dict[str, Any]]]:
         for one in wanted:
             if one not in layers:
                 raise ValueError(
-                    f"names gives {one!r} for {path!r}, which is no GPTQ layer of the checkpoint. "
-                    f"It has {', '.join(list(layers)[:6])} ..."
+                    f"names gives {one!r} for {path!r}, which is not a GPTQ layer of the "
+                    f"checkpoint. It has {', '.join(list(layers)[:6])} ..."
                 )
         named[path] = [layers[one] for one in wanted]
     if not named:
         raise ValueError(
-            "no layer of the checkpoint has a place in the model: say with names= which is which. "
+            "no layer of the checkpoint matches a layer of the model: map the names with "
+            "names={path: name}. "
             f"The checkpoint has {', '.join(list(layers)[:4])} ..., the model "
             f"{', '.join(list(params)[:4])} ..."
         )
