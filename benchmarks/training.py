@@ -139,8 +139,8 @@ def text(found: results.Results) -> str:
         "weights and data, under every method of fine-tuning. All methods share weights, batch, "
         "precision and AdamW, and adapt all linear layers of all blocks at rank "
         f"{peers.RANK}. AdaLoRA computes new scores and a new mask at every step here; in ordinary "
-        "use, masks are less frequent. The frozen model is a forward and a backward pass without "
-        "adapters, and so a lower bound for all of them. Hand-written LoRA is `y + x A B`, "
+        "use, masks can be less frequent. The frozen model is a forward and a backward pass "
+        "without adapters, and so a lower bound for all of them. Hand-written LoRA is `y + x A B`, "
         "differentiated by JAX.",
         f"Milliseconds are medians of {rounds} interleaved rounds, in each of which every method "
         "takes one step. A ratio above 1 is slower than the method in the column's header. Ratios "
