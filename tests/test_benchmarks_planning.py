@@ -1,4 +1,4 @@
-"""The planning benchmark: its parsing of HLO programs, and its results quoted in the README."""
+"""The planning benchmark: its parsing of HLO programs, and its stored results."""
 
 import json
 import os

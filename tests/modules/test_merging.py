@@ -209,13 +209,13 @@ def test_unmerge_restores_weight_to_one_rounding(dtype, small):
     assert bool((error > 0).any()), "or this would test nothing"
 
 
-def test_readme_states_measured_bfloat16_merge_errors():
+def test_guide_states_measured_merge_errors():
     rows = json.loads((ROOT / "benchmarks/merging.json").read_text())["rows"]
     lost = {
-        (row["dtype"], row["increment to weight"]): row["error of the increment"] for row in rows
+        (row["dtype"], row["increment to weight"]): 100 * row["error of the increment"]
+        for row in rows
     }
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    for ratio, words in ((0.01, "a hundredth"), (0.001, "a thousandth")):
-        percent = f"{100 * lost['bfloat16', ratio]:.0f} %"
-        assert words in readme
-        assert percent in readme
+    guide = (ROOT / "docs/how-to/evaluate-and-ship.md").read_text(encoding="utf-8")
+    for ratio in (0.1, 0.01, 0.001):
+        cells = f"{lost['bfloat16', ratio]:.1f} % | {lost['float16', ratio]:.1f} %"
+        assert f"| {ratio} | {cells} |" in guide
