@@ -43,6 +43,10 @@ nb_execution_mode = "off"
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+# References to names of this package must exist; those to other packages are not checked, offline.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!adalora_jax).*")]
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

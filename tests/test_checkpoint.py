@@ -46,6 +46,16 @@ def saved(trained, tmp_path):
     return tmp_path / "c"
 
 
+def test_save_refuses_adapters_of_rank_0(tmp_path):
+    config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    adapter = adalora.init_adapter(jax.random.key(0), 6, 5, config)
+    adapters = {"a": adapter, "b": jax.tree.map(lambda leaf: leaf[:0], adapter)}
+    opt_state = adalora.adalora(optax.adam(1e-3), config).init(adapters)
+    with pytest.raises(ValueError, match=r"adapters: 'b' has rank 0.*compact"):
+        checkpoint.save(tmp_path / "run", adapters, opt_state, config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_restore_is_bit_exact(trained, saved):
     back = checkpoint.restore(saved, optimizer(), config=CONFIG)
     assert_same_bits((back.adapters, back.opt_state), trained)

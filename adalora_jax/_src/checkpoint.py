@@ -128,7 +128,7 @@ def save_args(
 
     Raises:
       ValueError: ``opt_state`` does not contain exactly one allocator or belongs to another config,
-        or two leaves have the same path.
+        two leaves have the same path, or an adapter has rank 0.
 
     >>> import jax, optax, tempfile, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
@@ -142,6 +142,12 @@ def save_args(
     """
     allocator = allocator_state(opt_state)
     _refuse_another_config(opt_state, config, "config")
+    if empty := [path for path, a in pytree.adapters(adapters).items() if not a.lam.size]:
+        raise ValueError(
+            f"adapters: {', '.join(map(repr, empty[:5]))} has rank 0, and orbax stores no array "
+            "without values; leave it out with compact(adapters, opt_state, tx), or exclude its "
+            "layer."
+        )
     leaves = _state(adapters, _map_allocators(_by_path, opt_state))
     keys = {name: str(jax.random.key_impl(x)) for name, x in leaves.items() if _is_key(x)}
     arrays = {name: _data(leaf) for name, leaf in leaves.items()}

@@ -71,9 +71,10 @@ def rank_heatmap(
     ranks = _ranks(ranks)
     if not ranks:
         raise ValueError("ranks={} is empty: pass the result of adalora_jax.ranks(state).")
-    if highest is not None and not highest >= 1:
-        raise ValueError(f"highest={highest!r} must be at least 1: pass config.init_r.")
+    _check_highest(highest)
     places = {path: _place(path) for path in ranks}
+    if len(set(places.values())) < len(places):  # such as Dense0 and Dense_0
+        places = {path: (("", ()), path) for path in ranks}
     layers = sorted({layer for layer, _ in places.values()})
     modules = list(dict.fromkeys(module for _, module in places.values()))
     table = np.full((len(layers), len(modules)), np.nan)
@@ -131,8 +132,8 @@ def rank_history(
 
     Raises:
       ValueError: ``history`` is empty, mixes infos with dicts, or its entries name different
-        adapters; ``steps`` is not strictly increasing; ``steps`` or ``budget`` has another length,
-        or is given with infos.
+        adapters; ``highest`` is below 1; ``steps`` is not strictly increasing;
+        ``steps`` or ``budget`` has another length, or is given with infos.
 
     >>> history = [{"query": 4, "up": 4}, {"query": 2, "up": 4}, {"query": 1, "up": 3}]
     >>> figure = rank_history(history, steps=[0, 10, 20], budget=[8, 6, 4])
@@ -156,6 +157,7 @@ def rank_history(
         history = [_ranks(info) for info in infos]
     if not history or not history[0]:
         raise ValueError("history is empty: pass one {path: rank} per step.")
+    _check_highest(highest)
     paths = list(history[0])
     for index, entry in enumerate(history):
         if set(entry) != set(paths):
@@ -490,6 +492,11 @@ def _coloured(
     return image
 
 
+def _check_highest(highest: Any) -> None:
+    if highest is not None and not highest >= 1:
+        raise ValueError(f"highest={highest!r} must be at least 1: pass config.init_r.")
+
+
 def _rank_colours(highest: int) -> dict[str, Any]:
     """Return a colour scale with one band per rank from 0 to ``highest``."""
     cmap = matplotlib.colormaps[_RANK_COLOURS].resampled(highest + 1)
@@ -521,7 +528,8 @@ def _grouped(paths: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
     places = [_place(path) for path in paths]
     groups = [(layer, len([*rows])) for layer, rows in itertools.groupby(p[0] for p in places)]
     layers = [layer for layer, _ in groups]
-    if len(set(layers)) < len(layers) or len(layers) in (1, len(paths)):
+    numbered = [layer for layer in layers if layer[1]]
+    if len(set(numbered)) < len(numbered) or len(layers) in (1, len(paths)):
         return [], paths
     several = len({prefix for prefix, numbers in layers if numbers}) > 1
 

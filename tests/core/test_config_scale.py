@@ -1,5 +1,6 @@
 """The scale of adapters: given, or derived from alpha and the rank."""
 
+import functools
 import re
 import warnings
 
@@ -134,12 +135,30 @@ def test_training_steps_do_not_repeat_the_warning():
     adapters = problem.adapters(LEADERBOARD)
     tx = al.adalora(optax.adam(1e-2), LEADERBOARD)
     with pytest.warns(UserWarning, match="start far too small"):
-        state = jax.jit(tx.init)(adapters)
+        state = tx.init(adapters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
             updates, state = tx.update(jax.tree.map(jnp.ones_like, adapters), state, adapters)
             adapters = optax.apply_updates(adapters, updates)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda init: functools.partial(jax.eval_shape, init)])
+def test_traced_init_does_not_warn(wrap):
+    """``restore`` and ``compact`` trace ``tx.init`` for adapters that were trained."""
+    wrap(al.adalora(optax.adam(1e-2), LEADERBOARD).init)(problem.adapters(LEADERBOARD))
+
+
+def test_init_from_shapes_does_not_warn():
+    shapes = jax.eval_shape(lambda: problem.adapters(LEADERBOARD))
+    jax.eval_shape(al.adalora(optax.adam(1e-2), LEADERBOARD).init, shapes)
+
+
+def test_trained_adapters_of_which_one_is_pruned_do_not_warn():
+    adapters = problem.adapters(LEADERBOARD)
+    first = next(iter(adapters))
+    adapters[first] = adapters[first]._replace(lam=adapters[first].lam + 1)
+    started(LEADERBOARD, adapters)
 
 
 def test_resumed_run_may_turn_the_warning_off(tmp_path):
@@ -150,7 +169,7 @@ def test_resumed_run_may_turn_the_warning_off(tmp_path):
     al.checkpoint.save(tmp_path / "run", adapters, state, LEADERBOARD)
     tx = al.adalora(optax.adam(1e-2), quiet)
     restored = al.checkpoint.restore(tmp_path / "run", tx, config=quiet)
-    assert restored.config == quiet
+    assert not restored.config.warn_small_start
 
 
 def test_ratio_in_the_warning_is_that_of_the_first_adam_steps():

@@ -250,7 +250,7 @@ prunes to target_r, so init_r must be at least 8.
     forward_mode: bool = False
     freeze_pruned: bool = False
     allow_regrowth: bool = True
-    warn_small_start: bool = True
+    warn_small_start: bool = dataclasses.field(default=True, compare=False)
     task_type: InitVar[str | None] = None
     bias: InitVar[str] = "none"
     inference_mode: InitVar[bool] = False

@@ -104,8 +104,8 @@ class AllocatorInfo(NamedTuple):
             "rank_mean": rank.mean(),
             "rank_max": rank.max(),
             "score_mean": score.mean(),
-            "score_max": score.max(),
-            "score_threshold": jnp.where(flat(self.masks), score, jnp.inf).min(),
+            "score_max": score.max(initial=0),
+            "score_threshold": jnp.where(flat(self.masks), score, jnp.inf).min(initial=jnp.inf),
         }
         if self.overridden is not None:
             result["overridden"] = self.overridden

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -302,28 +303,41 @@ def _warn_of_small_start(params: Any, config: AdaLoraConfig) -> None:
     Adam's first step moves every trained number by the learning rate η. Entries of the increment
     then have the root mean square s η √r σ², from λ = ±η and p, q of standard deviation σ. With
     LoRA's B = ±η and A uniform on ±1/√in it is s η √(r / (3 in)).
+
+    Only values tell new adapters from trained ones, so a trace, as in ``jax.eval_shape(tx.init)``,
+    does not warn.
     """
     if not config.warn_small_start or config.init != "gaussian" or not config.init_lora_weights:
         return
+    adapters = {path: a for path, a in pytree.adapters(params).items() if a.lam.size}
+    if not all(_is_zero(adapter.lam) for adapter in adapters.values()):
+        return
     speed = max(config.lambda_lr_scale, 1.0)
-    adapters = pytree.adapters(params)
     small = {
         path: adapter.scale * speed * INIT_STD**2 * math.sqrt(3 * adapter.q.shape[-1])
         for path, adapter in adapters.items()
-        if adapter.scale is not None
-        and adapter.scale * speed < _SMALL_SCALE
-        and (isinstance(adapter.lam, Tracer) or not adapter.lam.any())  # not trained before
+        if adapter.scale is not None and adapter.scale * speed < _SMALL_SCALE
     }
     if small:
         path = min(small, key=lambda path: small[path])
         warnings.warn(
             f"scale={adapters[path].scale:.3g}: the increments of {len(small)} of {len(adapters)} "
-            f"adapters start far too small. After the first step that of {path!r} is "
-            f"{_LORA_SCALE / small[path]:,.0f} times smaller than LoRA's, with its usual scale of "
-            f"{_LORA_SCALE:g} and the same learning rate. Set scale=1.0 or more and 5 to 25 times "
-            "LoRA's learning rate; warn_small_start=False turns this warning off.",
+            "adapters start far too small. After the first step of Adam, from the default initial "
+            f"values, that of {path!r} is {_LORA_SCALE / small[path]:,.0f} times smaller than LoRA's, "
+            f"with its usual scale of {_LORA_SCALE:g} and the same learning rate. Set scale=1.0 "
+            "or more, without an alpha in rank_overrides, and 5 to 25 times LoRA's learning rate; "
+            "warn_small_start=False turns this warning off.",
             stacklevel=3,
         )
+
+
+def _is_zero(lam: Any) -> bool:
+    """Return whether λ is known to be 0: neither traced, nor abstract, nor on other hosts."""
+    if isinstance(lam, Tracer) or not isinstance(lam, (jax.Array, np.ndarray)):
+        return False
+    if isinstance(lam, jax.Array) and not (lam.is_fully_addressable or lam.is_fully_replicated):
+        return False
+    return not np.any(jax.device_get(lam))
 
 
 def _check_adapters(adapters: Mapping[str, Adapter], state: AllocatorState) -> None:
