@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import adalora_jax as adalora
 from adalora_jax.demo.train import Run
@@ -55,8 +56,8 @@ def save_picture(runs: list[Run], path: pathlib.Path) -> None:
 
 def _modules(run: Run) -> list[str]:
     """Return the names of the adapted weights of a block, in the order in which they are used."""
-    assert run.method.config is not None
-    return list(run.method.config.target_modules)
+    config: Any = run.method.config
+    return list(config.target_modules)
 
 
 def _in_order(ranks: Mapping[str, int], run: Run) -> dict[str, int]:
