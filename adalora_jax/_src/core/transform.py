@@ -325,8 +325,8 @@ def _warn_of_small_start(params: Any, config: AdaLoraConfig) -> None:
             "adapters start far too small. After the first step of Adam, from the default initial "
             f"values, that of {path!r} is {_LORA_SCALE / small[path]:,.0f} times smaller than "
             f"LoRA's, with its usual scale of {_LORA_SCALE:g} and the same learning rate. Set "
-            "scale=1.0 or more, without an alpha in rank_overrides, and 5 to 25 times LoRA's learning "
-            "rate; warn_small_start=False turns this warning off.",
+            "scale=1.0 or more, without an alpha in rank_overrides, and 5 to 25 times LoRA's "
+            "learning rate; warn_small_start=False turns this warning off.",
             stacklevel=3,
         )
 
