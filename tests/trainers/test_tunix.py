@@ -9,12 +9,14 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import qwix
 from flax import nnx
@@ -25,6 +27,7 @@ from adalora_jax import huggingface as peft
 from adalora_jax import quantization, qwix_models
 from adalora_jax._src.core import pytree
 from trainers import tunix_models as tunix
+from trainers.tunix_models import peft_trainer
 
 pytestmark = [
     pytest.mark.trainers,
@@ -71,6 +74,53 @@ def _compiled_once(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+def fine_tune(base, model_inputs, batches, total_step):
+    config = adalora.AdaLoraConfig(
+        total_step=total_step,
+        tinit=total_step // 10,
+        tfinal=3 * total_step // 10,
+        init_r=4,
+        target_r=2,
+        scale=1.0,
+        target_modules="all-linear",
+        orth_reg_in_update=True,
+    )
+    model = adalora.nnx.adapt(base, config, rngs=nnx.Rngs(0))
+    trainer = peft_trainer.PeftTrainer(
+        model,
+        adalora.adalora(optax.adamw(1e-2), config),
+        peft_trainer.TrainingConfig(eval_every_n_steps=total_step, max_steps=total_step),
+    )
+    trainer.with_gen_model_input_fn(model_inputs).train(batches)
+    model = adalora.nnx.eval_model(model, trainer.optimizer)
+    compacted = adalora.compact(adalora.nnx.adapters(model), trainer.optimizer.opt_state)
+    return adalora.nnx.with_adapters(model, compacted)  # without the pruned triplets
+
+
+def export(params, model, base_folder, folder):
+    params.save_lora_merged_model_as_safetensors(  # of tunix.models.qwen3.params, for instance
+        local_model_path=base_folder,
+        output_dir=folder,
+        lora_model=qwix_models.as_lora(model),
+        rank=1,
+        alpha=1.0,
+    )
+
+
+def test_snippets_of_the_guide_train_within_budget_and_export(tmp_path):
+    """``docs/how-to/trainers.md`` shows the two functions."""
+    base = save_base(tunix.build("qwen3"), tmp_path / "base")
+    model = fine_tune(tunix.build("qwen3"), tunix.model_inputs, tunix.batches(10), 10)
+    adapters = pytree.adapters(adalora.nnx.adapters(model))
+    found = adalora.nnx.adapters(adalora.nnx.adapt(tunix.build("qwen3"), CONFIG))
+    assert sum(a.lam.size for a in adapters.values()) == 2 * len(pytree.adapters(found))
+    params = importlib.import_module("tunix.models.qwen3.params")
+    blocks = {path: a for path, a in adapters.items() if re.fullmatch(BLOCKS, path)}
+    small = adalora.nnx.with_adapters(model, blocks)
+    export(params, small, str(base), str(tmp_path / "merged"))
+    close(tunix.logits(load("qwen3", tmp_path / "merged")), tunix.logits(small))
 
 
 def train(family, base=None, **options):
