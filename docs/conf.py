@@ -27,7 +27,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # in place of sphinx.ext.mathjax, which loads MathJax from elsewhere
     "sphinx_design",
     "sphinx_copybutton",
 ]
