@@ -275,7 +275,7 @@ def test_mismatched_checkpoint_raises(checkpoint, tmp_path_factory):
     model = Model()
     variables = model.init(jax.random.key(1), X)
     load = lambda **kwargs: quantization.load_gptq(checkpoint, model, variables, **kwargs)
-    with pytest.raises(ValueError, match=r"no layer .* has a place.*model\.lm_head.*head/bias"):
+    with pytest.raises(ValueError, match=r"no layer .* matches a layer of the model.*model\.lm_head.*head/bias"):
         load()
     with pytest.raises(ValueError, match=r"'model\.v_proj' for 'query', which is no GPTQ layer"):
         load(names={"query": "model.v_proj"})
