@@ -275,9 +275,10 @@ def test_mismatched_checkpoint_raises(checkpoint, tmp_path_factory):
     model = Model()
     variables = model.init(jax.random.key(1), X)
     load = lambda **kwargs: quantization.load_gptq(checkpoint, model, variables, **kwargs)
-    with pytest.raises(ValueError, match=r"no layer .* matches a layer of the model.*model\.lm_head.*head/bias"):
+    message = r"no layer .* matches a layer of the model.*model\.lm_head.*head/bias"
+    with pytest.raises(ValueError, match=message):
         load()
-    with pytest.raises(ValueError, match=r"'model\.v_proj' for 'query', which is no GPTQ layer"):
+    with pytest.raises(ValueError, match=r"'model\.v_proj' for 'query', which is not a GPTQ layer"):
         load(names={"query": "model.v_proj"})
     with pytest.raises(ValueError, match=r"'out' has a kernel of shape \(4, 4, 64\).*64 x 16"):
         load(names={"out": "model.q_proj"})
