@@ -118,6 +118,12 @@ def test_custom_score_gets_weights_and_gradients():
             np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
+def test_highest_of_negative_scores_is_negative():
+    config = CONFIG.replace(score=lambda e: -1 - jnp.abs(e.weight.lam))
+    for *_, metrics in run(config):
+        assert -2 < metrics["run/score_max"] <= -1
+
+
 def test_metrics_omit_per_matrix_values_by_default():
     *_, (*_, info, _) = run(CONFIG)
     few, all_of_them = info.metrics(), info.metrics(each=True)

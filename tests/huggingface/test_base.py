@@ -365,6 +365,23 @@ def test_single_file_loads_by_its_path(tmp_path):
     close(model.apply(variables, IDS), hf_numpy.llama(tensors, SIZES, IDS))
 
 
+def test_shapes_made_under_mesh_load_onto_it(tmp_path):
+    write(tmp_path, {"up.weight": np.ones((4, 8), np.float32)})
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            init = nnx.with_partitioning(nnx.initializers.ones, (None, "data"))
+            self.up = nnx.Linear(8, 4, use_bias=False, kernel_init=init, rngs=rngs)
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        shapes = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
+        loaded = peft.load_base(tmp_path, shapes)
+    where = loaded.up.kernel[...].sharding
+    assert where.mesh == mesh
+    assert where.spec == jax.sharding.PartitionSpec(None, "data")
+
+
 @pytest.mark.parametrize("what", ["meshes", "memory"])
 def test_loading_on_eight_devices_and_within_memory(what, tmp_path):
     """The script ``loading_run.py`` documents its checks."""

@@ -104,7 +104,7 @@ class AllocatorInfo(NamedTuple):
             "rank_mean": rank.mean(),
             "rank_max": rank.max(),
             "score_mean": score.mean(),
-            "score_max": score.max(initial=0),
+            "score_max": score.max() if score.size else jnp.float32(-jnp.inf),
             "score_threshold": jnp.where(flat(self.masks), score, jnp.inf).min(initial=jnp.inf),
         }
         if self.overridden is not None:

@@ -144,8 +144,17 @@ def _parameters(model: Any, variables: Any) -> tuple[dict[str, Any], dict[str, A
     """Return the parameters of the model and their shardings, both by path."""
     leaves = parameters_of(model, variables)
     if variables is None:
-        return leaves, {path: nnx_frontend.placement(variable) for path, variable in leaves.items()}
-    return leaves, by_path(linen_frontend.placement(variables))
+        places = {path: nnx_frontend.placement(variable) for path, variable in leaves.items()}
+    else:
+        places = by_path(linen_frontend.placement(variables))
+    return leaves, {path: _without_abstract_mesh(where) for path, where in places.items()}
+
+
+def _without_abstract_mesh(where: Any) -> Any:
+    """Return the PartitionSpec of shapes made under ``jax.set_mesh``, whose mesh has no devices."""
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, AbstractMesh):
+        return where.spec
+    return where
 
 
 def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, layers.Layout]:
@@ -266,8 +275,6 @@ def _cast(reading: ParamReading, index, read, dtype, name: str) -> np.ndarray:
 
 def _sharding(where: Any, leaf: Any, mesh: Any) -> Any:
     """Return the sharding of a parameter; None for the default device."""
-    if isinstance(where, NamedSharding) and isinstance(where.mesh, AbstractMesh):
-        where = where.spec  # of shapes made under jax.set_mesh
     if isinstance(where, PartitionSpec) and mesh is not None:
         where = NamedSharding(mesh, where)
     if isinstance(where, NamedSharding):
