@@ -186,7 +186,8 @@ class AdaLoraConfig:
         allowed with ``budget_schedule="grow"``. Used by the allocator.
       warn_small_start: bool, default True. Whether the optimizer's ``init`` warns of increments
         that start far smaller than LoRA's: with ``init="gaussian"``, a scale times
-        ``lambda_lr_scale`` below 0.25. Has no effect on the run. Used by ``adalora_jax.adalora``.
+        ``lambda_lr_scale`` below 0.25. Under ``jit`` it does not warn, because only values tell new
+        adapters from trained ones. Has no effect on the run. Used by ``adalora_jax.adalora``.
 
     Args:
       task_type: None or one of PEFT's values. This and the arguments below are PEFT's; they are
