@@ -115,7 +115,7 @@ def rank_history(
     Rows have the order of the first entry of a history of dicts, and of the layers' numbers in a
     history of infos. If the modules of every layer are adjacent, as in ``blocks_0/query``,
     ``blocks_0/up``, ``blocks_1/query``, ..., lines separate the layers, and the layer is not
-    repeated in each row. Where every row has a label, the number at its right end is its final rank.
+    repeated in each row. If every row has a label, the number at its right end is its final rank.
 
     Args:
       history: infos, as in :func:`rank_curves`; or one ``{path: rank}`` per step, as
