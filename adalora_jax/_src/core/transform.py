@@ -171,7 +171,8 @@ def adalora(
             weights = {path: after(adapter, moves[path]) for path, adapter in current.items()}
         allocator = update_allocator(before, weights, gradients, before.step)
         now = masks_applied(before, before.step)
-        revived = _count_revived(before, current)
+        # Counted before any λ changes: otherwise XLA keeps a copy of every λ for the count.
+        revived, now = jax.lax.optimization_barrier((_count_revived(before, current), now))
         allocator = allocator._replace(
             # The state does not change if a gradient is not finite.
             applied=jnp.where(allocator.step != before.step, now, before.applied),
