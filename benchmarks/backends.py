@@ -18,9 +18,9 @@ from benchmarks.networks import Unsupported
 
 # No metadata server is asked for the host, and no kernel is timed to choose the fastest.
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_force_host_platform_device_count=8",
 }
 TITLES = {"cpu": "CPU", "h100": "H100", "v5e": "TPU v5e", "v6e": "TPU v6e"}
@@ -68,7 +68,7 @@ def devices(name: str, count: int = 1) -> list[Any]:
     """Return devices, or descriptions of devices, to compile for.
 
     Raises:
-      Unsupported: the compiler is not installed.
+      Unsupported: the compiler is not installed, or another process uses it.
     """
     if name == "cpu":
         return jax.devices("cpu")[:count]
@@ -80,7 +80,7 @@ def devices(name: str, count: int = 1) -> list[Any]:
         else:
             found = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2")
     except Exception as error:  # each plug-in has its own
-        raise Unsupported(f"the compiler for {TITLES[name]} is not installed") from error
+        raise Unsupported(f"the compiler for {TITLES[name]} does not start: {error}") from error
     return list(found.devices)[:count]
 
 
