@@ -121,7 +121,7 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     adapters = pytree.adapters(params)
     if not adapters:
         raise ValueError(
-            f"no adapter was found in the {type(params).__name__} of parameters: pass the adapters "
+            f"`params`: no adapter was found in the {type(params).__name__}; pass the adapters "
             "that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam."
         )
     roles = group_by_role(adapters)
@@ -388,12 +388,12 @@ def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str,
         for name in Adapter._fields if path in have else ():
             shapes = [tuple(getattr(a, name).shape) for a in (adapter, have[path])]
             if shapes[0] != shapes[1]:
-                problems.append(f"{path}.{name} has shape {shapes[0]}, its gradient {shapes[1]}")
+                problems.append(f"{path}.{name} has shape {shapes[0]}, not {shapes[1]}")
     if problems:
-        shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
+        shown = ", ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise ValueError(
-            f"grads do not match the adapters: {shown}. Differentiate with respect to the same "
-            "tree that is trained."
+            f"`grads`: do not match the adapters, since {shown}; differentiate with respect to the "
+            "same tree that is trained."
         )
     return {path: have[path] for path in adapters}
 
@@ -424,8 +424,8 @@ def current_budget(
     initial = sum(costs[path] * adapter.lam.size for path, adapter in adapters.items())
     if initial >= 2**31:
         raise ValueError(
-            f"budget_unit={config.budget_unit!r}: all triplets together cost {initial}, more than "
-            "an int32 can count; give a function that counts in thousands."
+            f"`budget_unit={config.budget_unit!r}`: all triplets together cost {initial}, more "
+            "than an int32 can count; pass a function that counts in thousands."
         )
     return budget(config, step, _cost_per_rank(config, adapters), initial=initial)
 
@@ -485,16 +485,16 @@ def map_state(
             tx, mapped, opt_state, rest, transform_non_params=others, is_leaf=is_masked
         )
     except (TypeError, AttributeError, ValueError) as error:
-        if str(error).startswith("opt_state"):
+        if str(error).startswith("`opt_state`"):
             raise
         reason = str(error).splitlines()[0]
         raise ValueError(
-            "opt_state: optax.tree.map_params cannot tell what belongs to which parameter. Either "
-            "it is not the state that this tx has for these parameters; or the optimizer keeps "
-            "something of them that is not one array for each (as sm3); or its labels are a "
-            "function that needs the parameters (partition, masked): give the labels as a tree, or "
-            "compact(params, opt_state) the parameters alone and start anew with tx.init "
-            f"({reason})."
+            "`opt_state`: optax.tree.map_params cannot tell what belongs to which parameter "
+            f"({reason}), since it is not the state that this tx has for these parameters, or the "
+            "optimizer keeps something of them that is not one array for each (as sm3), or its "
+            "labels are a function that needs the parameters (partition, masked); give the labels "
+            "as a tree, or compact(params, opt_state) the parameters alone and start anew with "
+            "tx.init."
         ) from error
 
     def allocated(node):
@@ -538,8 +538,8 @@ def allocator_state(opt_state: PyTree) -> AllocatorState:
     found = allocator_states(opt_state)
     if len(found) != 1:
         raise ValueError(
-            f"opt_state holds {len(found)} AllocatorStates instead of one: pass the state of an "
-            "optimizer that was wrapped by adalora(...) once; arguments are (opt_state, params) "
-            "for eval_params and finish, (params, opt_state) for compact and summary."
+            f"`opt_state`: holds {len(found)} AllocatorStates instead of one; pass the state of an "
+            "optimizer that was wrapped by adalora(...) once. The arguments are (opt_state, "
+            "params) for eval_params and finish, (params, opt_state) for compact and summary."
         )
     return found[0]

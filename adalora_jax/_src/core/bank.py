@@ -70,7 +70,7 @@ class AdapterBank:
         """
         if not isinstance(named, Mapping):
             raise TypeError(
-                f"named is a {type(named).__name__}: it must be a dict, {{name: adapters}}."
+                f"`named={type(named).__name__}`: not a mapping; pass a dict, {{name: adapters}}."
             )
         bank = cls({}, {}, ())
         for name, adapters in named.items():
@@ -96,18 +96,21 @@ class AdapterBank:
             path, or its scale is unknown; or ``base`` lacks a path.
         """
         if not isinstance(name, str) or not name:
-            raise ValueError(f"name={name!r} must be a string that is not empty.")
+            raise ValueError(
+                f"`name={name!r}`: must be a string that is not empty; pass a name for this set."
+            )
         found = pytree.adapters(adapters)
         if not found:
             raise ValueError(
-                f"no adapter was found in the {type(adapters).__name__} given for {name!r}: pass "
-                "{path: Adapter}, as adalora_jax.eval_params or adalora_jax.compact returned it."
+                f"`adapters`: no adapter was found in the {type(adapters).__name__} given for "
+                f"{name!r}; pass {{path: Adapter}}, as adalora_jax.eval_params or "
+                "adalora_jax.compact returned it."
             )
         others = _others(adapters)
         if len(jax.tree.leaves(adapters)) != len(jax.tree.leaves((found, others))):
             raise ValueError(
-                f"the adapters given for {name!r} are a {type(adapters).__name__} of another form: "
-                "they must be one dict by path, as adapted.init and nnx.adapters return it."
+                f"`adapters`: the {type(adapters).__name__} given for {name!r} is not one dict by "
+                "path; pass the adapters as adapted.init and nnx.adapters return them."
             )
         for path, adapter in found.items():
             scale = known_scale(adapter, path)
@@ -126,8 +129,8 @@ class AdapterBank:
             if path not in plain:
                 if base is None or path not in base:
                     raise ValueError(
-                        f"{name!r} has parameters at {path!r}, which the base model and the other "
-                        "sets need too: pass the base model's, "
+                        f"`base`: {name!r} has parameters at {path!r}, which the base model and "
+                        "the other sets need too; pass the base model's, "
                         f"base={{{path!r}: variables['params'][...]}}."
                     )
 
@@ -178,8 +181,9 @@ class AdapterBank:
         for name in wanted:
             if name not in place:
                 raise ValueError(
-                    f"the bank has no adapters called {name!r}, only: "
-                    f"{', '.join(self.names) or 'none'}. Add them with bank.add({name!r}, ...)."
+                    f"`name={name!r}`: the bank has no adapters of this name, only "
+                    f"{', '.join(self.names) or 'the base model'}; add them with "
+                    f"bank.add({name!r}, ...)."
                 )
         found = jnp.asarray([place[name] for name in wanted], jnp.int32)
         return found[0] if names is None or isinstance(names, str) else found
@@ -208,8 +212,8 @@ class AdapterBank:
             given, last = np.asarray(which), len(self.names)
             if given.dtype.kind not in "iu" or not np.all((given >= 0) & (given <= last)):
                 raise ValueError(
-                    f"which={which!r} must be names, or indices from 0, the base model, to {last}, "
-                    "as bank.index(names) returns them."
+                    f"`which={which!r}`: must be names, or indices from 0, the base model, to "
+                    f"{last}; pass them as bank.index(names) returns them."
                 )
         return jax.tree.map(lambda leaf: jnp.take(leaf, which, axis=0), self.stacked | self.others)
 
@@ -243,14 +247,14 @@ def combine_adapters(
     Array([0.5, 0.5, 2. , 2. ], dtype=float32)
     """
     if not adapters:
-        raise ValueError("adapters is empty: pass at least one set, {path: Adapter}.")
+        raise ValueError("`adapters`: none were given; pass at least one set, {path: Adapter}.")
     if isinstance(weights, str):
-        raise TypeError(f"weights={weights!r} is a string: pass one number per set.")
+        raise TypeError(f"`weights={weights!r}`: is a string; pass one number per set.")
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(
-            f"weights has {len(weights)} entries for {len(adapters)} sets of adapters: pass one "
-            "per set."
+            f"`weights`: has {len(weights)} entries for {len(adapters)} sets of adapters; pass one "
+            "number per set."
         )
     result = dict(adapters[0])
     parts: dict[str, list[Adapter]] = {}
@@ -297,7 +301,7 @@ def truncate(adapters: PyTree, rank: int) -> PyTree:
     (True, (1, 4))
     """
     if rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1.")
+        raise ValueError(f"`rank={rank}`: must be at least 1; pass the number of triplets to keep.")
     found = pytree.adapters(adapters)
     shorter = {path: _truncated(adapter, rank=rank) for path, adapter in found.items()}
     return pytree.insert_adapters(adapters, shorter)
@@ -390,13 +394,13 @@ def _check_same_weight(name: str, path: str, adapter: Adapter, first: Adapter) -
     have, want = shape(adapter), shape(first)
     if have != want:
         raise ValueError(
-            f"{name!r} has an adapter at {path!r} for a weight of shape {list(have)}, but the "
-            f"others are for {list(want)}: use adapters of one model."
+            f"`adapters[{path}]`: {name!r} is for a weight of shape {list(have)}, but the others "
+            f"are for {list(want)}; use adapters of one model."
         )
     made_for, other = adapter.layout, first.layout
     if made_for is not None and other is not None and not made_for.same_axes(other):
         raise ValueError(
-            f"{name!r} has an adapter at {path!r} for a weight with the axes "
-            f"stack={made_for.stack}, in={made_for.ins}, out={made_for.outs}, but the others are "
-            f"for stack={other.stack}, in={other.ins}, out={other.outs}: use adapters of one model."
+            f"`adapters[{path}]`: {name!r} is for a weight with the axes stack={made_for.stack}, "
+            f"in={made_for.ins}, out={made_for.outs}, but the others are for stack={other.stack}, "
+            f"in={other.ins}, out={other.outs}; use adapters of one model."
         )

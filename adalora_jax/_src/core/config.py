@@ -264,8 +264,9 @@ prunes to target_r, so init_r must be at least 8.
         peft_keys.check_accepted(*only_peft)
         if self.total_step in (None, 0):
             raise ValueError(
-                f"total_step={self.total_step!r}: the number of optimizer steps of the whole run "
-                "is required, since the budget schedule is laid out over it."
+                f"`total_step={self.total_step!r}`: the budget schedule is laid out over the "
+                "optimizer steps of the whole run, so their number is required; pass it, such as "
+                "total_step=epochs * steps_per_epoch."
             )
         for name in ("total_step", "target_r", "init_r", "deltaT"):
             self._check(name, checks.integer, minimum=1)
@@ -273,13 +274,13 @@ prunes to target_r, so init_r must be at least 8.
             self._check(name, checks.integer, minimum=0)
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(
-                f"tinit={self.tinit}, tfinal={self.tfinal} and total_step={self.total_step} leave "
-                "no step for pruning: choose them so that tinit < total_step - tfinal."
+                f"`tinit={self.tinit}`: leaves no step for pruning with tfinal={self.tfinal} and "
+                f"total_step={self.total_step}; choose them so that tinit < total_step - tfinal."
             )
         if self.init_r < self.target_r:
             raise ValueError(
-                f"init_r={self.init_r} is below target_r={self.target_r}: training starts at "
-                "init_r triplets per adapter and prunes to target_r, so init_r must be at least "
+                f"`init_r={self.init_r}`: is below target_r={self.target_r}, but training starts "
+                "at init_r triplets per adapter and prunes to target_r; pass an init_r of at least "
                 f"{self.target_r}."
             )
         for name in ("beta1", "beta2"):
@@ -310,17 +311,19 @@ prunes to target_r, so init_r must be at least 8.
             spec.min_r is not None or spec.max_r is not None for _, spec in limits or ()
         ):
             raise ValueError(
-                "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
-                "rank_overrides have no meaning: leave them out, or use allocation='global'."
+                "`allocation='per_adapter'`: gives every adapter the same rank, so min_r and max_r "
+                "in rank_overrides have no meaning; leave them out, or use allocation='global'."
             )
         if self.budget_schedule == "grow" and not self.allow_regrowth:
             raise ValueError(
-                "allow_regrowth=False with budget_schedule='grow': a rank can only rise by "
-                "triplets that become active again, so leave allow_regrowth=True."
+                "`allow_regrowth=False`: excludes budget_schedule='grow', in which a rank rises "
+                "by triplets that become active again; leave allow_regrowth=True."
             )
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}`: must be True or False; use one of them."
+                )
 
     def _check(self, name: str, check: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._set(name, check(name, getattr(self, name), *args, **kwargs))
@@ -429,9 +432,9 @@ prunes to target_r, so init_r must be at least 8.
         """
         if unknown := sorted(map(str, set(values) - set(_DEFAULTS))):
             raise ValueError(
-                f"the config has fields that are unknown here: {', '.join(unknown)}. It was made "
-                "by another version of adalora_jax, or by another library: read it there, or "
-                "leave them out."
+                f"`values`: has the fields {', '.join(unknown)}, which are unknown here, since it "
+                "was made by another version of adalora_jax, or by another library; read it there, "
+                "or leave them out."
             )
 
         def is_function(value):
@@ -473,8 +476,8 @@ prunes to target_r, so init_r must be at least 8.
         >>> AdaLoraConfig.from_peft(saved | {"bias": "all"})
         Traceback (most recent call last):
             ...
-        ValueError: bias='all' of the PEFT config is not supported here: remove it if the adapter \
-works without it.
+        ValueError: `bias='all'`: is not supported here; remove it from the PEFT config if the \
+adapter works without it.
         """
         fields = {*_DEFAULTS, "use_dora", "loftq_config"} - _OURS
         return cls(**{"total_step": None, **peft_keys.read(source, fields)})
@@ -499,24 +502,24 @@ works without it.
             value, default = getattr(self, name), _DEFAULTS[name]
             if value != default:
                 raise ValueError(
-                    f"{name}={value!r} has no counterpart in PEFT: set it to {default!r}, or save "
-                    "the config in a checkpoint of this library."
+                    f"`{name}={value!r}`: has no counterpart in PEFT; set it to {default!r}, or "
+                    "save the config in a checkpoint of this library."
                 )
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             if callable(getattr(self, name)):
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is a function, which PEFT does not support: "
-                    "set it to a list of suffixes or a regex."
+                    f"`{name}={getattr(self, name)!r}`: is a function, which PEFT does not "
+                    "support; set it to a list of suffixes or a regex."
                 )
         layers = self.layers_to_transform is not None
         if isinstance(self.target_modules, str) and (layers or self.layers_pattern is not None):
             raise ValueError(
-                f"target_modules={self.target_modules!r} is a regex, with which PEFT does not "
-                "accept layers_to_transform or layers_pattern: select the layers in the regex."
+                f"`target_modules={self.target_modules!r}`: is a regex, with which PEFT does not "
+                "accept layers_to_transform or layers_pattern; select the layers in the regex."
             )
         if self.layers_pattern is not None and not layers:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform in PEFT: set "
+                f"`layers_pattern={self.layers_pattern!r}`: needs layers_to_transform in PEFT; set "
                 "it too, or leave layers_pattern out."
             )
         result: dict[str, Any] = {"peft_type": "ADALORA"}

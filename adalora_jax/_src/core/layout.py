@@ -51,14 +51,17 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} must be one of {', '.join(KINDS)}.")
+            raise ValueError(
+                f"`kind={self.kind!r}`: must be one of {', '.join(KINDS)}; use one of them."
+            )
         for name in ("ins", "outs", "stack"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         axes = sorted((*self.stack, *self.ins, *self.outs))
         if not self.ins or not self.outs or axes != list(range(len(axes))):
             raise ValueError(
-                f"stack={self.stack}, ins={self.ins}, outs={self.outs}: together they must name "
-                "every axis of the weight once, with at least one axis in ins and one in outs."
+                f"`ins={self.ins}`: together with outs={self.outs} and stack={self.stack} it must "
+                "name every axis of the weight once; number the axes from 0, and name at least one "
+                "in ins and one in outs."
             )
         if self.shape is not None:
             object.__setattr__(self, "shape", tuple(self.shape))
@@ -156,7 +159,7 @@ class Layout:
         )
         if not well_formed:
             raise ValueError(
-                f"layout={dict(values)!r:.200} was not written by Layout.to_dict: pass its result."
+                f"`values={dict(values)!r:.200}`: not written by Layout.to_dict; pass its result."
             )
 
         def as_tuple(value):
@@ -183,10 +186,14 @@ def declared(layers: Mapping[type, Layout] | None) -> dict[type, Layout] | None:
         return None
     for cls, layout in dict(layers).items():
         if not isinstance(cls, type) or not isinstance(layout, Layout):
-            raise ValueError(f"layers={{{cls!r}: {layout!r}}}: it must be {{class: Layout(...)}}.")
+            raise ValueError(
+                f"`layers={{{cls!r}: {layout!r}}}`: must map a class to a Layout; pass "
+                "{class: Layout(...)}."
+            )
         if layout.kind not in ("dense", "embed") or layout.stack or layout.shape is not None:
             raise ValueError(
-                f"layers={{{cls.__name__}: {layout!r}}}: a declared layer has kind 'dense' "
-                "(y = x W over the last axes of x) or 'embed', no stack axes and no shape."
+                f"`layers={{{cls.__name__}: {layout!r}}}`: is not the Layout of a layer that can "
+                "be declared; pass one of kind 'dense' (y = x W over the last axes of x) or "
+                "'embed', without stack axes and shape."
             )
     return dict(layers)

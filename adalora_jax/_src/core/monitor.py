@@ -172,8 +172,9 @@ def info(
     given = {"params": params, "grads": grads}
     if missing := [name for name in needed_inputs(config) if given[name] is None]:
         raise ValueError(
-            f"score={config.score!r} depends on weights or gradients, which the allocator does "
-            f"not store: pass {' and '.join(f'{name}={name}' for name in missing)} to info."
+            f"`{', '.join(f'{name}=None' for name in missing)}`: score={config.score!r} depends on "
+            "weights or gradients, which the allocator does not store; pass "
+            f"{' and '.join(f'{name}={name}' for name in missing)} to info."
         )
     roles = state.masks.roles
     scores = role_scores(state, *map(pytree.adapters, given.values()))

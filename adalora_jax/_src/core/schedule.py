@@ -68,8 +68,8 @@ def budget(
         between = jnp.floor(jnp.asarray(config.budget_schedule(config, step, n_adapters)))
         if between.shape != step.shape:
             raise ValueError(
-                f"budget_schedule={config.budget_schedule!r} returned shape {between.shape} for a "
-                f"step of shape {step.shape}: it must return one number."
+                f"`budget_schedule={config.budget_schedule!r}`: returned shape {between.shape} for "
+                f"a step of shape {step.shape}; return one number per step."
             )
         between = jnp.clip(jnp.where(between == between, between, initial), 0, initial)
         between = between.astype(jnp.int32)

@@ -161,8 +161,8 @@ def triplet_scores(
         scores = jnp.asarray(config.score(evidence))
         if scores.shape != evidence.weight.lam.shape:
             raise ValueError(
-                f"score={config.score!r} returned shape {scores.shape} for an adapter whose lam "
-                f"has shape {evidence.weight.lam.shape}: it must return one score per triplet."
+                f"`score={config.score!r}`: returned shape {scores.shape} for an adapter whose lam "
+                f"has shape {evidence.weight.lam.shape}; return one score per triplet."
             )
         return scores
     if config.score == "magnitude":
