@@ -371,13 +371,13 @@ def test_describe_counts_parameters_of_abstract_model(framework):
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"query": {"min_r": 5}}, r"rank_overrides\['query'\]: min_r=5 is above init_r=4"),
-        ({"query": {"min_r": 3, "max_r": 2}}, r"min_r=3 is above max_r=2"),
-        ({"query": {"rank": 3}}, r"rank_overrides\['query'\]"),
-        ({"query": 0}, r"init_r=0 must be an integer of at least 1"),
-        ({"(": 3}, r"rank_overrides: '\(' is not a regular expression"),
+        ({"query": {"min_r": 5}}, r"`rank_overrides\['query'\]`: min_r=5 is above init_r=4"),
+        ({"query": {"min_r": 3, "max_r": 2}}, r"`min_r=3`: is above max_r=2"),
+        ({"query": {"rank": 3}}, r"`rank_overrides\['query'\]="),
+        ({"query": 0}, r"`init_r=0`: must be an integer of at least 1"),
+        ({"(": 3}, r"`rank_overrides`: '\(' is not a regular expression"),
         (3, "must map regexes"),
-        ({"query": {"alpha": float("nan")}}, "alpha=nan must be a finite number"),
+        ({"query": {"alpha": float("nan")}}, "`alpha=nan`: must be a finite number"),
     ],
 )
 def test_invalid_rank_overrides_raise(limits, message):

@@ -210,8 +210,8 @@ class AdaLoraConfig:
     >>> AdaLoraConfig(total_step=1000, init_r=4, target_r=8)
     Traceback (most recent call last):
         ...
-    ValueError: init_r=4 is below target_r=8: training starts at init_r triplets per adapter and \
-prunes to target_r, so init_r must be at least 8.
+    ValueError: `init_r=4`: is below target_r=8, but training starts at init_r triplets per \
+adapter and prunes to target_r; pass an init_r of at least 8.
     """
 
     total_step: int
@@ -264,9 +264,9 @@ prunes to target_r, so init_r must be at least 8.
         peft_keys.check_accepted(*only_peft)
         if self.total_step in (None, 0):
             raise ValueError(
-                f"`total_step={self.total_step!r}`: the budget schedule is laid out over the "
-                "optimizer steps of the whole run, so their number is required; pass it, such as "
-                "total_step=epochs * steps_per_epoch."
+                f"`total_step={self.total_step!r}`: the number of optimizer steps of the whole run "
+                "is required, since the budget schedule is laid out over it; pass the steps per "
+                "epoch times the epochs."
             )
         for name in ("total_step", "target_r", "init_r", "deltaT"):
             self._check(name, checks.integer, minimum=1)
@@ -432,9 +432,9 @@ prunes to target_r, so init_r must be at least 8.
         """
         if unknown := sorted(map(str, set(values) - set(_DEFAULTS))):
             raise ValueError(
-                f"`values`: has the fields {', '.join(unknown)}, which are unknown here, since it "
-                "was made by another version of adalora_jax, or by another library; read it there, "
-                "or leave them out."
+                f"`values`: the fields {', '.join(unknown)} are unknown here, since another "
+                "version of adalora_jax or another library wrote them; read the config there, or "
+                "leave them out."
             )
 
         def is_function(value):

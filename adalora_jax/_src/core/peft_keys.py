@@ -78,8 +78,8 @@ in modules_to_save.
     """
     if task_type is not None and task_type not in _TASK_TYPES:
         raise ValueError(
-            f"`task_type={task_type!r}`: is not one of PEFT's, {', '.join(_TASK_TYPES)}; leave it "
-            "out, since it has no effect here."
+            f"`task_type={task_type!r}`: is not one of PEFT's, {', '.join(_TASK_TYPES)}; leave "
+            "task_type out, since it has no effect here."
         )
     if bias != "none":
         raise ValueError(
@@ -88,11 +88,11 @@ in modules_to_save.
         )
     if not isinstance(inference_mode, bool):
         raise ValueError(
-            f"`inference_mode={inference_mode!r}`: must be True or False; leave it out, since it "
-            "has no effect here."
+            f"`inference_mode={inference_mode!r}`: must be True or False; leave "
+            "inference_mode out, since it has no effect here."
         )
     if peft_type != "ADALORA":
-        raise ValueError(f"`peft_type={peft_type!r}`: is not 'ADALORA'; leave it out.")
+        raise ValueError(f"`peft_type={peft_type!r}`: is not 'ADALORA'; leave peft_type out.")
     if r is not None:
         raise ValueError(
             f"`r={r!r}`: is not used by AdaLoRA; set init_r, the rank at the start, and target_r, "
