@@ -220,7 +220,8 @@ def test_loading_invalid_adapters_raises(bank):
     with pytest.raises(ValueError, match="no adapter was found in the dict given for 'none'"):
         bank.add("none", {})
     other = {"blocks/up": jax.tree.map(lambda leaf: leaf[:1], good["blocks/up"])}
-    with pytest.raises(ValueError, match=r"\[blocks/up\].*a weight of shape \[1, 6, 6\].*\[2, 6"):
+    message = r"`adapters\['blocks/up'\]`: 'other' is for .* shape \[1, 6, 6\].*\[2, 6"
+    with pytest.raises(ValueError, match=message):
         bank.add("other", other)
     flat = {"blocks/up": jax.tree.map(lambda leaf: leaf[0], good["blocks/up"])}
     with pytest.raises(ValueError, match=r"for a weight of shape \[6, 6\].*\[2, 6, 6\]"):

@@ -187,7 +187,7 @@ def test_gradients_of_another_shape_raise():
     message = r"block/b\.q has shape \(3, 3\), not \(3, 7\).*same tree that is trained"
     with pytest.raises(ValueError, match=message):
         tx.update(grads, tx.init(params), params)
-    with pytest.raises(ValueError, match=r"^`adapters\[a\]`: has p .*, lam \(4,\) and q"):
+    with pytest.raises(ValueError, match=r"^`adapters\['a'\]`: has p .*, lam \(4,\) and q"):
         tx.init({"a": params["block"]["a"]._replace(lam=jnp.ones(4))})
 
 

@@ -61,7 +61,7 @@ def test_partition_may_exclude_whole_adapters_but_not_parts():
     tx = optax.partition(
         {"fast": optax.adam(1e-2), "rest": adalora.adalora(optax.adam(1e-3), CONFIG)}, by_factor
     )
-    message = r"`adapters\[l1\]`: comes without p, but rank is allocated"
+    message = r"`adapters\['l1'\]`: comes without p, but rank is allocated"
     with pytest.raises(ValueError, match=message):
         tx.init(params)
 

@@ -394,13 +394,13 @@ def _check_same_weight(name: str, path: str, adapter: Adapter, first: Adapter) -
     have, want = shape(adapter), shape(first)
     if have != want:
         raise ValueError(
-            f"`adapters[{path}]`: {name!r} is for a weight of shape {list(have)}, but the others "
+            f"`adapters[{path!r}]`: {name!r} is for a weight of shape {list(have)}, but the others "
             f"are for {list(want)}; use adapters of one model."
         )
     made_for, other = adapter.layout, first.layout
     if made_for is not None and other is not None and not made_for.same_axes(other):
         raise ValueError(
-            f"`adapters[{path}]`: {name!r} is for a weight with the axes stack={made_for.stack}, "
+            f"`adapters[{path!r}]`: {name!r} is for a weight with the axes stack={made_for.stack}, "
             f"in={made_for.ins}, out={made_for.outs}, but the others are for stack={other.stack}, "
             f"in={other.ins}, out={other.outs}; use adapters of one model."
         )

@@ -192,7 +192,7 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
         name = path_name(path)
         if name in result:
             raise ValueError(
-                f"`adapters[{name}]`: is the path of two adapters; rename one of their keys."
+                f"`adapters[{name!r}]`: is the path of two adapters; rename one of their keys."
             )
         result[name] = adapter._replace(**_static_fields(node))
     return result
@@ -309,7 +309,7 @@ def _as_adapter(node: Any, path: tuple[Any, ...], is_leaf: Any = None) -> Adapte
         return None
     get = node.__getitem__ if isinstance(node, Mapping) else functools.partial(getattr, node)
     where = path_name(path)
-    name = f"adapters[{where}]" if where else "adapter"
+    name = f"adapters[{where!r}]" if where else "adapter"
     masked = [name for name in Adapter._fields if isinstance(get(name), optax.MaskedNode)]
     if len(masked) == len(Adapter._fields):
         return None
