@@ -453,7 +453,5 @@ def test_config_functions_must_be_passed_to_from_dict():
 
 def test_unknown_field_of_another_version_raises():
     saved = AdaLoraConfig(total_step=10).to_dict()
-    with pytest.raises(
-        ValueError, match=r"the fields temperature are unknown here.*another version"
-    ):
+    with pytest.raises(ValueError, match=r"unknown here \(temperature\), .*another version"):
         AdaLoraConfig.from_dict(saved | {"temperature": 1.0})

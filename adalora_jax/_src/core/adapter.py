@@ -88,8 +88,9 @@ def known_scale(adapter: Adapter[Any], path: str = "") -> float:
     if adapter.scale is None:
         subject = f"adapters[{path!r}]" if path else "adapter"
         raise ValueError(
-            f"`{subject}`: the scale is not known, since p, lam and q were given as a mapping; pass "
-            "Adapter objects, as adapted.init, nnx.adapters and checkpoint.restore return them."
+            f"`{subject}`: the scale is not known, since p, lam and q were given as a mapping; "
+            "pass Adapter objects, as adapted.init, nnx.adapters and checkpoint.restore return "
+            "them."
         )
     return adapter.scale
 

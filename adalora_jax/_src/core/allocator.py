@@ -388,7 +388,9 @@ def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str,
         for name in Adapter._fields if path in have else ():
             shapes = [tuple(getattr(a, name).shape) for a in (adapter, have[path])]
             if shapes[0] != shapes[1]:
-                problems.append(f"{path}.{name} has shape {shapes[0]}, not {shapes[1]}")
+                problems.append(
+                    f"the gradient of {path}.{name} has shape {shapes[1]}, not {shapes[0]}"
+                )
     if problems:
         shown = ", ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise ValueError(

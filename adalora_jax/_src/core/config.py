@@ -432,7 +432,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         """
         if unknown := sorted(map(str, set(values) - set(_DEFAULTS))):
             raise ValueError(
-                f"`values`: the fields {', '.join(unknown)} are unknown here, since another "
+                f"`values`: has fields that are unknown here ({', '.join(unknown)}), since another "
                 "version of adalora_jax or another library wrote them; read the config there, or "
                 "leave them out."
             )
