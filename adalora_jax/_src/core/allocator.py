@@ -60,6 +60,13 @@ class AllocatorState(NamedTuple):
         this transformation.
       penalty: float32 scalar: the orthogonality penalty with ``config.orth_reg_in_update``, else 0.
       config: the config of the run; static.
+
+    >>> from adalora_jax import init_adapter
+    >>> config = AdaLoraConfig(total_step=4, init_r=3, target_r=2)
+    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> state = init_state(adapters, config).allocator
+    >>> int(state.step), int(state.budget), state.masks["query"].tolist()
+    (0, 3, [True, True, True])
     """
 
     step: Int32[Array, ""]
@@ -86,6 +93,12 @@ class AdaLoraState:
     Attributes:
       adapters: a tree with adapters in it.
       allocator: the allocator's state, which includes the (static) config.
+
+    >>> from adalora_jax import init_adapter
+    >>> config = AdaLoraConfig(total_step=4)
+    >>> state = init_state({"query": init_adapter(jax.random.key(0), 6, 5, config)}, config)
+    >>> list(state.adapters), state.allocator.config == config
+    (['query'], True)
     """
 
     adapters: PyTree
@@ -104,6 +117,12 @@ def init_state(adapters: PyTree, config: AdaLoraConfig) -> AdaLoraState:
 
     Raises:
       ValueError: ``adapters`` contains no adapter, or all triplets together cost 2³¹ or more.
+
+    >>> from adalora_jax import init_adapter
+    >>> config = AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> int(init_state(adapters, config).allocator.budget)
+    4
     """
     return AdaLoraState(jax.tree.map(jnp.copy, adapters), init_allocator(adapters, config))
 

@@ -30,7 +30,7 @@ class AdapterBank:
     Each adapter is padded with λ = 0 to the largest rank at its path. A set is zero at the paths
     where it has no adapter. Index 0 has no name and is zero everywhere: the base model. If a set
     has another scale than the first one at a path, its λ is multiplied by the ratio. A bank is
-    immutable: :meth:`load` and :meth:`delete` return a new one.
+    immutable: :meth:`add` and :meth:`delete` return a new one.
 
     Attributes:
       stacked: ``{path: Adapter}`` with a leading axis of size ``1 + len(names)``.
@@ -61,12 +61,19 @@ class AdapterBank:
         """Return a bank of the sets in ``{name: adapters}``.
 
         Args:
-          named: the sets by name, each as in :meth:`load`.
-          base: parameters of the base model, as in :meth:`load`.
+          named: the sets by name, each as in :meth:`add`.
+          base: parameters of the base model, as in :meth:`add`.
+
+        Returns:
+          A bank with the sets in the order of ``named``.
 
         Raises:
           TypeError: ``named`` is not a mapping.
-          ValueError: as in :meth:`load`.
+          ValueError: as in :meth:`add`.
+
+        >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
+        >>> AdapterBank.from_dict({"french": {"query": adapter}}).names
+        ('french',)
         """
         if not isinstance(named, Mapping):
             raise TypeError(
@@ -90,10 +97,18 @@ class AdapterBank:
             the base model and for sets that did not train them. Needed once, with the first set
             that has them.
 
+        Returns:
+          A new bank. A new name comes last; a replaced set keeps its index.
+
         Raises:
           ValueError: ``name`` is not a string or is empty; ``adapters`` contains no adapter or is
             not a dict by path; an adapter is for a weight of another shape than the bank's at its
             path, or its scale is unknown; or ``base`` lacks a path.
+
+        >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
+        >>> bank = AdapterBank.from_dict({"french": {"query": adapter}})
+        >>> bank.add("german", {"query": adapter}).names
+        ('french', 'german')
         """
         if not isinstance(name, str) or not name:
             raise ValueError(
@@ -153,8 +168,15 @@ class AdapterBank:
         Args:
           name: name of the set.
 
+        Returns:
+          A new bank. The sets after the removed one have an index lower by 1.
+
         Raises:
           ValueError: the bank has no set of this name.
+
+        >>> adapters = {"query": Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))}
+        >>> AdapterBank.from_dict({"french": adapters, "german": adapters}).delete("french").names
+        ('german',)
         """
         removed = int(self.index(name))
 
@@ -175,6 +197,11 @@ class AdapterBank:
 
         Raises:
           ValueError: the bank has no set of a name.
+
+        >>> adapters = {"query": Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))}
+        >>> bank = AdapterBank.from_dict({"french": adapters, "german": adapters})
+        >>> bank.index(["german", None, "french"]).tolist()
+        [2, 0, 1]
         """
         place: dict[str | None, int] = {n: i for i, n in enumerate((None, *self.names))}
         wanted = [names] if names is None or isinstance(names, str) else list(names)
@@ -205,6 +232,13 @@ class AdapterBank:
         Raises:
           ValueError: the bank has no set of a name, or an index that is not traced is not an
             integer from 0 to the number of sets.
+
+        >>> adapters = {"query": Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))}
+        >>> bank = AdapterBank.from_dict({"french": adapters})
+        >>> bank.select("french")["query"].lam.tolist(), bank.select(None)["query"].lam.tolist()
+        ([1.0, 1.0], [0.0, 0.0])
+        >>> bank.select(["french", None, "french"])["query"].p.shape
+        (3, 2, 4)
         """
         if which is None or isinstance(which, (str, list, tuple)):
             which = self.index(which)

@@ -352,6 +352,12 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         None, its ``init_r``. Then it is ``alpha / init_r`` with the layer's values, or 1 where that
         alpha is not above 0.
 
+        Args:
+          path: path of the layer, such as ``encoder/query``.
+
+        Returns:
+          The factor by which ``P Λ Q`` of this layer is multiplied.
+
         >>> config = AdaLoraConfig(total_step=9, rank_overrides={"query": RankSpec(alpha=24)})
         >>> config.scale_of("encoder/query"), config.scale_of("encoder/key") == config.scaling
         (2.0, True)
@@ -366,6 +372,12 @@ adapter and prunes to target_r; pass an init_r of at least 8.
 
         A pattern of ``rank_overrides`` is a regex for the whole path or for its end at a separator,
         so the name of a layer is one. The first match counts.
+
+        Args:
+          path: path of the layer, with ``/`` or ``.`` as separator.
+
+        Returns:
+          The layer's ``init_r``, ``min_r``, ``max_r`` and ``alpha``; none of them is None.
 
         >>> limits = {"query": 24, r".*/mlp/.*": {"max_r": 8}}
         >>> config = AdaLoraConfig(total_step=9, rank_overrides=limits)
@@ -385,7 +397,11 @@ adapter and prunes to target_r; pass an init_r of at least 8.
 
     @property
     def final_step(self) -> int:
-        """Step of the final mask, ``total_step - tfinal``, at most ``total_step - 1``."""
+        """Step of the final mask, ``total_step - tfinal``, at most ``total_step - 1``.
+
+        >>> AdaLoraConfig(total_step=100, tfinal=30).final_step
+        70
+        """
         return min(self.total_step - self.tfinal, self.total_step - 1)
 
     @property
@@ -397,6 +413,16 @@ adapter and prunes to target_r; pass an init_r of at least 8.
 
         Equivalent to ``dataclasses.replace(config, **changes)``.
 
+        Args:
+          **changes: new values of fields, by name.
+
+        Returns:
+          A new config; this one does not change.
+
+        Raises:
+          ValueError: a value cannot work, as for a new config.
+          TypeError: a name is not a field.
+
         >>> config = AdaLoraConfig(total_step=10, lora_alpha=24)
         >>> config.replace(init_r=8).scaling, config.replace(scale=1.5).replace(init_r=8).scaling
         (3.0, 1.5)
@@ -407,6 +433,10 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         """Return all fields as plain JSON values, for checkpoints; :meth:`from_dict` reads them.
 
         Functions are represented by their names, since JSON cannot represent functions.
+
+        Returns:
+          ``{field: value}`` of numbers, strings, lists and dicts; a function is
+          ``{"function": name}``.
 
         >>> config = AdaLoraConfig(total_step=10, target_modules=["q"], rank_overrides={"q": 4})
         >>> AdaLoraConfig.from_dict(config.to_dict()) == config
@@ -420,6 +450,13 @@ adapter and prunes to target_r; pass an init_r of at least 8.
 
         Functions are restored by name only and raise an error when called, see
         :meth:`missing_functions`.
+
+        Args:
+          values: the result of :meth:`to_dict`, also after a passage through JSON. A field that is
+            absent has its default; a function may be given in place of its name.
+
+        Returns:
+          The config, validated like a new one.
 
         Raises:
           ValueError: a field is unknown, or its value is not valid.
@@ -447,7 +484,17 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         return cls(**{"total_step": None, **values})
 
     def missing_functions(self) -> dict[str, str]:
-        """Return ``{field: name}`` of the functions that :meth:`from_dict` could not restore."""
+        """Return ``{field: name}`` of the functions that :meth:`from_dict` could not restore.
+
+        Returns:
+          The qualified names of the functions; an empty dict if none is missing.
+
+        >>> config = AdaLoraConfig(total_step=10, score=min)
+        >>> config.missing_functions()
+        {}
+        >>> AdaLoraConfig.from_dict(config.to_dict()).missing_functions()
+        {'score': 'builtins.min'}
+        """
         values = {name: getattr(self, name) for name in _DEFAULTS}
         return {n: v.name for n, v in values.items() if isinstance(v, MissingFunction)}
 
@@ -491,11 +538,14 @@ adapter works without it.
         ``lora_alpha``. ``orth_reg_in_update`` is omitted, because PEFT's model adds the penalty to
         its loss, and ``warn_small_start``, because it does not affect the run.
 
-        >>> AdaLoraConfig(total_step=10, target_modules=["q"]).to_peft()["target_modules"]
-        ['q']
+        Returns:
+          ``{argument: value}``, with lists in place of tuples.
 
         Raises:
           ValueError: a field has a value that PEFT does not support.
+
+        >>> AdaLoraConfig(total_step=10, target_modules=["q"]).to_peft()["target_modules"]
+        ['q']
         """
         omitted = {"scale", "orth_reg_in_update", "warn_small_start"}
         for name in (n for n in _DEFAULTS if n in _OURS - omitted):

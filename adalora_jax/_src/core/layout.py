@@ -68,11 +68,21 @@ class Layout:
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the layer's own weight, without those of a lifted transform."""
+        """Number of axes of the layer's own weight, without those of a lifted transform.
+
+        >>> Layout(ins=(0, 1), outs=(2,), kind="conv").ndim
+        3
+        """
         return len(self.stack) + len(self.ins) + len(self.outs)
 
     def same_axes(self, other: Layout) -> bool:
         """Return whether both layouts have the same stack, input and output axes.
+
+        Args:
+          other: a layout of any kind.
+
+        Returns:
+          True if ``stack``, ``ins`` and ``outs`` are equal; the other fields do not count.
 
         >>> Layout("kernel").same_axes(Layout("w", kind="einsum"))
         True
@@ -87,6 +97,13 @@ class Layout:
         """Return ``(stack, in, out)`` for a weight of this shape.
 
         Extra leading axes, those of lifted transforms, come first in ``stack``.
+
+        Args:
+          shape: shape of the weight.
+
+        Returns:
+          A tuple of the shape of the stack, which is ``()`` for a single matrix, and of the sizes
+          ``in`` and ``out``, each the product of the sizes of its axes.
 
         >>> Layout().matrix((12, 64, 256))
         ((12,), 64, 256)
@@ -103,6 +120,13 @@ class Layout:
     ) -> Shaped[Array, "..."]:
         """Return ``delta [*stack, in, out]`` with the axes of a weight of the given shape.
 
+        Args:
+          delta: ``[*stack, in, out]`` of any dtype, such as an increment.
+          shape: shape of the weight.
+
+        Returns:
+          An array of shape ``shape`` and of the dtype of ``delta``.
+
         >>> import jax.numpy as jnp
         >>> layout = Layout(ins=(0, 1), outs=(2,), kind="conv")
         >>> layout.to_weight(jnp.zeros((6, 4)), (3, 2, 4)).shape
@@ -117,6 +141,12 @@ class Layout:
     def to_matrix(self, weight: Shaped[Array, "..."]) -> Shaped[Array, "... in out"]:
         """Return a weight as ``[*stack, in, out]``, the inverse of :meth:`to_weight`.
 
+        Args:
+          weight: the layer's weight, of any dtype; axes of lifted transforms come first.
+
+        Returns:
+          ``[*stack, in, out]``, in the dtype of ``weight``.
+
         >>> import jax.numpy as jnp
         >>> Layout(ins=(0, 1), outs=(2,), kind="conv").to_matrix(jnp.zeros((3, 2, 4))).shape
         (6, 4)
@@ -128,6 +158,9 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values.
+
+        Returns:
+          ``{field: value}`` of all fields, with lists in place of tuples.
 
         >>> Layout.from_dict(Layout("w", shape=(2, 3)).to_dict()) == Layout("w", shape=(2, 3))
         True
@@ -142,8 +175,17 @@ class Layout:
     def from_dict(cls, values: Mapping[str, Any]) -> Layout:
         """Return the layout that :meth:`to_dict` wrote.
 
+        Args:
+          values: the result of :meth:`to_dict`, also after a passage through JSON.
+
+        Returns:
+          The layout, validated like a new one.
+
         Raises:
           ValueError: a field is missing, unknown, of another type or invalid.
+
+        >>> Layout.from_dict(Layout("w", ins=(1,), outs=(0,)).to_dict()).ins
+        (1,)
         """
         fields = {field.name for field in dataclasses.fields(cls)}
 

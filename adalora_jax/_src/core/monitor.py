@@ -36,6 +36,12 @@ class AllocatorInfo(NamedTuple):
         0: the loss does not depend on its layer, which therefore got no gradient. None if unknown.
       penalty: scalar in at least float32: the orthogonality penalty. None if :func:`info` got no
         ``params`` and the update does not include the penalty.
+
+    >>> masks = {"query": jnp.array([True, False])}
+    >>> scores = {"query": jnp.array([4.0, 2.0])}
+    >>> state = AllocatorInfo(jnp.int32(7), jnp.int32(1), jnp.int32(1), masks, scores)
+    >>> int(state.live), state.overridden is None
+    (1, True)
     """
 
     step: jax.Array

@@ -41,6 +41,13 @@ class AdaLoraOptState(NamedTuple):
       inner: the inner optimizer's state.
       allocator: the allocator's state. For an NNX State as parameters its averages and masks are in
         Variables; :func:`adalora_jax.allocator_state` returns it with arrays.
+
+    >>> from adalora_jax import init_adapter
+    >>> config = AdaLoraConfig(total_step=4)
+    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> state = adalora(optax.sgd(0.1), config).init(adapters)
+    >>> int(state.allocator.step), int(state.allocator.budget)
+    (0, 12)
     """
 
     inner: optax.OptState
