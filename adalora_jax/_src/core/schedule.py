@@ -35,9 +35,9 @@ def budget(
     which differs from the equation printed in the paper. Values are computed in Python's float64
     for any dtype of ``step`` and any precision setting, so they equal PEFT's exactly.
 
-    With ``"grow"``, as in IncreLoRA, ``init_r`` is the maximum rank of a matrix. The first mask
-    keeps the best triplets of the warm-up; the others stay in the adapters with λ = 0 and receive
-    gradients, so later masks can make them active.
+    With ``"grow"``, as in `IncreLoRA <https://arxiv.org/abs/2308.12043>`_, ``init_r`` is the
+    maximum rank of a matrix. The first mask keeps the best triplets of the warm-up; the others stay
+    in the adapters with λ = 0 and receive gradients, so later masks can make them active.
 
     A function as ``config.budget_schedule`` is called as ``schedule(config, step, n_adapters)``,
     with an int32 array as step, and returns b between ``tinit`` and the final step. The result is
