@@ -141,8 +141,8 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
     wanted, excluded = config.target_modules, config.exclude_modules
     if wanted is None:
         raise ValueError(
-            "`target_modules=None`: selects no layer; pass name suffixes, a regex or 'all-linear'; "
-            f"{_nearest('', candidates)}."
+            "`target_modules=None`: no layer is selected; pass name suffixes, a regex or "
+            f"'all-linear'; {_nearest('', candidates)}."
         )
     for name in wanted if isinstance(wanted, tuple) else ():
         _require_match("target_modules", name, (name,), candidates)
