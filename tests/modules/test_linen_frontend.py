@@ -196,7 +196,7 @@ def test_adapters_of_another_model_raise(model):
     adapters = adapted.init(jax.random.key(2), variables, x)
     with pytest.raises(ValueError, match=r"adapters\['encoder/up'\]`: not a layer of Model"):
         adapted.apply(variables, {"encoder/up": adapters["layers_0/up"]}, x)
-    with pytest.raises(ValueError, match=r"'layers_0/up' is for .* 8 x 8.*8 x 24"):
+    with pytest.raises(ValueError, match=r"'layers_0/up'\]`: the adapter is for .* 8 x 8.*8 x 24"):
         adapted.apply(variables, {"layers_0/up": adapters["layers_0/attn/query"]}, x)
     with pytest.raises(TypeError, match=r"adalora_jax\.nnx\.adapt"):
         adalora.linen.adapt(lambda x: x, config())
