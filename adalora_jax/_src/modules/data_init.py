@@ -137,6 +137,9 @@ def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, j
     Returns:
       ``{path: array [*stack, in, in]}``, in at least float32.
 
+    Raises:
+      TypeError, ValueError: for linen, as in :meth:`adalora_jax.linen.AdaptedModule.apply`.
+
     >>> import adalora_jax, flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.arange(12.0).reshape(2, 6)
     >>> variables = model.init(jax.random.key(0), x)

@@ -163,7 +163,8 @@ def compact(params: Any, opt_state: Any, tx: optax.GradientTransformation | None
 
     Raises:
       ValueError: an adapter has no mask, or a mask has no adapter of its shape; with ``tx``, the
-        final mask is missing, or the optimizer stores an array of another shape for an adapter.
+        final mask is missing, or the optimizer stores an array of another shape for an adapter; or
+        ``tx`` is given with an NNX model.
 
     Warns:
       UserWarning: without ``tx``, if the final mask is missing; :func:`finish` makes it.
@@ -221,6 +222,7 @@ def finish(opt_state: Any, params: Any, grads: Any = None) -> Any:
       ``(params, opt_state)``, in their containers. Further updates belong to the final phase.
 
     Raises:
+      TypeError: ``params`` is an NNX model, but ``opt_state`` is not an ``nnx.Optimizer``.
       ValueError: no update was made yet, so there are no averages; the score needs ``grads``; the
         state contains no allocator state or more than one, or one for other adapters.
 
