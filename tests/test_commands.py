@@ -150,10 +150,10 @@ def test_export_to_merged_base_adds_increments_and_shows_progress(trained, saved
     [
         (["inspect", "nothing"], "nothing is not a folder"),
         (["inspect", "."], "is not a checkpoint of adalora_jax"),
-        (["export", "saved", "--to", "merged", "--out", "x"], "--to merged needs --base"),
+        (["export", "saved", "--to", "merged", "--out", "x"], "`--to merged`: needs --base"),
         (
             ["export", "saved", "--to", "peft", "--out", "x", "--base", "y"],
-            "--base y is used only",
+            "`--base y`: is only for --to merged",
         ),
         (
             [
@@ -168,9 +168,9 @@ def test_export_to_merged_base_adds_increments_and_shows_progress(trained, saved
                 "--task-type",
                 "CAUSAL_LM",
             ],
-            "--task-type CAUSAL_LM is for --to peft",
+            "`--task-type CAUSAL_LM`: is only for --to peft",
         ),
-        (["export", "saved", "--to", "peft", "--out", "saved"], "--out saved exists"),
+        (["export", "saved", "--to", "peft", "--out", "saved"], "`--out saved`: exists"),
         (["export", "saved", "--to", "peft", "--out", "x", "--names", "bert"], "matches no pair"),
         (
             ["export", "saved", "--to", "peft", "--out", "x", "--names", "mars"],

@@ -105,8 +105,8 @@ def _unreached(cls: type) -> str:
         for name in ("__call__", "attend"):
             if name in vars(own) and not _compat.uses_super(vars(own)[name]):
                 return (
-                    f"its {name} does not call super().{name}, so its adapter would add nothing: "
-                    f"{DECLARE}"
+                    f"its {name} does not call super().{name}, so its adapter would add nothing "
+                    f"({DECLARE})"
                 )
     return ""
 
