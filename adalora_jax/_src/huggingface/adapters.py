@@ -192,7 +192,7 @@ def load_pretrained(
         saved = saved_from_torch(file.saved, names, like)
         pattern = _read_pattern(file, masks, names)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(directory)}: {error}") from None
+        raise ValueError(f"`{os.fspath(directory)}`: {error}") from None
     dtypes = {str(leaf.dtype) for adapter in adapters.values() for leaf in adapter}
     config = file.config.replace(
         target_modules=tuple(adapters),
@@ -252,7 +252,10 @@ def save_as_lora(
     matrices, places = to_matrices(adapters, scale, pattern, names)
     matrices = {name: m.live() for name, m in matrices.items() if m.mask.any()}
     if not matrices:
-        raise ValueError("adapters have no active triplet, so nothing can be written: check masks.")
+        raise ValueError(
+            "`adapters`: have no active triplet, so nothing can be written; pass masks in which "
+            "some are True."
+        )
     tensors, found = {}, pytree.adapters(adapters)
     for name, matrix in matrices.items():
         a, b = _folded(matrix, scale, name)
@@ -298,8 +301,8 @@ def _refuse_embeddings(adapters: Mapping[str, Any]) -> None:
     for path, adapter in pytree.adapters(adapters).items():
         if adapter.layout is not None and adapter.layout.kind == "embed":
             raise ValueError(
-                f"adapters: {path!r} adapts an embedding, for which PEFT's AdaLoRA has no layer "
-                "and PEFT's LoRA has another format: exclude it by exclude_modules, or add the "
+                f"`adapters`: {path!r} adapts an embedding, for which PEFT's AdaLoRA has no layer "
+                "and PEFT's LoRA has another format; exclude it by exclude_modules, or add the "
                 "increments to the base model's files with merge_pretrained(adapters, base, out)."
             )
 
@@ -316,8 +319,8 @@ def _folded(matrix: LowRankMatrix, scale: float, name: str) -> tuple[np.ndarray,
         b = (matrix.p.astype(wide) * c[:, None]).astype(matrix.p.dtype).T
     if not np.isfinite(b.astype(wide)).all():
         raise ValueError(
-            f"the product of λ, the scale and p of {name!r} is not finite in {matrix.p.dtype}: "
-            "convert the adapters to float32, or check them."
+            f"`adapters`: the product of λ, the scale and p of {name!r} is not finite in "
+            f"{matrix.p.dtype}; convert the adapters to float32, or check them."
         )
     return matrix.q, b
 
@@ -385,11 +388,15 @@ def _about(
 ) -> dict[str, Any]:
     """Return the base model, task type and mode for PEFT's config."""
     if task_type not in (None, *_TASKS):
-        raise ValueError(f"task_type={task_type!r} must be one of {', '.join(_TASKS)}, or None.")
+        raise ValueError(
+            f"`task_type={task_type!r}`: must be one of {', '.join(_TASKS)}, or None; pass one of "
+            "these."
+        )
     if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not saved:
         raise ValueError(
-            f"task_type={task_type!r}: PEFT then expects the classifier in the file, but adapters "
-            "has no other parameters: add the classifier's parameters, or leave task_type out."
+            f"`task_type={task_type!r}`: makes PEFT expect the classifier in the file, but "
+            "adapters has no other parameters; add the classifier's parameters, or leave task_type "
+            "out."
         )
     return {
         "base_model_name_or_path": base_model,

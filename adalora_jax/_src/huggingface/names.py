@@ -61,7 +61,8 @@ class NameMap:
             pairs = tuple((str(flax), str(hf)) for flax, hf in pairs)
         except (TypeError, ValueError):
             raise ValueError(
-                f"names={self.pairs!r} must be pairs (name in Flax, name in Hugging Face)."
+                f"`names={self.pairs!r}`: must be pairs (name in Flax, name in Hugging Face); pass "
+                "a list such as [('layers/{i}/query', 'model.layers.{i}.query')]."
             ) from None
         object.__setattr__(self, "pairs", pairs)
         object.__setattr__(self, "conv1d", tuple(self.conv1d))
@@ -69,8 +70,9 @@ class NameMap:
             ours, theirs = (_template(name) for name in pair)
             if theirs.index or set(ours.fields) != set(theirs.fields):
                 raise ValueError(
-                    f"names: the pair {pair!r} must have the same placeholders on both sides, and "
-                    "an index in brackets only on the first."
+                    f"`names`: the pair {pair!r} must have the same placeholders on both sides, "
+                    "and an index in brackets only on the first; write it like ('query[{i}]', "
+                    "'layers.{i}.query')."
                 )
 
     def to_hf(
@@ -91,8 +93,8 @@ class NameMap:
         """
         if "." in path:
             raise ValueError(
-                f"{path!r} has a dot in a name, which separates modules in PyTorch: pass the "
-                "adapters under other paths."
+                f"`path={path!r}`: has a dot in a name, which separates modules in PyTorch; pass "
+                "the adapters under other paths."
             )
         found = self.match(path, index)
         if not found:
@@ -152,8 +154,8 @@ class NameMap:
         near = sorted(known, key=lambda k: -difflib.SequenceMatcher(None, plain, k).ratio())[:3]
         stack = f" with {len(index)} stack axes" if index else ""
         return (
-            f"{name[:200]!r}{stack} matches no pair of names; the nearest that do: "
-            f"{', '.join(near)}. Pass names=[('name/in/flax/{{i}}', 'name.in.huggingface.{{i}}'), "
+            f"`names`: {name[:200]!r}{stack} matches no pair, and the nearest names that do are "
+            f"{', '.join(near)}; pass names=[('name/in/flax/{{i}}', 'name.in.huggingface.{{i}}'), "
             "...], see huggingface.NameMap, or another family of huggingface.hf_names."
         )
 
@@ -214,7 +216,7 @@ def _template(name: str) -> _Template:
     part = (int(found[3]), int(found[4])) if found and found[3] else (0, 1)
     if found is None or "{" in left or "}" in left or part[0] >= part[1]:
         raise ValueError(
-            f"names: {name!r} cannot be read: write it like 'layers/{{i}}/query', "
+            f"`names`: {name!r} cannot be read; write it like 'layers/{{i}}/query', "
             "'layers/query[{i}]' or 'attn/qkv:0/3'."
         )
     index = tuple(found[2].split(",")) if found[2] else ()
@@ -391,7 +393,8 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
     """
     if family not in _FAMILIES:
         raise ValueError(
-            f"names={family!r} must be one of {', '.join(_FAMILIES)}, or pairs of names."
+            f"`names={family!r}`: must be one of {', '.join(_FAMILIES)}, or pairs of names; pass "
+            "one of these."
         )
     known = _FAMILIES[family]
     prefix = known.prefix if prefix is None else prefix.strip(".")
