@@ -120,7 +120,7 @@ def test_dtype_that_cannot_hold_weights_raises(tmp_path):
     )
     with pytest.raises(ValueError, match=r"`dtype=float16`: cannot represent.*'layers_0/kernel'"):
         load("float16")
-    with pytest.raises(ValueError, match=r"dtype=int8 .* floating-point"):
+    with pytest.raises(ValueError, match=r"`dtype=int8`: .* floating-point"):
         load("int8")
 
 

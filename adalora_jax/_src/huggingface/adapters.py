@@ -389,8 +389,8 @@ def _about(
     """Return the base model, task type and mode for PEFT's config."""
     if task_type not in (None, *_TASKS):
         raise ValueError(
-            f"`task_type={task_type!r}`: must be one of {', '.join(_TASKS)}, or None; pass one of "
-            "these."
+            f"`task_type={task_type!r}`: must be one of {', '.join(_TASKS)}, or None; use one of "
+            "them."
         )
     if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not saved:
         raise ValueError(

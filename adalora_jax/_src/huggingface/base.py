@@ -178,7 +178,8 @@ def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, laye
         fitting = [path for path in leaves if rank_spec.matches(pattern, path)]
         if not fitting:
             raise ValueError(
-                f"`equations`: {pattern!r} matches no parameter; name one of {_list(leaves)}."
+                f"`equations`: {pattern!r} matches no parameter; name one of the parameters: "
+                f"{_list(leaves)}."
             )
         for path in fitting:
             axes = {path.rpartition("/")[2]: len(leaves[path].shape)}

@@ -313,8 +313,8 @@ def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dic
             )
         if spec.dtype not in FLOATS:
             raise ValueError(
-                f"`{file.path}`: {key!r} has dtype {spec.dtype}, but must have one of "
-                f"{', '.join(FLOATS)}; convert or dequantise it first."
+                f"`{file.path}`: {key!r} has dtype {spec.dtype}, but only {', '.join(FLOATS)} can "
+                "be computed with; convert or dequantise it first."
             )
         if found and bool(found[3]) == (kind == "LORA"):
             layout.setdefault(name, {})[found[2]] = key

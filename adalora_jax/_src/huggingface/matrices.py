@@ -70,8 +70,8 @@ def to_matrices(
     found = pytree.adapters(adapters)
     if not found:
         raise ValueError(
-            f"`adapters`: no adapter was found in the {type(adapters).__name__} given as adapters; "
-            "pass {path: Adapter}."
+            f"`adapters`: no adapter was found in the {type(adapters).__name__}; pass "
+            "{path: Adapter}."
         )
     by_path = pattern or {}
     pieces: dict[str, dict[int, tuple[LowRankMatrix, tuple[int, int]]]] = {}

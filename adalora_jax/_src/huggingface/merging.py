@@ -261,8 +261,8 @@ def _merged(
         merged = (weight.astype(wide) + delta).astype(weight.dtype)
     if safe and not np.isfinite(merged.astype(wide)).all():
         raise ValueError(
-            f"`adapter`: the merged {name!r} is not finite in {weight.dtype}; check the adapter, "
-            "or convert the base to a wider dtype."
+            f"`adapter`: the merged weight {name!r} is not finite in {weight.dtype}; check the "
+            "adapter, or convert the base to a wider dtype."
         )
     return merged
 

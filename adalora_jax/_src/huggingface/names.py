@@ -393,8 +393,8 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
     """
     if family not in _FAMILIES:
         raise ValueError(
-            f"`names={family!r}`: must be one of {', '.join(_FAMILIES)}, or pairs of names; pass "
-            "one of these."
+            f"`names={family!r}`: must be one of {', '.join(_FAMILIES)}, or pairs of names; use "
+            "one of them."
         )
     known = _FAMILIES[family]
     prefix = known.prefix if prefix is None else prefix.strip(".")

@@ -136,8 +136,8 @@ class ParamSource(NamedTuple):
             if self.weights.specs[key].dtype not in FLOATS:
                 raise ValueError(
                     f"`directory`: {key!r}, for {path!r}, has dtype "
-                    f"{self.weights.specs[key].dtype}, but must have one of {', '.join(FLOATS)}; "
-                    "convert or dequantise it first."
+                    f"{self.weights.specs[key].dtype}, but only {', '.join(FLOATS)} can be "
+                    "computed with; convert or dequantise it first."
                 )
         own = tuple(axis for axis in range(len(shape)) if axis not in stack)
         if layer is None and path.rpartition("/")[2] != "kernel":
