@@ -32,6 +32,8 @@ _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "
 class Loaded(NamedTuple):
     """An adapter loaded from a file, with the paths of the Flax model.
 
+    :func:`load_pretrained` returns it and has an example.
+
     Attributes:
       adapters: ``{path: Adapter}``, and ``{path: parameters}`` of ``modules_to_save``, in the
         file's dtypes; λ of a LoRA adapter is float32.
@@ -56,6 +58,10 @@ def save_pretrained(
 ) -> None:
     """Write an AdaLoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
 
+    The tensors of an increment ``scale · pᵀ diag(λ) q`` (`AdaLoRA, Eq. (3)
+    <https://arxiv.org/abs/2303.10512>`_) are ``lora_A = q`` ``[r, in]``, ``lora_B = pᵀ``
+    ``[out, r]`` and ``lora_E = λ`` ``[r, 1]``.
+
     The masks alone determine the written rows, independently of the values of λ: pruned rows are
     removed and recorded in ``rank_pattern``, as in PEFT. All other numbers are written bit for bit,
     in their own dtype. PEFT has one alpha and one init_r for all layers, so if adapters have
@@ -72,8 +78,9 @@ def save_pretrained(
       adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``: the trained
         parameters with the masks applied, see :func:`adalora_jax.eval_params`.
       config: the run's config, for PEFT's config file. The scale is read from the adapters.
-      masks: the optimizer's state, or as in :func:`adalora_jax.masks`; without them every triplet
-        is written. A ``UserWarning`` reports a state whose final mask is still to come.
+      masks: the optimizer's state, or ``{path: [..., r] booleans}`` as in
+        :func:`adalora_jax.masks`; without them every triplet is written. A ``UserWarning`` reports
+        a state whose final mask is still to come.
       names: the names of the layers in PyTorch: a family such as ``"bert"``, pairs of names, or
         a :class:`~adalora_jax.huggingface.NameMap`. Without it ``/`` becomes ``.``.
       base_model: the base model's name on the Hub, or its path, for the config.
@@ -218,11 +225,12 @@ def save_as_lora(
 ) -> None:
     """Write a plain LoRA adapter that computes the same function, for PEFT and serving engines.
 
-    ``A = q`` and ``B = scale · pᵀ diag(λ)``, so that ``B A`` is the increment of `AdaLoRA, Eq. (3)
-    <https://arxiv.org/abs/2303.10512>`_. ``B`` is computed in at least float32 and rounded once to
-    the dtype of ``p``. The rank of every module is its number of active triplets
-    (``rank_pattern``); modules of rank 0 are omitted. Each module's alpha equals its rank, so that
-    engines with a single ``lora_alpha / r`` for all modules compute the same function as PEFT.
+    ``A = q`` ``[r, in]`` and ``B = scale · pᵀ diag(λ)`` ``[out, r]``, so that ``B A`` is the
+    increment of `AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_. ``B`` is computed in at
+    least float32 and rounded once to the dtype of ``p``. The rank of every module is its number of
+    active triplets (``rank_pattern``); modules of rank 0 are omitted. Each module's alpha equals
+    its rank, so that engines with a single ``lora_alpha / r`` for all modules compute the same
+    function as PEFT.
 
     Args:
       directory, adapters, config, masks, names, base_model, task_type: as in

@@ -90,6 +90,9 @@ class NameMap:
 
         Raises:
           ValueError: no pair matches (the message lists the nearest), or ``path`` contains a dot.
+
+        >>> NameMap({"attn/query": "attn.qkv:0/3"}).to_hf("attn/query")
+        [('attn.qkv', (0, 1), (0, 3))]
         """
         if "." in path:
             raise ValueError(
@@ -104,7 +107,18 @@ class NameMap:
     def match(
         self, path: str, index: tuple[int, ...] = ()
     ) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
-        """Return the result of :meth:`to_hf`, or an empty list if no pair matches."""
+        """Return the PyTorch modules of one matrix of a Flax weight, if a pair matches.
+
+        Args:
+          path: the path of the weight.
+          index: the matrix's index on the weight's stack axes.
+
+        Returns:
+          The result of :meth:`to_hf`, or an empty list if no pair matches.
+
+        >>> NameMap({"query": "q_proj"}).match("query"), NameMap({"query": "q_proj"}).match("key")
+        ([('q_proj', (0, 1), (0, 1))], [])
+        """
         found: dict[int, tuple[str, tuple[int, int], tuple[int, int]]] = {}
         count = 0
         for ours, theirs in self._templates:
@@ -122,10 +136,16 @@ class NameMap:
           name: the name of the module.
 
         Returns:
-          ``(place, part of the module's outputs)`` for each part; part k of n is ``(k, n)``.
+          ``(place, part of the module's outputs)`` for each part; part k of n is ``(k, n)``. A
+          place is a tuple ``(path, at, part)``: the path of the weight, the index on its stack axes
+          and the part of its outputs.
 
         Raises:
           ValueError: no pair matches (the message lists the nearest).
+
+        >>> names = NameMap({"attn/query": "attn.qkv:0/2", "attn/key": "attn.qkv:1/2"})
+        >>> [(place.path, part) for place, part in names.to_flax("attn.qkv")]
+        [('attn/query', (0, 2)), ('attn/key', (1, 2))]
         """
         found: dict[int, tuple[ParamLocation, tuple[int, int]]] = {}
         count = 0
@@ -141,7 +161,17 @@ class NameMap:
         return [found[part] for part in sorted(found)]
 
     def is_conv1d(self, name: str) -> bool:
-        """Return whether the PyTorch module ``name`` stores its weight as ``[in, out]``."""
+        """Return whether a PyTorch module stores its weight as ``[in, out]``.
+
+        Args:
+          name: the name of the module.
+
+        Returns:
+          True if its last component is in ``conv1d``.
+
+        >>> hf_names("gpt2").is_conv1d("transformer.h.0.attn.c_attn")
+        True
+        """
         return name.rpartition(".")[2] in self.conv1d
 
     @functools.cached_property
