@@ -261,8 +261,8 @@ def save_as_lora(
     matrices = {name: m.live() for name, m in matrices.items() if m.mask.any()}
     if not matrices:
         raise ValueError(
-            "`adapters`: have no active triplet, so nothing can be written; pass masks in which "
-            "some are True."
+            "`adapters`: have no active triplet, so nothing can be written; pass adapters "
+            "and masks with at least one."
         )
     tensors, found = {}, pytree.adapters(adapters)
     for name, matrix in matrices.items():

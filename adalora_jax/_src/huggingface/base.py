@@ -211,8 +211,11 @@ def _check(path, weights, readings, missing, misfits, allowed) -> None:
             f"`names`: the checkpoint has no tensor for the parameters {_list(missing)}; map them "
             "with names=, or keep their values with allow_missing=."
         )
-    if misfits:
-        wrong.append(_list(misfits, " "))
+    wrong += misfits[:_SHOWN]
+    if misfits[_SHOWN:]:
+        wrong.append(
+            f"`model`: {len(misfits) - _SHOWN} more tensors do not fit; correct these first."
+        )
     if unused and (missing or not misfits):
         wrong.append(
             f"`names`: the tensors {_list(map(repr, unused))} are not used; map their names with "
@@ -234,10 +237,10 @@ def _is_allowed(name: str, allowed: Allowed) -> bool:
     return any(rank_spec.matches(pattern, name) for pattern in patterns)
 
 
-def _list(items: Iterable[str], separator: str = ", ") -> str:
+def _list(items: Iterable[str]) -> str:
     items = list(items)
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return separator.join(items[:_SHOWN]) + more
+    return ", ".join(items[:_SHOWN]) + more
 
 
 @contextlib.contextmanager
