@@ -174,7 +174,7 @@ def test_export_to_merged_base_adds_increments_and_shows_progress(trained, saved
         (["export", "saved", "--to", "peft", "--out", "x", "--names", "bert"], "matches no pair"),
         (
             ["export", "saved", "--to", "peft", "--out", "x", "--names", "mars"],
-            "'mars' must be one",
+            "`names='mars'`: must be one",
         ),
         (["export", "saved", "--to", "merged", "--out", "x", "--base", "gone"], "gone"),
     ],
