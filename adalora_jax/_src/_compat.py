@@ -185,9 +185,9 @@ def set_class(module: Any, cls: type) -> None:
     and neither framework can copy a module to a subclass. ``object.__setattr__`` is used because
     linen modules are frozen and NNX modules would record ``__class__`` among their attributes.
     Needs upstream: a method that returns a module of another class with the same attributes.
-    Upstream: https://github.com/google/flax/issues/3585 asks how to swap layers of a linen model for
-    ones with LoRA, https://github.com/google/flax/issues/4666 for interceptors of NNX modules, with
-    which an adapted layer could keep its class.
+    Upstream: https://github.com/google/flax/issues/3585 asks how to swap layers for ones with LoRA
+    in linen, https://github.com/google/flax/issues/4666 for interceptors of NNX modules, with which
+    an adapted layer could keep its class.
     Checked with: flax 0.12.8.
     """
     object.__setattr__(module, "__class__", cls)

@@ -198,6 +198,19 @@ def restore(
       FileNotFoundError: the folder does not exist.
       ValueError: the folder is not a checkpoint of this library, is incomplete or damaged, or
         belongs to another config, optimizer or model (the message lists the differences).
+
+    >>> import optax, tempfile, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/run", adapters, tx.init(adapters), config, step=7)
+    ...     resumed, content = restore(f"{folder}/run", tx), restore(f"{folder}/run")
+    >>> resumed.step, resumed.config == config, int(resumed.allocator.budget)
+    (7, True, 4)
+    >>> _ = tx.update(adapters, resumed.opt_state, resumed.adapters)  # the run goes on
+    >>> "allocator/step" in content.opt_state  # by name, without tx
+    True
     """
     folder = _folder(path)
     about = _metadata(folder)

@@ -208,8 +208,9 @@ def rank_curves(
 ) -> Figure:
     """Draw the budget and the number of active triplets over time, and the distribution of ranks.
 
-    The second plot shows the mean rank, the interquartile range over all matrices, and the range
-    from the lowest to the highest rank, so it is readable for any number of matrices.
+    The budget is ``b(t)`` of `AdaLoRA, Eq. (12) <https://arxiv.org/abs/2303.10512>`_. The second
+    plot shows the mean rank, the interquartile range over all matrices, and the range from the
+    lowest to the highest rank, so it is readable for any number of matrices.
 
     Args:
       infos: the results of :func:`adalora_jax.info` during a run, in the order of their steps; or
@@ -258,9 +259,11 @@ def importance_history(
 ) -> Figure:
     """Draw the importance of every adapter over time: the sum of its triplets' scores.
 
-    Colours are logarithmic and span at most six orders of magnitude below the highest sum; lower
-    sums have the darkest colour, and sums of 0 have none. The curves above show the highest, mean
-    and lowest score of the active triplets; triplets below the lowest are pruned.
+    The scores are those that rank the triplets, ``S_i`` of `AdaLoRA, Eq. (7)
+    <https://arxiv.org/abs/2303.10512>`_ by default. Colours are logarithmic and span at most six
+    orders of magnitude below the highest sum; lower sums have the darkest colour, and sums of 0
+    have none. The curves above show the highest, mean and lowest score of the active triplets;
+    triplets below the lowest are pruned.
 
     Args:
       infos: as in :func:`rank_curves`.

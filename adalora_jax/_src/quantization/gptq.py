@@ -285,6 +285,8 @@ def load_gptq(
 ) -> Any:
     """Return a model with the kernels of a GPTQ checkpoint, in their packed form.
 
+    A kernel (`GPTQ <https://arxiv.org/abs/2210.17323>`_) computes with
+    ``W[i, o] = scales[g, o] · (qweight[i, o] − qzeros[g, o])``, where g is the group of input i.
     The biases of these layers are loaded, too. All other parameters are unchanged. The kernels to
     be replaced may be shapes, as ``jax.eval_shape`` or ``nnx.eval_shape`` returns them.
 
@@ -307,6 +309,20 @@ def load_gptq(
       ValueError: no layer of the model has a name in the checkpoint, a name is not in the
         checkpoint, shapes differ, the model lacks a bias that is not zero, or the checkpoint is not
         a valid GPTQ checkpoint.
+
+    >>> import tempfile
+    >>> from safetensors.numpy import save_file
+    >>> tensors = {
+    ...     "up.qweight": np.full((2, 8), 0x98765432, np.uint32).view(np.int32),  # 2 ... 9
+    ...     "up.qzeros": np.full((1, 1), 0x77777777, np.int32),  # 8, less one
+    ...     "up.scales": np.full((1, 8), 0.5, np.float16),
+    ... }
+    >>> model = nnx.Sequential(nnx.Linear(16, 8, rngs=nnx.Rngs(0)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file(tensors, f"{folder}/model.safetensors")
+    ...     loaded = load_gptq(folder, model, names={"layers/0": "up"})
+    >>> loaded(jnp.ones((1, 16)))[0, :3]  # 2 * (2 + ... + 9 - 8 * 8) / 2
+    Array([-20., -20., -20.], dtype=float32)
     """
     layers = read_gptq(directory, dtype)
     params = parameters_of(model, variables)

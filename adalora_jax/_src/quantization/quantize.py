@@ -65,6 +65,11 @@ class Recipe:
     nf4     block of 64 inputs of an output channel       4.25
     ======  ============================================  ===========================
 
+    A weight W is stored as numbers Q and scales s with ``W ≈ s · Q``. With the maximum over the
+    weights that share a scale, s is ``max |W| / 127.5`` for int8 and ``max |W| / 7.5`` for int4,
+    with integers Q; for nf4 it is ``max |W|``, and Q are the nearest of the 16 levels of NormalFloat
+    (`QLoRA, Eq. (4) <https://arxiv.org/abs/2305.14314>`_).
+
     Attributes:
       qtype: ``"int8"``, ``"int4"`` or ``"nf4"``.
       block: maximum number of inputs that share a scale, a positive int; None: all inputs of an
@@ -254,7 +259,8 @@ def quantize(
 def quantize(model: Any, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> Any:
     """Return a model with a quantised base: an NNX model, or a linen module and its variables.
 
-    Weights are quantised one at a time. Under ``jax.eval_shape`` nothing is allocated.
+    :class:`Recipe` has the equations. Weights are quantised one at a time. Under ``jax.eval_shape``
+    nothing is allocated.
 
     Args:
       model: a linen module or an NNX model, with or without adapters; not changed. The adapters
