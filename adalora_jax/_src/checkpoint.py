@@ -221,7 +221,7 @@ def restore(
     if target is None:
         adapters = _adapters(_structs(_subtree("adapters", saved)), facts, about["nested"])
         for found, adapter in pytree.adapters(adapters).items():
-            check_adapter(adapter, f"{found!r} in {folder}")
+            check_adapter(adapter, f"adapters[{found!r}] in {folder}")
         opt_state = _structs(_subtree("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
     _refuse_other_facts(folder, facts, target[0])

@@ -197,7 +197,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON:
             raise ValueError(
-                f"`{path}`: has {size} bytes, but {MAX_JSON} are allowed; pass a smaller file."
+                f"`{path}`: has {size} bytes, but at most {MAX_JSON} can be read; shorten the file."
             )
         return parse_json(file.read(MAX_JSON), path)
 

@@ -67,7 +67,7 @@ class Recipe:
 
     A weight W is stored as numbers Q and scales s with ``W ≈ s · Q``. With the maximum over the
     weights that share a scale, s is ``max |W| / 127.5`` for int8 and ``max |W| / 7.5`` for int4,
-    with integers Q; for nf4 it is ``max |W|``, and Q are the nearest of the 16 levels of NormalFloat
+    with integers Q; for nf4 it is ``max |W|``, and Q has the nearest of NormalFloat's 16 levels
     (`QLoRA, Eq. (4) <https://arxiv.org/abs/2305.14314>`_).
 
     Attributes:
@@ -98,7 +98,7 @@ class Recipe:
     def __post_init__(self):
         if self.qtype not in _QTYPES:
             raise ValueError(
-                f"`qtype={self.qtype!r}`: must be one of {', '.join(map(repr, _QTYPES))}; pass one "
+                f"`qtype={self.qtype!r}`: must be one of {', '.join(map(repr, _QTYPES))}; use one "
                 "of them."
             )
         if self.block == "default":
@@ -547,7 +547,7 @@ def _dtype(to: Any) -> Any:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"`to={to!r}`: must be a floating-point dtype, 'requantize', a Recipe or one of "
-            f"{', '.join(map(repr, _QTYPES))}; pass one of them."
+            f"{', '.join(map(repr, _QTYPES))}; use one of them."
         )
     return dtype
 
