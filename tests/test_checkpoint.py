@@ -51,7 +51,7 @@ def test_save_refuses_adapters_of_rank_0(tmp_path):
     adapter = adalora.init_adapter(jax.random.key(0), 6, 5, config)
     adapters = {"a": adapter, "b": jax.tree.map(lambda leaf: leaf[:0], adapter)}
     opt_state = adalora.adalora(optax.adam(1e-3), config).init(adapters)
-    with pytest.raises(ValueError, match=r"adapters: 'b' has rank 0.*compact"):
+    with pytest.raises(ValueError, match=r"`adapters`: 'b' has rank 0.*compact"):
         checkpoint.save(tmp_path / "run", adapters, opt_state, config)
     assert not list(tmp_path.iterdir())
 
@@ -165,7 +165,7 @@ def test_checkpoint_manager_keeps_best_steps(trained, tmp_path):
     back = checkpoint.restore(tmp_path / "1", optimizer())
     assert_same_bits((back.adapters, back.opt_state), trained)
     assert back.step == 1
-    with pytest.raises(ValueError, match=r"not a checkpoint of adalora_jax.*of its steps: 1; 2"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of adalora_jax.*of its steps: 1, 2"):
         checkpoint.restore(tmp_path)
 
 
