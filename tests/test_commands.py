@@ -148,7 +148,7 @@ def test_export_to_merged_base_adds_increments_and_shows_progress(trained, saved
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nothing"], "nothing is not a folder"),
+        (["inspect", "nothing"], "nothing`: is not a folder"),
         (["inspect", "."], "is not a checkpoint of adalora_jax"),
         (["export", "saved", "--to", "merged", "--out", "x"], "`--to merged`: needs --base"),
         (
@@ -201,7 +201,7 @@ def test_unwritable_output_exits_with_one_line(saved, tmp_path, to):
     out = tmp_path / "file" / "out"
     with pytest.raises(SystemExit) as stop:
         main(["export", str(saved), "--to", to, "--out", str(out)])
-    assert f"`directory='{out}'` cannot be written: Not a directory" in str(stop.value.code)
+    assert f"`directory='{out}'`: cannot be written: Not a directory" in str(stop.value.code)
 
 
 def test_interrupt_exits_with_one_line(saved, monkeypatch, capsys):

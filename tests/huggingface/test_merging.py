@@ -444,7 +444,7 @@ def test_failed_or_killed_merge_leaves_nothing_or_everything(is_killed, tmp_path
         if len(seen) < number:
             break
         if failed:
-            assert f"`out_directory={str(out)!r}` cannot be written: No space left" in failed
+            assert f"`out_directory={str(out)!r}`: cannot be written: No space left" in failed
         if not is_killed:
             assert not list(tmp_path.glob(".*"))
         if out.exists():

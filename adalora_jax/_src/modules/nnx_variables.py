@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adalora_jax._src._compat import is_qwix_weight
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.low_rank import accumulation_dtype
 
@@ -150,15 +151,6 @@ def is_weight(value: Any) -> bool:
     """Return whether a value is a parameter, or a weight that is stored as integers."""
     packed = isinstance(value, nnx.Variable) and pytree.is_packed(value.get_raw_value())
     return packed or isinstance(value, nnx.Param) or is_qwix_weight(value)
-
-
-def is_qwix_weight(value: Any) -> bool:
-    """Return whether a value is a weight, integers and scales, of ``qwix.quantize_model``.
-
-    >>> is_qwix_weight(nnx.Param(1.0))
-    False
-    """
-    return hasattr(value, "how") and hasattr(getattr(value, "array", None), "qvalue")
 
 
 def sharded_variable(weight: Any) -> nnx.Variable:
