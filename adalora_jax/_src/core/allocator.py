@@ -19,7 +19,7 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack, stack_like
+from adalora_jax._src.core.roles import ByRole, group_by_role, per_triplet, stack, stack_like
 from adalora_jax._src.core.schedule import budget, cost
 from adalora_jax._src.core.scores import (
     ScoreInputs,
@@ -244,11 +244,8 @@ def update_allocator(
     change if any ``w · g`` is not finite.
     """
     config, averages = state.config, (state.sensitivity, state.uncertainty)
-    raw = stack_like(
-        state.sensitivity,
-        {path: map_leaves(raw_sensitivity, a, gradients[path]) for path, a in weights.items()},
-    )
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(raw)]))
+    raw = raw_by_role(state.sensitivity, weights, gradients)
+    finite = jnp.all(per_triplet(jnp.all, jax.tree.map(jnp.isfinite, raw)))
 
     def new_averages():
         leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
@@ -276,6 +273,28 @@ def update_allocator(
         budget=jnp.where(finite & (state.step <= config.final_step), allowed, state.budget),
         masks=masks,
     )
+
+
+def raw_by_role(
+    like: ByRole, weights: Mapping[str, Adapter], gradients: Mapping[str, Adapter]
+) -> ByRole:
+    """Return the sensitivities ``|w · g|`` of one step by role, with the static fields of ``like``.
+
+    The λ of a role are stacked before the product, because XLA's compiler for TPUs would compute
+    the product of each in a kernel.
+    """
+
+    def product(weight: Adapter, gradient: Adapter) -> Adapter:
+        p, q = (raw_sensitivity(*both) for both in ((weight.p, gradient.p), (weight.q, gradient.q)))
+        return Adapter(p, weight.lam, q)
+
+    joined = stack_like(like, {path: product(a, gradients[path]) for path, a in weights.items()})
+    of_lam = stack(like.roles, {path: gradient.lam for path, gradient in gradients.items()})
+    raw = {
+        name: a._replace(lam=raw_sensitivity(a.lam, of_lam.stacked[name]))
+        for name, a in joined.stacked.items()
+    }
+    return ByRole(raw, like.roles)
 
 
 def best_masks(

@@ -28,7 +28,7 @@ from adalora_jax._src.core.allocator import (
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.init import INIT_STD
 from adalora_jax._src.core.regularizer import penalty
-from adalora_jax._src.core.roles import ByRole, map_leaves, stack
+from adalora_jax._src.core.roles import ByRole, map_leaves, per_triplet, stack
 
 _LORA_SCALE = 2.0  # the common choice alpha = 2 r
 _SMALL_SCALE = 0.25  # an eighth of it; docs/how-to/learning-rate.md has the measured increments
@@ -256,13 +256,12 @@ def _prune(now: jax.Array, adapter: Adapter, move: Adapter, mask: jax.Array) -> 
 
 def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> jax.Array:
     """Return the number of λ that are not 0 although the last update's masks prune them."""
-    nonzero = stack(state.masks.roles, {path: a.lam != 0 for path, a in adapters.items()})
+    lam = stack(state.masks.roles, {path: adapter.lam for path, adapter in adapters.items()})
 
-    def count(mask, alive):
-        return jnp.sum(~mask & alive, dtype=jnp.int32)
+    def revived(mask, lam):
+        return (~mask & (lam != 0)).astype(jnp.int32)
 
-    counts = jax.tree.leaves(jax.tree.map(count, state.masks, nonzero))
-    return sum(counts, start=jnp.zeros((), jnp.int32))
+    return jnp.sum(per_triplet(jnp.sum, jax.tree.map(revived, state.masks, lam)), dtype=jnp.int32)
 
 
 _OUTSIDE = "accumulate outside of it, optax.MultiSteps(adalora(inner, config), k)"
