@@ -4,12 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from support.small_models import (
-    IDS,
-    Tied,
-    adapted_of,
-    draw,
-)
+from support.small_models import IDS, Tied, adapted_of, draw
 
 import adalora_jax as adalora
 

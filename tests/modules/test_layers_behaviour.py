@@ -1,4 +1,4 @@
-"""Dropout, RNG streams, dtypes, precision and collections of adapters follow their layers."""
+"""Dropout of stacks, dtypes and precision of adapters follow their layers."""
 
 from __future__ import annotations
 

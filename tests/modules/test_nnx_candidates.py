@@ -4,12 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.small_models import (
-    Scaled,
-    in_model,
-    linear,
-    nnx_config,
-)
+from support.small_models import Scaled, in_model, linear, nnx_config
 
 import adalora_jax as adalora
 

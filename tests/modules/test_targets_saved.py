@@ -1,4 +1,4 @@
-"""A linen head that ``modules_to_save`` trains: its dtypes, and the operations that must keep it."""
+"""A linen head that ``modules_to_save`` trains: its dtypes, and operations that must keep it."""
 
 import flax.linen as nn
 import flax.serialization

@@ -24,12 +24,6 @@ NNX_NAMES = files.NameMap((*hf_flax.NNX_LLAMA, *files.hf_names("llama").pairs))
 SMALL = {"max_shard_size": "4KB"}
 
 
-@pytest.fixture(autouse=True)
-def _flax_ranks():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
