@@ -15,6 +15,7 @@ from parity import hf_models as hf
 peft = pytest.importorskip("peft", reason="needs peft: pip install '.[parity]'")
 pytestmark = [
     pytest.mark.parity,
+    pytest.mark.usefixtures("flax_ranks"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
 ]
