@@ -1,4 +1,4 @@
-"""Fixtures that forbid implicit rank and dtype promotion."""
+"""Fixtures that forbid or allow implicit rank and dtype promotion."""
 
 import os
 
@@ -20,4 +20,11 @@ def _explicit_ranks():
 def strict_dtypes():
     """Raise on implicit dtype promotion; for tests without optax, whose own code promotes."""
     with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def flax_ranks():
+    """Allow rank promotion, which Flax's norms, attention and recurrent layers need."""
+    with jax.numpy_rank_promotion("allow"):
         yield

@@ -4,6 +4,7 @@ the names of the tests."""
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import types
@@ -148,6 +149,14 @@ def test_private_parts_are_found(code):
     )
 
 
+def test_uses_of_private_parts_are_explained():
+    thread = r"(https://github\.com/\S+/(issues|pull)/\d+|no issue was found; .)"
+    form = rf"\nWhy: .*\nNeeds upstream: .*\nUpstream: {thread}.*\nChecked with: "
+    for node in ast.parse(FILES["adalora_jax._src._compat"].read_text()).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            assert re.search(form, ast.get_docstring(node), re.DOTALL), node.name
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if "demo" in name])
 def test_demo_imports_only_public_modules(name):
     assert not [other for other in imports(name) if "_src" in other]
@@ -163,6 +172,28 @@ def test_facade_exports_exactly_its_imports(name):
     module = importlib.import_module(f"adalora_jax.{name}")
     public = {n for n, value in vars(module).items() if not n.startswith("_")}
     assert sorted(public) == sorted(module.__all__)
+
+
+# Modules without a test file of their own, each with the reason.
+UNTESTED = {
+    "_compat": "the tests of its callers run every function of it",
+    "version": "one string",
+    "core/protocols": "types alone, which pyright checks",
+}
+MODULES = sorted(
+    path.relative_to(PACKAGE / "_src").with_suffix("").as_posix()
+    for path in (PACKAGE / "_src").rglob("*.py")
+    if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_has_a_test_file_of_its_name(module):
+    """``merging.py`` is tested by ``test_merging.py``, or by ``test_merging_….py`` alone."""
+    folder, _, name = module.rpartition("/")
+    files = {path.stem for path in (ROOT / "tests" / folder).glob("test_*.py")}
+    found = any(f"{file}_".startswith(f"test_{name}_") for file in files)
+    assert found != (module in UNTESTED), "add a test file, or correct UNTESTED"
 
 
 @pytest.mark.parametrize("package", ["core", "modules", "quantization", "huggingface"])

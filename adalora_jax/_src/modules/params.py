@@ -26,8 +26,8 @@ def parameters_of(model: Any, variables: Mapping[str, Any] | None) -> dict[str, 
         return nnx_variables.parameters(model)
     if not isinstance(model, nn.Module) or variables is None:
         raise TypeError(
-            f"model is a {type(model).__name__} with variables={type(variables).__name__}: it must "
-            "be an NNX module, or a linen module with its variables."
+            f"`model={type(model).__name__}, variables={type(variables).__name__}`: must be an NNX "
+            "module without variables, or a linen module with its variables; pass one of the two."
         )
     return by_path(linen_layers.unboxed(variables))
 

@@ -65,6 +65,11 @@ class Recipe:
     nf4     block of 64 inputs of an output channel       4.25
     ======  ============================================  ===========================
 
+    A weight W is stored as numbers Q and scales s with ``W ≈ s · Q``. With the maximum over the
+    weights that share a scale, s is ``max |W| / 127.5`` for int8 and ``max |W| / 7.5`` for int4,
+    with integers Q; for nf4 it is ``max |W|``, and Q has the nearest of NormalFloat's 16 levels
+    (`QLoRA, Eq. (4) <https://arxiv.org/abs/2305.14314>`_).
+
     Attributes:
       qtype: ``"int8"``, ``"int4"`` or ``"nf4"``.
       block: maximum number of inputs that share a scale, a positive int; None: all inputs of an
@@ -92,18 +97,27 @@ class Recipe:
 
     def __post_init__(self):
         if self.qtype not in _QTYPES:
-            raise ValueError(f"qtype={self.qtype!r} must be one of {_QTYPES}.")
+            raise ValueError(
+                f"`qtype={self.qtype!r}`: must be one of {', '.join(map(repr, _QTYPES))}; use one "
+                "of them."
+            )
         if self.block == "default":
             object.__setattr__(self, "block", None if self.qtype == "int8" else 64)
         is_int = isinstance(self.block, int) and self.block > 0
         if self.block is not None and (not is_int or self.block is True):
-            raise ValueError(f"block={self.block!r} must be a positive integer, or None.")
+            raise ValueError(
+                f"`block={self.block!r}`: must be a positive integer, or None; pass the number of "
+                "inputs that share a scale, such as 64."
+            )
         try:
             is_float = self.dtype is None or jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
         except TypeError:  # not a dtype
             is_float = False
         if not is_float:
-            raise ValueError(f"dtype={self.dtype!r} must be a floating-point dtype, or None.")
+            raise ValueError(
+                f"`dtype={self.dtype!r}`: must be a floating-point dtype, or None; pass one, "
+                "such as 'bfloat16'."
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -245,7 +259,8 @@ def quantize(
 def quantize(model: Any, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> Any:
     """Return a model with a quantised base: an NNX model, or a linen module and its variables.
 
-    Weights are quantised one at a time. Under ``jax.eval_shape`` nothing is allocated.
+    :class:`Recipe` has the equations. Weights are quantised one at a time. Under ``jax.eval_shape``
+    nothing is allocated.
 
     Args:
       model: a linen module or an NNX model, with or without adapters; not changed. The adapters
@@ -285,11 +300,13 @@ def quantize(model: Any, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> A
         return _quantized_nnx(model, recipe)
     if not isinstance(model, (nn.Module, linen_frontend.AdaptedModule)):
         raise TypeError(
-            f"model is a {type(model).__name__}: it must be a flax.linen module, followed by its "
-            "variables, or a flax.nnx module."
+            f"`model={type(model).__name__}`: neither a flax.linen nor a flax.nnx module; pass a "
+            "linen module and its variables, or an NNX module."
         )
     if not inputs:
-        raise TypeError("variables are missing: call quantize(module, recipe, variables, *inputs).")
+        raise TypeError(
+            "`variables`: are missing; call quantize(module, recipe, variables, *inputs)."
+        )
     variables, *inputs_ = inputs
     return _quantized_linen(model, recipe, variables, inputs_, kwargs)
 
@@ -431,9 +448,9 @@ def _checked_increment(path: str, weight: Packed, adapter: Any, layer: Layout) -
     check_fit(layer, adapter, weight.shape, path)
     if layer.kind == "unknown" or layer.note:
         raise ValueError(
-            f"the increment of {path!r} cannot be merged: "
+            f"`variables`: the increment of {path!r} cannot be merged: "
             + (layer.note or "it was read without like=adapters of this model")
-            + ". Serve the adapted model, or merge a float model and quantise the result."
+            + "; serve the adapted model, or merge a float model and quantise the result."
         )
     return weight_increment(layer, adapter, weight.shape)
 
@@ -479,8 +496,9 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
     held = qwix_models.weights(model)
     if held and dtype is None and to != "requantize":
         raise ValueError(
-            f"to={to!r}: Qwix quantised this model, and its code cannot use this library's packed "
-            "weights. Pass to='requantize', or a dtype and the result to quantization.quantize."
+            f"`to={to!r}`: Qwix quantised this model, and its code cannot use this library's "
+            "packed weights; pass to='requantize', or a dtype and the result to "
+            "quantization.quantize."
         )
     for path, module, name, weight in held:
         adaptation, layer = getattr(module, "adalora", None), nnx_layers.layer_of(module)
@@ -528,7 +546,8 @@ def _dtype(to: Any) -> Any:
         dtype = jnp.dtype(int)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"to={to!r} must be a floating-point dtype, 'requantize', a Recipe or one of {_QTYPES}."
+            f"`to={to!r}`: must be a floating-point dtype, 'requantize', a Recipe or one of "
+            f"{', '.join(map(repr, _QTYPES))}; use one of them."
         )
     return dtype
 
@@ -561,7 +580,7 @@ def _targets(candidates: Mapping[str, Candidate], recipe: Recipe) -> Any:
 
 def _floats(weight: Any, place: str) -> Any:
     if not jnp.issubdtype(weight.dtype, jnp.floating) or is_packed(weight):
-        raise ValueError(f"{place!r} is quantised already: quantise the float model.")
+        raise ValueError(f"`model`: {place!r} is quantised already; quantise the float model.")
     return weight
 
 
