@@ -40,24 +40,24 @@ def test_update_does_not_grow_with_repeated_layers(device):
     assert extra[0] == extra[1]
 
 
-@pytest.mark.parametrize("device", TPUS)
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("peer", ["adalora", "nf4-adalora"])
-def test_training_step_compiles(peer, scan, device):
+@pytest.mark.parametrize(
+    ("device", "peer", "scan"),
+    [("v5e", "adalora", False), ("v6e", "adalora", True), ("v5e", "nf4-adalora", True)],
+)
+def test_training_step_compiles(device, peer, scan):
     method, arguments = peers.abstract(peer, SMALL.replace(scan=scan))
     found = counts(device, peers.jitted(method), arguments)
     assert found.conditionals == 1
     assert found.collectives == 0
 
 
-@pytest.mark.parametrize("device", TPUS)
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_training_step_compiles_on_a_mesh(scan, device):
+@pytest.mark.parametrize(("device", "scan"), [("v5e", False), ("v6e", True)])
+def test_training_step_compiles_on_a_mesh(device, scan):
     mesh = Mesh(np.array(backends.devices(device, 4)).reshape(2, 2), ("data", "model"))
     collectives = {}
     for peer in ("lora", "adalora"):
         method, arguments = peers.abstract(peer, SMALL.replace(scan=scan))
         placed = compiled.on_mesh(arguments, mesh)
         collectives[peer] = backends.compiled(peers.jitted(method), *placed)[0].collectives
-    # The check for finite gradients, the penalty and the scores each need the sums over all devices.
-    assert collectives["lora"] < collectives["adalora"] <= collectives["lora"] + 60
+    # The sums over devices of the finite check, of the penalty and of the scores are combined.
+    assert collectives["lora"] < collectives["adalora"] <= collectives["lora"] + 8
