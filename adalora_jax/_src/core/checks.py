@@ -53,12 +53,12 @@ def integer(name: str, value: Any, *, minimum: int) -> int:
         number = None
     if number is None or isinstance(value, bool) or number < minimum:
         raise ValueError(
-            f"`{name}={shown(value)}`: must be an integer of at least {minimum}; use such a value."
+            f"`{name}={shown(value)}`: must be an integer of at least {minimum}; pass such an integer."
         )
     if number > MAX_INT:
         raise ValueError(
             f"`{name}={shown(value)}`: must be at most {MAX_INT}, since it is counted in an int32; "
-            "use such a value."
+            "pass a smaller integer."
         )
     return number
 
@@ -87,7 +87,7 @@ def number(name: str, value: Any, range_: str, ok: Callable[[float], bool]) -> i
         good = fits = False
     if not fits:
         limit = f", and at most {MAX_NUMBER:.3g}, the largest float32, in size" if good else ""
-        raise ValueError(f"`{name}={shown(value)}`: must be {range_}{limit}; use such a value.")
+        raise ValueError(f"`{name}={shown(value)}`: must be {range_}{limit}; pass such a number.")
     return value if isinstance(value, int) else float(value)
 
 
@@ -130,7 +130,7 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...], or_callable: bool = 
     >>> choice("init", "zeros", ("gaussian", "lambda_one"))
     Traceback (most recent call last):
         ...
-    ValueError: `init='zeros'`: must be one of 'gaussian', 'lambda_one'; use one of them.
+    ValueError: `init='zeros'`: must be one of 'gaussian', 'lambda_one'; pass one of these.
     """
     if or_callable and callable(value):
         return value
@@ -139,7 +139,7 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...], or_callable: bool = 
     options = ", ".join(repr(option) for option in allowed)
     raise ValueError(
         f"`{name}={value!r}`: must be one of {options}{', or a function' if or_callable else ''}; "
-        "use one of them."
+        "pass one of these."
     )
 
 
@@ -261,7 +261,7 @@ def dtype_name(name: str, value: Any) -> str:
         found = getattr(value, "__name__", None)
     if found not in DTYPES:
         raise ValueError(
-            f"`{name}={value!r}`: must be one of {', '.join(DTYPES)}; use one of them."
+            f"`{name}={value!r}`: must be one of {', '.join(DTYPES)}; pass one of these."
         )
     return DTYPES[DTYPES.index(found)]
 

@@ -322,7 +322,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
-                    f"`{name}={getattr(self, name)!r}`: must be True or False; use one of them."
+                    f"`{name}={getattr(self, name)!r}`: must be True or False; pass one of the two."
                 )
 
     def _check(self, name: str, check: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -52,7 +52,7 @@ class Layout:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(
-                f"`kind={self.kind!r}`: must be one of {', '.join(KINDS)}; use one of them."
+                f"`kind={self.kind!r}`: must be one of {', '.join(KINDS)}; pass one of these."
             )
         for name in ("ins", "outs", "stack"):
             object.__setattr__(self, name, tuple(getattr(self, name)))

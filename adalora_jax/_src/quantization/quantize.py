@@ -547,7 +547,7 @@ def _dtype(to: Any) -> Any:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"`to={to!r}`: must be a floating-point dtype, 'requantize', a Recipe or one of "
-            f"{', '.join(map(repr, _QTYPES))}; use one of them."
+            f"{', '.join(map(repr, _QTYPES))}; pass one of these."
         )
     return dtype
 
