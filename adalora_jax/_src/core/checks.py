@@ -53,7 +53,7 @@ def integer(name: str, value: Any, *, minimum: int) -> int:
         number = None
     if number is None or isinstance(value, bool) or number < minimum:
         raise ValueError(
-            f"`{name}={shown(value)}`: must be an integer of at least {minimum}; pass such an integer."
+            f"`{name}={shown(value)}`: must be an integer of at least {minimum}; pass one."
         )
     if number > MAX_INT:
         raise ValueError(
