@@ -1,10 +1,15 @@
-"""Fixtures that forbid implicit rank and dtype promotion."""
+"""Fixtures that forbid implicit promotion, and check the arrays in adapters where types are."""
 
+import inspect
 import os
+import typing
 
 import jax
 import pytest
+from jaxtyping import jaxtyped
 from support import compiling
+
+from adalora_jax import Adapter
 
 os.environ.setdefault("XLA_FLAGS", compiling.FLAGS)  # XLA reads it when it first compiles
 
@@ -21,3 +26,27 @@ def strict_dtypes():
     """Raise on implicit dtype promotion; for tests without optax, whose own code promotes."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _typed_adapters(pytestconfig):
+    """With ``--jaxtyping-packages``, check every new Adapter of arrays against its annotations.
+
+    The check by jaxtyping itself would refuse the other values that JAX puts in an Adapter.
+    """
+    if not pytestconfig.getoption("jaxtyping_packages"):
+        yield
+        return
+    hints, wrapped = typing.get_type_hints(Adapter), Adapter.__init__
+    init = inspect.unwrap(wrapped)
+
+    def checked(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if all(isinstance(leaf, jax.Array) for leaf in self):
+            with jaxtyped("context"):
+                for name, leaf in self._asdict().items():
+                    assert isinstance(leaf, hints[name]), f"{name} is {leaf.aval}: {hints[name]}"
+
+    Adapter.__init__ = checked
+    yield
+    Adapter.__init__ = wrapped

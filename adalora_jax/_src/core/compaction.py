@@ -62,14 +62,14 @@ class _Selection:
 def _selections(params: PyTree, by_path: Mapping[str, Bool[np.ndarray, "... _"]]) -> PyTree:
     """Return a tree with a ``_Selection`` per leaf of an adapter and False for other leaves."""
 
-    def cuts(path: str, adapter: Adapter) -> Adapter[_Selection]:
+    def cuts(path: str, adapter: Adapter) -> Adapter:
         rows = surviving_rows(by_path[path])[0]
 
-        def make(name, after):
+        def make(name: str, after: int) -> _Selection:
             return _Selection(f"{path}.{name}", getattr(adapter, name).shape, rows, after)
 
-        leaves = make("p", 1), make("lam", 0), make("q", 1)
-        return Adapter(*leaves, adapter.scale, adapter.layout)
+        leaves: Any = make("p", 1), make("lam", 0), make("q", 1)
+        return Adapter(*leaves, scale=adapter.scale, layout=adapter.layout)
 
     plain = jax.tree.map(lambda leaf: False, params)
     found = pytree.adapters(params)
