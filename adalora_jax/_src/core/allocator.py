@@ -7,19 +7,20 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack, stack_like
+from adalora_jax._src.core.roles import ByRole, Role, group_by_role, map_leaves, stack, stack_like
 from adalora_jax._src.core.schedule import budget, cost
 from adalora_jax._src.core.scores import (
     ScoreInputs,
@@ -30,6 +31,7 @@ from adalora_jax._src.core.scores import (
     triplet_scores,
 )
 from adalora_jax._src.core.selection import (
+    RankedScores,
     apply_threshold,
     concatenate,
     find_threshold,
@@ -127,10 +129,10 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     roles = group_by_role(adapters)
 
     # zeros_like and ones_like give the state the shardings of the parameters.
-    def zeros(leaf):
+    def zeros(leaf: Shaped[Array, "*axes"]) -> Float32[Array, "*axes"]:
         return jnp.zeros_like(leaf, jnp.float32)
 
-    def averages():
+    def averages() -> ByRole:
         return stack(roles, {p: jax.tree.map(zeros, a) for p, a in adapters.items()})
 
     active = {path: jnp.ones_like(adapter.lam, bool) for path, adapter in adapters.items()}
@@ -231,7 +233,7 @@ def update_allocator(
     )
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(raw)]))
 
-    def new_averages():
+    def new_averages() -> tuple[ByRole, ...]:
         leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
         pairs = [smooth(i, mean, deviation, config) for i, mean, deviation in leaves]
         return tuple(map(jax.tree.structure(raw).unflatten, zip(*pairs)))
@@ -278,8 +280,8 @@ def best_masks(
     dtype = jnp.result_type(*{score.dtype for score in scores.values()})
     limits, costs = _limits(config, weights, allowed), _costs(config, weights)
 
-    def ranked(role):
-        def along(each):
+    def ranked(role: Role) -> RankedScores:
+        def along(each: Mapping[str, ArrayLike]) -> Shaped[Array, "..."]:
             return jnp.stack([jnp.asarray(each[p]) for p in role.paths]).reshape(
                 -1, *[1] * len(role.shape)
             )
@@ -362,13 +364,13 @@ def with_static_fields(grads: PyTree, params: PyTree) -> PyTree:
     """
     known = pytree.adapters(params)
 
-    def like(path, node):
+    def like(path: KeyPath, node: PyTree) -> PyTree:
         adapter = known.get(pytree.path_name(path))
         if adapter is None or not isinstance(node, Adapter):
             return node
         return node._replace(scale=adapter.scale, layout=adapter.layout)
 
-    def is_leaf(node):
+    def is_leaf(node: PyTree) -> bool:
         return isinstance(node, Adapter)
 
     return jax.tree_util.tree_map_with_path(like, grads, is_leaf=is_leaf)
@@ -443,11 +445,11 @@ def _costs(config: AdaLoraConfig, adapters: Mapping[str, Adapter]) -> dict[str, 
 
 def map_state(
     tx: optax.GradientTransformation,
-    function: Callable[[Any, Any], Any],
+    function: Callable[[PyTree, PyTree], PyTree],
     on_allocator: Callable[[AllocatorState], AllocatorState],
     opt_state: PyTree,
     rest: PyTree,
-    other: Callable[[Any], Any] = lambda leaf: leaf,
+    other: Callable[[PyTree], PyTree] = lambda leaf: leaf,
 ) -> PyTree:
     """Map over an optimizer's state by the parameter that each leaf belongs to, not by its name.
 
@@ -466,16 +468,16 @@ def map_state(
         not that of ``tx``.
     """
 
-    def is_masked(node):
+    def is_masked(node: PyTree) -> bool:
         return isinstance(node, optax.MaskedNode)
 
-    def mapped(leaf, own):
+    def mapped(leaf: PyTree, own: PyTree) -> PyTree:
         return leaf if is_masked(leaf) else function(leaf, own)
 
-    def by_role(node):
+    def by_role(node: PyTree) -> bool:
         return isinstance(node, ByRole)
 
-    def others(node):
+    def others(node: PyTree) -> PyTree:
         return jax.tree.map(
             lambda leaf: leaf if by_role(leaf) else other(leaf), node, is_leaf=by_role
         )
@@ -497,13 +499,13 @@ def map_state(
             f"({reason})."
         ) from error
 
-    def allocated(node):
+    def allocated(node: PyTree) -> PyTree:
         return on_allocator(node) if is_allocator_state(node) else node
 
     return jax.tree.map(allocated, state, is_leaf=is_allocator_state)
 
 
-def is_allocator_state(node: Any) -> bool:
+def is_allocator_state(node: PyTree) -> bool:
     """Return whether a node of a pytree is an allocator's state."""
     return isinstance(node, AllocatorState)
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 
 from adalora_jax._src.core import pytree, text
 from adalora_jax._src.core.adapter import Adapter
-from adalora_jax._src.core.allocator import map_state
+from adalora_jax._src.core.allocator import AllocatorState, map_state
 from adalora_jax._src.core.evaluation import apply_masks, masks, ranks, unfinished
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack
@@ -55,7 +55,7 @@ class _Selection:
 
     def __init__(
         self, name: str, shape: tuple[int, ...], rows: Int[np.ndarray, "... rank"], after: int
-    ):
+    ) -> None:
         self.name, self.shape, self.rows, self.after = name, shape, rows, after
 
 
@@ -77,7 +77,7 @@ def _selections(params: PyTree, by_path: Mapping[str, Bool[np.ndarray, "... _"]]
     return pytree.insert_adapters(plain, values)
 
 
-def _take_rows(leaf: Any, cut: _Selection | Literal[False]) -> Any:
+def _take_rows(leaf: PyTree, cut: _Selection | Literal[False]) -> PyTree:
     """Return the remaining rows of a leaf of an adapter, or of an array of the leaf's shape."""
     if cut is False:
         return leaf
@@ -114,11 +114,11 @@ def _take_state_rows(
     remaining = pytree.adapters(small)
     roles = group_by_role(remaining)
 
-    def cut_allocator(state):
-        def short(path, a):
+    def cut_allocator(state: AllocatorState) -> AllocatorState:
+        def short(path: str, a: Adapter) -> Adapter:
             return a._replace(**map_leaves(_take_rows, a, rows[path])._asdict())
 
-        def take(values):
+        def take(values: Mapping[str, Adapter]) -> dict[str, Adapter]:
             return {path: short(path, values[path]) for path in remaining}
 
         active = {path: jnp.asarray(surviving_rows(by_path[path])[1]) for path in remaining}
@@ -130,7 +130,7 @@ def _take_state_rows(
     state = _without_removed(map_state(tx, _take_rows, cut_allocator, opt_state, cuts))
     expected = jax.eval_shape(tx.init, small)
 
-    def shapes(node):
+    def shapes(node: PyTree) -> list[tuple[int, ...]]:
         return [tuple(leaf.shape) for leaf in jax.tree.leaves(node)]
 
     if shapes(expected) != shapes(state):
@@ -204,7 +204,7 @@ def _without_removed(node: PyTree) -> PyTree:
     if jax.tree_util.treedef_is_leaf(treedef) or isinstance(node, ByRole):
         return node
 
-    def gone(child):
+    def gone(child: PyTree) -> bool:
         return {id(leaf) for leaf in jax.tree.leaves(child)} == {id(_REMOVED)}
 
     if isinstance(node, Mapping):

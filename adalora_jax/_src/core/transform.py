@@ -27,6 +27,7 @@ from adalora_jax._src.core.allocator import (
 )
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.init import INIT_STD
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.regularizer import penalty
 from adalora_jax._src.core.roles import ByRole, map_leaves, stack
 
@@ -128,7 +129,7 @@ def adalora(
         _warn_of_small_start(params, config)
 
         # Some optimizers store the initial parameters: copy, as callers donate params and state.
-        def own(leaf):
+        def own(leaf: PyTree) -> PyTree:
             return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
 
         inner_state = jax.tree.map(own, inner.init(params))
@@ -196,7 +197,7 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
     """
     own = pytree.adapters(params, variables=True)
 
-    def boxed(values):
+    def boxed(values: ByRole) -> ByRole:
         new = {}
         for role in values.roles.members:
             first, value = own[role.paths[0]], values.stacked[role.name]
@@ -248,7 +249,7 @@ def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> ja
     """Return the number of λ that are not 0 although the last update's masks prune them."""
     nonzero = stack(state.masks.roles, {path: a.lam != 0 for path, a in adapters.items()})
 
-    def count(mask, alive):
+    def count(mask: jax.Array, alive: jax.Array) -> jax.Array:
         return jnp.sum(~mask & alive, dtype=jnp.int32)
 
     counts = jax.tree.leaves(jax.tree.map(count, state.masks, nonzero))
@@ -261,11 +262,11 @@ _ACCUMULATION = (
 )
 
 
-def _refuse_accumulation(inner_state: Any) -> None:
+def _refuse_accumulation(inner_state: optax.OptState) -> None:
     """Raise an error if the inner optimizer applies an update only at some of its calls."""
     kinds = {"MultiStepsState", "ApplyEvery"}
 
-    def is_one(node):
+    def is_one(node: object) -> bool:
         return type(node).__name__ in kinds
 
     for node in jax.tree.leaves(inner_state, is_leaf=is_one):
@@ -273,7 +274,7 @@ def _refuse_accumulation(inner_state: Any) -> None:
             raise ValueError(f"inner holds a {type(node).__name__}: {_ACCUMULATION}")
 
 
-def _check_scales(params: Any, config: AdaLoraConfig) -> None:
+def _check_scales(params: optax.Params, config: AdaLoraConfig) -> None:
     """Raise an error if an adapter's scale is not the one that the optimizer's config gives it."""
     for path, adapter in pytree.adapters(params).items():
         expected = config.scale_of(path)
@@ -284,7 +285,7 @@ def _check_scales(params: Any, config: AdaLoraConfig) -> None:
             )
 
 
-def _warn_of_trained_base(params: Any) -> None:
+def _warn_of_trained_base(params: optax.Params) -> None:
     """Warn if the base weight of an adapted NNX layer is among the trainable parameters."""
     known = {p: a.layout for p, a in pytree.adapters(params).items() if a.layout is not None}
     weights = {f"{path}/{layout.weight}".lstrip("/") for path, layout in known.items()}
@@ -297,7 +298,7 @@ def _warn_of_trained_base(params: Any) -> None:
         )
 
 
-def _warn_of_small_start(params: Any, config: AdaLoraConfig) -> None:
+def _warn_of_small_start(params: optax.Params, config: AdaLoraConfig) -> None:
     """Warn if increments start far smaller than those of LoRA at the same learning rate.
 
     Adam's first step moves every trained number by the learning rate η. Entries of the increment
@@ -331,7 +332,7 @@ def _warn_of_small_start(params: Any, config: AdaLoraConfig) -> None:
         )
 
 
-def _is_zero(lam: Any) -> bool:
+def _is_zero(lam: object) -> bool:
     """Return whether λ is known to be 0: neither traced, nor abstract, nor on other hosts."""
     if isinstance(lam, Tracer) or not isinstance(lam, (jax.Array, np.ndarray)):
         return False
@@ -358,14 +359,14 @@ def _with_penalty(
     """Add the orthogonality penalty's gradients; return them and the state with its value."""
     value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(dict(adapters))
 
-    def add(grad, more):
+    def add(grad: jax.Array, more: jax.Array) -> jax.Array:
         return grad + more.astype(grad.dtype)
 
     summed = {path: map_leaves(add, grad, slope[path]) for path, grad in grads.items()}
     return summed, state._replace(penalty=value.astype(jnp.float32))
 
 
-def _is_placeholder(params: Any) -> bool:
+def _is_placeholder(params: optax.Params) -> bool:
     """Return whether params is the placeholder that ``optax.tree.map_params`` passes to ``init``.
 
     It is a node without children.
