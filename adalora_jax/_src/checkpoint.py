@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import tree_util
 from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, check_adapter
@@ -442,17 +443,17 @@ def _key(entry: Sequence[Any], kind: str) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(wrap, jax.ShapeDtypeStruct(tuple(entry[0]), entry[1]))
 
 
-def _data(leaf: Any) -> jax.Array:
+def _data(leaf: ArrayLike) -> jax.Array:
     """Return the array that is stored for a leaf, since orbax cannot store random keys."""
     return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
 
 
-def _spec(leaf: Any) -> _Spec:
+def _spec(leaf: ArrayLike) -> _Spec:
     data = jax.eval_shape(_data, leaf)
     return data.shape, data.dtype.name
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+def _placed(leaf: PyTree) -> jax.ShapeDtypeStruct:
     """Return the shape, dtype and sharding that orbax restores a leaf with."""
     sharding = None if _is_key(leaf) else getattr(leaf, "sharding", None)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

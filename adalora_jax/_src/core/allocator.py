@@ -218,7 +218,7 @@ def update_allocator(
     state: AllocatorState,
     weights: Mapping[str, Adapter],
     gradients: Mapping[str, Adapter],
-    step: jax.Array,
+    step: Int32[Array, ""],
 ) -> AllocatorState:
     """Return the allocator's next state, from ``{path: Adapter}`` of weights and gradients.
 
@@ -265,7 +265,7 @@ def best_masks(
     state: AllocatorState,
     weights: Mapping[str, Adapter],
     gradients: Mapping[str, Adapter],
-    allowed: jax.Array,
+    allowed: Int32[Array, ""],
 ) -> ByRole:
     """Return new masks: the highest-scoring triplets of all adapters within the budget.
 
@@ -308,7 +308,7 @@ def best_masks(
 
 def role_scores(
     state: AllocatorState, weights: Mapping[str, Adapter], gradients: Mapping[str, Adapter]
-) -> dict[str, jax.Array]:
+) -> dict[str, Shaped[Array, "*stack r"]]:
     """Return the scores of all triplets, ``{role: [members, ..., r]}``.
 
     Args:
@@ -334,7 +334,9 @@ def role_scores(
     }
 
 
-def is_mask_step(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
+def is_mask_step(
+    config: AdaLoraConfig, step: Int32[Array, ""], next_step: Int32[Array, ""]
+) -> Bool[Array, ""]:
     """Return whether a new mask is due at ``step``, given the state's ``step`` before the update.
 
     A mask is due at multiples of ``deltaT`` in the budgeting phase, and once at or after
@@ -344,14 +346,16 @@ def is_mask_step(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -
     return budgeting | ((step >= config.final_step) & (next_step <= config.final_step))
 
 
-def masks_applied(before: AllocatorState, step: jax.Array) -> jax.Array:
+def masks_applied(before: AllocatorState, step: Int32[Array, ""]) -> Bool[Array, ""]:
     """Return whether the masks are applied at ``step``; otherwise pruned λ may grow back."""
     config = before.config
     held = config.freeze_pruned or not config.allow_regrowth
     return is_mask_step(config, step, before.step) | (step >= config.final_step) | held
 
 
-def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
+def _sharded_like(
+    mask: Bool[Array, "*shape"], before: Bool[Array, "*shape"]
+) -> Bool[Array, "*shape"]:
     sharding = jax.typeof(before).sharding
     return jax.sharding.reshard(mask, sharding) if sharding.mesh.are_all_axes_explicit else mask
 
@@ -401,7 +405,7 @@ def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str,
 
 
 def _limits(
-    config: AdaLoraConfig, adapters: Mapping[str, Adapter], allowed: jax.Array
+    config: AdaLoraConfig, adapters: Mapping[str, Adapter], allowed: Int32[Array, ""]
 ) -> tuple[Mapping[str, ArrayLike], Mapping[str, ArrayLike]] | None:
     """Return the ``min_r`` and the ``max_r`` of all adapters by path; None without limits.
 
@@ -419,8 +423,8 @@ def _limits(
 
 
 def current_budget(
-    config: AdaLoraConfig, step: jax.Array, adapters: Mapping[str, Adapter]
-) -> jax.Array:
+    config: AdaLoraConfig, step: Int32[Array, ""], adapters: Mapping[str, Adapter]
+) -> Int32[Array, ""]:
     """Return b(step) of these adapters, in ``config.budget_unit``."""
     costs = _costs(config, adapters)
     initial = sum(costs[path] * adapter.lam.size for path, adapter in adapters.items())

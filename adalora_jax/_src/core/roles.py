@@ -17,7 +17,7 @@ from jax import tree_util
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int32, Shaped
 
 from adalora_jax._src.core.adapter import Adapter
 
@@ -64,7 +64,7 @@ class Roles:
         return {path: (role, i) for role in self.members for i, path in enumerate(role.paths)}
 
     @functools.cached_property
-    def places(self) -> np.ndarray:
+    def places(self) -> Int32[np.ndarray, " triplets"]:
         """The position of every triplet in the order of the adapters, for the roles in a row."""
         sizes = [math.prod(self.where[path][0].shape) for path in self.paths]
         starts = dict(zip(self.paths, itertools.accumulate(sizes, initial=0)))

@@ -232,8 +232,11 @@ def _order_preserving_bits(scores: Shaped[Array, "*shape"]) -> UInt[Array, "*sha
 
 
 def _assign_tiers(
-    scores: jax.Array, alive: jax.Array, least: ArrayLike, most: ArrayLike
-) -> jax.Array:
+    scores: Shaped[Array, "*stack r"],
+    alive: Bool[Array, "*stack r"],
+    least: ArrayLike,
+    most: ArrayLike,
+) -> Int32[Array, "*stack r"]:
     order = jnp.lexsort((-scores, ~alive), axis=-1)
     place = jnp.argsort(order, axis=-1)  # the inverse permutation: positions when sorted
     least = jnp.minimum(least, most)
@@ -241,7 +244,7 @@ def _assign_tiers(
     return jnp.where(alive, turn, 2)
 
 
-def replicate(scores: jax.Array) -> jax.Array:
+def replicate(scores: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Return the scores replicated on every device.
 
     Adapters may have different shardings. With explicit mesh axes, arrays need one sharding to be

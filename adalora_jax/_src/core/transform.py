@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jaxtyping import Array, Bool, Inexact, Int32
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
@@ -215,7 +216,7 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
     )
 
 
-def soft_threshold(lam: jax.Array, weight: float) -> jax.Array:
+def soft_threshold(lam: Inexact[Array, "*stack r"], weight: float) -> Inexact[Array, "*stack r"]:
     """Compute ``sign(λ) max(|λ| − η, 0)``, the proximal operator of ``η ‖λ‖₁``.
 
     >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0)
@@ -238,18 +239,20 @@ def _apply_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Adapt
     return move._replace(lam=after.astype(dtype) - before)
 
 
-def _prune(now: jax.Array, adapter: Adapter, move: Adapter, mask: jax.Array) -> Adapter:
+def _prune(
+    now: Bool[Array, ""], adapter: Adapter, move: Adapter, mask: Bool[Array, "*stack r"]
+) -> Adapter:
     """Return the update after which pruned λ are 0, λ + (−λ), if masks are applied now."""
     dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
     lam = jnp.where(mask | ~now, move.lam.astype(dtype), -adapter.lam.astype(dtype))
     return move._replace(lam=lam)
 
 
-def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> jax.Array:
+def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> Int32[Array, ""]:
     """Return the number of λ that are not 0 although the last update's masks prune them."""
     nonzero = stack(state.masks.roles, {path: a.lam != 0 for path, a in adapters.items()})
 
-    def count(mask: jax.Array, alive: jax.Array) -> jax.Array:
+    def count(mask: Bool[Array, "*shape"], alive: Bool[Array, "*shape"]) -> Int32[Array, ""]:
         return jnp.sum(~mask & alive, dtype=jnp.int32)
 
     counts = jax.tree.leaves(jax.tree.map(count, state.masks, nonzero))
@@ -359,7 +362,9 @@ def _with_penalty(
     """Add the orthogonality penalty's gradients; return them and the state with its value."""
     value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(dict(adapters))
 
-    def add(grad: jax.Array, more: jax.Array) -> jax.Array:
+    def add(
+        grad: Inexact[Array, "*shape"], more: Inexact[Array, "*shape"]
+    ) -> Inexact[Array, "*shape"]:
         return grad + more.astype(grad.dtype)
 
     summed = {path: map_leaves(add, grad, slope[path]) for path, grad in grads.items()}

@@ -101,7 +101,7 @@ def pissa_init(variables: PyTree, adapters: PyTree = None) -> PyTree:
     return merging.unmerge(variables, new), new
 
 
-def _principal(adapter: Adapter, weight: Any, path: str) -> Adapter:
+def _principal(adapter: Adapter, weight: PyTree, path: str) -> Adapter:
     layer, scale = adapter.layout or Layout(), known_scale(adapter, path)
     if pytree.is_packed(weight) or nnx_variables.is_qwix_weight(weight):
         raise ValueError(

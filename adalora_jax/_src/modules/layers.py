@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 from jax.typing import ArrayLike, DTypeLike
 
 from adalora_jax._src.core.adapter import (
@@ -290,7 +291,7 @@ def adapter_output(
 
         seed = seed_of(key) if dropout_rate else None
         if seed is None or forward_mode:
-            h = product(apply_dropout(x, seed, dropout_rate), kernel)
+            h: Any = product(apply_dropout(x, seed, dropout_rate), kernel)
         else:
             h = linear_with_dropout(product, x, kernel, seed, dropout_rate)
         scale = scale if seed is None else scale / (1 - dropout_rate)
@@ -367,7 +368,9 @@ def conv_kernel(
     return kernel, rank * groups
 
 
-def _pointwise_conv(adapter, h, groups, scale, precision):
+def _pointwise_conv(
+    adapter: Adapter, h: jax.Array, groups: int, scale: ArrayLike, precision: PrecisionLike
+) -> jax.Array:
     """Apply the 1 x 1 convolution that maps ``h [..., groups · r]`` to ``[..., out]``."""
     rank, out = adapter.p.shape
     dtype = accumulation_dtype(h.dtype)

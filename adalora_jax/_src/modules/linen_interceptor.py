@@ -111,7 +111,7 @@ def _add(
     context: InterceptorContext,
     args: tuple,
     kwargs: dict,
-    output: Any,
+    output: PyTree,
     dropout_off: bool,
     declared: Mapping[type, Layout] | None,
 ) -> PyTree:
@@ -136,7 +136,7 @@ def _add(
     )
 
 
-def _convolve(module: nn.Module, x: jax.Array, kernel: jax.Array, features: int) -> Any:
+def _convolve(module: nn.Module, x: jax.Array, kernel: jax.Array, features: int) -> PyTree:
     """Apply the convolution of ``module`` with another kernel and without bias."""
     # Use Flax's own class, since a subclass may do more than convolve.
     kind = nn.ConvTranspose if isinstance(module, nn.ConvTranspose) else nn.Conv

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 
+_Model = TypeVar("_Model", bound=nnx.Module)
 # Arrays are already placed; disable Flax's eager sharding, which needs a mesh on every copy.
 NO_EAGER_SHARDING = {"eager_sharding": False}
 
@@ -102,7 +103,7 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def with_parameters(model: nnx.Module, new: Mapping[str, PyTree]) -> Any:
+def with_parameters(model: _Model, new: Mapping[str, PyTree]) -> _Model:
     """Return a copy of ``model`` with new values for the parameters at some paths.
 
     >>> model = with_parameters(

@@ -251,7 +251,12 @@ def quantize(
 ) -> tuple[Any, dict[str, PyTree]]: ...
 
 
-def quantize(model: Any, recipe: str | Recipe, *inputs: PyTree, **kwargs: Any) -> PyTree:
+def quantize(
+    model: nn.Module | nnx.Module | linen_frontend.AdaptedModule,
+    recipe: str | Recipe,
+    *inputs: PyTree,
+    **kwargs: Any,
+) -> PyTree:
     """Return a model with a quantised base: an NNX model, or a linen module and its variables.
 
     Weights are quantised one at a time. Under ``jax.eval_shape`` nothing is allocated.
@@ -304,7 +309,7 @@ def quantize(model: Any, recipe: str | Recipe, *inputs: PyTree, **kwargs: Any) -
 
 
 def _quantized_linen(
-    module: Any,
+    module: nn.Module | linen_frontend.AdaptedModule,
     recipe: Recipe,
     variables: Mapping[str, PyTree],
     inputs: Sequence[PyTree],
