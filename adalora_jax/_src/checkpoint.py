@@ -178,7 +178,7 @@ def save_args(
 
 def restore(
     path: str | os.PathLike[str],
-    tx: optax.GradientTransformation | None = None,  # an optax GradientTransformation
+    tx: optax.GradientTransformation | None = None,
     *,
     target: tuple[PyTree, PyTree] | None = None,
     config: AdaLoraConfig | None = None,

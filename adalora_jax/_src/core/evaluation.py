@@ -24,7 +24,7 @@ from adalora_jax._src.core.roles import ByRole
 from adalora_jax._src.core.scores import needed_inputs
 
 
-def masks(state: PyTree) -> dict[str, Bool[Array, "*stack r"]]:
+def masks(state: PyTree) -> dict[str, Bool[Array | np.ndarray, "*stack r"]]:
     """Return the masks of all adapters by path.
 
     Args:

@@ -207,7 +207,9 @@ def _join(members: Sequence[Any], ndim: int) -> Any:
     )
 
 
-def _join_arrays(members: Sequence[Shaped[Array, "..."]], ndim: int) -> Shaped[Array, "..."]:
+def _join_arrays(
+    members: Sequence[Shaped[Array | np.ndarray, "..."]], ndim: int
+) -> Shaped[Array, "..."]:
     """Stack arrays along a new axis, which is not sharded, in front of their last ``ndim`` axes."""
     first = members[0]
     axis = first.ndim - ndim
@@ -222,8 +224,8 @@ def _join_arrays(members: Sequence[Shaped[Array, "..."]], ndim: int) -> Shaped[A
 
 
 def _member(
-    leaf: Shaped[Array, "..."] | jax.ShapeDtypeStruct, index: int, ndim: int
-) -> Shaped[Array, "..."] | jax.ShapeDtypeStruct:
+    leaf: Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct, index: int, ndim: int
+) -> Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct:
     """Return a slice of a role's array, in which ``ndim`` axes follow the axis of the members."""
     axis = leaf.ndim - ndim - 1
     if not isinstance(leaf, jax.ShapeDtypeStruct):
