@@ -1,4 +1,4 @@
-"""Fixtures that forbid implicit promotion, and check the arrays in adapters where types are."""
+"""Fixtures that forbid implicit promotion, and one that checks the shapes of adapters."""
 
 import inspect
 import os
@@ -8,8 +8,6 @@ import jax
 import pytest
 from jaxtyping import jaxtyped
 from support import compiling
-
-from adalora_jax import Adapter
 
 os.environ.setdefault("XLA_FLAGS", compiling.FLAGS)  # XLA reads it when it first compiles
 
@@ -37,6 +35,8 @@ def _typed_adapters(pytestconfig):
     if not pytestconfig.getoption("jaxtyping_packages"):
         yield
         return
+    from adalora_jax import Adapter
+
     hints, wrapped = typing.get_type_hints(Adapter), Adapter.__init__
     init = inspect.unwrap(wrapped)
 
