@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,8 @@ from adalora_jax._src.modules import (
     nnx_variables,
     sharding,
 )
-from adalora_jax._src.modules.params import by_path, parameters_of
+from adalora_jax._src.modules.params import Model, by_path, parameters_of
 from adalora_jax._src.tensorfile import TensorFile, resolve_within
-
-if TYPE_CHECKING:
-    from flax import linen as nn
-    from flax import nnx
 
 Allowed: TypeAlias = bool | str | Sequence[str]
 _Place: TypeAlias = NamedSharding | PartitionSpec | None
@@ -47,7 +43,7 @@ _NO_MESH = Mesh(np.empty((), object), ())
 
 def load_base(
     directory: str | os.PathLike[str],
-    model: nn.Module | nnx.Module,
+    model: Model,
     variables: Mapping[str, PyTree] | None = None,
     *args: PyTree,
     names: Names = None,
@@ -139,7 +135,7 @@ def load_base(
             where = _sharding(places.get(name), leaf, mesh)
             new[name] = _placed(reading, wide, where, parts)
     if variables is None:
-        return nnx_variables.with_parameters(cast("nnx.Module", model), new)
+        return nnx_variables.with_parameters(cast("Any", model), new)
 
     def put(path: KeyPath, leaf: PyTree) -> PyTree:
         return new.get(pytree.leaf_name(path), leaf)
@@ -148,7 +144,7 @@ def load_base(
 
 
 def _parameters(
-    model: nn.Module | nnx.Module, variables: Mapping[str, PyTree] | None
+    model: Model, variables: Mapping[str, PyTree] | None
 ) -> tuple[dict[str, Any], dict[str, _Place]]:
     """Return the parameters of the model and their shardings, both by path."""
     leaves = parameters_of(model, variables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from flax import linen as nn
 from flax import nnx, traverse_util
@@ -11,10 +12,10 @@ from flax.core import unfreeze
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import linen_layers, nnx_variables
 
+Model: TypeAlias = nn.Module | nnx.Module
 
-def parameters_of(
-    model: nn.Module | nnx.Module, variables: Mapping[str, PyTree] | None
-) -> dict[str, PyTree]:
+
+def parameters_of(model: Model, variables: Mapping[str, PyTree] | None) -> dict[str, PyTree]:
     """Return a model's parameters by path: arrays or shapes for linen, variables for NNX.
 
     Args:

@@ -26,7 +26,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +34,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import nnx_variables
-from adalora_jax._src.modules.params import parameters_of, replaced
+from adalora_jax._src.modules.params import Model, parameters_of, replaced
 from adalora_jax._src.quantization import packed
 from adalora_jax._src.quantization.packed import Packed
 from adalora_jax._src.tensorfile import FLOATS, TensorFile
@@ -262,7 +261,7 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
 
 def load_gptq(
     directory: str | pathlib.Path,
-    model: nn.Module | nnx.Module,
+    model: Model,
     variables: Mapping[str, PyTree] | None = None,
     *,
     names: Mapping[str, Any] | Callable[[str], Any] | None = None,
