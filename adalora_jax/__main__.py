@@ -150,16 +150,16 @@ def _export(arguments: argparse.Namespace) -> None:
 
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists and is not an empty folder: name a new folder.")
+        raise ValueError(f"`--out {out}`: exists and is not an empty folder; name another folder.")
     if (arguments.to == "merged") != (arguments.base is not None):
         if arguments.base is None:
-            raise ValueError("--to merged needs --base: pass the base model's folder.")
-        raise ValueError(f"--base {arguments.base} is used only with --to merged: leave it out.")
+            raise ValueError("`--to merged`: needs --base; pass the base model's folder.")
+        raise ValueError(f"`--base {arguments.base}`: is only for --to merged; leave it out.")
     if arguments.to == "merged":
         for name in ("base_model", "task_type"):
             if (value := getattr(arguments, name)) is not None:
                 option = f"--{name.replace('_', '-')} {value}"
-                raise ValueError(f"{option} is for --to peft and --to lora: leave it out.")
+                raise ValueError(f"`{option}`: is only for --to peft and --to lora; leave it out.")
     found = _find(arguments.folder)
     common = {"masks": found.masks, "names": arguments.names}
     if arguments.to == "merged":

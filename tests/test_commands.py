@@ -148,12 +148,12 @@ def test_export_to_merged_base_adds_increments_and_shows_progress(trained, saved
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nothing"], "nothing is not a folder"),
+        (["inspect", "nothing"], "nothing`: is not a folder"),
         (["inspect", "."], "is not a checkpoint of adalora_jax"),
-        (["export", "saved", "--to", "merged", "--out", "x"], "--to merged needs --base"),
+        (["export", "saved", "--to", "merged", "--out", "x"], "`--to merged`: needs --base"),
         (
             ["export", "saved", "--to", "peft", "--out", "x", "--base", "y"],
-            "--base y is used only",
+            "`--base y`: is only for --to merged",
         ),
         (
             [
@@ -168,13 +168,13 @@ def test_export_to_merged_base_adds_increments_and_shows_progress(trained, saved
                 "--task-type",
                 "CAUSAL_LM",
             ],
-            "--task-type CAUSAL_LM is for --to peft",
+            "`--task-type CAUSAL_LM`: is only for --to peft",
         ),
-        (["export", "saved", "--to", "peft", "--out", "saved"], "--out saved exists"),
+        (["export", "saved", "--to", "peft", "--out", "saved"], "`--out saved`: exists"),
         (["export", "saved", "--to", "peft", "--out", "x", "--names", "bert"], "matches no pair"),
         (
             ["export", "saved", "--to", "peft", "--out", "x", "--names", "mars"],
-            "'mars' must be one",
+            "`names='mars'`: must be one",
         ),
         (["export", "saved", "--to", "merged", "--out", "x", "--base", "gone"], "gone"),
     ],
@@ -201,7 +201,7 @@ def test_unwritable_output_exits_with_one_line(saved, tmp_path, to):
     out = tmp_path / "file" / "out"
     with pytest.raises(SystemExit) as stop:
         main(["export", str(saved), "--to", to, "--out", str(out)])
-    assert f"`directory='{out}'` cannot be written: Not a directory" in str(stop.value.code)
+    assert f"`directory='{out}'`: cannot be written: Not a directory" in str(stop.value.code)
 
 
 def test_interrupt_exits_with_one_line(saved, monkeypatch, capsys):

@@ -113,13 +113,13 @@ def strings_of_package():
 
 def test_messages_on_error_page_are_in_the_source():
     text = (DOCS / "reference" / "errors.md").read_text(encoding="utf-8")
-    messages = re.findall(r"^`(.*)`\n: ", text, re.M)
+    messages = re.findall(r"^(?:`` |`)(.*?)(?: ``|`)\n: ", text, re.M)
     assert len(messages) > 20
     strings = strings_of_package()
     for message in messages:
         # The name of an argument at the start may be a formatted value of the string.
         pieces = [piece for piece in re.split(r"<.*?>", message) if len(piece) > 2]
-        is_argument = re.fullmatch(r"[a-z_]+=|[a-z_]+: ", pieces[0])
+        is_argument = re.fullmatch(r"`?[a-z_]+=|`?[a-z_]+`?: ", pieces[0])
         choices = (pieces, pieces[1:]) if is_argument else (pieces,)
         patterns = [".*".join(map(re.escape, part)) for part in choices if part]
         found = [p for p in patterns if any(re.search(p, s, re.DOTALL) for s in strings)]

@@ -4,6 +4,7 @@ the names of the tests."""
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import types
@@ -146,6 +147,14 @@ def test_private_parts_are_found(code):
     assert not private_parts(
         ast.parse("import flax.nnx as n; n.x.__name__; from adalora_jax import _src")
     )
+
+
+def test_uses_of_private_parts_are_explained():
+    thread = r"(https://github\.com/\S+/(issues|pull)/\d+|no issue was found; .)"
+    form = rf"\nWhy: .*\nNeeds upstream: .*\nUpstream: {thread}.*\nChecked with: "
+    for node in ast.parse(FILES["adalora_jax._src._compat"].read_text()).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            assert re.search(form, ast.get_docstring(node), re.DOTALL), node.name
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "demo" in name])

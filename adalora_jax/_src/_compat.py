@@ -1,13 +1,16 @@
-"""Every use of private parts of other packages, one function for each.
+"""Every use of private parts of other packages and of Python's code objects, in one function each.
 
-Each docstring says why the use is needed, what the other package would have to offer instead, and
-the version with which it was last checked. The optional package Qwix is never imported here.
+Each docstring says why the use is needed, what the other package would have to offer instead, which
+issue asks for that, and the version with which the use was last checked. The optional package Qwix
+is never imported here.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +23,7 @@ def without_qwix(function: Callable[..., Any]) -> Callable[..., Any]:
     Why: while a model that Qwix quantised runs, Qwix replaces JAX's products by its own. It would
     treat p and q as weights that are still to be quantised.
     Needs upstream: ``disable_interceptions`` among Qwix's public names.
+    Upstream: no issue was found; export ``disable_interceptions`` from ``qwix``.
     Checked with: qwix 0.1.8.
 
     >>> without_qwix(len)("abc")
@@ -35,6 +39,7 @@ def unquantized_class(cls: type) -> type | None:
     Why: the class that Qwix makes for a model's root stands for the original one, and remains after
     the weights are dequantised.
     Needs upstream: a public function that undoes the change of class by ``qwix.quantize_model``.
+    Upstream: no issue was found; add an inverse of ``quantize_model``, which returns a float model.
     Checked with: qwix 0.1.8.
 
     >>> unquantized_class(int)
@@ -47,10 +52,40 @@ def delete_qwix_attributes(module: object) -> None:
 
     Why: they would remain on a model that is no longer quantised.
     Needs upstream: the same function as :func:`unquantized_class`.
+    Upstream: no issue was found; the request is that of :func:`unquantized_class`.
     Checked with: qwix 0.1.8.
     """
     for name in {"qwix_path", "qwix_rngs", "disable_quant_stats_update"} & set(vars(module)):
         delattr(module, name)
+
+
+def is_qwix_weight(value: object) -> bool:
+    """Return whether a value is a weight, integers and scales, of ``qwix.quantize_model``.
+
+    Why: a quantised weight is recognised by its attributes, since its class is not exported.
+    Needs upstream: the class of such weights among Qwix's public names.
+    Upstream: no issue was found; export the class ``WithAux`` from ``qwix``.
+    Checked with: qwix 0.1.8.
+
+    >>> is_qwix_weight(1.0)
+    False
+    """
+    return hasattr(value, "how") and hasattr(getattr(value, "array", None), "qvalue")
+
+
+def qwix_settings(weight: Any) -> dict[str, Any]:
+    """Return the arguments with which ``qwix.quantize`` made a weight of a quantised model.
+
+    Why: a merged weight is quantised again in the format that it had.
+    Needs upstream: the same class as :func:`is_qwix_weight`, with its attribute ``how``.
+    Upstream: no issue was found; the request is that of :func:`is_qwix_weight`.
+    Checked with: qwix 0.1.8.
+
+    Args:
+      weight: a value for which :func:`is_qwix_weight` is true.
+    """
+    names = ("qtype", "channelwise_axes", "tiled_axes", "calibration_method")
+    return {name: getattr(weight.how, name) for name in names}
 
 
 def uses_super(method: Callable[..., Any]) -> bool:
@@ -60,6 +95,8 @@ def uses_super(method: Callable[..., Any]) -> bool:
     ignores the adapter. The compiler gives a function that contains ``super()`` the free variable
     ``__class__``.
     Needs upstream: hooks around a Flax layer's product instead of around its call.
+    Upstream: no issue was found; let every Flax layer with a weight call a given function on its
+    input and output, inside of its own method.
     Checked with: CPython 3.11 to 3.13, flax 0.12.8.
 
     >>> uses_super(lambda self: 1), uses_super(len)
@@ -69,12 +106,55 @@ def uses_super(method: Callable[..., Any]) -> bool:
     return code is None or "__class__" in code.co_freevars
 
 
+def attributes_read(function: Any, *, is_method: bool) -> set[str]:
+    """Return the names of attributes that a function's code reads from objects other than ``self``.
+
+    Nested functions are included, and so are all string constants of code that calls ``getattr``.
+
+    Why: code outside of a layer may multiply with the layer's weight, where an increment that is
+    not yet merged is missing. Only the code shows which attributes it reads, and the source text is
+    not always available.
+    Needs upstream: a record of the modules whose methods read an ``nnx.Variable`` in a trace.
+    Upstream: no issue was found; pass the reading module to a hook of ``nnx.Variable.get_value``.
+    Checked with: CPython 3.11 to 3.13, flax 0.12.8.
+
+    Args:
+      function: a function without decorators; anything else has no code and reads nothing.
+      is_method: whether the first argument is ``self``.
+
+    >>> sorted(attributes_read(lambda self, x: x.kernel @ self.bias, is_method=True))
+    ['kernel']
+    """
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return set()
+    return _read_by(code, code.co_varnames[0] if is_method and code.co_argcount else None)
+
+
+def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
+    names: set[str] = set()
+    of_self = False
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not of_self:
+            names.add(step.argval)
+        if step.opname != "EXTENDED_ARG":
+            loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+            loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            of_self = loads and loaded[-1] == self_name  # one instruction may load two variables
+    if "getattr" in code.co_names:
+        names |= {constant for constant in code.co_consts if isinstance(constant, str)}
+    for inner in filter(inspect.iscode, code.co_consts):
+        names |= _read_by(inner, self_name)
+    return names
+
+
 def linen_method(context: Any) -> Callable[..., Any] | None:
     """Return the linen method that is intercepted; None if it delegates to its superclass.
 
     Why: a method is called again with other parameters, on a copy of the module. linen replaces the
     methods of a class by wrappers, and an interceptor receives the method without its wrapper.
     Needs upstream: the wrapped method in ``nn.module.InterceptorContext``.
+    Upstream: no issue was found; add the method with its wrapper to ``InterceptorContext``.
     Checked with: flax 0.12.8.
 
     Args:
@@ -92,6 +172,7 @@ def linen_scope(scope: core.Scope, variables: dict[str, Any], rngs: Any) -> core
     Why: a packed weight is dequantised for the duration of its layer's call alone, within a call of
     the model, where ``module.apply`` would start a new model with another path.
     Needs upstream: a public way to run one bound module with other parameters.
+    Upstream: no issue was found; let ``apply`` run a bound module at its path with other variables.
     Checked with: flax 0.12.8.
     """
     return core.Scope(variables, rngs, scope.name, path=scope.path, flags=scope.flags)
@@ -104,6 +185,9 @@ def set_class(module: object, cls: type) -> None:
     and neither framework can copy a module to a subclass. ``object.__setattr__`` is used because
     linen modules are frozen and NNX modules would record ``__class__`` among their attributes.
     Needs upstream: a method that returns a module of another class with the same attributes.
+    Upstream: https://github.com/google/flax/issues/3585 asks how to swap layers for ones with LoRA
+    in linen, https://github.com/google/flax/issues/4666 for interceptors of NNX modules, with which
+    an adapted layer could keep its class.
     Checked with: flax 0.12.8.
     """
     object.__setattr__(module, "__class__", cls)

@@ -42,7 +42,7 @@ _OF_THE_RUN = (
     *("total_step", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
     *("lora_alpha", "scale"),
 )
-_OTHER = "Restore another checkpoint."  # what to do when one is damaged
+_OTHER = "restore another checkpoint"  # what to do when one is damaged
 _PARTS = ("adapters", "opt_state")
 _BY_ROLE = ("masks", "sensitivity", "uncertainty")  # fields of the allocator's state
 _MOST_COMPRESSED = 40_000  # bound on the compression factor of zstd, which even zeros do not exceed
@@ -110,8 +110,8 @@ def save(
     folder = _folder(path)
     if folder.exists():
         raise ValueError(
-            f"path={str(path)!r} exists: save under a new name, or use a CheckpointManager, which "
-            "makes one folder per step."
+            f"`path={str(path)!r}`: exists; save under a new name, or use a CheckpointManager, "
+            "which makes one folder per step."
         )
     args = save_args(adapters, opt_state, config, step=step)
     with (
@@ -150,7 +150,7 @@ def save_args(
     _refuse_another_config(opt_state, config, "config")
     if empty := [path for path, a in pytree.adapters(adapters).items() if not a.lam.size]:
         raise ValueError(
-            f"adapters: {', '.join(map(repr, empty[:5]))} has rank 0, and orbax stores no array "
+            f"`adapters`: {', '.join(map(repr, empty[:5]))} has rank 0, and orbax stores no array "
             "without values; leave it out with compact(adapters, opt_state, tx), or exclude its "
             "layer."
         )
@@ -204,6 +204,19 @@ def restore(
       FileNotFoundError: the folder does not exist.
       ValueError: the folder is not a checkpoint of this library, is incomplete or damaged, or
         belongs to another config, optimizer or model (the message lists the differences).
+
+    >>> import optax, tempfile, adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> tx = adalora.adalora(optax.adam(1e-3), config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/run", adapters, tx.init(adapters), config, step=7)
+    ...     resumed, content = restore(f"{folder}/run", tx), restore(f"{folder}/run")
+    >>> resumed.step, resumed.config == config, int(resumed.allocator.budget)
+    (7, True, 4)
+    >>> _ = tx.update(adapters, resumed.opt_state, resumed.adapters)  # the run goes on
+    >>> "allocator/step" in content.opt_state  # by name, without tx
+    True
     """
     folder = _folder(path)
     about = _metadata(folder)
@@ -214,22 +227,21 @@ def restore(
     if target is None:
         adapters = _adapters(_structs(_subtree("adapters", saved)), facts, about["nested"])
         for found, adapter in pytree.adapters(adapters).items():
-            check_adapter(adapter, f"{found!r} in {folder}")
+            check_adapter(adapter, f"adapters[{found!r}] in {folder}")
         opt_state = _structs(_subtree("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
     _refuse_other_facts(folder, facts, target[0])
     named = target[0], _map_allocators(lambda state: _by_path(_abstract(state)), target[1])
     wanted = _state(*named)
-    _refuse_differences(
-        f"the checkpoint {folder}", saved, {name: _spec(leaf) for name, leaf in wanted.items()}
-    )
+    _refuse_differences(folder, saved, {name: _spec(leaf) for name, leaf in wanted.items()})
     if goes_on:
-        _refuse_another_config(target[1], config, f"the config of {folder}")
+        _refuse_another_config(target[1], config, str(folder))
     arrays = _read(folder, {name: _placed(leaf) for name, leaf in wanted.items()})
     prints = jax.device_get(_fingerprints(arrays))
     if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
         raise ValueError(
-            f"{folder} is damaged: {_shorten(damaged)} changed since it was saved. {_OTHER}"
+            f"`{folder}`: is damaged, since {_shorten(damaged)} changed after it was saved; "
+            f"{_OTHER}."
         )
     allocator = _allocator(_subtree(about["allocator"], arrays), config, facts)
     for name, kind in about["keys"].items():
@@ -303,7 +315,9 @@ def _flatten_named(node: PyTree) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for path, leaf in tree_util.tree_flatten_with_path(node)[0]:
         if (name := leaf_name(path)) in named:
-            raise ValueError(f"two leaves have the path {name!r}: rename the key with a '/' in it.")
+            raise ValueError(
+                f"`{name}`: is the path of two leaves; rename the key with a '/' in it."
+            )
         named[name] = leaf
     return named
 
@@ -379,7 +393,7 @@ def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dic
 
     if not texts or not all(is_scale(known["scale"]) for known in facts.values()):
         raise ValueError(
-            f"{folder} is damaged: its metadata in 'adalora' is not as saved. {_OTHER}"
+            f"`{folder}`: is damaged, since its metadata in 'adalora' is not as saved; {_OTHER}."
         )
     return facts
 
@@ -398,8 +412,8 @@ def _refuse_other_facts(
         ]
         if differing:
             raise ValueError(
-                f"the checkpoint {folder} is of another model or config: {path!r} has "
-                f"{_shorten(differing)}. Use the model and config that it was saved with."
+                f"`{folder}`: is of another model or config, since {path!r} has "
+                f"{_shorten(differing)}; use the model and config that it was saved with."
             )
 
 
@@ -490,21 +504,21 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
       ValueError: the folder is not a checkpoint of this version's format, or is damaged.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: pass the folder of a checkpoint.")
+        raise FileNotFoundError(f"`{folder}`: is not a folder; pass the folder of a checkpoint.")
     entries = sorted(entry.name for entry in folder.iterdir())
     if not {"adalora", "state"} <= set(entries):
         steps = [name for name in entries if (folder / name / "adalora").is_dir()]
-        hint = f" Pass one of its steps: {_shorten(steps)}." if steps else ""
+        way_out = f"one of its steps: {_shorten(steps)}" if steps else "the folder of a checkpoint"
         raise ValueError(
-            f"{folder} is not a checkpoint of adalora_jax, which has the folders 'adalora' and "
-            f"'state': it contains {_shorten(entries) or 'nothing'}.{hint}"
+            f"`{folder}`: is not a checkpoint of adalora_jax, which has the folders 'adalora' and "
+            f"'state', since it contains {_shorten(entries) or 'nothing'}; pass {way_out}."
         )
     about = _orbax(folder, adalora=ocp.args.JsonRestore())["adalora"]  # pyright: ignore[reportCallIssue]
     form = about.get("format") if isinstance(about, Mapping) else None
     if form != _FORMAT:
         raise ValueError(
-            f"{folder} has the format {form!r}, but this version reads {_FORMAT!r}: read it with "
-            "the version of adalora_jax that saved it."
+            f"`{folder}`: has the format {form!r}, but this version reads {_FORMAT!r}; read it "
+            "with the version of adalora_jax that saved it."
         )
     try:
         sizes = [_size(*entry) for entry in about["arrays"].values()]
@@ -523,13 +537,13 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
         sizes, well_formed = [], False
     if not well_formed or about.get("digest") != _digest(about):
         raise ValueError(
-            f"{folder} is damaged: its metadata in 'adalora' is not as saved. {_OTHER}"
+            f"`{folder}`: is damaged, since its metadata in 'adalora' is not as saved; {_OTHER}."
         )
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if sum(sizes) > _MOST_COMPRESSED * stored:
         raise ValueError(
-            f"{folder} declares {sum(sizes)} bytes of arrays, more than its {stored} bytes of "
-            f"files can contain: it is damaged or forged. {_OTHER}"
+            f"`{folder}`: is damaged or forged, since it declares {sum(sizes)} bytes of arrays, "
+            f"more than its {stored} bytes of files can contain; {_OTHER}."
         )
     return dict(about)
 
@@ -553,8 +567,9 @@ def _config(
         config = AdaLoraConfig.from_dict(saved)
         if for_training and (lost := config.missing_functions()):
             raise ValueError(
-                f"{folder} was saved with functions in its config, which a file cannot store: "
-                f"{_shorten(f'{name} ({function})' for name, function in lost.items())}. Pass the "
+                f"`config=None`: {folder} was saved with functions in its config, which a file "
+                "cannot store: "
+                f"{_shorten(f'{name} ({function})' for name, function in lost.items())}; pass the "
                 "config that has them, restore(..., config=config)."
             )
         return config
@@ -562,8 +577,8 @@ def _config(
     given = config.to_dict() | {"warn_small_start": saved["warn_small_start"]}  # not of the run
     if differing := _differing(saved, given):
         raise ValueError(
-            f"{folder} was saved with another config: {_shorten(differing)}. Continue with the "
-            "saved one, restore(path).config, or start a new run."
+            f"`config`: {folder} was saved with another config: {_shorten(differing)}; continue "
+            "with the saved one, restore(path).config, or start a new run."
         )
     return config
 
@@ -583,12 +598,14 @@ def _refuse_another_config(opt_state: PyTree, config: AdaLoraConfig, what: str) 
     numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
     if differing := _differing(*numbers):
         raise ValueError(
-            f"{what}: the optimizer has another config: {_shorten(differing)}. Use the config "
+            f"`{what}`: the optimizer has another config: {_shorten(differing)}; use the config "
             "that was passed to adalora(...)."
         )
 
 
-def _refuse_differences(what: str, saved: Mapping[str, _Spec], wanted: Mapping[str, _Spec]) -> None:
+def _refuse_differences(
+    folder: pathlib.Path, saved: Mapping[str, _Spec], wanted: Mapping[str, _Spec]
+) -> None:
     def show(spec: _Spec) -> str:
         return f"{spec[1]}{list(spec[0])}"
 
@@ -602,10 +619,10 @@ def _refuse_differences(what: str, saved: Mapping[str, _Spec], wanted: Mapping[s
         ],
     }
     if any(differing.values()):
-        found = ". ".join(f"{how}: {_shorten(names)}" for how, names in differing.items() if names)
+        found = ", ".join(f"{how} ({_shorten(names)})" for how, names in differing.items() if names)
         raise ValueError(
-            f"{what} is of another model, optimizer or config. {found}. Restore it without tx and "
-            "target to see its contents."
+            f"`{folder}`: is of another model, optimizer or config, with leaves that are {found}; "
+            "restore it without tx and target to see its contents."
         )
 
 
@@ -623,10 +640,10 @@ def _orbax(folder: pathlib.Path, **items: ocp.args.CheckpointArgs) -> Any:
     except Exception as error:  # orbax, tensorstore and the file system raise many types
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"{folder} is damaged: orbax cannot read it ({said:.200}). {_OTHER}"
+            f"`{folder}`: is damaged, since orbax cannot read it ({said:.200}); {_OTHER}."
         ) from error
 
 
 def _shorten(entries: Iterable[str]) -> str:
     entries = list(entries)
-    return "; ".join(entries[:5]) + ("; ..." if len(entries) > 5 else "")
+    return ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")

@@ -73,7 +73,7 @@ def rank_heatmap(
     """
     ranks = _ranks(ranks)
     if not ranks:
-        raise ValueError("ranks={} is empty: pass the result of adalora_jax.ranks(state).")
+        raise ValueError("`ranks={}`: is empty; pass the result of adalora_jax.ranks(state).")
     _check_highest(highest)
     places = {path: _place(path) for path in ranks}
     if len(set(places.values())) < len(places):  # such as Dense0 and Dense_0
@@ -148,38 +148,38 @@ def rank_history(
     """
     infos, history = _infos(history)
     if infos and history:
-        raise ValueError("history has both infos and other entries: pass entries of one kind.")
+        raise ValueError("`history`: has both infos and other entries; pass entries of one kind.")
     if infos:
         for name, values in (("steps", steps), ("budget", budget)):
             if values is not None:
                 raise ValueError(
-                    f"{name} was given with infos, which contain it: leave {name} out, or pass "
+                    f"`{name}`: is given with infos, which contain it; leave {name} out, or pass "
                     "{path: rank} dicts as history."
                 )
         steps, budget = _steps(infos), [int(info.budget) for info in infos]
         history = [_ranks(info) for info in infos]
     if not history or not history[0]:
-        raise ValueError("history is empty: pass one {path: rank} per step.")
+        raise ValueError("`history`: is empty; pass one {path: rank} per step.")
     _check_highest(highest)
     paths = list(history[0])
     for index, entry in enumerate(history):
         if set(entry) != set(paths):
             raise ValueError(
-                f"history[{index}] names other adapters than history[0], "
-                f"{sorted(set(entry) ^ set(paths))[:5]} are in only one of them: pass entries of "
+                f"`history[{index}]`: names other adapters than history[0], since "
+                f"{sorted(set(entry) ^ set(paths))[:5]} are in only one of them; pass entries of "
                 "one run."
             )
     steps = range(len(history)) if steps is None else steps
     for name, values in (("steps", steps), ("budget", budget)):
         if values is not None and len(values) != len(history):
             raise ValueError(
-                f"{name} has {len(values)} entries for the {len(history)} of history: "
+                f"`{name}`: has {len(values)} entries for the {len(history)} of history; "
                 "pass one for each."
             )
     if any(after <= before for before, after in itertools.pairwise(steps)):
         raise ValueError(
-            f"{'the steps of history' if infos else 'steps'} must increase from each entry to the "
-            "next: pass the entries in the order of their steps, with no step twice."
+            f"`{'history' if infos else 'steps'}`: the steps must increase from each entry to the "
+            "next; pass the entries in the order of their steps, with no step twice."
         )
     table = np.array([[entry[path] for entry in history] for path in paths])
     figure, curves, rows = _over_rows(len(paths), title or "rank of every adapter over time")
@@ -211,8 +211,9 @@ def rank_curves(
 ) -> Figure:
     """Draw the budget and the number of active triplets over time, and the distribution of ranks.
 
-    The second plot shows the mean rank, the interquartile range over all matrices, and the range
-    from the lowest to the highest rank, so it is readable for any number of matrices.
+    The budget is ``b(t)`` of `AdaLoRA, Eq. (12) <https://arxiv.org/abs/2303.10512>`_. The second
+    plot shows the mean rank, the interquartile range over all matrices, and the range from the
+    lowest to the highest rank, so it is readable for any number of matrices.
 
     Args:
       infos: the results of :func:`adalora_jax.info` during a run, in the order of their steps; or
@@ -261,9 +262,11 @@ def importance_history(
 ) -> Figure:
     """Draw the importance of every adapter over time: the sum of its triplets' scores.
 
-    Colours are logarithmic and span at most six orders of magnitude below the highest sum; lower
-    sums have the darkest colour, and sums of 0 have none. The curves above show the highest, mean
-    and lowest score of the active triplets; triplets below the lowest are pruned.
+    The scores are those that rank the triplets, ``S_i`` of `AdaLoRA, Eq. (7)
+    <https://arxiv.org/abs/2303.10512>`_ by default. Colours are logarithmic and span at most six
+    orders of magnitude below the highest sum; lower sums have the darkest colour, and sums of 0
+    have none. The curves above show the highest, mean and lowest score of the active triplets;
+    triplets below the lowest are pruned.
 
     Args:
       infos: as in :func:`rank_curves`.
@@ -392,14 +395,15 @@ def _checked(infos: AllocatorInfo | Iterable[AllocatorInfo]) -> list[AllocatorIn
     """
     found, others = _infos(infos)
     if others or not found:
-        raise ValueError(
-            "infos must be one or more results of adalora_jax.info"
-            + (f", not {type(others[0]).__name__}." if others else "; it is empty.")
-        )
+        problem = f"contains a {type(others[0]).__name__}" if others else "is empty"
+        raise ValueError(f"`infos`: {problem}; pass one or more results of adalora_jax.info.")
     if any(set(info.masks) != set(found[0].masks) for info in found):
-        raise ValueError("infos name different adapters: pass those of one run.")
+        raise ValueError("`infos`: the entries name different adapters; pass entries of one run.")
     if any(after <= before for before, after in itertools.pairwise(_steps(found))):
-        raise ValueError("infos must be sorted by their steps, with no step twice.")
+        raise ValueError(
+            "`infos`: the steps must increase from each entry to the next; pass the entries in the "
+            "order of their steps, with no step twice."
+        )
     return found
 
 
@@ -424,7 +428,7 @@ def _ranks(ranks: Mapping[str, int] | AllocatorInfo) -> Mapping[str, int]:
         return ranks
     if np.ndim(ranks.step):
         raise ValueError(
-            f"ranks is an info with {np.shape(ranks.step)} steps: pass that of one step, "
+            f"`ranks`: is an info with {np.shape(ranks.step)} steps; pass that of one step, "
             "jax.tree.map(lambda leaf: leaf[i], infos)."
         )
     live = evaluation.ranks(ranks)
@@ -497,7 +501,7 @@ def _coloured(
 
 def _check_highest(highest: int | None) -> None:
     if highest is not None and not highest >= 1:
-        raise ValueError(f"highest={highest!r} must be at least 1: pass config.init_r.")
+        raise ValueError(f"`highest={highest!r}`: must be at least 1; pass config.init_r.")
 
 
 def _rank_colours(highest: int) -> dict[str, Any]:

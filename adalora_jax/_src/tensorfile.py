@@ -28,6 +28,7 @@ import numpy as np
 MAX_JSON = 16 * 2**20  # bytes
 _MAX_HEADER = 100_000_000  # bytes; the limit of the package safetensors
 _CHUNK = 8 * 2**20
+_DUPLICATE = "an object has a duplicate key"
 
 # The dtypes that weights are computed in, by their names in the format.
 FLOATS = {
@@ -72,13 +73,13 @@ class TensorFile:
             length = int.from_bytes(self._file.read(8), "little")
             if length > max_header:
                 raise ValueError(
-                    f"{path} is not a safetensors file: its header would have {length} bytes, "
-                    f"and the limit is {max_header}."
+                    f"`{path}`: is not a safetensors file, since its header would have {length} "
+                    f"bytes, and the limit is {max_header}; save it again."
                 )
-            with self._opened(f"{path} is not a safetensors file, or is damaged"):
+            with self._opened("is not a safetensors file, or is damaged"):
                 pass
             # The package keeps the offsets to itself and accepts duplicate names.
-            header = parse_json(self._file.read(length), f"the header of {path}")
+            header = parse_json(self._file.read(length), path)
             self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             self.specs: dict[str, Spec] = {}
             try:
@@ -87,7 +88,9 @@ class TensorFile:
                     begin, end = header[name]["data_offsets"]
                     self.specs[name] = Spec(dtype, shape, end - begin, 8 + length + begin)
             except TypeError as error:  # the package accepts lists of an object's values
-                raise ValueError(f"{path}: a tensor's entry must be a JSON object.") from error
+                raise ValueError(
+                    f"`{path}`: a tensor's entry must be a JSON object; save it again."
+                ) from error
             self._close = stack.pop_all().close
 
     def __enter__(self) -> TensorFile:
@@ -110,13 +113,13 @@ class TensorFile:
         dtype = self.specs[name].dtype
         if dtype not in dtypes:
             raise ValueError(
-                f"{self.path}: {name!r} has dtype {dtype}; only {', '.join(dtypes)} can be "
-                "computed with: convert or dequantise it first."
+                f"`{self.path}`: {name!r} has dtype {dtype}, but only {', '.join(dtypes)} can be "
+                "computed with; convert or dequantise it first."
             )
-        with self._opened(f"{self.path}: {name!r} cannot be read") as tensors:
+        with self._opened(f"{name!r} cannot be read") as tensors:
             array = tensors.get_tensor(name)
         if not self.is_current():
-            raise ValueError(f"{self.path} changed while it was read: read it again.")
+            raise ValueError(f"`{self.path}`: changed while it was read; read it again.")
         return array
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -127,13 +130,16 @@ class TensorFile:
         while remaining:
             data = self._file.read(min(remaining, _CHUNK))
             if not data:
-                raise ValueError(f"{self.path} ends inside {name!r}: it changed while being read.")
+                raise ValueError(
+                    f"`{self.path}`: changed while it was read, and ends inside {name!r}; read it "
+                    "again."
+                )
             remaining -= len(data)
             yield data
 
     @contextlib.contextmanager
     def _opened(self, problem: str) -> Iterator[Any]:
-        """Open the file with ``safetensors``; its errors become ones that begin with ``problem``.
+        """Open the file with ``safetensors``; the messages of its errors begin with ``problem``.
 
         The package maps the file into memory. It is closed after each tensor, since the pages that
         were read would count as this process's memory.
@@ -149,7 +155,9 @@ class TensorFile:
             with safe_open(self.path, "numpy") as tensors:
                 yield tensors
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{problem}: {str(error)[:200]}. Save it again.") from error
+            raise ValueError(
+                f"`{self.path}`: {problem}: {str(error)[:200]}; save it again."
+            ) from error
 
     def is_current(self) -> bool:
         """Return whether the path still refers to the opened file, not to a replacement."""
@@ -168,11 +176,13 @@ def open_regular(path: Path) -> io.BufferedReader:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise ValueError(f"{path} cannot be opened: {error}.") from None
+        raise ValueError(
+            f"`{path}`: cannot be opened: {error}; pass the path of a readable file."
+        ) from None
     file = os.fdopen(descriptor, "rb") if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
     if file is None:
         os.close(descriptor)
-        raise ValueError(f"{path} is not a regular file.")
+        raise ValueError(f"`{path}`: is not a regular file; put a file in its place.")
     return file
 
 
@@ -186,7 +196,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     with open_regular(Path(path)) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON:
-            raise ValueError(f"{path} has {size} bytes; {MAX_JSON} are allowed.")
+            raise ValueError(
+                f"`{path}`: has {size} bytes, but at most {MAX_JSON} can be read; shorten the file."
+            )
         return parse_json(file.read(MAX_JSON), path)
 
 
@@ -198,24 +210,26 @@ def parse_json(data: bytes, where: object) -> dict[str, Any]:
     >>> parse_json(b"[1, 2]", "adapter_config.json")
     Traceback (most recent call last):
         ...
-    ValueError: adapter_config.json does not contain a JSON object.
+    ValueError: `adapter_config.json`: does not contain a JSON object; save it again.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ValueError("an object has a duplicate key")
+            raise ValueError(_DUPLICATE)
         return result
 
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not valid JSON")
+        raise ValueError(constant)
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {str(error)[:200]}.") from None
+        raise ValueError(
+            f"`{where}`: contains invalid JSON: {str(error)[:200]}; save it again."
+        ) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where} does not contain a JSON object.")
+        raise ValueError(f"`{where}`: does not contain a JSON object; save it again.")
     return value
 
 
@@ -228,8 +242,8 @@ def save_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
     for name, array in tensors.items():
         if array.dtype not in _NAMES:
             raise ValueError(
-                f"{name!r} has dtype {array.dtype}; only {', '.join(map(str, _NAMES))} can be "
-                "written."
+                f"`tensors[{name!r}]`: has dtype {array.dtype}, but only "
+                f"{', '.join(map(str, _NAMES))} can be written; cast it to one of them."
             )
     # Wide dtypes first, so that every tensor is aligned to its dtype.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
@@ -302,7 +316,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     taken = path.is_symlink() or (path.exists() and not path.is_dir())
     if taken or (path.exists() and any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty: name another folder.")
+        raise ValueError(f"`{path}`: exists and is not empty; name another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in leftovers(path):
         shutil.rmtree(old, ignore_errors=True)
@@ -327,7 +341,7 @@ def writing_to(argument: str, path: str | os.PathLike[str]) -> Iterator[None]:
     ...     raise OSError(28, "No space left on device")
     Traceback (most recent call last):
         ...
-    OSError: [Errno 28] `directory='/full/disk'` cannot be written: No space left on device. Name \
+    OSError: [Errno 28] `directory='/full/disk'`: cannot be written: No space left on device; name \
 a folder in which files can be made.
     """
     try:
@@ -337,7 +351,7 @@ a folder in which files can be made.
             raise
         raise OSError(
             error.errno,
-            f"`{argument}={os.fspath(path)!r}` cannot be written: {error.strerror}. Name a folder "
+            f"`{argument}={os.fspath(path)!r}`: cannot be written: {error.strerror}; name a folder "
             "in which files can be made.",
         ) from error
 
@@ -383,24 +397,31 @@ def resolve_within(folder: Path, name: Any) -> Path:
     >>> resolve_within(Path("."), "../secret")
     Traceback (most recent call last):
         ...
-    ValueError: '../secret' is not the name of a file in the folder '.'.
+    ValueError: `.`: '../secret' is not the name of a file in this folder; name one that is.
     """
     plain = isinstance(name, str) and name.isprintable() and "\\" not in name and ":" not in name
     if not plain or not name or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError(
-            f"{str(name)[:99]!r} is not the name of a file in the folder {str(folder)!r}."
+            f"`{folder}`: {str(name)[:99]!r} is not the name of a file in this folder; name one "
+            "that is."
         )
     try:
         real, home = (folder / name).resolve(strict=True), folder.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"{folder / name} does not exist.") from None
-        raise ValueError(f"{folder / name} cannot be opened: {error}.") from None
+            raise FileNotFoundError(
+                f"`{folder / name}`: does not exist; pass a folder that has this file."
+            ) from None
+        raise ValueError(
+            f"`{folder / name}`: cannot be opened: {error}; pass the path of a readable file."
+        ) from None
     roots = [home]
     if home.parent.name == "snapshots":
         roots.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(root) for root in roots):
-        raise ValueError(f"{folder / name} is a link to {real}, outside of its folder.")
+        raise ValueError(
+            f"`{folder / name}`: is a link to {real}, outside of its folder; copy the file there."
+        )
     return folder / name
 
 

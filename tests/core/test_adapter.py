@@ -116,18 +116,18 @@ def test_forward_mode_supports_jvp_with_equal_output():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda a: adalora.forward(a, jnp.ones((2, 6))), r"x has shape \(2, 6\)"),
+        (lambda a: adalora.forward(a, jnp.ones((2, 6))), r"`x`: has shape \(2, 6\)"),
         (
             lambda a: adalora.forward(a, jnp.ones((2, 5)), jnp.ones((4, 5))),
-            r"kernel has shape \(4, 5\).*\(5, 4\)",
+            r"`kernel`: has shape \(4, 5\).*\(5, 4\)",
         ),
         (
             lambda a: adalora.forward(a, jnp.ones((2, 5)), jnp.ones((5, 4)), jnp.ones(5)),
-            r"bias has shape \(5,\): it must be \(4,\)",
+            r"`bias`: has shape \(5,\), but .* a bias of shape \(4,\)",
         ),
         (
             lambda a: adalora.forward(a, jnp.ones((2, 5)), dropout_rate=1.0),
-            "dropout_rate=1.0 must be at least 0 and below 1",
+            "`dropout_rate=1.0`: must be at least 0 and below 1",
         ),
         (
             lambda a: adalora.delta_weight(a._replace(lam=jnp.ones(4))),
@@ -135,7 +135,7 @@ def test_forward_mode_supports_jvp_with_equal_output():
         ),
         (
             lambda a: adalora.init_adapter(jax.random.key(0), 0, 4, config()),
-            "in_features=0 must be at least 1",
+            "`in_features=0`: must be at least 1",
         ),
     ],
 )

@@ -128,11 +128,12 @@ def test_delete_keeps_other_adapters_unchanged(members, bank):
     assert less.names == ("french", "italian")
     for name in less.names:
         chex.assert_trees_all_equal(less.select(name), bank.select(name))
-    with pytest.raises(ValueError, match=r"no adapters called 'german'.* french, italian"):
+    message = "`name='german'`: the bank has no adapters of this name, only french, italian;"
+    with pytest.raises(ValueError, match=message):
         less.select("german")
-    with pytest.raises(ValueError, match="no adapters called 'greek'"):
+    with pytest.raises(ValueError, match="`name='greek'`"):
         bank.index(["french", "greek"])
-    with pytest.raises(ValueError, match="no adapters called 'greek'"):
+    with pytest.raises(ValueError, match="`name='greek'`"):
         bank.delete("greek")
     again = less.add("german", members["german"][0])
     assert again.names == ("french", "italian", "german")
@@ -147,7 +148,7 @@ def test_combine_adapters_sums_weighted_increments(members):
         want = want - 0.3 * adalora.delta_weight(german[path])
         got = adalora.delta_weight(adapter)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="weights has 1 entries for 2 sets"):
+    with pytest.raises(ValueError, match="`weights`: has 1 entries for 2 sets"):
         combine_adapters(french, german, weights=[1.0])
 
 
@@ -199,27 +200,28 @@ def test_training_one_adapter_leaves_others_unchanged(members, bank):
 
 @pytest.mark.parametrize("which", [4, -1, True, 1.0, np.array([0, 4])])
 def test_selecting_invalid_indices_raises(bank, which):
-    with pytest.raises(ValueError, match=r"which=.* indices from 0, the base model, to 3"):
+    with pytest.raises(ValueError, match=r"`which=.* indices from 0, the base model, to 3"):
         bank.select(which)
 
 
 def test_combining_nothing_or_by_a_string_raises(members):
-    with pytest.raises(ValueError, match="adapters is empty"):
+    with pytest.raises(ValueError, match="`adapters`: none were given"):
         adalora.bank.combine_adapters()
-    with pytest.raises(TypeError, match="weights='2' is a string"):
+    with pytest.raises(TypeError, match="`weights='2'`: is a string"):
         adalora.bank.combine_adapters(members["french"][0], weights="2")
 
 
 def test_loading_invalid_adapters_raises(bank):
     good, _ = trained(7)
-    with pytest.raises(ValueError, match="name='' must be a string"):
+    with pytest.raises(ValueError, match="`name=''`: must be a string"):
         bank.add("", good)
     with pytest.raises(ValueError, match=r"'more' has parameters at 'head'.*pass the base model's"):
         bank.add("more", {**good, "head": {"kernel": jnp.ones(3)}})
     with pytest.raises(ValueError, match="no adapter was found in the dict given for 'none'"):
         bank.add("none", {})
     other = {"blocks/up": jax.tree.map(lambda leaf: leaf[:1], good["blocks/up"])}
-    with pytest.raises(ValueError, match=r"'blocks/up' for a weight of shape \[1, 6, 6\].*\[2, 6"):
+    message = r"`adapters\['blocks/up'\]`: 'other' is for .* shape \[1, 6, 6\].*\[2, 6"
+    with pytest.raises(ValueError, match=message):
         bank.add("other", other)
     flat = {"blocks/up": jax.tree.map(lambda leaf: leaf[0], good["blocks/up"])}
     with pytest.raises(ValueError, match=r"for a weight of shape \[6, 6\].*\[2, 6, 6\]"):

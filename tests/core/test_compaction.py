@@ -81,5 +81,7 @@ def test_summary_counts_active_parameters(pruned):
 def test_compact_without_mask_of_an_adapter_raises(pruned):
     adapters, masks = pruned
     masks.pop("b")
-    with pytest.raises(ValueError, match="opt_state has no mask for 'b', only for a/query, a/up"):
+    with pytest.raises(
+        ValueError, match="`opt_state`: has no mask for 'b', only for a/query, a/up"
+    ):
         adalora.compact(adapters, masks)

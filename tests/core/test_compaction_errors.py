@@ -19,7 +19,7 @@ def test_compacting_or_exporting_unfinished_run_warns(tmp_path):
     for write in (huggingface.save_pretrained, huggingface.save_as_lora):
         with pytest.warns(UserWarning, match=said):
             write(tmp_path, params, CONFIG, masks=state)
-    with pytest.raises(ValueError, match="Call finish"):
+    with pytest.raises(ValueError, match=r"`opt_state`: has made 12 updates.*; call finish"):
         adalora.compact(params, state, tx)
     params, state = adalora.finish(state, params)
     small, small_state = adalora.compact(params, state, tx)
@@ -47,6 +47,6 @@ def test_compacting_unsupported_optimizer_state_raises_with_hint(inner):
         grads = jax.tree.map(jnp.ones_like, adapters)
         updates, state = tx.update(grads, state, adapters)
         adapters = optax.apply_updates(adapters, updates)
-    with pytest.raises(ValueError, match=r"opt_state: .*compact\(params, opt_state\)"):
+    with pytest.raises(ValueError, match=r"`opt_state`: .*compact\(params, opt_state\)"):
         adalora.compact(adapters, state, tx)
     assert {a.lam.size for a in adalora.compact(adapters, state).values()} != {4}

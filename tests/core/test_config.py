@@ -35,10 +35,10 @@ REFUSED = [
     ({"tinit": -1}, "tinit=-1", "integer of at least 0"),
     ({"tfinal": -1}, "tfinal=-1", "integer of at least 0"),
     ({"tfinal": "3"}, "tfinal='3'", "integer of at least 0"),
-    ({"init_r": 4, "target_r": 8}, "init_r=4", "init_r must be at least 8"),
+    ({"init_r": 4, "target_r": 8}, "init_r=4", "an init_r of at least 8"),
     ({"tinit": 100}, "tinit=100", "tinit < total_step - tfinal"),
     ({"tfinal": 100}, "tfinal=100", "tinit < total_step - tfinal"),
-    ({"tinit": 60, "tfinal": 40}, "tinit=60, tfinal=40", "tinit < total_step - tfinal"),
+    ({"tinit": 60, "tfinal": 40}, "tinit=60", "tinit < total_step - tfinal"),
     ({"beta1": 0}, "beta1=0", "strictly between 0 and 1"),
     ({"beta1": 1.0}, "beta1=1.0", "strictly between 0 and 1"),
     ({"beta2": -0.1}, "beta2=-0.1", "strictly between 0 and 1"),
@@ -120,13 +120,13 @@ REFUSED = [
     ({"rank_overrides": {"q": {"alpha": 5e-324}}}, "rank_overrides['q'].alpha=5e-324", "raise"),
     ({"rank_overrides": {"q": {"alpha": 10**400}}}, "rank_overrides['q']", "a finite number"),
     ({"rank_overrides": {"q": {"init_r": 2**31}}}, "init_r=2147483648", "at most 2147483647"),
-    ({"rank_overrides": {"(": 3}}, "rank_overrides: '('", "not a regular expression"),
+    ({"rank_overrides": {"(": 3}}, "`rank_overrides`: '('", "not a regular expression"),
     ({"rank_overrides": {3: 3}}, "rank_overrides={3: 3}", "must map regexes"),
-    ({"target_modules": "("}, "target_modules: '('", "not a regular expression"),
-    ({"exclude_modules": "*a"}, "exclude_modules: '*a'", "not a regular expression"),
-    ({"exclude_modules": "a{99999999999}"}, "exclude_modules: 'a{", "not a regular expression"),
-    ({"layers_pattern": ["h", "["]}, "layers_pattern: '(?:[)'", "not a regular expression"),
-    ({"layers_pattern": "(?i)h"}, "layers_pattern: '(?:(?i)h)'", "not a regular expression"),
+    ({"target_modules": "("}, "`target_modules`: '('", "not a regular expression"),
+    ({"exclude_modules": "*a"}, "`exclude_modules`: '*a'", "not a regular expression"),
+    ({"exclude_modules": "a{99999999999}"}, "`exclude_modules`: 'a{", "not a regular expression"),
+    ({"layers_pattern": ["h", "["]}, "`layers_pattern`: '(?:[)'", "not a regular expression"),
+    ({"layers_pattern": "(?i)h"}, "`layers_pattern`: '(?:(?i)h)'", "not a regular expression"),
     ({"modules_to_save": len}, "modules_to_save=<built-in function len>", "list of names"),
     ({"layers_pattern": len}, "layers_pattern=<built-in function len>", "list of names"),
     ({"orth_reg_in_update": 1}, "orth_reg_in_update=1", "True or False"),
@@ -194,11 +194,14 @@ def test_harmless_peft_arguments_are_accepted_and_not_stored(accepted):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"revision": None}, "PEFT's revision: remove it"),
-        ({"use_rslora": False, "auto_mapping": None}, "auto_mapping, use_rslora: remove them"),
-        ({"base_model_name_or_path": "gpt2"}, "PEFT's base_model_name_or_path"),
-        ({"peft_version": "0.21"}, "PEFT's peft_version"),
-        ({"layer_replication": None}, "PEFT's layer_replication"),
+        ({"revision": None}, "`revision`: .*; remove it"),
+        (
+            {"use_rslora": False, "auto_mapping": None},
+            "`auto_mapping, use_rslora`: .*; remove them",
+        ),
+        ({"base_model_name_or_path": "gpt2"}, "`base_model_name_or_path`: "),
+        ({"peft_version": "0.21"}, "`peft_version`: "),
+        ({"layer_replication": None}, "`layer_replication`: "),
     ],
 )
 def test_other_peft_arguments_raise_and_suggest_from_peft(given, message):
@@ -313,7 +316,7 @@ def test_replace_validates_and_leaves_original_unchanged():
     changed = config.replace(init_r=20)
     assert (changed.init_r, config.init_r) == (20, 12)
     assert changed.replace(init_r=12) == config
-    with pytest.raises(ValueError, match="init_r=2 is below target_r=8"):
+    with pytest.raises(ValueError, match="`init_r=2`: is below target_r=8"):
         config.replace(init_r=2)
 
 
@@ -405,7 +408,7 @@ def test_rank_pattern_of_stack_keeps_its_slices():
     config = AdaLoraConfig(**GOOD, rank_pattern=pattern)
     assert config.rank_pattern == (("a", (True, False)), ("q", ((True, False), (True, True))))
     assert hash(config) == hash(config.replace(rank_pattern=dict(config.rank_pattern)))
-    with pytest.raises(ValueError, match=r"rank_pattern=.* must map each adapter's path"):
+    with pytest.raises(ValueError, match=r"`rank_pattern=.*`: must map each adapter's path"):
         AdaLoraConfig(**GOOD, rank_pattern={"q": [3, 0]})
 
 
@@ -450,5 +453,5 @@ def test_config_functions_must_be_passed_to_from_dict():
 
 def test_unknown_field_of_another_version_raises():
     saved = AdaLoraConfig(total_step=10).to_dict()
-    with pytest.raises(ValueError, match=r"unknown here: temperature\..*another version"):
+    with pytest.raises(ValueError, match=r"unknown here \(temperature\), .*another version"):
         AdaLoraConfig.from_dict(saved | {"temperature": 1.0})

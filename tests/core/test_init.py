@@ -30,7 +30,8 @@ def test_custom_init_is_called_for_each_matrix():
 
 def test_custom_init_of_wrong_shapes_raises():
     config = CONFIG.replace(init=lambda key, ins, outs, rank, dtype: [jnp.ones((ins, rank))] * 3)
-    with pytest.raises(ValueError, match=r"returned the shapes .*must be \[\(4, 5\), \(4,\)"):
+    message = r"`init=.*`: returned the shapes .*; return .* shapes \[\(4, 5\), \(4,\)"
+    with pytest.raises(ValueError, match=message):
         al.init_adapter(jax.random.key(0), 3, 5, config)
 
 

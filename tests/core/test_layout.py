@@ -15,9 +15,9 @@ import adalora_jax as adalora
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({"Dense": adalora.Layout()}, "must be {class: Layout"),
+        ({"Dense": adalora.Layout()}, "must map a class to a Layout"),
         ({nn.Dense: adalora.Layout(kind="conv")}, "kind 'dense'"),
-        ({nn.Dense: adalora.Layout(stack=(2,))}, "no stack axes"),
+        ({nn.Dense: adalora.Layout(stack=(2,))}, "without stack axes"),
     ],
 )
 def test_invalid_layer_declaration_raises(layers, message):
@@ -39,7 +39,7 @@ def test_layout_and_scale_are_kept_by_copies_and_transforms():
     ):
         assert (other.scale, other.layout) == (adapter.scale, adapter.layout)
     mapping, x = {"": adapter._asdict()}, draw(4, 8)
-    with pytest.raises(ValueError, match="the scale of '' is not known"):
+    with pytest.raises(ValueError, match="`adapter`: the scale is not known"):
         adalora.merge(variables, mapping)
     outputs = adapted.apply(variables, mapping, x)  # the adapted model's config has the scale
     np.testing.assert_array_equal(outputs, adapted.apply(variables, adapters, x))

@@ -202,7 +202,7 @@ def test_nnx_info_is_equal_inside_and_outside_jit():
 @pytest.mark.parametrize(
     ("score", "given", "message"),
     [
-        ("magnitude", (), "'magnitude'.*pass params=params to info"),
+        ("magnitude", (), "`params=None`: .*'magnitude'.*pass params=params to info"),
         ("sensitivity", (), "pass params=params and grads=grads to info"),
         ("sensitivity", ("params",), "pass grads=grads to info"),
         (adalora.scores.ScoreInputs, ("grads",), "pass params=params to info"),

@@ -74,7 +74,7 @@ def test_rank_pattern_keys_convert_to_paths_and_back(key):
 @pytest.mark.parametrize("pattern", [{"query": 4}, {"query.lora_E": 4}, {"query": [True]}, [4]])
 def test_rank_pattern_of_plain_lora_raises(pattern):
     """PEFT's AdaLoRA ignores it in training, and cannot load the adapter it saved."""
-    with pytest.raises(ValueError, match="rank_pattern="):
+    with pytest.raises(ValueError, match="`rank_pattern="):
         AdaLoraConfig.from_peft(PLAIN | {"rank_pattern": pattern})
 
 
@@ -130,7 +130,7 @@ def test_unsupported_peft_option_raises_by_name(key, value):
 
 
 def test_other_adapter_types_and_invalid_files_raise(tmp_path):
-    with pytest.raises(ValueError, match="peft_type='LORA'"):
+    with pytest.raises(ValueError, match="`peft_type='LORA'`: is not"):
         AdaLoraConfig.from_peft({"peft_type": "LORA", "r": 8})
     (tmp_path / "adapter_config.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="does not contain a JSON object"):

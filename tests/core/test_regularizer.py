@@ -191,5 +191,5 @@ def test_bfloat16_is_summed_in_float32():
 
 
 def test_tree_without_adapters_raises():
-    with pytest.raises(ValueError, match="no adapter was found in the dict given as adapters"):
+    with pytest.raises(ValueError, match="`adapters`: no adapter was found in the dict"):
         al.orthogonality({"head": jnp.ones(3)}, al.AdaLoraConfig(total_step=10))

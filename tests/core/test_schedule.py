@@ -67,13 +67,13 @@ def test_triplet_cost_depends_on_layer_size():
     assert cost(config.replace(budget_unit="flops"), "up", 8, 32) == (2 * 8) + 1 + (2 * 32)
     own = config.replace(budget_unit=lambda path, ins, outs: 100 * len(path) + ins - outs)
     assert cost(own, "up", 8, 32) == 176
-    with pytest.raises(ValueError, match=r"budget_unit\('up', .*\)=0.5 must be an integer"):
+    with pytest.raises(ValueError, match=r"budget_unit\('up', .*\)=0.5`: must be an integer"):
         cost(config.replace(budget_unit=lambda *_: 0.5), "up", 8, 32)
 
 
 def test_budget_beyond_int32_raises():
     config = CONFIG.replace(budget_unit=lambda path, ins, outs: 10**9)
-    with pytest.raises(ValueError, match=r"budget_unit=.*more than an int32 can count"):
+    with pytest.raises(ValueError, match=r"`budget_unit=.*more than an int32 can count"):
         al.init_state(problem.adapters(config), config)
 
 

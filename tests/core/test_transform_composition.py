@@ -16,7 +16,8 @@ import adalora_jax as adalora
 def test_config_with_other_scale_than_adapters_raises():
     adapted, _, adapters = adapted_of(nn.Dense(5), draw(2, 4), lora_alpha=12)
     other = adapted.config.replace(lora_alpha=24)
-    with pytest.raises(ValueError, match=r"the adapter of '' has scale 4\.0.*gives it 8\.0"):
+    message = r"`config`: the adapter of '' has scale 4\.0.*gives it 8\.0"
+    with pytest.raises(ValueError, match=message):
         adalora.adalora(optax.adam(1e-2), other).init(adapters)
     model = adalora.nnx.adapt(in_model(linear()), nnx_config(".*", lora_alpha=12))
     tx = adalora.adalora(optax.adam(1e-2), nnx_config(".*", lora_alpha=24))
@@ -34,7 +35,7 @@ def test_config_with_other_scale_than_adapters_raises():
     ],
 )
 def test_accumulation_inside_adalora_raises(inner):
-    with pytest.raises(ValueError, match="accumulation inside of adalora would count"):
+    with pytest.raises(ValueError, match=r"`inner`: holds a .*would count"):
         adalora.adalora(inner(), CONFIG).init(fresh())
 
 
@@ -60,7 +61,8 @@ def test_partition_may_exclude_whole_adapters_but_not_parts():
     tx = optax.partition(
         {"fast": optax.adam(1e-2), "rest": adalora.adalora(optax.adam(1e-3), CONFIG)}, by_factor
     )
-    with pytest.raises(ValueError, match="adapter of 'l1' comes without p: rank is allocated"):
+    message = r"`adapters\['l1'\]`: comes without p, but rank is allocated"
+    with pytest.raises(ValueError, match=message):
         tx.init(params)
 
 
@@ -105,9 +107,9 @@ def test_swapped_arguments_raise_with_hints():
         tx.update(adapters, adapters, state)
     with pytest.raises(TypeError, match=r"orthogonality\(adapters, config\)"):
         adalora.orthogonality(config, adapters)
-    with pytest.raises(TypeError, match="named is a list"):
+    with pytest.raises(TypeError, match="`named=list`: not a mapping"):
         adalora.AdapterBank.from_dict([adapters])
     with pytest.raises(ValueError, match=r"arguments are \(opt_state, params\)"):
         adalora.eval_params(adapters, state)
-    with pytest.raises(ValueError, match="no adapter was found in the Linear"):
+    with pytest.raises(ValueError, match="`adapters`: no adapter was found in the Linear"):
         adalora.summary(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), state)

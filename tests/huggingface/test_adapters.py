@@ -311,7 +311,7 @@ def test_like_adds_layers_of_rank_zero_and_checks_shapes(tmp_path):
     assert peft.load_pretrained(tmp_path, names=names, like=abstract).masks.keys() == trained.keys()
     with pytest.raises(ValueError, match=r"'layers.2.up' is for 5 inputs and 7 outputs"):
         peft.load_pretrained(tmp_path, names=names, like={"layers/up": adapter(1, 5, 6, (3,))})
-    with pytest.raises(ValueError, match=r"like has no adapter for 'layers.2.up'"):
+    with pytest.raises(ValueError, match=r"`like`: has no adapter for 'layers.2.up'"):
         peft.load_pretrained(tmp_path, names=names, like={"layers/up": adapter(1, 5, 7, (2,))})
 
 
@@ -346,8 +346,8 @@ def refused(match, tmp_path, trained=None, **options):
 
 
 def test_invalid_save_arguments_raise_with_hints(tmp_path):
-    refused(r"'query' matches no pair .*nearest.*names=\[", tmp_path, names=[("key", "key")])
-    refused("'a.b/query' has a dot", tmp_path, {"a.b/query": adapter(0)})
+    refused(r"'query' matches no pair, .*nearest.*names=\[", tmp_path, names=[("key", "key")])
+    refused("`path='a.b/query'`: has a dot", tmp_path, {"a.b/query": adapter(0)})
     refused("with 1 stack axes matches no pair", tmp_path, {"query": adapter(0, stack=(2,))})
     refused(
         "both become 'c'",
@@ -355,9 +355,9 @@ def test_invalid_save_arguments_raise_with_hints(tmp_path):
         {"a": adapter(0), "b": adapter(1)},
         names=[("a", "c"), ("b", "c")],
     )
-    refused("masks has no mask for 'query'", tmp_path, masks={"key": MASK})
-    refused(r"masks\['query'\] has shape \(3,\)", tmp_path, masks={"query": MASK[:3]})
-    refused("names='berd' must be one of bert, gpt2", tmp_path, names="berd")
+    refused("`masks`: has no mask for 'query'", tmp_path, masks={"key": MASK})
+    refused(r"`masks\['query'\]`: has shape \(3,\)", tmp_path, masks={"query": MASK[:3]})
+    refused("`names='berd'`: must be one of bert, gpt2", tmp_path, names="berd")
     refused("task_type='CLS'", tmp_path, task_type="CLS")
     refused("no adapter", tmp_path, {"head": {"kernel": jnp.ones((2, 2))}})
     refused(

@@ -187,7 +187,7 @@ def test_mismatched_factors_raise(letter, shape, tmp_path):
     else:
         tensors[f"{KEY}.lora_{letter}"] = np.ones(shape, np.float32)
     write(tmp_path, CONFIG, safetensors.numpy.save(tensors))
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors: 'a.query'"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors`: 'a.query'"):
         peft.load_pretrained(tmp_path)
 
 
@@ -289,10 +289,10 @@ def test_config_without_peft_type_raises(kind, tmp_path):
 
 def test_null_and_missing_total_step_raise_distinct_errors(tmp_path):
     write(tmp_path, CONFIG | {"total_step": None})
-    with pytest.raises(ValueError, match="total_step is null"):
+    with pytest.raises(ValueError, match="`total_step`: is null"):
         peft.load_pretrained(tmp_path)
     write(tmp_path, {key: value for key, value in CONFIG.items() if key != "total_step"})
-    with pytest.raises(ValueError, match="total_step is missing"):
+    with pytest.raises(ValueError, match="`total_step`: is missing"):
         peft.load_pretrained(tmp_path)
 
 
@@ -325,7 +325,7 @@ def test_missing_file_is_named_in_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors"):
         peft.load_pretrained(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle"):
+    with pytest.raises(ValueError, match=r"adapter_model.bin`: is a pickle"):
         peft.load_pretrained(tmp_path)
 
 

@@ -51,7 +51,7 @@ def test_hf_names_round_trip_through_unstacked_flax_paths(family):
 def test_stacked_and_unstacked_paths_are_distinct():
     llama = hf_names("llama")
     assert llama.to_hf("layers/attn/q_proj", (4,))[0][0] == "model.layers.4.self_attn.q_proj"
-    with pytest.raises(ValueError, match="matches no pair of names; the nearest"):
+    with pytest.raises(ValueError, match=r"`names`: .* matches no pair, and the nearest names"):
         llama.to_hf("layers/attn/q_proj")
     with pytest.raises(ValueError, match="with 2 stack axes"):
         llama.to_hf("layers/attn/q_proj", (4, 1))

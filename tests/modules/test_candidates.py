@@ -35,8 +35,18 @@ class Mapped(nn.Module):
 @pytest.mark.parametrize(
     ("model", "x", "targets", "message"),
     [
-        (Tied("by hand"), IDS, ["embed"], "'embed' cannot be adapted: its weight is also used"),
-        (Tied("applied"), IDS, ["embed"], "'embed' cannot be adapted: its weight is also used"),
+        (
+            Tied("by hand"),
+            IDS,
+            ["embed"],
+            "'embed' cannot be adapted, because its weight is also used",
+        ),
+        (
+            Tied("applied"),
+            IDS,
+            ["embed"],
+            "'embed' cannot be adapted, because its weight is also used",
+        ),
         (Tied("applied"), IDS, ["head"], "'head' matches no module"),
         (Mapped(), draw(2, 4), ["dense"], r"'dense' cannot be adapted.*nn\.map_variables"),
         (Mapped(), draw(2, 4), ".*", r"selects no layer.*'dense'.*nn\.map_variables"),
@@ -57,7 +67,9 @@ def test_wrapper_that_normalises_adapters_is_named_in_error(wrapper):
                 return nn.SpectralNorm(dense)(x, update_stats=False)
             return nn.WeightNorm(dense, variable_filter=None)(x)
 
-    with pytest.raises(ValueError, match=f"'d' cannot be adapted: it is inside of {wrapper}"):
+    with pytest.raises(
+        ValueError, match=f"'d' cannot be adapted, because it is inside of {wrapper}"
+    ):
         adapted_of(Model(), draw(2, 4), ["d"])
 
 
@@ -117,7 +129,9 @@ def test_stack_along_axis_other_than_first_raises(axis):
     config = adalora.AdaLoraConfig(total_step=3, init_r=4, target_r=2, target_modules=["layers"])
     x = jnp.ones((4, 3, 4))
     variables = Stacked().init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match=r"'layers' cannot be adapted: nn\.vmap stacks its weight"):
+    with pytest.raises(
+        ValueError, match=r"'layers' cannot be adapted, because nn\.vmap stacks its weight"
+    ):
         adalora.linen.adapt(Stacked(), config).init(jax.random.key(1), variables, x)
 
 

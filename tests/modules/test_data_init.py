@@ -184,7 +184,7 @@ def test_eva_ranks_stay_within_limits():
     assert ranks(CONFIG, max_rank=3) == {"a": 3, "b": 3}
     limited = CONFIG.replace(rank_overrides={"a": {"max_r": 2}})
     assert ranks(limited) == {"a": 2, "b": 3}
-    with pytest.raises(ValueError, match="max_rank=0 must be at least 1"):
+    with pytest.raises(ValueError, match="`max_rank=0`: must be at least 1"):
         ranks(CONFIG, max_rank=0)
 
 

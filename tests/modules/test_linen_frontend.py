@@ -170,14 +170,17 @@ def test_merged_base_model_equals_adapted_model(model):
     ("bad", "message"),
     [
         ({"target_modules": ["querry"]}, r"'querry' matches no module.*layers_0/attn/query"),
-        ({"target_modules": r".*querry"}, r"selects no layer.*layers_0/attn/query"),
-        ({"target_modules": None}, "select the layers to adapt"),
+        ({"target_modules": r".*querry"}, r"no layer is selected.*layers_0/attn/query"),
+        ({"target_modules": None}, "`target_modules=None`: no layer is selected; pass"),
         ({"target_modules": ["norm"]}, "BatchNorm, which cannot be adapted.*DenseGeneral"),
         ({"target_modules": r".*/norm"}, r"BatchNorm, which cannot be adapted.*layers_\d/"),
-        ({"target_modules": ["attn"]}, "Name the layers in it: layers_0/attn/query"),
-        ({"modules_to_save": ["haed"]}, "'haed' matches no parameter or module; the nearest: head"),
-        ({"exclude_modules": r".*"}, "exclude_modules='.*' selects no layer"),
-        ({"layers_to_transform": [7]}, r"layers_to_transform=\(7,\) selects no layer"),
+        ({"target_modules": ["attn"]}, "name the layers in it: layers_0/attn/query"),
+        (
+            {"modules_to_save": ["haed"]},
+            "'haed' matches no parameter or module; name one of the nearest: head",
+        ),
+        ({"exclude_modules": r".*"}, "exclude_modules='.*'`: no layer is selected"),
+        ({"layers_to_transform": [7]}, r"layers_to_transform=\(7,\)`: no layer is selected"),
     ],
 )
 def test_invalid_layer_selection_raises(model, bad, message):
@@ -193,7 +196,7 @@ def test_adapters_of_another_model_raise(model):
     adapters = adapted.init(jax.random.key(2), variables, x)
     with pytest.raises(ValueError, match=r"adapters\['encoder/up'\]`: not a layer of Model"):
         adapted.apply(variables, {"encoder/up": adapters["layers_0/up"]}, x)
-    with pytest.raises(ValueError, match=r"'layers_0/up' is for .* 8 x 8.*8 x 24"):
+    with pytest.raises(ValueError, match=r"'layers_0/up'\]`: the adapter is for .* 8 x 8.*8 x 24"):
         adapted.apply(variables, {"layers_0/up": adapters["layers_0/attn/query"]}, x)
     with pytest.raises(TypeError, match=r"adalora_jax\.nnx\.adapt"):
         adalora.linen.adapt(lambda x: x, config())

@@ -185,10 +185,12 @@ def test_merging_mismatched_or_nonfinite_weight_raises(pruned):
     adapters, _ = pruned
     variables = {"params": {"a": {"query": {"kernel": jnp.zeros((6, 5))}}}}
     with pytest.raises(
-        ValueError, match=r"'a/query' is for \[\] matrices of 5 x 6, but the weight"
+        ValueError, match=r"'a/query'\]`: the adapter is for \[\] matrices of 5 x 6, but the weight"
     ):
         adalora.merge(variables, {"a/query": adapters["a/query"]})
-    with pytest.raises(ValueError, match=r"'b'\] has no parameters in the model"):
+    with pytest.raises(
+        ValueError, match=r"`adapters\['b'\]`: not a layer of the model, whose parameters are a;"
+    ):
         adalora.merge(variables, {"b": adapters["b"]})
     fitting = {"params": {"a": {"query": {"kernel": jnp.full((5, 6), jnp.inf)}}}}
     with pytest.raises(ValueError, match="'a/query' is not finite"):

@@ -187,10 +187,13 @@ def test_adapter_dropout_follows_train_and_eval():
     ("bad", "message"),
     [
         ({"target_modules": ["querry"]}, r"'querry' matches no module.*layers/0/attn/query"),
-        ({"target_modules": r".*querry"}, r"selects no layer.*layers/0/attn/query"),
+        ({"target_modules": r".*querry"}, r"no layer is selected.*layers/0/attn/query"),
         ({"target_modules": ["norm"]}, "BatchNorm, which cannot be adapted.*DenseGeneral"),
-        ({"target_modules": ["attn"]}, "Name the layers in it: layers/0/attn/"),
-        ({"modules_to_save": ["haed"]}, "'haed' matches no parameter or module; the nearest: head"),
+        ({"target_modules": ["attn"]}, "name the layers in it: layers/0/attn/"),
+        (
+            {"modules_to_save": ["haed"]},
+            "'haed' matches no parameter or module; name one of the nearest: head",
+        ),
     ],
 )
 def test_invalid_layer_selection_raises(bad, message):

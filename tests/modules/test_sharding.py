@@ -179,9 +179,15 @@ def test_rules_override_specs():
     changed = EXPECTED["up"]._replace(q=P(None, None, None))
     assert plain(by_function.specs(variables, x)) == EXPECTED | {"up": changed}
     for rules, words in (
-        ({"down": whole}, "'down' matches no adapted layer; the adapted layers are out, up"),
-        ({"out": P()}, r"gave P\(\) for 'out': it must be an Adapter"),
-        ({"out": whole._replace(lam=P(None, None))}, "more axes than the adapter has"),
+        (
+            {"down": whole},
+            "`rules`: 'down' matches no adapted layer; name one of the adapted layers: out, up",
+        ),
+        ({"out": P()}, r"`rules`: P\(\) for 'out' is not an Adapter"),
+        (
+            {"out": whole._replace(lam=P(None, None))},
+            "has more axes than the adapter; give at most",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             adalora.linen.adapt(model, CONFIG, rules=rules).specs(variables, x)

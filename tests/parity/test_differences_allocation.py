@@ -88,7 +88,7 @@ def test_init_r_below_target_r_fails_late_in_peft_and_at_once_here():
     with pytest.raises(RuntimeError, match="kthvalue"):
         next(steps)
 
-    with pytest.raises(ValueError, match="init_r=4 is below target_r=6"):
+    with pytest.raises(ValueError, match="`init_r=4`: is below target_r=6"):
         AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
 
 

@@ -193,7 +193,7 @@ def test_plain_lora_loads_with_its_scales(rslora, tmp_path):
 def test_pickle_raises_and_conversion_by_peft_loads(tmp_path):
     model = trained("bert", 5)
     model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
-    with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"adapter_model.bin`: is a pickle.*save_pretrained"):
         files.load_pretrained(tmp_path / "pickle")
     again = peft.PeftModel.from_pretrained(hf.model("bert"), tmp_path / "pickle")
     again.save_pretrained(tmp_path / "other")

@@ -261,9 +261,9 @@ def test_list_of_names_loads_a_stack_of_layers(tmp_path):
     [
         ({"scales": np.ones((3, 16), np.float16)}, "do not fit each other"),
         ({"qweight": np.ones((8, 16), np.int64)}, "must be int32, not int64"),
-        ({"qzeros": np.ones((2, 1), np.int32)}, "packed in 2 bits; 4 and 8 can be read"),
+        ({"qzeros": np.ones((2, 1), np.int32)}, "packed in 2 bits, but only 4 and 8 can be read"),
         ({"g_idx": np.full(64, 2, np.int32)}, "must give each of 64 inputs one of 2 groups"),
-        ({"checkpoint_format": "marlin"}, "checkpoint_format='marlin' must be one of"),
+        ({"checkpoint_format": "marlin"}, "`checkpoint_format='marlin'`: must be one of"),
     ],
 )
 def test_invalid_tensors_raise(change, message):
@@ -275,7 +275,7 @@ def test_mismatched_checkpoint_raises(checkpoint, tmp_path_factory):
     model = Model()
     variables = model.init(jax.random.key(1), X)
     load = lambda **kwargs: quantization.load_gptq(checkpoint, model, variables, **kwargs)
-    message = r"no layer .* matches a layer of the model.*model\.lm_head.*head/bias"
+    message = r"no layer .*model\.lm_head.* matches a layer of the model .*head/bias"
     with pytest.raises(ValueError, match=message):
         load()
     with pytest.raises(ValueError, match=r"'model\.v_proj' for 'query', which is not a GPTQ layer"):

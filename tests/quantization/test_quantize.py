@@ -440,18 +440,18 @@ def test_plain_merge_of_quantised_base_raises():
     base = quantization.quantize(NnxModel(nnx.Rngs(0)), "int8", X)
     with pytest.raises(ValueError, match=r"is quantised and cannot.*quantization\.merge"):
         adalora.merge(adalora.nnx.adapt(base, config()))
-    with pytest.raises(ValueError, match=r"to='int16' must be a floating-point dtype"):
+    with pytest.raises(ValueError, match=r"`to='int16'`: must be a floating-point dtype"):
         quantization.merge(variables, adapters, to="int16")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qtype": "int3"}, "qtype='int3' must be one of"),
-        ({"block": -1}, "block=-1 must be a positive integer"),
-        ({"block": True}, "block=True must be a positive integer"),
-        ({"dtype": "foo"}, "dtype='foo' must be a floating-point dtype"),
-        ({"dtype": "int8"}, "dtype='int8' must be a floating-point dtype"),
+        ({"qtype": "int3"}, "`qtype='int3'`: must be one of"),
+        ({"block": -1}, "`block=-1`: must be a positive integer"),
+        ({"block": True}, "`block=True`: must be a positive integer"),
+        ({"dtype": "foo"}, "`dtype='foo'`: must be a floating-point dtype"),
+        ({"dtype": "int8"}, "`dtype='int8'`: must be a floating-point dtype"),
         ({"target_modules": ["querry"]}, "'querry' matches no module"),
     ],
 )
@@ -471,8 +471,8 @@ def test_quantising_twice_and_invalid_arguments_raise():
         quantization.quantize(base, "int8", X)
     with pytest.raises(TypeError, match="pass the model's variables"):
         quantization.quantize(Model(), "int8", X)
-    with pytest.raises(TypeError, match="variables are missing"):
+    with pytest.raises(TypeError, match="`variables`: are missing"):
         quantization.quantize(Model(), "int8")
     weight = variables["quantized"]["layers_0"]["up"]["kernel"]
-    with pytest.raises(ValueError, match=r"weights\['head/kernel'\] has shape \(64, 128\)"):
+    with pytest.raises(ValueError, match=r"`weights\['head/kernel'\]`: has shape \(64, 128\)"):
         packed.pack_linen(Model(), floats, {"head/kernel": weight})

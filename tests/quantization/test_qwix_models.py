@@ -234,7 +234,7 @@ def test_unsupported_operations_raise():
     adapted = adalora.nnx.adapt(base, CONFIG)
     with pytest.raises(ValueError, match=r"is quantised and cannot.*quantization\.merge"):
         adalora.merge(adapted)
-    with pytest.raises(ValueError, match=r"to='int4': Qwix quantised this model"):
+    with pytest.raises(ValueError, match=r"`to='int4'`: Qwix quantised this model"):
         quantization.merge(adapted, to="int4")
     with pytest.raises(ValueError, match=r"is quantised already"):
         quantization.quantize(base, "int8")

@@ -68,19 +68,20 @@ class Adapter:
         return dict(zip(self._fields, self))
 
 
-def known_scale(adapter: Adapter, name: str = "adapter") -> float:
+def known_scale(adapter: Adapter, path: str = "") -> float:
     """Return the adapter's scale.
 
     Args:
       adapter: any adapter.
-      name: name of the adapter, for the message.
+      path: path of the adapter, for the message; empty for an adapter without one.
 
     Raises:
       ValueError: the scale is None.
     """
     if adapter.scale is None:
+        subject = f"adapters[{path!r}]" if path else "adapter"
         raise ValueError(
-            f"the scale of {name!r} is not known, since it was given as a mapping of p, lam and q: "
+            f"`{subject}`: the scale is not known, since p, lam and q were given as a mapping; "
             "pass Adapter objects, as adapted.init, nnx.adapters and checkpoint.restore return "
             "them."
         )
@@ -206,18 +207,24 @@ def forward(
     in_features, out_features = adapter.q.shape[-1], adapter.p.shape[-1]
     if x.shape[-1:] != (in_features,) or x.shape[: len(stack)] != stack:
         raise ValueError(
-            f"x has shape {x.shape}: for this adapter it must be "
-            f"[{', '.join(map(str, (*stack, '...', in_features)))}]."
+            f"`x`: has shape {x.shape}, but the adapter is for inputs of shape "
+            f"[{', '.join(map(str, (*stack, '...', in_features)))}]; pass the inputs of its layer."
         )
     if kernel is not None and kernel.shape != (*stack, in_features, out_features):
         raise ValueError(
-            f"kernel has shape {kernel.shape}, but the adapter is for a kernel of shape "
-            f"{(*stack, in_features, out_features)}: initialise the adapter for this kernel."
+            f"`kernel`: has shape {kernel.shape}, but the adapter is for a kernel of shape "
+            f"{(*stack, in_features, out_features)}; initialise the adapter for this kernel."
         )
     if bias is not None and bias.shape != (*stack, out_features):
-        raise ValueError(f"bias has shape {bias.shape}: it must be {(*stack, out_features)}.")
+        raise ValueError(
+            f"`bias`: has shape {bias.shape}, but the adapter is for a bias of shape "
+            f"{(*stack, out_features)}; pass the bias of its layer."
+        )
     if not 0 <= dropout_rate < 1:
-        raise ValueError(f"dropout_rate={dropout_rate} must be at least 0 and below 1.")
+        raise ValueError(
+            f"`dropout_rate={dropout_rate}`: must be at least 0 and below 1; pass a probability of "
+            "dropping an input, such as 0.1."
+        )
     dtype = x.dtype if kernel is None else jnp.result_type(x, kernel)
     if not jnp.issubdtype(dtype, jnp.inexact):  # the adapter output must not be truncated
         dtype = jnp.result_type(dtype, *adapter)
@@ -280,6 +287,6 @@ def check_adapter(adapter: Adapter, name: str = "adapter") -> None:
     p, lam, q = (tuple(jnp.shape(leaf)) for leaf in adapter)
     if not lam or p[:-1] != lam or q[:-1] != lam:
         raise ValueError(
-            f"{name} has p {p}, lam {lam} and q {q}: they must be [..., r, out], [..., r] and "
-            "[..., r, in] with the same r and the same leading axes."
+            f"`{name}`: has p {p}, lam {lam} and q {q}, which do not match; pass [..., r, out], "
+            "[..., r] and [..., r, in] with the same r and the same leading axes."
         )

@@ -20,7 +20,14 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole, Role, group_by_role, map_leaves, stack, stack_like
+from adalora_jax._src.core.roles import (
+    ByRole,
+    Role,
+    group_by_role,
+    per_triplet,
+    stack,
+    stack_like,
+)
 from adalora_jax._src.core.schedule import budget, cost
 from adalora_jax._src.core.scores import (
     ScoreInputs,
@@ -62,6 +69,13 @@ class AllocatorState(NamedTuple):
         this transformation.
       penalty: float32 scalar: the orthogonality penalty with ``config.orth_reg_in_update``, else 0.
       config: the config of the run; static.
+
+    >>> from adalora_jax import init_adapter
+    >>> config = AdaLoraConfig(total_step=4, init_r=3, target_r=2)
+    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> state = init_state(adapters, config).allocator
+    >>> int(state.step), int(state.budget), state.masks["query"].tolist()
+    (0, 3, [True, True, True])
     """
 
     step: Int32[Array, ""]
@@ -88,6 +102,12 @@ class AdaLoraState:
     Attributes:
       adapters: a tree with adapters in it.
       allocator: the allocator's state, which includes the (static) config.
+
+    >>> from adalora_jax import init_adapter
+    >>> config = AdaLoraConfig(total_step=4)
+    >>> state = init_state({"query": init_adapter(jax.random.key(0), 6, 5, config)}, config)
+    >>> list(state.adapters), state.allocator.config == config
+    (['query'], True)
     """
 
     adapters: PyTree
@@ -106,6 +126,12 @@ def init_state(adapters: PyTree, config: AdaLoraConfig) -> AdaLoraState:
 
     Raises:
       ValueError: ``adapters`` contains no adapter, or all triplets together cost 2³¹ or more.
+
+    >>> from adalora_jax import init_adapter
+    >>> config = AdaLoraConfig(total_step=4, init_r=4, target_r=2)
+    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> int(init_state(adapters, config).allocator.budget)
+    4
     """
     return AdaLoraState(jax.tree.map(jnp.copy, adapters), init_allocator(adapters, config))
 
@@ -123,7 +149,7 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     adapters = pytree.adapters(params)
     if not adapters:
         raise ValueError(
-            f"no adapter was found in the {type(params).__name__} of parameters: pass the adapters "
+            f"`params`: no adapter was found in the {type(params).__name__}; pass the adapters "
             "that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam."
         )
     roles = group_by_role(adapters)
@@ -227,11 +253,8 @@ def update_allocator(
     change if any ``w · g`` is not finite.
     """
     config, averages = state.config, (state.sensitivity, state.uncertainty)
-    raw = stack_like(
-        state.sensitivity,
-        {path: map_leaves(raw_sensitivity, a, gradients[path]) for path, a in weights.items()},
-    )
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(raw)]))
+    raw = raw_by_role(state.sensitivity, weights, gradients)
+    finite = jnp.all(per_triplet(jnp.all, jax.tree.map(jnp.isfinite, raw)))
 
     def new_averages() -> tuple[ByRole, ...]:
         leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
@@ -259,6 +282,28 @@ def update_allocator(
         budget=jnp.where(finite & (state.step <= config.final_step), allowed, state.budget),
         masks=masks,
     )
+
+
+def raw_by_role(
+    like: ByRole, weights: Mapping[str, Adapter], gradients: Mapping[str, Adapter]
+) -> ByRole:
+    """Return the sensitivities ``|w · g|`` of one step by role, with the static fields of ``like``.
+
+    The λ of a role are stacked before the product, because XLA's compiler for TPUs would compute
+    the product of each in a kernel.
+    """
+
+    def product(weight: Adapter, gradient: Adapter) -> Adapter:
+        p, q = (raw_sensitivity(*both) for both in ((weight.p, gradient.p), (weight.q, gradient.q)))
+        return Adapter(p, weight.lam, q)
+
+    joined = stack_like(like, {path: product(a, gradients[path]) for path, a in weights.items()})
+    of_lam = stack(like.roles, {path: gradient.lam for path, gradient in gradients.items()})
+    raw = {
+        name: a._replace(lam=raw_sensitivity(a.lam, of_lam.stacked[name]))
+        for name, a in joined.stacked.items()
+    }
+    return ByRole(raw, like.roles)
 
 
 def best_masks(
@@ -394,12 +439,14 @@ def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str,
         for name in Adapter._fields if path in have else ():
             shapes = [tuple(getattr(a, name).shape) for a in (adapter, have[path])]
             if shapes[0] != shapes[1]:
-                problems.append(f"{path}.{name} has shape {shapes[0]}, its gradient {shapes[1]}")
+                problems.append(
+                    f"the gradient of {path}.{name} has shape {shapes[1]}, not {shapes[0]}"
+                )
     if problems:
-        shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
+        shown = ", ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise ValueError(
-            f"grads do not match the adapters: {shown}. Differentiate with respect to the same "
-            "tree that is trained."
+            f"`grads`: do not match the adapters, since {shown}; differentiate with respect to the "
+            "same tree that is trained."
         )
     return {path: have[path] for path in adapters}
 
@@ -430,8 +477,8 @@ def current_budget(
     initial = sum(costs[path] * adapter.lam.size for path, adapter in adapters.items())
     if initial >= 2**31:
         raise ValueError(
-            f"budget_unit={config.budget_unit!r}: all triplets together cost {initial}, more than "
-            "an int32 can count; give a function that counts in thousands."
+            f"`budget_unit={config.budget_unit!r}`: all triplets together cost {initial}, more "
+            "than an int32 can count; pass a function that counts in thousands."
         )
     return budget(config, step, _cost_per_rank(config, adapters), initial=initial)
 
@@ -491,16 +538,16 @@ def map_state(
             tx, mapped, opt_state, rest, transform_non_params=others, is_leaf=is_masked
         )
     except (TypeError, AttributeError, ValueError) as error:
-        if str(error).startswith("opt_state"):
+        if str(error).startswith("`opt_state`"):
             raise
         reason = str(error).splitlines()[0]
         raise ValueError(
-            "opt_state: optax.tree.map_params cannot tell what belongs to which parameter. Either "
-            "it is not the state that this tx has for these parameters; or the optimizer keeps "
-            "something of them that is not one array for each (as sm3); or its labels are a "
-            "function that needs the parameters (partition, masked): give the labels as a tree, or "
-            "compact(params, opt_state) the parameters alone and start anew with tx.init "
-            f"({reason})."
+            "`opt_state`: optax.tree.map_params cannot tell what belongs to which parameter "
+            f"({reason}), since it is not the state that this tx has for these parameters, or the "
+            "optimizer keeps something of them that is not one array for each (as sm3), or its "
+            "labels are a function that needs the parameters (partition, masked); give the labels "
+            "as a tree, or compact(params, opt_state) the parameters alone and start anew with "
+            "tx.init."
         ) from error
 
     def allocated(node: PyTree) -> PyTree:
@@ -544,8 +591,8 @@ def allocator_state(opt_state: PyTree) -> AllocatorState:
     found = allocator_states(opt_state)
     if len(found) != 1:
         raise ValueError(
-            f"opt_state holds {len(found)} AllocatorStates instead of one: pass the state of an "
-            "optimizer that was wrapped by adalora(...) once; arguments are (opt_state, params) "
-            "for eval_params and finish, (params, opt_state) for compact and summary."
+            f"`opt_state`: holds {len(found)} AllocatorStates instead of one; pass the state of an "
+            "optimizer that was wrapped by adalora(...) once. The arguments are (opt_state, "
+            "params) for eval_params and finish, (params, opt_state) for compact and summary."
         )
     return found[0]

@@ -30,7 +30,7 @@ class AdapterBank:
     Each adapter is padded with λ = 0 to the largest rank at its path. A set is zero at the paths
     where it has no adapter. Index 0 has no name and is zero everywhere: the base model. If a set
     has another scale than the first one at a path, its λ is multiplied by the ratio. A bank is
-    immutable: :meth:`load` and :meth:`delete` return a new one.
+    immutable: :meth:`add` and :meth:`delete` return a new one.
 
     Attributes:
       stacked: ``{path: Adapter}`` with a leading axis of size ``1 + len(names)``.
@@ -61,16 +61,23 @@ class AdapterBank:
         """Return a bank of the sets in ``{name: adapters}``.
 
         Args:
-          named: the sets by name, each as in :meth:`load`.
-          base: parameters of the base model, as in :meth:`load`.
+          named: the sets by name, each as in :meth:`add`.
+          base: parameters of the base model, as in :meth:`add`.
+
+        Returns:
+          A bank with the sets in the order of ``named``.
 
         Raises:
           TypeError: ``named`` is not a mapping.
-          ValueError: as in :meth:`load`.
+          ValueError: as in :meth:`add`.
+
+        >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
+        >>> AdapterBank.from_dict({"french": {"query": adapter}}).names
+        ('french',)
         """
         if not isinstance(named, Mapping):
             raise TypeError(
-                f"named is a {type(named).__name__}: it must be a dict, {{name: adapters}}."
+                f"`named={type(named).__name__}`: not a mapping; pass a dict, {{name: adapters}}."
             )
         bank = cls({}, {}, ())
         for name, adapters in named.items():
@@ -90,24 +97,35 @@ class AdapterBank:
             the base model and for sets that did not train them. Needed once, with the first set
             that has them.
 
+        Returns:
+          A new bank. A new name comes last; a replaced set keeps its index.
+
         Raises:
           ValueError: ``name`` is not a string or is empty; ``adapters`` contains no adapter or is
             not a dict by path; an adapter is for a weight of another shape than the bank's at its
             path, or its scale is unknown; or ``base`` lacks a path.
+
+        >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
+        >>> bank = AdapterBank.from_dict({"french": {"query": adapter}})
+        >>> bank.add("german", {"query": adapter}).names
+        ('french', 'german')
         """
         if not isinstance(name, str) or not name:
-            raise ValueError(f"name={name!r} must be a string that is not empty.")
+            raise ValueError(
+                f"`name={name!r}`: must be a string that is not empty; pass a name for this set."
+            )
         found = pytree.adapters(adapters)
         if not found:
             raise ValueError(
-                f"no adapter was found in the {type(adapters).__name__} given for {name!r}: pass "
-                "{path: Adapter}, as adalora_jax.eval_params or adalora_jax.compact returned it."
+                f"`adapters`: no adapter was found in the {type(adapters).__name__} given for "
+                f"{name!r}; pass {{path: Adapter}}, as adalora_jax.eval_params or "
+                "adalora_jax.compact returned it."
             )
         others = _others(adapters)
         if len(jax.tree.leaves(adapters)) != len(jax.tree.leaves((found, others))):
             raise ValueError(
-                f"the adapters given for {name!r} are a {type(adapters).__name__} of another form: "
-                "they must be one dict by path, as adapted.init and nnx.adapters return it."
+                f"`adapters`: the {type(adapters).__name__} given for {name!r} is not one dict by "
+                "path; pass the adapters as adapted.init and nnx.adapters return them."
             )
         for path, adapter in found.items():
             scale = known_scale(adapter, path)
@@ -126,8 +144,8 @@ class AdapterBank:
             if path not in plain:
                 if base is None or path not in base:
                     raise ValueError(
-                        f"{name!r} has parameters at {path!r}, which the base model and the other "
-                        "sets need too: pass the base model's, "
+                        f"`base`: {name!r} has parameters at {path!r}, which the base model and "
+                        "the other sets need too; pass the base model's, "
                         f"base={{{path!r}: variables['params'][...]}}."
                     )
 
@@ -152,8 +170,15 @@ class AdapterBank:
         Args:
           name: name of the set.
 
+        Returns:
+          A new bank. The sets after the removed one have an index lower by 1.
+
         Raises:
           ValueError: the bank has no set of this name.
+
+        >>> adapters = {"query": Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))}
+        >>> AdapterBank.from_dict({"french": adapters, "german": adapters}).delete("french").names
+        ('german',)
         """
         removed = int(self.index(name))
 
@@ -174,14 +199,20 @@ class AdapterBank:
 
         Raises:
           ValueError: the bank has no set of a name.
+
+        >>> adapters = {"query": Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))}
+        >>> bank = AdapterBank.from_dict({"french": adapters, "german": adapters})
+        >>> bank.index(["german", None, "french"]).tolist()
+        [2, 0, 1]
         """
         place: dict[str | None, int] = {n: i for i, n in enumerate((None, *self.names))}
         wanted = [names] if names is None or isinstance(names, str) else list(names)
         for name in wanted:
             if name not in place:
                 raise ValueError(
-                    f"the bank has no adapters called {name!r}, only: "
-                    f"{', '.join(self.names) or 'none'}. Add them with bank.add({name!r}, ...)."
+                    f"`name={name!r}`: the bank has no adapters of this name, only "
+                    f"{', '.join(self.names) or 'the base model'}; add them with "
+                    f"bank.add({name!r}, ...)."
                 )
         found = jnp.asarray([place[name] for name in wanted], jnp.int32)
         return found[0] if names is None or isinstance(names, str) else found
@@ -203,6 +234,13 @@ class AdapterBank:
         Raises:
           ValueError: the bank has no set of a name, or an index that is not traced is not an
             integer from 0 to the number of sets.
+
+        >>> adapters = {"query": Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))}
+        >>> bank = AdapterBank.from_dict({"french": adapters})
+        >>> bank.select("french")["query"].lam.tolist(), bank.select(None)["query"].lam.tolist()
+        ([1.0, 1.0], [0.0, 0.0])
+        >>> bank.select(["french", None, "french"])["query"].p.shape
+        (3, 2, 4)
         """
         if which is None or isinstance(which, (str, list, tuple)):
             which = self.index(which)
@@ -210,8 +248,8 @@ class AdapterBank:
             given, last = np.asarray(which), len(self.names)
             if given.dtype.kind not in "iu" or not np.all((given >= 0) & (given <= last)):
                 raise ValueError(
-                    f"which={which!r} must be names, or indices from 0, the base model, to {last}, "
-                    "as bank.index(names) returns them."
+                    f"`which={which!r}`: must be names, or indices from 0, the base model, to "
+                    f"{last}; pass them as bank.index(names) returns them."
                 )
         return jax.tree.map(lambda leaf: jnp.take(leaf, which, axis=0), self.stacked | self.others)
 
@@ -245,14 +283,14 @@ def combine_adapters(
     Array([0.5, 0.5, 2. , 2. ], dtype=float32)
     """
     if not adapters:
-        raise ValueError("adapters is empty: pass at least one set, {path: Adapter}.")
+        raise ValueError("`adapters`: none were given; pass at least one set, {path: Adapter}.")
     if isinstance(weights, str):
-        raise TypeError(f"weights={weights!r} is a string: pass one number per set.")
+        raise TypeError(f"`weights={weights!r}`: is a string; pass one number per set.")
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(
-            f"weights has {len(weights)} entries for {len(adapters)} sets of adapters: pass one "
-            "per set."
+            f"`weights`: has {len(weights)} entries for {len(adapters)} sets of adapters; pass one "
+            "number per set."
         )
     result = dict(adapters[0])
     parts: dict[str, list[Adapter]] = {}
@@ -299,7 +337,7 @@ def truncate(adapters: PyTree, rank: int) -> PyTree:
     (True, (1, 4))
     """
     if rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1.")
+        raise ValueError(f"`rank={rank}`: must be at least 1; pass the number of triplets to keep.")
     found = pytree.adapters(adapters)
     shorter = {path: _truncated(adapter, rank=rank) for path, adapter in found.items()}
     return pytree.insert_adapters(adapters, shorter)
@@ -392,13 +430,13 @@ def _check_same_weight(name: str, path: str, adapter: Adapter, first: Adapter) -
     have, want = shape(adapter), shape(first)
     if have != want:
         raise ValueError(
-            f"{name!r} has an adapter at {path!r} for a weight of shape {list(have)}, but the "
-            f"others are for {list(want)}: use adapters of one model."
+            f"`adapters[{path!r}]`: {name!r} is for a weight of shape {list(have)}, but the others "
+            f"are for {list(want)}; use adapters of one model."
         )
     made_for, other = adapter.layout, first.layout
     if made_for is not None and other is not None and not made_for.same_axes(other):
         raise ValueError(
-            f"{name!r} has an adapter at {path!r} for a weight with the axes "
-            f"stack={made_for.stack}, in={made_for.ins}, out={made_for.outs}, but the others are "
-            f"for stack={other.stack}, in={other.ins}, out={other.outs}: use adapters of one model."
+            f"`adapters[{path!r}]`: {name!r} is for a weight with the axes stack={made_for.stack}, "
+            f"in={made_for.ins}, out={made_for.outs}, but the others are for stack={other.stack}, "
+            f"in={other.ins}, out={other.outs}; use adapters of one model."
         )

@@ -28,7 +28,7 @@ class MissingFunction:
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise ValueError(
-            f"the function {self.name} was not saved with its config: pass it again, with "
+            f"`config`: the function {self.name} was not saved with it; pass it again, with "
             "config.replace."
         )
 
@@ -52,10 +52,13 @@ def integer(name: str, value: Any, *, minimum: int) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or number < minimum:
-        raise ValueError(f"{name}={shown(value)} must be an integer of at least {minimum}.")
+        raise ValueError(
+            f"`{name}={shown(value)}`: must be an integer of at least {minimum}; use such a value."
+        )
     if number > MAX_INT:
         raise ValueError(
-            f"{name}={shown(value)} must be at most {MAX_INT}: it is counted in an int32."
+            f"`{name}={shown(value)}`: must be at most {MAX_INT}, since it is counted in an int32; "
+            "use such a value."
         )
     return number
 
@@ -84,7 +87,7 @@ def number(name: str, value: Any, range_: str, ok: Callable[[float], bool]) -> i
         good = fits = False
     if not fits:
         limit = f", and at most {MAX_NUMBER:.3g}, the largest float32, in size" if good else ""
-        raise ValueError(f"{name}={shown(value)} must be {range_}{limit}.")
+        raise ValueError(f"`{name}={shown(value)}`: must be {range_}{limit}; use such a value.")
     return value if isinstance(value, int) else float(value)
 
 
@@ -97,13 +100,13 @@ def scaling(name: str, alpha: float, init_r: int) -> None:
     >>> scaling("lora_alpha", 5e-324, 12)
     Traceback (most recent call last):
         ...
-    ValueError: lora_alpha=5e-324 over init_r=12 is below 1.18e-38, too small a scale for \
-float32: raise lora_alpha.
+    ValueError: `lora_alpha=5e-324`: over init_r=12 it is below 1.18e-38, too small a scale for \
+float32; raise lora_alpha.
     """
     if alpha > 0 and alpha / init_r < MIN_NUMBER:
         raise ValueError(
-            f"{name}={alpha!r} over init_r={init_r} is below {MIN_NUMBER:.3g}, too small a scale "
-            f"for float32: raise {name}."
+            f"`{name}={alpha!r}`: over init_r={init_r} it is below {MIN_NUMBER:.3g}, too small a "
+            f"scale for float32; raise {name}."
         )
 
 
@@ -130,7 +133,7 @@ def choice(
     >>> choice("init", "zeros", ("gaussian", "lambda_one"))
     Traceback (most recent call last):
         ...
-    ValueError: init='zeros' must be one of 'gaussian', 'lambda_one'.
+    ValueError: `init='zeros'`: must be one of 'gaussian', 'lambda_one'; use one of them.
     """
     if or_callable and callable(value):
         return value
@@ -138,7 +141,8 @@ def choice(
         return allowed[allowed.index(value)]  # a subclass of str may have another repr
     options = ", ".join(repr(option) for option in allowed)
     raise ValueError(
-        f"{name}={value!r} must be one of {options}{', or a function' if or_callable else ''}."
+        f"`{name}={value!r}`: must be one of {options}{', or a function' if or_callable else ''}; "
+        "use one of them."
     )
 
 
@@ -151,13 +155,16 @@ def regex(name: str, value: str) -> str:
     >>> regex("exclude_modules", "(")
     Traceback (most recent call last):
         ...
-    ValueError: exclude_modules: '(' is not a regular expression: missing ), unterminated \
-subpattern at position 0.
+    ValueError: `exclude_modules`: '(' is not a regular expression, missing ), unterminated \
+subpattern at position 0; put a backslash before a special character that is meant literally.
     """
     try:
         re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{name}: {value!r} is not a regular expression: {error}.") from None
+        raise ValueError(
+            f"`{name}`: {value!r} is not a regular expression, {error}; put a backslash before a "
+            "special character that is meant literally."
+        ) from None
     return value
 
 
@@ -185,7 +192,10 @@ def names(name: str, value: Any) -> Any:
         result = (None,)
     if not all(isinstance(entry, str) and entry for entry in result):
         function = ", or a function" if selects else ""
-        raise ValueError(f"{name}={value!r} must be a list of names or a string{function}.")
+        raise ValueError(
+            f"`{name}={value!r}`: must be a list of names or a string{function}; use names such as "
+            "['query', 'value']."
+        )
     for entry in result if name == "layers_pattern" else ():
         regex(name, f"(?:{entry})")  # in a group, as it is used inside a longer regex
     return tuple(map(str.__str__, result))
@@ -230,8 +240,8 @@ def rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
         }
     except (TypeError, ValueError):
         raise ValueError(
-            f"rank_pattern={value!r} must map each adapter's path to its rank or to a list of "
-            "booleans, one per triplet."
+            f"`rank_pattern={value!r}`: must map each adapter's path to its rank or to a list of "
+            "booleans, one per triplet; pass a dict such as {'encoder/query': 4}."
         ) from None
     for path, rank in pairs.items():
         if not isinstance(rank, (list, tuple)):
@@ -253,7 +263,9 @@ def dtype_name(name: str, value: object) -> str:
     if not isinstance(found, str):
         found = getattr(value, "__name__", None)
     if found not in DTYPES:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(DTYPES)}.")
+        raise ValueError(
+            f"`{name}={value!r}`: must be one of {', '.join(DTYPES)}; use one of them."
+        )
     return DTYPES[DTYPES.index(found)]
 
 

@@ -28,14 +28,16 @@ def compact(
     by_path = {path: np.asarray(mask) for path, mask in jax.device_get(masks(opt_state)).items()}
     reason = unfinished(opt_state)
     if reason and tx is not None:
-        raise ValueError(f"{reason}. Call finish(opt_state, params) first.")
+        problem = reason.removeprefix("opt_state ")
+        raise ValueError(f"`opt_state`: {problem}; call finish(opt_state, params) first.")
     if reason:
         warnings.warn(f"{reason}. Call finish(opt_state, params) first to apply it.", stacklevel=2)
     found = pytree.adapters(params)
     if lacking := [path for path in found if path not in by_path]:
         raise ValueError(
-            f"opt_state has no mask for {lacking[0]!r}, only for {', '.join(list(by_path)[:8])}: "
-            "pass the state of the run that trained these parameters."
+            f"`opt_state`: has no mask for {lacking[0]!r}, only for "
+            f"{', '.join(list(by_path)[:8])}; pass the state of the run that trained these "
+            "parameters."
         )
     params = apply_masks(params, by_path)
     cuts = _selections(params, by_path)
@@ -88,8 +90,8 @@ def _take_rows(leaf: PyTree, cut: _Selection | Literal[False]) -> PyTree:
         if leaf.size == 1:
             return leaf  # an optimizer's placeholder
         raise ValueError(
-            f"opt_state: the optimizer has an array of shape {leaf.shape} for {cut.name!r} of "
-            f"shape {cut.shape}, whose rows cannot be selected: compact the parameters alone, "
+            f"`opt_state`: the optimizer has an array of shape {leaf.shape} for {cut.name!r} of "
+            f"shape {cut.shape}, whose rows cannot be selected; compact the parameters alone, "
             "compact(params, opt_state), and start the final phase with tx.init."
         )
     index = cut.rows.reshape(*(1,) * before, *cut.rows.shape, *(1,) * cut.after)
@@ -105,8 +107,8 @@ def _take_state_rows(
 ) -> PyTree:
     """Return the optimizer's state for the compacted parameters."""
     refusal = (
-        "opt_state: after the selection of rows, the optimizer's state does not have the shapes "
-        "of tx.init for the compacted parameters: compact the parameters alone, "
+        "`opt_state`: after the selection of rows, the optimizer's state does not have the shapes "
+        "of tx.init for the compacted parameters; compact the parameters alone, "
         "compact(params, opt_state), and start the final phase with tx.init."
     )
 
@@ -163,7 +165,7 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     found = pytree.adapters(adapters)
     if not found:
         raise ValueError(
-            f"no adapter was found in the {type(adapters).__name__} given as adapters: pass the "
+            f"`adapters`: no adapter was found in the {type(adapters).__name__}; pass the "
             "adapters, or adalora_jax.nnx.adapters(model)."
         )
     if state is None:

@@ -210,8 +210,8 @@ class AdaLoraConfig:
     >>> AdaLoraConfig(total_step=1000, init_r=4, target_r=8)
     Traceback (most recent call last):
         ...
-    ValueError: init_r=4 is below target_r=8: training starts at init_r triplets per adapter and \
-prunes to target_r, so init_r must be at least 8.
+    ValueError: `init_r=4`: is below target_r=8, but training starts at init_r triplets per \
+adapter and prunes to target_r; pass an init_r of at least 8.
     """
 
     total_step: int
@@ -264,8 +264,9 @@ prunes to target_r, so init_r must be at least 8.
         peft_keys.check_accepted(*only_peft)
         if self.total_step in (None, 0):
             raise ValueError(
-                f"total_step={self.total_step!r}: the number of optimizer steps of the whole run "
-                "is required, since the budget schedule is laid out over it."
+                f"`total_step={self.total_step!r}`: the number of optimizer steps of the whole run "
+                "is required, since the budget schedule is laid out over it; pass the steps per "
+                "epoch times the epochs."
             )
         for name in ("total_step", "target_r", "init_r", "deltaT"):
             self._check(name, checks.integer, minimum=1)
@@ -273,13 +274,13 @@ prunes to target_r, so init_r must be at least 8.
             self._check(name, checks.integer, minimum=0)
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(
-                f"tinit={self.tinit}, tfinal={self.tfinal} and total_step={self.total_step} leave "
-                "no step for pruning: choose them so that tinit < total_step - tfinal."
+                f"`tinit={self.tinit}`: leaves no step for pruning with tfinal={self.tfinal} and "
+                f"total_step={self.total_step}; choose them so that tinit < total_step - tfinal."
             )
         if self.init_r < self.target_r:
             raise ValueError(
-                f"init_r={self.init_r} is below target_r={self.target_r}: training starts at "
-                "init_r triplets per adapter and prunes to target_r, so init_r must be at least "
+                f"`init_r={self.init_r}`: is below target_r={self.target_r}, but training starts "
+                "at init_r triplets per adapter and prunes to target_r; pass an init_r of at least "
                 f"{self.target_r}."
             )
         for name in ("beta1", "beta2"):
@@ -310,17 +311,19 @@ prunes to target_r, so init_r must be at least 8.
             spec.min_r is not None or spec.max_r is not None for _, spec in limits or ()
         ):
             raise ValueError(
-                "allocation='per_adapter' gives every adapter the same rank, so min_r and max_r in "
-                "rank_overrides have no meaning: leave them out, or use allocation='global'."
+                "`allocation='per_adapter'`: gives every adapter the same rank, so min_r and max_r "
+                "in rank_overrides have no meaning; leave them out, or use allocation='global'."
             )
         if self.budget_schedule == "grow" and not self.allow_regrowth:
             raise ValueError(
-                "allow_regrowth=False with budget_schedule='grow': a rank can only rise by "
-                "triplets that become active again, so leave allow_regrowth=True."
+                "`allow_regrowth=False`: excludes budget_schedule='grow', in which a rank rises "
+                "by triplets that become active again; leave allow_regrowth=True."
             )
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}`: must be True or False; use one of them."
+                )
 
     def _check(
         self, name: str, check: Callable[..., object], *args: object, **kwargs: object
@@ -351,6 +354,12 @@ prunes to target_r, so init_r must be at least 8.
         None, its ``init_r``. Then it is ``alpha / init_r`` with the layer's values, or 1 where that
         alpha is not above 0.
 
+        Args:
+          path: path of the layer, such as ``encoder/query``.
+
+        Returns:
+          The factor by which ``P Λ Q`` of this layer is multiplied.
+
         >>> config = AdaLoraConfig(total_step=9, rank_overrides={"query": RankSpec(alpha=24)})
         >>> config.scale_of("encoder/query"), config.scale_of("encoder/key") == config.scaling
         (2.0, True)
@@ -365,6 +374,12 @@ prunes to target_r, so init_r must be at least 8.
 
         A pattern of ``rank_overrides`` is a regex for the whole path or for its end at a separator,
         so the name of a layer is one. The first match counts.
+
+        Args:
+          path: path of the layer, with ``/`` or ``.`` as separator.
+
+        Returns:
+          The layer's ``init_r``, ``min_r``, ``max_r`` and ``alpha``; none of them is None.
 
         >>> limits = {"query": 24, r".*/mlp/.*": {"max_r": 8}}
         >>> config = AdaLoraConfig(total_step=9, rank_overrides=limits)
@@ -384,7 +399,11 @@ prunes to target_r, so init_r must be at least 8.
 
     @property
     def final_step(self) -> int:
-        """Step of the final mask, ``total_step - tfinal``, at most ``total_step - 1``."""
+        """Step of the final mask, ``total_step - tfinal``, at most ``total_step - 1``.
+
+        >>> AdaLoraConfig(total_step=100, tfinal=30).final_step
+        70
+        """
         return min(self.total_step - self.tfinal, self.total_step - 1)
 
     @property
@@ -396,6 +415,16 @@ prunes to target_r, so init_r must be at least 8.
 
         Equivalent to ``dataclasses.replace(config, **changes)``.
 
+        Args:
+          **changes: new values of fields, by name.
+
+        Returns:
+          A new config; this one does not change.
+
+        Raises:
+          ValueError: a value cannot work, as for a new config.
+          TypeError: a name is not a field.
+
         >>> config = AdaLoraConfig(total_step=10, lora_alpha=24)
         >>> config.replace(init_r=8).scaling, config.replace(scale=1.5).replace(init_r=8).scaling
         (3.0, 1.5)
@@ -406,6 +435,10 @@ prunes to target_r, so init_r must be at least 8.
         """Return all fields as plain JSON values, for checkpoints; :meth:`from_dict` reads them.
 
         Functions are represented by their names, since JSON cannot represent functions.
+
+        Returns:
+          ``{field: value}`` of numbers, strings, lists and dicts; a function is
+          ``{"function": name}``.
 
         >>> config = AdaLoraConfig(total_step=10, target_modules=["q"], rank_overrides={"q": 4})
         >>> AdaLoraConfig.from_dict(config.to_dict()) == config
@@ -420,6 +453,13 @@ prunes to target_r, so init_r must be at least 8.
         Functions are restored by name only and raise an error when called, see
         :meth:`missing_functions`.
 
+        Args:
+          values: the result of :meth:`to_dict`, also after a passage through JSON. A field that is
+            absent has its default; a function may be given in place of its name.
+
+        Returns:
+          The config, validated like a new one.
+
         Raises:
           ValueError: a field is unknown, or its value is not valid.
 
@@ -431,8 +471,8 @@ prunes to target_r, so init_r must be at least 8.
         """
         if unknown := sorted(map(str, set(values) - set(_DEFAULTS))):
             raise ValueError(
-                f"the config has fields that are unknown here: {', '.join(unknown)}. It was made "
-                "by another version of adalora_jax, or by another library: read it there, or "
+                f"`values`: has fields that are unknown here ({', '.join(unknown)}), since another "
+                "version of adalora_jax or another library wrote them; read the config there, or "
                 "leave them out."
             )
 
@@ -446,7 +486,17 @@ prunes to target_r, so init_r must be at least 8.
         return cls(**{"total_step": None, **values})
 
     def missing_functions(self) -> dict[str, str]:
-        """Return ``{field: name}`` of the functions that :meth:`from_dict` could not restore."""
+        """Return ``{field: name}`` of the functions that :meth:`from_dict` could not restore.
+
+        Returns:
+          The qualified names of the functions; an empty dict if none is missing.
+
+        >>> config = AdaLoraConfig(total_step=10, score=min)
+        >>> config.missing_functions()
+        {}
+        >>> AdaLoraConfig.from_dict(config.to_dict()).missing_functions()
+        {'score': 'builtins.min'}
+        """
         values = {name: getattr(self, name) for name in _DEFAULTS}
         return {n: v.name for n, v in values.items() if isinstance(v, MissingFunction)}
 
@@ -475,8 +525,8 @@ prunes to target_r, so init_r must be at least 8.
         >>> AdaLoraConfig.from_peft(saved | {"bias": "all"})
         Traceback (most recent call last):
             ...
-        ValueError: bias='all' of the PEFT config is not supported here: remove it if the adapter \
-works without it.
+        ValueError: `bias='all'`: is not supported here; remove it from the PEFT config if the \
+adapter works without it.
         """
         fields = {*_DEFAULTS, "use_dora", "loftq_config"} - _OURS
         return cls(**{"total_step": None, **peft_keys.read(source, fields)})
@@ -490,35 +540,38 @@ works without it.
         ``lora_alpha``. ``orth_reg_in_update`` is omitted, because PEFT's model adds the penalty to
         its loss, and ``warn_small_start``, because it does not affect the run.
 
-        >>> AdaLoraConfig(total_step=10, target_modules=["q"]).to_peft()["target_modules"]
-        ['q']
+        Returns:
+          ``{argument: value}``, with lists in place of tuples.
 
         Raises:
           ValueError: a field has a value that PEFT does not support.
+
+        >>> AdaLoraConfig(total_step=10, target_modules=["q"]).to_peft()["target_modules"]
+        ['q']
         """
         omitted = {"scale", "orth_reg_in_update", "warn_small_start"}
         for name in (n for n in _DEFAULTS if n in _OURS - omitted):
             value, default = getattr(self, name), _DEFAULTS[name]
             if value != default:
                 raise ValueError(
-                    f"{name}={value!r} has no counterpart in PEFT: set it to {default!r}, or save "
-                    "the config in a checkpoint of this library."
+                    f"`{name}={value!r}`: has no counterpart in PEFT; set it to {default!r}, or "
+                    "save the config in a checkpoint of this library."
                 )
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             if callable(getattr(self, name)):
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is a function, which PEFT does not support: "
-                    "set it to a list of suffixes or a regex."
+                    f"`{name}={getattr(self, name)!r}`: is a function, which PEFT does not "
+                    "support; set it to a list of suffixes or a regex."
                 )
         layers = self.layers_to_transform is not None
         if isinstance(self.target_modules, str) and (layers or self.layers_pattern is not None):
             raise ValueError(
-                f"target_modules={self.target_modules!r} is a regex, with which PEFT does not "
-                "accept layers_to_transform or layers_pattern: select the layers in the regex."
+                f"`target_modules={self.target_modules!r}`: is a regex, with which PEFT does not "
+                "accept layers_to_transform or layers_pattern; select the layers in the regex."
             )
         if self.layers_pattern is not None and not layers:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform in PEFT: set "
+                f"`layers_pattern={self.layers_pattern!r}`: needs layers_to_transform in PEFT; set "
                 "it too, or leave layers_pattern out."
             )
         result: dict[str, Any] = {"peft_type": "ADALORA"}

@@ -51,10 +51,10 @@ def masks(state: PyTree) -> dict[str, Bool[Array | np.ndarray, "*stack r"]]:
 
     if not by_path or not all(map(is_mask, by_path.values())):
         raise ValueError(
-            f"state is a {type(state).__name__} without an AllocatorState in it, and not a dict of "
-            "boolean masks: pass the state of an optimizer that adalora(...) wrapped; arguments "
-            "are (opt_state, params) for eval_params and finish, (params, opt_state) for compact "
-            "and summary."
+            f"`state={type(state).__name__}`: has no AllocatorState in it, and is not a dict of "
+            "boolean masks; pass the state of an optimizer that adalora(...) wrapped. The "
+            "arguments are (opt_state, params) for eval_params and finish, (params, opt_state) for "
+            "compact and summary."
         )
     return by_path
 
@@ -106,9 +106,10 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
     ]
     if lacking:
         raise ValueError(
-            f"opt_state has masks for {', '.join(map(repr, lacking[:5]))}, of which params has no "
-            f"adapters of these shapes, only for {', '.join(map(repr, list(found)[:5])) or 'none'}:"
-            " pass the state and the parameters of one run, as the optimizer sees them."
+            f"`opt_state`: has masks for {', '.join(map(repr, lacking[:5]))}, of which params has "
+            "no adapters of these shapes, only for "
+            f"{', '.join(map(repr, list(found)[:5])) or 'none'}; pass the state and the parameters "
+            "of one run, as the optimizer sees them."
         )
 
     def masked(path: str) -> Adapter:
@@ -130,8 +131,9 @@ def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
         return params
     if len(found) > 1:
         raise ValueError(
-            f"opt_state holds {len(found)} states of schedule_free: average the parameters of each "
-            "with optax.contrib.schedule_free_eval_params, then apply masks(opt_state)."
+            f"`opt_state`: holds {len(found)} states of schedule_free instead of one; average the "
+            "parameters of each with optax.contrib.schedule_free_eval_params, then apply "
+            "masks(opt_state)."
         )
     return optax.contrib.schedule_free_eval_params(pytree.unwrap_variables(found[0]), params)
 
@@ -142,13 +144,13 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
     config = state.config
     if not isinstance(state.step, Tracer) and int(state.step) == 0:
         raise ValueError(
-            "opt_state has made no update, so there is nothing to rank triplets by: train first."
+            "`opt_state`: has made no update, so there is nothing to rank triplets by; train first."
         )
     made = not isinstance(state.step, Tracer) and int(state.step) > config.final_step
     if grads is None and "grads" in needed_inputs(config) and not made:
         raise ValueError(
-            f"grads=None: score={config.score!r} depends on gradients, which the allocator does "
-            "not store: pass the last ones."
+            f"`grads=None`: score={config.score!r} depends on gradients, which the allocator does "
+            "not store; pass the last ones."
         )
     apply_masks(params, state.masks)  # raises for other adapters
     weights = pytree.adapters(params)

@@ -67,9 +67,9 @@ def init_adapter(
     rank = config.init_r if rank is None else rank
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1.")
+            raise ValueError(f"`{name}={size}`: must be at least 1; pass the size of the weight.")
     if rank < 0:
-        raise ValueError(f"rank={rank} must be at least 0.")
+        raise ValueError(f"`rank={rank}`: must be at least 0; pass the number of triplets.")
     dtype = jnp.dtype(config.param_dtype)
     if callable(config.init):
         return _own_init(config.init, key, in_features, out_features, rank, stack, config)
@@ -105,8 +105,8 @@ def _own_init(
         wanted = [(rank, out_features), (rank,), (rank, in_features)]
         if (shapes := [jnp.shape(leaf) for leaf in leaves]) != wanted:
             raise ValueError(
-                f"init={init!r} returned the shapes {shapes} for p, lam and q: they must be "
-                f"{wanted}."
+                f"`init={init!r}`: returned the shapes {shapes} for p, lam and q; return arrays of "
+                f"the shapes {wanted}."
             )
         return Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves), scale=config.scaling)
 

@@ -51,25 +51,38 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} must be one of {', '.join(KINDS)}.")
+            raise ValueError(
+                f"`kind={self.kind!r}`: must be one of {', '.join(KINDS)}; use one of them."
+            )
         for name in ("ins", "outs", "stack"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         axes = sorted((*self.stack, *self.ins, *self.outs))
         if not self.ins or not self.outs or axes != list(range(len(axes))):
             raise ValueError(
-                f"stack={self.stack}, ins={self.ins}, outs={self.outs}: together they must name "
-                "every axis of the weight once, with at least one axis in ins and one in outs."
+                f"`ins={self.ins}`: together with outs={self.outs} and stack={self.stack} it must "
+                "name every axis of the weight once; number the axes from 0, and name at least one "
+                "in ins and one in outs."
             )
         if self.shape is not None:
             object.__setattr__(self, "shape", tuple(self.shape))
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the layer's own weight, without those of a lifted transform."""
+        """Number of axes of the layer's own weight, without those of a lifted transform.
+
+        >>> Layout(ins=(0, 1), outs=(2,), kind="conv").ndim
+        3
+        """
         return len(self.stack) + len(self.ins) + len(self.outs)
 
     def same_axes(self, other: Layout) -> bool:
         """Return whether both layouts have the same stack, input and output axes.
+
+        Args:
+          other: a layout of any kind.
+
+        Returns:
+          True if ``stack``, ``ins`` and ``outs`` are equal; the other fields do not count.
 
         >>> Layout("kernel").same_axes(Layout("w", kind="einsum"))
         True
@@ -84,6 +97,13 @@ class Layout:
         """Return ``(stack, in, out)`` for a weight of this shape.
 
         Extra leading axes, those of lifted transforms, come first in ``stack``.
+
+        Args:
+          shape: shape of the weight.
+
+        Returns:
+          A tuple of the shape of the stack, which is ``()`` for a single matrix, and of the sizes
+          ``in`` and ``out``, each the product of the sizes of its axes.
 
         >>> Layout().matrix((12, 64, 256))
         ((12,), 64, 256)
@@ -100,6 +120,13 @@ class Layout:
     ) -> Shaped[Array, "..."]:
         """Return ``delta [*stack, in, out]`` with the axes of a weight of the given shape.
 
+        Args:
+          delta: ``[*stack, in, out]`` of any dtype, such as an increment.
+          shape: shape of the weight.
+
+        Returns:
+          An array of shape ``shape`` and of the dtype of ``delta``.
+
         >>> import jax.numpy as jnp
         >>> layout = Layout(ins=(0, 1), outs=(2,), kind="conv")
         >>> layout.to_weight(jnp.zeros((6, 4)), (3, 2, 4)).shape
@@ -114,6 +141,12 @@ class Layout:
     def to_matrix(self, weight: Shaped[Array, "..."]) -> Shaped[Array, "... in out"]:
         """Return a weight as ``[*stack, in, out]``, the inverse of :meth:`to_weight`.
 
+        Args:
+          weight: the layer's weight, of any dtype; axes of lifted transforms come first.
+
+        Returns:
+          ``[*stack, in, out]``, in the dtype of ``weight``.
+
         >>> import jax.numpy as jnp
         >>> Layout(ins=(0, 1), outs=(2,), kind="conv").to_matrix(jnp.zeros((3, 2, 4))).shape
         (6, 4)
@@ -125,6 +158,9 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values.
+
+        Returns:
+          ``{field: value}`` of all fields, with lists in place of tuples.
 
         >>> Layout.from_dict(Layout("w", shape=(2, 3)).to_dict()) == Layout("w", shape=(2, 3))
         True
@@ -139,8 +175,17 @@ class Layout:
     def from_dict(cls, values: Mapping[str, object]) -> Layout:
         """Return the layout that :meth:`to_dict` wrote.
 
+        Args:
+          values: the result of :meth:`to_dict`, also after a passage through JSON.
+
+        Returns:
+          The layout, validated like a new one.
+
         Raises:
           ValueError: a field is missing, unknown, of another type or invalid.
+
+        >>> Layout.from_dict(Layout("w", ins=(1,), outs=(0,)).to_dict()).ins
+        (1,)
         """
         fields = {field.name for field in dataclasses.fields(cls)}
 
@@ -156,7 +201,7 @@ class Layout:
         )
         if not well_formed:
             raise ValueError(
-                f"layout={dict(values)!r:.200} was not written by Layout.to_dict: pass its result."
+                f"`values={dict(values)!r:.200}`: not written by Layout.to_dict; pass its result."
             )
 
         def as_tuple(value: object) -> object:
@@ -183,10 +228,14 @@ def declared(layers: Mapping[type, Layout] | None) -> dict[type, Layout] | None:
         return None
     for cls, layout in dict(layers).items():
         if not isinstance(cls, type) or not isinstance(layout, Layout):
-            raise ValueError(f"layers={{{cls!r}: {layout!r}}}: it must be {{class: Layout(...)}}.")
+            raise ValueError(
+                f"`layers={{{cls!r}: {layout!r}}}`: must map a class to a Layout; pass "
+                "{class: Layout(...)}."
+            )
         if layout.kind not in ("dense", "embed") or layout.stack or layout.shape is not None:
             raise ValueError(
-                f"layers={{{cls.__name__}: {layout!r}}}: a declared layer has kind 'dense' "
-                "(y = x W over the last axes of x) or 'embed', no stack axes and no shape."
+                f"`layers={{{cls.__name__}: {layout!r}}}`: is not the Layout of a layer that can "
+                "be declared; pass one of kind 'dense' (y = x W over the last axes of x) or "
+                "'embed', without stack axes and shape."
             )
     return dict(layers)

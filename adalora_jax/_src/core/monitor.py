@@ -39,6 +39,12 @@ class AllocatorInfo(NamedTuple):
         0: the loss does not depend on its layer, which therefore got no gradient. None if unknown.
       penalty: scalar in at least float32: the orthogonality penalty. None if :func:`info` got no
         ``params`` and the update does not include the penalty.
+
+    >>> masks = {"query": jnp.array([True, False])}
+    >>> scores = {"query": jnp.array([4.0, 2.0])}
+    >>> state = AllocatorInfo(jnp.int32(7), jnp.int32(1), jnp.int32(1), masks, scores)
+    >>> int(state.live), state.overridden is None
+    (1, True)
     """
 
     step: Int32[Array, ""]
@@ -175,8 +181,9 @@ def info(
     given = {"params": params, "grads": grads}
     if missing := [name for name in needed_inputs(config) if given[name] is None]:
         raise ValueError(
-            f"score={config.score!r} depends on weights or gradients, which the allocator does "
-            f"not store: pass {' and '.join(f'{name}={name}' for name in missing)} to info."
+            f"`{', '.join(f'{name}=None' for name in missing)}`: score={config.score!r} depends on "
+            "weights or gradients, which the allocator does not store; pass "
+            f"{' and '.join(f'{name}={name}' for name in missing)} to info."
         )
     roles = state.masks.roles
     scores = role_scores(state, *map(pytree.adapters, given.values()))

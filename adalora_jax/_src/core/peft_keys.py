@@ -73,33 +73,36 @@ def check_accepted(
     >>> check_accepted("CAUSAL_LM", "all", False, "ADALORA", None, False, None)
     Traceback (most recent call last):
         ...
-    ValueError: bias='all': biases are not trained; leave bias out, or name the biases to train in \
-modules_to_save.
+    ValueError: `bias='all'`: biases are not trained; leave bias out, or name the biases to train \
+in modules_to_save.
     """
     if task_type is not None and task_type not in _TASK_TYPES:
         raise ValueError(
-            f"task_type={task_type!r} is not one of PEFT's, {', '.join(_TASK_TYPES)}: leave "
-            "task_type out, it has no effect here."
+            f"`task_type={task_type!r}`: is not one of PEFT's, {', '.join(_TASK_TYPES)}; leave "
+            "task_type out, since it has no effect here."
         )
     if bias != "none":
         raise ValueError(
-            f"bias={bias!r}: biases are not trained; leave bias out, or name the biases to train "
+            f"`bias={bias!r}`: biases are not trained; leave bias out, or name the biases to train "
             "in modules_to_save."
         )
     if not isinstance(inference_mode, bool):
-        raise ValueError(f"inference_mode={inference_mode!r} must be True or False: leave it out.")
+        raise ValueError(
+            f"`inference_mode={inference_mode!r}`: must be True or False; leave "
+            "inference_mode out, since it has no effect here."
+        )
     if peft_type != "ADALORA":
-        raise ValueError(f"peft_type={peft_type!r} is not 'ADALORA': leave peft_type out.")
+        raise ValueError(f"`peft_type={peft_type!r}`: is not 'ADALORA'; leave peft_type out.")
     if r is not None:
         raise ValueError(
-            f"r={r!r} is not used by AdaLoRA: set init_r, the rank at the start, and target_r, "
+            f"`r={r!r}`: is not used by AdaLoRA; set init_r, the rank at the start, and target_r, "
             "the average rank at the end."
         )
     if use_dora:
-        raise ValueError(f"use_dora={use_dora!r}: AdaLoRA has no DoRA form; leave use_dora out.")
+        raise ValueError(f"`use_dora={use_dora!r}`: AdaLoRA has no DoRA form; leave use_dora out.")
     if loftq_config:
         raise ValueError(
-            f"loftq_config={loftq_config!r}: the SVD form has no LoftQ initialisation; quantize "
+            f"`loftq_config={loftq_config!r}`: the SVD form has no LoftQ initialisation; quantize "
             "the base model and leave loftq_config out."
         )
 
@@ -116,14 +119,15 @@ def refuse_names(unknown: set[str]) -> None:
     >>> refuse_names({"revision"})
     Traceback (most recent call last):
         ...
-    TypeError: AdaLoraConfig does not take PEFT's revision: remove it, or pass a whole PEFT config \
-with AdaLoraConfig.from_peft({...}).
+    TypeError: `revision`: AdaLoraConfig does not take this argument of PEFT's; remove it, or \
+pass a whole PEFT config with AdaLoraConfig.from_peft({...}).
     """
     if found := sorted(
         unknown.intersection(_PEFT_BOOKKEEPING | {*_PEFT_UNSUPPORTED, *_PEFT_IGNORED})
     ):
         raise TypeError(
-            f"AdaLoraConfig does not take PEFT's {', '.join(found)}: remove "
+            f"`{', '.join(found)}`: AdaLoraConfig does not take "
+            f"{'this argument' if len(found) == 1 else 'these arguments'} of PEFT's; remove "
             f"{'it' if len(found) == 1 else 'them'}, or pass a whole PEFT config with "
             "AdaLoraConfig.from_peft({...})."
         )
@@ -153,24 +157,24 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
             source = json.load(file)
         if not isinstance(source, Mapping):
             raise ValueError(
-                f"{path} does not contain a JSON object: pass the "
-                f"adapter_config.json of a PEFT adapter."
+                f"`{path}`: does not contain a JSON object; pass the adapter_config.json of a PEFT "
+                "adapter."
             )
         if source.get("peft_type") is None:
             raise ValueError(
-                f"{path} has no peft_type, so it is not the config of a PEFT adapter: pass an "
+                f"`{path}`: has no peft_type, so it is not the config of a PEFT adapter; pass an "
                 "adapter_config.json that PEFT wrote."
             )
     kind = str(getattr(source.get("peft_type"), "value", source.get("peft_type", "ADALORA")))
     if kind.upper() != "ADALORA":
         raise ValueError(
-            f"peft_type={kind!r} is not 'ADALORA': pass the config of an AdaLoRA adapter, or read "
-            "a LoRA adapter with huggingface.load_pretrained."
+            f"`peft_type={kind!r}`: is not 'ADALORA'; pass the config of an AdaLoRA adapter, or "
+            "read a LoRA adapter with huggingface.load_pretrained."
         )
     for key, unused in _PEFT_UNSUPPORTED.items():
         if source.get(key) not in (None, *unused):
             raise ValueError(
-                f"{key}={source[key]!r} of the PEFT config is not supported here: remove it "
+                f"`{key}={source[key]!r}`: is not supported here; remove it from the PEFT config "
                 "if the adapter works without it."
             )
     values = {key: value for key, value in source.items() if key in fields}
@@ -213,8 +217,8 @@ def written_pattern(pattern: tuple[tuple[str, Any], ...], init_r: int) -> dict[s
     for path, keep in pattern:
         if not isinstance(keep, tuple):
             raise ValueError(
-                f"rank_pattern[{path!r}]={keep} is a rank, but PEFT stores which triplets are "
-                "active: pass a list of booleans, one per triplet."
+                f"`rank_pattern[{path!r}]={keep}`: is a rank, but PEFT stores which triplets are "
+                "active; pass a list of booleans, one per triplet."
             )
     return {
         path.replace("/", ".") + ".lora_E": list(keep) or [False] * init_r for path, keep in pattern
@@ -235,8 +239,8 @@ def _read_pattern(value: object) -> dict[str, list[bool]]:
         path = form.fullmatch(str(key))
         if path is None or not isinstance(keep, (list, tuple)):
             raise ValueError(
-                f"rank_pattern={value!r} does not have the form that PEFT's AdaLoRA saves, "
-                "{'<path>.lora_E': [True, False, ...]}: leave it out."
+                f"`rank_pattern={value!r}`: does not have the form that PEFT's AdaLoRA saves, "
+                "{'<path>.lora_E': [True, False, ...]}; leave it out."
             )
         result[path[1].replace(".", "/")] = list(keep)
     return result

@@ -192,7 +192,9 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
             continue
         name = path_name(path)
         if name in result:
-            raise ValueError(f"two adapters have the path {name!r}: rename one of their keys.")
+            raise ValueError(
+                f"`adapters[{name!r}]`: is the path of two adapters; rename one of their keys."
+            )
         result[name] = adapter._replace(**_static_fields(node))
     return result
 
@@ -309,14 +311,16 @@ def _as_adapter(
     if not is_adapter(node):
         return None
     get = node.__getitem__ if isinstance(node, Mapping) else functools.partial(getattr, node)
+    where = path_name(path)
+    name = f"adapters[{where!r}]" if where else "adapter"
     masked = [name for name in Adapter._fields if isinstance(get(name), optax.MaskedNode)]
     if len(masked) == len(Adapter._fields):
         return None
     if masked:
         raise ValueError(
-            f"the adapter of {path_name(path)!r} comes without {' and '.join(masked)}: rank is "
-            "allocated from all three of p, lam and q, so group or mask them inside, "
-            "adalora(optax.partition(...), config), or leave whole adapters out."
+            f"`{name}`: comes without {' and '.join(masked)}, but rank is allocated from all three "
+            "of p, lam and q; group or mask them inside, adalora(optax.partition(...), config), or "
+            "leave whole adapters out."
         )
     if isinstance(node, Adapter):
         leaves = jax.tree.leaves(node, is_leaf=is_leaf)
@@ -326,7 +330,7 @@ def _as_adapter(
         leaves = {_field(key): leaf for key, leaf in named}
         adapter = Adapter(**leaves, scale=None, layout=None)
     if all(hasattr(leaf, "shape") for leaf in adapter):
-        check_adapter(adapter, path_name(path) or "adapter")
+        check_adapter(adapter, name)
     return adapter
 
 

@@ -49,7 +49,9 @@ class RankSpec:
         bounds = [(name, value) for name, value in bounds if value is not None]
         for (low, least), (high, most) in itertools.pairwise(bounds):
             if least > most:
-                raise ValueError(f"{low}={least} is above {high}={most}: lower it or raise {high}.")
+                raise ValueError(
+                    f"`{low}={least}`: is above {high}={most}; lower it or raise {high}."
+                )
 
 
 class LayerRank(NamedTuple):
@@ -91,8 +93,8 @@ def parse(value: Any, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
         ]
     except (TypeError, ValueError):
         raise ValueError(
-            f"rank_overrides={value!r} must map regexes or names of layers to a RankSpec, a dict "
-            "of its fields, or init_r alone."
+            f"`rank_overrides={value!r}`: must map regexes or names of layers to a RankSpec, a "
+            "dict of its fields, or init_r alone; pass a dict such as {'query': 8}."
         ) from None
     return tuple(
         (checks.regex("rank_overrides", pattern), _as_spec(pattern, spec, init_r))
@@ -128,13 +130,13 @@ def _as_spec(pattern: str, value: Any, init_r: int) -> RankSpec:
         if not isinstance(value, RankSpec):
             value = RankSpec(**value) if isinstance(value, Mapping) else RankSpec(init_r=value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"rank_overrides[{pattern!r}]={checks.shown(value)}: {error}") from None
+        raise ValueError(f"`rank_overrides[{pattern!r}]={checks.shown(value)}`: {error}") from None
     for name in ("min_r", "max_r") if value.init_r is None else ():
         limit = getattr(value, name)
         if limit is not None and limit > init_r:
             raise ValueError(
-                f"rank_overrides[{pattern!r}]: {name}={limit} is above init_r={init_r}, the rank "
-                f"such a layer starts with: lower it, or give the pattern an init_r of {limit} or "
+                f"`rank_overrides[{pattern!r}]`: {name}={limit} is above init_r={init_r}, the rank "
+                f"such a layer starts with; lower it, or give the pattern an init_r of {limit} or "
                 "more."
             )
     if value.alpha is not None:

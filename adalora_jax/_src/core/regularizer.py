@@ -48,13 +48,13 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     """
     if not isinstance(config, AdaLoraConfig):
         raise TypeError(
-            f"config is a {type(config).__name__}: it must be an AdaLoraConfig; arguments are "
+            f"`config={type(config).__name__}`: not an AdaLoraConfig; pass one. The arguments are "
             "orthogonality(adapters, config)."
         )
     if config.orth_reg_in_update:
         raise ValueError(
-            "orth_reg_in_update=True: the penalty's gradient is added inside adalora's update, so "
-            "in the loss it would count twice: leave one of the two out."
+            "`orth_reg_in_update=True`: the penalty's gradient is added inside adalora's update, "
+            "so in the loss it would count twice; leave one of the two out."
         )
     return penalty(adapters, config)
 
@@ -69,7 +69,7 @@ def penalty(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     }
     if not matrices:
         raise ValueError(
-            f"no adapter was found in the {type(adapters).__name__} given as adapters: pass the "
+            f"`adapters`: no adapter was found in the {type(adapters).__name__}; pass the "
             "adapters, or an NNX state filtered by nnx.LoRAParam."
         )
 

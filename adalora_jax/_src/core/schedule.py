@@ -35,9 +35,9 @@ def budget(
     which differs from the equation printed in the paper. Values are computed in Python's float64
     for any dtype of ``step`` and any precision setting, so they equal PEFT's exactly.
 
-    With ``"grow"``, as in IncreLoRA, ``init_r`` is the maximum rank of a matrix. The first mask
-    keeps the best triplets of the warm-up; the others stay in the adapters with λ = 0 and receive
-    gradients, so later masks can make them active.
+    With ``"grow"``, as in `IncreLoRA <https://arxiv.org/abs/2308.12043>`_, ``init_r`` is the
+    maximum rank of a matrix. The first mask keeps the best triplets of the warm-up; the others stay
+    in the adapters with λ = 0 and receive gradients, so later masks can make them active.
 
     A function as ``config.budget_schedule`` is called as ``schedule(config, step, n_adapters)``,
     with an int32 array as step, and returns b between ``tinit`` and the final step. The result is
@@ -68,8 +68,8 @@ def budget(
         between = jnp.floor(jnp.asarray(config.budget_schedule(config, step, n_adapters)))
         if between.shape != step.shape:
             raise ValueError(
-                f"budget_schedule={config.budget_schedule!r} returned shape {between.shape} for a "
-                f"step of shape {step.shape}: it must return one number."
+                f"`budget_schedule={config.budget_schedule!r}`: returned shape {between.shape} for "
+                f"a step of shape {step.shape}; return one number per step."
             )
         between = jnp.clip(jnp.where(between == between, between, initial), 0, initial)
         between = between.astype(jnp.int32)

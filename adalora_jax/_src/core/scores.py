@@ -26,6 +26,11 @@ class ScoreInputs(NamedTuple):
         <https://arxiv.org/abs/2303.10512>`_.
       uncertainty: float32: the uncertainty Ū, `AdaLoRA, Eq. (10)
         <https://arxiv.org/abs/2303.10512>`_.
+
+    >>> adapter = Adapter(jnp.ones((2, 4)), jnp.array([3.0, -2.0]), jnp.ones((2, 5)))
+    >>> evidence = ScoreInputs(adapter, adapter, adapter, adapter)
+    >>> jnp.abs(evidence.weight.lam * evidence.gradient.lam)
+    Array([9., 4.], dtype=float32)
     """
 
     weight: Adapter
@@ -160,8 +165,8 @@ def triplet_scores(
         scores = jnp.asarray(config.score(evidence))
         if scores.shape != evidence.weight.lam.shape:
             raise ValueError(
-                f"score={config.score!r} returned shape {scores.shape} for an adapter whose lam "
-                f"has shape {evidence.weight.lam.shape}: it must return one score per triplet."
+                f"`score={config.score!r}`: returned shape {scores.shape} for an adapter whose lam "
+                f"has shape {evidence.weight.lam.shape}; return one score per triplet."
             )
         return scores
     if config.score == "magnitude":

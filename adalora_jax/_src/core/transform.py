@@ -30,7 +30,7 @@ from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.init import INIT_STD
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.regularizer import penalty
-from adalora_jax._src.core.roles import ByRole, map_leaves, stack
+from adalora_jax._src.core.roles import ByRole, map_leaves, per_triplet, stack
 
 _LORA_SCALE = 2.0  # the common choice alpha = 2 r
 _SMALL_SCALE = 0.25  # an eighth of it; docs/how-to/learning-rate.md has the measured increments
@@ -43,6 +43,13 @@ class AdaLoraOptState(NamedTuple):
       inner: the inner optimizer's state.
       allocator: the allocator's state. For an NNX State as parameters its averages and masks are in
         Variables; :func:`adalora_jax.allocator_state` returns it with arrays.
+
+    >>> from adalora_jax import init_adapter
+    >>> config = AdaLoraConfig(total_step=4)
+    >>> adapters = {"query": init_adapter(jax.random.key(0), 6, 5, config)}
+    >>> state = adalora(optax.sgd(0.1), config).init(adapters)
+    >>> int(state.allocator.step), int(state.allocator.budget)
+    (0, 12)
     """
 
     inner: optax.OptState
@@ -115,11 +122,14 @@ def adalora(
     2
     """
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"config={reprlib.repr(config)} must be an AdaLoraConfig.")
+        raise TypeError(f"`config={reprlib.repr(config)}`: not an AdaLoraConfig; pass one.")
     if isinstance(inner, optax.MultiSteps):
-        raise TypeError(f"inner={inner!r}: {_ACCUMULATION}")
+        raise TypeError(
+            f"`inner={inner!r}`: accumulates gradients, so adalora would count micro-batches as "
+            f"steps and prune on them; {_OUTSIDE}."
+        )
     if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"inner={inner!r} must be an optax GradientTransformation.")
+        raise TypeError(f"`inner={inner!r}`: not an optax GradientTransformation; pass one.")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> Any:  # AdaLoraOptState
@@ -145,13 +155,13 @@ def adalora(
     ) -> tuple[optax.Updates, Any]:
         if params is None:
             raise ValueError(
-                "params=None: importance is weight times gradient, so pass the parameters as "
+                "`params=None`: importance is weight times gradient; pass the parameters, "
                 "tx.update(grads, state, params)."
             )
         if not isinstance(state, AdaLoraOptState):
             raise TypeError(
-                f"state is a {type(state).__name__}: it must be what tx.init returned; arguments "
-                "are tx.update(grads, state, params)."
+                f"`state={type(state).__name__}`: not the state that tx.init returned; pass it. "
+                "The arguments are tx.update(grads, state, params)."
             )
         before = pytree.unwrap_variables(state.allocator)
         current = pytree.adapters(params)
@@ -233,8 +243,8 @@ def _apply_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Adapt
     after = jnp.asarray(prox(before + move.lam.astype(dtype), config.prox_weight))
     if after.shape != before.shape:
         raise ValueError(
-            f"prox={config.prox!r} returned shape {after.shape} for a lam of shape {before.shape}: "
-            "it must return one λ for each."
+            f"`prox={config.prox!r}`: returned shape {after.shape} for a lam of shape "
+            f"{before.shape}; return one λ for each."
         )
     return move._replace(lam=after.astype(dtype) - before)
 
@@ -250,19 +260,17 @@ def _prune(
 
 def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> Int32[Array, ""]:
     """Return the number of λ that are not 0 although the last update's masks prune them."""
-    nonzero = stack(state.masks.roles, {path: a.lam != 0 for path, a in adapters.items()})
+    lam = stack(state.masks.roles, {path: adapter.lam for path, adapter in adapters.items()})
 
-    def count(mask: Bool[Array, "*shape"], alive: Bool[Array, "*shape"]) -> Int32[Array, ""]:
-        return jnp.sum(~mask & alive, dtype=jnp.int32)
+    def revived(
+        mask: Bool[Array, "*shape"], lam: Inexact[Array, "*shape"]
+    ) -> Int32[Array, "*shape"]:
+        return (~mask & (lam != 0)).astype(jnp.int32)
 
-    counts = jax.tree.leaves(jax.tree.map(count, state.masks, nonzero))
-    return sum(counts, start=jnp.zeros((), jnp.int32))
+    return jnp.sum(per_triplet(jnp.sum, jax.tree.map(revived, state.masks, lam)), dtype=jnp.int32)
 
 
-_ACCUMULATION = (
-    "accumulation inside of adalora would count micro-batches as steps and prune on them: put it "
-    "outside, optax.MultiSteps(adalora(inner, config), k)."
-)
+_OUTSIDE = "accumulate outside of it, optax.MultiSteps(adalora(inner, config), k)"
 
 
 def _refuse_accumulation(inner_state: optax.OptState) -> None:
@@ -274,7 +282,10 @@ def _refuse_accumulation(inner_state: optax.OptState) -> None:
 
     for node in jax.tree.leaves(inner_state, is_leaf=is_one):
         if is_one(node):
-            raise ValueError(f"inner holds a {type(node).__name__}: {_ACCUMULATION}")
+            raise ValueError(
+                f"`inner`: holds a {type(node).__name__}, so adalora would count micro-batches as "
+                f"steps and prune on them; {_OUTSIDE}."
+            )
 
 
 def _check_scales(params: optax.Params, config: AdaLoraConfig) -> None:
@@ -283,8 +294,8 @@ def _check_scales(params: optax.Params, config: AdaLoraConfig) -> None:
         expected = config.scale_of(path)
         if adapter.layout is not None and adapter.scale not in (None, expected):
             raise ValueError(
-                f"config: the adapter of {path!r} has scale {adapter.scale}, but this config gives "
-                f"it {expected}: pass adalora(...) the config that the model was adapted with."
+                f"`config`: the adapter of {path!r} has scale {adapter.scale}, but this config "
+                f"gives it {expected}; pass the config that the model was adapted with."
             )
 
 
@@ -351,7 +362,7 @@ def _check_adapters(adapters: Mapping[str, Adapter], state: AllocatorState) -> N
     if shapes != known:
         differing = sorted(p for p in {*shapes, *known} if shapes.get(p) != known.get(p))
         raise ValueError(
-            f"params: the adapters differ from those that tx.init saw, at {differing[:5]}: call "
+            f"`params`: the adapters differ from those that tx.init saw, at {differing[:5]}; call "
             "tx.init for these, or compact(params, opt_state, tx) for smaller ones."
         )
 

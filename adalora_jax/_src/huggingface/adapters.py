@@ -33,6 +33,8 @@ _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "
 class Loaded(NamedTuple):
     """An adapter loaded from a file, with the paths of the Flax model.
 
+    :func:`load_pretrained` returns it and has an example.
+
     Attributes:
       adapters: ``{path: Adapter}``, and ``{path: parameters}`` of ``modules_to_save``, in the
         file's dtypes; λ of a LoRA adapter is float32.
@@ -57,6 +59,10 @@ def save_pretrained(
 ) -> None:
     """Write an AdaLoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
 
+    The tensors of an increment ``scale · pᵀ diag(λ) q`` (`AdaLoRA, Eq. (3)
+    <https://arxiv.org/abs/2303.10512>`_) are ``lora_A = q`` ``[r, in]``, ``lora_B = pᵀ``
+    ``[out, r]`` and ``lora_E = λ`` ``[r, 1]``.
+
     The masks alone determine the written rows, independently of the values of λ: pruned rows are
     removed and recorded in ``rank_pattern``, as in PEFT. All other numbers are written bit for bit,
     in their own dtype. PEFT has one alpha and one init_r for all layers, so if adapters have
@@ -73,8 +79,9 @@ def save_pretrained(
       adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``: the trained
         parameters with the masks applied, see :func:`adalora_jax.eval_params`.
       config: the run's config, for PEFT's config file. The scale is read from the adapters.
-      masks: the optimizer's state, or as in :func:`adalora_jax.masks`; without them every triplet
-        is written. A ``UserWarning`` reports a state whose final mask is still to come.
+      masks: the optimizer's state, or ``{path: [..., r] booleans}`` as in
+        :func:`adalora_jax.masks`; without them every triplet is written. A ``UserWarning`` reports
+        a state whose final mask is still to come.
       names: the names of the layers in PyTorch: a family such as ``"bert"``, pairs of names, or
         a :class:`~adalora_jax.huggingface.NameMap`. Without it ``/`` becomes ``.``.
       base_model: the base model's name on the Hub, or its path, for the config.
@@ -193,7 +200,7 @@ def load_pretrained(
         saved = saved_from_torch(file.saved, names, like)
         pattern = _read_pattern(file, masks, names)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(directory)}: {error}") from None
+        raise ValueError(f"`{os.fspath(directory)}`: {error}") from None
     dtypes = {str(leaf.dtype) for adapter in adapters.values() for leaf in adapter}
     config = file.config.replace(
         target_modules=tuple(adapters),
@@ -219,11 +226,12 @@ def save_as_lora(
 ) -> None:
     """Write a plain LoRA adapter that computes the same function, for PEFT and serving engines.
 
-    ``A = q`` and ``B = scale · pᵀ diag(λ)``, so that ``B A`` is the increment of `AdaLoRA, Eq. (3)
-    <https://arxiv.org/abs/2303.10512>`_. ``B`` is computed in at least float32 and rounded once to
-    the dtype of ``p``. The rank of every module is its number of active triplets
-    (``rank_pattern``); modules of rank 0 are omitted. Each module's alpha equals its rank, so that
-    engines with a single ``lora_alpha / r`` for all modules compute the same function as PEFT.
+    ``A = q`` ``[r, in]`` and ``B = scale · pᵀ diag(λ)`` ``[out, r]``, so that ``B A`` is the
+    increment of `AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_. ``B`` is computed in at
+    least float32 and rounded once to the dtype of ``p``. The rank of every module is its number of
+    active triplets (``rank_pattern``); modules of rank 0 are omitted. Each module's alpha equals
+    its rank, so that engines with a single ``lora_alpha / r`` for all modules compute the same
+    function as PEFT.
 
     Args:
       directory, adapters, config, masks, names, base_model, task_type: as in
@@ -253,7 +261,10 @@ def save_as_lora(
     matrices, places = to_matrices(adapters, scale, pattern, names)
     matrices = {name: m.live() for name, m in matrices.items() if m.mask.any()}
     if not matrices:
-        raise ValueError("adapters have no active triplet, so nothing can be written: check masks.")
+        raise ValueError(
+            "`adapters`: have no active triplet, so nothing can be written; pass adapters "
+            "and masks with at least one."
+        )
     tensors, found = {}, pytree.adapters(adapters)
     for name, matrix in matrices.items():
         a, b = _folded(matrix, scale, name)
@@ -299,8 +310,8 @@ def _refuse_embeddings(adapters: Mapping[str, PyTree]) -> None:
     for path, adapter in pytree.adapters(adapters).items():
         if adapter.layout is not None and adapter.layout.kind == "embed":
             raise ValueError(
-                f"adapters: {path!r} adapts an embedding, for which PEFT's AdaLoRA has no layer "
-                "and PEFT's LoRA has another format: exclude it by exclude_modules, or add the "
+                f"`adapters`: {path!r} adapts an embedding, for which PEFT's AdaLoRA has no layer "
+                "and PEFT's LoRA has another format; exclude it by exclude_modules, or add the "
                 "increments to the base model's files with merge_pretrained(adapters, base, out)."
             )
 
@@ -317,8 +328,8 @@ def _folded(matrix: LowRankMatrix, scale: float, name: str) -> tuple[np.ndarray,
         b = (matrix.p.astype(wide) * c[:, None]).astype(matrix.p.dtype).T
     if not np.isfinite(b.astype(wide)).all():
         raise ValueError(
-            f"the product of λ, the scale and p of {name!r} is not finite in {matrix.p.dtype}: "
-            "convert the adapters to float32, or check them."
+            f"`adapters`: the product of λ, the scale and p of {name!r} is not finite in "
+            f"{matrix.p.dtype}; convert the adapters to float32, or check them."
         )
     return matrix.q, b
 
@@ -386,11 +397,15 @@ def _about(
 ) -> dict[str, Any]:
     """Return the base model, task type and mode for PEFT's config."""
     if task_type not in (None, *_TASKS):
-        raise ValueError(f"task_type={task_type!r} must be one of {', '.join(_TASKS)}, or None.")
+        raise ValueError(
+            f"`task_type={task_type!r}`: must be one of {', '.join(_TASKS)}, or None; use one of "
+            "them."
+        )
     if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not saved:
         raise ValueError(
-            f"task_type={task_type!r}: PEFT then expects the classifier in the file, but adapters "
-            "has no other parameters: add the classifier's parameters, or leave task_type out."
+            f"`task_type={task_type!r}`: makes PEFT expect the classifier in the file, but "
+            "adapters has no other parameters; add the classifier's parameters, or leave task_type "
+            "out."
         )
     return {
         "base_model_name_or_path": base_model,

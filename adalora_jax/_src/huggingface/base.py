@@ -189,14 +189,17 @@ def _layers(
     for pattern, equation in equations.items():
         fitting = [path for path in leaves if rank_spec.matches(pattern, path)]
         if not fitting:
-            raise ValueError(f"equations: {pattern!r} matches no parameter. {_first_names(leaves)}")
+            raise ValueError(
+                f"`equations`: {pattern!r} matches no parameter; name one of the parameters: "
+                f"{_list(leaves)}."
+            )
         for path in fitting:
             axes = {path.rpartition("/")[2]: len(leaves[path].shape)}
             layer = layers.layer_of(None, axes, equation)
             if layer is None:
                 raise ValueError(
-                    f"equations[{pattern!r}]={equation!r} does not determine the inputs and "
-                    f"outputs of {path!r} {list(leaves[path].shape)}: write it in the form "
+                    f"`equations[{pattern!r}]={equation!r}`: does not determine the inputs and "
+                    f"outputs of {path!r} {list(leaves[path].shape)}; write it in the form "
                     "'...d,df->...f', with the weight second."
                 )
             known[path] = layer
@@ -224,20 +227,26 @@ def _check(
     wrong = []
     if missing:
         wrong.append(
-            f"It has no tensor for the parameters {_list(missing)}: map their names with names=, "
-            "or keep their values with allow_missing=."
+            f"`names`: the checkpoint has no tensor for the parameters {_list(missing)}; map them "
+            "with names=, or keep their values with allow_missing=."
         )
-    if misfits:
-        wrong.append(f"These tensors do not fit: {_list(misfits, ' ')}")
+    wrong += misfits[:_SHOWN]
+    if misfits[_SHOWN:]:
+        wrong.append(
+            f"`model`: {len(misfits) - _SHOWN} more tensors do not fit; correct these first."
+        )
     if unused and (missing or not misfits):
         wrong.append(
-            f"The tensors {_list(map(repr, unused))} are not used: map their names with names=, "
-            "or ignore them with allow_unused=."
+            f"`names`: the tensors {_list(map(repr, unused))} are not used; map their names with "
+            "names=, or ignore them with allow_unused=."
         )
     if any(name.endswith(".qweight") for name in unused):
-        wrong.append("Load packed layers (qweight) with adalora_jax.quantization.load_gptq.")
+        wrong.append(
+            "`directory`: has packed layers (qweight); load them with "
+            "adalora_jax.quantization.load_gptq."
+        )
     if wrong:
-        raise ValueError(f"{path} is not a checkpoint of this model. {' '.join(wrong)}")
+        raise ValueError(f"`{path}`: {' '.join(wrong)}")
 
 
 def _is_allowed(name: str, allowed: Allowed) -> bool:
@@ -247,14 +256,10 @@ def _is_allowed(name: str, allowed: Allowed) -> bool:
     return any(rank_spec.matches(pattern, name) for pattern in patterns)
 
 
-def _list(items: Iterable[str], separator: str = ", ") -> str:
+def _list(items: Iterable[str]) -> str:
     items = list(items)
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return separator.join(items[:_SHOWN]) + more
-
-
-def _first_names(leaves: Iterable[str]) -> str:
-    return f"The model has {_list(leaves)}."
+    return ", ".join(items[:_SHOWN]) + more
 
 
 @contextlib.contextmanager
@@ -287,13 +292,16 @@ def _cast(
     """
     value = reading.value(index, read)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype} for {name!r} must be a floating-point dtype.")
+        raise ValueError(
+            f"`dtype={dtype}`: must be a floating-point dtype for {name!r}; pass one, such as "
+            "jnp.float32."
+        )
     with np.errstate(over="ignore"):
         cast = value.astype(dtype, copy=False)
     is_narrower = jnp.finfo(dtype).max < jnp.finfo(value.dtype).max
     if is_narrower and np.isfinite(value).all() and not np.isfinite(cast).all():
         raise ValueError(
-            f"dtype={dtype} cannot represent some values of {name!r}: pass a wider dtype."
+            f"`dtype={dtype}`: cannot represent some values of {name!r}; pass a wider dtype."
         )
     return cast
 

@@ -98,34 +98,39 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     """
     folder = Path(directory)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: pass the folder that has {CONFIG}.")
+        raise FileNotFoundError(f"`{folder}`: is not a folder; pass the folder that has {CONFIG}.")
     if not (folder / WEIGHTS).exists():
         _refuse_pickles(folder)
     path = resolve_within(folder, _config_name(folder))
     stored = read_json(path)
     settings = {key: value for key, value in stored.items() if value is not None}
+    if "peft_type" not in settings:
+        raise ValueError(
+            f"`{path}`: has no peft_type, so it is not the config of a PEFT adapter; pass the "
+            "folder that save_pretrained wrote."
+        )
     try:
         _check_types(settings)
-        if "peft_type" not in settings:
-            raise ValueError(
-                "it has no peft_type, so it is not the config of a PEFT adapter: pass the folder "
-                "that save_pretrained wrote."
-            )
         kind = str(settings["peft_type"]).upper()
         if kind not in ("ADALORA", "LORA"):
-            raise ValueError(f"peft_type={kind[:99]!r} must be 'ADALORA' or 'LORA'.")
+            raise ValueError(
+                f"`peft_type={kind[:99]!r}`: must be 'ADALORA' or 'LORA'; pass the folder of an "
+                "AdaLoRA or LoRA adapter."
+            )
         if kind == "ADALORA" and "total_step" not in settings:
             raise ValueError(
-                f"total_step is {'null' if 'total_step' in stored else 'missing'}, but AdaLoRA "
-                "needs it: set it in the file to the number of optimizer steps of the training."
+                f"`total_step`: is {'null' if 'total_step' in stored else 'missing'}, but AdaLoRA "
+                "needs it; set it in the file to the number of optimizer steps of the training."
             )
         config = AdaLoraConfig.from_peft(settings) if kind == "ADALORA" else None
         if config is None:
             _check_lora(settings)
     except ValueError as error:
-        raise ValueError(f"{path}: {str(error)[:500]}") from None
+        raise ValueError(f"`{path}`: {str(error)[:500]}") from None
     except (TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} has an invalid value: {str(error)[:200]}.") from None
+        raise ValueError(
+            f"`{path}`: has an invalid value, {str(error)[:200]}; save the adapter again with PEFT."
+        ) from None
     with TensorFile(resolve_within(folder, WEIGHTS), MAX_JSON) as file:
         layout, saved = _layout(file, kind)
         tensors = {name: file.read(name) for name in file.specs}
@@ -133,7 +138,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
             not file.is_current()
             or read_json(resolve_within(folder, _config_name(folder))) != stored
         ):
-            raise ValueError(f"{folder} changed while it was read: read it again.")
+            raise ValueError(f"`{folder}`: changed while it was read; read it again.")
     try:
         factors = {
             name: [tensors[keys[letter]] for letter in ("A", "B", "E") if letter in keys]
@@ -144,7 +149,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
             return _lora(settings, factors, trained)
         return _adalora(config, factors, trained)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"`{folder}`: {error}") from None
 
 
 def write_adapter(
@@ -167,8 +172,8 @@ def write_adapter(
     text = json.dumps(dict(sorted(settings.items())), indent=2, allow_nan=False) + "\n"
     if len(text) > MAX_JSON:
         raise ValueError(
-            f"{CONFIG} would have {len(text)} characters, but at most {MAX_JSON} can be read: "
-            "shorten rank_pattern."
+            f"`{folder / CONFIG}`: would have {len(text)} characters, but at most {MAX_JSON} can "
+            "be read; shorten rank_pattern."
         )
     with writing_to("directory", directory):
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,12 +233,12 @@ def _refuse_pickles(folder: Path) -> None:
     found = [name for name in _PICKLES if (folder / name).exists()]
     if found:
         raise ValueError(
-            f"{folder / found[0]} is a pickle, which could run any code and is not opened here. "
-            "If you trust it, convert it with PEFT: PeftModel.from_pretrained(base_model, "
+            f"`{folder / found[0]}`: is a pickle, which could run any code and is not opened here; "
+            "if you trust it, convert it with PEFT, PeftModel.from_pretrained(base_model, "
             "directory).save_pretrained(other_directory)."
         )
     raise FileNotFoundError(
-        f"{folder / WEIGHTS} does not exist: pass the folder that save_pretrained wrote."
+        f"`{folder / WEIGHTS}`: does not exist; pass the folder that save_pretrained wrote."
     )
 
 
@@ -242,7 +247,8 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if not key.isprintable() or len(key) > _LONGEST:
             raise ValueError(
-                f"the key {key[:99]!r} must be printable, with at most {_LONGEST} characters."
+                f"`{key[:99]!r}`: must be a printable key of at most {_LONGEST} characters; save "
+                "the adapter again with PEFT."
             )
         if key in _INTEGERS:
             good, want = _is_integer(value), "an integer"
@@ -264,7 +270,9 @@ def _check_types(settings: Mapping[str, Any]) -> None:
         else:
             continue
         if not good:
-            raise ValueError(f"{key}={str(value)[:99]!r} must be {want}.")
+            raise ValueError(
+                f"`{key}={str(value)[:99]!r}`: must be {want}; save the adapter again with PEFT."
+            )
 
 
 def _is_integer(value: object) -> bool:
@@ -292,28 +300,28 @@ def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dic
         name = found[1] if found else key.removeprefix(PREFIX)
         if stray := _RAW.search(key):
             raise ValueError(
-                f"{file.path}: {key[:_LONGEST]!r} is from a raw state dict, with "
+                f"`{file.path}`: {key[:_LONGEST]!r} is from a raw state dict, with "
                 + (f"the adapter's name {stray[1]!r}" if stray[1] else "PEFT's wrappers")
-                + " in its keys: save with the save_pretrained of PEFT, which removes it, or "
+                + " in its keys; save with the save_pretrained of PEFT, which removes it, or "
                 "rename the keys."
             )
         levels = re.fullmatch(r"[^\s/\\.]+(\.[^\s/\\.]+)*", name[:_LONGEST])
         if not key.startswith(PREFIX) or not levels or len(name) > _LONGEST:
             raise ValueError(
-                f"{file.path}: {key[:99]!r} is not the name of a tensor in PEFT's format, "
-                f"{PREFIX}<module>.<tensor>."
+                f"`{file.path}`: {key[:99]!r} is not the name of a tensor in PEFT's format, "
+                f"{PREFIX}<module>.<tensor>; save the adapter again with PEFT."
             )
         if spec.dtype not in FLOATS:
             raise ValueError(
-                f"{file.path}: {key!r} has dtype {spec.dtype}: it must be one of "
-                f"{', '.join(FLOATS)}."
+                f"`{file.path}`: {key!r} has dtype {spec.dtype}, but only {', '.join(FLOATS)} can "
+                "be computed with; convert or dequantise it first."
             )
         if found and bool(found[3]) == (kind == "LORA"):
             layout.setdefault(name, {})[found[2]] = key
         elif ".lora_" in key:
             raise ValueError(
-                f"{file.path}: {key!r} is not a tensor of {kind}: embeddings, DoRA and biases of "
-                "adapters cannot be read."
+                f"`{file.path}`: {key!r} is not a tensor of {kind}, and embeddings, DoRA and "
+                "biases of adapters cannot be read; merge the adapter with PEFT."
             )
         else:
             saved[name] = key
@@ -321,17 +329,23 @@ def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dic
     for name, keys in layout.items():
         if set(keys) != letters:
             have, want = (", ".join(f"lora_{x}" for x in sorted(xs)) for xs in (keys, letters))
-            raise ValueError(f"{file.path}: {name!r} has {have}: it must have {want}.")
+            raise ValueError(
+                f"`{file.path}`: {name!r} has {have}, but must have {want}; save the adapter again "
+                "with PEFT."
+            )
         shapes = {letter: file.specs[key].shape for letter, key in keys.items()}
         a, b, e = shapes["A"], shapes["B"], shapes.get("E")
         axes = len(a) == len(b) == 2 or (kind == "LORA" and len(a) == len(b) > 2)
         if not axes or b[1] != a[0] or any(n != 1 for n in b[2:]) or e not in (None, (a[0], 1)):
             raise ValueError(
-                f"{file.path}: {name!r} has factors of shapes {shapes}: A must be [r, in], B "
-                "[out, r] and E [r, 1]."
+                f"`{file.path}`: {name!r} has factors of shapes {shapes}, but A must be [r, in], B "
+                "[out, r] and E [r, 1]; save the adapter again with PEFT."
             )
     if not layout:
-        raise ValueError(f"{file.path} contains no adapter of peft_type {kind!r}.")
+        raise ValueError(
+            f"`{file.path}`: contains no adapter of peft_type {kind!r}; pass the folder that "
+            "save_pretrained wrote."
+        )
     return layout, saved
 
 
@@ -342,14 +356,17 @@ def _adalora(
         path.replace("/", "."): np.array(keep, bool) for path, keep in config.rank_pattern or ()
     }
     if unknown := sorted(set(patterns) - set(factors)):
-        raise ValueError(f"rank_pattern names {unknown[0]!r}, which has no tensors in {WEIGHTS}.")
+        raise ValueError(
+            f"`rank_pattern`: names {unknown[0]!r}, which has no tensors in {WEIGHTS}; save the "
+            "adapter again with PEFT."
+        )
     matrices = {}
     for name, (a, b, e) in factors.items():
         rows, pattern = len(a), patterns.get(name)
         if pattern is None and rows != config.init_r:
             raise ValueError(
-                f"{name!r} has rank {rows}, but init_r={config.init_r} and rank_pattern has no "
-                "entry for it."
+                f"`init_r={config.init_r}`: {name!r} has rank {rows}, and rank_pattern has no "
+                "entry for it; save the adapter again with PEFT."
             )
         if pattern is not None and (
             pattern.ndim != 1
@@ -357,8 +374,9 @@ def _adalora(
             or rows not in (len(pattern), int(pattern.sum()))
         ):
             raise ValueError(
-                f"{name!r} has rank {rows}; its rank_pattern keeps {int(pattern.sum())} of "
-                f"{pattern.size}, and init_r={config.init_r}."
+                f"`rank_pattern[{name!r}]`: keeps {int(pattern.sum())} of {pattern.size}, but the "
+                f"module has rank {rows}, and init_r={config.init_r}; save the adapter again with "
+                "PEFT."
             )
         mask = np.ones(rows, bool)
         if pattern is not None and rows == len(pattern):
@@ -378,15 +396,15 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
     for key, unused in _LORA_UNSUPPORTED.items():
         if key in settings and settings[key] not in unused:
             raise ValueError(
-                f"{key}={str(settings[key])[:99]!r} is not supported here: merge the adapter with "
-                "PEFT."
+                f"`{key}={str(settings[key])[:99]!r}`: is not supported here; merge the adapter "
+                "with PEFT."
             )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         raise ValueError(
-            f"init_lora_weights={start[:99]!r} changed the base's weights before training: convert "
-            "the adapter with PEFT, save_pretrained(..., path_initial_model_for_weight_conversion="
-            "...), or merge it there."
+            f"`init_lora_weights={start[:99]!r}`: changes the base's weights before training; "
+            "convert the adapter with PEFT, save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...), or merge it there."
         )
     unknown = [key for key in sorted(set(settings) - _LORA_KNOWN) if settings[key] is not False]
     if unknown := [key for key in unknown if settings[key] not in ("", [], {})]:
@@ -398,11 +416,14 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
         for key, value in settings.get(pattern, {}).items():
             if not test(value):
                 kind = "an integer" if pattern == "rank_pattern" else "a number"
-                raise ValueError(f"{pattern}[{key[:99]!r}]={str(value)[:99]!r} must be {kind}.")
+                raise ValueError(
+                    f"`{pattern}[{key[:99]!r}]={str(value)[:99]!r}`: must be {kind}; save the "
+                    "adapter again with PEFT."
+                )
             if not re.fullmatch(r"\^?[\w.\-]+", key):
                 raise ValueError(
-                    f"{pattern}: {key[:99]!r} is a regex, which is not run here: list the names of "
-                    "the modules instead."
+                    f"`{pattern}`: {key[:99]!r} is a regex, which is not run here; list the names "
+                    "of the modules instead."
                 )
 
 

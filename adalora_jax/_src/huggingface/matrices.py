@@ -71,7 +71,7 @@ def to_matrices(
     found = pytree.adapters(adapters)
     if not found:
         raise ValueError(
-            f"no adapter was found in the {type(adapters).__name__} given as adapters: pass "
+            f"`adapters`: no adapter was found in the {type(adapters).__name__}; pass "
             "{path: Adapter}."
         )
     by_path = pattern or {}
@@ -80,15 +80,15 @@ def to_matrices(
     for path, adapter in found.items():
         if pattern is not None and path not in by_path:
             raise ValueError(
-                f"masks has no mask for {path!r}, only for {', '.join(list(by_path)[:8])}: pass "
+                f"`masks`: has no mask for {path!r}, only for {', '.join(list(by_path)[:8])}; pass "
                 "the masks of these adapters."
             )
         p, lam, q = (np.asarray(leaf) for leaf in jax.device_get(adapter))
         mask = np.array(by_path.get(path, np.ones(lam.shape)), bool)
         if mask.size != lam.size:
             raise ValueError(
-                f"masks[{path!r}] has shape {mask.shape}, but lam has {lam.shape}: pass masks and "
-                "adapters of the same step, and after compact no masks."
+                f"`masks[{path!r}]`: has shape {mask.shape}, but lam has {lam.shape}; pass masks "
+                "and adapters of the same step, and after compact no masks."
             )
         mask = mask.reshape(lam.shape)
         q = _to_torch(q, kernel_size(adapter))
@@ -101,8 +101,8 @@ def to_matrices(
                 taken = pieces.setdefault(name, {})
                 if their_part[0] in taken:
                     raise ValueError(
-                        f"names: {path!r} and {owners[name].path!r} both become {name!r}: map them "
-                        "to different names."
+                        f"`names`: {path!r} and {owners[name].path!r} both become {name!r}; map "
+                        "them to different names."
                     )
                 owners.setdefault(name, ParamLocation(path, index, our_part))
                 taken[their_part[0]] = whole.outputs(_divides(whole, our_part, path)), their_part
@@ -161,22 +161,22 @@ def _places(matrices: Mapping[str, LowRankMatrix], names: NameMap) -> _Places:
             parts = found.setdefault(place.path, {}).setdefault(place.at, {})
             if place.part in parts:
                 raise ValueError(
-                    f"names: {name!r} and another module both become {place.path!r} (stack index "
-                    f"{place.at}, part {place.part}): map them to different names."
+                    f"`names`: {name!r} and another module both become {place.path!r} (stack index "
+                    f"{place.at}, part {place.part}); map them to different names."
                 )
             parts[place.part] = _rows_of(matrix, their_part, name)
     places: _Places = {}
     for path, by_index in found.items():
         if len({len(index) for index in by_index}) > 1:
             raise ValueError(
-                f"names: {path!r} would have different numbers of stack axes: map its modules "
+                f"`names`: {path!r} would have different numbers of stack axes; map its modules "
                 "with the same number of indices."
             )
         stack = tuple(max(axis) + 1 for axis in zip(*by_index))
         if math.prod(stack) > 2 * len(by_index) + 8:
             raise ValueError(
-                f"{path!r} would be a stack of {math.prod(stack)} matrices, of which the file has "
-                f"{len(by_index)}: if that is correct, pass like=adapters of the model."
+                f"`like=None`: {path!r} would be a stack of {math.prod(stack)} matrices, of which "
+                f"the file has {len(by_index)}; pass like=adapters of the model if that is right."
             )
         places[path] = stack, by_index
     return places
@@ -200,16 +200,17 @@ def _places_like(
                     matrix = _empty(ins, outs // our_part[1])
                 if (matrix.q.shape[1], matrix.p.shape[1] * our_part[1]) != (ins, outs):
                     raise ValueError(
-                        f"{name!r} is for {matrix.q.shape[1]} inputs and {matrix.p.shape[1]} "
-                        f"outputs, but {path!r} of like, of which it is part {our_part[0]} of "
-                        f"{our_part[1]}, has {ins} and {outs}: pass adapters of this model."
+                        f"`like`: {name!r} is for {matrix.q.shape[1]} inputs and "
+                        f"{matrix.p.shape[1]} outputs, but {path!r}, of which it is part "
+                        f"{our_part[0]} of {our_part[1]}, has {ins} and {outs}; pass the adapters "
+                        "of this model."
                     )
                 by_index.setdefault(index, {})[our_part] = matrix
         places[path] = stack, by_index
     if over := sorted(set(matrices) - used):
         raise ValueError(
-            f"like has no adapter for {', '.join(map(repr, over[:3]))}"
-            f"{' ...' if over[3:] else ''}: adapt the model with the file's config, or pass the "
+            f"`like`: has no adapter for {', '.join(map(repr, over[:3]))}"
+            f"{' ...' if over[3:] else ''}; adapt the model with the file's config, or pass the "
             "names= that belong to this model."
         )
     return places
@@ -226,7 +227,10 @@ def _side_by_side(
     rows = []
     for k, (matrix, _) in sorted(parts.items()):
         if matrix.p.shape[1] != out or matrix.q.shape[1] != first.q.shape[1]:
-            raise ValueError(f"the parts of {name!r} have different sizes: they must be equal.")
+            raise ValueError(
+                f"`names`: the parts of {name!r} have different sizes; map layers of equal sizes "
+                "to it."
+            )
         p = np.zeros((matrix.p.shape[0], count * out), matrix.p.dtype)
         p[:, k * out : (k + 1) * out] = matrix.p
         rows.append(matrix._replace(p=p))
@@ -259,8 +263,8 @@ def _joined(path: str, parts: _Parts) -> LowRankMatrix:
     count = next(iter(parts))[1]
     if any(part[1] != count for part in parts):
         raise ValueError(
-            f"names: {path!r} is divided into different numbers of parts: divide it into the same "
-            "number in every pair."
+            f"`names`: {path!r} is divided into different numbers of parts; divide it into the "
+            "same number in every pair."
         )
     if count == 1:
         return next(iter(parts.values()))
@@ -285,17 +289,17 @@ def _stacked(
     ins, outs = some[0].q.shape[1], some[0].p.shape[1]
     if any((m.q.shape[1], m.p.shape[1]) != (ins, outs) for m in some):
         raise ValueError(
-            f"the matrices of the stack {path!r} have different sizes: map them to separate paths "
-            "with names=."
+            f"`names`: the matrices of the stack {path!r} have different sizes; map them to "
+            "separate paths."
         )
     rank = max(len(m.lam) for m in some)
     width = ins + outs + 1
     need, have = math.prod(stack) * rank * width, sum(len(m.lam) for m in some) * width
     if need > _MAX_PADDING * have + _SMALL:
         raise ValueError(
-            f"the stack {path!r} would need {need} numbers, of which the file has {have}: its "
-            "ranks are too different for one array, so map its matrices to separate paths with "
-            "names=."
+            f"`names`: the stack {path!r} would need {need} numbers, of which the file has {have}, "
+            "because its ranks are too different for one array; map its matrices to separate "
+            "paths."
         )
 
     def dtype(i: int) -> np.dtype:
@@ -336,8 +340,8 @@ def _empty(ins: int, outs: int) -> LowRankMatrix:
 def _divides(matrix: LowRankMatrix, part: tuple[int, int], name: str) -> tuple[int, int]:
     if matrix.p.shape[1] % part[1]:
         raise ValueError(
-            f"{name!r} has {matrix.p.shape[1]} outputs, which are not {part[1]} equal parts: "
-            "change the parts in names."
+            f"`names`: {name!r} has {matrix.p.shape[1]} outputs, which are not {part[1]} equal "
+            "parts; change the parts."
         )
     return part
 
@@ -383,7 +387,7 @@ def as_jax(array: np.ndarray) -> jax.Array:
     """
     if array.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
-            "the file has float64 numbers, which JAX would round to float32: call "
+            "`jax_enable_x64=False`: makes JAX round the file's float64 numbers to float32; call "
             "jax.config.update('jax_enable_x64', True) first."
         )
     return jnp.asarray(array)

@@ -122,7 +122,7 @@ def merge_pretrained(
     base, out = read_weights(Path(base_directory)), Path(out_directory)
     if out.resolve().is_relative_to(base.folder.resolve()):
         raise ValueError(
-            f"out_directory={str(out)!r} is inside the base's folder: name another folder."
+            f"`out_directory={str(out)!r}`: is inside the base's folder; name another folder."
         )
     conv1d |= base.conv1d(matrices)
     live = {name: matrix.live() for name, matrix in matrices.items() if matrix.mask.any()}
@@ -139,8 +139,9 @@ def _refuse_unmergeable(adapters: Mapping[str, PyTree]) -> None:
         note = adapter.layout.note if adapter.layout else ""
         if note:
             raise ValueError(
-                f"the increment of {path!r} cannot be merged: {note}. If the PyTorch model does "
-                "compute with the sum, write the adapter with save_pretrained and merge its folder."
+                f"`adapter`: the increment of {path!r} cannot be merged: {note}; if the PyTorch "
+                "model does compute with the sum, write the adapter with save_pretrained and merge "
+                "its folder."
             )
 
 
@@ -159,8 +160,8 @@ def _changes(
         if key is None and source is None:
             near = difflib.get_close_matches(f"{name}.weight", specs, 3, 0.3)
             raise ValueError(
-                f"the base in {base.folder} has no weight for {name!r}; the nearest: "
-                f"{', '.join(near) or 'none'}. Pass the base that the adapter was trained for."
+                f"`{base.folder}`: has no weight for {name!r}, and the nearest names are "
+                f"{', '.join(near) or 'none'}; pass the base that the adapter was trained for."
             )
         key, stored = key or f"{name}.weight", source or key or ""
         shape, ins, outs = specs[stored].shape, matrix.q.shape[1], matrix.p.shape[1]
@@ -168,13 +169,13 @@ def _changes(
         turned = shape == (ins, outs)
         if not straight and not turned:
             raise ValueError(
-                f"{name!r} is for {ins} inputs and {outs} outputs, but {stored!r} of the base has "
-                f"the shape {list(shape)}: pass the base that the adapter was trained for."
+                f"`adapter`: {name!r} is for {ins} inputs and {outs} outputs, but {stored!r} of "
+                f"the base has shape {list(shape)}; pass the base that the adapter was trained for."
             )
         if specs[stored].dtype not in FLOATS:
             raise ValueError(
-                f"{stored!r} of the base has dtype {specs[stored].dtype}: merge into a base with "
-                "floating-point weights."
+                f"`{base.folder}`: {stored!r} has dtype {specs[stored].dtype}, which cannot be "
+                "merged into; pass a base with floating-point weights."
             )
         is_transposed = turned and (not straight or name in conv1d)
         changes[key] = Change(matrix, is_transposed, source=source)
@@ -182,13 +183,13 @@ def _changes(
         key = base.find(name) or name
         if key in changes:
             raise ValueError(
-                f"{key!r} has both an adapter and a saved value: remove one of the two."
+                f"`adapter`: {key!r} has both an adapter and a saved value; remove one of the two."
             )
         spec = specs.get(key)
         if spec is not None and (spec.shape != value.shape or spec.dtype not in FLOATS):
             raise ValueError(
-                f"{name!r} has shape {list(value.shape)}, but {key!r} of the base is a "
-                f"{spec.dtype} tensor of shape {list(spec.shape)}: pass the base that the adapter "
+                f"`adapter`: {name!r} has shape {list(value.shape)}, but {key!r} of the base is a "
+                f"{spec.dtype} tensor of shape {list(spec.shape)}; pass the base that the adapter "
                 "was trained for."
             )
         changes[key] = Change(value=value if spec is None else value.astype(FLOATS[spec.dtype]))
@@ -262,8 +263,8 @@ def _merged(
         merged = (weight.astype(wide) + delta).astype(weight.dtype)
     if safe and not np.isfinite(merged.astype(wide)).all():
         raise ValueError(
-            f"the merged {name!r} is not finite in {weight.dtype}: check the adapter, or convert "
-            "the base to a wider dtype."
+            f"`adapter`: the merged weight {name!r} is not finite in {weight.dtype}; check the "
+            "adapter, or convert the base to a wider dtype."
         )
     return merged
 

@@ -61,7 +61,8 @@ class NameMap:
             pairs = tuple((str(flax), str(hf)) for flax, hf in pairs)
         except (TypeError, ValueError):
             raise ValueError(
-                f"names={self.pairs!r} must be pairs (name in Flax, name in Hugging Face)."
+                f"`names={self.pairs!r}`: must be pairs (name in Flax, name in Hugging Face); pass "
+                "a list such as [('layers/{i}/query', 'model.layers.{i}.query')]."
             ) from None
         object.__setattr__(self, "pairs", pairs)
         object.__setattr__(self, "conv1d", tuple(self.conv1d))
@@ -69,8 +70,9 @@ class NameMap:
             ours, theirs = (_template(name) for name in pair)
             if theirs.index or set(ours.fields) != set(theirs.fields):
                 raise ValueError(
-                    f"names: the pair {pair!r} must have the same placeholders on both sides, and "
-                    "an index in brackets only on the first."
+                    f"`names`: the pair {pair!r} must have the same placeholders on both sides, "
+                    "and an index in brackets only on the first; write it like ('query[{i}]', "
+                    "'layers.{i}.query')."
                 )
 
     def to_hf(
@@ -88,11 +90,14 @@ class NameMap:
 
         Raises:
           ValueError: no pair matches (the message lists the nearest), or ``path`` contains a dot.
+
+        >>> NameMap({"attn/query": "attn.qkv:0/3"}).to_hf("attn/query")
+        [('attn.qkv', (0, 1), (0, 3))]
         """
         if "." in path:
             raise ValueError(
-                f"{path!r} has a dot in a name, which separates modules in PyTorch: pass the "
-                "adapters under other paths."
+                f"`path={path!r}`: has a dot in a name, which separates modules in PyTorch; pass "
+                "the adapters under other paths."
             )
         found = self.match(path, index)
         if not found:
@@ -102,7 +107,18 @@ class NameMap:
     def match(
         self, path: str, index: tuple[int, ...] = ()
     ) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
-        """Return the result of :meth:`to_hf`, or an empty list if no pair matches."""
+        """Return the PyTorch modules of one matrix of a Flax weight, if a pair matches.
+
+        Args:
+          path: the path of the weight.
+          index: the matrix's index on the weight's stack axes.
+
+        Returns:
+          The result of :meth:`to_hf`, or an empty list if no pair matches.
+
+        >>> NameMap({"query": "q_proj"}).match("query"), NameMap({"query": "q_proj"}).match("key")
+        ([('q_proj', (0, 1), (0, 1))], [])
+        """
         found: dict[int, tuple[str, tuple[int, int], tuple[int, int]]] = {}
         count = 0
         for ours, theirs in self._templates:
@@ -120,10 +136,16 @@ class NameMap:
           name: the name of the module.
 
         Returns:
-          ``(place, part of the module's outputs)`` for each part; part k of n is ``(k, n)``.
+          ``(place, part of the module's outputs)`` for each part; part k of n is ``(k, n)``. A
+          place is a tuple ``(path, at, part)``: the path of the weight, the index on its stack axes
+          and the part of its outputs.
 
         Raises:
           ValueError: no pair matches (the message lists the nearest).
+
+        >>> names = NameMap({"attn/query": "attn.qkv:0/2", "attn/key": "attn.qkv:1/2"})
+        >>> [(place.path, part) for place, part in names.to_flax("attn.qkv")]
+        [('attn/query', (0, 2)), ('attn/key', (1, 2))]
         """
         found: dict[int, tuple[ParamLocation, tuple[int, int]]] = {}
         count = 0
@@ -139,7 +161,17 @@ class NameMap:
         return [found[part] for part in sorted(found)]
 
     def is_conv1d(self, name: str) -> bool:
-        """Return whether the PyTorch module ``name`` stores its weight as ``[in, out]``."""
+        """Return whether a PyTorch module stores its weight as ``[in, out]``.
+
+        Args:
+          name: the name of the module.
+
+        Returns:
+          True if its last component is in ``conv1d``.
+
+        >>> hf_names("gpt2").is_conv1d("transformer.h.0.attn.c_attn")
+        True
+        """
         return name.rpartition(".")[2] in self.conv1d
 
     @functools.cached_property
@@ -152,8 +184,8 @@ class NameMap:
         near = sorted(known, key=lambda k: -difflib.SequenceMatcher(None, plain, k).ratio())[:3]
         stack = f" with {len(index)} stack axes" if index else ""
         return (
-            f"{name[:200]!r}{stack} matches no pair of names; the nearest that do: "
-            f"{', '.join(near)}. Pass names=[('name/in/flax/{{i}}', 'name.in.huggingface.{{i}}'), "
+            f"`names`: {name[:200]!r}{stack} matches no pair, and the nearest names that do are "
+            f"{', '.join(near)}; pass names=[('name/in/flax/{{i}}', 'name.in.huggingface.{{i}}'), "
             "...], see huggingface.NameMap, or another family of huggingface.hf_names."
         )
 
@@ -214,7 +246,7 @@ def _template(name: str) -> _Template:
     part = (int(found[3]), int(found[4])) if found and found[3] else (0, 1)
     if found is None or "{" in left or "}" in left or part[0] >= part[1]:
         raise ValueError(
-            f"names: {name!r} cannot be read: write it like 'layers/{{i}}/query', "
+            f"`names`: {name!r} cannot be read; write it like 'layers/{{i}}/query', "
             "'layers/query[{i}]' or 'attn/qkv:0/3'."
         )
     index = tuple(found[2].split(",")) if found[2] else ()
@@ -391,7 +423,8 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
     """
     if family not in _FAMILIES:
         raise ValueError(
-            f"names={family!r} must be one of {', '.join(_FAMILIES)}, or pairs of names."
+            f"`names={family!r}`: must be one of {', '.join(_FAMILIES)}, or pairs of names; use "
+            "one of them."
         )
     known = _FAMILIES[family]
     prefix = known.prefix if prefix is None else prefix.strip(".")

@@ -142,8 +142,9 @@ class ParamSource(NamedTuple):
         for key in sorted(keys):
             if self.weights.specs[key].dtype not in FLOATS:
                 raise ValueError(
-                    f"{key!r}, for {path!r}, has dtype {self.weights.specs[key].dtype}: it must be "
-                    f"one of {', '.join(FLOATS)}."
+                    f"`directory`: {key!r}, for {path!r}, has dtype "
+                    f"{self.weights.specs[key].dtype}, but only {', '.join(FLOATS)} can be "
+                    "computed with; convert or dequantise it first."
                 )
         own = tuple(axis for axis in range(len(shape)) if axis not in stack)
         if layer is None and path.rpartition("/")[2] != "kernel":
@@ -182,7 +183,8 @@ class ParamSource(NamedTuple):
         ins, outs = (math.prod(rest), first) if turned else (first, math.prod(rest))
         if outs % piece.theirs[1]:
             raise ValueError(
-                f"{piece.key!r} has {outs} outputs, which are not {piece.theirs[1]} equal parts."
+                f"`names`: {piece.key!r} has {outs} outputs, which are not {piece.theirs[1]} equal "
+                "parts; change the parts."
             )
         return ins, outs // piece.theirs[1]
 
@@ -206,9 +208,9 @@ class ParamSource(NamedTuple):
         embeds = "embed" in f"{last}/{path.rpartition('/')[2]}" or last in (*EMBEDDINGS, "wpe")
         if end == "weight" and len(short(shapes[0])) > 1 and not embeds:
             raise ValueError(
-                f"the input axes of {path!r} {list(shape)} are not known, and {pieces[0].key!r} "
-                f"{list(shapes[0])} may have to be transposed: pass the inputs of the linen model "
-                f"as *args, or equations={{{path!r}: ...}}."
+                f"`equations`: the input axes of {path!r} {list(shape)} are not known, and "
+                f"{pieces[0].key!r} {list(shapes[0])} may have to be transposed; pass the inputs "
+                f"of the linen model as *args, or equations={{{path!r}: ...}}."
             )
         if divided or short(shapes[0]) != short(shape[axis] for axis in own):
             raise ValueError(self._misfit(path, shape, pieces, "numbers in this order"))
@@ -219,7 +221,10 @@ class ParamSource(NamedTuple):
         have = " and ".join(
             f"{piece.key!r} {list(self.weights.specs[piece.key].shape)}" for piece in pieces
         )
-        return f"{path!r} of shape {list(shape)} does not fit {have} ({what})."
+        return (
+            f"`model`: {path!r} of shape {list(shape)} does not fit {have} ({what}); make the "
+            "model in this checkpoint's sizes, or map other names with names=."
+        )
 
 
 def _stacks(axes: int, layer: Layout | None) -> list[tuple[int, ...]]:

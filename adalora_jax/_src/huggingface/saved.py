@@ -34,19 +34,20 @@ def saved_to_torch(adapters: PyTree, names: NameMap) -> dict[str, np.ndarray]:
         axes = _axes(module, kind, array.ndim, names)
         if axes is None or array.ndim < axes or not module:
             raise ValueError(
-                f"{path!r} of shape {array.shape} cannot be written for PyTorch: only parameters "
-                f"of layers named {', '.join(_AXES)} can, a kernel only with one input axis and "
-                "one output axis. Leave it out, or store its value in the base."
+                f"`adapters[{path!r}]`: has shape {array.shape} and cannot be written for PyTorch, "
+                f"since only parameters of layers named {', '.join(_AXES)} can, a kernel only with "
+                "one input axis and one output axis; leave it out, or store its value in the base."
             )
         stack = array.shape[: array.ndim - axes]
         for index in np.ndindex(stack):
             try:
                 (name, *parts), *more = names.to_hf(module, index)
             except ValueError as error:
-                raise ValueError(f"{path!r} of shape {array.shape}: {error}") from None
+                raise ValueError(f"`adapters[{path!r}]`: {error}") from None
             if more or parts != [(0, 1), (0, 1)]:
                 raise ValueError(
-                    f"{path!r} is only a part of {name!r} and cannot be saved alone: leave it out."
+                    f"`adapters[{path!r}]`: is only a part of {name!r} and cannot be saved alone; "
+                    "leave it out."
                 )
             value = array[index]
             if kind == "kernel":
@@ -54,7 +55,7 @@ def saved_to_torch(adapters: PyTree, names: NameMap) -> dict[str, np.ndarray]:
             key = _key(name, kind)
             if key in result:
                 raise ValueError(
-                    f"names: {path!r} and another parameter both become {key!r}: map them to "
+                    f"`names`: {path!r} and another parameter both become {key!r}; map them to "
                     "different names."
                 )
             result[key] = value
@@ -90,8 +91,8 @@ def saved_from_torch(
             key = _key(name, kind)
             if key not in saved or axes is None:
                 raise ValueError(
-                    f"the file has no {key!r} for {pytree.path_name(path)!r} of like: remove it "
-                    "from like to keep the base's value."
+                    f"`like[{pytree.path_name(path)!r}]`: has no tensor {key!r} in the file; "
+                    "remove it from like to keep the base's value."
                 )
             used.add(key)
             kernel = kind == "kernel"
@@ -100,15 +101,15 @@ def saved_from_torch(
         shapes = {(*stack, *array.shape) for array in arrays}
         if shapes != {tuple(leaf.shape)}:
             raise ValueError(
-                f"{pytree.path_name(path)!r} has shape {', '.join(map(str, sorted(shapes)))} in "
-                f"the file, but {tuple(leaf.shape)} in like: pass like of the saved model."
+                f"`like[{pytree.path_name(path)!r}]`: has shape {tuple(leaf.shape)}, but "
+                f"{', '.join(map(str, sorted(shapes)))} in the file; pass like of the saved model."
             )
         return as_jax(np.stack(arrays).reshape(leaf.shape))
 
     found = jax.tree_util.tree_map_with_path(find, like, is_leaf=pytree.is_adapter)
     if over := sorted(set(saved) - used):
         raise ValueError(
-            f"like has no parameter for {', '.join(map(repr, over[:3]))}: name their modules in "
+            f"`like`: has no parameter for {', '.join(map(repr, over[:3]))}; name their modules in "
             "modules_to_save of the config of like."
         )
     return {path: node for path, node in found.items() if node is not None}
@@ -126,20 +127,21 @@ def _by_their_names(saved: Mapping[str, np.ndarray], names: NameMap) -> dict[str
             kind = ""
         if kind not in _AXES or (array.ndim != _AXES[kind] and (kind, array.ndim) != ("kernel", 4)):
             raise ValueError(
-                f"{key!r} of shape {array.shape} is not a parameter of a known Flax layer: pass "
-                "like=adapters of the model."
+                f"`like=None`: {key!r} of shape {array.shape} is not a parameter of a known Flax "
+                "layer; pass like=adapters of the model."
             )
         (place, part), *more = names.to_flax(name)
         if more or place.at or part != (0, 1) or place.part != (0, 1):
             raise ValueError(
-                f"{key!r} is only a part of {place.path!r}: pass like=adapters of the model."
+                f"`like=None`: {key!r} is only a part of {place.path!r}; pass like=adapters of the "
+                "model."
             )
         if kind == "kernel":
             array = _kernel_from_torch(array, names.is_conv1d(name))
         module = result.setdefault(place.path, {})
         if kind in module:
             raise ValueError(
-                f"names: {key!r} and another tensor both become {place.path!r}: map them to "
+                f"`names`: {key!r} and another tensor both become {place.path!r}; map them to "
                 "different names."
             )
         module[kind] = as_jax(array)

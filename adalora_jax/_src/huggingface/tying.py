@@ -86,14 +86,14 @@ def untie(base: Weights, changes: dict[str, Change], tied: bool | None) -> bool:
         return True
     if len(embeddings) > 1 or len(heads) > 1:
         raise ValueError(
-            f"the base in {base.folder} ties {', '.join(map(repr, [*embeddings, *heads]))}, and "
-            f"the adapter changes some of them: {_WAY_OUT}."
+            f"`{base.folder}`: ties {', '.join(map(repr, [*embeddings, *heads]))}, and the adapter "
+            f"changes some of them; {_WAY_OUT}."
         )
     embedding, head = embeddings[0], heads[0] if heads else None
     if head and head not in base.specs and "." not in embedding.removesuffix(".weight"):
         raise ValueError(
-            f"{head!r} cannot be stored next to {embedding!r}, which has no prefix: save the base "
-            "with transformers as the model that has the head."
+            f"`{base.folder}`: {head!r} cannot be stored next to {embedding!r}, which has no "
+            "prefix; save the base with transformers as the model that has the head."
         )
     differ = head in base.specs and not _equal(base, embedding, head)
     if differ and not (flags and all(flags)):
@@ -102,8 +102,8 @@ def untie(base: Weights, changes: dict[str, Change], tied: bool | None) -> bool:
         return not _is_value(base, embedding, changes.get(embedding), value)
     if differ:
         raise ValueError(
-            f"the base in {base.folder} has {_FLAG}, but stores a {head!r} that differs from "
-            f"{embedding!r}: the version of transformers decides which of them is the head. Set "
+            f"`{base.folder}`: has {_FLAG}, but stores a {head!r} that differs from {embedding!r}, "
+            "and the version of transformers decides which of them is the head; set "
             f"{_FLAG} to false in its config.json if it is {head!r}, or remove that tensor."
         )
     if head in changes:
@@ -111,7 +111,7 @@ def untie(base: Weights, changes: dict[str, Change], tied: bool | None) -> bool:
     if tied is None:
         raise ValueError(
             f"`tied=None`: the base in {base.folder} ties its head to {embedding!r}, which the "
-            "adapters change, and it is not known whether the head changed with it: pass tied=True "
+            "adapters change, and it is not known whether the head changed with it; pass tied=True "
             "if the trained model reads one parameter for both, or tied=False if its head kept the "
             "weight of the base."
         )
@@ -163,9 +163,9 @@ def _head_of(base: Weights, embedding: str) -> str:
     found = _DECODER.fullmatch(embedding)
     if found is None or (base.config or {}).get("is_encoder_decoder"):
         raise ValueError(
-            f"the base in {base.folder} ties its head to {embedding!r}, which the adapter "
-            f"changes, but the name of the head is not known: {_WAY_OUT}; or pass tied=True if "
-            "it may change with the embedding."
+            f"`{base.folder}`: ties its head to {embedding!r}, which the adapter changes, but the "
+            f"name of the head is not known; {_WAY_OUT}, or pass tied=True if it may change with "
+            "the embedding."
         )
     return f"{found[1]}lm_head.weight"
 

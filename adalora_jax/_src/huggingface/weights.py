@@ -76,7 +76,7 @@ def read_weights(folder: Path, only: str | None = None) -> Weights:
       ValueError: a file is damaged or malicious, or the index contradicts the files.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: pass the base model's folder.")
+        raise FileNotFoundError(f"`{folder}`: is not a folder; pass the base model's folder.")
     index, places = None, None
     if only is None and (folder / INDEX).exists():
         path = resolve_within(folder, INDEX)
@@ -84,20 +84,21 @@ def read_weights(folder: Path, only: str | None = None) -> Weights:
         places = index.get("weight_map")
         if not isinstance(places, dict) or not places:
             raise ValueError(
-                f"{path} has no weight_map from tensors to files: save the base with transformers."
+                f"`{path}`: has no weight_map from tensors to files; save the base with "
+                "transformers."
             )
         names = list(dict.fromkeys(map(str, places.values())))
         if wrong := [name for name in names if not name.endswith(".safetensors")]:
             raise ValueError(
-                f"{path} names {wrong[0][:99]!r}, which is not a safetensors file: save the base "
-                "with transformers, which writes safetensors."
+                f"`{path}`: names {wrong[0][:99]!r}, which is not a safetensors file; save the "
+                "base with transformers, which writes safetensors."
             )
     elif only is not None or (folder / SINGLE).exists():
         names = [only or SINGLE]
     else:
         raise FileNotFoundError(
-            f"{folder} has neither {SINGLE} nor {INDEX}. Pickled weights are not opened here: "
-            "load the base with transformers and save it, which writes safetensors."
+            f"`{folder}`: has neither {SINGLE} nor {INDEX}, and pickled weights are not opened "
+            "here; load the base with transformers and save it, which writes safetensors."
         )
     files, metadata = {}, {}
     for name in names:
@@ -109,7 +110,8 @@ def read_weights(folder: Path, only: str | None = None) -> Weights:
         if found != places or len(found) != sum(map(len, files.values())):
             odd = sorted(t for t in {*found, *places} if found.get(t) != places.get(t))
             raise ValueError(
-                f"{folder / INDEX} contradicts the files it names: "
-                f"{', '.join(repr(name[:99]) for name in odd[:3]) or 'a tensor is in two files'}."
+                f"`{folder / INDEX}`: contradicts the files it names: "
+                f"{', '.join(repr(name[:99]) for name in odd[:3]) or 'a tensor is in two files'}; "
+                "save the base again with transformers."
             )
     return weights

@@ -55,11 +55,11 @@ def judge_use(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
     if use.transformed:
         return candidate._replace(
             note="its layer transforms the stored weight before it is used, so no sum of weights "
-            "computes the same; serve it unmerged"
+            "computes the same"
         )
     if use.followed and foreign:
         return candidate._replace(
             note="its layer does more than multiply its input by the weight and add to the "
-            "product, so no sum of weights computes the same; serve it unmerged"
+            "product, so no sum of weights computes the same"
         )
     return candidate

@@ -105,8 +105,8 @@ def _principal(adapter: Adapter, weight: PyTree, path: str) -> Adapter:
     layer, scale = adapter.layout or Layout(), known_scale(adapter, path)
     if pytree.is_packed(weight) or nnx_variables.is_qwix_weight(weight):
         raise ValueError(
-            f"the weight of {path!r} is quantised, so no increment can be subtracted from it: "
-            "pass the float weights, and quantise the result."
+            f"`variables`: the weight of {path!r} is quantised, so no increment can be subtracted "
+            "from it; pass the float weights, and quantise the result."
         )
     matrix = layer.to_matrix(weight)
     u, sigma, vt = jnp.linalg.svd(
@@ -142,6 +142,9 @@ def input_second_moments(
 
     Returns:
       ``{path: array [*stack, in, in]}``, in at least float32.
+
+    Raises:
+      TypeError, ValueError: for linen, as in :meth:`adalora_jax.linen.AdaptedModule.apply`.
 
     >>> import adalora_jax, flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.arange(12.0).reshape(2, 6)
@@ -287,7 +290,9 @@ def eva_ranks(
     (('flat', 7), ('thin', 1))
     """
     if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank={max_rank} must be at least 1, or None.")
+        raise ValueError(
+            f"`max_rank={max_rank}`: must be at least 1; pass None for twice each layer's init_r."
+        )
     candidates, ranks, left = [], {}, 0
     for path, moment in moments.items():
         spec = config.spec_of(path)

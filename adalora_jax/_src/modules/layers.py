@@ -93,8 +93,8 @@ def require_layer(layer: Layout | None, module: object) -> Layout:
     """
     if layer is None:
         raise ValueError(
-            f"a {type(module).__name__} has an adapter, but it is not a layer of a kind that can "
-            f"be adapted: {SUPPORTED}."
+            f"`adapters`: a {type(module).__name__} has an adapter, but is not a layer of a kind "
+            f"that can be adapted ({SUPPORTED}); leave it out."
         )
     return layer
 
@@ -110,23 +110,24 @@ def check_fit(layer: Layout, adapter: Adapter, shape: Sequence[int], path: str) 
     have = (adapter.lam.shape[:-1], adapter.q.shape[-1], adapter.p.shape[-1])
     if len(shape) < layer.ndim or have != (stack, in_features, out_features):
         raise ValueError(
-            f"the adapter of {path!r} is for {list(have[0])} matrices of {have[1]} x {have[2]}, "
-            f"but the weight {layer.weight!r} of shape {tuple(shape)} reads as {list(stack)} of "
-            f"{in_features} x {out_features}: make the adapters for this model."
+            f"`adapters[{path!r}]`: the adapter is for {list(have[0])} matrices of {have[1]} x "
+            f"{have[2]}, but the weight {layer.weight!r} of shape {tuple(shape)} reads as "
+            f"{list(stack)} of {in_features} x {out_features}; pass the adapters of this model."
         )
     made_for = adapter.layout
     if made_for is None:
         return
     if made_for.kind == "unknown" and layer.kind == "conv":
         raise ValueError(
-            f"the adapter of {path!r} was read from a file that does not specify the order of a "
-            "convolution's inputs: read it with like=adapters of this model."
+            f"`adapters[{path!r}]`: the adapter comes from a file that does not specify the order "
+            "of a convolution's inputs; read it with like=adapters of this model."
         )
     if made_for.kind != "unknown" and not made_for.same_axes(layer):
         raise ValueError(
-            f"the adapter of {path!r} is for a weight with the axes stack={made_for.stack}, "
-            f"in={made_for.ins}, out={made_for.outs}, but {layer.weight!r} has stack={layer.stack},"
-            f" in={layer.ins}, out={layer.outs}: make the adapters for this model."
+            f"`adapters[{path!r}]`: the adapter is for a weight with the axes "
+            f"stack={made_for.stack}, in={made_for.ins}, out={made_for.outs}, but {layer.weight!r} "
+            f"has stack={layer.stack}, in={layer.ins}, out={layer.outs}; pass the adapters of this "
+            "model."
         )
 
 
@@ -153,7 +154,10 @@ def merged_weight(
     known_scale(adapter, path)
     check_fit(layer, adapter, weight.shape, path)
     if note := layer.note or (adapter.layout.note if adapter.layout else ""):
-        raise ValueError(f"the increment of {path!r} cannot be merged: {note}.")
+        raise ValueError(
+            f"`variables`: the increment of {path!r} cannot be merged: {note}; use the model "
+            "unmerged."
+        )
     merged = add_increment(weight, sign * weight_increment(layer, adapter, weight.shape))
     return require_finite(merged, path) if safe else merged
 
@@ -184,8 +188,8 @@ def lora_pair(
     flat = layer.kind in ("dense", "general")
     if each_own or not (layer.kind == "einsum" or (flat and not layer.stack)):
         raise ValueError(
-            f"a {type(module).__name__} with a weight of shape {tuple(shape)} has no equivalent "
-            "LoRA in Qwix: leave it out of the adapters, or merge them."
+            f"`model`: a {type(module).__name__} with a weight of shape {tuple(shape)} has no "
+            "equivalent LoRA in Qwix; leave it out of the adapters, or merge them."
         )
 
     def sizes(axes: tuple[int, ...]) -> list[int]:
@@ -226,8 +230,8 @@ def require_finite(weight: jax.Array, path: str) -> jax.Array:
     """
     if not bool(jnp.isfinite(weight).all()):
         raise ValueError(
-            f"the merged weight of {path!r} is not finite in {weight.dtype}: check the adapter, or "
-            "merge into a wider dtype."
+            f"`variables`: the merged weight of {path!r} is not finite in {weight.dtype}; check "
+            "the adapter, or merge into a wider dtype."
         )
     return weight
 

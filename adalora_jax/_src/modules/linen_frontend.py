@@ -56,6 +56,11 @@ class AdaptedModule:
       layers: ``{class: Layout}`` of layers that are not Flax's; None if there are none.
       adapter_output: function that computes the adapter output, with the arguments
         of ``layers.adapter_output``.
+
+    >>> import flax.linen as nn
+    >>> adapted = adapt(nn.Dense(4), AdaLoraConfig(total_step=10, target_modules=".*"))
+    >>> adapted.module.features, adapted.config.init_r
+    (4, 12)
     """
 
     module: nn.Module
@@ -94,6 +99,14 @@ class AdaptedModule:
 
         Warns:
           UserWarning: ``lora_dropout`` is above 0, but a layer gets no random numbers for it.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model, x = nn.Dense(4), jnp.ones((2, 6))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=".*"))
+        >>> adapter = adapted.init(jax.random.key(1), variables, x)[""]
+        >>> adapter.p.shape, adapter.lam.shape, adapter.q.shape
+        ((12, 4), (12,), (12, 6))
         """
         found = self.candidates(variables, *args, **kwargs)
         chosen = targets.select(found, self.config)
@@ -137,8 +150,17 @@ class AdaptedModule:
           ``{path: Adapter of PartitionSpecs}``, and trees of them for ``modules_to_save``.
 
         Raises:
+          TypeError: ``variables`` is not a mapping.
           ValueError: as in :meth:`init`, or a sharding rule is not valid, see
             :func:`adalora_jax.sharding.derive`.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> split = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        >>> model, x = nn.Dense(4, kernel_init=split), jnp.ones((2, 6))
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=".*"))
+        >>> adapted.specs(variables, x)[""].p
+        P(None, 'model')
         """
         chosen = self._targets(variables, *args, **kwargs)
         specs, known = self._specs(variables, chosen), targets.static_fields(chosen, self.config)
@@ -196,6 +218,16 @@ class AdaptedModule:
           TypeError: ``variables`` or ``adapters`` is not a mapping.
           ValueError: ``variables`` has no ``params``, or an adapter does not fit a layer of this
             model.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model, x = nn.Dense(4), jnp.ones((2, 6))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=".*"))
+        >>> adapters = adapted.init(jax.random.key(1), variables, x)
+        >>> trained = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+        >>> y = adapted.apply(variables, trained, x)
+        >>> y.shape, bool((y == model.apply(variables, x)).any())
+        ((2, 4), False)
         """
         joined, sharing = self._join(variables, adapters)
         with nn.intercept_methods(adapter_interceptor(sharing, self.layers)):
@@ -244,7 +276,16 @@ class AdaptedModule:
           The table as text, see :func:`describe`.
 
         Raises:
-          ValueError: the config selects nothing, or a module that cannot be adapted.
+          TypeError: ``variables`` is not a mapping.
+          ValueError: ``variables`` has no ``params``, or the config selects nothing or a module
+            that cannot be adapted.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model, x = nn.Dense(4), jnp.ones((2, 6))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=".*"))
+        >>> print(adapted.describe(variables, x).splitlines()[-1])
+        memory: adapters 528 bytes, importance 1.1 kB
         """
         found = self.candidates(variables, *args, **kwargs)
         params = jax.tree_util.tree_flatten_with_path(unboxed(variables))[0]
@@ -259,7 +300,21 @@ class AdaptedModule:
     def candidates(
         self, variables: Mapping[str, PyTree], *args: PyTree, **kwargs: Any
     ) -> dict[str, Candidate]:
-        """Return all modules that the model calls, by path, see :func:`linen_layers.candidates`."""
+        """Return all modules that the model calls, by path, see :func:`linen_layers.candidates`.
+
+        Args:
+          variables: as in :meth:`init`; shapes are enough.
+          *args: arguments of the model; shapes are enough.
+          **kwargs: as in :meth:`init`.
+
+        Returns:
+          ``{path: Candidate}``.
+
+        Raises:
+          TypeError: ``variables`` is not a mapping.
+          ValueError: ``variables`` has no ``params``, a module has the name under which adapters
+            are stored, or layers are stacked along other than leading axes.
+        """
         check_variables(variables)
         return candidates(self.module, variables, args, kwargs, self.layers)
 
@@ -308,6 +363,13 @@ class BoundModule:
     Attributes:
       adapted: the module and its config.
       variables: the variables of the base.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> model, x = nn.Dense(4), jnp.ones((2, 6))
+    >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=".*"))
+    >>> bound = BoundModule(adapted, model.init(jax.random.key(0), x))
+    >>> bound.apply(bound.init(jax.random.key(1), x), x).shape
+    (2, 4)
     """
 
     adapted: AdaptedModule
@@ -327,7 +389,15 @@ class BoundModule:
           Variables, with ``{path: Adapter}`` and the ``modules_to_save`` as ``params``.
 
         Raises:
-          ValueError: as in :meth:`AdaptedModule.init`.
+          TypeError, ValueError: as in :meth:`AdaptedModule.init`.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model, x = nn.Dense(4), jnp.ones((2, 6))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=".*"))
+        >>> params = adapted.bind(variables).init(jax.random.key(1), x)["params"]
+        >>> params[""].lam.shape
+        (12,)
         """
         key = rngs["params"] if isinstance(rngs, Mapping) else rngs
         fresh = self.adapted.init(key, self.variables, *args, **kwargs)
@@ -347,6 +417,15 @@ class BoundModule:
 
         Raises:
           ValueError: ``variables`` has no ``params``, or as in :meth:`AdaptedModule.apply`.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model, x = nn.Dense(4), jnp.ones((2, 6))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> adapted = adapt(model, AdaLoraConfig(total_step=10, target_modules=".*"))
+        >>> bound = adapted.bind(variables)
+        >>> adapters = adapted.init(jax.random.key(1), variables, x)
+        >>> bool((bound.apply({"params": adapters}, x) == model.apply(variables, x)).all())
+        True
         """
         if not isinstance(variables, Mapping) or "params" not in variables:
             raise ValueError(

@@ -92,7 +92,7 @@ def _stacked_behind(module: nn.Module, layer: Layout) -> str:
         return ""
     return (
         f"nn.vmap stacks its weight along axis {max(axes)}, and an adapter is stacked along the "
-        "first: use variable_axes={'params': 0}"
+        "first (give it variable_axes={'params': 0})"
     )
 
 
@@ -198,7 +198,7 @@ def _refusal(
 ) -> str:
     """Return why a layer cannot be adapted at this call; empty if it can."""
     if any("/" in part for part in path):
-        return "there is a '/' in its name, which separates names in a path: give it another"
+        return "there is a '/' in its name, which separates names in a path (give it another)"
     if shape is None:
         return "its weight is made of a parameter by nn.map_variables"
     wrapper = next((module for module in active if _normalises_all(module)), None)

@@ -83,14 +83,14 @@ def merge(
     if isinstance(variables, nnx.Module):
         if adapters is not None:
             raise ValueError(
-                "adapters were given with an NNX model, which contains its own: pass only the "
-                "model, or replace its adapters with nnx.with_adapters(model, adapters)."
+                "`adapters`: cannot be given with an NNX model, which contains its own; pass only "
+                "the model, or replace its adapters with nnx.with_adapters(model, adapters)."
             )
         return nnx_merging.merged(variables, safe=safe, inputs=inputs)
     if inputs is not None:
         raise ValueError(
-            "inputs were given with linen variables, which contain no model: leave them out, since "
-            "adapted.init(key, variables, *inputs) has made this check."
+            "`inputs`: cannot be given with linen variables, which contain no model; leave them "
+            "out, since adapted.init(key, variables, *inputs) has made this check."
         )
     return _merged_variables(variables, adapters, safe, sign=1)
 
@@ -166,7 +166,8 @@ def compact(
 
     Raises:
       ValueError: an adapter has no mask, or a mask has no adapter of its shape; with ``tx``, the
-        final mask is missing, or the optimizer stores an array of another shape for an adapter.
+        final mask is missing, or the optimizer stores an array of another shape for an adapter; or
+        ``tx`` is given with an NNX model.
 
     Warns:
       UserWarning: without ``tx``, if the final mask is missing; :func:`finish` makes it.
@@ -189,7 +190,8 @@ def compact(
     if not isinstance(opt_state, nnx.Optimizer):
         if tx is not None:
             raise ValueError(
-                "tx was given with an NNX model: pass its nnx.Optimizer as opt_state, and no tx."
+                "`tx`: cannot be given with an NNX model; pass its nnx.Optimizer as opt_state, and "
+                "no tx."
             )
         small = compaction.compact(nnx_adapters.adapters(params), opt_state)
         return nnx_adapters.with_adapters(params, small)
@@ -223,6 +225,7 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree = None) -> PyTree:
       ``(params, opt_state)``, in their containers. Further updates belong to the final phase.
 
     Raises:
+      TypeError: ``params`` is an NNX model, but ``opt_state`` is not an ``nnx.Optimizer``.
       ValueError: no update was made yet, so there are no averages; the score needs ``grads``; the
         state contains no allocator state or more than one, or one for other adapters.
 
@@ -242,8 +245,8 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree = None) -> PyTree:
         return evaluation.finish(opt_state, params, grads)
     if not isinstance(opt_state, nnx.Optimizer):
         raise TypeError(
-            f"opt_state is a {type(opt_state).__name__}: with an NNX model pass the nnx.Optimizer, "
-            "finish(optimizer, model)."
+            f"`opt_state={type(opt_state).__name__}`: not an nnx.Optimizer, which an NNX model "
+            "needs; call finish(optimizer, model)."
         )
     optimizer, state = opt_state, pytree.unwrap_variables(nnx.state(params, opt_state.wrt))
     state, done = evaluation.finish(
@@ -260,8 +263,8 @@ def _merged_variables(
     linen_layers.check_variables(variables)
     if not isinstance(adapters, Mapping):
         raise TypeError(
-            f"adapters is a {type(adapters).__name__}: it must be {{path: Adapter}}, as "
-            "adapted.init returned it."
+            f"`adapters={type(adapters).__name__}`: not a mapping; pass the dict that init "
+            "returned."
         )
     params = unfreeze(linen_layers.join_quantized(variables)["params"])
     for path, node in adapters.items():
@@ -269,8 +272,8 @@ def _merged_variables(
         existing = pytree.get_path(params, parts)
         if existing is None:
             raise ValueError(
-                f"adapters[{path!r}] has no parameters in the model: it was made for another "
-                "model, so pass the variables of that one."
+                f"`adapters[{path!r}]`: not a layer of the model, whose parameters are "
+                f"{', '.join(sorted(params))}; pass the adapters of this model."
             )
         if not pytree.is_adapter(node):
             pytree.get_path(params, parts[:-1])[parts[-1]] = linen_layers.in_base_dtype(
@@ -283,9 +286,9 @@ def _merged_variables(
         (weight, *more), treedef = jax.tree.flatten(holder[layer.weight], is_leaf=pytree.is_packed)
         if more or pytree.is_packed(weight):
             raise ValueError(
-                f"the weight of {path!r} is quantised, so no increment can be added in place: use "
-                "adalora_jax.quantization.merge, which dequantises or requantises it and reports "
-                "the error."
+                f"`variables`: the weight of {path!r} is quantised and cannot be merged into in "
+                "place; call adalora_jax.quantization.merge, which dequantises or requantises it "
+                "and reports the error."
             )
         merged = layers.merged_weight(path, weight, adapter, layer, sign=sign, safe=safe)
         holder[layer.weight] = treedef.unflatten([merged])
@@ -310,15 +313,15 @@ def _layout_of(adapter: Adapter, existing: PyTree, path: str) -> Layout:
     if layer.kind == "unknown":
         return _only_reading(adapter, shapes, path)
     if layer.weight not in shapes:
+        layout = "" if adapter.layout else ", or give the adapter its layout="
         raise ValueError(
-            f"adapters[{path!r}] is for a weight called {layer.weight!r}, but the model has "
-            f"{shapes} there: it was made for another model"
-            + ("." if adapter.layout else ", or needs its layout=.")
+            f"`adapters[{path!r}]`: the adapter is for a weight called {layer.weight!r}, but the "
+            f"model has {shapes} there; pass the adapters of this model{layout}."
         )
     if layer.shape is not None and layer.shape != shapes[layer.weight]:
         raise ValueError(
-            f"adapters[{path!r}] is for a weight of shape {layer.shape}, but {layer.weight!r} has "
-            f"{shapes[layer.weight]}: it was made for another model."
+            f"`adapters[{path!r}]`: the adapter is for a weight of shape {layer.shape}, but "
+            f"{layer.weight!r} has {shapes[layer.weight]}; pass the adapters of this model."
         )
     return layer
 
@@ -334,8 +337,8 @@ def _only_reading(adapter: Adapter, shapes: Mapping[str, Sequence[int]], path: s
     fitting = [name for name, shape in shapes.items() if tuple(shape) == wanted]
     if ins == outs or len(fitting) != 1:
         raise ValueError(
-            f"adapters[{path!r}] (in {ins}, out {outs}) was read from a file that does not specify "
-            f"the axes of its weight, and the parameters {dict(shapes)} do not determine them: "
-            "read it with like=adapted.init(...), the adapters of this model."
+            f"`adapters[{path!r}]`: the adapter (in {ins}, out {outs}) comes from a file that does "
+            f"not specify the axes of its weight, and the parameters {dict(shapes)} do not "
+            "determine them; read it with like=adapted.init(...), the adapters of this model."
         )
     return Layout(fitting[0])

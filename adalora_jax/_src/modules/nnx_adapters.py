@@ -83,9 +83,9 @@ def set_adapters(model: nnx.Module, new: Mapping[str, PyTree]) -> None:
         path for path in {*existing, *new} if _shapes(existing.get(path)) != _shapes(new.get(path))
     ):
         raise ValueError(
-            f"`new`: the adapters do not fit the model at {', '.join(differing[:8])}: pass all of "
+            f"`new`: the adapters do not fit the model at {', '.join(differing[:8])}; pass all of "
             "the model's paths with its shapes, and the parameters of modules_to_save where it has "
-            "some; with_adapters takes others."
+            "some, or call with_adapters, which takes others."
         )
     _check_layouts(existing, new)
     for path, module in modules(model):
@@ -157,8 +157,8 @@ def with_adapters(model: _Model, new: Mapping[str, PyTree]) -> _Model:
     existing = adapters(model)
     if foreign := sorted(set(new) - set(existing)):
         raise ValueError(
-            f"`new`: the model has no adapters at {', '.join(foreign[:8])}; it is adapted at "
-            f"{', '.join(sorted(existing)[:8])}."
+            f"`new`: the model has no adapters at {', '.join(foreign[:8])}; pass those of paths "
+            f"where it is adapted: {', '.join(sorted(existing)[:8])}."
         )
     _check_layouts(existing, new)
     copy = nnx.clone(model)

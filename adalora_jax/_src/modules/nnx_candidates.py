@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +27,7 @@ from adalora_jax._src.modules.nnx_layers import (
     layer_class,
     layer_of,
 )
-from adalora_jax._src.modules.nnx_variables import is_qwix_weight, modules
+from adalora_jax._src.modules.nnx_variables import modules
 
 
 def candidates(
@@ -106,8 +104,8 @@ def _unreached(cls: type) -> str:
         for name in ("__call__", "attend"):
             if name in vars(own) and not _compat.uses_super(vars(own)[name]):
                 return (
-                    f"its {name} does not call super().{name}, so its adapter would add nothing: "
-                    f"{DECLARE}"
+                    f"its {name} does not call super().{name}, so its adapter would add nothing "
+                    f"({DECLARE})"
                 )
     return ""
 
@@ -127,7 +125,7 @@ def _use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
     """
     weight, shape = getattr(module, layer.weight), tuple(getattr(module, layer.weight).shape)
     size = kinds.input_shape(layer, module, shape)
-    if size is None or is_qwix_weight(weight) or _is_plain(module, weight):
+    if size is None or _compat.is_qwix_weight(weight) or _is_plain(module, weight):
         return None
     graph, state = nnx.split(module)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
@@ -229,32 +227,10 @@ def _attributes_read(cls: type) -> frozenset[str]:
         if own.__module__.partition(".")[0] in ("flax", "adalora_jax", "builtins"):
             continue
         for name, method in vars(own).items():
-            code = getattr(_function(method), "__code__", None)
-            if name != "__init__" and code is not None:
-                is_method = code.co_argcount and not isinstance(method, (staticmethod, classmethod))
-                names |= _read_by(code, code.co_varnames[0] if is_method else None)
+            if name != "__init__":
+                is_method = not isinstance(method, (staticmethod, classmethod))
+                names |= _compat.attributes_read(_function(method), is_method=is_method)
     return frozenset(names)
-
-
-def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
-    """Return the attributes that a function reads from objects other than ``self``.
-
-    Nested functions are included, and so are all string constants of code that calls ``getattr``.
-    """
-    names: set[str] = set()
-    of_self = False
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not of_self:
-            names.add(step.argval)
-        if step.opname != "EXTENDED_ARG":
-            loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
-            loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-            of_self = loads and loaded[-1] == self_name  # one instruction may load two variables
-    if "getattr" in code.co_names:
-        names |= {constant for constant in code.co_consts if isinstance(constant, str)}
-    for inner in filter(inspect.iscode, code.co_consts):
-        names |= _read_by(inner, self_name)
-    return names
 
 
 def _function(method: Any) -> Any:

@@ -214,7 +214,7 @@ class _Checked(nnx.Module):
             raise ValueError(
                 f"`target_modules`: the {method} of {base_class(type(self)).__name__} does not "
                 "reach that of the Flax layer it extends, so its adapter would add nothing; "
-                f"{DECLARE}."
+                f"{DECLARE}, or leave it out of target_modules."
             )
         return output
 
@@ -224,10 +224,7 @@ class _CheckedEmbed(_Checked):
         return self._checked("attend", args, kwargs)
 
 
-DECLARE = (
-    "if it computes y = x W + b, declare it with adapt(..., layers={cls: Layout(...)}), or leave "
-    "it out of target_modules"
-)
+DECLARE = "if it computes y = x W + b, declare it with adapt(..., layers={cls: Layout(...)})"
 FLAX_LAYERS = (
     nnx.Linear,
     nnx.LinearGeneral,

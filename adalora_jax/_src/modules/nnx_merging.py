@@ -180,8 +180,8 @@ def _add_increments(
         if is_qwix_weight(weight) or pytree.is_packed(weight.get_raw_value()):
             raise ValueError(
                 f"`variables`: the weight of {path!r} is quantised and cannot be merged into in "
-                "place; adalora_jax.quantization.merge dequantises or requantises it, and reports "
-                "the error."
+                "place; call adalora_jax.quantization.merge, which dequantises or requantises it "
+                "and reports the error."
             )
         if id(weight) in done:
             continue

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adalora_jax._src._compat import is_qwix_weight
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
@@ -24,6 +25,12 @@ class AdapterParam(nnx.LoRAParam):
     Attributes:
       scale: metadata; float, the factor s of the adapter.
       layout: metadata; the :class:`~adalora_jax.Layout` of the adapted weight.
+
+    >>> import adalora_jax as adalora
+    >>> config = adalora.AdaLoraConfig(total_step=10, target_modules="all-linear")
+    >>> model = adalora.nnx.adapt(nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0))), config)
+    >>> [leaf.shape for leaf in jax.tree.leaves(nnx.state(model, AdapterParam))]
+    [(12,), (12, 4), (12, 6)]
     """
 
 
@@ -33,6 +40,10 @@ class SavedParam(nnx.LoRAParam):
     Attributes:
       root: metadata; path of the outermost module or parameter that ``modules_to_save`` names.
       base_dtype: metadata; dtype of the base parameter, which the model computes with.
+
+    >>> saved = SavedParam.of(nnx.Param(jnp.ones(2, jnp.bfloat16)), "head/bias")
+    >>> saved.get_value().dtype, saved[...].dtype
+    (dtype('float32'), dtype(bfloat16))
     """
 
     @classmethod
@@ -43,6 +54,12 @@ class SavedParam(nnx.LoRAParam):
           variable: the base parameter.
           root: path of the outermost module or parameter that ``modules_to_save`` names and that
             contains ``variable``.
+
+        Returns:
+          A :class:`SavedParam` with the metadata of ``variable``.
+
+        >>> SavedParam.of(nnx.Param(jnp.ones(2, jnp.bfloat16)), "head").root
+        'head'
         """
         value = variable.get_value()
         known = {"root": root, "base_dtype": value.dtype}
@@ -54,6 +71,15 @@ class SavedParam(nnx.LoRAParam):
 
         Layers read ``self.kernel[...]`` and compute in the base's dtype. Flax's optimizers,
         averages and copies read without an index, in full precision.
+
+        Args:
+          **index: ``index=...``, as in ``nnx.Variable.get_value``; none for the whole value.
+
+        Returns:
+          The value in at least float32, or the indexed part in the base's dtype.
+
+        >>> SavedParam.of(nnx.Param(jnp.ones(2, jnp.bfloat16)), "head").get_value(index=0).dtype
+        dtype(bfloat16)
         """
         value = super().get_value(**index)
         return self._computed(value) if index else value
@@ -74,7 +100,11 @@ class SavedParam(nnx.LoRAParam):
         return value.astype(dtype) if dtype is not None and hasattr(value, "astype") else value
 
     def released(self) -> nnx.Param:
-        """Return the trained values as a plain parameter of the base's dtype."""
+        """Return the trained values as a plain parameter of the base's dtype.
+
+        >>> SavedParam.of(nnx.Param(jnp.ones(2, jnp.bfloat16)), "head").released().dtype
+        dtype(bfloat16)
+        """
         metadata = self.get_metadata()
         dtype = metadata.pop("base_dtype")
         del metadata["root"]
@@ -123,15 +153,6 @@ def is_weight(value: object) -> bool:
     """Return whether a value is a parameter, or a weight that is stored as integers."""
     packed = isinstance(value, nnx.Variable) and pytree.is_packed(value.get_raw_value())
     return packed or isinstance(value, nnx.Param) or is_qwix_weight(value)
-
-
-def is_qwix_weight(value: object) -> bool:
-    """Return whether a value is a weight, integers and scales, of ``qwix.quantize_model``.
-
-    >>> is_qwix_weight(nnx.Param(1.0))
-    False
-    """
-    return hasattr(value, "how") and hasattr(getattr(value, "array", None), "qvalue")
 
 
 def sharded_variable(weight: Any) -> nnx.Variable:

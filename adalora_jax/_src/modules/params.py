@@ -29,8 +29,8 @@ def parameters_of(model: Model, variables: Mapping[str, PyTree] | None) -> dict[
         return nnx_variables.parameters(model)
     if not isinstance(model, nn.Module) or variables is None:
         raise TypeError(
-            f"model is a {type(model).__name__} with variables={type(variables).__name__}: it must "
-            "be an NNX module, or a linen module with its variables."
+            f"`model={type(model).__name__}, variables={type(variables).__name__}`: must be an NNX "
+            "module without variables, or a linen module with its variables; pass one of the two."
         )
     return by_path(linen_layers.unboxed(variables))
 

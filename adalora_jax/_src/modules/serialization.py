@@ -23,7 +23,10 @@ def _arrays(adapter: Adapter) -> dict[str, PyTree]:
 
 def _adapter(target: Adapter, state: Mapping[str, PyTree]) -> Adapter:
     if set(state) != set(Adapter._fields):
-        raise ValueError(f"the state of an adapter has {sorted(state)}: it must have p, lam and q.")
+        raise ValueError(
+            f"`state`: an adapter in it has {sorted(state)}, but must have p, lam and q; pass the "
+            "state dict of these adapters."
+        )
     own = target._asdict()
     restore = serialization.from_state_dict
     return target._replace(**{name: restore(own[name], state[name], name) for name in own})

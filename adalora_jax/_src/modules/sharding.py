@@ -153,7 +153,7 @@ def _rule_by_pattern(
     for pattern in rules:
         if not any(rank_spec.matches(pattern, path) for path in specs):
             raise ValueError(
-                f"sharding: {pattern!r} matches no adapted layer; the adapted layers are "
+                f"`rules`: {pattern!r} matches no adapted layer; name one of the adapted layers: "
                 f"{', '.join(list(specs)[:10])}."
             )
 
@@ -216,14 +216,14 @@ def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
 
     if not isinstance(given, Adapter) or not all(map(is_spec, given)):
         raise ValueError(
-            f"sharding gave {given!r} for {path!r}: it must be an Adapter of three PartitionSpecs, "
+            f"`rules`: {given!r} for {path!r} is not an Adapter of three PartitionSpecs; give one, "
             f"such as {derived!r}."
         )
     pairs: Any = [*zip(given, derived)]  # an Adapter is typed as one of arrays
     if any(len(spec) > len(own) for spec, own in pairs):
         raise ValueError(
-            f"sharding gave {given!r} for {path!r}, with more axes than the adapter has: pass at "
-            f"most as many as in {derived!r}."
+            f"`rules`: {given!r} for {path!r} has more axes than the adapter; give at most as many "
+            f"as in {derived!r}."
         )
     whole: Any = (pad_spec(spec, len(own)) for spec, own in pairs)
     return Adapter(*whole)

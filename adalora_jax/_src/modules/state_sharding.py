@@ -62,14 +62,15 @@ def shardings(
     """
     if like is None and tx is not None:
         raise ValueError(
-            "like=None: with tx, pass the parameters or their shardings, which the state follows."
+            "`like=None`: must be given with tx; pass the parameters or their shardings, which the "
+            "state follows."
         )
     like = state if like is None else like
     mesh = mesh or mesh_of(like)
     if mesh is None:
         raise ValueError(
-            "mesh=None, and no array has a NamedSharding: pass mesh=, or call within "
-            "jax.set_mesh(mesh)."
+            "`mesh=None`: no array has a NamedSharding, so the mesh is not known; pass mesh=, or "
+            "call within jax.set_mesh(mesh)."
         )
 
     def place(leaf: PyTree, owner: PyTree) -> NamedSharding:
@@ -82,8 +83,8 @@ def shardings(
         if sorted(names) != sorted(owners):
             differing = sorted({*names} ^ {*owners})
             raise ValueError(
-                f"state has other leaves than like, at {differing[:5]}: pass only parameters, or "
-                "an optimizer's state with tx=."
+                f"`state`: has other leaves than like, at {differing[:5]}; pass only parameters, "
+                "or an optimizer's state with tx=."
             )
         return treedef.unflatten([place(leaf, owners[n]) for n, (_, leaf) in zip(names, named)])
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -71,15 +71,16 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
     if specs := _specs(chosen, config):
         path = next(iter(specs))
         raise ValueError(
-            f"target_modules returned {specs[path]} for {path!r}, which the optimizer would not "
-            "know: write it into the config with config = adalora_jax.linen.resolve(model, config, "
-            "variables, *inputs) or adalora_jax.nnx.resolve(model, config), and use that config."
+            f"`target_modules`: the function returns {specs[path]} for {path!r}, which the "
+            "optimizer would not know; write it into the config with config = "
+            "adalora_jax.linen.resolve(model, config, variables, *inputs) or "
+            "adalora_jax.nnx.resolve(model, config), and use that config."
         )
     for pattern, _ in config.rank_overrides or ():
         if not any(rank_spec.matches(pattern, path) for path in chosen):
             raise ValueError(
-                f"rank_overrides: {pattern!r} matches no adapted layer; the adapted layers are "
-                f"{', '.join(list(chosen)[:10])}."
+                f"`rank_overrides`: {pattern!r} matches no adapted layer; name one of the adapted "
+                f"layers: {', '.join(list(chosen)[:10])}."
             )
     ranks = _ranks(list(chosen), config)
     return {p: Target(c.layer, c.shape, ranks[p], c.note) for p, c in chosen.items() if c.layer}
@@ -124,8 +125,8 @@ def _chosen(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[
         if not reasons:
             raise ValueError(_cannot_adapt(kept[0], candidates))
         raise ValueError(
-            f"target_modules={config.target_modules!r} selects no layer that can be adapted: "
-            f"{'; '.join(reasons[:8])}. {_nearest('', candidates)}"
+            f"`target_modules={config.target_modules!r}`: selects no layer that can be adapted: "
+            f"{'; '.join(reasons[:8])}; {_nearest('', candidates)}."
         )
     if not chosen:
         raise ValueError(_selects_nothing(candidates, config))
@@ -142,8 +143,8 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
     wanted, excluded = config.target_modules, config.exclude_modules
     if wanted is None:
         raise ValueError(
-            "target_modules=None: select the layers to adapt by name suffixes, a regex or "
-            f"'all-linear'. {_nearest('', candidates)}"
+            "`target_modules=None`: no layer is selected; pass name suffixes, a regex or "
+            f"'all-linear'; {_nearest('', candidates)}."
         )
     for name in wanted if isinstance(wanted, tuple) else ():
         _require_match("target_modules", name, (name,), candidates)
@@ -163,9 +164,9 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
         named = [path for path in matched if _is_suffix(name, path)]
         if named and all(saved_params(path, config) for path in named):
             raise ValueError(
-                f"target_modules={wanted!r}: {name!r} selects no layer: modules_to_save already "
-                f"trains {', '.join(map(repr, named[:8]))} as a whole. Name a layer in only one of "
-                "the two."
+                f"`target_modules={wanted!r}`: {name!r} selects no layer, because modules_to_save "
+                f"already trains {', '.join(map(repr, named[:8]))} as a whole; name a layer in "
+                "only one of the two."
             )
     matched = [path for path in matched if not saved_params(path, config)]
     _require_indices(matched, config)
@@ -178,8 +179,8 @@ def _refuse_container(name: str, candidates: Mapping[str, Candidate]) -> None:
     inside = [p for p, c in candidates.items() if c.layer and p.startswith(f"{found[0]}/")]
     if inside and not any(candidates[path].layer for path in found):
         raise ValueError(
-            f"exclude_modules: {name!r} matches {found[0]!r}, which contains layers but is not a "
-            f"layer, so it excludes nothing: name the layers ({', '.join(inside[:8])}), or use the "
+            f"`exclude_modules`: {name!r} matches {found[0]!r}, which contains layers but is not a "
+            f"layer, so it excludes nothing; name the layers ({', '.join(inside[:8])}), or use the "
             f"regular expression '.*{re.escape(name)}/.*'."
         )
 
@@ -194,8 +195,8 @@ def _require_indices(paths: Sequence[str], config: AdaLoraConfig) -> None:
     for index in indices:
         if index not in known and known & {*indices}:
             raise ValueError(
-                f"layers_to_transform: no layer that target_modules selects has the index {index}; "
-                f"the indices are {sorted(cast('Any', known))}."
+                f"`layers_to_transform`: no layer that target_modules selects has the index "
+                f"{index}; pass some of the indices {sorted(cast('Any', known))}."
             )
 
 
@@ -207,8 +208,8 @@ def _require_match(
 ) -> None:
     if not any(_matches(wanted, path, c) for path, c in candidates.items()):
         raise ValueError(
-            f"{field}: {name!r} matches no module. {_whole_path(wanted)}"
-            f"{_nearest(name, candidates)}"
+            f"`{field}`: {name!r} matches no module; {_whole_path(wanted)}"
+            f"{_nearest(name, candidates)}."
         )
 
 
@@ -217,18 +218,18 @@ def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig)
     wanted = cast("_Wanted", config.target_modules)
     names = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     filters = {name: value for name in names if (value := getattr(config, name)) is not None}
-    start = f"target_modules={wanted!r}"
+    start = f"`target_modules={wanted!r}"
     matched = sorted(path for path, c in candidates.items() if _matches(wanted, path, c))
     if trained := [path for path in matched if saved_params(path, config)]:
         return (
-            f"{start}, modules_to_save={config.modules_to_save!r} selects no layer: "
-            f"modules_to_save already trains {', '.join(map(repr, trained[:8]))} as a whole. Name "
+            f"{start}, modules_to_save={config.modules_to_save!r}`: no layer is selected, because "
+            f"modules_to_save already trains {', '.join(map(repr, trained[:8]))} as a whole; name "
             "a layer in only one of the two."
         )
     after = "".join(f", {name}={value!r}" for name, value in filters.items()) if matched else ""
     hint = "" if matched else _whole_path(wanted)
     near = _nearest(wanted if isinstance(wanted, str) else "", candidates)
-    return f"{start}{after} selects no layer. {hint}{near}"
+    return f"{start}{after}`: no layer is selected; {hint}{near}."
 
 
 def _whole_path(wanted: _Wanted) -> str:
@@ -236,8 +237,8 @@ def _whole_path(wanted: _Wanted) -> str:
     if not isinstance(wanted, str) or wanted == "all-linear":
         return ""
     return (
-        "A string is a regular expression for the whole path; a list of names, "
-        f"{[wanted]!r}, matches the ends of paths. "
+        "write a regular expression for the whole path, or a list of names, "
+        f"{[wanted]!r}, for the ends of paths; "
     )
 
 
@@ -269,7 +270,8 @@ def saved_roots(paths: Sequence[str], config: AdaLoraConfig) -> list[str]:
         if not any(_is_suffix(name, path) for path in parents):
             near = ", ".join(_by_similarity(name, parents)[:5])
             raise ValueError(
-                f"modules_to_save: {name!r} matches no parameter or module; the nearest: {near}."
+                f"`modules_to_save`: {name!r} matches no parameter or module; name one of the "
+                f"nearest: {near}."
             )
     roots = [
         p for p in sorted(parents) if any(_is_suffix(n, p) for n in config.modules_to_save or ())
@@ -477,8 +479,8 @@ def _ranks(paths: Sequence[str], config: AdaLoraConfig) -> dict[str, int]:
         found = [path for path in paths if _is_suffix(path, name) or _is_suffix(name, path)]
         if not found:
             raise ValueError(
-                f"rank_pattern: {name!r} is not an adapted layer; the adapted layers are "
-                f"{', '.join(paths[:10])}."
+                f"`rank_pattern`: {name!r} is not an adapted layer; name one of the adapted "
+                f"layers: {', '.join(paths[:10])}."
             )
         ranks |= dict.fromkeys(found, _rank(rank))
     return ranks
@@ -494,21 +496,22 @@ def _rank(rank: Any) -> int:
 def _cannot_adapt(path: str, candidates: Mapping[str, Candidate]) -> str:
     refused, kind = candidates[path].refused, type(candidates[path].module).__name__
     if refused:
-        return f"target_modules: {path!r} cannot be adapted: {refused}."
+        return f"`target_modules`: {path!r} cannot be adapted, because {refused}; leave it out."
     inside = [p for p, c in candidates.items() if p.startswith(f"{path}/") and _adaptable(c)]
-    instead = f"Name the layers in it: {', '.join(inside[:8])}." if inside else ""
+    instead = f"name the layers in it: {', '.join(inside[:8])}" if inside else ""
     return (
-        f"target_modules: {path!r} is a {kind}, which cannot be adapted; kinds that can: "
-        f"{SUPPORTED}. {instead or _nearest(path, candidates)}"
+        f"`target_modules`: {path!r} is a {kind}, which cannot be adapted (kinds that can: "
+        f"{SUPPORTED}); {instead or _nearest(path, candidates)}."
     )
 
 
 def _nearest(name: str, candidates: Mapping[str, Candidate]) -> str:
+    """Return the way out of an error: the layers to name, nearest to ``name`` first."""
     paths = [path for path, candidate in candidates.items() if _adaptable(candidate)]
     if not paths:
-        return f"The model has no layer that can be adapted; kinds that can: {SUPPORTED}."
+        return f"pass a model with a layer that can be adapted, of these kinds: {SUPPORTED}"
     near = _by_similarity(name, paths)[:8]
-    return f"The nearest layers that can be adapted: {', '.join(near)}."
+    return f"name one of the nearest layers that can be adapted: {', '.join(near)}"
 
 
 def _by_similarity(name: str, paths: Iterable[str]) -> list[str]:

@@ -93,9 +93,9 @@ class GptqWeight(Packed):
           ValueError: always.
         """
         raise ValueError(
-            "a GPTQ weight cannot be requantised: its numbers were chosen layer by layer on "
-            "calibration data, which is not available. Merge into a dtype, or into a recipe "
-            "such as 'int8'."
+            "`to='requantize'`: a GPTQ weight cannot be requantised, because its numbers were "
+            "chosen layer by layer on calibration data, which is not available; merge into a "
+            "dtype, or into a recipe such as 'int8'."
         )
 
     def as_shape(self, own: tuple[int, ...], dtype: DTypeLike) -> GptqWeight:
@@ -149,29 +149,43 @@ def from_tensors(
     ((16, 8), Array([-3. , -2.5, -2. , -1.5, -1. , -0.5,  0. ,  0.5], dtype=float32))
     """
     if checkpoint_format not in _FORMATS:
-        raise ValueError(f"checkpoint_format={checkpoint_format!r} must be one of {_FORMATS}.")
+        raise ValueError(
+            f"`checkpoint_format={checkpoint_format!r}`: must be one of "
+            f"{', '.join(map(repr, _FORMATS))}; export the checkpoint in one of them."
+        )
     qweight, qzeros, scales = (np.asarray(tensor) for tensor in (qweight, qzeros, scales))
-    shapes = f"{name}: qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape}"
+    shapes = f"{name} has qweight {qweight.shape}, qzeros {qzeros.shape}, scales {scales.shape}"
     if qweight.dtype != np.int32 or qzeros.dtype != np.int32:
-        raise ValueError(f"{name}: qweight and qzeros must be int32, not {qweight.dtype}.")
+        raise ValueError(
+            f"`directory`: the qweight and qzeros of {name} must be int32, not {qweight.dtype} and "
+            f"{qzeros.dtype}; export the checkpoint again."
+        )
     if not qweight.ndim == qzeros.ndim == scales.ndim == 2 or qzeros.shape[0] != scales.shape[0]:
-        raise ValueError(f"{shapes} do not fit each other.")
+        raise ValueError(
+            f"`directory`: {shapes}, which do not fit each other; export the checkpoint again."
+        )
     count, out = scales.shape
     bits, rest = divmod(32 * qzeros.shape[1], out)
     if rest or bits not in (4, 8) or qweight.shape[1] != out:
-        raise ValueError(f"{shapes}: packed in {bits} bits; 4 and 8 can be read.")
+        raise ValueError(
+            f"`directory`: {shapes}, packed in {bits} bits, but only 4 and 8 can be read; quantise "
+            "the model to 4 or 8 bits."
+        )
     ins = qweight.shape[0] * 32 // bits
     groups = None
     if g_idx is not None:
         groups = np.asarray(g_idx)
         if groups.shape != (ins,) or groups.min() < 0 or groups.max() >= count:
             raise ValueError(
-                f"{name}: g_idx of shape {groups.shape} must give each of {ins} inputs one of "
-                f"{count} groups."
+                f"`directory`: the g_idx of {name}, of shape {groups.shape}, must give each of "
+                f"{ins} inputs one of {count} groups; export the checkpoint again."
             )
     if groups is None or (ins % count == 0 and (groups == np.arange(ins) // (ins // count)).all()):
         if ins % count:
-            raise ValueError(f"{name}: {ins} inputs are not {count} groups of one size.")
+            raise ValueError(
+                f"`directory`: {name} has {ins} inputs, which are not {count} groups of one size; "
+                "export the checkpoint with its g_idx."
+            )
         groups = None
     words = qzeros.view(np.uint32)
     if checkpoint_format == "gptq":
@@ -216,8 +230,8 @@ def read_gptq(
     layers = {name: places for name, places in found.items() if "qweight" in places}
     if not layers:
         raise ValueError(
-            f"{directory} has {len(files)} safetensors files and no qweight in them: it is not a "
-            "GPTQ checkpoint."
+            f"`{directory}`: has {len(files)} safetensors files and no qweight in them; pass the "
+            "folder of a GPTQ checkpoint."
         )
     result = {}
     for name, places in layers.items():
@@ -225,12 +239,15 @@ def read_gptq(
         bias = tensors.pop("bias", None)
         missing = [t for t in _TENSORS[:3] if t not in tensors]
         if missing:
-            raise ValueError(f"{name!r} has a qweight but no {' and no '.join(missing)}.")
+            raise ValueError(
+                f"`{directory}`: {name!r} has a qweight but no {' and no '.join(missing)}; export "
+                "the checkpoint again."
+            )
         weight = from_tensors(
             **tensors,
             checkpoint_format=settings.get("checkpoint_format") or "gptq",
             dtype=dtype,
-            name=name,
+            name=repr(name),
         )
         result[name] = {"kernel": weight, "bias": None if bias is None else jnp.asarray(bias)}
     return result
@@ -253,7 +270,10 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
             said = said.get("quantization_config", said if file.startswith("quantize") else {})
             method = said.get("quant_method", "gptq")
             if method != "gptq":
-                raise ValueError(f"{directory / file} has quant_method={method!r}, not 'gptq'.")
+                raise ValueError(
+                    f"`{directory / file}`: has quant_method={method!r}, not 'gptq'; pass the "
+                    "folder of a GPTQ checkpoint."
+                )
             if said:
                 return said
     return {}
@@ -269,6 +289,8 @@ def load_gptq(
 ) -> PyTree:
     """Return a model with the kernels of a GPTQ checkpoint, in their packed form.
 
+    A kernel (`GPTQ <https://arxiv.org/abs/2210.17323>`_) computes with
+    ``W[i, o] = scales[g, o] · (qweight[i, o] − qzeros[g, o])``, where g is the group of input i.
     The biases of these layers are loaded, too. All other parameters are unchanged. The kernels to
     be replaced may be shapes, as ``jax.eval_shape`` or ``nnx.eval_shape`` returns them.
 
@@ -291,6 +313,20 @@ def load_gptq(
       ValueError: no layer of the model has a name in the checkpoint, a name is not in the
         checkpoint, shapes differ, the model lacks a bias that is not zero, or the checkpoint is not
         a valid GPTQ checkpoint.
+
+    >>> import tempfile
+    >>> from safetensors.numpy import save_file
+    >>> tensors = {
+    ...     "up.qweight": np.full((2, 8), 0x98765432, np.uint32).view(np.int32),  # 2 ... 9
+    ...     "up.qzeros": np.full((1, 1), 0x77777777, np.int32),  # 8, less one
+    ...     "up.scales": np.full((1, 8), 0.5, np.float16),
+    ... }
+    >>> model = nnx.Sequential(nnx.Linear(16, 8, rngs=nnx.Rngs(0)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file(tensors, f"{folder}/model.safetensors")
+    ...     loaded = load_gptq(folder, model, names={"layers/0": "up"})
+    >>> loaded(jnp.ones((1, 16)))[0, :3]  # 2 * (2 + ... + 9 - 8 * 8) / 2
+    Array([-20., -20., -20.], dtype=float32)
     """
     layers = read_gptq(directory, dtype)
     params = parameters_of(model, variables)
@@ -327,7 +363,10 @@ def _bias(parts: list[dict[str, Any]], place: PyTree, path: str) -> jax.Array | 
     if place is not None:
         return jnp.stack(given).reshape(place.shape).astype(place.dtype)
     if any(jnp.any(bias != 0) for bias in given):
-        raise ValueError(f"{path!r} has a bias in the checkpoint but none in the model.")
+        raise ValueError(
+            f"`model`: {path!r} has a bias in the checkpoint but none in the model; make the layer "
+            "with use_bias=True."
+        )
     return None  # some writers add a zero bias to every layer
 
 
@@ -346,8 +385,9 @@ def _kernel(
         splits = [np.prod(own[:n], dtype=int) for n in range(1, len(own))]
         if shape[: len(stack)] != stack or ins not in splits or ins * outs != np.prod(own):
             raise ValueError(
-                f"{path!r} has a kernel of shape {shape}, which does not read as {[*stack]} "
-                f"matrices of {ins} x {outs}, as the checkpoint has it."
+                f"`model`: {path!r} has a kernel of shape {shape}, which does not read as "
+                f"{[*stack]} matrices of {ins} x {outs}, as the checkpoint has it; pass the model "
+                "of this checkpoint, or another name in names."
             )
     weights = [part["kernel"].as_shape(own, dtype) for part in parts]
     if len(weights) == 1:
@@ -390,15 +430,14 @@ def _named(
         for one in wanted:
             if one not in layers:
                 raise ValueError(
-                    f"names gives {one!r} for {path!r}, which is not a GPTQ layer of the "
-                    f"checkpoint. It has {', '.join(list(layers)[:6])} ..."
+                    f"`names`: gives {one!r} for {path!r}, which is not a GPTQ layer of the "
+                    f"checkpoint ({', '.join(list(layers)[:6])} ...); name one of its layers."
                 )
         named[path] = [layers[one] for one in wanted]
     if not named:
         raise ValueError(
-            "no layer of the checkpoint matches a layer of the model: map the names with "
-            "names={path: name}. "
-            f"The checkpoint has {', '.join(list(layers)[:4])} ..., the model "
-            f"{', '.join(list(params)[:4])} ..."
+            f"`names`: no layer of the checkpoint ({', '.join(list(layers)[:4])} ...) matches a "
+            f"layer of the model ({', '.join(list(params)[:4])} ...); map the names with "
+            "names={path: name}."
         )
     return named

@@ -320,8 +320,8 @@ def _check_place(path: str, weight: Packed, place: PyTree) -> None:
     have = None if place is None else tuple(place.shape)
     if have != weight.shape:
         raise ValueError(
-            f"weights[{path!r}] has shape {weight.shape}, but the model has "
-            f"{'nothing' if have is None else have} there: pass the weights of this model."
+            f"`weights[{path!r}]`: has shape {weight.shape}, but the model has "
+            f"{'nothing' if have is None else have} there; pass the weights of this model."
         )
 
 
@@ -347,8 +347,8 @@ class PackedWeight(nnx.Variable):
         """
         if is_packed(self.get_raw_value()) and not is_packed(value):
             raise ValueError(
-                f"a weight of shape {self.shape} is quantised and cannot be assigned to or merged "
-                "into in place: use adalora_jax.quantization.merge, which dequantises or "
+                f"`value`: the weight of shape {self.shape} is quantised and cannot be assigned to "
+                "or merged into in place; use adalora_jax.quantization.merge, which dequantises or "
                 "requantises it and reports the error."
             )
         self.set_raw_value(value)

@@ -68,6 +68,11 @@ class Recipe:
     nf4     block of 64 inputs of an output channel       4.25
     ======  ============================================  ===========================
 
+    A weight W is stored as numbers Q and scales s with ``W ≈ s · Q``. With the maximum over the
+    weights that share a scale, s is ``max |W| / 127.5`` for int8 and ``max |W| / 7.5`` for int4,
+    with integers Q; for nf4 it is ``max |W|``, and Q has the nearest of NormalFloat's 16 levels
+    (`QLoRA, Eq. (4) <https://arxiv.org/abs/2305.14314>`_).
+
     Attributes:
       qtype: ``"int8"``, ``"int4"`` or ``"nf4"``.
       block: maximum number of inputs that share a scale, a positive int; None: all inputs of an
@@ -95,18 +100,27 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.qtype not in _QTYPES:
-            raise ValueError(f"qtype={self.qtype!r} must be one of {_QTYPES}.")
+            raise ValueError(
+                f"`qtype={self.qtype!r}`: must be one of {', '.join(map(repr, _QTYPES))}; use one "
+                "of them."
+            )
         if self.block == "default":
             object.__setattr__(self, "block", None if self.qtype == "int8" else 64)
         is_int = isinstance(self.block, int) and self.block > 0
         if self.block is not None and (not is_int or self.block is True):
-            raise ValueError(f"block={self.block!r} must be a positive integer, or None.")
+            raise ValueError(
+                f"`block={self.block!r}`: must be a positive integer, or None; pass the number of "
+                "inputs that share a scale, such as 64."
+            )
         try:
             is_float = self.dtype is None or jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
         except TypeError:  # not a dtype
             is_float = False
         if not is_float:
-            raise ValueError(f"dtype={self.dtype!r} must be a floating-point dtype, or None.")
+            raise ValueError(
+                f"`dtype={self.dtype!r}`: must be a floating-point dtype, or None; pass one, "
+                "such as 'bfloat16'."
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -259,7 +273,8 @@ def quantize(
 ) -> PyTree:
     """Return a model with a quantised base: an NNX model, or a linen module and its variables.
 
-    Weights are quantised one at a time. Under ``jax.eval_shape`` nothing is allocated.
+    :class:`Recipe` has the equations. Weights are quantised one at a time. Under ``jax.eval_shape``
+    nothing is allocated.
 
     Args:
       model: a linen module or an NNX model, with or without adapters; not changed. The adapters
@@ -299,11 +314,13 @@ def quantize(
         return _quantized_nnx(model, recipe)
     if not isinstance(model, (nn.Module, linen_frontend.AdaptedModule)):
         raise TypeError(
-            f"model is a {type(model).__name__}: it must be a flax.linen module, followed by its "
-            "variables, or a flax.nnx module."
+            f"`model={type(model).__name__}`: neither a flax.linen nor a flax.nnx module; pass a "
+            "linen module and its variables, or an NNX module."
         )
     if not inputs:
-        raise TypeError("variables are missing: call quantize(module, recipe, variables, *inputs).")
+        raise TypeError(
+            "`variables`: are missing; call quantize(module, recipe, variables, *inputs)."
+        )
     variables, *inputs_ = inputs
     return _quantized_linen(model, recipe, variables, inputs_, kwargs)
 
@@ -453,9 +470,9 @@ def _checked_increment(path: str, weight: Packed, adapter: Adapter, layer: Layou
     check_fit(layer, adapter, weight.shape, path)
     if layer.kind == "unknown" or layer.note:
         raise ValueError(
-            f"the increment of {path!r} cannot be merged: "
+            f"`variables`: the increment of {path!r} cannot be merged: "
             + (layer.note or "it was read without like=adapters of this model")
-            + ". Serve the adapted model, or merge a float model and quantise the result."
+            + "; serve the adapted model, or merge a float model and quantise the result."
         )
     return weight_increment(layer, adapter, weight.shape)
 
@@ -501,8 +518,9 @@ def _merge_by_qwix(model: nnx.Module, to: _Format) -> dict[str, MergeLoss]:
     held = qwix_models.weights(model)
     if held and dtype is None and to != "requantize":
         raise ValueError(
-            f"to={to!r}: Qwix quantised this model, and its code cannot use this library's packed "
-            "weights. Pass to='requantize', or a dtype and the result to quantization.quantize."
+            f"`to={to!r}`: Qwix quantised this model, and its code cannot use this library's "
+            "packed weights; pass to='requantize', or a dtype and the result to "
+            "quantization.quantize."
         )
     for path, module, name, weight in held:
         adaptation, layer = getattr(module, "adalora", None), nnx_layers.layer_of(module)
@@ -550,7 +568,8 @@ def _dtype(to: _Format) -> jnp.dtype | None:
         dtype = jnp.dtype(int)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"to={to!r} must be a floating-point dtype, 'requantize', a Recipe or one of {_QTYPES}."
+            f"`to={to!r}`: must be a floating-point dtype, 'requantize', a Recipe or one of "
+            f"{', '.join(map(repr, _QTYPES))}; use one of them."
         )
     return dtype
 
@@ -585,7 +604,7 @@ def _targets(
 
 def _floats(weight: PyTree, place: str) -> PyTree:
     if not jnp.issubdtype(weight.dtype, jnp.floating) or is_packed(weight):
-        raise ValueError(f"{place!r} is quantised already: quantise the float model.")
+        raise ValueError(f"`model`: {place!r} is quantised already; quantise the float model.")
     return weight
 
 

@@ -49,14 +49,7 @@ class QwixHeld(Packed):
 
     def requantize(self, weight: jax.Array) -> QwixHeld:
         """Return another weight, quantised with the settings of this one."""
-        how = self.held.how
-        new = qwix.quantize(
-            weight.astype(self.dtype),
-            how.qtype,
-            channelwise_axes=how.channelwise_axes,
-            tiled_axes=how.tiled_axes,
-            calibration_method=how.calibration_method,
-        )
+        new = qwix.quantize(weight.astype(self.dtype), **_compat.qwix_settings(self.held))
         return QwixHeld(jax.tree.unflatten(jax.tree.structure(self.held), jax.tree.leaves(new)))
 
     def variable(self, new: QwixHeld | jax.Array) -> Any:
@@ -80,7 +73,7 @@ def weights(model: nnx.Module) -> list[tuple[str, nnx.Module, str, QwixHeld]]:
         (path, module, name, QwixHeld(value))
         for path, module in nnx_variables.modules(model)
         for name, value in vars(module).items()
-        if nnx_variables.is_qwix_weight(value)
+        if _compat.is_qwix_weight(value)
     ]
 
 
