@@ -1,4 +1,4 @@
-"""Fixtures that forbid implicit promotion, and one that checks the shapes of adapters."""
+"""Fixtures that forbid or allow implicit promotion, and one that checks adapters' shapes."""
 
 import inspect
 import os
@@ -26,11 +26,18 @@ def strict_dtypes():
         yield
 
 
+@pytest.fixture
+def flax_ranks():
+    """Allow rank promotion, which Flax's norms, attention and recurrent layers need."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _typed_adapters(pytestconfig):
     """With ``--jaxtyping-packages``, check every new Adapter of arrays against its annotations.
 
-    The check by jaxtyping itself would refuse the other values that JAX puts in an Adapter.
+    jaxtyping itself would also refuse masks and the other values that JAX puts in an Adapter.
     """
     if not pytestconfig.getoption("jaxtyping_packages"):
         yield
@@ -42,7 +49,7 @@ def _typed_adapters(pytestconfig):
 
     def checked(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        if all(isinstance(leaf, jax.Array) for leaf in self):
+        if all(isinstance(leaf, jax.Array) and leaf.dtype != bool for leaf in self):
             with jaxtyped("context"):
                 for name, leaf in self._asdict().items():
                     assert isinstance(leaf, hints[name]), f"{name} is {leaf.aval}: {hints[name]}"

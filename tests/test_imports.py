@@ -174,6 +174,28 @@ def test_facade_exports_exactly_its_imports(name):
     assert sorted(public) == sorted(module.__all__)
 
 
+# Modules without a test file of their own, each with the reason.
+UNTESTED = {
+    "_compat": "the tests of its callers run every function of it",
+    "version": "one string",
+    "core/protocols": "types alone, which pyright checks",
+}
+MODULES = sorted(
+    path.relative_to(PACKAGE / "_src").with_suffix("").as_posix()
+    for path in (PACKAGE / "_src").rglob("*.py")
+    if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_has_a_test_file_of_its_name(module):
+    """``merging.py`` is tested by ``test_merging.py``, or by ``test_merging_….py`` alone."""
+    folder, _, name = module.rpartition("/")
+    files = {path.stem for path in (ROOT / "tests" / folder).glob("test_*.py")}
+    found = any(f"{file}_".startswith(f"test_{name}_") for file in files)
+    assert found != (module in UNTESTED), "add a test file, or correct UNTESTED"
+
+
 @pytest.mark.parametrize("package", ["core", "modules", "quantization", "huggingface"])
 def test_test_files_are_named_after_modules(package):
     """``test_merging.py`` and ``test_merging_….py`` both test ``merging.py``."""

@@ -127,30 +127,6 @@ def test_apply_if_finite_and_adalora_skip_same_step(where):
     assert problem.live(al.allocator_state(after).masks) == alive(params) == 4
 
 
-@pytest.mark.parametrize("kind", ["mapping", "FrozenDict", "State", "list", "one adapter"])
-def test_adapters_are_found_in_any_container(kind):
-    plain = parameters()["block"]
-    mappings = {name: a._asdict() for name, a in plain.items()}
-    params = {
-        "mapping": lambda: {"layer": {"adalora": mappings["a"]}, "b": mappings["b"]},
-        "FrozenDict": lambda: flax.core.freeze(mappings),
-        "State": lambda: nnx.State(mappings),
-        "list": lambda: [plain["a"], (plain["b"], jnp.ones(2))],
-        "one adapter": lambda: plain["a"],
-    }[kind]()
-    after, state = run(ours(), params)
-    assert jax.tree.structure(after) == jax.tree.structure(params)
-    assert alive(after) == problem.live(al.allocator_state(state).masks)
-    assert alive(after) == (2 if kind == "one adapter" else 4)
-
-
-def test_results_do_not_depend_on_container():
-    plain = parameters()["block"]
-    mappings = {name: a._asdict() for name, a in plain.items()}
-    first, second = run(ours(), plain)[0], run(ours(), mappings)[0]
-    problem.assert_same_bits({name: a._asdict() for name, a in first.items()}, second)
-
-
 # Errors ---------------------------------------------------------------------------------------
 
 

@@ -315,21 +315,6 @@ def test_like_adds_layers_of_rank_zero_and_checks_shapes(tmp_path):
         peft.load_pretrained(tmp_path, names=names, like={"layers/up": adapter(1, 5, 7, (2,))})
 
 
-@pytest.mark.parametrize(
-    ("kind", "leaf", "says"),
-    [
-        ("pos_embedding", jnp.ones((3, 4)), "cannot be written"),
-        ("head/kernel", jnp.ones((3, 2, 4)), "1 stack axes"),
-        ("head/kernel", jnp.ones(3), "cannot be written"),
-        ("head/w", jnp.ones((3, 4)), "cannot be written"),
-    ],
-)
-def test_parameters_without_pytorch_form_raise(kind, leaf, says, tmp_path):
-    with pytest.raises(ValueError, match=says):
-        peft.save_pretrained(tmp_path, {"query": adapter(0), kind: leaf}, CONFIG)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("write", [peft.save_pretrained, peft.save_as_lora])
 def test_adapted_embedding_raises(write, tmp_path):
     """PEFT's LoRA stores embeddings under other names, and would ignore these with a warning."""

@@ -11,6 +11,7 @@ from flax import nnx
 
 import adalora_jax as adalora
 from adalora_jax import huggingface as peft
+from adalora_jax._src.huggingface import matrices as peft_matrices
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=10, init_r=4, target_r=2, lora_alpha=6, init_lora_weights=False
@@ -185,3 +186,17 @@ def test_nnx_adapters_round_trip(tmp_path):
     adalora.nnx.set_adapters(other, read.adapters)
     x = jnp.ones((2, 6))
     np.testing.assert_array_equal(other(x), adapted(x))
+
+
+def test_padding_of_stacked_ranks_is_bounded():
+    """Padding would bring all other layers to the rank of the highest."""
+    shapes = lambda rank: ((rank, 9), (rank,), (rank, 9))
+    matrices = {
+        f"l.{i}": peft_matrices.LowRankMatrix(
+            *(np.ones(shape, np.float32) for shape in shapes(rank)), np.ones(rank, bool)
+        )
+        for i, rank in enumerate([4000] + [1] * 299)
+    }
+    names = peft.NameMap([("l[{i}]", "l.{i}")])
+    with pytest.raises(ValueError, match="its ranks are too different"):
+        peft_matrices.from_matrices(matrices, names, None, {}, 1.0)

@@ -4,18 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
-from support.small_models import (
-    IDS,
-    Scaled,
-    Tied,
-    adapted_of,
-    agree,
-    draw,
-    in_model,
-    linear,
-    nnx_config,
-)
+from support.small_models import IDS, Tied, adapted_of, draw
 
 import adalora_jax as adalora
 
@@ -71,51 +60,6 @@ def test_wrapper_that_normalises_adapters_is_named_in_error(wrapper):
         ValueError, match=f"'d' cannot be adapted, because it is inside of {wrapper}"
     ):
         adapted_of(Model(), draw(2, 4), ["d"])
-
-
-class Rewriting(nnx.Linear):
-    def __call__(self, x):
-        kernel = self.kernel[...]
-        self.kernel[...] = kernel / 2
-        output = super().__call__(x)
-        self.kernel[...] = kernel
-        return output
-
-
-class TiedNnx(nnx.Module):
-    def __init__(self, rngs):
-        self.first, self.head = (nnx.Linear(6, 6, rngs=rngs) for _ in range(2))
-        self.head.kernel = self.first.kernel
-
-    def __call__(self, x):
-        return self.head(nnx.gelu(self.first(x)))
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ".*", ["layers.0"]])
-def test_nnx_layer_without_super_call_raises(targets):
-    with pytest.raises(ValueError, match=r"'layers/0'.*does not call super\(\)\.__call__.*layers="):
-        adalora.nnx.adapt(in_model(linear(Scaled)), nnx_config(targets))
-
-
-def test_nnx_layer_that_rewrites_its_weight_raises_when_called():
-    model = adalora.nnx.adapt(in_model(linear(Rewriting)), nnx_config(".*"))
-    with pytest.raises(ValueError, match="Rewriting changes its weight before it calls"):
-        model(draw(2, 6))
-
-
-@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
-def test_nnx_wrapper_that_rewrites_its_layer_is_named_in_error(wrapper):
-    model = wrapper(linear(), rngs=nnx.Rngs(1))
-    with pytest.raises(ValueError, match=f"it is inside of {wrapper.__name__}, which rewrites"):
-        adalora.nnx.adapt(model, nnx_config(".*"))
-
-
-def test_tied_weight_must_be_adapted_in_all_of_its_layers():
-    base, x = TiedNnx(nnx.Rngs(0)), draw(2, 6)
-    with pytest.raises(ValueError, match="'head' shares its weight with 'first'"):
-        adalora.nnx.adapt(base, nnx_config(["head"]))
-    model = adalora.nnx.adapt(base, nnx_config(["head", "first"]))
-    agree(adalora.merge(model)(x), model(x))
 
 
 @pytest.mark.parametrize("axis", [1, 2, -1])

@@ -1,8 +1,6 @@
-"""Dropout, RNG streams, dtypes, precision and collections of adapters follow their layers."""
+"""Dropout of stacks, dtypes and precision of adapters follow their layers."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,105 +16,6 @@ CONFIG = adalora.AdaLoraConfig(
 )
 DROPPING = CONFIG.replace(lora_dropout=0.5)
 X = jnp.sin(jnp.arange(10.0)).reshape(2, 5)
-
-
-class Positional(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        return nn.Dense(4)(x)
-
-
-class Deterministic(nn.Module):
-    @nn.compact
-    def __call__(self, x, *, deterministic=True):
-        return nn.Dense(4)(x)
-
-
-class Attribute(nn.Module):
-    train: Any = None
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(4)(x)
-
-
-class Outer(nn.Module):
-    """A model that takes the flag, with blocks that do not."""
-
-    @nn.compact
-    def __call__(self, x, is_training=False):
-        return Attribute()(x)
-
-
-class Inner(nn.Module):
-    """A block that gets another flag value than the model."""
-
-    @nn.compact
-    def __call__(self, x, train=True):
-        return Positional()(x, False)
-
-
-class Scanned(nn.Module):
-    """Layers without a residual sum, so that each sees the same input."""
-
-    @nn.compact
-    def __call__(self, x, train=True):
-        class Body(nn.Module):
-            @nn.compact
-            def __call__(self, x, _):
-                return x, nn.Dense(4, kernel_init=nn.initializers.zeros)(x)
-
-        layers = nn.scan(
-            *(Body, {"params": 0}),
-            split_rngs={"params": True, "dropout": True},
-            length=2,
-        )
-        return layers()(x, None)[1]
-
-
-def adapted_apply(model, config, *args, **kwargs):
-    variables = model.init(jax.random.key(0), X, *args, **kwargs)
-    adapted = adalora.linen.adapt(model, config)
-    adapters = adapted.init(jax.random.key(1), variables, X, *args, **kwargs)
-
-    @jax.jit
-    def run(key):
-        return adapted.apply(variables, adapters, X, *args, **kwargs, rngs={"dropout": key})
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("model", "args", "kwargs", "drops"),
-    [
-        (Positional(), (True,), {}, True),
-        (Positional(), (False,), {}, False),
-        (Deterministic(), (), {"deterministic": False}, True),
-        (Deterministic(), (), {}, False),
-        (Deterministic(), (), {"deterministic": True}, False),
-        (Attribute(train=True), (), {}, True),
-        (Attribute(train=False), (), {}, False),
-        (Outer(), (True,), {}, True),
-        (Outer(), (), {"is_training": False}, False),
-        (Inner(), (True,), {}, False),
-    ],
-)
-def test_linen_adapter_dropout_follows_train_flags(model, args, kwargs, drops):
-    run = adapted_apply(model, DROPPING, *args, **kwargs)
-    outputs = [run(jax.random.key(i)) for i in (1, 2)]
-    assert bool(np.any(outputs[0] != outputs[1])) == drops
-
-
-def test_linen_scanned_layers_use_different_dropout_masks():
-    module = Scanned()
-    variables = module.init(jax.random.key(0), X)
-    adapted = adalora.linen.adapt(module, DROPPING)
-    adapters = adapted.init(jax.random.key(1), variables, X)
-    adapters = jax.tree.map(lambda leaf: leaf.at[1].set(leaf[0]), adapters)
-    y = adapted.apply(variables, adapters, X, rngs={"dropout": jax.random.key(3)})
-    assert np.any(y[0] != y[1])
-    y = adapted.apply(variables, adapters, X)
-    np.testing.assert_array_equal(y[0], y[1])
 
 
 class NnxScanned(nnx.Module):
@@ -197,16 +96,3 @@ def test_param_dtype_sets_dtype_of_adapters_but_not_of_output():
     adapters = adapted.init(jax.random.key(1), variables, X)
     assert adapters[""].p.dtype == jnp.bfloat16
     assert adapted.apply(variables, adapters, X).dtype == module.apply(variables, X).dtype
-
-
-def test_captured_intermediates_are_the_adapted_outputs():
-    model = Positional()
-    variables = model.init(jax.random.key(0), X, False)
-    adapted = adalora.linen.adapt(model, CONFIG)
-    adapters = adapted.init(jax.random.key(1), variables, X, False)
-    y, state = adapted.apply(
-        variables, adapters, X, False, capture_intermediates=True, mutable=["intermediates"]
-    )
-    (captured,) = state["intermediates"]["Dense_0"]["__call__"]
-    np.testing.assert_array_equal(captured, y)
-    assert set(state) == {"intermediates"}

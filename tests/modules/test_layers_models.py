@@ -14,6 +14,7 @@ from support import linen_models, nnx_models
 import adalora_jax as adalora
 
 pytestmark = [
+    pytest.mark.usefixtures("flax_ranks"),
     pytest.mark.filterwarnings("ignore:Using 'Module.sow"),
 ]
 IDS = jnp.arange(10, dtype=jnp.int32).reshape(2, 5) * 3 % 11
@@ -41,13 +42,6 @@ NNX = {
     "moe": (nnx_models.Moe, TOKENS),
     "tagger": (nnx_models.Tagger, IDS),
 }
-
-
-@pytest.fixture(autouse=True)
-def _flax_ranks():
-    """Allow rank promotion, which Flax's attention and recurrent layers need."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def random_like(tree):

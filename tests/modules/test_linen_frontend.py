@@ -151,28 +151,12 @@ def test_init_under_eval_shape_allocates_nothing(model):
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
 
 
-def test_merged_base_model_equals_adapted_model(model):
-    module, variables, x, _ = model
-    options = config(init_lora_weights=False)
-    adapted = adalora.linen.adapt(module, options)
-    adapters = adapted.init(jax.random.key(2), variables, x)
-    want = adapted.apply(variables, adapters, x)
-    for merged in (
-        adalora.merge(variables, adapters),
-        adalora.merge(variables, adapters),
-    ):
-        chex.assert_trees_all_close(module.apply(merged, x), want, rtol=1e-4, atol=1e-4)
-    back = adalora.unmerge(merged, adapters)
-    chex.assert_trees_all_close(back, variables, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
         ({"target_modules": ["querry"]}, r"'querry' matches no module.*layers_0/attn/query"),
         ({"target_modules": r".*querry"}, r"no layer is selected.*layers_0/attn/query"),
         ({"target_modules": None}, "`target_modules=None`: no layer is selected; pass"),
-        ({"target_modules": ["norm"]}, "BatchNorm, which cannot be adapted.*DenseGeneral"),
         ({"target_modules": r".*/norm"}, r"BatchNorm, which cannot be adapted.*layers_\d/"),
         ({"target_modules": ["attn"]}, "name the layers in it: layers_0/attn/query"),
         (

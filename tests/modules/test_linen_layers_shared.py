@@ -1,6 +1,4 @@
-"""Models under ``nn.jit``, whose code runs once for many calls, and layers that share a scope."""
-
-import functools
+"""Layers whose weights share a scope."""
 
 import chex
 import flax.linen as nn
@@ -12,70 +10,7 @@ import pytest
 import adalora_jax as adalora
 from adalora_jax import quantization
 from adalora_jax._src.modules import linen_layers
-
-CONFIG = adalora.AdaLoraConfig(
-    total_step=4, init_r=3, target_r=1, target_modules="all-linear", init_lora_weights=False
-)
-X = jax.random.normal(jax.random.key(0), (2, 5, 6))
-
-
-class Einsum(nn.Module):
-    """An einsum with the weight's name as a field and the equation as a call argument."""
-
-    shape: tuple[int, ...]
-    weight: str | None = "w"
-
-    @nn.compact
-    def __call__(self, equation, x):
-        return jnp.einsum(
-            equation, x, self.param(self.weight, nn.initializers.normal(), self.shape)
-        )
-
-
-class OfShape(nn.Module):
-    """The same, but the weight's name depends on its shape alone."""
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, equation, x):
-        name = "wide" if len(self.shape) == 3 else "narrow"
-        return jnp.einsum(equation, x, self.param(name, nn.initializers.normal(), self.shape))
-
-
-class Mlp(nn.Module):
-    """Two layers whose weights are both in this module's scope."""
-
-    by_name: bool = True
-
-    @nn.compact
-    def __call__(self, x):
-        kinds = [functools.partial(Einsum, weight=w) for w in ("wide", "narrow")]
-        kinds = kinds if self.by_name else [OfShape] * 2
-        wide, narrow = kinds[0]((2, 7, 6)), kinds[1]((7, 6))
-        nn.share_scope(self, wide)
-        h = wide("...d,gfd->...gf", x)
-        nn.share_scope(self, narrow)
-        return x + narrow("...f,fd->...d", nn.gelu(h[..., 0, :]) * h[..., 1, :])
-
-
-class Shared(nn.Module):
-    by_name: bool = True
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(6, name="out")(Mlp(self.by_name, name="mlp")(x))
-
-
-class Jitted(nn.Module):
-    """The same layer three times, traced once, all under another jit."""
-
-    @nn.jit
-    @nn.compact
-    def __call__(self, x):
-        for i in range(3):
-            x = x + nn.jit(nn.Dense)(6, name=f"layer_{i}")(nn.tanh(x))
-        return nn.jit(Shared)(name="end")(x)
+from modules.linen_scopes import CONFIG, Shared, X
 
 
 def of_matrices(equation, x, adapter, outs):
@@ -143,46 +78,3 @@ def test_weights_in_one_scope_can_be_quantized_and_adapted():
     merged, errors = quantization.merge(packed, adapters, to="float32")
     assert set(errors) == set(adapters)
     np.testing.assert_allclose(model.apply(merged, X), want, rtol=1e-4, atol=1e-5)
-
-
-class Unjitted(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for i in range(3):
-            x = x + nn.Dense(6, name=f"layer_{i}")(nn.tanh(x))
-        return Shared(name="end")(x)
-
-
-def test_nn_jit_cache_is_not_shared_between_adapters():
-    """The model has identical layers; successive calls change scales or have no adapters."""
-    variables = Jitted().init(jax.random.key(1), X)
-    plain = Jitted().apply(variables, X)
-    limits = {"layer_1": adalora.RankSpec(alpha=40)}
-    for config in (CONFIG, CONFIG.replace(lora_alpha=30), CONFIG.replace(rank_overrides=limits)):
-        jitted, unjitted = (adalora.linen.adapt(m(), config) for m in (Jitted, Unjitted))
-        adapters = jitted.init(jax.random.key(2), variables, X)
-        assert list(adapters) == [
-            *("end/mlp/narrow", "end/mlp/wide", "end/out"),
-            *(f"layer_{i}" for i in range(3)),
-        ]
-        want = unjitted.apply(variables, adapters, X)
-        np.testing.assert_allclose(jitted.apply(variables, adapters, X), want, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(Jitted().apply(variables, X), plain)
-    grads = [
-        jax.grad(lambda a, model=model: jnp.sum(model.apply(variables, a, X) ** 2))(adapters)
-        for model in (jitted, unjitted)
-    ]
-    chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-4)
-    described = adalora.linen.describe(Jitted(), CONFIG, variables, X)
-    assert described == adalora.linen.describe(Unjitted(), CONFIG, variables, X)
-
-
-def test_nn_jit_cache_is_not_shared_between_dropout_rates():
-    variables = Jitted().init(jax.random.key(1), X)
-    adapters = adalora.linen.adapt(Jitted(), CONFIG).init(jax.random.key(2), variables, X)
-    rngs = {"dropout": jax.random.key(3)}
-    run = lambda rate: adalora.linen.adapt(Jitted(), CONFIG.replace(lora_dropout=rate)).apply(
-        variables, adapters, X, rngs=rngs
-    )
-    assert np.abs(run(0.0) - run(0.5)).max() > 1e-3
-    np.testing.assert_array_equal(run(0.0), run(0.0))

@@ -12,13 +12,10 @@ import pytest
 from support.small_models import (
     IDS,
     KEY,
-    Scaled,
     Tied,
     adapted_of,
     agree,
     draw,
-    in_model,
-    linear,
     nnx_config,
 )
 
@@ -105,16 +102,6 @@ def test_layer_that_transforms_its_weight_is_adapted_but_not_merged(name):
     unaware = adapters[path]._replace(layout=adalora.Layout(**vars(layout) | {"note": ""}))
     naive = model.apply(adalora.merge(variables, {path: unaware}), x)
     assert not np.allclose(naive, output, atol=1e-2)
-
-
-def test_declared_nnx_layer_is_adapted_and_merged():
-    base, x = in_model(linear(Scaled)), draw(2, 6)
-    layers = {Scaled: adalora.Layout("kernel")}
-    model = adalora.nnx.adapt(base, nnx_config(["layers.0"]), layers=layers)
-    assert not np.allclose(model(x), base(x), atol=1e-2)
-    merged = adalora.merge(model)
-    agree(merged(x), model(x))
-    assert type(merged.layers[0]) is Scaled
 
 
 def test_declared_linen_layer_is_adapted_and_merged():

@@ -1,8 +1,12 @@
-"""Every kind of NNX layer: the adapted layer equals the layer with the dense increment."""
+"""Every kind of NNX layer: the adapted layer equals the layer with the dense increment; one that
+changes its weight is refused."""
 
 import jax
 import pytest
+from flax import nnx
+from support.small_models import draw, in_model, linear, nnx_config
 
+import adalora_jax as adalora
 from modules import proof
 from modules.nnx_cells import CELLS
 from modules.nnx_subject import subject
@@ -34,3 +38,18 @@ def test_adapted_layer_equals_dense_increment_in_float32_and_prunes(kind):
     found = subject(CELLS[kind], "float32")
     proof.prove(found, rtol=2e-5)
     proof.prove_training(found)
+
+
+class Rewriting(nnx.Linear):
+    def __call__(self, x):
+        kernel = self.kernel[...]
+        self.kernel[...] = kernel / 2
+        output = super().__call__(x)
+        self.kernel[...] = kernel
+        return output
+
+
+def test_nnx_layer_that_rewrites_its_weight_raises_when_called():
+    model = adalora.nnx.adapt(in_model(linear(Rewriting)), nnx_config(".*"))
+    with pytest.raises(ValueError, match="Rewriting changes its weight before it calls"):
+        model(draw(2, 6))

@@ -370,23 +370,6 @@ def test_describe_counts_parameters_of_abstract_model(framework):
     assert memory[:2] == ["memory:", "adapters"]
 
 
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [
-        ({"query": {"min_r": 5}}, r"`rank_overrides\['query'\]`: min_r=5 is above init_r=4"),
-        ({"query": {"min_r": 3, "max_r": 2}}, r"`min_r=3`: is above max_r=2"),
-        ({"query": {"rank": 3}}, r"`rank_overrides\['query'\]="),
-        ({"query": 0}, r"`init_r=0`: must be an integer of at least 1"),
-        ({"(": 3}, r"`rank_overrides`: '\(' is not a regular expression"),
-        (3, "must map regexes"),
-        ({"query": {"alpha": float("nan")}}, "`alpha=nan`: must be a finite number"),
-    ],
-)
-def test_invalid_rank_overrides_raise(limits, message):
-    with pytest.raises(ValueError, match=message):
-        config(rank_overrides=limits)
-
-
 def test_training_respects_rank_overrides_and_meets_budget_exactly():
     limits = {"query": {"min_r": 3}, r"layers_0/key": {"max_r": 1}}
     chosen = config(target_modules="all-linear", rank_overrides=limits)

@@ -15,6 +15,7 @@ from parity import hf_models as hf
 peft = pytest.importorskip("peft", reason="needs peft: pip install '.[parity]'")
 pytestmark = [
     pytest.mark.parity,
+    pytest.mark.usefixtures("flax_ranks"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
 ]
@@ -22,12 +23,6 @@ SIZES = hf_flax.Sizes(hf.VOCABULARY, hf.WIDTH, hf.HIDDEN, hf.LAYERS, hf.HEADS)
 IDS = np.arange(14).reshape(2, 7) * 5 % hf.VOCABULARY  # as in hf.logits
 NNX_NAMES = files.NameMap((*hf_flax.NNX_LLAMA, *files.hf_names("llama").pairs))
 SMALL = {"max_shard_size": "4KB"}
-
-
-@pytest.fixture(autouse=True)
-def _flax_ranks():
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def close(actual, expected):

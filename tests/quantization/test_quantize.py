@@ -1,6 +1,4 @@
-"""Quantised base models: agreement with Qwix, gradients, memory, and merging."""
-
-import functools
+"""Quantised base models: agreement with Qwix, training, and merging."""
 
 import chex
 import flax.linen as nn
@@ -13,84 +11,15 @@ import qwix
 from flax import nnx, traverse_util
 
 import adalora_jax as adalora
-from adalora_jax._src.core.pytree import is_packed
-from adalora_jax._src.modules.nnx_variables import pure
 from adalora_jax._src.quantization import packed
 from adalora_jax._src.quantization import quantize as quantization
+from quantization.models import WIDTH, Model, NnxModel, X, config, linen, task
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),  # by Qwix
 ]
-WIDTH = 64
-
-
-class Block(nn.Module):
-    width: int = WIDTH
-
-    @nn.compact
-    def __call__(self, x):
-        x = x + nn.MultiHeadDotProductAttention(num_heads=4, name="attn")(nn.LayerNorm(name="n")(x))
-        h = nn.gelu(nn.Dense(2 * self.width, name="up")(x))
-        return x + nn.Dense(self.width, use_bias=False, name="down")(h)
-
-
-class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for i in range(2):
-            x = Block(name=f"layers_{i}")(x)
-        return nn.Dense(3, name="head")(x.mean(axis=1))
-
-
-class NnxBlock(nnx.Module):
-    def __init__(self, rngs):
-        self.attn = nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
-        self.down = nnx.Linear(2 * WIDTH, WIDTH, use_bias=False, rngs=rngs)
-
-    def __call__(self, x):
-        x = x + self.attn(x)
-        return x + self.down(nnx.gelu(self.up(x)))
-
-
-class NnxModel(nnx.Module):
-    def __init__(self, rngs):
-        self.layers = nnx.List([NnxBlock(rngs) for _ in range(2)])
-        self.head = nnx.Linear(WIDTH, 3, rngs=rngs)
-
-    def __call__(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x.mean(axis=1))
-
-
-X = jax.random.normal(jax.random.key(0), (6, 4, WIDTH))
-Y = jnp.array([0, 1, 2, 2, 1, 0])
 RECIPES = ("int8", "int4", "nf4")
 ONE_SHORT = [pytest.param(r, marks=() if r == "nf4" else pytest.mark.slow) for r in RECIPES]
-
-
-def config(**changes):
-    options = {"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 6, "lora_alpha": 16}
-    return adalora.AdaLoraConfig(
-        **{"total_step": 20, "target_modules": ["query", "value", "up"], **options, **changes}
-    )
-
-
-@functools.cache
-def linen(recipe="nf4"):
-    """Return a quantised model with its variables, and the float variables they come from."""
-    variables = Model().init(jax.random.key(1), X)
-    return *quantization.quantize(Model(), recipe, variables, X), variables
-
-
-def dequantised(tree):
-    dense = lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf
-    return jax.tree.map(dense, tree, is_leaf=is_packed)
-
-
-def task(logits):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
 
 
 def integers(tree):
@@ -267,38 +196,6 @@ def test_nnx_adapters_train_and_base_is_bitwise_unchanged():
     assert isinstance(adapted.layers[0].up, nnx.Linear)
 
 
-@pytest.mark.slow
-def test_linen_params_and_adapters_are_differentiable_without_filter():
-    model, variables, _ = linen()
-    adapted = adalora.linen.adapt(model, config())
-    adapters = adapted.init(jax.random.key(2), variables, X)
-    adapters = {path: a._replace(lam=jnp.ones_like(a.lam)) for path, a in adapters.items()}
-    apply = lambda params, adapters: adapted.apply({**variables, "params": params}, adapters, X)
-    grads = jax.jit(jax.grad(lambda tree: task(apply(*tree))))((variables["params"], adapters))
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads[1]))
-    assert np.any(grads[0]["layers_0"]["up"]["bias"])
-    assert np.any(grads[0]["layers_0"]["n"]["scale"])
-    # Without a filter, integers have float0 tangents, as in JAX, and scales have zeros.
-    whole = jax.grad(lambda variables: task(adapted.apply(variables, adapters, X)), allow_int=True)(
-        variables
-    )
-    for leaf in jax.tree.leaves(whole["quantized"]):
-        assert leaf.dtype == jax.dtypes.float0 or not np.any(leaf)
-    chex.assert_trees_all_close(whole["params"], grads[0], rtol=1e-4, atol=1e-6)
-
-
-def test_nnx_params_are_differentiable_without_filter():
-    quantised = quantization.quantize(NnxModel(nnx.Rngs(0)), "int4", X)
-    adapted = adalora.nnx.adapt(quantised, config(init_lora_weights=False))
-    grads = pure(nnx.jit(nnx.grad(lambda model: task(model(X))))(adapted))
-    graph, params, rest = nnx.split(adapted, nnx.Param, ...)
-    same = jax.jit(jax.grad(lambda params: task(nnx.merge(graph, params, rest)(X))))(params)
-    chex.assert_trees_all_close(grads, pure(same), rtol=1e-4, atol=1e-6)
-    assert set(grads["layers"][0]["up"]) == {"adalora", "bias"}
-    assert np.any(grads["layers"][0]["up"]["adalora"]["q"])
-    assert np.any(grads["layers"][0]["up"]["bias"])
-
-
 def test_abstract_variables_can_be_quantised_and_adapted():
     abstract = jax.eval_shape(Model().init, jax.random.key(0), X)
     variables = jax.eval_shape(lambda v: quantization.quantize(Model(), "nf4", v, X)[1], abstract)
@@ -323,24 +220,6 @@ def test_bfloat16_base_stays_bfloat16():
     chex.assert_trees_all_equal(cast, variables)
     plain = quantization.quantize(NnxModel(nnx.Rngs(0)), recipe, X)
     assert plain.head.bias.dtype == plain.head.kernel.dtype == jnp.bfloat16
-
-
-def test_jit_and_vmap_match_eager():
-    model, variables, _ = linen()
-    apply = lambda x: model.apply(variables, x[None])[0]
-    want = model.apply(variables, X)
-    np.testing.assert_allclose(jax.jit(jax.vmap(apply))(X), want, rtol=1e-4, atol=1e-5)
-
-
-def test_mutable_apply_returns_packed_params_separately():
-    model, variables, _ = linen()
-    output, mutated = model.apply(variables, X, mutable=True)
-    chex.assert_trees_all_equal(mutated, variables)
-    adapted = adalora.linen.adapt(model, config())
-    adapters = adapted.init(jax.random.key(2), variables, X)
-    again, mutated = adapted.apply(variables, adapters, X, mutable=True)
-    chex.assert_trees_all_equal(mutated, variables)
-    chex.assert_trees_all_equal(output, again)
 
 
 # Merging --------------------------------------------------------------------------------------
@@ -424,24 +303,6 @@ def test_unquantised_layers_merge_as_on_float_base():
 
 
 # Errors ---------------------------------------------------------------------------------------
-
-
-def test_plain_merge_of_quantised_base_raises():
-    model, variables, _ = linen()
-    adapted = adalora.linen.adapt(model, config())
-    adapters = adapted.init(jax.random.key(2), variables, X)
-    for merge in (
-        lambda: adalora.merge(variables, adapters),
-        lambda: adalora.unmerge(variables, adapters),
-        lambda: adalora.merge(variables, adapters, safe=True),
-    ):
-        with pytest.raises(ValueError, match=r"query' is quantised.*quantization\.merge"):
-            merge()
-    base = quantization.quantize(NnxModel(nnx.Rngs(0)), "int8", X)
-    with pytest.raises(ValueError, match=r"is quantised and cannot.*quantization\.merge"):
-        adalora.merge(adalora.nnx.adapt(base, config()))
-    with pytest.raises(ValueError, match=r"`to='int16'`: must be a floating-point dtype"):
-        quantization.merge(variables, adapters, to="int16")
 
 
 @pytest.mark.parametrize(

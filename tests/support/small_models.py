@@ -9,6 +9,10 @@ from flax import nnx
 import adalora_jax as adalora
 
 KEY = jax.random.key(0)
+# It adapts the layer `a` and trains the layer `head` as a whole.
+HEAD = adalora.AdaLoraConfig(
+    total_step=12, init_r=4, target_r=2, deltaT=4, target_modules=["a"], modules_to_save=["head"]
+)
 
 
 def draw(*shape, seed=0):

@@ -19,7 +19,7 @@ from flax.training.train_state import TrainState
 import adalora_jax as adalora
 from adalora_jax._src.modules.nnx_variables import pure
 
-pytestmark = pytest.mark.usefixtures("_flax_ranks")
+pytestmark = pytest.mark.usefixtures("flax_ranks")
 SLOW = pytest.mark.slow
 STEPS, LAYERS = 10, 4
 CONFIG = adalora.AdaLoraConfig(
@@ -43,13 +43,6 @@ TRANSFORMS = {
         lambda rate: adalora.adalora(optax.adam(rate), CONFIG)
     )(optax.linear_schedule(0.03, 0.01, STEPS)),
 }
-
-
-@pytest.fixture
-def _flax_ranks():
-    """Allow rank promotion: Flax's norms broadcast arrays of different rank."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def cross_entropy(logits):

@@ -1,7 +1,7 @@
 """Registration of adapters, states and configs with ``flax.serialization``, as for ``to_bytes``.
 
-An adapter is stored as its three arrays. Its scale and layout, and the config in the allocator's
-state, are those of the target that it is restored into.
+An adapter is stored as its three arrays, and values by role as one array per role. Scales, layouts
+and the config in the allocator's state are those of the target that they are restored into.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import AdaLoraState
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.core.roles import ByRole
 
 
 def _arrays(adapter: Adapter) -> dict[str, PyTree]:
@@ -46,6 +47,23 @@ def _state(target: AdaLoraState, state: Mapping[str, PyTree]) -> AdaLoraState:
     return AdaLoraState(**parts)
 
 
+def _roles(values: ByRole) -> dict[str, Any]:
+    return {role: serialization.to_state_dict(value) for role, value in values.stacked.items()}
+
+
+def _by_role(target: ByRole, state: dict[str, Any]) -> ByRole:
+    own = target.stacked
+    if set(state) != set(own):
+        differing = ", ".join(sorted(set(state) ^ set(own))[:5])
+        raise ValueError(
+            f"`state`: has other adapters than the target, at {differing}; restore it into the "
+            "state of the same model."
+        )
+    restore = serialization.from_state_dict
+    return ByRole({role: restore(own[role], state[role], role) for role in own}, target.roles)
+
+
+serialization.register_serialization_state(ByRole, _roles, _by_role)
 serialization.register_serialization_state(Adapter, _arrays, _adapter)
 serialization.register_serialization_state(AdaLoraState, _parts, _state)
 serialization.register_serialization_state(AdaLoraConfig, lambda _: {}, lambda config, _: config)
