@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_INT = 2**31 - 1  # the largest int32, the dtype that counts steps and triplets
@@ -26,7 +26,7 @@ class MissingFunction:
 
     name: str
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise ValueError(
             f"`config`: the function {self.name} was not saved with it; pass it again, with "
             "config.replace."
@@ -110,18 +110,21 @@ float32; raise lora_alpha.
         )
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return ``repr(value)``, or the bit length of an integer of more than 256 bits.
 
     >>> shown(12), shown(10**5000)
     ('12', 'an integer of 16610 bits')
     """
     # Python raises an error for the repr of an integer of more than 4300 digits.
-    huge = isinstance(value, int) and value.bit_length() > 256
-    return f"an integer of {value.bit_length()} bits" if huge else repr(value)
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
 
 
-def choice(name: str, value: Any, allowed: tuple[Any, ...], or_callable: bool = False) -> Any:
+def choice(
+    name: str, value: object, allowed: tuple[str | None, ...], or_callable: bool = False
+) -> Any:
     """Return ``value`` if it is one of ``allowed``, or a function with ``or_callable``.
 
     Raises:
@@ -246,7 +249,7 @@ def rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
     return tuple(sorted(result.items()))
 
 
-def dtype_name(name: str, value: Any) -> str:
+def dtype_name(name: str, value: object) -> str:
     """Return the name of a dtype, which must be in :data:`DTYPES`.
 
     Raises:
