@@ -96,11 +96,14 @@ def placed(tree: Any, sharding: Any) -> Any:
 
 
 def compiled(function: Any, *arguments: Any) -> tuple[Counts, float]:
-    """Return the counts of a jitted function's program, and the seconds to trace and compile it."""
+    """Return the counts of a function's program, and the CPU seconds to trace and compile it.
+
+    Those of all threads are counted, and hardly depend on the load of the machine.
+    """
     jax.clear_caches()
-    start = time.perf_counter()
+    start = time.process_time()
     program = function.lower(*arguments).compile()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return counts(program.as_text(), program.memory_analysis().temp_size_in_bytes), seconds
 
 

@@ -158,7 +158,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the table of one device."""
     head = ("program", "method", "kernels", "copies", "conditionals", "in branches")
     lines: list[tuple[Any, ...]] = [
-        (*head, "collectives", "temporaries, MB", "trace and compile, seconds")
+        (*head, "collectives", "temporaries, MB", "trace and compile, CPU seconds")
     ]
     for row in rows:
         numbers = (f"{row[key]:,}" for key in ("kernels", "copies", "conditionals"))
@@ -186,7 +186,7 @@ def text(found: results.Results) -> str:
         "without them. Kernels and copies are those that every run executes; the body of a loop "
         "counts once. Those in the branches of conditionals, of which a run executes one each, are "
         "counted apart. Nothing was run, so all numbers but the seconds are independent of the "
-        "machine. The update is AdamW's, alone and inside of `adalora`; all other programs are "
+        "machine, and the seconds are those of all threads. The update is AdamW's, alone and inside of `adalora`; all other programs are "
         "whole training steps with AdamW and adapters of rank 12 on all linear layers. The "
         "prefetches of a TPU between its memories are not counted as copies.",
     ]
