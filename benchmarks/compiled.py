@@ -186,9 +186,10 @@ def text(found: results.Results) -> str:
         "without them. Kernels and copies are those that every run executes; the body of a loop "
         "counts once. Those in the branches of conditionals, of which a run executes one each, are "
         "counted apart. Nothing was run, so all numbers but the seconds are independent of the "
-        "machine, and the seconds are those of all threads. The update is AdamW's, alone and inside of `adalora`; all other programs are "
-        "whole training steps with AdamW and adapters of rank 12 on all linear layers. The "
-        "prefetches of a TPU between its memories are not counted as copies.",
+        "machine; the seconds are those of all threads. The update is AdamW's, alone and inside of "
+        "`adalora`; all other programs are whole training steps with AdamW and adapters of rank 12 "
+        "on all linear layers. The prefetches of a TPU between its memories are not counted as "
+        "copies.",
     ]
     for name, rows in by_device.items():
         if rows:
