@@ -94,7 +94,13 @@ def _joined(matrices: Mapping[tuple[str, str], Inexact[Array, "..."]]) -> Float[
     for (path, name), m in matrices.items():
         role = (re.sub(r"\d+", "*", path), name, jax.typeof(m))
         roles.setdefault(role, []).append(m)
-    return jnp.concatenate([deviation(jnp.stack(members)).ravel() for members in roles.values()])
+    grams: dict[Any, list[jax.Array]] = {}
+    for role, members in roles.items():
+        gram = _minus_identity(jnp.stack(members))
+        # A stack axis may be sharded. Without one, all devices have the whole products.
+        kind = (gram.dtype, gram.shape[1:], None if gram.ndim == 3 else role)
+        grams.setdefault(kind, []).append(gram)
+    return jnp.concatenate([_norm(jnp.concatenate(some)).ravel() for some in grams.values()])
 
 
 @jax.jit  # one trace for all matrices of one shape and dtype
@@ -112,8 +118,13 @@ def deviation(m: Inexact[Array, "*stack r d"]) -> Float[Array, "*stack"]:
     >>> deviation(2 * jnp.eye(3))
     Array(5.196152, dtype=float32)
     """
+    return _norm(_minus_identity(m))
+
+
+def _minus_identity(m: jax.Array) -> jax.Array:
+    """Return ``M Mᵀ − I``, in at least float32."""
     gram = _gram(m.astype(accumulation_dtype(m.dtype)))
-    return _norm(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape))
+    return gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
 
 
 @jax.custom_jvp
