@@ -44,7 +44,7 @@ _FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "copy-s
 
 
 class Counts(NamedTuple):
-    """What a compiled program contains; the body of a loop counts once.
+    """Contents of a compiled program; the body of a loop counts once.
 
     Attributes:
       kernels: fusions, products and other operations that every run executes.

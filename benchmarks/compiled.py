@@ -118,8 +118,8 @@ def update(peer: str, count: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 def on_mesh(arguments: tuple[Any, ...], mesh: Mesh) -> tuple[Any, ...]:
     """Return the shapes of a step's arguments with shardings.
 
-    Outputs of kernels, and so p and what belongs to it, are sharded along the mesh's second axis,
-    the batch along its first.
+    The outputs of kernels, p, and its averages and moments are sharded along the mesh's second
+    axis, the batch along its first.
     """
     *state, batch = arguments
 
@@ -156,9 +156,9 @@ def measure(case: Case, peer: str, device: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the table of one device."""
-    head = ("program", "method", "kernels", "copies", "conditionals", "in branches")
+    head = ("program", "method", "kernels", "copies", "conditionals", "kernels in branches")
     lines: list[tuple[Any, ...]] = [
-        (*head, "collectives", "temporaries, MB", "trace and compile, CPU seconds")
+        (*head, "collectives", "temporaries, kB", "trace and compile, CPU seconds")
     ]
     for row in rows:
         numbers = (f"{row[key]:,}" for key in ("kernels", "copies", "conditionals"))
@@ -169,7 +169,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 *numbers,
                 f"{row['branch_kernels']:,}",
                 f"{row['collectives']:,}",
-                results.number(row["temporaries"] / 1e6),
+                results.number(row["temporaries"] / 1e3),
                 results.number(row["seconds"]),
             )
         )
