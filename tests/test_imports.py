@@ -35,7 +35,7 @@ OUTSIDE = {
     "core": {"jax", "jaxtyping", "numpy", "optax"},
     "modules": {"jax", "numpy", "optax", "flax"},
     "quantization": {"jax", "numpy", "flax", "qwix"},
-    "huggingface": {"jax", "numpy"},
+    "huggingface": {"jax", "numpy", "huggingface_hub"},
     "tensorfile": {"ml_dtypes", "numpy", "safetensors"},
     "version": set(),
     "checkpoint": {"jax", "numpy", "orbax"},
@@ -207,6 +207,7 @@ def test_test_files_are_named_after_modules(package):
 
 def test_import_does_not_load_optional_packages():
     optional = ["orbax", "qwix", "safetensors", "matplotlib", "sklearn", "tqdm", "torch"]
+    optional += ["huggingface_hub"]
     code = (
         "import flax.linen, flax.nnx, optax, sys; before = set(sys.modules); import adalora_jax; "
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"

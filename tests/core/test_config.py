@@ -53,6 +53,9 @@ def test_every_choice_is_documented():
         {"task_type": "CAUSAL_LM"},
         {"task_type": None, "bias": "none"},
         {"inference_mode": True, "peft_type": "ADALORA", "task_type": "SEQ_CLS"},
+        {"inference_mode": False, "peft_type": None, "bias": None, "use_rslora": False},
+        {"layer_replication": None, "trainable_token_indices": None, "use_rslora": None},
+        {"layer_replication": [], "trainable_token_indices": []},
     ],
 )
 def test_harmless_peft_arguments_are_accepted_and_not_stored(accepted):
@@ -69,12 +72,12 @@ def test_harmless_peft_arguments_are_accepted_and_not_stored(accepted):
     [
         ({"revision": None}, "`revision`: .*; remove it"),
         (
-            {"use_rslora": False, "auto_mapping": None},
-            "`auto_mapping, use_rslora`: .*; remove them",
+            {"alpha_pattern": {}, "auto_mapping": None},
+            "`alpha_pattern, auto_mapping`: .*; remove them",
         ),
         ({"base_model_name_or_path": "gpt2"}, "`base_model_name_or_path`: "),
         ({"peft_version": "0.21"}, "`peft_version`: "),
-        ({"layer_replication": None}, "`layer_replication`: "),
+        ({"target_parameters": None}, "`target_parameters`: "),
     ],
 )
 def test_other_peft_arguments_raise_and_suggest_from_peft(given, message):

@@ -5,10 +5,12 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
 from adalora_jax import AdaLoraConfig
+from adalora_jax._src.core.peft_keys import _PEFT_UNSUPPORTED
 
 FILE = pathlib.Path(__file__).parents[1] / "parity/pinned/adapter_config.json"
 PLAIN = {"peft_type": "ADALORA", "total_step": 100}
@@ -108,6 +110,62 @@ def test_options_without_effect_in_peft_warn_and_are_ignored(key, value):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("use_rslora", True, "PEFT's AdaLoRA ignores it .*; .* set scale"),
+        ("bias", "all", "biases .* stay frozen here; .* modules_to_save"),
+        ("bias", "lora_only", "biases .* stay frozen here; .* modules_to_save"),
+        ("trainable_token_indices", [1], "rows of the embedding.*; .* modules_to_save"),
+        ("trainable_token_indices", {"wte": [1]}, "rows of the embedding.*; .* modules_to_save"),
+        ("layer_replication", [(0, 4), (2, 5)], "PEFT would repeat layers .*; .* Flax model"),
+        ("peft_type", "LORA", "is not 'ADALORA'; leave"),
+        ("task_type", "CAUSAL", "is not one of PEFT's, SEQ_CLS.*; leave"),
+        ("inference_mode", "yes", "must be True or False; leave"),
+    ],
+)
+def test_argument_of_constructor_is_refused_with_reason(key, value, reason):
+    named = f"`{re.escape(f'{key}={value!r}')}`: .*{reason}"
+    with pytest.raises(ValueError, match=named):
+        AdaLoraConfig(total_step=100, **{key: value})
+    with pytest.raises(ValueError, match=named):
+        AdaLoraConfig(total_step=100).replace(**{key: value})
+
+
+def test_scale_of_rslora_can_be_set():
+    """The message about use_rslora recommends it."""
+    config = AdaLoraConfig(total_step=100, init_r=16, lora_alpha=8, scale=8 / 16**0.5)
+    assert config.scaling == 2
+    assert config.to_peft()["lora_alpha"] == 32
+
+
+HARMLESS = {
+    "peft_type": ["ADALORA", None],
+    "task_type": ["CAUSAL_LM", None],
+    "inference_mode": [True, False],
+    "bias": ["none", None],
+    "use_rslora": [False, None],
+    "layer_replication": [[], None],
+    "trainable_token_indices": [[], {}, None],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in HARMLESS.items() for value in values]
+)
+def test_harmless_value_is_accepted_by_constructor_and_from_peft(key, value):
+    plain = AdaLoraConfig(total_step=100)
+    assert AdaLoraConfig(total_step=100, **{key: value}) == plain
+    assert AdaLoraConfig.from_peft({"total_step": 100, key: value}) == plain
+
+
+def test_to_peft_writes_harmless_values():
+    written = AdaLoraConfig(total_step=100).to_peft()
+    for key in set(HARMLESS) - {"task_type", "inference_mode"}:  # save_pretrained writes these two
+        assert written[key] in HARMLESS[key], key
+    assert AdaLoraConfig(**written) == AdaLoraConfig(total_step=100)
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("bias", "all"),
@@ -129,14 +187,12 @@ def test_unsupported_peft_option_raises_by_name(key, value):
         AdaLoraConfig.from_peft(PLAIN | {key: value})
 
 
-def test_other_adapter_types_and_invalid_files_raise(tmp_path):
-    with pytest.raises(ValueError, match="`peft_type='LORA'`: is not"):
-        AdaLoraConfig.from_peft({"peft_type": "LORA", "r": 8})
-    (tmp_path / "adapter_config.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="does not contain a JSON object"):
-        AdaLoraConfig.from_peft(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        AdaLoraConfig.from_peft(tmp_path / "nowhere.json")
+@pytest.mark.parametrize("key", _PEFT_UNSUPPORTED)
+def test_unsupported_option_of_peft_config_is_refused_with_reason(key):
+    _, problem, instead = _PEFT_UNSUPPORTED[key]
+    message = f"`{key}='used'`: {problem}; {instead}, or merge a trained adapter with PEFT."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        AdaLoraConfig.from_peft(PLAIN | {key: "used"})
 
 
 @pytest.mark.parametrize(

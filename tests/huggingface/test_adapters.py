@@ -3,6 +3,8 @@ that PEFT recorded. ``tests/parity`` has that run, and the same with PEFT and tr
 
 import dataclasses
 import json
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -328,6 +330,115 @@ def refused(match, tmp_path, trained=None, **options):
     with pytest.raises(ValueError, match=match):
         peft.save_pretrained(tmp_path, trained or {"query": adapter(0)}, CONFIG, **options)
     assert not list(tmp_path.iterdir())
+
+
+class Hub(types.ModuleType):
+    """A stand-in for ``huggingface_hub`` whose only repository is a folder."""
+
+    def __init__(self, folder):
+        super().__init__("huggingface_hub")
+        self.folder, self.calls = folder, []
+
+    def snapshot_download(self, repo_id, **options):
+        self.calls.append((repo_id, options))
+        if isinstance(self.folder, Exception):
+            raise self.folder
+        return str(self.folder)
+
+
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Return a stand-in with an adapter, in an empty working directory."""
+    folder = tmp_path / "cache/models--owner--name/snapshots/1a2b"
+    peft.save_pretrained(folder, {"query": adapter(0)}, CONFIG)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    module = Hub(folder)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return module
+
+
+def test_hub_id_is_downloaded_without_other_files(hub):
+    loaded = peft.load_pretrained("owner/name")
+    assert list(loaded.adapters) == ["query"]
+    peft.load_pretrained("owner/name-2.1_x", revision="v1")
+    assert hub.calls == [
+        ("owner/name", {"revision": None, "allow_patterns": FILES}),
+        ("owner/name-2.1_x", {"revision": "v1", "allow_patterns": FILES}),
+    ]
+
+
+def test_merge_pretrained_takes_a_hub_id(hub):
+    Path("base").mkdir()
+    safetensors.numpy.save_file(
+        {"query.weight": np.zeros((6, 5), np.float32)}, "base/model.safetensors"
+    )
+    peft.merge_pretrained("owner/name", "base", "merged")
+    peft.merge_pretrained(hub.folder, "base", "merged-from-folder")
+    merged = [
+        safetensors.numpy.load_file(f"{folder}/model.safetensors")["query.weight"]
+        for folder in ("merged", "merged-from-folder")
+    ]
+    np.testing.assert_array_equal(*merged)
+    assert merged[0].any()
+    assert [name for name, _ in hub.calls] == ["owner/name"]
+
+
+def test_local_folder_is_read_in_place_of_a_hub_id(hub):
+    peft.save_pretrained("owner/name", {"key": adapter(0)}, CONFIG)
+    assert list(peft.load_pretrained("owner/name", revision="v1").adapters) == ["key"]
+    Path("owner/file").write_text("")
+    with pytest.raises(FileNotFoundError, match="`owner/file`: is not a folder; pass the folder"):
+        peft.load_pretrained("owner/file")
+    assert not hub.calls
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("name", "a/b/c", "./name", "../name", "/name", "/owner/name", "owner/", "~/name", ""),
+        *("owner/na me", "owner/name\n", "https://huggingface.co/owner/name", Path("owner/name")),
+    ],
+)
+def test_paths_that_are_no_hub_ids_are_not_looked_up(path, hub):
+    with pytest.raises((FileNotFoundError, ValueError)):
+        peft.load_pretrained(path)
+    assert not hub.calls
+
+
+def test_hub_id_without_huggingface_hub_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r"not a folder; .* pip install huggingface_hub"):
+        peft.load_pretrained("owner/name")
+    with pytest.raises(FileNotFoundError, match="huggingface_hub"):
+        peft.merge_pretrained("owner/name", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [OSError("404 Client Error"), ValueError("Repo id must")])
+def test_failed_download_is_reported_with_its_cause(error, hub):
+    hub.folder = error
+    message = f"`owner/name`: is not a folder, and could not be downloaded .*: {error}; pass"
+    with pytest.raises(FileNotFoundError, match=message) as caught:
+        peft.load_pretrained("owner/name")
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("missing", [FILES, FILES[:1], FILES[1:]])
+def test_repository_without_adapter_is_reported(missing, hub):
+    for name in missing:
+        (hub.folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"Hub without {' and '.join(missing)}; pass"):
+        peft.load_pretrained("owner/name")
+
+
+def test_files_from_the_hub_are_validated(hub):
+    (hub.folder / FILES[1]).write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match=FILES[1]):
+        peft.load_pretrained("owner/name")
 
 
 def test_invalid_save_arguments_raise_with_hints(tmp_path):

@@ -126,11 +126,19 @@ def test_ignored_options_have_no_effect_in_peft(key):
         AdaLoraConfig.from_peft(source)
 
 
-def test_rejected_bias_option_trains_biases_in_peft():
-    case = Case("chain2", {"total_step": 8, "bias": "all"})
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_rejected_bias_option_trains_biases_in_peft(bias):
+    case = Case("chain2", {"total_step": 8, "bias": bias})
     peft_model = theirs.build(case)
     trained = [name for name, p in peft_model.named_parameters() if p.requires_grad]
     assert "base_model.model.layer0.base_layer.bias" in trained
     assert "bias" in _PEFT_UNSUPPORTED
-    with pytest.raises(ValueError, match="bias='all'"):
+    with pytest.raises(ValueError, match=f"bias='{bias}'"):
         AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
+
+
+def test_scale_of_peft_ignores_rslora():
+    case = Case("chain2", {"total_step": 8, "init_r": 16, "lora_alpha": 8, "use_rslora": True})
+    layer = theirs.build(case).base_model.model.layer0
+    ours = AdaLoraConfig(total_step=8, init_r=16, lora_alpha=8).scaling
+    assert layer.scaling["default"] / layer.ranknum["default"].item() == ours

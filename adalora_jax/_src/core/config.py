@@ -192,12 +192,17 @@ class AdaLoraConfig:
     Args:
       task_type: None or one of PEFT's values. This and the arguments below are PEFT's; they are
         checked and not stored.
-      bias: must be ``"none"``: biases are not trained.
+      bias: must be ``"none"`` or None: biases are not trained.
       inference_mode: True or False; has no effect.
-      peft_type: must be ``"ADALORA"``.
+      peft_type: must be ``"ADALORA"`` or None.
       r: must be None: AdaLoRA starts at ``init_r``.
       use_dora: must be False: AdaLoRA has no DoRA form.
       loftq_config: must be None or empty: quantize the base model instead.
+      use_rslora: must be False: PEFT's AdaLoRA ignores it. The scale of rsLoRA is
+        ``scale=lora_alpha / sqrt(init_r)``.
+      layer_replication: must be None or empty: repeat the layers in the Flax model instead.
+      trainable_token_indices: must be None or empty: name the embedding in ``modules_to_save``
+        instead.
 
     Raises:
       ValueError: a value cannot work; the message has the argument, its value and a remedy.
@@ -253,12 +258,15 @@ adapter and prunes to target_r; pass an init_r of at least 8.
     allow_regrowth: bool = True
     warn_small_start: bool = dataclasses.field(default=True, compare=False)
     task_type: InitVar[str | None] = None
-    bias: InitVar[str] = "none"
+    bias: InitVar[str | None] = "none"
     inference_mode: InitVar[bool] = False
-    peft_type: InitVar[str] = "ADALORA"
+    peft_type: InitVar[str | None] = "ADALORA"
     r: InitVar[int | None] = None
     use_dora: InitVar[bool] = False
     loftq_config: InitVar[Mapping[str, Any] | None] = None
+    use_rslora: InitVar[bool | None] = False
+    layer_replication: InitVar[Collection[Any] | None] = None
+    trainable_token_indices: InitVar[Collection[Any] | None] = None
 
     def __post_init__(self, *only_peft: object) -> None:
         peft_keys.check_accepted(*only_peft)
@@ -525,8 +533,9 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         >>> AdaLoraConfig.from_peft(saved | {"bias": "all"})
         Traceback (most recent call last):
             ...
-        ValueError: `bias='all'`: is not supported here; remove it from the PEFT config if the \
-adapter works without it.
+        ValueError: `bias='all'`: PEFT would train biases of the base, which stay frozen here; \
+leave bias out, or name the biases to train in modules_to_save, or merge a trained adapter with \
+PEFT.
         """
         fields = {*_DEFAULTS, "use_dora", "loftq_config"} - _OURS
         return cls(**{"total_step": None, **peft_keys.read(source, fields)})
@@ -585,7 +594,8 @@ adapter works without it.
                 cast("Any", self.rank_pattern), self.init_r
             )
         # Options that this config rejects, with PEFT's values for "not used".
-        return result | {"use_dora": False, "loftq_config": {}, "bias": "none"}
+        result |= {"use_dora": False, "loftq_config": {}, "bias": "none", "use_rslora": False}
+        return result | {"layer_replication": None, "trainable_token_indices": None}
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdaLoraConfig)}

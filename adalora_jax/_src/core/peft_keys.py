@@ -22,13 +22,34 @@ _PEFT_BOOKKEEPING = {
     "runtime_config",
     "task_type",
 }
-# Keys that change the training of PEFT's AdaLoRA, with the values that mean "not used".
+# Keys that change the training of PEFT's AdaLoRA: the values that mean "not used", what PEFT does
+# otherwise, and what to write instead.
 _PEFT_UNSUPPORTED = {
-    "bias": ("none",),
-    "ensure_weight_tying": (False,),
-    "layer_replication": ([],),
-    "target_parameters": ([],),
-    "trainable_token_indices": ([], {}),
+    "bias": (
+        ("none",),
+        "PEFT would train biases of the base, which stay frozen here",
+        "leave bias out, or name the biases to train in modules_to_save",
+    ),
+    "ensure_weight_tying": (
+        (False,),
+        "PEFT would train tied weights as one, which is not done here",
+        "leave ensure_weight_tying out",
+    ),
+    "layer_replication": (
+        ([],),
+        "PEFT would repeat layers of the base, which is not changed here",
+        "leave layer_replication out, and repeat the layers in the Flax model",
+    ),
+    "target_parameters": (
+        ([],),
+        "AdaLoRA adapts the weights of layers, in PEFT too",
+        "leave target_parameters out, or name layers in target_modules",
+    ),
+    "trainable_token_indices": (
+        ([], {}),
+        "PEFT would train rows of the embedding, which stays frozen here",
+        "leave trainable_token_indices out, or name the whole embedding in modules_to_save",
+    ),
 }
 # Keys that PEFT's AdaLoRA config inherits from LoRA but does not use, with their values for "off".
 _PEFT_IGNORED = {
@@ -64,34 +85,40 @@ def check_accepted(
     r: object,
     use_dora: object,
     loftq_config: object,
+    use_rslora: object,
+    layer_replication: object,
+    trainable_token_indices: object,
 ) -> None:
     """Check PEFT's arguments that a config accepts but does not store.
 
     Raises:
       ValueError: an argument sets an option that is not supported here.
 
-    >>> check_accepted("CAUSAL_LM", "all", False, "ADALORA", None, False, None)
+    >>> check_accepted("CAUSAL_LM", "all", False, "ADALORA", None, False, None, False, None, None)
     Traceback (most recent call last):
         ...
-    ValueError: `bias='all'`: biases are not trained; leave bias out, or name the biases to train \
-in modules_to_save.
+    ValueError: `bias='all'`: PEFT would train biases of the base, which stay frozen here; leave \
+bias out, or name the biases to train in modules_to_save.
     """
     if task_type is not None and task_type not in _TASK_TYPES:
         raise ValueError(
             f"`task_type={task_type!r}`: is not one of PEFT's, {', '.join(_TASK_TYPES)}; leave "
             "task_type out, since it has no effect here."
         )
-    if bias != "none":
-        raise ValueError(
-            f"`bias={bias!r}`: biases are not trained; leave bias out, or name the biases to train "
-            "in modules_to_save."
-        )
+    for key, value in {
+        "bias": bias,
+        "layer_replication": layer_replication,
+        "trainable_token_indices": trainable_token_indices,
+    }.items():
+        unused, problem, instead = _PEFT_UNSUPPORTED[key]
+        if value not in (None, *unused):
+            raise ValueError(f"`{key}={value!r}`: {problem}; {instead}.")
     if not isinstance(inference_mode, bool):
         raise ValueError(
             f"`inference_mode={inference_mode!r}`: must be True or False; leave "
             "inference_mode out, since it has no effect here."
         )
-    if peft_type != "ADALORA":
+    if peft_type not in (None, "ADALORA"):
         raise ValueError(f"`peft_type={peft_type!r}`: is not 'ADALORA'; leave peft_type out.")
     if r is not None:
         raise ValueError(
@@ -104,6 +131,12 @@ in modules_to_save.
         raise ValueError(
             f"`loftq_config={loftq_config!r}`: the SVD form has no LoftQ initialisation; quantize "
             "the base model and leave loftq_config out."
+        )
+    if use_rslora:
+        raise ValueError(
+            f"`use_rslora={use_rslora!r}`: PEFT's AdaLoRA ignores it and scales by "
+            "lora_alpha / init_r; leave use_rslora out, or set scale to "
+            "lora_alpha / sqrt(init_r), rsLoRA's factor."
         )
 
 
@@ -165,17 +198,18 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
                 f"`{path}`: has no peft_type, so it is not the config of a PEFT adapter; pass an "
                 "adapter_config.json that PEFT wrote."
             )
-    kind = str(getattr(source.get("peft_type"), "value", source.get("peft_type", "ADALORA")))
+    kind = source.get("peft_type")
+    kind = "ADALORA" if kind is None else str(getattr(kind, "value", kind))
     if kind.upper() != "ADALORA":
         raise ValueError(
             f"`peft_type={kind!r}`: is not 'ADALORA'; pass the config of an AdaLoRA adapter, or "
             "read a LoRA adapter with huggingface.load_pretrained."
         )
-    for key, unused in _PEFT_UNSUPPORTED.items():
+    for key, (unused, problem, instead) in _PEFT_UNSUPPORTED.items():
         if source.get(key) not in (None, *unused):
             raise ValueError(
-                f"`{key}={source[key]!r}`: is not supported here; remove it from the PEFT config "
-                "if the adapter works without it."
+                f"`{key}={source[key]!r}`: {problem}; {instead}, or merge a trained adapter with "
+                "PEFT."
             )
     values = {key: value for key, value in source.items() if key in fields}
     ignored = [k for k, unused in _PEFT_IGNORED.items() if source.get(k) not in (None, *unused)]

@@ -141,6 +141,7 @@ def load_pretrained(
     *,
     names: Names = None,
     like: PyTree = None,
+    revision: str | None = None,
 ) -> Loaded:
     """Read an AdaLoRA adapter that PEFT wrote, finished or in training, or a plain LoRA adapter.
 
@@ -153,7 +154,9 @@ def load_pretrained(
     The files may be untrusted: they are validated, and no code in them is executed.
 
     Args:
-      directory: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      directory: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or, where
+        no such folder exists and ``huggingface_hub`` is installed, the id of an adapter on the Hub
+        as a string, ``"owner/name"``. Only these two files are downloaded, into the Hub's cache.
       names: as in :func:`save_pretrained`.
       like: adapters of the Flax model (arrays, or shapes from ``jax.eval_shape``), for cases where
         the names do not determine whether layers are stacked or a projection is split. Ranks may
@@ -161,13 +164,15 @@ def load_pretrained(
         the layout is unknown, since an AdaLoRA file does not distinguish a convolution from a
         linear layer: such an adapter raises an error in a convolution, and cannot be merged into a
         square weight.
+      revision: branch, tag or commit on the Hub; without it, the main branch. It has no effect on
+        a folder.
 
     Returns:
       A :class:`Loaded`. The layers of a stack are padded to the largest rank among them with
       triplets that are zero and whose mask is False.
 
     Raises:
-      FileNotFoundError: a file is missing.
+      FileNotFoundError: a file is missing, or cannot be downloaded.
       ValueError: a file is damaged or malicious, does not fit ``like`` or ``names``, uses an
         unsupported option, has float64 numbers while JAX's 64-bit types are disabled, or is a
         pickle.
@@ -188,7 +193,7 @@ def load_pretrained(
     (['model/layers/0/query', 'model/layers/1/query'], (4, 6))
     """
     names = as_names(names)
-    file = read_adapter(directory)
+    file = read_adapter(directory, revision)
     try:
         kernels = {
             place.path: size

@@ -41,6 +41,7 @@ _RAW = re.compile(
     r"\.(?:lora_[ABE]|modules_to_save)\.(?!weight$|bias$)([^.\s/]{1,99})(?:\.|$)"
     r"|\.(?:original_module|base_layer)\."
 )
+_HUB_ID = re.compile(r"[a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*", re.ASCII)  # owner/name
 _MOST = 2**31 - 1
 _LONGEST = 256  # characters of a module's name, which name maps match with regexes
 
@@ -88,8 +89,12 @@ class AdapterFile(NamedTuple):
     kernels: dict[str, tuple[int, ...]]  # kernel sizes by module, where the shapes contain them
 
 
-def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
-    """Read the folder of an AdaLoRA or plain LoRA adapter that PEFT wrote.
+def read_adapter(directory: str | os.PathLike[str], revision: str | None = None) -> AdapterFile:
+    """Read an AdaLoRA or plain LoRA adapter that PEFT wrote, from a folder or from the Hub.
+
+    Args:
+      directory: a folder, or the adapter's id on the Hub.
+      revision: a branch, tag or commit on the Hub.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -97,6 +102,8 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
         option (the message names the file).
     """
     folder = Path(directory)
+    if isinstance(directory, str) and _HUB_ID.fullmatch(directory) and not os.path.lexists(folder):
+        folder = _download(directory, revision)
     if not folder.is_dir():
         raise FileNotFoundError(f"`{folder}`: is not a folder; pass the folder that has {CONFIG}.")
     if not (folder / WEIGHTS).exists():
@@ -150,6 +157,38 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
         return _adalora(config, factors, trained)
     except ValueError as error:
         raise ValueError(f"`{folder}`: {error}") from None
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Return the folder in the cache with an adapter's two files from the Hub.
+
+    Raises:
+      FileNotFoundError: ``huggingface_hub`` is missing, or the files cannot be downloaded.
+    """
+    try:
+        import huggingface_hub  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            f"`{name}`: is not a folder; pass the folder that has {CONFIG}, or pip install "
+            "huggingface_hub to read an adapter by its id on the Hub."
+        ) from None
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=[CONFIG, WEIGHTS]
+            )
+        )
+    except (OSError, ValueError) as error:  # an invalid id is a ValueError
+        raise FileNotFoundError(
+            f"`{name}`: is not a folder, and could not be downloaded from the Hub: "
+            f"{str(error)[:500]}; pass the folder that has {CONFIG}, or the id of an adapter."
+        ) from error
+    if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).exists()]:
+        raise FileNotFoundError(
+            f"`{name}`: is a repository on the Hub without {' and '.join(missing)}; pass the id of "
+            f"an adapter that has both, or load it with PEFT and save it, which writes {WEIGHTS}."
+        )
+    return folder
 
 
 def write_adapter(

@@ -68,8 +68,9 @@ def merge_pretrained(
     ``tie_word_embeddings: false``. ``out_directory`` is written atomically.
 
     Args:
-      adapter: the folder of a PEFT adapter (AdaLoRA or LoRA), or a dict of adapters as in
-        :func:`save_pretrained <adalora_jax.huggingface.save_pretrained>`.
+      adapter: the folder of a PEFT adapter (AdaLoRA or LoRA) or its id on the Hub, as in
+        :func:`load_pretrained <adalora_jax.huggingface.load_pretrained>`, or a dict of adapters as
+        in :func:`save_pretrained <adalora_jax.huggingface.save_pretrained>`.
       base_directory: a folder with ``model.safetensors``, or with ``model.safetensors.index.json``
         and the files it names.
       out_directory: the folder to write, outside of ``base_directory``. It must not exist, or be
