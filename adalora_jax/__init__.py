@@ -36,6 +36,7 @@ Submodules:
 
 import importlib as _importlib
 import importlib.util as _util
+from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from adalora_jax import linen, nnx, scores, sharding
@@ -122,13 +123,13 @@ if _TYPE_CHECKING:
     from adalora_jax import qwix_models as qwix_models
 else:
 
-    def __getattr__(name):
+    def __getattr__(name: str) -> _ModuleType:
         if name in _LAZY:
             return _importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    def __dir__():
-        def installed(packages):
+    def __dir__() -> list[str]:
+        def installed(packages: tuple[str, ...]) -> bool:
             return all(_util.find_spec(package) for package in packages)
 
         return sorted({*__all__, *(n for n, packages in _LAZY.items() if installed(packages))})

@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 import adalora_jax as adalora
+from adalora_jax import quantization
 from benchmarks.networks import Linen, Nnx, Shape, Unsupported, cross_entropy, data
 
 ADAMW = optax.adamw(1e-3)
@@ -188,35 +189,42 @@ def full(shape: Shape, rank: int, dropout: float) -> Peer:
 # flax.linen
 
 
-def ours(shape: Shape, rank: int, dropout: float, form: str) -> Peer:
-    """Return this library's "lora" (λ fixed at 1), "svd" (λ trained) or complete "adalora"."""
-    found = config(shape, rank, dropout)
-    adapted = adalora.linen.adapt(Linen(shape), found)
+def ours(shape: Shape, rank: int, dropout: float, form: str, qtype: str = "") -> Peer:
+    """Return this library's "lora" (λ fixed at 1), "svd" (λ trained) or complete "adalora".
 
-    def task(params, adapters, key, batch):
+    With a ``qtype``, such as "nf4", the weights of the base are quantised.
+    """
+    found = config(shape, rank, dropout)
+    model, variables = Linen(shape), {"params": base(shape)}
+    if qtype:
+        recipe = quantization.Recipe(qtype=qtype)
+        model, variables = quantization.quantize(model, recipe, variables, data(shape)[0])
+    adapted = adalora.linen.adapt(model, found)
+
+    def task(variables, adapters, key, batch):
         rngs = {"dropout": key} if dropout else {}
-        logits = adapted.apply({"params": params}, adapters, batch[0], rngs=rngs)
+        logits = adapted.apply(variables, adapters, batch[0], rngs=rngs)
         return cross_entropy(logits, batch[1])
 
-    def lora(params, factors, key, batch):
+    def lora(variables, factors, key, batch):
         def ones(p):
             return jnp.ones(p.shape[:-1], p.dtype)
 
         adapters = {
             path: adalora.Adapter(p, ones(p), q, *known[path]) for path, (p, q) in factors.items()
         }
-        return task(params, adapters, key, batch)
+        return task(variables, adapters, key, batch)
 
-    def with_penalty(params, adapters, key, batch):
-        return task(params, adapters, key, batch) + adalora.orthogonality(adapters, found)
+    def with_penalty(variables, adapters, key, batch):
+        return task(variables, adapters, key, batch) + adalora.orthogonality(adapters, found)
 
     adapters = first(shape, rank)
     known = {path: (adapter.scale, adapter.layout) for path, adapter in adapters.items()}
     if form == "lora":
-        return Peer(base(shape), {path: (a.p, a.q) for path, a in adapters.items()}, lora)
+        return Peer(variables, {path: (a.p, a.q) for path, a in adapters.items()}, lora)
     if form == "svd":
-        return Peer(base(shape), adapters, task)
-    return Peer(base(shape), adapters, with_penalty, adalora.adalora(ADAMW, found))
+        return Peer(variables, adapters, task)
+    return Peer(variables, adapters, with_penalty, adalora.adalora(ADAMW, found))
 
 
 def autodiff(shape: Shape, rank: int, dropout: float) -> Peer:
@@ -342,8 +350,8 @@ def qwix_nnx(shape: Shape, rank: int, dropout: float) -> Peer:
     return nnx_peer(model, nnx.LoRAParam, reseed)
 
 
-def _form(make, form):
-    return lambda shape, rank, dropout: make(shape, rank, dropout, form)
+def _form(make, *form):
+    return lambda shape, rank, dropout: make(shape, rank, dropout, *form)
 
 
 PEERS: dict[str, Callable[[Shape, int, float], Peer]] = {
@@ -351,6 +359,8 @@ PEERS: dict[str, Callable[[Shape, int, float], Peer]] = {
     "lora": _form(ours, "lora"),
     "svd": _form(ours, "svd"),
     "adalora": _form(ours, "adalora"),
+    "nf4-lora": _form(ours, "lora", "nf4"),
+    "nf4-adalora": _form(ours, "adalora", "nf4"),
     "autodiff": autodiff,
     "qwix": qwix_linen,
     "full": full,
@@ -371,6 +381,8 @@ TITLES = {
     "lora": "adalora_jax: LoRA",
     "svd": "adalora_jax: LoRA with trained λ",
     "adalora": "adalora_jax: AdaLoRA",
+    "nf4-lora": "adalora_jax: LoRA, NF4 base",
+    "nf4-adalora": "adalora_jax: AdaLoRA, NF4 base",
     "autodiff": "hand-written LoRA",
     "qwix": "Qwix: LoRA",
     "full": "full fine-tuning",

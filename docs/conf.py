@@ -53,7 +53,15 @@ autodoc_preserve_defaults = True
 # Names that signatures show as they are written, not as the private classes or unions behind them.
 autodoc_type_aliases = {
     name: name
-    for name in ("Array", "ArrayLike", "DTypeLike", "PRNGKeyArray", "PrecisionLike", "PyTree")
+    for name in (
+        "Array",
+        "ArrayLike",
+        "DTypeLike",
+        "Model",
+        "PRNGKeyArray",
+        "PrecisionLike",
+        "PyTree",
+    )
 } | {"_Model": "Module", "AllocatorInfo": "AllocatorInfo"}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

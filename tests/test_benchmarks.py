@@ -19,7 +19,9 @@ sys.path.append(str(ROOT))
 from benchmarks import (  # noqa: E402
     __main__,
     allocator,
+    backends,
     compile_time,
+    compiled,
     memory,
     networks,
     peers,
@@ -143,6 +145,55 @@ def test_compile_time_and_scaling_report_their_cases():
     shape, rank = scaling.at("adapters per layer", 2, SHAPES["bert"])
     assert (shape.adapted, rank) == (("query", "value"), peers.RANK)
     assert scaling.at("rank", 4, shape) == (shape, 4)
+
+
+PROGRAM = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], /*index=1*/f32[8]{0}) parameter(0)
+  %fusion.1 = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused
+  ROOT %tuple = (s32[], f32[8]{0}) tuple(%p, %fusion.1)
+}
+
+%some (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %copy.3 = f32[8]{0} copy(%q)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0:T(8,128)S(1)} parameter(0)
+  %copy.1 = f32[8]{0} copy(%a), sharding={replicated}
+  %copy-start = (f32[8]{0:T(128)S(1)}, f32[8]{0}, u32[]) copy-start(%a)
+  %copy-done = f32[8]{0} copy-done(%copy-start)
+  %all-reduce-start = f32[8]{0} all-reduce-start(%copy.1), to_apply=%sum
+  %all-reduce-done = f32[8]{0} all-reduce-done(%all-reduce-start)
+  %while = (s32[], f32[8]{0}) while(%a), condition=%body, body=%body
+  ROOT %cond = f32[8]{0} conditional(%a, %a), branch_computations={%some, %some}
+}
+"""
+
+
+def test_operations_of_program_are_counted():
+    assert backends.counts(PROGRAM, 7) == backends.Counts(
+        kernels=3,  # the loop's body and condition, and the sum over devices
+        copies=1,
+        branch_kernels=2,
+        conditionals=1,
+        collectives=1,
+        temporaries=7,
+    )
+
+
+def test_update_is_compiled_for_any_device_and_new_rows_replace_old_ones(tmp_path):
+    rows = [
+        {"device": "cpu", "case": "update-36", "peer": peer, "kernels": kernels}
+        for peer, kernels in (("adalora", 2), ("adamw", 1), ("adamw", 3))
+    ]
+    file = tmp_path / "compiled.json"
+    file.write_text(json.dumps({"results": rows[:2]}))
+    assert compiled.merged(file, rows[2:]) == [rows[2], rows[0]]
+    found = compiled.measure(compiled.Case("small", ("adalora",), 6), "adalora", "cpu")
+    assert found["kernels"] > 0
+    assert found["conditionals"] == 2  # on a CPU, the averages have one, too
 
 
 def test_benchmarks_command_lists_all_scripts():

@@ -47,7 +47,7 @@ def unquantized_class(cls: type) -> type | None:
     return vars(cls).get("_unquantized_type")
 
 
-def delete_qwix_attributes(module: Any) -> None:
+def delete_qwix_attributes(module: object) -> None:
     """Delete the attributes that Qwix sets on the modules of an NNX model.
 
     Why: they would remain on a model that is no longer quantised.
@@ -59,7 +59,7 @@ def delete_qwix_attributes(module: Any) -> None:
         delattr(module, name)
 
 
-def is_qwix_weight(value: Any) -> bool:
+def is_qwix_weight(value: object) -> bool:
     """Return whether a value is a weight, integers and scales, of ``qwix.quantize_model``.
 
     Why: a quantised weight is recognised by its attributes, since its class is not exported.
@@ -178,7 +178,7 @@ def linen_scope(scope: core.Scope, variables: dict[str, Any], rngs: Any) -> core
     return core.Scope(variables, rngs, scope.name, path=scope.path, flags=scope.flags)
 
 
-def set_class(module: Any, cls: type) -> None:
+def set_class(module: object, cls: type) -> None:
     """Change the class of a linen or an NNX module, in place.
 
     Why: an adapted or packed layer must be an instance of its own class with the same attributes,

@@ -8,13 +8,15 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import tree_util
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, check_adapter
@@ -30,7 +32,11 @@ from adalora_jax._src.core.roles import group_by_role, stack
 from adalora_jax._src.tensorfile import writing_to
 from adalora_jax._src.version import __version__
 
+if TYPE_CHECKING:
+    import optax
+
 _FORMAT = "adalora_jax/2"
+_Spec: TypeAlias = tuple[tuple[int, ...], str]  # shape and dtype
 # Fields that the optimizer and its adapters depend on; layer selection may be written differently.
 _OF_THE_RUN = (
     *("total_step", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
@@ -172,7 +178,7 @@ def save_args(
 
 def restore(
     path: str | os.PathLike[str],
-    tx: Any = None,  # an optax GradientTransformation
+    tx: optax.GradientTransformation | None = None,
     *,
     target: tuple[PyTree, PyTree] | None = None,
     config: AdaLoraConfig | None = None,
@@ -265,10 +271,10 @@ def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:
     }
 
 
-def _map_allocators(function: Any, opt_state: PyTree, *rest: PyTree) -> PyTree:
+def _map_allocators(function: Callable[..., PyTree], opt_state: PyTree, *rest: PyTree) -> PyTree:
     """Return an optimizer's state with a function applied to each allocator's state in it."""
 
-    def each(node, *others):
+    def each(node: PyTree, *others: PyTree) -> PyTree:
         return function(node, *others) if is_allocator_state(node) else node
 
     return jax.tree.map(each, opt_state, *rest, is_leaf=is_allocator_state)
@@ -283,7 +289,7 @@ def _by_path(state: AllocatorState) -> AllocatorState:
 def _abstract(state: AllocatorState) -> AllocatorState:
     """Return the state with ``jax.ShapeDtypeStruct`` in place of its arrays, to slice no array."""
 
-    def struct(leaf):
+    def struct(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
         )
@@ -297,7 +303,7 @@ def _like(target: AllocatorState, state: AllocatorState) -> AllocatorState:
     roles = wanted.masks.roles
     state = state._replace(**{name: stack(roles, getattr(state, name)) for name in _BY_ROLE})
 
-    def place(leaf, like):
+    def place(leaf: jax.Array, like: PyTree) -> jax.Array:
         sharding = getattr(like, "sharding", None)
         return leaf if sharding in (None, leaf.sharding) else jax.device_put(leaf, sharding)
 
@@ -331,15 +337,15 @@ def _allocator_name(opt_state: PyTree) -> str:
     return f"opt_state/{inside}".rstrip("/")
 
 
-def _structs(specs: Mapping[str, Any]) -> dict[str, Any]:
+def _structs(specs: Mapping[str, _Spec]) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(*spec) for name, spec in specs.items()}
 
 
 def _adapters(
     named: Mapping[str, Any],
-    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    facts: Mapping[str, dict[str, Any]] | None = None,
     nested: Mapping[str, list[str]] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Rebuild ``{path: Adapter}`` and the nesting of all other leaves from a flat dict."""
     rest = dict(named)
     found: dict[str, Any] = {}
@@ -382,7 +388,7 @@ def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dic
     except (AttributeError, KeyError, TypeError, ValueError):
         facts, texts = {"": {"scale": ""}}, False
 
-    def is_scale(s):
+    def is_scale(s: object) -> bool:
         return s is None or (isinstance(s, (int, float)) and math.isfinite(s))
 
     if not texts or not all(is_scale(known["scale"]) for known in facts.values()):
@@ -392,7 +398,9 @@ def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dic
     return facts
 
 
-def _refuse_other_facts(folder: pathlib.Path, facts: Mapping[str, Any], adapters: PyTree) -> None:
+def _refuse_other_facts(
+    folder: pathlib.Path, facts: Mapping[str, dict[str, Any]], adapters: PyTree
+) -> None:
     """Raise if an adapter of the target has another scale or layout than the saved one."""
     for path, adapter in pytree.adapters(adapters).items():
         saved = facts.get(path, {"scale": None, "layout": None})
@@ -412,19 +420,19 @@ def _refuse_other_facts(folder: pathlib.Path, facts: Mapping[str, Any], adapters
 def _nested_paths(adapters: PyTree) -> dict[str, list[str]]:
     """Return ``{name: keys}`` of the leaves outside of adapters, to restore their nesting."""
 
-    def is_node(node):
+    def is_node(node: object) -> bool:
         return pytree.is_adapter(node) or pytree.is_variable(node)
 
     flat = tree_util.tree_flatten_with_path(adapters, is_leaf=is_node)[0]
 
-    def keys(path):
+    def keys(path: KeyPath) -> list[str]:
         return [tree_util.keystr((key,), simple=True) for key in path]
 
     return {leaf_name(path): keys(path) for path, node in flat if not pytree.is_adapter(node)}
 
 
 def _allocator(
-    named: Mapping[str, jax.Array], config: AdaLoraConfig, facts: Mapping[str, Any]
+    named: Mapping[str, jax.Array], config: AdaLoraConfig, facts: Mapping[str, dict[str, Any]]
 ) -> AllocatorState:
     averages = (_adapters(_subtree(name, named), facts) for name in ("sensitivity", "uncertainty"))
     scalars = {name: named[name] for name in ("step", "budget", "applied", "overridden", "penalty")}
@@ -439,27 +447,27 @@ def _allocator(
     )
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: PyTree) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _key(entry: list[Any], kind: str) -> Any:
+def _key(entry: Sequence[Any], kind: str) -> jax.ShapeDtypeStruct:
     """Return the abstract random key whose data is an array of the given shape and dtype."""
     wrap = functools.partial(jax.random.wrap_key_data, impl=kind)
     return jax.eval_shape(wrap, jax.ShapeDtypeStruct(tuple(entry[0]), entry[1]))
 
 
-def _data(leaf: Any) -> jax.Array:
+def _data(leaf: ArrayLike) -> jax.Array:
     """Return the array that is stored for a leaf, since orbax cannot store random keys."""
     return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
 
 
-def _spec(leaf: Any) -> tuple[tuple[int, ...], str]:
+def _spec(leaf: ArrayLike) -> _Spec:
     data = jax.eval_shape(_data, leaf)
     return data.shape, data.dtype.name
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+def _placed(leaf: PyTree) -> jax.ShapeDtypeStruct:
     """Return the shape, dtype and sharding that orbax restores a leaf with."""
     sharding = None if _is_key(leaf) else getattr(leaf, "sharding", None)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -575,7 +583,7 @@ def _config(
     return config
 
 
-def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def _differing(there: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
     """Return the fields in which two configs differ, with their values."""
     return [
         f"{name}={there.get(name)!r} instead of {here.get(name)!r}"
@@ -584,7 +592,7 @@ def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _refuse_another_config(opt_state: Any, config: AdaLoraConfig, what: str) -> None:
+def _refuse_another_config(opt_state: PyTree, config: AdaLoraConfig, what: str) -> None:
     """Raise if the config in an optimizer's state differs in a field of the run."""
     configs = allocator_state(opt_state).config, config
     numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
@@ -596,9 +604,9 @@ def _refuse_another_config(opt_state: Any, config: AdaLoraConfig, what: str) -> 
 
 
 def _refuse_differences(
-    folder: pathlib.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]
+    folder: pathlib.Path, saved: Mapping[str, _Spec], wanted: Mapping[str, _Spec]
 ) -> None:
-    def show(spec):
+    def show(spec: _Spec) -> str:
         return f"{spec[1]}{list(spec[0])}"
 
     differing = {
@@ -618,12 +626,14 @@ def _refuse_differences(
         )
 
 
-def _read(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
+def _read(
+    folder: pathlib.Path, abstract: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
     restore = ocp.args.StandardRestore(abstract)  # pyright: ignore[reportCallIssue]
     return dict(_orbax(folder, state=restore)["state"])
 
 
-def _orbax(folder: pathlib.Path, **items: Any) -> Any:
+def _orbax(folder: pathlib.Path, **items: ocp.args.CheckpointArgs) -> Any:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**items))

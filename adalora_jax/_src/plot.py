@@ -17,11 +17,14 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from adalora_jax._src.core import evaluation, pytree
 from adalora_jax._src.core.monitor import AllocatorInfo
@@ -289,7 +292,7 @@ def importance_history(
     table = np.array([list(row.values()) for row in sums], float).T
     figure, curves, rows = _over_rows(len(table), title or "importance of every adapter over time")
 
-    def flat(arrays):
+    def flat(arrays: Mapping[str, ArrayLike]) -> np.ndarray:
         return np.concatenate([np.ravel(array) for array in arrays.values()])
 
     live = [flat(info.scores)[flat(info.masks).astype(bool)] for info in infos]
@@ -384,7 +387,7 @@ def lifetimes(
     return figure
 
 
-def _checked(infos: Any) -> list[AllocatorInfo]:
+def _checked(infos: AllocatorInfo | Iterable[AllocatorInfo]) -> list[AllocatorInfo]:
     """Return a run's infos as NumPy arrays, one info per recorded step.
 
     Raises:
@@ -441,12 +444,12 @@ def _rows(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _natural(path: str) -> list[Any]:
+def _natural(path: str) -> list[int | str]:
     """Return a sort key that puts layer 10 after layer 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
-def _positive(value: Any) -> Any:
+def _positive(value: Any) -> float:
     return value if value > 0 else np.nan
 
 
@@ -463,7 +466,7 @@ def _figure(width: float, height: float) -> Figure:
     return _Figure(figsize=(min(width, 16), height), dpi=100, layout="constrained")
 
 
-def _over_rows(count: int, title: str) -> tuple[Figure, Any, Any]:
+def _over_rows(count: int, title: str) -> tuple[Figure, Axes, Axes]:
     """Create a figure with curves above one coloured row per adapter, over the same steps."""
     height = _rows_height(count)
     figure = _figure(_WIDTH, height + 2.0)
@@ -482,13 +485,13 @@ def _edges(steps: Sequence[int]) -> np.ndarray:
     return np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1)
 
 
-def _stairs(axes: Any, values: Any, edges: np.ndarray, **style: Any) -> None:
+def _stairs(axes: Axes, values: ArrayLike, edges: np.ndarray, **style: Any) -> None:
     axes.stairs(values, edges, baseline=None, fill=False, **style)
 
 
 def _coloured(
-    axes: Any, edges: np.ndarray, table: np.ndarray, names: list[str], colours: dict[str, Any]
-) -> Any:
+    axes: Axes, edges: np.ndarray, table: np.ndarray, names: list[str], colours: Mapping[str, Any]
+) -> QuadMesh:
     """Draw one row of coloured cells per name."""
     places = np.arange(len(names) + 1) - 0.5
     image = axes.pcolormesh(edges, places, table, **colours)
@@ -496,7 +499,7 @@ def _coloured(
     return image
 
 
-def _check_highest(highest: Any) -> None:
+def _check_highest(highest: int | None) -> None:
     if highest is not None and not highest >= 1:
         raise ValueError(f"`highest={highest!r}`: must be at least 1; pass config.init_r.")
 
@@ -507,7 +510,7 @@ def _rank_colours(highest: int) -> dict[str, Any]:
     return {"cmap": cmap, "vmin": -0.5, "vmax": highest + 0.5}
 
 
-def _label_rows(axes: Any, names: list[str], height: float) -> int:
+def _label_rows(axes: Axes, names: list[str], height: float) -> int:
     """Label every row if there is room, and otherwise every second, third, ... row.
 
     Returns:
@@ -537,7 +540,7 @@ def _grouped(paths: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
         return [], paths
     several = len({prefix for prefix, numbers in layers if numbers}) > 1
 
-    def name(prefix):
+    def name(prefix: str) -> str:
         return prefix if several else prefix.rpartition("/")[2]
 
     return [
@@ -546,7 +549,7 @@ def _grouped(paths: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
     ], [module for _, module in places]
 
 
-def _label_layers(axes: Any, layers: list[tuple[str, int]], modules: list[str]) -> None:
+def _label_layers(axes: Axes, layers: list[tuple[str, int]], modules: list[str]) -> None:
     """Write the layers left of the rows' labels, and draw a line between layers.
 
     Args:

@@ -20,7 +20,7 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -66,7 +66,7 @@ class TensorFile:
       ValueError: the file is not a safetensors file, or is damaged or malicious.
     """
 
-    def __init__(self, path: str | os.PathLike[str], max_header: int = _MAX_HEADER):
+    def __init__(self, path: str | os.PathLike[str], max_header: int = _MAX_HEADER) -> None:
         self.path = Path(path)
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(open_regular(self.path))
@@ -96,7 +96,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def read(self, name: str, dtypes: Collection[str] = tuple(FLOATS)) -> np.ndarray:
@@ -202,7 +202,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         return parse_json(file.read(MAX_JSON), path)
 
 
-def parse_json(data: bytes, where: Any) -> dict[str, Any]:
+def parse_json(data: bytes, where: object) -> dict[str, Any]:
     """Return the JSON object in ``data``; raise for duplicate keys, NaN, and excessive nesting.
 
     >>> parse_json(b'{"r": 8}', "adapter_config.json")
@@ -213,13 +213,13 @@ def parse_json(data: bytes, where: Any) -> dict[str, Any]:
     ValueError: `adapter_config.json`: does not contain a JSON object; save it again.
     """
 
-    def unique(pairs):
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             raise ValueError(_DUPLICATE)
         return result
 
-    def refuse(constant):
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(constant)
 
     try:

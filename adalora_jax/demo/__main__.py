@@ -10,7 +10,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 PICTURE = "ranks.png"
 _INTERRUPTED = 130  # the shells' exit status for SIGINT
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _integer(lowest: int, highest: int):
+def _integer(lowest: int, highest: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)

@@ -7,7 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import PyTree
 
 import adalora_jax as adalora
 from adalora_jax.demo.methods import Method, Progress, cross_entropy, patches
@@ -22,7 +24,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
 
-        def split(y):
+        def split(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
 
         y = nn.LayerNorm(name="attention_norm")(x)
@@ -51,7 +53,7 @@ class VisionTransformer(nn.Module):
         return nn.Dense(10, name="head")(x.mean(axis=1))
 
 
-def create(seed: int) -> Any:
+def create(seed: int) -> PyTree:
     """Return the variables of a new model."""
     return VisionTransformer().init(jax.random.key(seed), jnp.zeros((1, 8, 8)))
 
@@ -59,13 +61,13 @@ def create(seed: int) -> Any:
 class Learner:
     """Training run of one method: its parameters, optimizer state and train step."""
 
-    def __init__(self, base: Any, method: Method, seed: int):
+    def __init__(self, base: PyTree, method: Method, seed: int) -> None:
         model = VisionTransformer()
         if method.config is None:
             # Full fine-tuning: nothing is frozen.
             self.frozen, self.trainable = None, base
 
-            def apply(_, variables, pixels) -> Any:
+            def apply(_: None, variables: PyTree, pixels: jax.Array) -> PyTree:
                 return model.apply(variables, pixels)
         else:
             # Gradients are computed with respect to a small separate tree, which contains the
@@ -77,8 +79,14 @@ class Learner:
         self.opt_state = method.optimizer.init(self.trainable)
         self._method = method
 
-        def step(frozen, trainable, opt_state, pixels, digits):
-            def objective(trainable):
+        def step(
+            frozen: PyTree,
+            trainable: PyTree,
+            opt_state: optax.OptState,
+            pixels: jax.Array,
+            digits: jax.Array,
+        ) -> tuple[PyTree, optax.OptState, Progress]:
+            def objective(trainable: PyTree) -> tuple[jax.Array, jax.Array]:
                 loss = cross_entropy(apply(frozen, trainable, pixels), digits)
                 return loss + method.penalty(trainable), loss
 
@@ -91,11 +99,11 @@ class Learner:
         self._logits = jax.jit(apply)
 
     @property
-    def base(self) -> Any:
+    def base(self) -> PyTree:
         """Fully fine-tuned variables, the base of the other methods."""
         return self.trainable
 
-    def step(self, pixels: Any, digits: Any) -> Progress:
+    def step(self, pixels: np.ndarray, digits: np.ndarray) -> Progress:
         """Run one optimizer step on one batch."""
         self.trainable, self.opt_state, progress = self._step(
             self.frozen, self.trainable, self.opt_state, pixels, digits
@@ -107,6 +115,6 @@ class Learner:
         if self._method.adaptive:
             self.trainable, self.opt_state = adalora.finish(self.opt_state, self.trainable)
 
-    def logits(self, pixels: Any) -> jax.Array:
+    def logits(self, pixels: np.ndarray) -> jax.Array:
         """Return the logits of images: ``[n, 10]``, one row per image."""
         return self._logits(self.frozen, self.trainable, pixels)

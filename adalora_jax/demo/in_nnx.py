@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
+import numpy as np
+import optax
 from flax import nnx
 
 import adalora_jax as adalora
@@ -14,7 +16,7 @@ from adalora_jax.demo.methods import Method, Progress, cross_entropy, patches
 class Block(nnx.Module):
     """Layer of a Vision Transformer: attention, then a multi-layer perceptron."""
 
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
         self.heads = heads
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
         self.query = nnx.Linear(width, width, rngs=rngs)
@@ -26,7 +28,7 @@ class Block(nnx.Module):
         self.down = nnx.Linear(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        def split(y):
+        def split(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads)
 
         y = self.attention_norm(x)
@@ -38,7 +40,7 @@ class Block(nnx.Module):
 class VisionTransformer(nnx.Module):
     """Classifier that maps images, as 16 patches of 2 × 2 pixels, to one logit per digit."""
 
-    def __init__(self, rngs: nnx.Rngs, width: int = 64, depth: int = 4, heads: int = 4):
+    def __init__(self, rngs: nnx.Rngs, width: int = 64, depth: int = 4, heads: int = 4) -> None:
         self.embed = nnx.Linear(4, width, rngs=rngs)
         self.position = nnx.Param(rngs.params.normal((1, 16, width)))
         self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(depth)])
@@ -60,7 +62,7 @@ def create(seed: int) -> VisionTransformer:
 class Learner:
     """Training run of one method: its model, optimizer and train step."""
 
-    def __init__(self, base: VisionTransformer, method: Method, seed: int):
+    def __init__(self, base: VisionTransformer, method: Method, seed: int) -> None:
         if method.config is None:
             # Full fine-tuning: every parameter is trained.
             self.model, self.wrt = nnx.clone(base), nnx.Param
@@ -72,8 +74,10 @@ class Learner:
         self.optimizer = nnx.Optimizer(self.model, method.optimizer, wrt=self.wrt)
         self._method = method
 
-        def step(model, optimizer, pixels, digits):
-            def objective(model):
+        def step(
+            model: VisionTransformer, optimizer: nnx.Optimizer, pixels: jax.Array, digits: jax.Array
+        ) -> Progress:
+            def objective(model: VisionTransformer) -> tuple[jax.Array, jax.Array]:
                 loss = cross_entropy(model(pixels), digits)
                 return loss + method.penalty(nnx.state(model, self.wrt)), loss
 
@@ -82,7 +86,7 @@ class Learner:
             optimizer.update(model, grads)
             return method.progress(loss, optimizer.opt_state)
 
-        self._step = nnx.jit(step)
+        self._step: Callable[..., Progress] = nnx.jit(step)
         self._logits = nnx.jit(lambda model, pixels: model(pixels))
 
     @property
@@ -96,11 +100,11 @@ class Learner:
         return nnx.state(self.model, self.wrt)
 
     @property
-    def opt_state(self) -> Any:
+    def opt_state(self) -> optax.OptState:
         """State of the optimizer."""
         return self.optimizer.opt_state
 
-    def step(self, pixels: Any, digits: Any) -> Progress:
+    def step(self, pixels: np.ndarray, digits: np.ndarray) -> Progress:
         """Run one optimizer step on one batch."""
         return self._step(self.model, self.optimizer, pixels, digits)
 
@@ -109,6 +113,6 @@ class Learner:
         if self._method.adaptive:
             self.model, self.optimizer = adalora.finish(self.optimizer, self.model)
 
-    def logits(self, pixels: Any) -> jax.Array:
+    def logits(self, pixels: np.ndarray) -> jax.Array:
         """Return the logits of images: ``[n, 10]``, one row per image."""
         return self._logits(self.model, pixels)

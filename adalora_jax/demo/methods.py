@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 import adalora_jax as adalora
 
@@ -44,13 +45,13 @@ class Method:
     fixed: tuple[str, ...] = ()
     adaptive: bool = False
 
-    def penalty(self, trainable: Any) -> jax.Array | float:
+    def penalty(self, trainable: PyTree) -> jax.Array | float:
         """Return the orthogonality penalty for the training loss; 0 without AdaLoRA."""
         if self.adaptive and self.config is not None:
             return adalora.orthogonality(trainable, self.config)
         return 0.0
 
-    def progress(self, loss: jax.Array, opt_state: Any) -> Progress:
+    def progress(self, loss: jax.Array, opt_state: optax.OptState) -> Progress:
         """Return the results of one step."""
         if not self.adaptive:
             return Progress(loss)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from types import ModuleType
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 import adalora_jax as adalora
@@ -20,17 +22,17 @@ class Learner(Protocol):
     """Interface of a training run of one method, implemented by ``in_linen`` and ``in_nnx``."""
 
     @property
-    def base(self) -> Any:
+    def base(self) -> PyTree:
         """Fully fine-tuned model, the base of the other methods."""
         ...
 
     @property
-    def trainable(self) -> Any:
+    def trainable(self) -> PyTree:
         """Tree that the optimizer updates: adapters and ``modules_to_save``, or the whole model."""
         ...
 
     @property
-    def opt_state(self) -> Any:
+    def opt_state(self) -> PyTree:
         """State of the optimizer."""
         ...
 
@@ -67,7 +69,7 @@ class Run(NamedTuple):
     kept: int
 
 
-def compare(framework: Any, steps: int, seed: int) -> list[Run]:
+def compare(framework: ModuleType, steps: int, seed: int) -> list[Run]:
     """Pre-train a base on 0-4 and adapt it to 5-9 by each method, on the same batches.
 
     Args:
@@ -85,7 +87,9 @@ def compare(framework: Any, steps: int, seed: int) -> list[Run]:
     ]
 
 
-def fit(framework: Any, base: Any, method: Method, digits: range, steps: int, seed: int) -> Run:
+def fit(
+    framework: ModuleType, base: PyTree, method: Method, digits: range, steps: int, seed: int
+) -> Run:
     """Train ``base`` by one method with a progress bar, and measure the result."""
     train, test = load(digits, seed)
     learner: Learner = framework.Learner(base, method, seed)

@@ -81,7 +81,7 @@ def test_huge_matrix_gradient_matches_float64():
 
 
 def test_overflow_gives_infinite_value_and_zero_gradient():
-    stack = np.stack([NORMAL, np.float32(1e20) * NORMAL])
+    stack = jnp.stack([NORMAL, np.float32(1e20) * NORMAL])
     value, slope = deviation(stack), jax.grad(lambda m: deviation(m)[0])(stack)
     assert np.isfinite(value[0])
     assert np.isposinf(value[1])

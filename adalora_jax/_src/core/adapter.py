@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,6 @@ from jaxtyping import Array, Bool, Float, Inexact, Shaped, UInt32
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype, low_rank, low_rank_autodiff
 
-if TYPE_CHECKING:
-    from typing_extensions import TypeVar as TypeVarWithDefault
-
-    LeafT = TypeVarWithDefault("LeafT", default=Array)
-else:
-    LeafT = TypeVar("LeafT")
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -30,7 +23,7 @@ else:
     meta_fields=["scale", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
-class Adapter(Generic[LeafT]):
+class Adapter:
     """Factors of the increment ``ΔW = s · P Λ Q`` of one weight, one triplet per row.
 
     This is the increment of `AdaLoRA, Eq. (3) <https://arxiv.org/abs/2303.10512>`_ with a scale s.
@@ -38,10 +31,10 @@ class Adapter(Generic[LeafT]):
     axes are stacked layers; each slice is the adapter of one matrix, with r triplets. The dense
     form of the increment is ``s · qᵀ diag(lam) p``, ``[..., in, out]``.
 
-    An adapter is a pytree with three leaves, which are arrays or values in place of arrays: the
-    leaves of an ``Adapter[PartitionSpec]`` are PartitionSpecs. The scale and the layout are static,
-    a part of the tree's structure, so every function that takes adapters has access to them.
-    Iteration, ``_asdict`` and ``_replace`` work as for a NamedTuple of the three leaves;
+    An adapter is a pytree with three leaves, which are arrays or, as after ``jax.tree.map``, values
+    in place of arrays, such as PartitionSpecs; they are typed as arrays. The scale and the layout
+    are static, a part of the tree's structure, so every function that takes adapters has access to
+    them. Iteration, ``_asdict`` and ``_replace`` work as for a NamedTuple of the three leaves;
     ``_replace`` also changes static fields.
 
     Attributes:
@@ -59,23 +52,23 @@ class Adapter(Generic[LeafT]):
 
     _fields: ClassVar[tuple[str, ...]] = ("p", "lam", "q")
 
-    p: LeafT
-    lam: LeafT
-    q: LeafT
+    p: Float[Array, "*stack r out"]
+    lam: Float[Array, "*stack r"]
+    q: Float[Array, "*stack r in"]
     scale: float | None = 1.0
     layout: Layout | None = dataclasses.field(default=None, repr=False)
 
-    def __iter__(self) -> Iterator[LeafT]:
+    def __iter__(self) -> Iterator[Array]:
         return iter((self.p, self.lam, self.q))
 
-    def _replace(self, **changes: Any) -> Adapter[LeafT]:
+    def _replace(self, **changes: Any) -> Adapter:
         return dataclasses.replace(self, **changes)
 
-    def _asdict(self) -> dict[str, LeafT]:
+    def _asdict(self) -> dict[str, Array]:
         return dict(zip(self._fields, self))
 
 
-def known_scale(adapter: Adapter[Any], path: str = "") -> float:
+def known_scale(adapter: Adapter, path: str = "") -> float:
     """Return the adapter's scale.
 
     Args:

@@ -7,19 +7,27 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole, group_by_role, per_triplet, stack, stack_like
+from adalora_jax._src.core.roles import (
+    ByRole,
+    Role,
+    group_by_role,
+    per_triplet,
+    stack,
+    stack_like,
+)
 from adalora_jax._src.core.schedule import budget, cost
 from adalora_jax._src.core.scores import (
     ScoreInputs,
@@ -30,6 +38,7 @@ from adalora_jax._src.core.scores import (
     triplet_scores,
 )
 from adalora_jax._src.core.selection import (
+    RankedScores,
     apply_threshold,
     concatenate,
     find_threshold,
@@ -146,10 +155,10 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     roles = group_by_role(adapters)
 
     # zeros_like and ones_like give the state the shardings of the parameters.
-    def zeros(leaf):
+    def zeros(leaf: Shaped[Array, "*axes"]) -> Float32[Array, "*axes"]:
         return jnp.zeros_like(leaf, jnp.float32)
 
-    def averages():
+    def averages() -> ByRole:
         return stack(roles, {p: jax.tree.map(zeros, a) for p, a in adapters.items()})
 
     active = {path: jnp.ones_like(adapter.lam, bool) for path, adapter in adapters.items()}
@@ -235,7 +244,7 @@ def update_allocator(
     state: AllocatorState,
     weights: Mapping[str, Adapter],
     gradients: Mapping[str, Adapter],
-    step: jax.Array,
+    step: Int32[Array, ""],
 ) -> AllocatorState:
     """Return the allocator's next state, from ``{path: Adapter}`` of weights and gradients.
 
@@ -247,7 +256,7 @@ def update_allocator(
     raw = raw_by_role(state.sensitivity, weights, gradients)
     finite = jnp.all(per_triplet(jnp.all, jax.tree.map(jnp.isfinite, raw)))
 
-    def new_averages():
+    def new_averages() -> tuple[ByRole, ...]:
         leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
         pairs = [smooth(i, mean, deviation, config) for i, mean, deviation in leaves]
         return tuple(map(jax.tree.structure(raw).unflatten, zip(*pairs)))
@@ -301,7 +310,7 @@ def best_masks(
     state: AllocatorState,
     weights: Mapping[str, Adapter],
     gradients: Mapping[str, Adapter],
-    allowed: jax.Array,
+    allowed: Int32[Array, ""],
 ) -> ByRole:
     """Return new masks: the highest-scoring triplets of all adapters within the budget.
 
@@ -316,8 +325,8 @@ def best_masks(
     dtype = jnp.result_type(*{score.dtype for score in scores.values()})
     limits, costs = _limits(config, weights, allowed), _costs(config, weights)
 
-    def ranked(role):
-        def along(each):
+    def ranked(role: Role) -> RankedScores:
+        def along(each: Mapping[str, ArrayLike]) -> Shaped[Array, "..."]:
             return jnp.stack([jnp.asarray(each[p]) for p in role.paths]).reshape(
                 -1, *[1] * len(role.shape)
             )
@@ -344,7 +353,7 @@ def best_masks(
 
 def role_scores(
     state: AllocatorState, weights: Mapping[str, Adapter], gradients: Mapping[str, Adapter]
-) -> dict[str, jax.Array]:
+) -> dict[str, Shaped[Array, "*stack r"]]:
     """Return the scores of all triplets, ``{role: [members, ..., r]}``.
 
     Args:
@@ -370,7 +379,9 @@ def role_scores(
     }
 
 
-def is_mask_step(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -> jax.Array:
+def is_mask_step(
+    config: AdaLoraConfig, step: Int32[Array, ""], next_step: Int32[Array, ""]
+) -> Bool[Array, ""]:
     """Return whether a new mask is due at ``step``, given the state's ``step`` before the update.
 
     A mask is due at multiples of ``deltaT`` in the budgeting phase, and once at or after
@@ -380,14 +391,16 @@ def is_mask_step(config: AdaLoraConfig, step: jax.Array, next_step: jax.Array) -
     return budgeting | ((step >= config.final_step) & (next_step <= config.final_step))
 
 
-def masks_applied(before: AllocatorState, step: jax.Array) -> jax.Array:
+def masks_applied(before: AllocatorState, step: Int32[Array, ""]) -> Bool[Array, ""]:
     """Return whether the masks are applied at ``step``; otherwise pruned λ may grow back."""
     config = before.config
     held = config.freeze_pruned or not config.allow_regrowth
     return is_mask_step(config, step, before.step) | (step >= config.final_step) | held
 
 
-def _sharded_like(mask: jax.Array, before: jax.Array) -> jax.Array:
+def _sharded_like(
+    mask: Bool[Array, "*shape"], before: Bool[Array, "*shape"]
+) -> Bool[Array, "*shape"]:
     sharding = jax.typeof(before).sharding
     return jax.sharding.reshard(mask, sharding) if sharding.mesh.are_all_axes_explicit else mask
 
@@ -400,13 +413,13 @@ def with_static_fields(grads: PyTree, params: PyTree) -> PyTree:
     """
     known = pytree.adapters(params)
 
-    def like(path, node):
+    def like(path: KeyPath, node: PyTree) -> PyTree:
         adapter = known.get(pytree.path_name(path))
         if adapter is None or not isinstance(node, Adapter):
             return node
         return node._replace(scale=adapter.scale, layout=adapter.layout)
 
-    def is_leaf(node):
+    def is_leaf(node: PyTree) -> bool:
         return isinstance(node, Adapter)
 
     return jax.tree_util.tree_map_with_path(like, grads, is_leaf=is_leaf)
@@ -439,7 +452,7 @@ def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str,
 
 
 def _limits(
-    config: AdaLoraConfig, adapters: Mapping[str, Adapter], allowed: jax.Array
+    config: AdaLoraConfig, adapters: Mapping[str, Adapter], allowed: Int32[Array, ""]
 ) -> tuple[Mapping[str, ArrayLike], Mapping[str, ArrayLike]] | None:
     """Return the ``min_r`` and the ``max_r`` of all adapters by path; None without limits.
 
@@ -457,8 +470,8 @@ def _limits(
 
 
 def current_budget(
-    config: AdaLoraConfig, step: jax.Array, adapters: Mapping[str, Adapter]
-) -> jax.Array:
+    config: AdaLoraConfig, step: Int32[Array, ""], adapters: Mapping[str, Adapter]
+) -> Int32[Array, ""]:
     """Return b(step) of these adapters, in ``config.budget_unit``."""
     costs = _costs(config, adapters)
     initial = sum(costs[path] * adapter.lam.size for path, adapter in adapters.items())
@@ -483,11 +496,11 @@ def _costs(config: AdaLoraConfig, adapters: Mapping[str, Adapter]) -> dict[str, 
 
 def map_state(
     tx: optax.GradientTransformation,
-    function: Callable[[Any, Any], Any],
+    function: Callable[[PyTree, PyTree], PyTree],
     on_allocator: Callable[[AllocatorState], AllocatorState],
     opt_state: PyTree,
     rest: PyTree,
-    other: Callable[[Any], Any] = lambda leaf: leaf,
+    other: Callable[[PyTree], PyTree] = lambda leaf: leaf,
 ) -> PyTree:
     """Map over an optimizer's state by the parameter that each leaf belongs to, not by its name.
 
@@ -506,16 +519,16 @@ def map_state(
         not that of ``tx``.
     """
 
-    def is_masked(node):
+    def is_masked(node: PyTree) -> bool:
         return isinstance(node, optax.MaskedNode)
 
-    def mapped(leaf, own):
+    def mapped(leaf: PyTree, own: PyTree) -> PyTree:
         return leaf if is_masked(leaf) else function(leaf, own)
 
-    def by_role(node):
+    def by_role(node: PyTree) -> bool:
         return isinstance(node, ByRole)
 
-    def others(node):
+    def others(node: PyTree) -> PyTree:
         return jax.tree.map(
             lambda leaf: leaf if by_role(leaf) else other(leaf), node, is_leaf=by_role
         )
@@ -537,13 +550,13 @@ def map_state(
             "tx.init."
         ) from error
 
-    def allocated(node):
+    def allocated(node: PyTree) -> PyTree:
         return on_allocator(node) if is_allocator_state(node) else node
 
     return jax.tree.map(allocated, state, is_leaf=is_allocator_state)
 
 
-def is_allocator_state(node: Any) -> bool:
+def is_allocator_state(node: PyTree) -> bool:
     """Return whether a node of a pytree is an allocator's state."""
     return isinstance(node, AllocatorState)
 

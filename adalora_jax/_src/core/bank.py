@@ -56,7 +56,7 @@ class AdapterBank:
 
     @classmethod
     def from_dict(
-        cls, named: Mapping[str, PyTree], base: Mapping[str, Any] | None = None
+        cls, named: Mapping[str, PyTree], base: Mapping[str, PyTree] | None = None
     ) -> AdapterBank:
         """Return a bank of the sets in ``{name: adapters}``.
 
@@ -85,7 +85,7 @@ class AdapterBank:
         return bank
 
     def add(
-        self, name: str, adapters: PyTree, base: Mapping[str, Any] | None = None
+        self, name: str, adapters: PyTree, base: Mapping[str, PyTree] | None = None
     ) -> AdapterBank:
         """Return the bank with another set of adapters; it replaces a set of the same name.
 
@@ -149,7 +149,9 @@ class AdapterBank:
                         f"base={{{path!r}: variables['params'][...]}}."
                     )
 
-                def cast(leaf, like):
+                def cast(
+                    leaf: Shaped[Array, "*axes"], like: Shaped[Array, "..."]
+                ) -> Shaped[Array, "*axes"]:
                     return jnp.asarray(leaf, like.dtype)
 
                 plain[path] = jax.tree.map(cast, base[path], node)
@@ -158,7 +160,7 @@ class AdapterBank:
         together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sets) if plain else {}
         return AdapterBank(stacked, together, tuple(members))
 
-    def _member(self, name: str) -> tuple[dict[str, Adapter], dict[str, Any]]:
+    def _member(self, name: str) -> tuple[dict[str, Adapter], dict[str, PyTree]]:
         selected = self.select(name)
         return pytree.adapters(selected), _others(selected)
 
@@ -180,7 +182,7 @@ class AdapterBank:
         """
         removed = int(self.index(name))
 
-        def without(leaf):
+        def without(leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
             return jnp.delete(leaf, removed, axis=0)
 
         stacked, others = jax.tree.map(without, (self.stacked, self.others))
@@ -217,7 +219,7 @@ class AdapterBank:
 
     def select(
         self, which: str | list[str | None] | tuple[str | None, ...] | Int[Array, "..."] | None
-    ) -> dict[str, Any]:
+    ) -> dict[str, PyTree]:
         """Return the adapters, and the parameters of ``modules_to_save``, of one or more sets.
 
         Args:
@@ -253,8 +255,8 @@ class AdapterBank:
 
 
 def combine_adapters(
-    *adapters: Mapping[str, Any], weights: Sequence[ArrayLike] | None = None
-) -> dict[str, Any]:
+    *adapters: Mapping[str, PyTree], weights: Sequence[ArrayLike] | None = None
+) -> dict[str, PyTree]:
     """Combine sets of adapters into one whose increments are weighted sums, ``ΔW = Σ_k w_k ΔW_k``.
 
     The sums are exact: triplets are concatenated, so ranks add up. The function is differentiable,
@@ -341,7 +343,7 @@ def truncate(adapters: PyTree, rank: int) -> PyTree:
     return pytree.insert_adapters(adapters, shorter)
 
 
-def per_example(function: Callable[..., Any]) -> Callable[..., Any]:
+def per_example(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Map a function of ``(adapters, *inputs)`` over a batch with different adapters per example.
 
     Products with the base model's weights remain products with the whole batch; only those with the
@@ -362,7 +364,7 @@ def per_example(function: Callable[..., Any]) -> Callable[..., Any]:
     (3, 7, 4)
     """
 
-    def one(adapters: PyTree, inputs: PyTree) -> Any:
+    def one(adapters: PyTree, inputs: PyTree) -> PyTree:
         output = function(adapters, *jax.tree.map(lambda leaf: leaf[None], inputs))
         return jax.tree.map(lambda leaf: leaf[0], output)
 
@@ -382,13 +384,13 @@ def _stack(members: Sequence[Mapping[str, Adapter]]) -> dict[str, Adapter]:
     return stacked
 
 
-def _others(adapters: PyTree) -> dict[str, Any]:
+def _others(adapters: PyTree) -> dict[str, PyTree]:
     """Return the entries that are not adapters."""
     if not isinstance(adapters, Mapping):
         return {}
 
-    def is_other(node):
-        return not pytree.adapters(node) and jax.tree.leaves(node)
+    def is_other(node: PyTree) -> bool:
+        return not pytree.adapters(node) and bool(jax.tree.leaves(node))
 
     return {path: node for path, node in adapters.items() if is_other(node)}
 
@@ -422,7 +424,7 @@ def _check_same_weight(name: str, path: str, adapter: Adapter, first: Adapter) -
     Stack, ``in`` and ``out`` must be equal, and the axes of the layouts, if both are known.
     """
 
-    def shape(a):
+    def shape(a: Adapter) -> tuple[int, ...]:
         return (*a.lam.shape[:-1], a.q.shape[-1], a.p.shape[-1])
 
     have, want = shape(adapter), shape(first)

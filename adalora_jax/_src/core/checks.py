@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_INT = 2**31 - 1  # the largest int32, the dtype that counts steps and triplets
@@ -26,7 +26,7 @@ class MissingFunction:
 
     name: str
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise ValueError(
             f"`config`: the function {self.name} was not saved with it; pass it again, with "
             "config.replace."
@@ -53,12 +53,12 @@ def integer(name: str, value: Any, *, minimum: int) -> int:
         number = None
     if number is None or isinstance(value, bool) or number < minimum:
         raise ValueError(
-            f"`{name}={shown(value)}`: must be an integer of at least {minimum}; use such a value."
+            f"`{name}={shown(value)}`: must be an integer of at least {minimum}; pass one."
         )
     if number > MAX_INT:
         raise ValueError(
             f"`{name}={shown(value)}`: must be at most {MAX_INT}, since it is counted in an int32; "
-            "use such a value."
+            "pass a smaller integer."
         )
     return number
 
@@ -87,7 +87,7 @@ def number(name: str, value: Any, range_: str, ok: Callable[[float], bool]) -> i
         good = fits = False
     if not fits:
         limit = f", and at most {MAX_NUMBER:.3g}, the largest float32, in size" if good else ""
-        raise ValueError(f"`{name}={shown(value)}`: must be {range_}{limit}; use such a value.")
+        raise ValueError(f"`{name}={shown(value)}`: must be {range_}{limit}; pass such a number.")
     return value if isinstance(value, int) else float(value)
 
 
@@ -110,18 +110,21 @@ float32; raise lora_alpha.
         )
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return ``repr(value)``, or the bit length of an integer of more than 256 bits.
 
     >>> shown(12), shown(10**5000)
     ('12', 'an integer of 16610 bits')
     """
     # Python raises an error for the repr of an integer of more than 4300 digits.
-    huge = isinstance(value, int) and value.bit_length() > 256
-    return f"an integer of {value.bit_length()} bits" if huge else repr(value)
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
 
 
-def choice(name: str, value: Any, allowed: tuple[Any, ...], or_callable: bool = False) -> Any:
+def choice(
+    name: str, value: object, allowed: tuple[str | None, ...], or_callable: bool = False
+) -> Any:
     """Return ``value`` if it is one of ``allowed``, or a function with ``or_callable``.
 
     Raises:
@@ -130,7 +133,7 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...], or_callable: bool = 
     >>> choice("init", "zeros", ("gaussian", "lambda_one"))
     Traceback (most recent call last):
         ...
-    ValueError: `init='zeros'`: must be one of 'gaussian', 'lambda_one'; use one of them.
+    ValueError: `init='zeros'`: must be one of 'gaussian', 'lambda_one'; pass one of these.
     """
     if or_callable and callable(value):
         return value
@@ -139,7 +142,7 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...], or_callable: bool = 
     options = ", ".join(repr(option) for option in allowed)
     raise ValueError(
         f"`{name}={value!r}`: must be one of {options}{', or a function' if or_callable else ''}; "
-        "use one of them."
+        "pass one of these."
     )
 
 
@@ -246,7 +249,7 @@ def rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
     return tuple(sorted(result.items()))
 
 
-def dtype_name(name: str, value: Any) -> str:
+def dtype_name(name: str, value: object) -> str:
     """Return the name of a dtype, which must be in :data:`DTYPES`.
 
     Raises:
@@ -261,7 +264,7 @@ def dtype_name(name: str, value: Any) -> str:
         found = getattr(value, "__name__", None)
     if found not in DTYPES:
         raise ValueError(
-            f"`{name}={value!r}`: must be one of {', '.join(DTYPES)}; use one of them."
+            f"`{name}={value!r}`: must be one of {', '.join(DTYPES)}; pass one of these."
         )
     return DTYPES[DTYPES.index(found)]
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 
 from adalora_jax._src.core import pytree, text
 from adalora_jax._src.core.adapter import Adapter
-from adalora_jax._src.core.allocator import map_state
+from adalora_jax._src.core.allocator import AllocatorState, map_state
 from adalora_jax._src.core.evaluation import apply_masks, masks, ranks, unfinished
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack
@@ -57,21 +57,21 @@ class _Selection:
 
     def __init__(
         self, name: str, shape: tuple[int, ...], rows: Int[np.ndarray, "... rank"], after: int
-    ):
+    ) -> None:
         self.name, self.shape, self.rows, self.after = name, shape, rows, after
 
 
 def _selections(params: PyTree, by_path: Mapping[str, Bool[np.ndarray, "... _"]]) -> PyTree:
     """Return a tree with a ``_Selection`` per leaf of an adapter and False for other leaves."""
 
-    def cuts(path: str, adapter: Adapter) -> Adapter[_Selection]:
+    def cuts(path: str, adapter: Adapter) -> Adapter:
         rows = surviving_rows(by_path[path])[0]
 
-        def make(name, after):
+        def make(name: str, after: int) -> _Selection:
             return _Selection(f"{path}.{name}", getattr(adapter, name).shape, rows, after)
 
-        leaves = make("p", 1), make("lam", 0), make("q", 1)
-        return Adapter(*leaves, adapter.scale, adapter.layout)
+        leaves: Any = make("p", 1), make("lam", 0), make("q", 1)
+        return Adapter(*leaves, scale=adapter.scale, layout=adapter.layout)
 
     plain = jax.tree.map(lambda leaf: False, params)
     found = pytree.adapters(params)
@@ -79,7 +79,7 @@ def _selections(params: PyTree, by_path: Mapping[str, Bool[np.ndarray, "... _"]]
     return pytree.insert_adapters(plain, values)
 
 
-def _take_rows(leaf: Any, cut: _Selection | Literal[False]) -> Any:
+def _take_rows(leaf: PyTree, cut: _Selection | Literal[False]) -> PyTree:
     """Return the remaining rows of a leaf of an adapter, or of an array of the leaf's shape."""
     if cut is False:
         return leaf
@@ -116,11 +116,11 @@ def _take_state_rows(
     remaining = pytree.adapters(small)
     roles = group_by_role(remaining)
 
-    def cut_allocator(state):
-        def short(path, a):
+    def cut_allocator(state: AllocatorState) -> AllocatorState:
+        def short(path: str, a: Adapter) -> Adapter:
             return a._replace(**map_leaves(_take_rows, a, rows[path])._asdict())
 
-        def take(values):
+        def take(values: Mapping[str, Adapter]) -> dict[str, Adapter]:
             return {path: short(path, values[path]) for path in remaining}
 
         active = {path: jnp.asarray(surviving_rows(by_path[path])[1]) for path in remaining}
@@ -132,7 +132,7 @@ def _take_state_rows(
     state = _without_removed(map_state(tx, _take_rows, cut_allocator, opt_state, cuts))
     expected = jax.eval_shape(tx.init, small)
 
-    def shapes(node):
+    def shapes(node: PyTree) -> list[tuple[int, ...]]:
         return [tuple(leaf.shape) for leaf in jax.tree.leaves(node)]
 
     if shapes(expected) != shapes(state):
@@ -206,7 +206,7 @@ def _without_removed(node: PyTree) -> PyTree:
     if jax.tree_util.treedef_is_leaf(treedef) or isinstance(node, ByRole):
         return node
 
-    def gone(child):
+    def gone(child: PyTree) -> bool:
         return {id(leaf) for leaf in jax.tree.leaves(child)} == {id(_REMOVED)}
 
     if isinstance(node, Mapping):

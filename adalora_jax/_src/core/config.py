@@ -260,7 +260,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
     use_dora: InitVar[bool] = False
     loftq_config: InitVar[Mapping[str, Any] | None] = None
 
-    def __post_init__(self, *only_peft: Any) -> None:
+    def __post_init__(self, *only_peft: object) -> None:
         peft_keys.check_accepted(*only_peft)
         if self.total_step in (None, 0):
             raise ValueError(
@@ -294,7 +294,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         else:
             least = f"above 0, or None, and at least {checks.MIN_NUMBER:.3g}"
 
-            def ok(v):
+            def ok(v: float) -> bool:
                 return checks.MIN_NUMBER <= v < math.inf
 
             self._check("scale", checks.number, least, ok)
@@ -322,13 +322,15 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
-                    f"`{name}={getattr(self, name)!r}`: must be True or False; use one of them."
+                    f"`{name}={getattr(self, name)!r}`: must be True or False; pass one of the two."
                 )
 
-    def _check(self, name: str, check: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _check(
+        self, name: str, check: Callable[..., object], *args: object, **kwargs: object
+    ) -> None:
         self._set(name, check(name, getattr(self, name), *args, **kwargs))
 
-    def _set(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     @property
@@ -474,7 +476,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
                 "leave them out."
             )
 
-        def is_function(value):
+        def is_function(value: object) -> bool:
             return isinstance(value, Mapping) and set(value) == {"function"}
 
         values = {
@@ -624,7 +626,7 @@ def _init_or_explain(self: AdaLoraConfig, *args: Any, **kwargs: Any) -> None:
 setattr(AdaLoraConfig, "__init__", _init_or_explain)  # noqa: B010
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> Any:
     if isinstance(value, RankSpec):
         return dataclasses.asdict(value)
     if isinstance(value, (tuple, list)):

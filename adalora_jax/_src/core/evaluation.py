@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jaxtyping import Array, Bool
 
 from adalora_jax._src.core import pytree
+from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import (
     allocator_state,
     allocator_states,
@@ -20,10 +20,11 @@ from adalora_jax._src.core.allocator import (
     is_allocator_state,
 )
 from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.core.roles import ByRole
 from adalora_jax._src.core.scores import needed_inputs
 
 
-def masks(state: Any) -> dict[str, jax.Array]:
+def masks(state: PyTree) -> dict[str, Bool[Array | np.ndarray, "*stack r"]]:
     """Return the masks of all adapters by path.
 
     Args:
@@ -45,7 +46,7 @@ def masks(state: Any) -> dict[str, jax.Array]:
     given = getattr(state, "masks", state)
     by_path = pytree.leaves_with_path(given)
 
-    def is_mask(leaf):
+    def is_mask(leaf: PyTree) -> bool:
         return str(getattr(leaf, "dtype", "")) == "bool" and leaf.ndim > 0
 
     if not by_path or not all(map(is_mask, by_path.values())):
@@ -87,7 +88,7 @@ def eval_params(opt_state: PyTree, params: PyTree) -> PyTree:
     return apply_masks(_schedule_free(opt_state, params), opt_state)
 
 
-def apply_masks(params: PyTree, state: Any) -> PyTree:
+def apply_masks(params: PyTree, state: PyTree) -> PyTree:
     """Return the tree with λ exactly 0 where a mask is False.
 
     Args:
@@ -111,7 +112,7 @@ def apply_masks(params: PyTree, state: Any) -> PyTree:
             "of one run, as the optimizer sees them."
         )
 
-    def masked(path):
+    def masked(path: str) -> Adapter:
         lam = found[path].lam
         return found[path]._replace(lam=jnp.where(by_path[path], lam, jnp.zeros((), lam.dtype)))
 
@@ -122,7 +123,7 @@ def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
     """Return ``schedule_free``'s average of the parameters, or ``params`` if it is not used."""
     state_type = optax.contrib.ScheduleFreeState
 
-    def is_state(node):
+    def is_state(node: PyTree) -> bool:
         return isinstance(node, state_type)
 
     found = [n for n in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(n)]
@@ -157,7 +158,7 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
     allowed = current_budget(config, jnp.asarray(config.final_step, jnp.int32), weights)
     due = state.step <= config.final_step
 
-    def make():
+    def make() -> ByRole:
         return best_masks(state, weights, gradients, allowed)
 
     final = state._replace(
@@ -168,13 +169,13 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
     )
     params = apply_masks(params, final.masks)
 
-    def restore(node):
+    def restore(node: PyTree) -> PyTree:
         return pytree.match_containers(node, final) if is_allocator_state(node) else node
 
     return params, jax.tree.map(restore, opt_state, is_leaf=is_allocator_state)
 
 
-def unfinished(state: Any) -> str:
+def unfinished(state: PyTree) -> str:
     """Return a message that the final mask is missing; an empty string if it was made.
 
     >>> unfinished({"query": jnp.array([True])})
@@ -190,7 +191,7 @@ def unfinished(state: Any) -> str:
     return ""
 
 
-def ranks(state: Any) -> dict[str, int]:
+def ranks(state: PyTree) -> dict[str, int]:
     """Return the rank of every matrix: its number of active triplets.
 
     Args:
@@ -215,7 +216,7 @@ def ranks(state: Any) -> dict[str, int]:
     return result
 
 
-def rank_pattern(state: Any) -> dict[str, list]:
+def rank_pattern(state: PyTree) -> dict[str, list]:
     """Return the masks as lists of booleans, the form of PEFT's ``rank_pattern``.
 
     Args:

@@ -52,7 +52,7 @@ class Layout:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(
-                f"`kind={self.kind!r}`: must be one of {', '.join(KINDS)}; use one of them."
+                f"`kind={self.kind!r}`: must be one of {', '.join(KINDS)}; pass one of these."
             )
         for name in ("ins", "outs", "stack"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -88,7 +88,7 @@ class Layout:
         True
         """
 
-        def axes(layout):
+        def axes(layout: Layout) -> tuple[tuple[int, ...], ...]:
             return (layout.stack, layout.ins, layout.outs)
 
         return axes(self) == axes(other)
@@ -110,7 +110,7 @@ class Layout:
         """
         lifted, own = self._split(shape)
 
-        def size(axes):
+        def size(axes: tuple[int, ...]) -> int:
             return math.prod(own[axis] for axis in axes)
 
         return (*lifted, *(own[axis] for axis in self.stack)), size(self.ins), size(self.outs)
@@ -166,13 +166,13 @@ class Layout:
         True
         """
 
-        def as_list(value):
+        def as_list(value: object) -> object:
             return list(value) if isinstance(value, tuple) else value
 
         return {name: as_list(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Layout:
+    def from_dict(cls, values: Mapping[str, object]) -> Layout:
         """Return the layout that :meth:`to_dict` wrote.
 
         Args:
@@ -189,7 +189,7 @@ class Layout:
         """
         fields = {field.name for field in dataclasses.fields(cls)}
 
-        def is_axes(value):
+        def is_axes(value: object) -> bool:
             return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
         texts = ("weight", "kind", "note")
@@ -204,7 +204,7 @@ class Layout:
                 f"`values={dict(values)!r:.200}`: not written by Layout.to_dict; pass its result."
             )
 
-        def as_tuple(value):
+        def as_tuple(value: object) -> object:
             return tuple(value) if isinstance(value, list) else value
 
         arguments: dict[str, Any] = {name: as_tuple(value) for name, value in values.items()}

@@ -168,11 +168,11 @@ def opaque_false(after: Shaped[Array, "..."]) -> Bool[Array, ""]:
     Array(False, dtype=bool)
     """
 
-    def on_cpu(array):
+    def on_cpu(array: Shaped[Array, "..."]) -> Bool[Array, ""]:
         element = array[(0,) * array.ndim]
         return (element != element) & (element == element)
 
-    def elsewhere(array):
+    def elsewhere(array: Shaped[Array, "..."]) -> Bool[Array, ""]:
         false, _ = lax.optimization_barrier((jnp.zeros((), bool), array))
         return false
 
@@ -219,7 +219,7 @@ def _forward(
 ) -> tuple[Inexact[Array, "*tokens out"], tuple[Array | None, ...]]:
     dtype = accumulation_dtype(x.dtype)
 
-    def at(of):
+    def at(of: tuple[str | tuple[str, ...] | None, ...]) -> NamedSharding | None:
         return explicit_sharding(x, (*_spec(x)[:-1], *of))
 
     seen = apply_dropout(x, seed, rate)
@@ -239,7 +239,7 @@ def _backward(
     x, p, c, q, seed, h = residuals
     dtype, last, tokens = h.dtype, x.ndim - 1, tuple(range(x.ndim - 1))
 
-    def at(like):
+    def at(like: Shaped[Array, "..."]) -> NamedSharding | None:
         return explicit_sharding(like, _spec(like))
 
     seed = _recompute_seed(seed, g)
@@ -332,7 +332,7 @@ def _contract(
 ) -> Inexact[Array, "..."]:
     """Compute ``dot_general`` over the given axes, without batch axes."""
 
-    def as_tuple(axes):
+    def as_tuple(axes: int | tuple[int, ...]) -> tuple[int, ...]:
         return axes if isinstance(axes, tuple) else (axes,)
 
     return lax.dot_general(

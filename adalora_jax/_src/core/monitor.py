@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from adalora_jax._src.core import pytree
+from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import allocator_state, role_scores
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.regularizer import penalty
@@ -44,16 +47,16 @@ class AllocatorInfo(NamedTuple):
     (1, True)
     """
 
-    step: jax.Array
-    budget: jax.Array
-    live: jax.Array
-    masks: dict[str, jax.Array]
-    scores: dict[str, jax.Array]
-    overridden: jax.Array | None = None
-    inactive: dict[str, jax.Array] | None = None
-    penalty: jax.Array | None = None
+    step: Int32[Array, ""]
+    budget: Int32[Array, ""]
+    live: Int32[Array, ""]
+    masks: dict[str, Bool[Array, "*stack r"]]
+    scores: dict[str, Float[Array, "*stack r"]]
+    overridden: Int32[Array, ""] | None = None
+    inactive: dict[str, Bool[Array, "*stack"]] | None = None
+    penalty: Float[Array, ""] | None = None
 
-    def metrics(self, prefix: str = "", *, each: bool = False) -> dict[str, jax.Array]:
+    def metrics(self, prefix: str = "", *, each: bool = False) -> dict[str, Shaped[Array, ""]]:
         """Return the numbers as ``{name: scalar}``, for TensorBoard and other metric writers.
 
         ============================================  ===========================================
@@ -99,7 +102,7 @@ class AllocatorInfo(NamedTuple):
         ranks = _rows({path: mask.sum(axis=-1) for path, mask in self.masks.items()})
         sums = _rows({path: score.sum(axis=-1) for path, score in self.scores.items()})
 
-        def flat(arrays):
+        def flat(arrays: Mapping[str, Shaped[Array, "..."]]) -> Shaped[Array, " n"]:
             return jnp.concatenate([array.ravel() for array in arrays.values()])
 
         rank, score = jnp.stack(list(ranks.values())), flat(self.scores)
@@ -185,7 +188,7 @@ def info(
     roles = state.masks.roles
     scores = role_scores(state, *map(pytree.adapters, given.values()))
 
-    def without_gradient(averages):
+    def without_gradient(averages: Adapter) -> Bool[Array, "*stack 1"]:
         return ((_total(averages) == 0) & (state.step > 0))[..., None]
 
     idle = ByRole(
@@ -204,17 +207,17 @@ def info(
     )
 
 
-def _total(adapter: Any) -> jax.Array:
+def _total(adapter: Adapter) -> Float[Array, "*stack"]:
     """Return the sum of absolute values per matrix, which is 0 only if all entries are 0."""
 
-    def own(leaf):
+    def own(leaf: Shaped[Array, "..."]) -> tuple[int, ...]:
         return tuple(range(adapter.lam.ndim - 1, leaf.ndim))
 
     p, lam, q = (jnp.sum(jnp.abs(leaf), axis=own(leaf)) for leaf in adapter)
     return p + lam + q
 
 
-def _rows(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _rows(values: Mapping[str, Shaped[Array, "*stack"]]) -> dict[str, Shaped[Array, ""]]:
     """Return ``{row name: scalar}`` with one entry per matrix; slices of a stack are separate."""
     return {
         pytree.row_name(path, index): value[index]

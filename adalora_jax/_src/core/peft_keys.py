@@ -57,13 +57,13 @@ _TASK_TYPES = (
 
 
 def check_accepted(
-    task_type: Any,
-    bias: Any,
-    inference_mode: Any,
-    peft_type: Any,
-    r: Any,
-    use_dora: Any,
-    loftq_config: Any,
+    task_type: object,
+    bias: object,
+    inference_mode: object,
+    peft_type: object,
+    r: object,
+    use_dora: object,
+    loftq_config: object,
 ) -> None:
     """Check PEFT's arguments that a config accepts but does not store.
 
@@ -225,7 +225,7 @@ def written_pattern(pattern: tuple[tuple[str, Any], ...], init_r: int) -> dict[s
     }
 
 
-def _read_pattern(value: Any) -> dict[str, list[bool]]:
+def _read_pattern(value: object) -> dict[str, list[bool]]:
     """Return PEFT's ``rank_pattern`` with this library's paths.
 
     PEFT's keys end in ``.lora_E``, followed by the adapter's name during training.

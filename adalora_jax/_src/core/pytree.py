@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import optax
 from jax import tree_util
+from jax.tree_util import KeyPath
 
 from adalora_jax._src.core.adapter import Adapter, check_adapter
 
@@ -19,7 +20,7 @@ PACKED = "quantized"  # linen collection of weights that are stored as packed in
 _FIELDS = frozenset(Adapter._fields)
 
 
-def is_adapter(node: Any) -> bool:
+def is_adapter(node: object) -> bool:
     """Return whether a node is an :class:`Adapter` or a mapping with exactly the keys p, lam and q.
 
     Flax parameter trees and NNX States represent an adapter as such a mapping.
@@ -30,7 +31,7 @@ def is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter) or (isinstance(node, Mapping) and set(node) == _FIELDS)
 
 
-def is_packed(node: Any) -> bool:
+def is_packed(node: object) -> bool:
     """Return whether a weight is stored as packed integers, which computations must dequantise.
 
     >>> is_packed(1.0)
@@ -39,7 +40,7 @@ def is_packed(node: Any) -> bool:
     return hasattr(node, "dequantize")
 
 
-def is_by_role(node: Any) -> bool:
+def is_by_role(node: object) -> bool:
     """Return whether a node is a :class:`ByRole`, a mapping by path with one array per role.
 
     >>> is_by_role({"query": 1.0})
@@ -48,7 +49,7 @@ def is_by_role(node: Any) -> bool:
     return hasattr(node, "stacked")
 
 
-def get_path(nested: Any, path: Sequence[str]) -> Any:
+def get_path(nested: PyTree, path: Sequence[str]) -> PyTree:
     """Return the node of nested dicts at ``path``; None if there is none.
 
     >>> get_path({"up": {"kernel": 1}}, ["up", "kernel"]), get_path({"up": 1}, ["down"])
@@ -59,7 +60,7 @@ def get_path(nested: Any, path: Sequence[str]) -> Any:
     return nested
 
 
-def weight_path(params: Any, path: str, weight: str) -> list[str]:
+def weight_path(params: PyTree, path: str, weight: str) -> list[str]:
     """Return the path of a layer's weight in nested parameters, as a list of names.
 
     A layer's path is that of its module, or that of its weight if a scope has several weights.
@@ -73,7 +74,7 @@ def weight_path(params: Any, path: str, weight: str) -> list[str]:
     return [*parts, weight] if node is None or isinstance(node, Mapping) else parts
 
 
-def is_variable(node: Any) -> bool:
+def is_variable(node: object) -> bool:
     """Return whether a node is an NNX Variable, which holds an array and its sharding metadata.
 
     >>> is_variable(1.0)
@@ -82,7 +83,7 @@ def is_variable(node: Any) -> bool:
     return hasattr(node, "get_value")
 
 
-def stacked_variable(variable: Any, value: Any) -> Any:
+def stacked_variable(variable: PyTree, value: PyTree) -> PyTree:
     """Return ``value``, in a Variable if ``variable`` is one, with one axis in front of its axes.
 
     The new axis is not sharded: ``out_sharding``, by which an optimizer's state is placed, gets a
@@ -109,13 +110,13 @@ def unwrap_variables(tree: PyTree) -> PyTree:
     {'a': 1.0}
     """
 
-    def get(node):
+    def get(node: PyTree) -> PyTree:
         return node.get_raw_value() if is_variable(node) else node
 
     return jax.tree.map(get, tree, is_leaf=is_variable)
 
 
-def match_containers(own: PyTree, values: PyTree) -> Any:
+def match_containers(own: PyTree, values: PyTree) -> PyTree:
     """Return the leaves of ``values`` in the containers and NNX Variables of ``own``.
 
     >>> match_containers({"a": 1, "b": 2}, [3, 4])
@@ -138,14 +139,14 @@ def insert_adapters(tree: PyTree, new: Mapping[str, Adapter]) -> PyTree:
     """
     nodes, treedef = _nodes(tree)
 
-    def replaced(path, node):
+    def replaced(path: KeyPath, node: PyTree) -> PyTree:
         name = path_name(path)
         return _cast_like(node, new[name]) if is_adapter(node) and name in new else node
 
     return treedef.unflatten([replaced(path, node) for path, node in nodes])
 
 
-def insert_values(tree: PyTree, values: Mapping[str, Any]) -> PyTree:
+def insert_values(tree: PyTree, values: Mapping[str, PyTree]) -> PyTree:
     """Return the containers of ``tree`` with ``values[path]`` per adapter and None elsewhere.
 
     >>> insert_values({"query": Adapter(1, 2, 3), "bias": 4}, {"query": True})
@@ -198,7 +199,7 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
     return result
 
 
-def _static_fields(node: Any) -> dict[str, Any]:
+def _static_fields(node: PyTree) -> dict[str, Any]:
     """Return the scale and layout from the metadata of an NNX adapter's ``lam``."""
     lam: Any = node["lam"] if isinstance(node, Mapping) else None
     if not is_variable(lam):
@@ -207,7 +208,7 @@ def _static_fields(node: Any) -> dict[str, Any]:
     return {name: known[name] for name in ("scale", "layout") if name in known}
 
 
-def leaves_with_path(tree: PyTree) -> dict[str, Any]:
+def leaves_with_path(tree: PyTree) -> dict[str, PyTree]:
     """Return ``{path: leaf}`` for a tree with one leaf per adapter, such as the masks.
 
     >>> leaves_with_path({"encoder": {"query": 1, "adalora": 2}})
@@ -245,7 +246,7 @@ def param_labels(tree: PyTree, other: str = "other") -> PyTree:
     )
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: KeyPath) -> str:
     """Return a key path as ``a/b/c``; the key :data:`ADAPTER_KEY` at its end is omitted.
 
     >>> path_name([tree_util.DictKey(key) for key in ("layers", 0, ADAPTER_KEY)])
@@ -275,7 +276,7 @@ def row_name(path: str, index: tuple[int, ...]) -> str:
     return f"{path}[{','.join(map(str, index))}]" if index else path
 
 
-def leaf_name(path: tuple[Any, ...]) -> str:
+def leaf_name(path: KeyPath) -> str:
     """Return a leaf's key path as ``a/b/c``, equal for a dict, a Flax dict and an NNX State.
 
     >>> leaf_name([tree_util.DictKey(key) for key in ("up", ADAPTER_KEY, "lam")])
@@ -287,20 +288,22 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return "/".join(part for part in parts if part not in ("", ADAPTER_KEY))
 
 
-def _nodes(tree):
+def _nodes(tree: PyTree) -> tuple[list[tuple[KeyPath, PyTree]], Any]:
     """Flatten ``tree`` with path; each adapter, and each NNX Variable elsewhere, is one leaf.
 
     The structure is then independent of whether the parameters are Variables, as in an optimizer's
     ``init``, or arrays, as in its ``update``.
     """
 
-    def is_leaf(node):
+    def is_leaf(node: PyTree) -> bool:
         return is_adapter(node) or is_variable(node)
 
     return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
 
 
-def _as_adapter(node: Any, path: tuple[Any, ...], is_leaf: Any = None) -> Adapter | None:
+def _as_adapter(
+    node: PyTree, path: KeyPath, is_leaf: Callable[[PyTree], bool] | None = None
+) -> Adapter | None:
     """Return the node as an :class:`Adapter`; None if it is not one or is masked out by optax.
 
     A mapping of arrays has no metadata about its weight, so its scale and layout are unknown.
@@ -331,12 +334,12 @@ def _as_adapter(node: Any, path: tuple[Any, ...], is_leaf: Any = None) -> Adapte
     return adapter
 
 
-def _cast_like(node: Any, adapter: Adapter) -> Any:
+def _cast_like(node: PyTree, adapter: Adapter) -> PyTree:
     """Return ``adapter`` in the containers of ``node``: an Adapter, a dict, or an NNX State."""
     named, treedef = tree_util.tree_flatten_with_path(node)
     return treedef.unflatten([getattr(adapter, _field(key)) for key, _ in named])
 
 
-def _field(path: tuple[Any, ...]) -> str:
+def _field(path: KeyPath) -> str:
     """Return the first entry of a leaf's path inside an adapter: p, lam or q."""
     return tree_util.keystr(path[:1], simple=True)

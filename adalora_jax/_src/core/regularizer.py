@@ -74,7 +74,7 @@ def penalty(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
         )
 
     # On a CPU, kernel launches are cheap and joined matrices take longer to compile.
-    def one_by_one():
+    def one_by_one() -> Float[Array, " matrices"]:
         return jnp.concatenate([_deviations(m) for m in matrices.values()])
 
     deviations = jax.lax.platform_dependent(cpu=one_by_one, default=lambda: _joined(matrices))
@@ -83,7 +83,7 @@ def penalty(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     return config.orth_reg_weight * jnp.mean(deviations)
 
 
-def _joined(matrices: Mapping[tuple[str, str], jax.Array]) -> jax.Array:
+def _joined(matrices: Mapping[tuple[str, str], Inexact[Array, "..."]]) -> Float[Array, " matrices"]:
     """Return the deviations of all matrices, computed per role: a few kernels instead of many.
 
     Matrices of one role have paths that differ only in numbers, and the same type: shape, dtype and
@@ -94,11 +94,17 @@ def _joined(matrices: Mapping[tuple[str, str], jax.Array]) -> jax.Array:
     for (path, name), m in matrices.items():
         role = (re.sub(r"\d+", "*", path), name, jax.typeof(m))
         roles.setdefault(role, []).append(m)
-    return jnp.concatenate([deviation(jnp.stack(members)).ravel() for members in roles.values()])
+    grams: dict[Any, list[jax.Array]] = {}
+    for role, members in roles.items():
+        gram = _minus_identity(jnp.stack(members))
+        # A stack axis may be sharded. Without one, all devices have the whole products.
+        kind = (gram.dtype, gram.shape[1:], None if gram.ndim == 3 else role)
+        grams.setdefault(kind, []).append(gram)
+    return jnp.concatenate([_norm(jnp.concatenate(some)).ravel() for some in grams.values()])
 
 
 @jax.jit  # one trace for all matrices of one shape and dtype
-def _deviations(m):
+def _deviations(m: Inexact[Array, "*stack r d"]) -> Float[Array, " matrices"]:
     return deviation(m).ravel()
 
 
@@ -112,24 +118,31 @@ def deviation(m: Inexact[Array, "*stack r d"]) -> Float[Array, "*stack"]:
     >>> deviation(2 * jnp.eye(3))
     Array(5.196152, dtype=float32)
     """
+    return _norm(_minus_identity(m))
+
+
+def _minus_identity(m: jax.Array) -> jax.Array:
+    """Return ``M Mᵀ − I``, in at least float32."""
     gram = _gram(m.astype(accumulation_dtype(m.dtype)))
-    return _norm(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape))
+    return gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
 
 
 @jax.custom_jvp
-def _gram(m):
+def _gram(m: Inexact[Array, "*stack r d"]) -> Inexact[Array, "*stack r r"]:
     """Compute ``M Mᵀ``; its derivative is one product, not two, because the result is symmetric."""
     return _rows_by_rows(m, m)
 
 
 @_gram.defjvp
-def _gram_jvp(primals, tangents):
+def _gram_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (m,), (tangent,) = primals, tangents
     half = _rows_by_rows(tangent, m)
     return _gram(m), half + half.swapaxes(-1, -2)
 
 
-def _rows_by_rows(a, b):
+def _rows_by_rows(
+    a: Inexact[Array, "*stack r d"], b: Inexact[Array, "*stack s d"]
+) -> Inexact[Array, "*stack r s"]:
     spec = (*jax.typeof(b).sharding.spec[:-2], None, None)
     return jnp.einsum(
         "...ri,...si->...rs",
@@ -140,7 +153,7 @@ def _rows_by_rows(a, b):
 
 
 @jax.custom_jvp
-def _norm(d):
+def _norm(d: Float[Array, "*stack r r"]) -> Float[Array, "*stack"]:
     """Compute ``‖D‖_F`` of each matrix; infinite if D is not finite.
 
     Squares are summed twice, of D and of a scaled-down D, whose sum is used if the first overflows.
@@ -154,21 +167,23 @@ def _norm(d):
 
 
 @_norm.defjvp
-def _norm_jvp(primals, tangents):
+def _norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (d,), (tangent,) = primals, tangents
     norm = _norm(d)
     return norm, jnp.sum(_unit(d, norm) * tangent, axis=(-2, -1))
 
 
 @jax.custom_jvp
-def _unit(d, norm):
+def _unit(
+    d: Float[Array, "*stack r r"], norm: Float[Array, "*stack"]
+) -> Float[Array, "*stack r r"]:
     """Compute ``D / ‖D‖_F``, the gradient of the norm; 0 if the norm is 0 or infinite."""
     some = ((norm > 0) & (norm < jnp.inf))[..., None, None]
     return jnp.where(some, d, 0) / jnp.where(some, norm[..., None, None], 1)
 
 
 @_unit.defjvp
-def _unit_jvp(primals, tangents):
+def _unit_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     """Compute ``E − U ⟨U, E⟩`` with ``E = dD / ‖D‖_F``, so that the scale of D cancels."""
     (d, norm), (tangent, _) = primals, tangents
     unit, change = _unit(d, norm), _unit(tangent, norm)

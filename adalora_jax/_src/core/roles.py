@@ -17,6 +17,7 @@ from jax import tree_util
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int32, Shaped
 
 from adalora_jax._src.core.adapter import Adapter
 
@@ -63,7 +64,7 @@ class Roles:
         return {path: (role, i) for role in self.members for i, path in enumerate(role.paths)}
 
     @functools.cached_property
-    def places(self) -> np.ndarray:
+    def places(self) -> Int32[np.ndarray, " triplets"]:
         """The position of every triplet in the order of the adapters, for the roles in a row."""
         sizes = [math.prod(self.where[path][0].shape) for path in self.paths]
         starts = dict(zip(self.paths, itertools.accumulate(sizes, initial=0)))
@@ -103,7 +104,7 @@ def group_by_role(adapters: Mapping[str, Adapter]) -> Roles:
     return Roles(tuple(members), tuple(adapters))
 
 
-def _spec(leaf: Any) -> Any:
+def _spec(leaf: Shaped[Array, "..."]) -> P | None:
     """Return the sharding that is part of an array's type, on a mesh with explicit axes."""
     sharding = jax.typeof(leaf).sharding
     return sharding.spec if sharding.mesh.are_all_axes_explicit else None
@@ -132,7 +133,7 @@ class ByRole(Mapping[str, Any]):
     (Array([1.], dtype=float32), ['h/0', 'h/1', 'head'])
     """
 
-    def __init__(self, stacked: Mapping[str, Any], roles: Roles):
+    def __init__(self, stacked: Mapping[str, Any], roles: Roles) -> None:
         self.stacked, self.roles = dict(stacked), roles
 
     def __getitem__(self, path: str) -> Any:
@@ -161,7 +162,7 @@ class ByRole(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"ByRole({self.stacked!r})"
 
-    def tree_flatten_with_keys(self) -> tuple[Any, Roles]:
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Roles]:
         keyed = [(tree_util.DictKey(r.name), self.stacked[r.name]) for r in self.roles.members]
         return keyed, self.roles
 
@@ -197,7 +198,7 @@ def stack_like(like: ByRole, values: Mapping[str, Adapter]) -> ByRole:
     return ByRole(known, like.roles)
 
 
-def per_triplet(reduce: Callable[..., jax.Array], values: ByRole) -> jax.Array:
+def per_triplet(reduce: Callable[..., Array], values: ByRole) -> Shaped[Array, " n"]:
     """Reduce values to one number per member of a role and triplet, all in one row.
 
     Reducing the row takes one kernel, where one reduction per array would take two for each. The
@@ -230,7 +231,9 @@ def _join(members: Sequence[Any], ndim: int) -> Any:
     )
 
 
-def _join_arrays(members: Sequence[Any], ndim: int) -> jax.Array:
+def _join_arrays(
+    members: Sequence[Shaped[Array | np.ndarray, "..."]], ndim: int
+) -> Shaped[Array, "..."]:
     """Stack arrays along a new axis, which is not sharded, in front of their last ``ndim`` axes."""
     first = members[0]
     axis = first.ndim - ndim
@@ -248,7 +251,9 @@ def _join_arrays(members: Sequence[Any], ndim: int) -> jax.Array:
     return jax.device_put(joined, NamedSharding(sharding.mesh, spec))
 
 
-def _member(leaf: Any, index: int, ndim: int) -> Any:
+def _member(
+    leaf: Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct, index: int, ndim: int
+) -> Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct:
     """Return a slice of a role's array, in which ``ndim`` axes follow the axis of the members."""
     axis = leaf.ndim - ndim - 1
     if not isinstance(leaf, jax.ShapeDtypeStruct):

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Shaped
 
 from adalora_jax._src.core.adapter import Adapter
@@ -135,7 +134,7 @@ def needed_inputs(config: AdaLoraConfig) -> tuple[str, ...]:
 
 
 def triplet_scores(
-    evidence: ScoreInputs, config: AdaLoraConfig, factor: ArrayLike = 1
+    evidence: ScoreInputs, config: AdaLoraConfig, factor: Float32[Array, ""] | int = 1
 ) -> Shaped[Array, "*stack r"]:
     """Return the scores by which the triplets of one adapter are ranked.
 
@@ -176,7 +175,14 @@ def triplet_scores(
     return elements.lam if config.score_reduction == "lam" else triplet_mean(elements)
 
 
-def _element_score(score, factor, weight, gradient, sensitivity, uncertainty):
+def _element_score(
+    score: str,
+    factor: Float32[Array, ""] | int,
+    weight: Shaped[Array, "*shape"],
+    gradient: Shaped[Array, "*shape"],
+    sensitivity: Float32[Array, "*shape"],
+    uncertainty: Float32[Array, "*shape"],
+) -> Float32[Array, "*shape"]:
     if score == "sensitivity_uncertainty":
         return (factor * sensitivity) * (factor * uncertainty)
     if score == "smoothed_sensitivity":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int32, Shaped, UInt
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Int, Int32, Shaped, UInt
 
 from adalora_jax._src.core.pytree import PyTree
 
@@ -122,7 +122,7 @@ def concatenate(entries: Sequence[RankedScores]) -> RankedScores:
     Array([2, 3, 0], dtype=uint32)
     """
 
-    def flat(parts):
+    def flat(parts: Sequence[Shaped[Array, "..."]]) -> Shaped[Array, " n"]:
         return jnp.concatenate([part.ravel() for part in parts])
 
     fields: Any = (None if parts[0] is None else flat(parts) for parts in zip(*entries))
@@ -163,13 +163,15 @@ def find_threshold(
     return Threshold(lowest, ties)
 
 
-def _largest_with(holds: Any, dtype: Any, width: int) -> jax.Array:
+def _largest_with(
+    holds: Callable[[Array], Bool[Array, ""]], dtype: DTypeLike, width: int
+) -> Shaped[Array, ""]:
     """Return the largest integer of ``width`` bits for which a monotonic condition holds.
 
     The condition holds for every integer up to that one; if it does not hold for 0, 0 is returned.
     """
 
-    def set_bit(place, found):
+    def set_bit(place: Int[Array, ""] | int, found: Shaped[Array, ""]) -> Shaped[Array, ""]:
         shift = jnp.asarray(width - 1 - place, dtype)  # an int where jit is disabled
         candidate = found | jax.lax.shift_left(jnp.ones((), dtype), shift)
         return jnp.where(holds(candidate), candidate, found)
@@ -177,13 +179,13 @@ def _largest_with(holds: Any, dtype: Any, width: int) -> jax.Array:
     return jax.lax.fori_loop(0, width, set_bit, jnp.zeros((), dtype))
 
 
-def _places(keys: jax.Array, places: ArrayLike | None) -> jax.Array:
+def _places(keys: UInt[Array, " n"], places: ArrayLike | None) -> Int32[Array, " n"]:
     if places is None:
         return jnp.arange(keys.size, dtype=jnp.int32)
     return jnp.asarray(places)
 
 
-def _total(entry: RankedScores, mask: jax.Array) -> jax.Array:
+def _total(entry: RankedScores, mask: Bool[Array, "..."]) -> Int32[Array, ""]:
     """Return the total cost of the scores in a mask."""
     costs = mask if entry.cost is None else jnp.where(mask, entry.cost, 0)
     return jnp.sum(costs, dtype=jnp.int32)
@@ -230,8 +232,11 @@ def _order_preserving_bits(scores: Shaped[Array, "*shape"]) -> UInt[Array, "*sha
 
 
 def _assign_tiers(
-    scores: jax.Array, alive: jax.Array, least: ArrayLike, most: ArrayLike
-) -> jax.Array:
+    scores: Shaped[Array, "*stack r"],
+    alive: Bool[Array, "*stack r"],
+    least: ArrayLike,
+    most: ArrayLike,
+) -> Int32[Array, "*stack r"]:
     order = jnp.lexsort((-scores, ~alive), axis=-1)
     place = jnp.argsort(order, axis=-1)  # the inverse permutation: positions when sorted
     least = jnp.minimum(least, most)
@@ -239,7 +244,7 @@ def _assign_tiers(
     return jnp.where(alive, turn, 2)
 
 
-def replicate(scores: jax.Array) -> jax.Array:
+def replicate(scores: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Return the scores replicated on every device.
 
     Adapters may have different shardings. With explicit mesh axes, arrays need one sharding to be

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 
-def table(rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+def table(rows: Sequence[Sequence[object]], left: int = 1) -> str:
     """Return rows of cells as aligned text; the first ``left`` columns are left-aligned.
 
     >>> print(table([("a", 1), ("bcd", 23)]))

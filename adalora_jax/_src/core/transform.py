@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jaxtyping import Array, Bool, Inexact, Int32
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
@@ -27,6 +28,7 @@ from adalora_jax._src.core.allocator import (
 )
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.init import INIT_STD
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.regularizer import penalty
 from adalora_jax._src.core.roles import ByRole, map_leaves, per_triplet, stack
 
@@ -138,7 +140,7 @@ def adalora(
         _warn_of_small_start(params, config)
 
         # Some optimizers store the initial parameters: copy, as callers donate params and state.
-        def own(leaf):
+        def own(leaf: PyTree) -> PyTree:
             return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
 
         inner_state = jax.tree.map(own, inner.init(params))
@@ -181,7 +183,8 @@ def adalora(
             weights = {path: after(adapter, moves[path]) for path, adapter in current.items()}
         allocator = update_allocator(before, weights, gradients, before.step)
         now = masks_applied(before, before.step)
-        revived = _count_revived(before, current)
+        # Counted before any λ changes: otherwise XLA keeps a copy of every λ for the count.
+        revived, now = jax.lax.optimization_barrier((_count_revived(before, current), now))
         allocator = allocator._replace(
             # The state does not change if a gradient is not finite.
             applied=jnp.where(allocator.step != before.step, now, before.applied),
@@ -206,7 +209,7 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
     """
     own = pytree.adapters(params, variables=True)
 
-    def boxed(values):
+    def boxed(values: ByRole) -> ByRole:
         new = {}
         for role in values.roles.members:
             first, value = own[role.paths[0]], values.stacked[role.name]
@@ -224,7 +227,7 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
     )
 
 
-def soft_threshold(lam: jax.Array, weight: float) -> jax.Array:
+def soft_threshold(lam: Inexact[Array, "*stack r"], weight: float) -> Inexact[Array, "*stack r"]:
     """Compute ``sign(λ) max(|λ| − η, 0)``, the proximal operator of ``η ‖λ‖₁``.
 
     >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0)
@@ -247,18 +250,22 @@ def _apply_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Adapt
     return move._replace(lam=after.astype(dtype) - before)
 
 
-def _prune(now: jax.Array, adapter: Adapter, move: Adapter, mask: jax.Array) -> Adapter:
+def _prune(
+    now: Bool[Array, ""], adapter: Adapter, move: Adapter, mask: Bool[Array, "*stack r"]
+) -> Adapter:
     """Return the update after which pruned λ are 0, λ + (−λ), if masks are applied now."""
     dtype = max(move.lam.dtype, adapter.lam.dtype, key=lambda dtype: dtype.itemsize)
     lam = jnp.where(mask | ~now, move.lam.astype(dtype), -adapter.lam.astype(dtype))
     return move._replace(lam=lam)
 
 
-def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> jax.Array:
+def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> Int32[Array, ""]:
     """Return the number of λ that are not 0 although the last update's masks prune them."""
     lam = stack(state.masks.roles, {path: adapter.lam for path, adapter in adapters.items()})
 
-    def revived(mask, lam):
+    def revived(
+        mask: Bool[Array, "*shape"], lam: Inexact[Array, "*shape"]
+    ) -> Int32[Array, "*shape"]:
         return (~mask & (lam != 0)).astype(jnp.int32)
 
     return jnp.sum(per_triplet(jnp.sum, jax.tree.map(revived, state.masks, lam)), dtype=jnp.int32)
@@ -267,11 +274,11 @@ def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> ja
 _OUTSIDE = "accumulate outside of it, optax.MultiSteps(adalora(inner, config), k)"
 
 
-def _refuse_accumulation(inner_state: Any) -> None:
+def _refuse_accumulation(inner_state: optax.OptState) -> None:
     """Raise an error if the inner optimizer applies an update only at some of its calls."""
     kinds = {"MultiStepsState", "ApplyEvery"}
 
-    def is_one(node):
+    def is_one(node: object) -> bool:
         return type(node).__name__ in kinds
 
     for node in jax.tree.leaves(inner_state, is_leaf=is_one):
@@ -282,7 +289,7 @@ def _refuse_accumulation(inner_state: Any) -> None:
             )
 
 
-def _check_scales(params: Any, config: AdaLoraConfig) -> None:
+def _check_scales(params: optax.Params, config: AdaLoraConfig) -> None:
     """Raise an error if an adapter's scale is not the one that the optimizer's config gives it."""
     for path, adapter in pytree.adapters(params).items():
         expected = config.scale_of(path)
@@ -293,7 +300,7 @@ def _check_scales(params: Any, config: AdaLoraConfig) -> None:
             )
 
 
-def _warn_of_trained_base(params: Any) -> None:
+def _warn_of_trained_base(params: optax.Params) -> None:
     """Warn if the base weight of an adapted NNX layer is among the trainable parameters."""
     known = {p: a.layout for p, a in pytree.adapters(params).items() if a.layout is not None}
     weights = {f"{path}/{layout.weight}".lstrip("/") for path, layout in known.items()}
@@ -306,7 +313,7 @@ def _warn_of_trained_base(params: Any) -> None:
         )
 
 
-def _warn_of_small_start(params: Any, config: AdaLoraConfig) -> None:
+def _warn_of_small_start(params: optax.Params, config: AdaLoraConfig) -> None:
     """Warn if increments start far smaller than those of LoRA at the same learning rate.
 
     Adam's first step moves every trained number by the learning rate η. Entries of the increment
@@ -340,7 +347,7 @@ def _warn_of_small_start(params: Any, config: AdaLoraConfig) -> None:
         )
 
 
-def _is_zero(lam: Any) -> bool:
+def _is_zero(lam: object) -> bool:
     """Return whether λ is known to be 0: neither traced, nor abstract, nor on other hosts."""
     if isinstance(lam, Tracer) or not isinstance(lam, (jax.Array, np.ndarray)):
         return False
@@ -367,14 +374,16 @@ def _with_penalty(
     """Add the orthogonality penalty's gradients; return them and the state with its value."""
     value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(dict(adapters))
 
-    def add(grad, more):
+    def add(
+        grad: Inexact[Array, "*shape"], more: Inexact[Array, "*shape"]
+    ) -> Inexact[Array, "*shape"]:
         return grad + more.astype(grad.dtype)
 
     summed = {path: map_leaves(add, grad, slope[path]) for path, grad in grads.items()}
     return summed, state._replace(penalty=value.astype(jnp.float32))
 
 
-def _is_placeholder(params: Any) -> bool:
+def _is_placeholder(params: optax.Params) -> bool:
     """Return whether params is the placeholder that ``optax.tree.map_params`` passes to ``init``.
 
     It is a node without children.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.evaluation import rank_pattern, unfinished
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.huggingface.files import PREFIX, AdapterFile, read_adapter, write_adapter
 from adalora_jax._src.huggingface.matrices import (
     LowRankMatrix,
@@ -20,7 +21,7 @@ from adalora_jax._src.huggingface.matrices import (
     kernel_size,
     to_matrices,
 )
-from adalora_jax._src.huggingface.names import NameMap, ParamLocation, as_names
+from adalora_jax._src.huggingface.names import NameMap, Names, ParamLocation, as_names
 from adalora_jax._src.huggingface.saved import saved_from_torch, saved_to_torch
 
 # Config fields that PEFT shares and that are written unchanged; layers are listed one by one.
@@ -48,11 +49,11 @@ class Loaded(NamedTuple):
 
 def save_pretrained(
     directory: str | os.PathLike[str],
-    adapters: Mapping[str, Any],
+    adapters: Mapping[str, PyTree],
     config: AdaLoraConfig,
     *,
-    masks: Any = None,
-    names: Any = None,
+    masks: PyTree = None,
+    names: Names = None,
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> None:
@@ -138,8 +139,8 @@ def save_pretrained(
 def load_pretrained(
     directory: str | os.PathLike[str],
     *,
-    names: Any = None,
-    like: Any = None,
+    names: Names = None,
+    like: PyTree = None,
 ) -> Loaded:
     """Read an AdaLoRA adapter that PEFT wrote, finished or in training, or a plain LoRA adapter.
 
@@ -215,11 +216,11 @@ def load_pretrained(
 
 def save_as_lora(
     directory: str | os.PathLike[str],
-    adapters: Mapping[str, Any],
+    adapters: Mapping[str, PyTree],
     config: AdaLoraConfig,
     *,
-    masks: Any = None,
-    names: Any = None,
+    masks: PyTree = None,
+    names: Names = None,
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> None:
@@ -298,13 +299,13 @@ def save_as_lora(
     write_adapter(directory, settings | _about(base_model, task_type, saved), tensors)
 
 
-def _warn_unfinished(masks: Any) -> None:
+def _warn_unfinished(masks: PyTree) -> None:
     """Warn if the masks are not the final ones of their run."""
     if masks is not None and (reason := unfinished(masks)):
         warnings.warn(f"{reason}. Call finish(opt_state, params) first to apply it.", stacklevel=3)
 
 
-def _refuse_embeddings(adapters: Mapping[str, Any]) -> None:
+def _refuse_embeddings(adapters: Mapping[str, PyTree]) -> None:
     """Raise an error for adapted embeddings, whose tensors PEFT would ignore with a warning."""
     for path, adapter in pytree.adapters(adapters).items():
         if adapter.layout is not None and adapter.layout.kind == "embed":
@@ -382,7 +383,7 @@ def _read_pattern(
     return result
 
 
-def _modules(parameters: Mapping[str, Any]) -> tuple[str, ...]:
+def _modules(parameters: Iterable[str]) -> tuple[str, ...]:
     """Return the sorted names of the modules that the parameters belong to."""
     return tuple(sorted({name.rpartition(".")[0] for name in parameters}))
 
@@ -392,7 +393,7 @@ def _conv1d(matrices: Mapping[str, LowRankMatrix], config: AdaLoraConfig, names:
 
 
 def _about(
-    base_model: str | None, task_type: str | None, saved: Mapping[str, Any]
+    base_model: str | None, task_type: str | None, saved: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """Return the base model, task type and mode for PEFT's config."""
     if task_type not in (None, *_TASKS):

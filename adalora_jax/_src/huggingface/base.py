@@ -7,16 +7,18 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import tree_map_with_path
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.tree_util import KeyPath, tree_map_with_path
+from jax.typing import DTypeLike
 
 from adalora_jax._src.core import pytree, rank_spec
-from adalora_jax._src.huggingface.names import as_names
+from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.huggingface.names import Names, as_names
 from adalora_jax._src.huggingface.reading import ParamReading, ParamSource
 from adalora_jax._src.huggingface.weights import Weights, read_weights
 from adalora_jax._src.modules import (
@@ -28,10 +30,11 @@ from adalora_jax._src.modules import (
     nnx_variables,
     sharding,
 )
-from adalora_jax._src.modules.params import by_path, parameters_of
+from adalora_jax._src.modules.params import Model, by_path, parameters_of
 from adalora_jax._src.tensorfile import TensorFile, resolve_within
 
 Allowed: TypeAlias = bool | str | Sequence[str]
+_Place: TypeAlias = NamedSharding | PartitionSpec | None
 # Buffers that older versions of transformers stored in checkpoints.
 _BUFFERS = re.compile(r"(.*\.)?(position_ids|rotary_emb\.inv_freq|attn\.(masked_)?bias)")
 _SHOWN = 6
@@ -40,17 +43,17 @@ _NO_MESH = Mesh(np.empty((), object), ())
 
 def load_base(
     directory: str | os.PathLike[str],
-    model: Any,
-    variables: Mapping[str, Any] | None = None,
-    *args: Any,
-    names: Any = None,
-    dtype: Any = None,
+    model: Model,
+    variables: Mapping[str, PyTree] | None = None,
+    *args: PyTree,
+    names: Names = None,
+    dtype: DTypeLike | None = None,
     equations: Mapping[str, str] | None = None,
     allow_missing: Allowed = False,
     allow_unused: Allowed = False,
     progress: Callable[[list[str]], Iterable[str]] | None = None,
     **kwargs: Any,
-) -> Any:
+) -> PyTree:
     """Load the parameters of a model from a Hugging Face checkpoint.
 
     PyTorch weights ``[out, in]`` are transposed, attention heads get a separate axis, scanned
@@ -132,15 +135,17 @@ def load_base(
             where = _sharding(places.get(name), leaf, mesh)
             new[name] = _placed(reading, wide, where, parts)
     if variables is None:
-        return nnx_variables.with_parameters(model, new)
+        return nnx_variables.with_parameters(cast("Any", model), new)
 
-    def put(path, leaf):
+    def put(path: KeyPath, leaf: PyTree) -> PyTree:
         return new.get(pytree.leaf_name(path), leaf)
 
     return {**variables, "params": tree_map_with_path(put, variables["params"])}
 
 
-def _parameters(model: Any, variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _parameters(
+    model: Model, variables: Mapping[str, PyTree] | None
+) -> tuple[dict[str, Any], dict[str, _Place]]:
     """Return the parameters of the model and their shardings, both by path."""
     leaves = parameters_of(model, variables)
     if variables is None:
@@ -150,14 +155,21 @@ def _parameters(model: Any, variables: Any) -> tuple[dict[str, Any], dict[str, A
     return leaves, {path: _without_abstract_mesh(where) for path, where in places.items()}
 
 
-def _without_abstract_mesh(where: Any) -> Any:
+def _without_abstract_mesh(where: _Place) -> _Place:
     """Return the PartitionSpec of shapes made under ``jax.set_mesh``, whose mesh has no devices."""
     if isinstance(where, NamedSharding) and isinstance(where.mesh, AbstractMesh):
         return where.spec
     return where
 
 
-def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, layers.Layout]:
+def _layers(
+    model: Any,
+    variables: Mapping[str, PyTree] | None,
+    args: tuple[PyTree, ...],
+    kwargs: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    equations: Mapping[str, str],
+) -> dict[str, layers.Layout]:
     """Return the layouts of the weights by path, as far as model and ``equations`` determine them.
 
     Raises:
@@ -194,7 +206,14 @@ def _layers(model, variables, args, kwargs, leaves, equations) -> dict[str, laye
     return known
 
 
-def _check(path, weights, readings, missing, misfits, allowed) -> None:
+def _check(
+    path: Path,
+    weights: Weights,
+    readings: Mapping[str, ParamReading],
+    looked_for: Mapping[str, str],
+    misfits: list[str],
+    allowed: tuple[Allowed, Allowed],
+) -> None:
     """Raise one error that lists all mismatches between a checkpoint and a model, if any."""
     pieces = [p for reading in readings.values() for ps in reading.slices.values() for p in ps]
     used = {piece.key for piece in pieces}
@@ -202,7 +221,7 @@ def _check(path, weights, readings, missing, misfits, allowed) -> None:
     unused = [name for name in unused if not _is_allowed(name, allowed[1])]
     missing = [
         f"{name!r}" + (f" (looked for {wanted!r})" if wanted else " (names has no entry for it)")
-        for name, wanted in missing.items()
+        for name, wanted in looked_for.items()
         if not _is_allowed(name, allowed[0])
     ]
     wrong = []
@@ -259,7 +278,13 @@ def _opened(weights: Weights) -> Iterator[Callable[[str], np.ndarray]]:
         yield read
 
 
-def _cast(reading: ParamReading, index, read, dtype, name: str) -> np.ndarray:
+def _cast(
+    reading: ParamReading,
+    index: tuple[int, ...],
+    read: Callable[[str], np.ndarray],
+    dtype: np.dtype,
+    name: str,
+) -> np.ndarray:
     """Return a slice of a parameter, cast to ``dtype``.
 
     Raises:
@@ -281,7 +306,7 @@ def _cast(reading: ParamReading, index, read, dtype, name: str) -> np.ndarray:
     return cast
 
 
-def _sharding(where: Any, leaf: Any, mesh: Any) -> Any:
+def _sharding(where: _Place, leaf: Any, mesh: Mesh | AbstractMesh | None) -> Sharding | None:
     """Return the sharding of a parameter; None for the default device."""
     if isinstance(where, PartitionSpec) and mesh is not None:
         where = NamedSharding(mesh, where)
@@ -293,11 +318,18 @@ def _sharding(where: Any, leaf: Any, mesh: Any) -> Any:
 _write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
-def _placed(reading: ParamReading, dtype: Any, where: Any, parts: Iterable[Any]) -> jax.Array:
+def _placed(
+    reading: ParamReading,
+    dtype: np.dtype,
+    where: Sharding | None,
+    parts: Iterable[tuple[tuple[int, ...], np.ndarray]],
+) -> jax.Array:
     """Assemble an array on its devices, so that the host holds one part of it at a time."""
     shape = reading.shape
     everything = {None: (slice(None),) * len(shape)}
-    blocks = everything if where is None else where.addressable_devices_indices_map(shape)
+    blocks: Mapping[Any, Any] = (
+        everything if where is None else where.addressable_devices_indices_map(shape)
+    )
     spans = {
         device: [part.indices(size)[:2] for part, size in zip(index, shape)]
         for device, index in blocks.items()

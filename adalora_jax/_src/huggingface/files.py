@@ -8,7 +8,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,15 +275,15 @@ def _check_types(settings: Mapping[str, Any]) -> None:
             )
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _all(values: Any, test: Any) -> bool:
+def _all(values: object, test: Callable[[Any], bool]) -> bool:
     return isinstance(values, list) and all(map(test, values))
 
 
@@ -349,7 +349,9 @@ def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dic
     return layout, saved
 
 
-def _adalora(config, factors, saved) -> AdapterFile:
+def _adalora(
+    config: AdaLoraConfig, factors: Mapping[str, list[np.ndarray]], saved: dict[str, np.ndarray]
+) -> AdapterFile:
     patterns = {
         path.replace("/", "."): np.array(keep, bool) for path, keep in config.rank_pattern or ()
     }
@@ -425,7 +427,11 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
                 )
 
 
-def _lora(settings: Mapping[str, Any], factors, saved) -> AdapterFile:
+def _lora(
+    settings: Mapping[str, Any],
+    factors: Mapping[str, list[np.ndarray]],
+    saved: dict[str, np.ndarray],
+) -> AdapterFile:
     """Return a plain LoRA adapter with each module's scale as its λ, and a config of one step."""
     alphas = settings.get("alpha_pattern", {})
     matrices = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.huggingface.names import NameMap, ParamLocation
 
 # Limit on the size of a zero-padded stack, relative to the size of its matrices in the file: a file
@@ -43,14 +44,14 @@ class LowRankMatrix(NamedTuple):
         return self._replace(p=np.split(self.p, part[1], axis=1)[part[0]])
 
 
-def common_scale(adapters: Any, default: float) -> float:
+def common_scale(adapters: PyTree, default: float) -> float:
     """Return the scale that all adapters share, or ``default`` if their scales differ."""
     scales = {known_scale(adapter, path) for path, adapter in pytree.adapters(adapters).items()}
     return scales.pop() if len(scales) == 1 else default
 
 
 def to_matrices(
-    adapters: Any, scale: float, pattern: Mapping[str, list] | None, names: NameMap
+    adapters: PyTree, scale: float, pattern: Mapping[str, list] | None, names: NameMap
 ) -> tuple[dict[str, LowRankMatrix], dict[str, ParamLocation]]:
     """Return ``{module: matrix}``, pruned rows included, and ``{module: place in its adapter}``.
 
@@ -111,7 +112,7 @@ def to_matrices(
 def from_matrices(
     matrices: Mapping[str, LowRankMatrix],
     names: NameMap,
-    like: Any,
+    like: PyTree,
     kernels: Mapping[str, tuple[int, ...]],
     scale: float,
 ) -> tuple[dict[str, Adapter], dict[str, np.ndarray]]:
@@ -181,7 +182,9 @@ def _places(matrices: Mapping[str, LowRankMatrix], names: NameMap) -> _Places:
     return places
 
 
-def _places_like(matrices, names, like: Mapping[str, Adapter]) -> _Places:
+def _places_like(
+    matrices: Mapping[str, LowRankMatrix], names: NameMap, like: Mapping[str, Adapter]
+) -> _Places:
     """Group the matrices by adapter of ``like``; check that all of them are used and fit."""
     places: _Places = {}
     used: set[str] = set()
@@ -299,7 +302,7 @@ def _stacked(
             "paths."
         )
 
-    def dtype(i):
+    def dtype(i: int) -> np.dtype:
         return _common([m[i].dtype for m in some if len(m.lam)] or [some[0][i].dtype])
 
     result = LowRankMatrix(
@@ -328,7 +331,7 @@ def _common(dtypes: Sequence[np.dtype]) -> np.dtype:
 
 
 def _empty(ins: int, outs: int) -> LowRankMatrix:
-    def none(*shape):
+    def none(*shape: int) -> np.ndarray:
         return np.zeros((0, *shape), np.float32)
 
     return LowRankMatrix(none(outs), none(), none(ins), np.zeros(0, bool))

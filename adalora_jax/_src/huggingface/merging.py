@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from adalora_jax._src.core import pytree
+from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.evaluation import rank_pattern
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.huggingface.files import read_adapter
 from adalora_jax._src.huggingface.matrices import LowRankMatrix, common_scale, to_matrices
-from adalora_jax._src.huggingface.names import as_names, hf_names
+from adalora_jax._src.huggingface.names import Names, as_names, hf_names
 from adalora_jax._src.huggingface.saved import saved_to_torch
 from adalora_jax._src.huggingface.tying import Change, tied_to, untie, untied
 from adalora_jax._src.huggingface.weights import INDEX, Weights, read_weights
@@ -43,13 +45,13 @@ _RENAMED = (("vit", "vit_v4"), ("vit_v4", "vit"))
 
 
 def merge_pretrained(
-    adapter: str | os.PathLike[str] | Mapping[str, Any],
+    adapter: str | os.PathLike[str] | Mapping[str, PyTree],
     base_directory: str | os.PathLike[str],
     out_directory: str | os.PathLike[str],
     *,
-    config: Any = None,
-    masks: Any = None,
-    names: Any = None,
+    config: AdaLoraConfig | None = None,
+    masks: PyTree = None,
+    names: Names = None,
     tied: bool | None = None,
     safe: bool = True,
     progress: Callable[[list[str]], Iterable[str]] | None = None,
@@ -131,7 +133,7 @@ def merge_pretrained(
         _write(base, changes, scale, folder, safe, progress or (lambda tensors: tensors))
 
 
-def _refuse_unmergeable(adapters: Mapping[str, Any]) -> None:
+def _refuse_unmergeable(adapters: Mapping[str, PyTree]) -> None:
     """Raise if an adapter's Flax layer does not compute with the sum of weight and increment."""
     for path, adapter in pytree.adapters(adapters).items():
         note = adapter.layout.note if adapter.layout else ""

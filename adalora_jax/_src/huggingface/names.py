@@ -7,7 +7,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 
 class ParamLocation(NamedTuple):
@@ -467,8 +467,11 @@ def _stacked(name: str) -> str:
     return f"{path}{colon}{part}"
 
 
+Names: TypeAlias = NameMap | str | Mapping[str, str] | Iterable[tuple[str, str]] | None
+
+
 def as_names(
-    names: NameMap | str | Mapping[str, str] | Iterable[tuple[str, str]] | None,
+    names: Names,
 ) -> NameMap:
     """Convert the argument ``names`` to a :class:`NameMap`; None translates ``/`` to ``.``.
 

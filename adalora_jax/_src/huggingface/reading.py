@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -109,7 +109,7 @@ class ParamSource(NamedTuple):
             for end in ends
         ]
 
-        def exactly(key):
+        def exactly(key: str) -> str | None:
             return key if key in self.weights.specs else None
 
         for find in (exactly, self.weights.find, self._tied):
@@ -124,13 +124,20 @@ class ParamSource(NamedTuple):
         config = self.weights.config or {"tie_word_embeddings": False}
         ties = config.get("tie_word_embeddings", True)  # True is the default in transformers
 
-        def last(name):
+        def last(name: str) -> str:
             return name.removesuffix(".weight").rpartition(".")[2]
 
         same = [name for name in self.weights.specs if last(name) in EMBEDDINGS]
         return same[0] if ties and len(same) == 1 and HEAD.fullmatch(key) else None
 
-    def _reading(self, path, shape, layer, stack, slices) -> ParamReading:
+    def _reading(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        layer: Layout | None,
+        stack: tuple[int, ...],
+        slices: dict[tuple[int, ...], list[TensorSlice]],
+    ) -> ParamReading:
         keys = {piece.key for pieces in slices.values() for piece in pieces}
         for key in sorted(keys):
             if self.weights.specs[key].dtype not in FLOATS:
@@ -151,7 +158,7 @@ class ParamSource(NamedTuple):
             ways = [tuple(tuple(lifted + a for a in axes) for axes in (layer.ins, layer.outs))]
         turned = frozenset(key for key in keys if self._is_turned(key, layer))
 
-        def size(axes):
+        def size(axes: tuple[int, ...]) -> int:
             return math.prod(shape[axis] for axis in axes)
 
         for pieces in slices.values():
@@ -181,7 +188,9 @@ class ParamSource(NamedTuple):
             )
         return ins, outs // piece.theirs[1]
 
-    def _check_plain(self, path, shape, own, pieces: list[TensorSlice]) -> None:
+    def _check_plain(
+        self, path: str, shape: tuple[int, ...], own: tuple[int, ...], pieces: list[TensorSlice]
+    ) -> None:
         """Raise unless the tensors hold the parameter's numbers in the parameter's order."""
         shapes = [self.weights.specs[piece.key].shape for piece in pieces]
         divided = any(piece.theirs[1] > 1 for piece in pieces) or len(pieces) > 1
@@ -191,7 +200,7 @@ class ParamSource(NamedTuple):
                 raise ValueError(self._misfit(path, shape, pieces, f"{have} numbers"))
             return
 
-        def short(sizes):
+        def short(sizes: Iterable[int]) -> list[int]:
             return [size for size in sizes if size != 1]
 
         module, _, end = pieces[0].key.rpartition(".")
@@ -206,7 +215,9 @@ class ParamSource(NamedTuple):
         if divided or short(shapes[0]) != short(shape[axis] for axis in own):
             raise ValueError(self._misfit(path, shape, pieces, "numbers in this order"))
 
-    def _misfit(self, path, shape, pieces: list[TensorSlice], what: str) -> str:
+    def _misfit(
+        self, path: str, shape: tuple[int, ...], pieces: list[TensorSlice], what: str
+    ) -> str:
         have = " and ".join(
             f"{piece.key!r} {list(self.weights.specs[piece.key].shape)}" for piece in pieces
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
+from jax.tree_util import KeyPath
 
 from adalora_jax._src.core import pytree
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.huggingface.matrices import as_jax
 from adalora_jax._src.huggingface.names import NameMap
 
@@ -17,7 +18,7 @@ _AXES = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
 _EMBEDDINGS = {"wte", "wpe", "embed_tokens", "shared"}
 
 
-def saved_to_torch(adapters: Any, names: NameMap) -> dict[str, np.ndarray]:
+def saved_to_torch(adapters: PyTree, names: NameMap) -> dict[str, np.ndarray]:
     """Return ``{"<module>.weight": array}`` of the parameters of ``modules_to_save``.
 
     These are all leaves of the tree that do not belong to an adapter.
@@ -61,7 +62,9 @@ def saved_to_torch(adapters: Any, names: NameMap) -> dict[str, np.ndarray]:
     return result
 
 
-def saved_from_torch(saved: Mapping[str, np.ndarray], names: NameMap, like: Any) -> dict[str, Any]:
+def saved_from_torch(
+    saved: Mapping[str, np.ndarray], names: NameMap, like: PyTree
+) -> dict[str, PyTree]:
     """Invert :func:`saved_to_torch`, in the containers of ``like``.
 
     Without ``like`` return ``{module: {"kernel": ..., "bias": ...}}``: a weight with one axis is a
@@ -76,7 +79,7 @@ def saved_from_torch(saved: Mapping[str, np.ndarray], names: NameMap, like: Any)
         return _by_their_names(saved, names)
     used: set[str] = set()
 
-    def find(path: tuple[Any, ...], leaf: Any) -> jax.Array | None:
+    def find(path: KeyPath, leaf: PyTree) -> jax.Array | None:
         if pytree.is_adapter(leaf):
             return None
         module, _, kind = pytree.path_name(path).rpartition("/")
@@ -112,7 +115,7 @@ def saved_from_torch(saved: Mapping[str, np.ndarray], names: NameMap, like: Any)
     return {path: node for path, node in found.items() if node is not None}
 
 
-def _by_their_names(saved: Mapping[str, np.ndarray], names: NameMap) -> dict[str, Any]:
+def _by_their_names(saved: Mapping[str, np.ndarray], names: NameMap) -> dict[str, PyTree]:
     result: dict[str, dict[str, jax.Array]] = {}
     for key, array in saved.items():
         name, _, kind = key.rpartition(".")
@@ -149,7 +152,7 @@ def _key(name: str, kind: str) -> str:
     return f"{name}.{'bias' if kind == 'bias' else 'weight'}"
 
 
-def _saved_leaves(adapters: Any) -> dict[str, Any]:
+def _saved_leaves(adapters: PyTree) -> dict[str, PyTree]:
     """Return the leaves of a tree that do not belong to an adapter, by path."""
     nodes = jax.tree_util.tree_flatten_with_path(adapters, is_leaf=pytree.is_adapter)[0]
     return {pytree.path_name(path): node for path, node in nodes if not pytree.is_adapter(node)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,12 +150,12 @@ def _has_head(config: Mapping[str, Any]) -> bool:
     return isinstance(names, list) and any(_WITH_HEAD.search(str(name)) for name in names)
 
 
-def _embeddings(names: Mapping[str, Any]) -> list[str]:
+def _embeddings(names: Iterable[str]) -> list[str]:
     ends = tuple(f".{last}.weight" for last in EMBEDDINGS)
     return [name for name in names if f".{name}".endswith(ends)]
 
 
-def _heads(names: Mapping[str, Any]) -> list[str]:
+def _heads(names: Iterable[str]) -> list[str]:
     return [name for name in names if HEAD.fullmatch(name)]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx as flax_nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
@@ -29,6 +30,9 @@ from adalora_jax._src.modules import (
     nnx_variables,
 )
 
+if TYPE_CHECKING:
+    from adalora_jax._src.modules import linen_frontend
+
 _Model = TypeVar("_Model", bound=flax_nnx.Module)
 _OBSERVED = ("dense", "general", "einsum", "conv")  # an embedding's inputs are indices
 
@@ -39,11 +43,11 @@ def pissa_init(variables: _Model) -> _Model: ...
 
 @overload
 def pissa_init(
-    variables: Mapping[str, Any], adapters: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    variables: Mapping[str, PyTree], adapters: Mapping[str, PyTree]
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]: ...
 
 
-def pissa_init(variables: Any, adapters: Any = None) -> Any:
+def pissa_init(variables: PyTree, adapters: PyTree = None) -> PyTree:
     """Move the top singular vectors of the weights from the base into the adapters.
 
     With ``W = Σ_i σ_i u_i v_iᵀ``, σ in descending order, triplet i becomes ``p = v_i, λ = σ_i / s,
@@ -97,7 +101,7 @@ def pissa_init(variables: Any, adapters: Any = None) -> Any:
     return merging.unmerge(variables, new), new
 
 
-def _principal(adapter: Adapter, weight: Any, path: str) -> Adapter:
+def _principal(adapter: Adapter, weight: PyTree, path: str) -> Adapter:
     layer, scale = adapter.layout or Layout(), known_scale(adapter, path)
     if pytree.is_packed(weight) or nnx_variables.is_qwix_weight(weight):
         raise ValueError(
@@ -120,7 +124,9 @@ def _rows(own: jax.Array, new: jax.Array, rank: int) -> jax.Array:
     return own.at[..., :rank, :].set(new[..., :rank, :].astype(own.dtype))
 
 
-def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, jax.Array]:
+def input_second_moments(
+    model: flax_nnx.Module | linen_frontend.AdaptedModule, *inputs: PyTree, **kwargs: Any
+) -> dict[str, jax.Array]:
     """Return ``Σ xᵀx`` over all inputs x of each adapted layer, of the base model on one batch.
 
     The results of several batches can be added: ``jax.tree.map(jnp.add, first, second)``. The
@@ -151,20 +157,20 @@ def input_second_moments(model: Any, *inputs: Any, **kwargs: Any) -> dict[str, j
     if isinstance(model, flax_nnx.Module):
         adapters = nnx_adapters.adapters(model)
 
-        def run(probes):
+        def run(probes: Mapping[str, Adapter]) -> PyTree:
             return _with_probes(model, probes)(*inputs, **kwargs)
     else:
         variables, adapters, *rest = inputs
         probed = dataclasses.replace(model, adapter_output=_probe_output)
 
-        def run(probes):
+        def run(probes: Mapping[str, Adapter]) -> PyTree:
             return probed.apply(variables, probes, *rest, **kwargs)
 
     found = pytree.adapters(adapters).items()
     return _moments(run, {p: a for p, a in found if (a.layout or Layout()).kind in _OBSERVED})
 
 
-def _with_probes(model: flax_nnx.Module, probes: Mapping[str, Adapter]) -> Any:
+def _with_probes(model: flax_nnx.Module, probes: Mapping[str, Adapter]) -> flax_nnx.Module:
     copy: Any = nnx_adapters.with_adapters(model, probes)
     for _, module in nnx_variables.modules(copy):
         if isinstance(module, nnx_layers.Adaptation):
@@ -172,7 +178,9 @@ def _with_probes(model: flax_nnx.Module, probes: Mapping[str, Adapter]) -> Any:
     return copy
 
 
-def _moments(run: Callable[[Any], Any], adapters: Mapping[str, Adapter]) -> dict[str, jax.Array]:
+def _moments(
+    run: Callable[[dict[str, Adapter]], PyTree], adapters: Mapping[str, Adapter]
+) -> dict[str, jax.Array]:
     """Return ``Σ xᵀx`` of each adapted layer's inputs x.
 
     They are computed as gradients, which JAX sums over the calls of a layer and stacks through any
@@ -186,7 +194,7 @@ def _moments(run: Callable[[Any], Any], adapters: Mapping[str, Adapter]) -> dict
         q = jnp.broadcast_to(jnp.eye(ins, dtype=dtype), (*stack, ins, ins))
         return adapter._replace(p=p, lam=jnp.zeros((*stack, ins)), q=q)
 
-    def total(probes: Any) -> jax.Array:
+    def total(probes: dict[str, Adapter]) -> jax.Array:
         leaves = [leaf for leaf in jax.tree.leaves(run(probes)) if hasattr(leaf, "dtype")]
         floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
         return sum((jnp.sum(leaf.astype("float32")) for leaf in floats), start=jnp.zeros(()))
@@ -197,15 +205,15 @@ def _moments(run: Callable[[Any], Any], adapters: Mapping[str, Adapter]) -> dict
 
 def _probe_output(
     layer: Layout,
-    module: Any,
+    module: object,
     probe: Adapter,
     x: jax.Array,
     shape: Sequence[int],
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     equation: str | None,
     convolve: Callable[[Any, jax.Array, jax.Array, int], jax.Array],
-    **_: Any,
+    **_: object,
 ) -> jax.Array:
     """Return 0 whose gradient for the probe's q is ``q Σ xᵀx``, for every cotangent.
 
@@ -219,7 +227,14 @@ def _probe_output(
     return _zero_with_identity_vjp(h).astype(dtype)
 
 
-def _input_rows(layer, module, x, shape, equation, convolve):
+def _input_rows(
+    layer: Layout,
+    module: object,
+    x: jax.Array,
+    shape: Sequence[int],
+    equation: str | None,
+    convolve: Callable[[Any, jax.Array, jax.Array, int], jax.Array],
+) -> jax.Array:
     """Return a layer's input as the rows ``[*stack, rows, in]`` that its matrices multiply.
 
     An axis of the stack has size 1 where all its matrices have the same input. The rows of a
@@ -294,7 +309,7 @@ def eva_ranks(
     return config.replace(rank_pattern=ranks)
 
 
-def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, Any]:
+def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, PyTree]:
     """Return the adapters with the inputs' principal directions as q, and λ = 0.
 
     ``q_i`` is the i-th right singular vector of the inputs, stacked as rows: the i-th eigenvector

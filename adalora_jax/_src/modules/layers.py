@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
+from jax.typing import ArrayLike, DTypeLike
 
 from adalora_jax._src.core.adapter import (
     Adapter,
@@ -83,7 +85,7 @@ def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = Non
     return Layout(named[0], ins, outs, stack, "einsum")
 
 
-def require_layer(layer: Layout | None, module: Any) -> Layout:
+def require_layer(layer: Layout | None, module: object) -> Layout:
     """Return the layout of a module that has an adapter.
 
     Raises:
@@ -161,7 +163,7 @@ def merged_weight(
 
 
 def lora_pair(
-    layer: Layout, module: Any, adapter: Adapter, shape: Sequence[int]
+    layer: Layout, module: object, adapter: Adapter, shape: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
     """Return the increment of a weight as a LoRA in Qwix's layout: ``ΔW = A B``, with s and λ in B.
 
@@ -190,7 +192,7 @@ def lora_pair(
             "equivalent LoRA in Qwix; leave it out of the adapters, or merge them."
         )
 
-    def sizes(axes):
+    def sizes(axes: tuple[int, ...]) -> list[int]:
         return [own[axis] for axis in axes]
 
     n, rank = math.prod(sizes(layer.stack)), adapter.lam.shape[-1]
@@ -236,11 +238,11 @@ def require_finite(weight: jax.Array, path: str) -> jax.Array:
 
 def adapter_output(
     layer: Layout,
-    module: Any,
+    module: object,
     adapter: Adapter,
     x: jax.Array,
     shape: Sequence[int],
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     key: jax.Array | None = None,
     dropout_rate: float = 0.0,
@@ -288,12 +290,12 @@ def adapter_output(
     if layer.kind == "conv":
         kernel, features = conv_kernel(layer, module, adapter.q, shape, dtype)
 
-        def product(x, kernel):
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
             return convolve(module, x, kernel, features)
 
         seed = seed_of(key) if dropout_rate else None
         if seed is None or forward_mode:
-            h = product(apply_dropout(x, seed, dropout_rate), kernel)
+            h: Any = product(apply_dropout(x, seed, dropout_rate), kernel)
         else:
             h = linear_with_dropout(product, x, kernel, seed, dropout_rate)
         scale = scale if seed is None else scale / (1 - dropout_rate)
@@ -305,7 +307,7 @@ def adapter_output(
 
 
 def einsum_labels(
-    layer: Layout, module: Any, equation: str | None, ndim: int
+    layer: Layout, module: object, equation: str | None, ndim: int
 ) -> tuple[str, str, str]:
     """Return the labels of input, weight and output of a general or an einsum layer."""
     if layer.kind == "general":
@@ -322,7 +324,15 @@ def stack_first(layer: Layout, labels: tuple[str, str, str], x: jax.Array) -> ja
     return x.reshape(*x.shape[: x.ndim - len(ins)], -1)
 
 
-def _contraction(layer, labels, adapter, x, key, shape, how):
+def _contraction(
+    layer: Layout,
+    labels: tuple[str, str, str],
+    adapter: Adapter,
+    x: jax.Array,
+    key: jax.Array | None,
+    shape: Sequence[int],
+    how: dict[str, Any],
+) -> jax.Array:
     """Return the adapter output of ``y = einsum(x, W)``."""
     xs, ws, ys = labels
     axes = (layer.stack, layer.ins, layer.outs)
@@ -340,7 +350,7 @@ def _contraction(layer, labels, adapter, x, key, shape, how):
     return y.transpose([order.index(a) for a in ys])
 
 
-def _lookup(adapter, ids, scale, dtype):
+def _lookup(adapter: Adapter, ids: jax.Array, scale: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """Return the rows ``ids`` of an embedding's increment, ``s · (q[:, ids]ᵀ · lam) p``."""
     rows = jnp.moveaxis(jnp.take(adapter.q, ids, axis=1), 0, -1).astype(
         accumulation_dtype(dtype)
@@ -351,7 +361,7 @@ def _lookup(adapter, ids, scale, dtype):
 
 
 def conv_kernel(
-    layer: Layout, module: Any, q: jax.Array, shape: Sequence[int], dtype: Any
+    layer: Layout, module: object, q: jax.Array, shape: Sequence[int], dtype: DTypeLike
 ) -> tuple[jax.Array, int]:
     """Return ``q [r, in]`` as a kernel with r output features per group, and their number."""
     groups, rank = getattr(module, "feature_group_count", 1), q.shape[0]
@@ -362,7 +372,9 @@ def conv_kernel(
     return kernel, rank * groups
 
 
-def _pointwise_conv(adapter, h, groups, scale, precision):
+def _pointwise_conv(
+    adapter: Adapter, h: jax.Array, groups: int, scale: ArrayLike, precision: PrecisionLike
+) -> jax.Array:
     """Apply the 1 x 1 convolution that maps ``h [..., groups · r]`` to ``[..., out]``."""
     rank, out = adapter.p.shape
     dtype = accumulation_dtype(h.dtype)
@@ -374,7 +386,7 @@ def _pointwise_conv(adapter, h, groups, scale, precision):
     return y.reshape(*y.shape[:-2], out)
 
 
-def _kind(module: Any) -> str | None:
+def _kind(module: object) -> str | None:
     """Return the kind of a Flax layer or of a subclass of one; None for other modules."""
     for cls in type(module).__mro__:
         if cls.__module__.startswith("flax.") and cls.__name__ in _KINDS:
@@ -382,14 +394,14 @@ def _kind(module: Any) -> str | None:
     return None
 
 
-def _equation(module: Any) -> str | None:
+def _equation(module: object) -> str | None:
     for name in ("einsum_str", "equation", "eqn"):
         if isinstance(getattr(module, name, None), str):
             return getattr(module, name)
     return None
 
 
-def weight_scale(layer: Layout, module: Any) -> float:
+def weight_scale(layer: Layout, module: object) -> float:
     """Return the factor by which an einsum module multiplies its weight before use; 1 if none.
 
     Gemma's einsum modules store it as ``w_scale``. An increment ΔW of their weight changes the
@@ -399,7 +411,7 @@ def weight_scale(layer: Layout, module: Any) -> float:
     return scale if isinstance(scale, (int, float)) else 1.0
 
 
-def mapped_axes(value: Any) -> list[int]:
+def mapped_axes(value: object) -> list[int]:
     """Return the axes along which the enclosing ``jax.vmap`` calls map a value.
 
     >>> seen = []
@@ -415,7 +427,7 @@ def mapped_axes(value: Any) -> list[int]:
     return axes
 
 
-def input_shape(layer: Layout, module: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
+def input_shape(layer: Layout, module: object, shape: Sequence[int]) -> tuple[int, ...] | None:
     """Return the shape of an example input of a layer; None if it is not known.
 
     >>> input_shape(Layout("kernel"), None, (6, 4))
@@ -432,7 +444,7 @@ def input_shape(layer: Layout, module: Any, shape: Sequence[int]) -> tuple[int, 
         batch, axes, _ = _general(module)
         size = [2] * max(len(batch) + len(axes) + 1, *(a + 1 for a in axes), *(-a for a in axes))
 
-        def in_order(axes):
+        def in_order(axes: tuple[int, ...]) -> list[int]:
             return sorted(axis % len(size) for axis in axes)  # as Flax contracts them
 
         stack = [own[axis] for axis in layer.stack]
@@ -452,7 +464,7 @@ def input_shape(layer: Layout, module: Any, shape: Sequence[int]) -> tuple[int, 
 def _general(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return batch axes, contracted axes and features of a DenseGeneral or a LinearGeneral."""
 
-    def as_tuple(value):
+    def as_tuple(value: Any) -> tuple[int, ...]:
         return tuple(value) if isinstance(value, Iterable) else (value,)
 
     batch = module.batch_dims if hasattr(module, "batch_dims") else module.batch_axis
@@ -460,12 +472,12 @@ def _general(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, 
     return as_tuple(batch), as_tuple(module.axis), as_tuple(features)
 
 
-def _general_equation(module: Any, ndim: int) -> str:
+def _general_equation(module: object, ndim: int) -> str:
     batch, axis, features = _general(module)
     xs = _letters(ndim)
     outs = _letters(len(features), skip=ndim)
 
-    def in_order(axes):
+    def in_order(axes: tuple[int, ...]) -> str:
         return "".join(xs[a] for a in sorted(a % ndim for a in axes))
 
     batch, ins = in_order(batch), in_order(axis)  # Flax sorts the axes

@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import unfreeze
+from flax.core.scope import CollectionFilter
 from flax.linen.spmd import logical_to_mesh_axes
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.core.low_rank import accumulation_dtype
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers, sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
 from adalora_jax._src.modules.linen_interceptor import (
@@ -70,8 +72,8 @@ class AdaptedModule:
     )
 
     def init(
-        self, key: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+        self, key: jax.Array, variables: Mapping[str, PyTree], *args: PyTree, **kwargs: Any
+    ) -> dict[str, PyTree]:
         """Initialise the trainable parameters: adapters and the ``modules_to_save``.
 
         The model is traced, not run, to find its layers; this needs no memory. Under
@@ -130,7 +132,9 @@ class AdaptedModule:
             )
         return {**fresh, **saved}
 
-    def specs(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def specs(
+        self, variables: Mapping[str, PyTree], *args: PyTree, **kwargs: Any
+    ) -> dict[str, PyTree]:
         """Return the PartitionSpecs of the result of :meth:`init`, derived from the base's.
 
         A weight's sharding is that of its array, a NamedSharding, or else that of its metadata:
@@ -162,15 +166,17 @@ class AdaptedModule:
         specs, known = self._specs(variables, chosen), targets.static_fields(chosen, self.config)
         return specs | {path: specs[path]._replace(**known[path]) for path in chosen}
 
-    def _specs(self, variables, chosen):
+    def _specs(
+        self, variables: Mapping[str, PyTree], chosen: Mapping[str, targets.Target]
+    ) -> dict[str, PyTree]:
         where, saved = placement(variables), {}
 
-        def at(path, t):
+        def at(path: str, t: targets.Target) -> NamedSharding | PartitionSpec | None:
             return pytree.get_path(where, pytree.weight_path(where, path, t.layer.weight))
 
         weights = {p: (t.layer, t.shape, at(p, t)) for p, t in chosen.items()}
 
-        def spec(leaf, at):
+        def spec(leaf: PyTree, at: NamedSharding | PartitionSpec | None) -> PartitionSpec:
             return sharding.pad_spec(sharding.spec_of(at), len(leaf.shape))
 
         for root in self._saved_roots(where):
@@ -178,18 +184,18 @@ class AdaptedModule:
             saved[root] = jax.tree.map(spec, *nodes, is_leaf=pytree.is_packed)
         return {**sharding.derive(weights, self.rules), **saved}
 
-    def _saved_roots(self, params):
+    def _saved_roots(self, params: Mapping[str, PyTree]) -> list[str]:
         flat = traverse_util.flatten_dict(params, sep="/")
         return targets.saved_roots(list(flat), self.config)
 
     def apply(
         self,
-        variables: Mapping[str, Any],
-        adapters: Mapping[str, Any],
-        *args: Any,
-        mutable: Any = False,
+        variables: Mapping[str, PyTree],
+        adapters: Mapping[str, PyTree],
+        *args: PyTree,
+        mutable: CollectionFilter = False,
         **kwargs: Any,
-    ) -> Any:
+    ) -> PyTree:
         """Apply the model with its adapters; jit, grad and vmap work as for ``module.apply``.
 
         Each adapted layer computes with ``W + ΔW``
@@ -233,7 +239,7 @@ class AdaptedModule:
             mutated = split_quantized({**mutated, "params": strip_adapters(mutated["params"])})
         return output, mutated
 
-    def bind(self, variables: Mapping[str, Any]) -> BoundModule:
+    def bind(self, variables: Mapping[str, PyTree]) -> BoundModule:
         """Return a module whose only parameters are the adapters, for existing training loops.
 
         Args:
@@ -258,7 +264,7 @@ class AdaptedModule:
         check_variables(variables)
         return BoundModule(self, variables)
 
-    def describe(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> str:
+    def describe(self, variables: Mapping[str, PyTree], *args: PyTree, **kwargs: Any) -> str:
         """Return a table of the adapters that :meth:`init` makes; nothing is allocated.
 
         Args:
@@ -286,11 +292,13 @@ class AdaptedModule:
         shapes = {pytree.path_name(path): tuple(leaf.shape) for path, leaf in params}
         return targets.describe(targets.select(found, self.config), self.config, found, shapes)
 
-    def _targets(self, variables, *args, **kwargs) -> dict[str, targets.Target]:
+    def _targets(
+        self, variables: Mapping[str, PyTree], *args: PyTree, **kwargs: Any
+    ) -> dict[str, targets.Target]:
         return targets.select(self.candidates(variables, *args, **kwargs), self.config)
 
     def candidates(
-        self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+        self, variables: Mapping[str, PyTree], *args: PyTree, **kwargs: Any
     ) -> dict[str, Candidate]:
         """Return all modules that the model calls, by path, see :func:`linen_layers.candidates`.
 
@@ -310,7 +318,9 @@ class AdaptedModule:
         check_variables(variables)
         return candidates(self.module, variables, args, kwargs, self.layers)
 
-    def _join(self, variables, adapters):
+    def _join(
+        self, variables: Mapping[str, PyTree], adapters: Mapping[str, PyTree]
+    ) -> tuple[dict[str, PyTree], set[tuple[str, ...]]]:
         """Return variables with adapters and saved modules in ``params``, and shared scopes.
 
         The second value is the set of paths of scopes in which several modules have weights, whose
@@ -366,8 +376,8 @@ class BoundModule:
     variables: Mapping[str, Any] = dataclasses.field(hash=False)
 
     def init(
-        self, rngs: jax.Array | Mapping[str, jax.Array], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+        self, rngs: jax.Array | Mapping[str, jax.Array], *args: PyTree, **kwargs: Any
+    ) -> dict[str, PyTree]:
         """Return ``{"params": adapters}`` and the base's other collections.
 
         Args:
@@ -393,7 +403,7 @@ class BoundModule:
         fresh = self.adapted.init(key, self.variables, *args, **kwargs)
         return {**self.variables, "params": fresh}
 
-    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def apply(self, variables: Mapping[str, PyTree], *args: PyTree, **kwargs: Any) -> PyTree:
         """Return the output of the adapted model.
 
         Args:
@@ -476,7 +486,11 @@ def adapt(
 
 
 def describe(
-    model: nn.Module, config: AdaLoraConfig, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+    model: nn.Module,
+    config: AdaLoraConfig,
+    variables: Mapping[str, PyTree],
+    *args: PyTree,
+    **kwargs: Any,
 ) -> str:
     """Return a table of the layers that ``config`` selects: shapes, ranks, parameters, cost.
 
@@ -508,7 +522,11 @@ def describe(
 
 
 def resolve(
-    model: nn.Module, config: AdaLoraConfig, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+    model: nn.Module,
+    config: AdaLoraConfig,
+    variables: Mapping[str, PyTree],
+    *args: PyTree,
+    **kwargs: Any,
 ) -> AdaLoraConfig:
     """Return ``config`` with a ``target_modules`` function replaced by the paths it selects.
 
@@ -543,10 +561,10 @@ def resolve(
     return targets.resolve(candidates(model, variables, args, kwargs), config)
 
 
-def placement(variables: Mapping[str, Any]) -> dict[str, Any]:
+def placement(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Return the sharding of each parameter: its array's, or its metadata's, or None."""
 
-    def where(node):
+    def where(node: PyTree) -> NamedSharding | PartitionSpec | None:
         if not isinstance(node, nn.Partitioned):
             return sharding.sharding_of(node)
         spec = node.get_partition_spec()
@@ -556,13 +574,13 @@ def placement(variables: Mapping[str, Any]) -> dict[str, Any]:
             spec = NamedSharding(node.mesh, spec)
         return sharding.sharding_of(node.value, spec)
 
-    def is_leaf(node):
+    def is_leaf(node: object) -> bool:
         return not isinstance(node, Mapping)
 
     return jax.tree.map(where, unfreeze(join_quantized(variables)["params"]), is_leaf=is_leaf)
 
 
-def _trainable_copy(leaf: Any) -> Any:
+def _trainable_copy(leaf: PyTree) -> PyTree:
     """Return a copy in at least float32, since bfloat16 would round small updates away."""
     if pytree.is_packed(leaf):
         leaf = leaf.dequantize()

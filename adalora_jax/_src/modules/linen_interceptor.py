@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+from flax.linen.module import InterceptorContext
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers
 from adalora_jax._src.modules.linen_layers import METHODS, input_of, layer_of, own_shape
 
@@ -43,7 +45,7 @@ class BoundAdapter:
 
     @classmethod
     def of(
-        cls, node: Any, config: AdaLoraConfig, path: str, output: Callable[..., jax.Array]
+        cls, node: PyTree, config: AdaLoraConfig, path: str, output: Callable[..., jax.Array]
     ) -> BoundAdapter:
         if isinstance(node, Adapter):
             known_scale(node, path)
@@ -64,7 +66,7 @@ def adapter_interceptor(
     """Return an interceptor that adds the adapter outputs; make one per run of the model."""
     frames: list[_CallFrame] = []
 
-    def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def intercept(call: Callable, args: tuple, kwargs: dict, context: InterceptorContext) -> PyTree:
         module = context.module
         off = _dropout_off(module, context.orig_method, args, kwargs)
         if off is None:
@@ -87,7 +89,7 @@ def adapter_interceptor(
 
 
 def _bound_adapter(
-    context: Any,
+    context: InterceptorContext,
     args: tuple,
     kwargs: dict,
     sharing: set[tuple[str, ...]],
@@ -104,7 +106,15 @@ def _bound_adapter(
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
-def _add(held, context, args, kwargs, output, dropout_off, declared):
+def _add(
+    held: BoundAdapter,
+    context: InterceptorContext,
+    args: tuple,
+    kwargs: dict,
+    output: PyTree,
+    dropout_off: bool,
+    declared: Mapping[type, Layout] | None,
+) -> PyTree:
     """Return the output of a layer with its adapter output added."""
     module, (x, equation) = context.module, input_of(args, kwargs)
     layer = layers.require_layer(layer_of(module, equation, declared), module)
@@ -126,7 +136,7 @@ def _add(held, context, args, kwargs, output, dropout_off, declared):
     )
 
 
-def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> Any:
+def _convolve(module: nn.Module, x: jax.Array, kernel: jax.Array, features: int) -> PyTree:
     """Apply the convolution of ``module`` with another kernel and without bias."""
     # Use Flax's own class, since a subclass may do more than convolve.
     kind = nn.ConvTranspose if isinstance(module, nn.ConvTranspose) else nn.Conv
@@ -136,7 +146,9 @@ def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> An
     return same.apply({"params": {"kernel": kernel}}, x)
 
 
-def _dropout_off(module, method, args, kwargs) -> bool | None:
+def _dropout_off(
+    module: nn.Module, method: Callable[..., Any], args: tuple, kwargs: dict
+) -> bool | None:
     """Return whether a call's arguments, or else the module's attributes, turn dropout off.
 
     None if neither specifies it.
@@ -150,7 +162,7 @@ def _dropout_off(module, method, args, kwargs) -> bool | None:
     return None
 
 
-def strip_adapters(params: Any) -> Any:
+def strip_adapters(params: PyTree) -> PyTree:
     """Return the parameters without the adapters."""
     if not isinstance(params, Mapping):
         return params

@@ -10,11 +10,13 @@ import flax.errors
 import flax.linen as nn
 import jax
 from flax.core import meta, unfreeze
+from flax.linen.module import InterceptorContext
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import DictKey, tree_flatten_with_path
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers, usage
 from adalora_jax._src.modules.candidates import Candidate, judge_use
 
@@ -36,8 +38,8 @@ class _ScopeMarker:
 
 def candidates(
     module: nn.Module,
-    variables: Mapping[str, Any],
-    args: tuple[Any, ...],
+    variables: Mapping[str, PyTree],
+    args: tuple[PyTree, ...],
     kwargs: Mapping[str, Any],
     declared: Mapping[type, Layout] | None = None,
 ) -> dict[str, Candidate]:
@@ -105,8 +107,8 @@ _Place = tuple[str, ...]  # a weight's module path and name
 
 def _traced(
     module: nn.Module,
-    variables: Mapping[str, Any],
-    args: tuple[Any, ...],
+    variables: Mapping[str, PyTree],
+    args: tuple[PyTree, ...],
     kwargs: Mapping[str, Any],
     declared: Mapping[type, Layout] | None,
     probed: bool = False,
@@ -122,8 +124,10 @@ def _traced(
     foreign: set[_Place] = set()
     trace, active = object(), []
 
-    def record(call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
-        module = context.module
+    def record(
+        call: Callable, call_args: tuple, call_kwargs: dict, context: InterceptorContext
+    ) -> PyTree:
+        module: Any = context.module
         if context.method_name not in METHODS or not _belongs(module, trace):
             return call(*call_args, **call_kwargs)
         layer = layer_of(module, input_of(call_args, call_kwargs)[1], declared)
@@ -158,13 +162,15 @@ def _traced(
         finally:
             active.pop()
 
-    def is_data(value):
+    def is_data(value: PyTree) -> bool:
         return all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
 
     flat, treedef = jax.tree.flatten((args, {"mutable": nn.DenyList("params"), **kwargs}))
     data = {i: leaf for i, leaf in enumerate(flat) if is_data(leaf)}
 
-    def run(variables, rng, data):
+    def run(
+        variables: Mapping[str, PyTree], rng: jax.Array, data: Mapping[int, PyTree]
+    ) -> list[jax.Array]:
         args, kwargs = treedef.unflatten([data.get(i, leaf) for i, leaf in enumerate(flat)])
         # Flax uses the stream named params for every stream that is missing.
         rngs = {"params": rng, "dropout": rng}
@@ -222,7 +228,7 @@ def _normalises_all(module: nn.Module) -> bool:
     return isinstance(module, nn.SpectralNorm)
 
 
-def _marked(params: Any, path: tuple[str, ...], trace: object, probed: bool) -> Any:
+def _marked(params: PyTree, path: tuple[str, ...], trace: object, probed: bool) -> PyTree:
     if not isinstance(params, Mapping):
         return params
     if pytree.ADAPTER_KEY in params:
@@ -255,7 +261,7 @@ def layer_of(
     return layers.layer_of(module, weights, equation)
 
 
-def _params_named_by_fields(module: nn.Module, own: Mapping[str, Any]) -> list[str]:
+def _params_named_by_fields(module: nn.Module, own: Mapping[str, PyTree]) -> list[str]:
     """Return the parameters of a shared scope that belong to the module.
 
     They are those whose names are values of the module's fields, or else those of its ``shape``.
@@ -276,7 +282,7 @@ def input_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, str | None]:
     return (arrays or [None])[0], (equations or [None])[0]
 
 
-def _whole_shape(module, layer, params) -> tuple[int, ...] | None:
+def _whole_shape(module: nn.Module, layer: Layout, params: PyTree) -> tuple[int, ...] | None:
     """Return the shape of a layer's weight, including axes stacked in front by lifted transforms.
 
     None if the weight is not stored in the form that the layer sees.
@@ -305,7 +311,7 @@ def own_shape(module: nn.Module, layer: Layout) -> tuple[int, ...]:
     return tuple(meta.unbox(module.get_variable("params", layer.weight)).shape)
 
 
-def join_quantized(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+def join_quantized(variables: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
     """Return the variables of a quantised model with its packed weights moved into ``params``.
 
     >>> join_quantized({"params": {"up": {"bias": 0}}, "quantized": {"up": {"kernel": 1}}})
@@ -317,22 +323,22 @@ def join_quantized(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**rest, "params": _overlaid(variables["params"], variables[pytree.PACKED])}
 
 
-def split_quantized(variables: Mapping[str, Any]) -> dict[str, Any]:
+def split_quantized(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Move packed weights out of ``params``, the inverse of :func:`join_quantized`."""
     params, packed = _split_one(unfreeze(variables["params"]))
     return {**variables, "params": params, **({pytree.PACKED: packed} if packed else {})}
 
 
-def unboxed(variables: Mapping[str, Any]) -> Any:
+def unboxed(variables: Mapping[str, PyTree]) -> PyTree:
     """Return the parameters without metadata, with their shardings: Flax's unbox may reshard."""
     return meta.map_axis_meta(_box_value, unfreeze(join_quantized(variables)["params"]))
 
 
-def _box_value(box: Any) -> Any:
+def _box_value(box: meta.AxisMetadata) -> PyTree:
     return box.value if isinstance(box, nn.Partitioned) else box.unbox()
 
 
-def check_variables(variables: Any) -> None:
+def check_variables(variables: object) -> None:
     """Raise an error unless ``variables`` has the form that ``module.init`` returns.
 
     Raises:
@@ -353,7 +359,7 @@ def check_variables(variables: Any) -> None:
         )
 
 
-def in_base_dtype(node: Any, base: Any, path: str) -> Any:
+def in_base_dtype(node: PyTree, base: PyTree, path: str) -> PyTree:
     """Return parameters of ``modules_to_save`` in the dtypes of the base's parameters.
 
     Raises:
@@ -362,7 +368,7 @@ def in_base_dtype(node: Any, base: Any, path: str) -> Any:
     leaves, treedef = jax.tree.flatten(node)
     like = jax.tree.leaves(meta.map_axis_meta(_box_value, base), is_leaf=pytree.is_packed)
 
-    def shapes(values):
+    def shapes(values: Sequence[PyTree]) -> list[tuple[int, ...]]:
         return [tuple(value.shape) for value in values]
 
     if shapes(leaves) != shapes(like):
@@ -373,7 +379,7 @@ def in_base_dtype(node: Any, base: Any, path: str) -> Any:
     return treedef.unflatten([leaf.astype(old.dtype) for leaf, old in zip(leaves, like)])
 
 
-def _split_one(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_one(params: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """Return nested parameters without the packed weights, and the packed weights."""
     rest: dict[str, Any] = {}
     packed: dict[str, Any] = {}
@@ -386,7 +392,7 @@ def _split_one(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return rest, packed
 
 
-def _overlaid(below: Any, above: Any) -> Any:
+def _overlaid(below: PyTree, above: PyTree) -> PyTree:
     """Return nested dicts with the leaves of both; those of ``above`` take precedence."""
     if not isinstance(above, Mapping):
         return above

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import TypeVar, overload
 
 import jax
 import optax
@@ -13,6 +13,7 @@ from flax.core import unfreeze
 from adalora_jax._src.core import compaction, evaluation, pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers, linen_layers, nnx_adapters, nnx_merging
 
 _Model = TypeVar("_Model", bound=nnx.Module)
@@ -20,23 +21,23 @@ _Model = TypeVar("_Model", bound=nnx.Module)
 
 @overload
 def merge(
-    variables: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None = None
+    variables: _Model, *, safe: bool = False, inputs: tuple[PyTree, ...] | None = None
 ) -> _Model: ...
 
 
 @overload
 def merge(
-    variables: Mapping[str, Any], adapters: Mapping[str, Any], *, safe: bool = False
-) -> dict[str, Any]: ...
+    variables: Mapping[str, PyTree], adapters: Mapping[str, PyTree], *, safe: bool = False
+) -> dict[str, PyTree]: ...
 
 
 def merge(
-    variables: Any,
-    adapters: Any = None,
+    variables: PyTree,
+    adapters: PyTree = None,
     *,
     safe: bool = False,
-    inputs: tuple[Any, ...] | None = None,
-) -> Any:
+    inputs: tuple[PyTree, ...] | None = None,
+) -> PyTree:
     """Return the plain model's parameters with every increment added.
 
     Each weight becomes ``W + s · qᵀ diag(λ) p``
@@ -100,11 +101,11 @@ def unmerge(variables: _Model, adapters: nnx.Module, *, safe: bool = False) -> _
 
 @overload
 def unmerge(
-    variables: Mapping[str, Any], adapters: Mapping[str, Any], *, safe: bool = False
-) -> dict[str, Any]: ...
+    variables: Mapping[str, PyTree], adapters: Mapping[str, PyTree], *, safe: bool = False
+) -> dict[str, PyTree]: ...
 
 
-def unmerge(variables: Any, adapters: Any, *, safe: bool = False) -> Any:
+def unmerge(variables: PyTree, adapters: PyTree, *, safe: bool = False) -> PyTree:
     """Return the base parameters: subtract the increments that :func:`merge` added.
 
     The result equals the base to within one rounding of its dtype; keep the original variables if
@@ -135,7 +136,9 @@ def unmerge(variables: Any, adapters: Any, *, safe: bool = False) -> Any:
     return _merged_variables(variables, pytree.adapters(adapters), safe, sign=-1)
 
 
-def compact(params: Any, opt_state: Any, tx: optax.GradientTransformation | None = None) -> Any:
+def compact(
+    params: PyTree, opt_state: PyTree, tx: optax.GradientTransformation | None = None
+) -> PyTree:
     """Return the parameters without their pruned triplets: the same function at smaller ranks.
 
     The masks are applied first and alone determine the removed triplets, independently of the
@@ -202,7 +205,7 @@ def compact(params: Any, opt_state: Any, tx: optax.GradientTransformation | None
     return model, nnx_adapters.optimizer_like(optimizer, model, cut)
 
 
-def finish(opt_state: Any, params: Any, grads: Any = None) -> Any:
+def finish(opt_state: PyTree, params: PyTree, grads: PyTree = None) -> PyTree:
     """End a run within its budget: make the final mask if it is missing, and apply the masks.
 
     A run has no final mask if it stops early, or if updates were skipped (a loss scale's overflow
@@ -254,7 +257,9 @@ def finish(opt_state: Any, params: Any, grads: Any = None) -> Any:
     return model, nnx_adapters.optimizer_like(optimizer, model, done)
 
 
-def _merged_variables(variables: Any, adapters: Any, safe: bool, sign: int) -> dict[str, Any]:
+def _merged_variables(
+    variables: Mapping[str, PyTree], adapters: Mapping[str, PyTree], safe: bool, sign: int
+) -> dict[str, PyTree]:
     linen_layers.check_variables(variables)
     if not isinstance(adapters, Mapping):
         raise TypeError(
@@ -290,7 +295,7 @@ def _merged_variables(variables: Any, adapters: Any, safe: bool, sign: int) -> d
     return linen_layers.split_quantized({**variables, "params": params})
 
 
-def _layout_of(adapter: Adapter, existing: Any, path: str) -> Layout:
+def _layout_of(adapter: Adapter, existing: PyTree, path: str) -> Layout:
     """Return the adapter's layout of the weight at ``path``.
 
     Raises:

@@ -11,6 +11,7 @@ from flax import nnx
 from adalora_jax._src import _compat
 from adalora_jax._src.core import evaluation, pytree
 from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules.nnx_layers import Adaptation, Adapted, base_class
 from adalora_jax._src.modules.nnx_variables import AdapterParam, SavedParam, modules, parameters
@@ -18,7 +19,7 @@ from adalora_jax._src.modules.nnx_variables import AdapterParam, SavedParam, mod
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
-def adapters(model: nnx.Module) -> dict[str, Any]:
+def adapters(model: nnx.Module) -> dict[str, PyTree]:
     """Return ``{path: Adapter}`` and the parameters of ``modules_to_save``.
 
     The form is that of ``init`` of an adapted linen module. Checkpoints, banks and exports take it.
@@ -49,13 +50,13 @@ def adapters(model: nnx.Module) -> dict[str, Any]:
     return found | saved
 
 
-def _insert(nested: dict[str, Any], parts: list[str], leaf: Any) -> None:
+def _insert(nested: dict[str, PyTree], parts: list[str], leaf: PyTree) -> None:
     for part in parts[:-1]:
         nested = nested.setdefault(part, {})
     nested[parts[-1]] = leaf
 
 
-def set_adapters(model: nnx.Module, new: Mapping[str, Any]) -> None:
+def set_adapters(model: nnx.Module, new: Mapping[str, PyTree]) -> None:
     """Set the adapters of ``model`` and its parameters of ``modules_to_save``, in place.
 
     Args:
@@ -97,14 +98,14 @@ def set_adapters(model: nnx.Module, new: Mapping[str, Any]) -> None:
     _set_saved(model, new)
 
 
-def _shapes(node: Any) -> Any:
+def _shapes(node: PyTree) -> list[tuple[int, ...]] | dict[str, tuple[int, ...]]:
     if isinstance(node, Adapter):
         return [tuple(leaf.shape) for leaf in node]
     flat = jax.tree_util.tree_flatten_with_path(node)[0]
     return {pytree.leaf_name(path): tuple(leaf.shape) for path, leaf in flat}
 
 
-def _check_layouts(existing: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _check_layouts(existing: Mapping[str, PyTree], new: Mapping[str, PyTree]) -> None:
     for path, adapter in new.items():
         if not isinstance(adapter, Adapter):
             continue
@@ -113,7 +114,7 @@ def _check_layouts(existing: Mapping[str, Any], new: Mapping[str, Any]) -> None:
             kinds.check_fit(layer, adapter, layer.shape, path)
 
 
-def _set_saved(model: nnx.Module, new: Mapping[str, Any]) -> None:
+def _set_saved(model: nnx.Module, new: Mapping[str, PyTree]) -> None:
     """Set the parameters of ``modules_to_save`` that are in ``new``, in place."""
     for path, variable in nnx.to_flat_state(nnx.state(model, SavedParam)):
         name = "/".join(map(str, path))
@@ -126,7 +127,7 @@ def _set_saved(model: nnx.Module, new: Mapping[str, Any]) -> None:
             )
 
 
-def with_adapters(model: _Model, new: Mapping[str, Any]) -> _Model:
+def with_adapters(model: _Model, new: Mapping[str, PyTree]) -> _Model:
     """Return a copy of an adapted model with other adapters, of any rank.
 
     Use it for adapters that :func:`adalora_jax.compact` made smaller, for those of another run, and
@@ -215,7 +216,7 @@ def eval_model(model: _Model, optimizer: nnx.Optimizer) -> _Model:
     return copy
 
 
-def optimizer_like(optimizer: nnx.Optimizer, model: Any, opt_state: Any) -> nnx.Optimizer:
+def optimizer_like(optimizer: nnx.Optimizer, model: nnx.Module, opt_state: PyTree) -> nnx.Optimizer:
     """Return a copy of an optimizer for another model, with another state but the same step."""
     copy = nnx.Optimizer(model, optimizer.tx, wrt=optimizer.wrt)
     copy.opt_state = pytree.match_containers(copy.opt_state, opt_state)

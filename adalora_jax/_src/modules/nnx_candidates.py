@@ -14,6 +14,7 @@ from flax import nnx
 from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules import usage
 from adalora_jax._src.modules.candidates import UNKNOWN_USE, Candidate, judge_use
@@ -135,7 +136,7 @@ def _use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
     structs = [jax.ShapeDtypeStruct(leaf.shape[lifted:], leaf.dtype) for _, leaf in leaves]
     foreign = layer_class(type(module)) is None
 
-    def run(leaves, x):
+    def run(leaves: list[jax.Array], x: jax.Array) -> list[jax.Array]:
         copy = nnx.merge(graph, treedef.unflatten(leaves))
         _compat.set_class(copy, extended_class(type(copy), _Marked, "Marked"))
         output = copy(usage.mark_input(0, x) if foreign else x)
@@ -153,7 +154,7 @@ def _use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
 class _Marked(nnx.Module):
     """Mixin that runs a layer under the scope name by which :mod:`usage` finds it in a jaxpr."""
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: PyTree, **kwargs: Any) -> PyTree:
         with jax.named_scope(usage.scope_name(0)):
             output = super().__call__(*args, **kwargs)
         return usage.mark_output(0, output)
@@ -188,7 +189,7 @@ def _rewritten(model: nnx.Module) -> dict[str, str]:
     wrappers = (nnx.WeightNorm, nnx.SpectralNorm)
     found = {p: type(m).__name__ for p, m in modules(model) if isinstance(m, wrappers)}
 
-    def inside(path, wrapper):
+    def inside(path: str, wrapper: str) -> bool:
         return not wrapper or path.startswith(f"{wrapper}/")
 
     return {

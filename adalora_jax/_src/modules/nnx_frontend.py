@@ -176,7 +176,7 @@ def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
 
 
 def _candidates(
-    model: Any, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
+    model: nnx.Module, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
 ) -> dict[str, Candidate]:
     found = candidates(model, layers=layers)
     if not isinstance(config, AdaLoraConfig):
@@ -217,7 +217,7 @@ def _chosen(
 
 
 def _refuse_tied_outside(
-    model: nnx.Module, candidates: Mapping[str, Candidate], chosen: Mapping[str, Any]
+    model: nnx.Module, candidates: Mapping[str, Candidate], chosen: Mapping[str, targets.Target]
 ) -> None:
     """Raise an error if only some of the layers that share a weight are adapted.
 
@@ -250,7 +250,7 @@ def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> n
     return dropout
 
 
-def placement(variable: Any) -> Any:
+def placement(variable: nnx.Variable) -> NamedSharding | PartitionSpec | None:
     """Return the sharding of a variable's array, else the one that its metadata specify."""
     named, mesh = variable.get_metadata("out_sharding", None), variable.get_metadata("mesh", None)
     if named and not isinstance(named, NamedSharding):
@@ -259,7 +259,9 @@ def placement(variable: Any) -> Any:
     return sharding.sharding_of(variable.get_value(), named or None)
 
 
-def _annotate(adaptation: Any, target: targets.Target, weight: Any, specs: Adapter | None) -> None:
+def _annotate(
+    adaptation: Adaptation, target: targets.Target, weight: nnx.Variable, specs: Adapter | None
+) -> None:
     """Set sharding metadata of an adapter's variables, if its weight has some.
 
     Axis names are derived from the weight's unless ``specs`` are given; mesh and sharding rules are

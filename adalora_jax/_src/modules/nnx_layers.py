@@ -15,6 +15,7 @@ from flax import nnx
 from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers
 from adalora_jax._src.modules.nnx_variables import (
     NO_EAGER_SHARDING,
@@ -51,7 +52,7 @@ class Adaptation(nnx.Module):
         dropout: nnx.Dropout | None = None,
         forward_mode: bool = False,
         declared: bool = False,
-    ):
+    ) -> None:
         self.replace(adapter)
         self.declared = declared
         self.dropout = dropout
@@ -78,7 +79,7 @@ class Adaptation(nnx.Module):
         """Adapter with the current values of the three factors."""
         return Adapter(self.p[...], self.lam[...], self.q[...], self.scale, self.layout)
 
-    def _add(self, layer: nnx.Module, output: jax.Array, x: Any, **call: Any) -> jax.Array:
+    def _add(self, layer: nnx.Module, output: jax.Array, x: jax.Array, **call: Any) -> jax.Array:
         """Return the layer's output plus the adapter output.
 
         Args:
@@ -137,7 +138,7 @@ class _Call:
       reached: whether the method of the Flax layer itself was called.
     """
 
-    def __init__(self, layer: nnx.Module, weight: Any):
+    def __init__(self, layer: nnx.Module, weight: PyTree) -> None:
         self.layer, self.weight, self.reached = layer, weight, False
 
 
@@ -154,7 +155,7 @@ def weight_name(layer: Any) -> str:
     return name if hasattr(layer, name) else layers.require_layer(layer_of(layer), layer).weight
 
 
-def _weight_of(layer: Any) -> Any:
+def _weight_of(layer: nnx.Module) -> PyTree:
     variable = getattr(layer, weight_name(layer))
     return variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
 
@@ -164,7 +165,7 @@ class Adapted(nnx.Module):
 
     adalora: Adaptation
 
-    def __call__(self, inputs, *args, **kwargs):
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         self._check_reached()
         output = super().__call__(inputs, *args, **kwargs)
         named = {str(name): value for name, value in (dict(enumerate(args)) | kwargs).items()}
@@ -190,7 +191,7 @@ class Adapted(nnx.Module):
 class _AdaptedEmbed(Adapted):
     """Mixin for embeddings, which also compute ``attend``, ``x Eᵀ``."""
 
-    def attend(self, query, *args, **kwargs):
+    def attend(self, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         self._check_reached()
         output = super().attend(query, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return _compat.without_qwix(self.adalora._add)(self, output, query, attend=True)
@@ -199,10 +200,10 @@ class _AdaptedEmbed(Adapted):
 class _Checked(nnx.Module):
     """Mixin before a subclass of a Flax layer; raises if a call does not use the adapter."""
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> PyTree:
         return self._checked("__call__", args, kwargs)
 
-    def _checked(self, method: str, args: Any, kwargs: Any) -> Any:
+    def _checked(self, method: str, args: tuple, kwargs: dict) -> PyTree:
         call = _Call(self, _weight_of(self))
         token = _CALLS.set((*_CALLS.get(), call))
         try:
@@ -219,7 +220,7 @@ class _Checked(nnx.Module):
 
 
 class _CheckedEmbed(_Checked):
-    def attend(self, *args, **kwargs):
+    def attend(self, *args: Any, **kwargs: Any) -> PyTree:
         return self._checked("attend", args, kwargs)
 
 
@@ -284,7 +285,7 @@ def _extended(cls: type, mixin: type, prefix: str, outside: bool) -> type:
     base = cls if outside else layer_class(cls) or cls
     arguments = (cls, mixin, prefix, outside)
 
-    def make(part, name, bases):
+    def make(part: str, name: str, bases: tuple[type, ...]) -> type:
         return types.new_class(
             f"{prefix}{name}",
             bases,
@@ -308,7 +309,7 @@ def layer_class(cls: type) -> type | None:
     the classes between them and the Flax layer.
     """
 
-    def is_layer(base):
+    def is_layer(base: type) -> bool | type | None:
         equivalent = "stands_for_its_layer" in vars(base) or _compat.unquantized_class(base)
         return base in FLAX_LAYERS or equivalent
 
@@ -337,7 +338,9 @@ def layer_of(
     return layers.layer_of(module, params, equation)
 
 
-def _convolve(module: Any, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
+def _convolve(
+    module: nnx.Conv | nnx.ConvTranspose, x: jax.Array, kernel: jax.Array, features: int
+) -> jax.Array:
     """Apply the convolution of ``module`` with another kernel and without bias."""
     names = ("strides", "padding", "kernel_dilation", "dtype", "param_dtype", "precision")
     names += ("promote_dtype", "preferred_element_type")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 
 from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules.candidates import UNKNOWN_USE
 from adalora_jax._src.modules.nnx_layers import Adapted, base_class, layer_of, weight_name
@@ -19,7 +20,9 @@ from adalora_jax._src.modules.nnx_variables import SavedParam, is_qwix_weight, m
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
-def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None = None) -> _Model:
+def merged(
+    model: _Model, *, safe: bool = False, inputs: tuple[PyTree, ...] | None = None
+) -> _Model:
     """Return a copy of an adapted model with its increments merged, see :func:`adalora_jax.merge`.
 
     Args:
@@ -58,7 +61,9 @@ def merged(model: _Model, *, safe: bool = False, inputs: tuple[Any, ...] | None 
     return copy
 
 
-def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[Any, ...]) -> None:
+def _refuse_another_output(
+    adapted: nnx.Module, plain: nnx.Module, inputs: tuple[PyTree, ...]
+) -> None:
     """Raise an error if the outputs of a merged model differ from those of the adapted one.
 
     The bound on the relative error is the square root of the machine epsilon of the coarsest weight
@@ -71,7 +76,7 @@ def _refuse_another_output(adapted: nnx.Module, plain: nnx.Module, inputs: tuple
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
     bound = max(float(jnp.finfo(dtype).eps) for dtype in floats) ** 0.5
 
-    def outputs(model):
+    def outputs(model: nnx.Module) -> list[jax.Array]:
         model = nnx.clone(model)
         model.eval()  # dropout would differ between the two
         return [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(model(*inputs))]

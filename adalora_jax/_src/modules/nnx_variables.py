@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from flax import nnx
 from adalora_jax._src._compat import is_qwix_weight
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.low_rank import accumulation_dtype
+from adalora_jax._src.core.pytree import PyTree
 
+_Model = TypeVar("_Model", bound=nnx.Module)
 # Arrays are already placed; disable Flax's eager sharding, which needs a mesh on every copy.
 NO_EAGER_SHARDING = {"eager_sharding": False}
 
@@ -131,7 +133,7 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def with_parameters(model: nnx.Module, new: Mapping[str, Any]) -> Any:
+def with_parameters(model: _Model, new: Mapping[str, PyTree]) -> _Model:
     """Return a copy of ``model`` with new values for the parameters at some paths.
 
     >>> model = with_parameters(
@@ -147,7 +149,7 @@ def with_parameters(model: nnx.Module, new: Mapping[str, Any]) -> Any:
     return copy
 
 
-def is_weight(value: Any) -> bool:
+def is_weight(value: object) -> bool:
     """Return whether a value is a parameter, or a weight that is stored as integers."""
     packed = isinstance(value, nnx.Variable) and pytree.is_packed(value.get_raw_value())
     return packed or isinstance(value, nnx.Param) or is_qwix_weight(value)
@@ -158,17 +160,17 @@ def sharded_variable(weight: Any) -> nnx.Variable:
     return weight.array.qvalue if is_qwix_weight(weight) else weight
 
 
-def pure(state: Any) -> Any:
+def pure(state: PyTree) -> PyTree:
     """Return a pytree with every variable replaced by its value, like newer Flax's ``nnx.as_pure``.
 
     >>> pure({"scale": nnx.Param(2.0)})
     {'scale': 2.0}
     """
 
-    def is_variable(node):
+    def is_variable(node: object) -> bool:
         return isinstance(node, nnx.Variable)
 
-    def value(node):
+    def value(node: PyTree) -> PyTree:
         return pure(node.get_raw_value()) if is_variable(node) else node
 
     return jax.tree.map(value, state, is_leaf=is_variable)

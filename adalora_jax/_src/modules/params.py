@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeAlias
 
 from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.core import unfreeze
 
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import linen_layers, nnx_variables
 
+Model: TypeAlias = nn.Module | nnx.Module
 
-def parameters_of(model: Any, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+
+def parameters_of(model: Model, variables: Mapping[str, PyTree] | None) -> dict[str, PyTree]:
     """Return a model's parameters by path: arrays or shapes for linen, variables for NNX.
 
     Args:
@@ -32,7 +35,7 @@ def parameters_of(model: Any, variables: Mapping[str, Any] | None) -> dict[str, 
     return by_path(linen_layers.unboxed(variables))
 
 
-def by_path(params: Mapping[str, Any]) -> dict[str, Any]:
+def by_path(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Return the leaves of nested dicts by path.
 
     >>> by_path({"up": {"kernel": 1}})
@@ -41,7 +44,7 @@ def by_path(params: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.flatten_dict(unfreeze(dict(params)), sep="/")
 
 
-def replaced(params: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+def replaced(params: Mapping[str, PyTree], leaves: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Return nested dicts with the leaves at the given paths replaced.
 
     >>> replaced({"up": {"kernel": 1, "bias": 2}}, {"up/kernel": 3})

@@ -6,6 +6,7 @@ and the config in the allocator's state are those of the target that they are re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import serialization
@@ -13,14 +14,15 @@ from flax import serialization
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import AdaLoraState
 from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import ByRole
 
 
-def _arrays(adapter: Adapter) -> dict[str, Any]:
+def _arrays(adapter: Adapter) -> dict[str, PyTree]:
     return {name: serialization.to_state_dict(leaf) for name, leaf in adapter._asdict().items()}
 
 
-def _adapter(target: Adapter, state: dict[str, Any]) -> Adapter:
+def _adapter(target: Adapter, state: Mapping[str, PyTree]) -> Adapter:
     if set(state) != set(Adapter._fields):
         raise ValueError(
             f"`state`: an adapter in it has {sorted(state)}, but must have p, lam and q; pass the "
@@ -31,12 +33,12 @@ def _adapter(target: Adapter, state: dict[str, Any]) -> Adapter:
     return target._replace(**{name: restore(own[name], state[name], name) for name in own})
 
 
-def _parts(state: AdaLoraState) -> dict[str, Any]:
+def _parts(state: AdaLoraState) -> dict[str, PyTree]:
     to = serialization.to_state_dict
     return {"adapters": to(state.adapters), "allocator": to(state.allocator)}
 
 
-def _state(target: AdaLoraState, state: dict[str, Any]) -> AdaLoraState:
+def _state(target: AdaLoraState, state: Mapping[str, PyTree]) -> AdaLoraState:
     restore = serialization.from_state_dict
     parts: dict[str, Any] = {
         name: restore(getattr(target, name), state[name], name)

@@ -50,10 +50,10 @@ def adapter_specs(layer: Layout, shape: Sequence[int], spec: PartitionSpec) -> A
     names = pad_spec(spec, len(shape))
     lifted = len(shape) - len(layer.stack) - len(layer.ins) - len(layer.outs)
 
-    def at(axes):
+    def at(axes: tuple[int, ...]) -> list[tuple[Any, int]]:
         return [(names[lifted + axis], shape[lifted + axis]) for axis in axes]
 
-    def first(axes):
+    def first(axes: tuple[int, ...]) -> str | tuple[str, ...] | None:
         return next((name for name, size in at(axes) if size > 1), None)
 
     stack = (*names[:lifted], *(name for name, _ in at(layer.stack)))
@@ -66,7 +66,7 @@ def adapter_specs(layer: Layout, shape: Sequence[int], spec: PartitionSpec) -> A
 
 
 def sharding_of(
-    weight: Any, named: NamedSharding | PartitionSpec | None = None
+    weight: PyTree, named: NamedSharding | PartitionSpec | None = None
 ) -> NamedSharding | PartitionSpec | None:
     """Return the sharding of a weight: its array's NamedSharding, or else its metadata's.
 
@@ -79,7 +79,7 @@ def sharding_of(
     P('fsdp',)
     """
 
-    def axes(node):
+    def axes(node: object) -> int:
         return len(getattr(node, "shape", ()))
 
     leaf = next((x for x in jax.tree.leaves(weight) if axes(x) == axes(weight)), None)
@@ -101,7 +101,7 @@ def spec_of(where: NamedSharding | PartitionSpec | None) -> PartitionSpec:
     return PartitionSpec() if spec is None else spec
 
 
-def pad_spec(spec: Any, ndim: int) -> PartitionSpec:
+def pad_spec(spec: PartitionSpec, ndim: int) -> PartitionSpec:
     """Return a PartitionSpec padded with None to ``ndim`` entries.
 
     The entries of a padded spec belong to the last axes of an array with more axes.
@@ -147,7 +147,9 @@ def derive(
     return {path: _checked(path, rule(path, spec), spec) for path, spec in specs.items()}
 
 
-def _rule_by_pattern(rules: Mapping[str, Any], specs: Mapping[str, Any]) -> Callable[..., Any]:
+def _rule_by_pattern(
+    rules: Mapping[str, Adapter], specs: Mapping[str, Adapter]
+) -> Callable[[str, Adapter], Adapter]:
     for pattern in rules:
         if not any(rank_spec.matches(pattern, path) for path in specs):
             raise ValueError(
@@ -155,7 +157,7 @@ def _rule_by_pattern(rules: Mapping[str, Any], specs: Mapping[str, Any]) -> Call
                 f"{', '.join(list(specs)[:10])}."
             )
 
-    def rule(path, spec):
+    def rule(path: str, spec: Adapter) -> Adapter:
         return next((rules[p] for p in rules if rank_spec.matches(p, path)), spec)
 
     return rule
@@ -167,7 +169,9 @@ def to_named_sharding(specs: PyTree, base: PyTree) -> PyTree:
     return mesh and jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def jit_with_shardings(make: Callable[..., PyTree], shardings: PyTree | None, *args: Any) -> PyTree:
+def jit_with_shardings(
+    make: Callable[..., PyTree], shardings: PyTree | None, *args: PyTree
+) -> PyTree:
     """Return ``make(*args)``, jitted, with the given output shardings.
 
     >>> jit_with_shardings(jax.numpy.zeros_like, None, jax.numpy.ones(2))
@@ -178,10 +182,10 @@ def jit_with_shardings(make: Callable[..., PyTree], shardings: PyTree | None, *a
         return arrays
 
     # A nested jit does not tell the outer trace how explicit axes are sharded.
-    def explicit(leaf, at):
+    def explicit(leaf: jax.Array, at: NamedSharding) -> bool:
         return isinstance(leaf, Tracer) and at.mesh.are_all_axes_explicit
 
-    def put(leaf, at):
+    def put(leaf: jax.Array, at: NamedSharding) -> jax.Array:
         return jax.device_put(leaf, at) if explicit(leaf, at) else leaf
 
     return jax.tree.map(put, arrays, shardings)
@@ -207,7 +211,7 @@ def mesh_of(placed: PyTree) -> Mesh | AbstractMesh | None:
 
 
 def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
-    def is_spec(leaf):
+    def is_spec(leaf: object) -> bool:
         return isinstance(leaf, PartitionSpec)
 
     if not isinstance(given, Adapter) or not all(map(is_spec, given)):
@@ -215,10 +219,11 @@ def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
             f"`rules`: {given!r} for {path!r} is not an Adapter of three PartitionSpecs; give one, "
             f"such as {derived!r}."
         )
-    if any(len(spec) > len(own) for spec, own in zip(given, derived)):
+    pairs: Any = [*zip(given, derived)]  # an Adapter is typed as one of arrays
+    if any(len(spec) > len(own) for spec, own in pairs):
         raise ValueError(
             f"`rules`: {given!r} for {path!r} has more axes than the adapter; give at most as many "
             f"as in {derived!r}."
         )
-    whole: Any = (pad_spec(spec, len(own)) for spec, own in zip(given, derived))
+    whole: Any = (pad_spec(spec, len(own)) for spec, own in pairs)
     return Adapter(*whole)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import tree_flatten_with_path, tree_map_with_path
+from jax.tree_util import KeyPath, tree_flatten_with_path, tree_map_with_path
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
-from adalora_jax._src.core.allocator import allocator_states, map_state
+from adalora_jax._src.core.allocator import AllocatorState, allocator_states, map_state
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole
+from adalora_jax._src.core.roles import ByRole, Role
 from adalora_jax._src.modules.sharding import mesh_of, pad_spec, sharding_of, spec_of
 
 
@@ -74,7 +73,7 @@ def shardings(
             "call within jax.set_mesh(mesh)."
         )
 
-    def place(leaf, owner):
+    def place(leaf: PyTree, owner: PyTree) -> NamedSharding:
         return _match_sharding(owner, leaf.shape, mesh)
 
     if tx is None:
@@ -97,12 +96,12 @@ def shardings(
     )
     owners = pytree.adapters(like)
 
-    def place_roles(found):
+    def place_roles(found: AllocatorState) -> AllocatorState:
         new = {}
         for name in ("masks", "sensitivity", "uncertainty"):
             part = getattr(found, name)
 
-            def place_role(role, part=part):
+            def place_role(role: Role, part: ByRole = part) -> PyTree:
                 return _place_role(part.stacked[role.name], owners[role.paths[0]], mesh)
 
             new[name] = ByRole({r.name: place_role(r) for r in part.roles.members}, part.roles)
@@ -112,7 +111,7 @@ def shardings(
     return pytree.match_containers(state, placed)
 
 
-def _place_role(value: Any, owner: Adapter, mesh: Mesh | AbstractMesh) -> Any:
+def _place_role(value: PyTree, owner: Adapter, mesh: Mesh | AbstractMesh) -> PyTree:
     """Return the shardings of a role's arrays: like its first member, without a leading axis."""
     if not isinstance(value, Adapter):
         return _match_sharding(owner.lam, value.shape, mesh)
@@ -123,7 +122,7 @@ def _place_role(value: Any, owner: Adapter, mesh: Mesh | AbstractMesh) -> Any:
 def _with_facts(like: PyTree, known: Mapping[str, Adapter]) -> PyTree:
     """Return ``like`` with the scale and layout of the adapters in ``known`` at the same paths."""
 
-    def replaced(path, node):
+    def replaced(path: KeyPath, node: PyTree) -> PyTree:
         other = known.get(pytree.path_name(path))
         if not isinstance(node, Adapter) or other is None:
             return node
@@ -132,7 +131,9 @@ def _with_facts(like: PyTree, known: Mapping[str, Adapter]) -> PyTree:
     return tree_map_with_path(replaced, like, is_leaf=lambda node: isinstance(node, Adapter))
 
 
-def _match_sharding(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
+def _match_sharding(
+    owner: PyTree, shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> NamedSharding:
     """Return the sharding of a leaf of ``owner``, which is an array or its sharding or spec.
 
     The leaf is replicated if its shape differs from the owner's, as in factored moments, or if the
@@ -145,7 +146,7 @@ def _match_sharding(owner: Any, shape: Sequence[int], mesh: Mesh | AbstractMesh)
     if before < 0 or tuple(shape[before:]) != tuple(own) or len(spec) > len(own):
         return NamedSharding(mesh, PartitionSpec())
 
-    def ways(names):
+    def ways(names: str | tuple[str, ...] | None) -> int:
         return math.prod(
             mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)) if name
         )

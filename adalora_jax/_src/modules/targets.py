@@ -7,8 +7,8 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.init import init_adapter
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.protocols import TargetFunction
 from adalora_jax._src.core.rank_spec import RankSpec
 from adalora_jax._src.core.text import table
 from adalora_jax._src.modules import sharding
 from adalora_jax._src.modules.candidates import Candidate
 from adalora_jax._src.modules.layers import SUPPORTED
 
+_Wanted: TypeAlias = str | Collection[str] | TargetFunction
 _LINEAR_KINDS = ("dense", "general", "einsum", "weight")
 
 
@@ -198,7 +200,12 @@ def _require_indices(paths: Sequence[str], config: AdaLoraConfig) -> None:
             )
 
 
-def _require_match(field: str, name: str, wanted: Any, candidates: Mapping[str, Candidate]) -> None:
+def _require_match(
+    field: str,
+    name: str,
+    wanted: _Wanted,
+    candidates: Mapping[str, Candidate],
+) -> None:
     if not any(_matches(wanted, path, c) for path, c in candidates.items()):
         raise ValueError(
             f"`{field}`: {name!r} matches no module; {_whole_path(wanted)}"
@@ -208,7 +215,7 @@ def _require_match(field: str, name: str, wanted: Any, candidates: Mapping[str, 
 
 def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> str:
     """Return the error message for an empty selection: its cause, or the nearest paths."""
-    wanted = config.target_modules
+    wanted = cast("_Wanted", config.target_modules)
     names = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     filters = {name: value for name in names if (value := getattr(config, name)) is not None}
     start = f"`target_modules={wanted!r}"
@@ -225,7 +232,7 @@ def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig)
     return f"{start}{after}`: no layer is selected; {hint}{near}."
 
 
-def _whole_path(wanted: Any) -> str:
+def _whole_path(wanted: _Wanted) -> str:
     """Return a hint on how a string is matched, for the message if it matches nothing."""
     if not isinstance(wanted, str) or wanted == "all-linear":
         return ""
@@ -290,7 +297,7 @@ def init_all(
     for index, target in enumerate(targets.values()):
         alike.setdefault((*target.layer.matrix(target.shape), target.rank), []).append(index)
 
-    def init(key):
+    def init(key: jax.Array) -> dict[str, Adapter]:
         keys = jax.random.split(key, len(targets))
         fresh: dict[int, Adapter] = {}
         for shape, members in alike.items():
@@ -319,10 +326,17 @@ def static_fields(
     }
 
 
-def _init_group(keys, stack, in_features, out_features, rank, config) -> Adapter:
+def _init_group(
+    keys: jax.Array,
+    stack: tuple[int, ...],
+    in_features: int,
+    out_features: int,
+    rank: int,
+    config: AdaLoraConfig,
+) -> Adapter:
     """Return one adapter per key, stacked."""
 
-    def one(key):
+    def one(key: jax.Array) -> Adapter:
         return init_adapter(key, in_features, out_features, config, rank=rank, stack=stack)
 
     return jax.vmap(one)(keys)
@@ -413,7 +427,7 @@ def _bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _matches(wanted: Any, path: str, candidate: Candidate) -> bool:
+def _matches(wanted: _Wanted, path: str, candidate: Candidate) -> bool:
     if callable(wanted):
         return bool(wanted(path, candidate.module))
     if wanted == "all-linear":
@@ -504,7 +518,7 @@ def _by_similarity(name: str, paths: Iterable[str]) -> list[str]:
     """Return the paths sorted by similarity of path or last name to ``name``, nearest first."""
     plain = re.sub(r"[^\w/]+", "", name.replace(".", "/"))
 
-    def ratio(path):
+    def ratio(path: str) -> float:
         return difflib.SequenceMatcher(None, plain, path).ratio()
 
     return sorted(sorted(paths), key=lambda p: -max(ratio(p), ratio(p.rpartition("/")[2])))

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
+
+if TYPE_CHECKING:
+    from adalora_jax._src.core.pytree import PyTree
 
 _NAME = re.compile(r"adalora:(\d+):")
 _PROBE = re.compile(r"adalora-probe:(\d+):")
@@ -90,12 +93,12 @@ def probe_name(index: int) -> str:
     return f"adalora-probe:{index}:"
 
 
-def mark_output(index: int, output: Any) -> Any:
+def mark_output(index: int, output: PyTree) -> PyTree:
     """Return a layer's output with the marker that ends the layer for :func:`find_uses`."""
     return _named(scope_name(index), output)
 
 
-def mark_input(index: int, x: Any) -> Any:
+def mark_input(index: int, x: PyTree) -> PyTree:
     """Return a layer's input with a marker for :func:`find_uses`.
 
     Used for classes that are not Flax layers: their adapter sees the input itself, so a layer that
@@ -104,8 +107,8 @@ def mark_input(index: int, x: Any) -> Any:
     return _named(f"adalora-input:{index}:", x)
 
 
-def _named(name: str, tree: Any) -> Any:
-    def is_float(leaf):
+def _named(name: str, tree: PyTree) -> PyTree:
+    def is_float(leaf: PyTree) -> bool:
         return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name) if is_float(leaf) else leaf, tree)
@@ -145,18 +148,18 @@ _NONE: _Tags = frozenset()
 class _Walk:
     """A single pass over a program that tracks the stages of all weights."""
 
-    def __init__(self, scaled: frozenset[int]):
+    def __init__(self, scaled: frozenset[int]) -> None:
         self.scaled = scaled
         self.transformed: set[int] = set()
         self.followed: set[int] = set()
         self.outside: set[int] = set()
         self.marked: set[int] = set()
 
-    def run(self, jaxpr: Any, given: Sequence[_Tags], scope: int | None) -> list[_Tags]:
+    def run(self, jaxpr: core.Jaxpr, given: Sequence[_Tags], scope: int | None) -> list[_Tags]:
         """Return the tags of a jaxpr's outputs, given those of its inputs."""
         tags: dict[Any, _Tags] = dict(zip(jaxpr.invars, given))
 
-        def read(v):
+        def read(v: core.Var | core.Literal) -> _Tags:
             return _NONE if isinstance(v, core.Literal) else tags.get(v, _NONE)
 
         for eqn in jaxpr.eqns:
@@ -169,7 +172,7 @@ class _Walk:
                 tags.update((v, t) for v, t in zip(eqn.outvars, outputs) if t)
         return [read(v) for v in jaxpr.outvars]
 
-    def equation(self, eqn: Any, inputs: list[_Tags], scope: int | None) -> list[_Tags]:
+    def equation(self, eqn: core.JaxprEqn, inputs: list[_Tags], scope: int | None) -> list[_Tags]:
         primitive, count = eqn.primitive.name, len(eqn.outvars)
         if primitive == "scan":
             return self.run(eqn.params["jaxpr"].jaxpr, inputs, scope)
@@ -198,7 +201,9 @@ class _Walk:
                 result.add((index, stage))
         return [frozenset(result)] * count
 
-    def stage(self, eqn: Any, inputs: list[set[str]], index: int, inside: bool) -> str | None:
+    def stage(
+        self, eqn: core.JaxprEqn, inputs: list[set[str]], index: int, inside: bool
+    ) -> str | None:
         """Return the stage of an operation's result for one weight, and record the weight's use."""
         primitive, given = eqn.primitive.name, inputs
         inputs = [stages - {_INPUT} for stages in given]
@@ -235,11 +240,11 @@ class _Walk:
         return _CHANGED
 
 
-def _size(variable: Any) -> int:
+def _size(variable: core.Var | core.Literal) -> int:
     return getattr(variable.aval, "size", 1)
 
 
-def _called(eqn: Any) -> Any:
+def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
     """Return the jaxpr that a call-like operation runs on its inputs; None for other operations."""
     for value in eqn.params.values():
         jaxpr = getattr(value, "jaxpr", value)

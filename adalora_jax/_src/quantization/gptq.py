@@ -23,16 +23,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import nnx_variables
-from adalora_jax._src.modules.params import parameters_of, replaced
+from adalora_jax._src.modules.params import Model, parameters_of, replaced
 from adalora_jax._src.quantization import packed
 from adalora_jax._src.quantization.packed import Packed
 from adalora_jax._src.tensorfile import FLOATS, TensorFile
@@ -68,11 +70,11 @@ class GptqWeight(Packed):
         return (*self.qweight.shape[:-2], *self.own)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Dtype of the scales and of the dequantised weight."""
         return self.scales.dtype
 
-    def dequantize(self, dtype: Any = None) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """Return the weight, computed in float32 and rounded once; its gradient is zero.
 
         Args:
@@ -96,7 +98,7 @@ class GptqWeight(Packed):
             "dtype, or into a recipe such as 'int8'."
         )
 
-    def as_shape(self, own: tuple[int, ...], dtype: Any) -> GptqWeight:
+    def as_shape(self, own: tuple[int, ...], dtype: DTypeLike) -> GptqWeight:
         """Return the weight with the shape ``own`` per layer, dequantised to ``dtype``."""
         return dataclasses.replace(self, own=tuple(own), scales=self.scales.astype(dtype))
 
@@ -114,13 +116,13 @@ def _dequantize(weight: GptqWeight) -> jax.Array:
 
 
 def from_tensors(
-    qweight: Any,
-    qzeros: Any,
-    scales: Any,
-    g_idx: Any = None,
+    qweight: ArrayLike,
+    qzeros: ArrayLike,
+    scales: ArrayLike,
+    g_idx: ArrayLike | None = None,
     *,
     checkpoint_format: str = "gptq",
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     name: str = "the layer",
 ) -> GptqWeight:
     """Return a weight made of the four tensors of a checkpoint.
@@ -199,7 +201,9 @@ def from_tensors(
     )
 
 
-def read_gptq(directory: str | pathlib.Path, dtype: Any = jnp.float32) -> dict[str, Any]:
+def read_gptq(
+    directory: str | pathlib.Path, dtype: DTypeLike = jnp.float32
+) -> dict[str, dict[str, Any]]:
     """Return all GPTQ layers of a checkpoint: ``{name: {"kernel": GptqWeight, "bias": array}}``.
 
     The packed tensors are copied from the files to the device without dequantising, one layer at a
@@ -277,12 +281,12 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
 
 def load_gptq(
     directory: str | pathlib.Path,
-    model: Any,
-    variables: Mapping[str, Any] | None = None,
+    model: Model,
+    variables: Mapping[str, PyTree] | None = None,
     *,
     names: Mapping[str, Any] | Callable[[str], Any] | None = None,
-    dtype: Any = jnp.float32,
-) -> Any:
+    dtype: DTypeLike = jnp.float32,
+) -> PyTree:
     """Return a model with the kernels of a GPTQ checkpoint, in their packed form.
 
     A kernel (`GPTQ <https://arxiv.org/abs/2210.17323>`_) computes with
@@ -330,7 +334,7 @@ def load_gptq(
     kernels, biases = {}, {}
     for path, parts in named.items():
 
-        def place(name, path=path):
+        def place(name: str, path: str = path) -> str:
             return f"{path}/{name}".lstrip("/")
 
         kernels[place("kernel")] = _kernel(parts, tuple(params[place("kernel")].shape), path, dtype)
@@ -347,7 +351,7 @@ def load_gptq(
     return module, {**variables, "params": replaced(variables["params"], biases)}
 
 
-def _bias(parts, place, path) -> jax.Array | None:
+def _bias(parts: list[dict[str, Any]], place: PyTree, path: str) -> jax.Array | None:
     """Return the checkpoint's bias in the shape and dtype of the model's; None if there is none.
 
     Raises:
@@ -366,7 +370,9 @@ def _bias(parts, place, path) -> jax.Array | None:
     return None  # some writers add a zero bias to every layer
 
 
-def _kernel(parts, shape, path, dtype) -> GptqWeight:
+def _kernel(
+    parts: list[dict[str, Any]], shape: tuple[int, ...], path: str, dtype: DTypeLike
+) -> GptqWeight:
     """Return the kernel of one layer of this shape, or of a stack of layers.
 
     Raises:
@@ -398,7 +404,11 @@ def _with_groups(weight: GptqWeight) -> GptqWeight:
     return dataclasses.replace(weight, groups=jnp.arange(ins, dtype=jnp.int32) // (ins // count))
 
 
-def _named(params, layers, names) -> dict[str, list[dict[str, Any]]]:
+def _named(
+    params: Iterable[str],
+    layers: Mapping[str, dict[str, Any]],
+    names: Mapping[str, Any] | Callable[[str], Any] | None,
+) -> dict[str, list[dict[str, Any]]]:
     """Return ``{path: layers of the checkpoint}``, several layers for a stack.
 
     Raises:

@@ -21,13 +21,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.core import meta, unfreeze
+from flax.core.scope import CollectionFilter
+from flax.linen.module import InterceptorContext
+from jax.typing import DTypeLike
 
 from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.low_rank import opaque_false
-from adalora_jax._src.core.pytree import is_packed
+from adalora_jax._src.core.pytree import PyTree, is_packed
 from adalora_jax._src.modules import linen_layers, nnx_layers, nnx_variables
 from adalora_jax._src.modules.params import by_path, replaced
 
@@ -44,7 +48,7 @@ class Packed:
         raise NotImplementedError
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Dtype of the dequantised weight."""
         raise NotImplementedError
 
@@ -53,7 +57,7 @@ class Packed:
         """Number of axes of the weight."""
         return len(self.shape)
 
-    def dequantize(self, dtype: Any = None) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """Return the weight as floats; its gradient is zero."""
         raise NotImplementedError
 
@@ -63,7 +67,7 @@ class Packed:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run(function: Callable[[Any, Any], Any], packed: Any, operands: Any) -> Any:
+def run(function: Callable[[PyTree, PyTree], PyTree], packed: PyTree, operands: PyTree) -> PyTree:
     """Compute ``function(kernels, operands)`` and store only the packed kernels for the gradient.
 
     ``Y = X W + b`` is computed with ``W = dequantize(packed)``. The backward pass dequantises W
@@ -83,11 +87,17 @@ def run(function: Callable[[Any, Any], Any], packed: Any, operands: Any) -> Any:
     return function(_dense(packed, operands), operands)
 
 
-def _forward(function, packed, operands):
+def _forward(
+    function: Callable[[PyTree, PyTree], PyTree], packed: PyTree, operands: PyTree
+) -> tuple[PyTree, tuple[PyTree, PyTree]]:
     return run(function, packed, operands), (packed, operands)
 
 
-def _backward(function, residuals, cotangent):
+def _backward(
+    function: Callable[[PyTree, PyTree], PyTree],
+    residuals: tuple[PyTree, PyTree],
+    cotangent: PyTree,
+) -> tuple[None, PyTree]:
     packed, operands = residuals
     dense = _dense(packed, cotangent)
     _, pull = jax.vjp(lambda operands: function(dense, operands), operands)
@@ -97,7 +107,7 @@ def _backward(function, residuals, cotangent):
 run.defvjp(_forward, _backward)
 
 
-def _dense(packed: Any, after: Any) -> Any:
+def _dense(packed: PyTree, after: PyTree) -> PyTree:
     """Return the dequantised kernels, computed only after ``after`` is available.
 
     Without this order XLA may merge the dequantisation of the backward pass with that of the
@@ -108,14 +118,14 @@ def _dense(packed: Any, after: Any) -> Any:
     return jax.tree.map(lambda weight: weight.dequantize(), packed, is_leaf=is_packed)
 
 
-def _false(after: Any) -> jax.Array:
+def _false(after: PyTree) -> jax.Array:
     """Return :func:`~adalora_jax._src.core.low_rank.opaque_false` of a layer's operands."""
     arrays = [leaf for leaf in jax.tree.leaves(after) if _is_float(leaf)]
     # The last array is the input, because operands start with the parameters.
     return opaque_false(arrays[-1]) if arrays else jnp.zeros((), bool)
 
 
-def _is_float(leaf: Any) -> bool:
+def _is_float(leaf: PyTree) -> bool:
     return getattr(leaf, "size", 0) > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
@@ -166,7 +176,13 @@ class PackedModule(nn.Module):
     """
 
     @nn.nowrap
-    def apply(self, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+    def apply(
+        self,
+        variables: Mapping[str, PyTree],
+        *args: PyTree,
+        mutable: CollectionFilter = False,
+        **kwargs: Any,
+    ) -> PyTree:
         """Apply the model like ``nn.Module.apply``.
 
         Args:
@@ -177,7 +193,7 @@ class PackedModule(nn.Module):
         """
         variables = linen_layers.join_quantized(variables)
 
-        def box(leaf):
+        def box(leaf: PyTree) -> PyTree:
             return _Box(leaf) if is_packed(leaf) else leaf
 
         params = jax.tree.map(box, variables["params"], is_leaf=is_packed)
@@ -189,10 +205,10 @@ class PackedModule(nn.Module):
             return result
         output, mutated = result
 
-        def is_box(leaf):
+        def is_box(leaf: object) -> bool:
             return isinstance(leaf, _Box)
 
-        def unbox(leaf):
+        def unbox(leaf: PyTree) -> PyTree:
             return leaf.packed if is_box(leaf) else leaf
 
         params = jax.tree.map(unbox, mutated["params"], is_leaf=is_box)
@@ -210,7 +226,7 @@ class _Box(meta.AxisMetadata):
 
     packed: Any
 
-    def unbox(self) -> Any:
+    def unbox(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.packed.shape, self.packed.dtype)
 
     def replace_boxed(self, val: Any) -> Any:
@@ -223,7 +239,7 @@ class _Box(meta.AxisMetadata):
         return self
 
 
-def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+def _unpacking(call: Callable, args: tuple, kwargs: dict, context: InterceptorContext) -> PyTree:
     """Call a layer with its packed weights dequantised; an interceptor of linen methods."""
     module = context.module
     if context.method_name not in linen_layers.METHODS or module.scope is None:
@@ -241,7 +257,7 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         return call(*args, **kwargs)
 
     # The adapter is not needed here: its output is added to the result of this call.
-    def holds(name):
+    def holds(name: str) -> bool:
         return layer is not None and name.startswith(pytree.ADAPTER_KEY)
 
     params = {n: leaf for n, leaf in params.items() if n not in packed and not holds(n)}
@@ -250,7 +266,7 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     arrays = {i: leaf for i, leaf in enumerate(flat) if hasattr(leaf, "shape")}
     scope = module.scope
 
-    def function(dense, operands):
+    def function(dense: PyTree, operands: PyTree) -> PyTree:
         collections, rngs, arrays = operands
         variables = {**collections, "params": {**collections["params"], **dense}}
         inner = _compat.linen_scope(scope, variables, rngs)
@@ -261,13 +277,13 @@ def _unpacking(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
 
 
 @functools.cache
-def _packed_class(cls: type) -> Any:
+def _packed_class(cls: type) -> type:
     return type(cls.__name__, (PackedModule, cls), {"__module__": __name__})
 
 
 def pack_linen(
-    module: nn.Module, variables: Mapping[str, Any], weights: Mapping[str, Packed]
-) -> tuple[Any, dict[str, Any]]:
+    module: nn.Module, variables: Mapping[str, PyTree], weights: Mapping[str, Packed]
+) -> tuple[nn.Module, dict[str, PyTree]]:
     """Return a linen model and variables in which some weights are packed.
 
     Args:
@@ -295,7 +311,7 @@ def pack_linen(
     )
 
 
-def _check_place(path: str, weight: Packed, place: Any) -> None:
+def _check_place(path: str, weight: Packed, place: PyTree) -> None:
     """Check that a weight has the shape of the parameter that it replaces.
 
     Raises:
@@ -343,24 +359,24 @@ class PackedLayer(nnx.Module):
 
     stands_for_its_layer = True
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: PyTree, **kwargs: Any) -> PyTree:
         return _call_dense(self, "__call__", args, kwargs)
 
 
 class _PackedEmbed(PackedLayer):
     stands_for_its_layer = True
 
-    def attend(self, *args, **kwargs):
+    def attend(self, *args: PyTree, **kwargs: Any) -> PyTree:
         return _call_dense(self, "attend", args, kwargs)
 
 
-def _call_dense(layer, method, args, kwargs):
+def _call_dense(layer: PackedLayer, method: str, args: tuple, kwargs: dict) -> PyTree:
     graph, packed, rest = nnx.split(layer, PackedWeight, ...)
     packed, rest = nnx_variables.pure(packed), nnx_variables.pure(rest)
     flat, treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(flat) if hasattr(leaf, "shape")}
 
-    def function(dense, operands):
+    def function(dense: PyTree, operands: PyTree) -> PyTree:
         rest, arrays = operands
         args, kwargs = treedef.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(flat)])
         inner = nnx.merge(graph, dense, rest)
@@ -369,7 +385,7 @@ def _call_dense(layer, method, args, kwargs):
     return run(function, packed, (rest, arrays))
 
 
-def pack_nnx(model: nnx.Module, weights: Mapping[str, Packed]) -> Any:
+def pack_nnx(model: nnx.Module, weights: Mapping[str, Packed]) -> nnx.Module:
     """Return a copy of an NNX model in which some weights are packed.
 
     Args:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast, overload
 
 import flax.linen as nn
 import jax
@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import qwix
 from flax import nnx
 from flax.core import meta
+from jax.typing import DTypeLike
 
 from adalora_jax._src import _compat
+from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import PyTree, get_path, is_packed, weight_path
 from adalora_jax._src.core.pytree import adapters as found_adapters
-from adalora_jax._src.core.pytree import get_path, is_packed, weight_path
 from adalora_jax._src.modules import (
     linen_frontend,
     linen_layers,
@@ -46,6 +48,7 @@ __all__ = [
     "quantize",
 ]
 
+_Format: TypeAlias = "DTypeLike | Recipe"
 _QTYPES = ("int8", "int4", "nf4")
 _KINDS = ("dense", "general", "einsum", "conv")
 
@@ -95,7 +98,7 @@ class Recipe:
     exclude_modules: Any = None
     dtype: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.qtype not in _QTYPES:
             raise ValueError(
                 f"`qtype={self.qtype!r}`: must be one of {', '.join(map(repr, _QTYPES))}; use one "
@@ -166,7 +169,7 @@ class QwixWeight(Packed):
         return tuple(shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """Dtype of the scales and of the dequantised weight."""
         return self.scale.dtype
 
@@ -180,7 +183,7 @@ class QwixWeight(Packed):
             values = (values ^ 8).astype(jnp.int8) - 8
         return qwix.QArray(values, scale, qtype=self.qtype)
 
-    def dequantize(self, dtype: Any = None) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """Return the weight, computed in the dtype of its scales; its gradient is zero.
 
         Args:
@@ -199,7 +202,13 @@ class QwixWeight(Packed):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize(weight, qtype, channelwise, tiled, axes):
+def _quantize(
+    weight: jax.Array,
+    qtype: str,
+    channelwise: tuple[int, ...],
+    tiled: tuple[tuple[int, int], ...],
+    axes: tuple[int, ...],
+) -> QwixWeight:
     array = qwix.quantize(weight, qtype, channelwise_axes=channelwise, tiled_axes=dict(tiled))
     return QwixWeight.of(array, qtype, axes)
 
@@ -243,20 +252,25 @@ _Model = TypeVar("_Model", bound=nnx.Module)
 
 
 @overload
-def quantize(model: _Model, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> _Model: ...
+def quantize(model: _Model, recipe: str | Recipe, *inputs: PyTree, **kwargs: Any) -> _Model: ...
 
 
 @overload
 def quantize(
     model: nn.Module | linen_frontend.AdaptedModule,
     recipe: str | Recipe,
-    variables: Mapping[str, Any],
-    *inputs: Any,
+    variables: Mapping[str, PyTree],
+    *inputs: PyTree,
     **kwargs: Any,
-) -> tuple[Any, dict[str, Any]]: ...
+) -> tuple[Any, dict[str, PyTree]]: ...
 
 
-def quantize(model: Any, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> Any:
+def quantize(
+    model: nn.Module | nnx.Module | linen_frontend.AdaptedModule,
+    recipe: str | Recipe,
+    *inputs: PyTree,
+    **kwargs: Any,
+) -> PyTree:
     """Return a model with a quantised base: an NNX model, or a linen module and its variables.
 
     :class:`Recipe` has the equations. Weights are quantised one at a time. Under ``jax.eval_shape``
@@ -311,7 +325,13 @@ def quantize(model: Any, recipe: str | Recipe, *inputs: Any, **kwargs: Any) -> A
     return _quantized_linen(model, recipe, variables, inputs_, kwargs)
 
 
-def _quantized_linen(module, recipe, variables, inputs, kwargs):
+def _quantized_linen(
+    module: nn.Module | linen_frontend.AdaptedModule,
+    recipe: Recipe,
+    variables: Mapping[str, PyTree],
+    inputs: Sequence[PyTree],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, dict[str, PyTree]]:
     if isinstance(module, linen_frontend.AdaptedModule):
         inner, variables = _quantized_linen(module.module, recipe, variables, inputs, kwargs)
         return dataclasses.replace(module, module=inner), variables
@@ -327,7 +347,7 @@ def _quantized_linen(module, recipe, variables, inputs, kwargs):
     return module, {**variables, "params": _cast(variables["params"], recipe.dtype)}
 
 
-def _quantized_nnx(model, recipe):
+def _quantized_nnx(model: nnx.Module, recipe: Recipe) -> nnx.Module:
     weights: dict[str, Packed] = {}
     for path, target in _targets(nnx_candidates.candidates(model, of_adapted=True), recipe):
         place = f"{path}/{target.layer.weight}".lstrip("/")
@@ -337,7 +357,7 @@ def _quantized_nnx(model, recipe):
     model = packed.pack_nnx(model, weights)
     if recipe.dtype is not None:
 
-        def is_base(path, leaf):
+        def is_base(path: tuple, leaf: object) -> bool:
             return type(leaf) is nnx.Param
 
         nnx.update(model, _cast(nnx.state(model, is_base), recipe.dtype))
@@ -370,16 +390,18 @@ class Merged(NamedTuple):
 
 
 @overload
-def merge(variables: nnx.Module, adapters: None = None, *, to: Any = "requantize") -> Merged: ...
+def merge(
+    variables: nnx.Module, adapters: None = None, *, to: _Format = "requantize"
+) -> Merged: ...
 
 
 @overload
 def merge(
-    variables: Mapping[str, Any], adapters: Mapping[str, Any], *, to: Any = "requantize"
+    variables: Mapping[str, PyTree], adapters: Mapping[str, PyTree], *, to: _Format = "requantize"
 ) -> Merged: ...
 
 
-def merge(variables: Any, adapters: Any = None, *, to: Any = "requantize") -> Merged:
+def merge(variables: PyTree, adapters: PyTree = None, *, to: _Format = "requantize") -> Merged:
     """Merge adapters into a quantised base, as floats or requantised.
 
     Each merged weight is ``W + ΔW`` with ``ΔW = s · P Λ Q``
@@ -444,7 +466,7 @@ def merge(variables: Any, adapters: Any = None, *, to: Any = "requantize") -> Me
     return Merged(merging.merge(linen_layers.split_quantized(result), rest), errors)
 
 
-def _checked_increment(path: str, weight: Packed, adapter: Any, layer: Layout) -> jax.Array:
+def _checked_increment(path: str, weight: Packed, adapter: Adapter, layer: Layout) -> jax.Array:
     check_fit(layer, adapter, weight.shape, path)
     if layer.kind == "unknown" or layer.note:
         raise ValueError(
@@ -455,7 +477,7 @@ def _checked_increment(path: str, weight: Packed, adapter: Any, layer: Layout) -
     return weight_increment(layer, adapter, weight.shape)
 
 
-def _merged_nnx(model: Any, to: Any) -> Merged:
+def _merged_nnx(model: nnx.Module, to: _Format) -> Merged:
     model = nnx.clone(model)
     dtype = _dtype(to)
     dense: dict[int, Any] = {}  # a tied weight has several layers
@@ -486,7 +508,7 @@ def _merged_nnx(model: Any, to: Any) -> Merged:
     return Merged(result, errors)
 
 
-def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
+def _merge_by_qwix(model: nnx.Module, to: _Format) -> dict[str, MergeLoss]:
     """Merge into the weights that ``qwix.quantize_model`` quantised, in place; return the errors.
 
     Raises:
@@ -515,8 +537,8 @@ def _merge_by_qwix(model: Any, to: Any) -> dict[str, MergeLoss]:
 
 
 def _store_merged(
-    weight: Packed, delta: jax.Array, layer: Layout, to: Any
-) -> tuple[Any, MergeLoss]:
+    weight: Packed, delta: jax.Array, layer: Layout, to: _Format
+) -> tuple[Packed | jax.Array, MergeLoss]:
     """Return ``W + ΔW`` in the format ``to``, and its error."""
     target = weight.dequantize(jnp.float32) + delta
     if (dtype := _dtype(to)) is not None:
@@ -524,7 +546,7 @@ def _store_merged(
     elif to == "requantize":
         new = weight.requantize(target)
     else:
-        new = quantize_weight(target.astype(weight.dtype), to, layer)
+        new = quantize_weight(target.astype(weight.dtype), cast("str | Recipe", to), layer)
     back = new.dequantize(jnp.float32) if isinstance(new, Packed) else new.astype(jnp.float32)
     error, whole, learnt = (
         float(jnp.linalg.norm(a.ravel())) for a in (back - target, target, delta)
@@ -532,7 +554,7 @@ def _store_merged(
     return new, MergeLoss(error / whole, error / learnt if learnt else float(error > 0))
 
 
-def _dtype(to: Any) -> Any:
+def _dtype(to: _Format) -> jnp.dtype | None:
     """Return ``to`` as a floating-point dtype; None for ``"requantize"`` and for recipes.
 
     Raises:
@@ -547,7 +569,7 @@ def _dtype(to: Any) -> Any:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"`to={to!r}`: must be a floating-point dtype, 'requantize', a Recipe or one of "
-            f"{', '.join(map(repr, _QTYPES))}; use one of them."
+            f"{', '.join(map(repr, _QTYPES))}; pass one of these."
         )
     return dtype
 
@@ -556,7 +578,9 @@ def _recipe(recipe: str | Recipe) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else Recipe(qtype=recipe)
 
 
-def _targets(candidates: Mapping[str, Candidate], recipe: Recipe) -> Any:
+def _targets(
+    candidates: Mapping[str, Candidate], recipe: Recipe
+) -> Iterable[tuple[str, targets.Target]]:
     """Return the layers that the recipe selects, as pairs of path and target."""
     candidates = {
         path: c._replace(refused=f"it is inside of {c.wrapper}, which would not find its weight")
@@ -566,7 +590,7 @@ def _targets(candidates: Mapping[str, Candidate], recipe: Recipe) -> Any:
     }
     if recipe.target_modules is None:
         # Other modules remain candidates, so that exclude_modules may name them.
-        def fits(candidate):
+        def fits(candidate: Candidate) -> bool:
             return candidate.layer is not None and candidate.layer.kind in _KINDS
 
         candidates = {p: c if fits(c) else c._replace(layer=None) for p, c in candidates.items()}
@@ -578,18 +602,18 @@ def _targets(candidates: Mapping[str, Candidate], recipe: Recipe) -> Any:
     return targets.select(candidates, config).items()
 
 
-def _floats(weight: Any, place: str) -> Any:
+def _floats(weight: PyTree, place: str) -> PyTree:
     if not jnp.issubdtype(weight.dtype, jnp.floating) or is_packed(weight):
         raise ValueError(f"`model`: {place!r} is quantised already; quantise the float model.")
     return weight
 
 
-def _cast(tree: Any, dtype: str | None) -> Any:
+def _cast(tree: PyTree, dtype: str | None) -> PyTree:
     """Cast the floating-point leaves to ``dtype``; None returns the tree unchanged."""
     if dtype is None:
         return tree
 
-    def floating(leaf):
+    def floating(leaf: jax.Array) -> bool:
         return jnp.issubdtype(leaf.dtype, jnp.floating)
 
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if floating(leaf) else leaf, tree)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import qwix
 from flax import nnx
+from jax.typing import DTypeLike
 
 from adalora_jax._src import _compat
 from adalora_jax._src.modules import layers, nnx_layers, nnx_variables
@@ -26,7 +28,7 @@ class QwixHeld(Packed):
       array: the same weight as a ``qwix.QArray`` of plain arrays.
     """
 
-    def __init__(self, held: Any):
+    def __init__(self, held: Any) -> None:
         self.held = held
         self.array: qwix.QArray = nnx_variables.pure(held.array)
 
@@ -36,11 +38,11 @@ class QwixHeld(Packed):
         return tuple(self.array.shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """Dtype of the scales."""
         return self.array.scale.dtype
 
-    def dequantize(self, dtype: Any = None) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """Return the weight, computed in the dtype of its scales and cast to ``dtype``."""
         dense = qwix.dequantize(self.array)
         return dense if dtype is None else dense.astype(dtype)
@@ -86,7 +88,7 @@ def release(model: nnx.Module) -> None:
     _compat.set_class(model, _compat.unquantized_class(type(model)) or type(model))
 
 
-def as_lora(model: nnx.Module) -> Any:
+def as_lora(model: nnx.Module) -> nnx.Module:
     """Return a copy of an adapted model with its adapters as LoRA parameters in Qwix's layout.
 
     Each adapter becomes two ``nnx.LoRAParam`` of its layer, such as ``kernel_lora_a`` and
