@@ -1,4 +1,4 @@
-"""Fixtures that forbid or allow implicit promotion, and one that checks adapters' shapes."""
+"""Settings of the back end, and fixtures about promotion and the shapes of adapters."""
 
 import inspect
 import os
@@ -10,6 +10,15 @@ from jaxtyping import jaxtyped
 from support import compiling
 
 os.environ.setdefault("XLA_FLAGS", compiling.FLAGS)  # XLA reads it when it first compiles
+# On a GPU, processes share the memory; otherwise the first takes three quarters of it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def pytest_sessionstart():
+    """Multiply in float32 where the default is TF32 or bfloat16, in subprocesses, too."""
+    if jax.default_backend() != "cpu":
+        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(autouse=True)

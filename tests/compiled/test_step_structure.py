@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from support.compiling import AS_USERS
+from support.compiling import AS_USERS, skip_unless_cpu
 
 import adalora_jax as adalora
 from adalora_jax._src.core import allocator
@@ -20,6 +20,7 @@ CONFIG = adalora.AdaLoraConfig(
     total_step=10, init_r=RANK, target_r=2, target_modules="all-linear", init_lora_weights=False
 )
 COPIES = ("copy", "transpose", "reverse", "concatenate")
+INSIDE = "on a GPU, transposes are parts of other kernels"
 
 
 class Dense(nn.Module):
@@ -77,6 +78,7 @@ def lowered(make, dropout):
 @pytest.mark.parametrize("make", MODELS)
 def test_step_flops_are_six_skinny_matmuls(make):
     """h, y and four of the derivative; the remainder is a few operations per element."""
+    skip_unless_cpu("others analyse the cost of compiled programs only")
     step, frozen = (program.cost_analysis()["flops"] for program in lowered(make, 0.0))
     products = sum(6 * 2 * TOKENS * RANK * (a + b) // 2 for a, b in make.matrices)
     elements = sum(TOKENS * (a + b) for a, b in make.matrices)
@@ -101,12 +103,14 @@ def copies(program):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("make", MODELS)
 def test_adapters_add_no_copies_or_transposes_of_activations(make, dropout):
+    skip_unless_cpu(INSIDE)
     step, frozen = lowered(make, dropout)
     assert len(copies(step)) <= len(copies(frozen))
 
 
 def test_plain_autodiff_transposes_an_activation():
     """Plain autodiff of the usual formula makes the test above fail."""
+    skip_unless_cpu(INSIDE)
     x, a, b = (
         jnp.ones(shape) for shape in ((4, TOKENS // 4, WIDTH), (WIDTH, RANK), (RANK, HIDDEN))
     )
@@ -140,13 +144,17 @@ def test_allocator_works_in_place():
 
 
 def test_averages_and_ranking_are_only_computed_when_due():
-    """Outside the two conditionals nothing is searched for, and |w · g| alone is written."""
+    """Outside the conditionals nothing is searched for, and |w · g| alone is written.
+
+    On other back ends than the CPU's, the averages have no conditional.
+    """
     program = re.sub(r"/\*.*?\*/", "", allocating(6).compile(AS_USERS).as_text())
     entry = program[program.index("\nENTRY") :]
     found = re.findall(r"= (\([^=]*?\)|\S+) ([\w\-]+)\(", entry[: entry.index("\n}")])
     kinds = [kind for _, kind in found]
-    assert kinds.count("conditional") == 2
+    assert kinds.count("conditional") == (2 if jax.default_backend() == "cpu" else 1)
     assert "while" not in kinds
+    skip_unless_cpu("the averages are written in every step elsewhere")
     written = [s for s, k in found if k in (*COPIES, "fusion", "dot") and s.startswith("f")]
     by_role = ("f32[3,12,384]", "f32[3,12,1536]")
     of_one = lambda shape: "f32[12," in shape or "f32[1,12," in shape
