@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree, leaf_name
 from adalora_jax._src.core.roles import group_by_role, stack
+from adalora_jax._src.core.schedule import cost
 from adalora_jax._src.tensorfile import writing_to
 from adalora_jax._src.version import __version__
 
@@ -176,6 +178,7 @@ def restore(
     *,
     target: tuple[PyTree, PyTree] | None = None,
     config: AdaLoraConfig | None = None,
+    stacks: Mapping[str, Sequence[str]] | None = None,
 ) -> Checkpoint:
     """Restore the content of a checkpoint bit for bit.
 
@@ -187,6 +190,12 @@ def restore(
         may be on another mesh.
       config: the config to continue with; it must equal the saved one. It is required, together
         with ``tx`` or ``target``, if the saved config contains functions.
+      stacks: restores into a model that is scanned where the saved one was unrolled, or the other
+        way round. ``{path in the scanned form: paths in the unrolled form}``, in the order of the
+        first axis of the stack, such as ``{"layers": ["layer_0", "layer_1"]}``. A path is that of a
+        module or of an adapter, and includes everything below it. The checkpoint is converted to
+        the form that it does not have; ``target`` has that form. None (default): both forms are the
+        same.
 
     Returns:
       A :class:`Checkpoint`. With ``target`` it has the containers of ``target``. With ``tx`` alone,
@@ -197,7 +206,9 @@ def restore(
     Raises:
       FileNotFoundError: the folder does not exist.
       ValueError: the folder is not a checkpoint of this library, is incomplete or damaged, or
-        belongs to another config, optimizer or model (the message lists the differences).
+        belongs to another config, optimizer or model (the message lists the differences);
+        ``stacks`` is not such a dict or does not fit the checkpoint, or the layers of a stack
+        differ in shape, scale or layout, or in what the configs give to their paths.
 
     >>> import optax, tempfile, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
@@ -211,6 +222,15 @@ def restore(
     >>> _ = tx.update(adapters, resumed.opt_state, resumed.adapters)  # the run goes on
     >>> "allocator/step" in content.opt_state  # by name, without tx
     True
+
+    A run of unrolled layers goes on in a scanned model:
+
+    >>> layers = {f"layer_{i}/query": adapters["query"] for i in range(2)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/run", layers, tx.init(layers), config)
+    ...     scanned = restore(f"{folder}/run", tx, stacks={"layers": ["layer_0", "layer_1"]})
+    >>> {path: adapter.p.shape for path, adapter in scanned.adapters.items()}
+    {'layers/query': (2, 4, 5)}
     """
     folder = _folder(path)
     about = _metadata(folder)
@@ -218,8 +238,13 @@ def restore(
     goes_on = bool(tx or target)
     config = _config(folder, about["config"], config, for_training=goes_on)
     facts = _read_facts(folder, about)
+    moved = _moved(folder, saved, facts, stacks or {})
+    stored, saved = saved, _regroup(saved, moved, _regrouped_spec)
+    facts = {f"adapters/{name}": known for name, known in facts.items()}
+    facts = _subtree("adapters", _regroup(facts, moved, _regrouped_facts))
     if target is None:
-        adapters = _adapters(_structs(_subtree("adapters", saved)), facts, about["nested"])
+        nested = _moved_keys(about["nested"], _subtree("adapters", moved))
+        adapters = _adapters(_structs(_subtree("adapters", saved)), facts, nested)
         for found, adapter in pytree.adapters(adapters).items():
             check_adapter(adapter, f"adapters[{found!r}] in {folder}")
         opt_state = _structs(_subtree("opt_state", saved))
@@ -230,15 +255,20 @@ def restore(
     _refuse_differences(folder, saved, {name: _spec(leaf) for name, leaf in wanted.items()})
     if goes_on:
         _refuse_another_config(target[1], config, str(folder))
-    arrays = _read(folder, {name: _placed(leaf) for name, leaf in wanted.items()})
+        _refuse_other_ranks(config, allocator_state(target[1]).config, target[0], moved)
+    structs = _structs(stored) | {name: wanted[name] for name in saved if name not in moved}
+    arrays = _read(folder, {name: _placed(leaf) for name, leaf in structs.items()})
     prints = jax.device_get(_fingerprints(arrays))
     if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
         raise ValueError(
             f"`{folder}`: is damaged, since {_shorten(damaged)} changed after it was saved; "
             f"{_OTHER}."
         )
+    arrays = _regroup(arrays, moved, _regrouped_array)
+    for name in moved.keys() & arrays:
+        arrays[name] = jax.device_put(arrays[name], _placed(wanted[name]).sharding)
     allocator = _allocator(_subtree(about["allocator"], arrays), config, facts)
-    for name, kind in about["keys"].items():
+    for name, kind in _regroup(about["keys"], moved, lambda kinds, _: kinds[0]).items():
         arrays[name] = jax.random.wrap_key_data(arrays[name], impl=kind)
     filled = [
         jax.tree.unflatten(
@@ -356,6 +386,171 @@ def _adapters(
             node = node.setdefault(part, {})
         node[last] = leaf
     return found
+
+
+def _moved(
+    folder: pathlib.Path,
+    saved: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    stacks: Mapping[str, Sequence[str]],
+) -> dict[str, tuple[list[str], int | None]]:
+    """Return ``{new name: (saved names, index)}`` of all that ``stacks`` converts.
+
+    A new stack is made of the saved names in order, with None as the index; a new layer is the
+    slice at the index of one saved name. The names are those of the arrays, where the end of a
+    name is the path of its parameter, and ``adapters/<path>`` for the facts of an adapter.
+
+    Raises:
+      ValueError: ``stacks`` is malformed or does not fit the checkpoint.
+    """
+    _check_stacks(stacks)
+    values = {**saved, **{f"adapters/{path}": known for path, known in facts.items()}}
+    params = {*_subtree("adapters", saved), *facts}
+    path_of = {}
+    for name in values if stacks else ():
+        ends = (name[i + 1 :] for i, letter in enumerate(name) if letter == "/")
+        path_of[name] = next((end for end in ends if end in params), "")
+
+    def below(prefix):
+        return {n: path for n, path in path_of.items() if f"{path}/".startswith(f"{prefix}/")}
+
+    moved: dict[str, tuple[list[str], int | None]] = {}
+    for stacked, layers in stacks.items():
+
+        def renamed(name, old, new):
+            path = path_of[name]
+            return f"{name.removesuffix(path)}{new}{path.removeprefix(old)}"
+
+        each, whole = [below(layer) for layer in layers], below(stacked)
+        new: dict[str, tuple[list[str], int | None]] = {}
+        if all(each):
+            for layer, names in zip(layers, each):
+                for name in names:
+                    new.setdefault(renamed(name, layer, stacked), ([], None))[0].append(name)
+            odd = [
+                names[0]
+                for names, _ in new.values()
+                if len(names) < len(layers) or any(values[n] != values[names[0]] for n in names)
+            ]
+            problem = "are not in every layer with one shape, dtype, scale and layout"
+        else:
+            for i, layer in enumerate(layers):
+                new |= {renamed(name, stacked, layer): ([name], i) for name in whole}
+            odd = [name for name in whole if not _is_stack(values[name], len(layers))]
+            problem = f"have no first axis of {len(layers)} layers"
+        if not new:
+            odd = [stacked, *(layer for layer, names in zip(layers, each) if not names)]
+            problem = "have no adapter or parameter in it"
+        if odd:
+            raise ValueError(
+                f"`stacks[{stacked!r}]`: does not fit {folder}, since {_shorten(odd)} {problem}; "
+                "pass the paths of all layers of one stack, as restore(path).adapters has them."
+            )
+        moved |= new
+    sources = [(name, index) for names, index in moved.values() for name in names]
+    gone = {name for name, _ in sources}
+    if len(set(sources)) < len(sources) or any(n in values and n not in gone for n in moved):
+        raise ValueError(
+            f"`stacks={stacks!r}`: gives an array two names, or two arrays one; name each module "
+            "or adapter once."
+        )
+    return moved
+
+
+def _is_stack(value: Any, count: int) -> bool:
+    """Return whether the spec of an array, or the facts of an adapter, are those of a stack."""
+    if not isinstance(value, dict):
+        return value[0][:1] == (count,)
+    layout = value["layout"]
+    if not layout or layout.shape is None:
+        return True  # not known
+    return layout.shape[0] == count and len(layout.shape) > layout.ndim
+
+
+def _check_stacks(stacks: Mapping[str, Sequence[str]]) -> None:
+    whole = isinstance(stacks, Mapping)
+    lists = [list(v) for v in stacks.values() if not isinstance(v, str)] if whole else []
+    layers = [layer for each in lists for layer in each]
+    if len(lists) < len(stacks) or not all(lists) or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"`stacks={stacks!r}`: must map the path of each stack to the paths of its layers, "
+            "each of them once; pass a dict such as {'layers': ['layer_0', 'layer_1']}."
+        )
+
+
+def _regroup(
+    values: Mapping[str, Any],
+    moved: Mapping[str, tuple[list[str], int | None]],
+    convert: Callable[[list[Any], int | None], Any],
+) -> dict[str, Any]:
+    """Return values by saved name under the new names; the values of a stack are converted."""
+    gone = {name for names, _ in moved.values() for name in names}
+    return {name: value for name, value in values.items() if name not in gone} | {
+        new: convert([values[name] for name in names], index)
+        for new, (names, index) in moved.items()
+        if names[0] in values
+    }
+
+
+def _regrouped_shape(shape: tuple[int, ...], count: int, index: int | None) -> tuple[int, ...]:
+    return (count, *shape) if index is None else shape[1:]
+
+
+def _regrouped_spec(specs: list[Any], index: int | None) -> tuple[tuple[int, ...], str]:
+    shape, dtype = specs[0]
+    return _regrouped_shape(shape, len(specs), index), dtype
+
+
+def _regrouped_facts(facts: list[Any], index: int | None) -> dict[str, Any]:
+    """Return an adapter's facts; the shape in a layout is that of the whole, stacked weight."""
+    layout = facts[0]["layout"]
+    if layout and layout.shape is not None:
+        shape = _regrouped_shape(layout.shape, len(facts), index)
+        layout = dataclasses.replace(layout, shape=shape)
+    return facts[0] | {"layout": layout}
+
+
+def _regrouped_array(arrays: list[jax.Array], index: int | None) -> jax.Array:
+    return jnp.stack(arrays) if index is None else arrays[0][index]
+
+
+def _moved_keys(
+    nested: Mapping[str, list[str]], moved: Mapping[str, tuple[list[str], int | None]]
+) -> dict[str, list[str]]:
+    """Return ``nested`` with the keys of the converted leaves, split below a layer as before."""
+    result = dict(nested)
+    for name, ((old, *_), _) in moved.items():
+        rest, keys = name.split("/"), []
+        for key in reversed(nested.get(old.removeprefix("adapters/"), [])):
+            keys.insert(0, "/".join(rest[-1 - key.count("/") :]))
+            rest = rest[: -1 - key.count("/")]
+        first = "/".join([*rest, *keys[:1]])
+        result[name] = [key for key in (first, *keys[1:]) if key]
+    return result
+
+
+def _refuse_other_ranks(
+    saved: AdaLoraConfig,
+    config: AdaLoraConfig,
+    adapters: PyTree,
+    moved: Mapping[str, tuple[list[str], int | None]],
+) -> None:
+    """Raise if a path of one form has other ranks, scale or cost than that of the other form."""
+    for path, adapter in pytree.adapters(adapters).items():
+        sizes = adapter.q.shape[-1], adapter.p.shape[-1]
+
+        def rules(config, path, sizes=sizes):
+            return config.spec_of(path), config.scale_of(path), cost(config, path, *sizes)
+
+        for name in moved.get(f"adapters/{path}", ((), None))[0]:
+            before = name.removeprefix("adapters/")
+            there, here = rules(saved, before), rules(config, path)
+            if there != here:
+                raise ValueError(
+                    f"`stacks`: {before!r} was saved with (ranks, scale, cost) = {there}, but the "
+                    f"config gives {here} to {path!r}; pass an optimizer whose config gives both "
+                    "the same, or start a new run."
+                )
 
 
 def _facts_of(adapters: PyTree) -> dict[str, Any]:
@@ -614,7 +809,8 @@ def _refuse_differences(
         found = ", ".join(f"{how} ({_shorten(names)})" for how, names in differing.items() if names)
         raise ValueError(
             f"`{folder}`: is of another model, optimizer or config, with leaves that are {found}; "
-            "restore it without tx and target to see its contents."
+            "restore it without tx and target to see its contents, or pass `stacks` if one of the "
+            "two models is scanned and the other is not."
         )
 
 
