@@ -27,7 +27,8 @@ BELOW = {
     "huggingface": {"core", "modules", "tensorfile"},
     "tensorfile": set(),
     "version": set(),
-    "checkpoint": {"core", "tensorfile", "version"},
+    "restack": {"core"},
+    "checkpoint": {"core", "restack", "tensorfile", "version"},
     "plot": {"core"},
 }
 OUTSIDE = {
@@ -38,6 +39,7 @@ OUTSIDE = {
     "huggingface": {"jax", "numpy", "huggingface_hub"},
     "tensorfile": {"ml_dtypes", "numpy", "safetensors"},
     "version": set(),
+    "restack": {"jax"},
     "checkpoint": {"jax", "numpy", "orbax"},
     "plot": {"jax", "numpy", "matplotlib"},
 }

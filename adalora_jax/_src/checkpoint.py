@@ -8,7 +8,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,6 +18,7 @@ from jax import tree_util
 from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
+from adalora_jax._src import restack
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, check_adapter
 from adalora_jax._src.core.allocator import (
@@ -29,6 +30,7 @@ from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree, leaf_name
 from adalora_jax._src.core.roles import group_by_role, stack
+from adalora_jax._src.core.text import shorten
 from adalora_jax._src.tensorfile import writing_to
 from adalora_jax._src.version import __version__
 
@@ -182,6 +184,7 @@ def restore(
     *,
     target: tuple[PyTree, PyTree] | None = None,
     config: AdaLoraConfig | None = None,
+    stacks: Mapping[str, Sequence[str]] | None = None,
 ) -> Checkpoint:
     """Restore the content of a checkpoint bit for bit.
 
@@ -193,6 +196,12 @@ def restore(
         may be on another mesh.
       config: the config to continue with; it must equal the saved one. It is required, together
         with ``tx`` or ``target``, if the saved config contains functions.
+      stacks: restores into a model that is scanned where the saved one was unrolled, or the other
+        way round. ``{path in the scanned form: paths in the unrolled form}``, in the order of the
+        first axis of the stack, such as ``{"layers": ["layer_0", "layer_1"]}``. A path is that of a
+        module or of an adapter, and includes everything below it. The checkpoint is converted to
+        the form that it does not have; ``target`` has that form. None (default): both forms are the
+        same.
 
     Returns:
       A :class:`Checkpoint`. With ``target`` it has the containers of ``target``. With ``tx`` alone,
@@ -203,7 +212,9 @@ def restore(
     Raises:
       FileNotFoundError: the folder does not exist.
       ValueError: the folder is not a checkpoint of this library, is incomplete or damaged, or
-        belongs to another config, optimizer or model (the message lists the differences).
+        belongs to another config, optimizer or model (the message lists the differences);
+        ``stacks`` is not such a dict or does not fit the checkpoint, or the layers of a stack
+        differ in shape, scale or layout, or in what the configs give to their paths.
 
     >>> import optax, tempfile, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
@@ -217,6 +228,15 @@ def restore(
     >>> _ = tx.update(adapters, resumed.opt_state, resumed.adapters)  # the run goes on
     >>> "allocator/step" in content.opt_state  # by name, without tx
     True
+
+    A run of unrolled layers goes on in a scanned model:
+
+    >>> layers = {f"layer_{i}/query": adapters["query"] for i in range(2)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/run", layers, tx.init(layers), config)
+    ...     scanned = restore(f"{folder}/run", tx, stacks={"layers": ["layer_0", "layer_1"]})
+    >>> {path: adapter.p.shape for path, adapter in scanned.adapters.items()}
+    {'layers/query': (2, 4, 5)}
     """
     folder = _folder(path)
     about = _metadata(folder)
@@ -224,8 +244,13 @@ def restore(
     goes_on = bool(tx or target)
     config = _config(folder, about["config"], config, for_training=goes_on)
     facts = _read_facts(folder, about)
+    moved = restack.moved_names(folder, saved, facts, stacks or {})
+    stored, saved = saved, restack.regroup(saved, moved, restack.regrouped_spec)
+    facts = {f"adapters/{name}": known for name, known in facts.items()}
+    facts = _subtree("adapters", restack.regroup(facts, moved, restack.regrouped_facts))
     if target is None:
-        adapters = _adapters(_structs(_subtree("adapters", saved)), facts, about["nested"])
+        nested = restack.moved_keys(about["nested"], _subtree("adapters", moved))
+        adapters = _adapters(_structs(_subtree("adapters", saved)), facts, nested)
         for found, adapter in pytree.adapters(adapters).items():
             check_adapter(adapter, f"adapters[{found!r}] in {folder}")
         opt_state = _structs(_subtree("opt_state", saved))
@@ -236,15 +261,20 @@ def restore(
     _refuse_differences(folder, saved, {name: _spec(leaf) for name, leaf in wanted.items()})
     if goes_on:
         _refuse_another_config(target[1], config, str(folder))
-    arrays = _read(folder, {name: _placed(leaf) for name, leaf in wanted.items()})
+        restack.check_ranks(config, allocator_state(target[1]).config, target[0], moved)
+    structs = _structs(stored) | {name: wanted[name] for name in saved if name not in moved}
+    arrays = _read(folder, {name: _placed(leaf) for name, leaf in structs.items()})
     prints = jax.device_get(_fingerprints(arrays))
     if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
         raise ValueError(
-            f"`{folder}`: is damaged, since {_shorten(damaged)} changed after it was saved; "
+            f"`{folder}`: is damaged, since {shorten(damaged)} changed after it was saved; "
             f"{_OTHER}."
         )
+    arrays = restack.regroup(arrays, moved, restack.regrouped_array)
+    for name in moved.keys() & arrays:
+        arrays[name] = jax.device_put(arrays[name], _placed(wanted[name]).sharding)
     allocator = _allocator(_subtree(about["allocator"], arrays), config, facts)
-    for name, kind in about["keys"].items():
+    for name, kind in restack.regroup(about["keys"], moved, lambda kinds, _: kinds[0]).items():
         arrays[name] = jax.random.wrap_key_data(arrays[name], impl=kind)
     filled = [
         jax.tree.unflatten(
@@ -413,7 +443,7 @@ def _refuse_other_facts(
         if differing:
             raise ValueError(
                 f"`{folder}`: is of another model or config, since {path!r} has "
-                f"{_shorten(differing)}; use the model and config that it was saved with."
+                f"{shorten(differing)}; use the model and config that it was saved with."
             )
 
 
@@ -508,10 +538,10 @@ def _metadata(folder: pathlib.Path) -> dict[str, Any]:
     entries = sorted(entry.name for entry in folder.iterdir())
     if not {"adalora", "state"} <= set(entries):
         steps = [name for name in entries if (folder / name / "adalora").is_dir()]
-        way_out = f"one of its steps: {_shorten(steps)}" if steps else "the folder of a checkpoint"
+        way_out = f"one of its steps: {shorten(steps)}" if steps else "the folder of a checkpoint"
         raise ValueError(
             f"`{folder}`: is not a checkpoint of adalora_jax, which has the folders 'adalora' and "
-            f"'state', since it contains {_shorten(entries) or 'nothing'}; pass {way_out}."
+            f"'state', since it contains {shorten(entries) or 'nothing'}; pass {way_out}."
         )
     about = _orbax(folder, adalora=ocp.args.JsonRestore())["adalora"]  # pyright: ignore[reportCallIssue]
     form = about.get("format") if isinstance(about, Mapping) else None
@@ -569,7 +599,7 @@ def _config(
             raise ValueError(
                 f"`config=None`: {folder} was saved with functions in its config, which a file "
                 "cannot store: "
-                f"{_shorten(f'{name} ({function})' for name, function in lost.items())}; pass the "
+                f"{shorten(f'{name} ({function})' for name, function in lost.items())}; pass the "
                 "config that has them, restore(..., config=config)."
             )
         return config
@@ -577,7 +607,7 @@ def _config(
     given = config.to_dict() | {"warn_small_start": saved["warn_small_start"]}  # not of the run
     if differing := _differing(saved, given):
         raise ValueError(
-            f"`config`: {folder} was saved with another config: {_shorten(differing)}; continue "
+            f"`config`: {folder} was saved with another config: {shorten(differing)}; continue "
             "with the saved one, restore(path).config, or start a new run."
         )
     return config
@@ -598,7 +628,7 @@ def _refuse_another_config(opt_state: PyTree, config: AdaLoraConfig, what: str) 
     numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
     if differing := _differing(*numbers):
         raise ValueError(
-            f"`{what}`: the optimizer has another config: {_shorten(differing)}; use the config "
+            f"`{what}`: the optimizer has another config: {shorten(differing)}; use the config "
             "that was passed to adalora(...)."
         )
 
@@ -619,10 +649,11 @@ def _refuse_differences(
         ],
     }
     if any(differing.values()):
-        found = ", ".join(f"{how} ({_shorten(names)})" for how, names in differing.items() if names)
+        found = ", ".join(f"{how} ({shorten(names)})" for how, names in differing.items() if names)
         raise ValueError(
             f"`{folder}`: is of another model, optimizer or config, with leaves that are {found}; "
-            "restore it without tx and target to see its contents."
+            "restore it without tx and target to see its contents, or pass `stacks` if one of the "
+            "two models is scanned and the other is not."
         )
 
 
@@ -642,8 +673,3 @@ def _orbax(folder: pathlib.Path, **items: ocp.args.CheckpointArgs) -> Any:
         raise ValueError(
             f"`{folder}`: is damaged, since orbax cannot read it ({said:.200}); {_OTHER}."
         ) from error
-
-
-def _shorten(entries: Iterable[str]) -> str:
-    entries = list(entries)
-    return ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")

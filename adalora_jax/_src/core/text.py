@@ -1,8 +1,8 @@
-"""Plain-text tables."""
+"""Tables and lists as plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def table(rows: Sequence[Sequence[object]], left: int = 1) -> str:
@@ -21,3 +21,13 @@ def table(rows: Sequence[Sequence[object]], left: int = 1) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def shorten(entries: Iterable[str]) -> str:
+    """Return the first five entries, separated by commas, and dots if there are more.
+
+    >>> shorten("abcdefg")
+    'a, b, c, d, e, ...'
+    """
+    entries = list(entries)
+    return ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
