@@ -70,14 +70,14 @@ def imports(name):
 
 
 @cache
-def floor(name):
+def depth(name):
     """Return the depth of a module: one more than the deepest module it imports."""
     below = {other for other in imports(name) if other in FILES} - {name, "adalora_jax"}
-    return 1 + max(map(floor, below), default=0)
+    return 1 + max(map(depth, below), default=0)
 
 
 def test_import_depth_is_at_most_ten():
-    assert max(map(floor, FILES)) <= 10
+    assert max(map(depth, FILES)) <= 10
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("adalora_jax._src.")])
