@@ -15,8 +15,8 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 from jax.sharding import NamedSharding, PartitionSpec
-from support.problem import adapters as fresh
-from support.problem import assert_same_bits, batches, train_step
+from support.toy_problem import adapters as fresh
+from support.toy_problem import assert_same_bits, batches, train_step
 
 import adalora_jax as adalora
 from adalora_jax._src import checkpoint

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support.problem import adapters as fresh
-from support.problem import batches, lenient, train_step
+from support.toy_problem import adapters as fresh
+from support.toy_problem import batches, lenient, train_step
 
 import adalora_jax as adalora
 
