@@ -1,4 +1,4 @@
-"""A linen case as the pure functions that ``checks`` checks."""
+"""A linen case as pure functions, for the checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modules.linen_cases import Case, plain
 
 
 def adapt_case(case: Case, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> AdaptedModel:
-    """Return the case's module with random parameters and inputs of a dtype."""
+    """Return the adapted module of a case, with random parameters and inputs of a dtype."""
     config = config.replace(param_dtype=dtype, target_modules=case.targets)
     inputs = tuple(
         value

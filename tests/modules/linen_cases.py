@@ -1,4 +1,4 @@
-"""The linen modules that ``checks`` checks, one or more per layer kind."""
+"""The linen modules that the checks run on, one or more per layer kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An NNX case as the pure functions that ``checks`` checks."""
+"""An NNX case as pure functions, for the checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _concrete(state):
 
 
 def adapt_case(case: Case, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> AdaptedModel:
-    """Return the case's module with random parameters and inputs of a dtype."""
+    """Return the adapted module of a case, with random parameters and inputs of a dtype."""
     config = config.replace(param_dtype=dtype, target_modules=case.targets)
     inputs = tuple(
         value

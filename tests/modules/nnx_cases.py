@@ -1,4 +1,4 @@
-"""The NNX modules that ``checks`` checks, one or more per layer kind."""
+"""The NNX modules that the checks run on, one or more per layer kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deliberate differences between PEFT's allocation and this library's; each test shows both behaviours."""
+"""Deliberate differences from PEFT's allocation; each test shows both behaviours."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Deliberate differences between PEFT's adapted model and this library's; each test shows both behaviours."""
+"""Deliberate differences from PEFT's adapted model; each test shows both behaviours."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +49,7 @@ def bert():
 
 
 def penalty(peft_model) -> float:
-    """Compute our orthogonality term of PEFT's adapters."""
+    """Compute this library's orthogonality term of PEFT's adapters."""
     config = AdaLoraConfig.from_peft(peft_side.config_of(peft_model).to_dict())
     return float(
         adalora.orthogonality(adalora_side.from_arrays(peft_side.adapters(peft_model)), config)
@@ -79,10 +79,8 @@ def test_evaluation_loss_includes_regulariser_in_peft_but_not_here(bert):
     # Ours is in the loss only if the training loop adds it; the forward pass does not include it.
     case = Case("chain2", CONFIG)
     given = inputs(case)
-    params = {
-        "adapters": adalora_side.from_arrays(peft_side.adapters(peft_side.build(case))),
-        "head": {},
-    }
+    adapters = peft_side.adapters(peft_side.build(case))
+    params = {"adapters": adalora_side.from_arrays(adapters), "head": {}}
     loss = adalora_side.task_loss(
         case,
         adalora_side.cast(given.weights, jnp.float32),
