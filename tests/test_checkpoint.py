@@ -238,9 +238,10 @@ def test_run_killed_at_random_times_resumes_bit_exactly(tmp_path, seed):
 def test_restore_uses_shardings_of_target(trained, saved):
     """A checkpoint saved from one device is restored with the target's shardings."""
     mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
-    )
+
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
     back = checkpoint.restore(saved, target=jax.tree.map(place, trained))
     assert_same_bits((back.adapters, back.opt_state), trained)
     assert back.adapters["down"].p.sharding.mesh == mesh

@@ -191,7 +191,9 @@ def test_compaction_before_final_mask_raises():
 
 def test_optimizer_state_of_unknown_shape_raises():
     def per_column():
-        init = lambda params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[-1:]), params)
+        def init(params):
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[-1:]), params)
+
         return optax.GradientTransformation(
             init, lambda updates, state, params=None: (updates, state)
         )

@@ -40,7 +40,10 @@ def alive(params):
     return sum(int((a.lam != 0).sum()) for a in al.adapters(params).values())
 
 
-ours = lambda inner=None: al.adalora(inner or optax.sgd(0.1), CONFIG)
+def ours(inner=None):
+    return al.adalora(inner or optax.sgd(0.1), CONFIG)
+
+
 NESTED = {
     "chain": lambda: optax.chain(optax.clip(1.0), ours()),
     "chain of chains": lambda: optax.chain(optax.identity(), optax.chain(optax.clip(1.0), ours())),
@@ -96,7 +99,10 @@ def test_param_labels_give_each_factor_its_own_rate():
 
 def test_importance_sees_clipping_outside_but_not_inside():
     """Gradients of 4 are clipped to 1 before adalora, but are raw if adalora wraps the clipping."""
-    fours = lambda params: jax.tree.map(lambda leaf: jnp.full_like(leaf, 4.0), params)
+
+    def fours(params):
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, 4.0), params)
+
     before = run(optax.chain(optax.clip(1.0), ours()), parameters(), fours, steps=1)
     within = run(ours(optax.chain(optax.clip(1.0), optax.sgd(0.1))), parameters(), fours, steps=1)
     toy_problem.assert_same_bits(before[0], within[0])

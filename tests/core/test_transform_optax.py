@@ -232,7 +232,10 @@ def test_scan_over_steps_equals_loop():
     tx = al.adalora(make("adamw"), CONFIG)
     step = train_step(tx)
     start = (parameters(), tx.init(parameters()))
-    scan = lambda carry: jax.lax.scan(lambda c, _: (step(*c), None), carry, length=8)
+
+    def scan(carry):
+        return jax.lax.scan(lambda c, _: (step(*c), None), carry, length=8)
+
     scanned, _ = jax.jit(scan)(start)
     looped, jitted = start, jax.jit(step)
     for _ in range(8):

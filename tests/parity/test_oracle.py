@@ -107,7 +107,10 @@ def runs(config, inner, seeds):
     """Train all seeds under vmap; return the initial adapters, the data and a record per step."""
     starts = [toy_problem.adapters(config, seed) for seed in seeds]
     data = [toy_problem.batches(config, seed) for seed in seeds]
-    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def stack(trees):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
     tx = al.adalora(inner, config)
     step = jax.jit(jax.vmap(toy_problem.train_step(tx, config)))
     params, batches, records = stack(starts), stack(data), []

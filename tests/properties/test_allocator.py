@@ -26,7 +26,11 @@ FLOATS = st.floats(width=32, allow_subnormal=False)  # XLA flushes subnormals to
 SCORES = st.one_of(FLOATS, AWKWARD, st.sampled_from([1.0, 2.0]))
 
 best = jax.jit(keep_best)
-flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def flat(tree):
+    """Concatenate the leaves of a tree into one vector."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def tree_of(values):
@@ -44,8 +48,11 @@ def tree_of(values):
 def test_exactly_the_best_are_kept_for_any_scores(values, count):
     values = np.asarray(values, np.float32)
     kept = flat(best(tree_of(values), count))
+
     # NaN ranks below every number; ties are broken by position.
-    key = lambda i: (np.isnan(values[i]), 0.0 if np.isnan(values[i]) else -float(values[i]), i)
+    def key(i):
+        return np.isnan(values[i]), 0.0 if np.isnan(values[i]) else -float(values[i]), i
+
     expected = np.isin(np.arange(SIZE), sorted(range(SIZE), key=key)[:count])
     assert kept.sum() == count
     np.testing.assert_array_equal(kept, expected)
@@ -112,12 +119,18 @@ def whole_run():
 def test_renaming_adapters_permutes_their_masks(rng, step):
     """Names decide only the order of adapters, and so only ties."""
     rng = np.random.default_rng(rng)
-    draw = lambda: al.Adapter(
-        *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 3), (4,), (4, 5)))
-    )
+
+    def draw():
+        return al.Adapter(
+            *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 3), (4,), (4, 5)))
+        )
+
     new = {"a": "z", "b": "c", "m": "a"}
     weights, grads = ({name: draw() for name in new} for _ in range(2))
-    rename = lambda tree: {new[name]: value for name, value in tree.items()}
+
+    def rename(tree):
+        return {new[name]: value for name, value in tree.items()}
+
     masks = al.allocate(al.init_state(weights, CONFIG), grads, step)[1]
     renamed = al.allocate(al.init_state(rename(weights), CONFIG), rename(grads), step)[1]
     toy_problem.assert_same_bits(renamed, rename(masks))
@@ -127,7 +140,9 @@ def test_renaming_adapters_permutes_their_masks(rng, step):
 @given(data=st.data(), schedule=st.sampled_from(["cubic", "linear"]))
 @examples(max_examples=15)
 def test_budget_never_rises(data, schedule):
-    integer = lambda low, high: data.draw(st.integers(low, high))
+    def integer(low, high):
+        return data.draw(st.integers(low, high))
+
     total, target = integer(2, 60), integer(1, 5)
     tfinal = integer(0, total - 1)
     tinit = integer(0, total - tfinal - 1)
@@ -270,12 +285,19 @@ SMALL = {"a": (3, 4, ()), "s": (2, 3, (2,))}
 def test_jit_eager_and_vmap_agree():
     config = CONFIG.replace(total_step=5, tfinal=1, deltaT=1)
     tx = al.adalora(optax.sgd(0.5), config)
-    gradient = lambda params, seed: jax.tree.map(
-        lambda leaf: jnp.asarray(np.random.default_rng(seed).normal(size=leaf.shape), leaf.dtype),
-        params,
-    )
+
+    def gradient(params, seed):
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(
+                np.random.default_rng(seed).normal(size=leaf.shape), leaf.dtype
+            ),
+            params,
+        )
+
     runs = [toy_problem.adapters(config, seed, SMALL) for seed in range(3)]
-    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def stack(trees):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
     def run(update, params, state, gradients):
         for grads in gradients:
@@ -320,7 +342,10 @@ def test_x64_keeps_dtypes_and_masks_of_float32_run():
 
 def assert_like(tree, other):
     """Check that structures, shapes and dtypes are equal."""
-    describe = lambda leaf: (np.shape(leaf), jnp.result_type(leaf))
+
+    def describe(leaf):
+        return np.shape(leaf), jnp.result_type(leaf)
+
     assert jax.tree.map(describe, tree) == jax.tree.map(describe, other)
 
 
@@ -376,7 +401,10 @@ def test_averages_of_bfloat16_params_do_not_stall():
 def test_adapted_layer_equals_base_layer_at_init(init, dtype, stack):
     config = CONFIG.replace(init=init, param_dtype=dtype)
     adapter = al.init_adapter(jax.random.key(0), 5, 3, config, stack=stack)
-    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), (*stack, *shape), dtype)
+
+    def draw(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), (*stack, *shape), dtype)
+
     x, kernel, bias = draw(1, 4, 5), draw(2, 5, 3), draw(3, 3)
     zero = adapter._replace(lam=0 * adapter.lam, p=0 * adapter.p, scale=1.0)
     base = al.forward(zero, x, kernel, bias)
