@@ -145,7 +145,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def shares(models: Mapping[str, Any]) -> str:
-    """Return the table of what adapters and allocation take of the time of AdaLoRA's step."""
+    """Return the table of the shares of thin products and allocation in AdaLoRA's step."""
     rows = [
         (
             *("model", "thin products", "thin products, % of AdaLoRA's step"),

@@ -174,7 +174,7 @@ def test_facade_exports_exactly_its_imports(name):
     assert sorted(public) == sorted(module.__all__)
 
 
-# Modules without a test file of their own, each with the reason.
+# Modules without a test file of their name, each with the reason.
 UNTESTED = {
     "_compat": "the tests of its callers run every function of it",
     "version": "one string",

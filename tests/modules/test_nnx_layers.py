@@ -1,5 +1,5 @@
 """Every kind of NNX layer: the adapted layer equals the layer with the dense increment; one that
-changes its weight is refused."""
+changes its weight raises an error."""
 
 import jax
 import pytest
