@@ -22,7 +22,8 @@ Submodules:
 
 ===================================  ===========================================================
 ``linen``, ``nnx``                   adapters for the two Flax APIs
-``scores``, ``inits``                triplet scores; initial values from weights or inputs
+``scores``                           building blocks of scores
+``inits``                            initial values from the model's weights or inputs
 ``protocols``                        signatures of the functions that a config accepts
 ``bank``                             several adapters of one model
 ``sharding``                         shardings of adapters and optimizer states on a mesh

@@ -2,9 +2,9 @@
 
     python -m benchmarks [--render] [NAME ...]
 
-Each benchmark runs in a separate process, as ``python -m benchmarks.NAME``. All of them take over
-an hour on two cores. ``--render`` measures nothing: it writes the pages and pictures from the JSON
-files.
+Each benchmark runs in a separate process, as ``python -m benchmarks.NAME``. All of them take about
+three hours on two cores. ``--render`` measures nothing: it writes the pages and pictures from the
+JSON files.
 """
 
 import argparse

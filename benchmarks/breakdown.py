@@ -145,7 +145,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def shares(models: Mapping[str, Any]) -> str:
-    """Return the table of what adapters and allocation take of the time of AdaLoRA's step."""
+    """Return the table of the shares of thin products and allocation in AdaLoRA's step."""
     rows = [
         (
             *("model", "thin products", "thin products, % of AdaLoRA's step"),
@@ -176,8 +176,8 @@ def text(found: results.Results) -> str:
         "threads, divided by the number of cores, and so the time of a step in which no core "
         "waits; a real step takes longer. Models under `nn.scan` have fewer "
         "kernels, which run once per layer.",
-        "Most of what adapters cost are the thin products. The penalty, the averages and the masks "
-        "are what AdaLoRA's small kernels take more than LoRA's.",
+        "Most of an adapter's cost is thin products. Small kernels take longer in AdaLoRA than in "
+        "LoRA because of the penalty, the averages and the masks.",
         shares(found["models"]),
         *(
             f"## {_title(found, model)}\n\n{table(groups)}"

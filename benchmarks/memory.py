@@ -83,7 +83,7 @@ def extra(found: dict[str, Any], of: str, to: str, column: str) -> float:
 
 
 def table(found: dict[str, Any], missing: dict[str, str]) -> str:
-    beyond = [f"{column} minus LoRA's, in sizes of the adapters" for column in BEYOND]
+    beyond = [f"({column} - LoRA's) / adapters" for column in BEYOND]
     rows = [("method", *(f"{column}, MB" for column in COLUMNS), *beyond)]
     for name, sizes in found.items():
         lora = {"adalora": "lora", "svd": "lora", "peft-adalora": "peft-lora"}.get(name)

@@ -61,17 +61,12 @@ def measure(dtype, ratio, seed=0):
 
 
 def text(found: results.Results) -> str:
-    columns = ("norm of the increment / norm of the weight", "error of the increment, %")
-    columns += ("error of the output, parts per million",)
-    columns += ("error of the weight after unmerging, parts per million",)
-    rows = [("dtype", *columns)]
+    errors = ("increment", "output", "weight after unmerging")
+    columns = [f"error of the {error}, parts per million" for error in errors]
+    rows = [("dtype", "norm of the increment / norm of the weight", *columns)]
     for row in found["rows"]:
-        errors = (
-            100 * row["error of the increment"],
-            1e6 * row["error of the output"],
-            1e6 * row["error of the weight after unmerging"],
-        )
-        rows.append((row["dtype"], f"{row['increment to weight']:g}", *map(results.number, errors)))
+        numbers = [results.number(1e6 * row[f"error of the {error}"]) for error in errors]
+        rows.append((row["dtype"], f"{row['increment to weight']:g}", *numbers))
     return "\n\n".join(
         [
             "# Rounding errors of merging",
@@ -80,9 +75,9 @@ def text(found: results.Results) -> str:
             f"norms into a weight of {found['size']:,} × {found['size']:,}, and compares with "
             "float64.",
             "The error of the increment is the norm of the rounding error divided by the norm of "
-            "ΔW: at 100 %, the increment is lost. The error of the output is relative to the "
-            "output of the merged layer. The last column is the difference between W and the "
-            "weight after merging and unmerging, relative to W.",
+            "ΔW: at 1,000,000 parts per million, the increment is lost. The error of the output is "
+            "relative to the output of the merged layer. The last column is the difference between "
+            "W and the weight after merging and unmerging, relative to W.",
             "The rounding error depends on the weight, and hardly on the increment. A small "
             "increment therefore loses most: in bfloat16, one of a hundredth of the weight's norm "
             "loses a sixth of itself, and one of a thousandth loses most of itself. Serve such an "

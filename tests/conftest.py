@@ -46,7 +46,7 @@ def flax_ranks():
 def _typed_adapters(pytestconfig):
     """With ``--jaxtyping-packages``, check every new Adapter of arrays against its annotations.
 
-    jaxtyping itself would also refuse masks and the other values that JAX puts in an Adapter.
+    jaxtyping itself would also reject masks and the other values that JAX puts in an Adapter.
     """
     if not pytestconfig.getoption("jaxtyping_packages"):
         yield

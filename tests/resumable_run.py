@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from support.problem import adapters as fresh
-from support.problem import batches, train_step
+from support.toy_problem import adapters as fresh
+from support.toy_problem import batches, train_step
 
 import adalora_jax as adalora
 from adalora_jax import checkpoint

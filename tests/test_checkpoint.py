@@ -15,8 +15,8 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 from jax.sharding import NamedSharding, PartitionSpec
-from support.problem import adapters as fresh
-from support.problem import assert_same_bits, batches, train_step
+from support.toy_problem import adapters as fresh
+from support.toy_problem import assert_same_bits, batches, train_step
 
 import adalora_jax as adalora
 from adalora_jax._src import checkpoint
@@ -238,9 +238,10 @@ def test_run_killed_at_random_times_resumes_bit_exactly(tmp_path, seed):
 def test_restore_uses_shardings_of_target(trained, saved):
     """A checkpoint saved from one device is restored with the target's shardings."""
     mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
-    )
+
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
     back = checkpoint.restore(saved, target=jax.tree.map(place, trained))
     assert_same_bits((back.adapters, back.opt_state), trained)
     assert back.adapters["down"].p.sharding.mesh == mesh

@@ -72,14 +72,14 @@ def imports(name):
 
 
 @cache
-def floor(name):
+def depth(name):
     """Return the depth of a module: one more than the deepest module it imports."""
     below = {other for other in imports(name) if other in FILES} - {name, "adalora_jax"}
-    return 1 + max(map(floor, below), default=0)
+    return 1 + max(map(depth, below), default=0)
 
 
 def test_import_depth_is_at_most_ten():
-    assert max(map(floor, FILES)) <= 10
+    assert max(map(depth, FILES)) <= 10
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("adalora_jax._src.")])
@@ -176,7 +176,7 @@ def test_facade_exports_exactly_its_imports(name):
     assert sorted(public) == sorted(module.__all__)
 
 
-# Modules without a test file of their own, each with the reason.
+# Modules without a test file of their name, each with the reason.
 UNTESTED = {
     "_compat": "the tests of its callers run every function of it",
     "version": "one string",

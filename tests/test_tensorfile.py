@@ -1,4 +1,4 @@
-"""Damaged safetensors files: refused, as the package ``safetensors`` refuses them."""
+"""Damaged safetensors files raise errors, as in the package ``safetensors``."""
 
 import json
 import struct

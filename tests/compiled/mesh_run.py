@@ -82,9 +82,10 @@ def problem():
 def run(layout, shape, look_inside):
     model, variables, x, y = problem()
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    place = lambda path, leaf: NamedSharding(
-        mesh, base_spec(layout, [key.key for key in path], leaf.ndim)
-    )
+
+    def place(path, leaf):
+        return NamedSharding(mesh, base_spec(layout, [key.key for key in path], leaf.ndim))
+
     base = jax.tree_util.tree_map_with_path(place, variables)
     variables = jax.device_put(variables, base)
     batch = NamedSharding(mesh, P() if layout == "stack" else P("data"))

@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from support.problem import adapters as fresh
-from support.problem import batches, train_step
+from support.toy_problem import adapters as fresh
+from support.toy_problem import batches, train_step
 
 import adalora_jax as adalora
 from adalora_jax import checkpoint

@@ -78,7 +78,10 @@ def test_adapting_7b_nnx_model_is_abstract_and_fast():
     make = lambda: nnx_models.Llama(nnx.Rngs(0), depth=32, vocabulary=32000, **SIZES)
     model = nnx.eval_shape(make)
     rows = adalora.nnx.describe(model, CONFIG).splitlines()
-    adapt = lambda: nnx.eval_shape(lambda model: adalora.nnx.adapt(model, CONFIG), model)
+
+    def adapt():
+        return nnx.eval_shape(lambda model: adalora.nnx.adapt(model, CONFIG), model)
+
     adapters = adalora.nnx.adapters(traced(lambda: adapt()))
     assert len(rows) == len(adapters) + 3
     assert adapters["layers/kv"].lam.shape == (32, 2, 12)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import problem
-from support.problem import steps
+from support import toy_problem
+from support.toy_problem import steps
 
 import adalora_jax as al
 from adalora_jax._src.core.roles import stack
@@ -124,7 +124,7 @@ def test_partitioned_transformations_have_separate_budgets():
 def test_live_cost_is_less_than_one_triplet_below_budget(unit, changes):
     """The budget falls from the cost of init_r per matrix to that of target_r per matrix."""
     config = CONFIG.replace(budget_unit=unit, **changes)
-    params = problem.adapters(config)
+    params = toy_problem.adapters(config)
     each = {"down": 5 + 3, "key": 4 + 4, "layers": 3 + 5}
     each = {name: (2 if unit == "flops" else 1) * n + 1 for name, n in each.items()}
     one = each["down"] + each["key"] + 2 * each["layers"]
@@ -175,20 +175,20 @@ def test_without_revival_ranks_only_fall_and_budget_is_met(allocation, limits):
         """Count the triplets that masks revived, and those that are live after the last mask."""
         before, revived = None, 0
         for t, (params, state) in enumerate(steps(config, optax.sgd(0.5))):
-            masks = problem.rows(state.masks)
+            masks = toy_problem.rows(state.masks)
             assert sum(map(np.sum, masks)) == int(state.budget), f"step {t}"
             if before is not None:
                 revived += sum(int((now & ~then).sum()) for now, then in zip(masks, before))
             if not config.allow_regrowth:
-                for adapter, mask in zip(problem.matrices(params), masks):
+                for adapter, mask in zip(toy_problem.matrices(params), masks):
                     assert not adapter["lam"][~mask].any(), f"step {t}"
             before = masks
         return revived, sum(map(np.sum, masks))
 
-    assert run(config.replace(allow_regrowth=False)) == (0, 2 * problem.MATRICES)
+    assert run(config.replace(allow_regrowth=False)) == (0, 2 * toy_problem.MATRICES)
     revived, live = run(config)
     assert revived > 0, "nothing was at stake"
-    assert live == 2 * problem.MATRICES
+    assert live == 2 * toy_problem.MATRICES
 
 
 def test_pruned_triplets_do_not_count_towards_min_r():

@@ -1,4 +1,4 @@
-"""Values of the config's fields: refused with the value and a way out, or stored in one form."""
+"""Values of the config's fields: normalised, or an error with the value and a way out."""
 
 import re
 

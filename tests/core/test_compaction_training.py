@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support.problem import adapters as fresh
-from support.problem import batches, lenient, train_step
+from support.toy_problem import adapters as fresh
+from support.toy_problem import batches, lenient, train_step
 
 import adalora_jax as adalora
 
@@ -191,7 +191,9 @@ def test_compaction_before_final_mask_raises():
 
 def test_optimizer_state_of_unknown_shape_raises():
     def per_column():
-        init = lambda params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[-1:]), params)
+        def init(params):
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[-1:]), params)
+
         return optax.GradientTransformation(
             init, lambda updates, state, params=None: (updates, state)
         )

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support import problem
+from support import toy_problem
 
 import adalora_jax as al
 
@@ -57,7 +57,7 @@ def test_peft_config_expresses_scale_as_alpha():
 def test_exported_adapter_computes_with_given_scale(limits, tmp_path):
     config = CONFIG.replace(scale=0.75, rank_overrides=limits, init_lora_weights=False)
     shapes = {"a": (3, 4, ()), "b": (4, 3, ())}
-    adapters = problem.adapters(config, shapes=shapes)
+    adapters = toy_problem.adapters(config, shapes=shapes)
     al.huggingface.save_pretrained(tmp_path, adapters, config)
     loaded = al.huggingface.load_pretrained(tmp_path)
     for name, adapter in adapters.items():
@@ -65,15 +65,15 @@ def test_exported_adapter_computes_with_given_scale(limits, tmp_path):
         theirs = al.delta_weight(loaded.adapters[name])
         np.testing.assert_allclose(theirs, ours, rtol=1e-5)
         if limits is None:
-            problem.assert_same_bits(loaded.adapters[name]._replace(layout=None), adapter)
+            toy_problem.assert_same_bits(loaded.adapters[name]._replace(layout=None), adapter)
 
 
 LEADERBOARD = al.AdaLoraConfig(total_step=12, init_r=64, target_r=32, lora_alpha=8)  # scale 0.125
 
 
-def started(config, adapters=None, shapes=problem.SHAPES):
+def started(config, adapters=None, shapes=toy_problem.SHAPES):
     """Return the optimizer's initial state for adapters of the config."""
-    adapters = problem.adapters(config, shapes=shapes) if adapters is None else adapters
+    adapters = toy_problem.adapters(config, shapes=shapes) if adapters is None else adapters
     return al.adalora(optax.adam(1e-2), config).init(adapters)
 
 
@@ -110,16 +110,16 @@ def test_peft_defaults_do_not_warn():
 def test_adapters_that_were_trained_do_not_warn():
     trained = {
         path: adapter._replace(lam=adapter.lam + 1)
-        for path, adapter in problem.adapters(LEADERBOARD).items()
+        for path, adapter in toy_problem.adapters(LEADERBOARD).items()
     }
     started(LEADERBOARD, trained)
 
 
 def test_scale_of_each_layer_decides_about_the_warning():
     config = LEADERBOARD.replace(init_r=4, target_r=2, scale=1.0)
-    adapters = problem.adapters(config)
+    adapters = toy_problem.adapters(config)
     adapters["key"] = adapters["key"]._replace(scale=0.1)
-    started(config, problem.adapters(config))
+    started(config, toy_problem.adapters(config))
     with pytest.warns(UserWarning, match=r"scale=0\.1: .* of 1 of 3 adapters .* that of 'key'"):
         started(config, adapters)
 
@@ -132,7 +132,7 @@ def test_nnx_optimizer_warns_of_small_start():
 
 
 def test_training_steps_do_not_repeat_the_warning():
-    adapters = problem.adapters(LEADERBOARD)
+    adapters = toy_problem.adapters(LEADERBOARD)
     tx = al.adalora(optax.adam(1e-2), LEADERBOARD)
     with pytest.warns(UserWarning, match="start far too small"):
         state = tx.init(adapters)
@@ -146,16 +146,16 @@ def test_training_steps_do_not_repeat_the_warning():
 @pytest.mark.parametrize("wrap", [jax.jit, lambda init: functools.partial(jax.eval_shape, init)])
 def test_traced_init_does_not_warn(wrap):
     """``restore`` and ``compact`` trace ``tx.init`` for adapters that were trained."""
-    wrap(al.adalora(optax.adam(1e-2), LEADERBOARD).init)(problem.adapters(LEADERBOARD))
+    wrap(al.adalora(optax.adam(1e-2), LEADERBOARD).init)(toy_problem.adapters(LEADERBOARD))
 
 
 def test_init_from_shapes_does_not_warn():
-    shapes = jax.eval_shape(lambda: problem.adapters(LEADERBOARD))
+    shapes = jax.eval_shape(lambda: toy_problem.adapters(LEADERBOARD))
     jax.eval_shape(al.adalora(optax.adam(1e-2), LEADERBOARD).init, shapes)
 
 
 def test_trained_adapters_of_which_one_is_pruned_do_not_warn():
-    adapters = problem.adapters(LEADERBOARD)
+    adapters = toy_problem.adapters(LEADERBOARD)
     first = next(iter(adapters))
     adapters[first] = adapters[first]._replace(lam=adapters[first].lam + 1)
     started(LEADERBOARD, adapters)
@@ -163,7 +163,7 @@ def test_trained_adapters_of_which_one_is_pruned_do_not_warn():
 
 def test_resumed_run_may_turn_the_warning_off(tmp_path):
     quiet = LEADERBOARD.replace(warn_small_start=False)
-    adapters = problem.adapters(LEADERBOARD)
+    adapters = toy_problem.adapters(LEADERBOARD)
     with pytest.warns(UserWarning, match="start far too small"):
         state = started(LEADERBOARD, adapters)
     al.checkpoint.save(tmp_path / "run", adapters, state, LEADERBOARD)

@@ -54,7 +54,11 @@ def assert_close(ours, theirs, tolerance=1e-10):
         )
 
 
-both = lambda transform: [transform(scalar(product)) for product in (low_rank, low_rank_autodiff)]
+def both(transform):
+    """Transform the product with the custom derivative, and the plain form."""
+    return [transform(scalar(product)) for product in (low_rank, low_rank_autodiff)]
+
+
 gradient = functools.partial(jax.grad, argnums=(0, 1, 2, 3))
 
 
@@ -102,7 +106,9 @@ def layered(product):
     """Return adapted layers under lax.scan, each with its own factors."""
 
     def apply(x, p, c, q):
-        layer = lambda h, factors: (jnp.tanh(h + product(h, *factors)), None)
+        def layer(h, factors):
+            return jnp.tanh(h + product(h, *factors)), None
+
         return jax.lax.scan(layer, x, (p, c, q))[0]
 
     return apply
@@ -120,7 +126,10 @@ def test_second_derivatives_equal_autodiff():
     """Reverse over reverse, as the custom rule leaves forward mode to the plain form."""
     with jax.enable_x64(True):
         arguments = operands(tokens=(2,), r=2, n_in=2, n_out=2)
-        hessians = lambda f: jax.jacrev(gradient(f), argnums=(0, 1, 2, 3))
+
+        def hessians(f):
+            return jax.jacrev(gradient(f), argnums=(0, 1, 2, 3))
+
         ours, theirs = (jax.jit(hessian)(*arguments) for hessian in both(hessians))
         for row, expected in zip(ours, theirs):
             assert_close(row, expected)
@@ -183,11 +192,17 @@ def test_dropout_derivative_equals_masked_product():
     with jax.enable_x64(True):
         arguments = operands(tokens=(6,))
         mask = jnp.asarray(numpy_keep(SEED, (6, 5), 0.4), float)
-        written_out = lambda x, p, c, q: ((x * mask) @ q.T * c[None]) @ p
+
+        def written_out(x, p, c, q):
+            return ((x * mask) @ q.T * c[None]) @ p
+
         expected = gradient(scalar(written_out))(*arguments)
         for product in (low_rank, low_rank_autodiff):
             assert_close(gradient(scalar(with_mask(product)))(*arguments), expected)
-        second = lambda f: jax.jacrev(gradient(scalar(f)), argnums=(0, 1, 2, 3))(*arguments)
+
+        def second(f):
+            return jax.jacrev(gradient(scalar(f)), argnums=(0, 1, 2, 3))(*arguments)
+
         for row, wanted in zip(second(with_mask(low_rank)), second(written_out)):
             assert_close(row, wanted)
 
@@ -195,8 +210,13 @@ def test_dropout_derivative_equals_masked_product():
 def test_dropout_derivative_of_custom_product_equals_masked_product():
     with jax.enable_x64(True):
         x, _, _, q = operands(tokens=(6,))
-        product = lambda x, q: x @ q.T
-        loss = lambda f: jax.grad(lambda x, q: jnp.sum(jnp.sin(f(x, q))), argnums=(0, 1))
+
+        def product(x, q):
+            return x @ q.T
+
+        def loss(f):
+            return jax.grad(lambda x, q: jnp.sum(jnp.sin(f(x, q))), argnums=(0, 1))
+
         seed = jnp.asarray(SEED)
         ours = loss(lambda x, q: linear_with_dropout(product, x, q, seed, 0.4))(x, q)
         theirs = loss(lambda x, q: product(apply_dropout(x, seed, 0.4), q))(x, q)
@@ -208,7 +228,10 @@ def test_dropout_mask_is_recomputed_instead_of_stored():
     skip_unless_cpu("the bound is of its compiler's temporary memory")
     tokens, width, rank, depth = 256, 64, 2, 8
     rng = np.random.default_rng(0)
-    layer = lambda *shape: jnp.asarray(rng.normal(size=(depth, *shape)), jnp.float32)
+
+    def layer(*shape):
+        return jnp.asarray(rng.normal(size=(depth, *shape)), jnp.float32)
+
     factors = layer(rank, width), layer(rank), layer(rank, width)
     x = jnp.ones((tokens, width))
 
@@ -254,7 +277,10 @@ def test_sums_over_many_bfloat16_tokens_do_not_stall():
     """4096 equal terms: a bfloat16 sum stops at 256 of them."""
     tokens = 4096
     x, one = jnp.ones((tokens, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16)
-    loss = lambda p, c, q: jnp.sum(low_rank(x, p, c, q).astype(jnp.float32))
+
+    def loss(p, c, q):
+        return jnp.sum(low_rank(x, p, c, q).astype(jnp.float32))
+
     for slope in jax.grad(loss, argnums=(0, 1, 2))(one, jnp.ones(1, jnp.bfloat16), one):
         assert float(slope.ravel()[0]) == tokens
 
@@ -276,7 +302,9 @@ def test_derivative_under_shard_map_equals_autodiff():
     x, p, c, q = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
 
     def slopes(product, weights, x):
-        loss = lambda w: jax.lax.pmean((product(x, *w) ** 2).mean(), "d")
+        def loss(w):
+            return jax.lax.pmean((product(x, *w) ** 2).mean(), "d")
+
         return jax.grad(loss)(weights)
 
     results = [

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support import oracle, problem
+from support import oracle, toy_problem
 from support.custom_scores import signal_to_noise
 
 import adalora_jax as adalora
@@ -32,13 +32,13 @@ def run(config, look=adalora.info):
 
     @jax.jit
     def step(params, state, batch):
-        grads = jax.grad(problem.loss)(params, batch, config)
+        grads = jax.grad(toy_problem.loss)(params, batch, config)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         info = look(state, params, grads)
         return params, state, (grads, info, info.metrics("run/", each=True))
 
-    params, data = problem.adapters(config), problem.batches(config)
+    params, data = toy_problem.adapters(config), toy_problem.batches(config)
     state, history = tx.init(params), []
     for t in range(config.total_step):
         batch = jax.tree.map(lambda leaf, t=t: leaf[t], data)
@@ -50,7 +50,7 @@ def run(config, look=adalora.info):
 def papers_scores(config, params, allocator, grads):
     """Compute every matrix's scores, triplet by triplet, by the oracle's formulas."""
     weights, gradients, *averages = (
-        problem.matrices(part)
+        toy_problem.matrices(part)
         for part in (params, grads, allocator.sensitivity, allocator.uncertainty)
     )
     raw = [{k: np.abs(w[k] * g[k]) for k in w} for w, g in zip(weights, gradients)]
@@ -69,11 +69,11 @@ def test_scores_match_paper_and_metrics_summarise_them(score, score_reduction):
     config = CONFIG.replace(score=score, score_reduction=score_reduction)
     for t, (params, allocator, grads, info, metrics) in enumerate(run(config)):
         expected = papers_scores(config, params, allocator, grads)
-        np.testing.assert_allclose(problem.rows(info.scores), expected, rtol=1e-5)
-        masks = problem.rows(info.masks)
-        np.testing.assert_array_equal(masks, problem.rows(allocator.masks))
+        np.testing.assert_allclose(toy_problem.rows(info.scores), expected, rtol=1e-5)
+        masks = toy_problem.rows(info.masks)
+        np.testing.assert_array_equal(masks, toy_problem.rows(allocator.masks))
         assert int(info.step) == t + 1
-        assert int(info.budget) == oracle.budget(config, t, problem.MATRICES)
+        assert int(info.budget) == oracle.budget(config, t, toy_problem.MATRICES)
         ranks, flat = np.sum(masks, axis=1), np.concatenate(expected)
         assert int(info.live) == ranks.sum()
         wanted = {
@@ -103,9 +103,9 @@ def test_new_mask_keeps_best_scores(score):
     pruned = 0
     for t, (*_, info, _) in enumerate(run(config)):
         if t in (6, 9, 12, 15, 18, 20):  # every third step after tinit, and T − tfinal
-            best, margin = oracle.top(problem.rows(info.scores), int(info.budget))
+            best, margin = oracle.top(toy_problem.rows(info.scores), int(info.budget))
             assert margin > 1e-6, "a tie, which rounding decides"
-            np.testing.assert_array_equal(problem.rows(info.masks), best)
+            np.testing.assert_array_equal(toy_problem.rows(info.masks), best)
             pruned += not np.all(best)
     assert pruned == 6
 
@@ -154,7 +154,7 @@ def test_info_survives_donation_of_state():
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, adalora.info(state)
 
-    params = problem.adapters(CONFIG)
+    params = toy_problem.adapters(CONFIG)
     state, infos = tx.init(params), []
     infos.append(adalora.info(state))
     for _ in range(3):
@@ -165,7 +165,7 @@ def test_info_survives_donation_of_state():
 
 
 def test_info_accepts_every_form_of_state():
-    params = problem.adapters(CONFIG)
+    params = toy_problem.adapters(CONFIG)
     state = adalora.init_state(params, CONFIG)
     wrapped = optax.chain(optax.clip(1.0), adalora.adalora(optax.adam(1e-3), CONFIG)).init(params)
     infos = [adalora.info(one) for one in (state, state.allocator, wrapped)]
@@ -209,7 +209,7 @@ def test_nnx_info_is_equal_inside_and_outside_jit():
     ],
 )
 def test_missing_params_or_grads_error_names_them(score, given, message):
-    params = problem.adapters(CONFIG)
+    params = toy_problem.adapters(CONFIG)
     state = adalora.init_state(params, CONFIG.replace(score=score))
     with pytest.raises(ValueError, match=message):
         adalora.info(state, **dict.fromkeys(given, params))
@@ -217,4 +217,4 @@ def test_missing_params_or_grads_error_names_them(score, given, message):
 
 def test_state_without_allocator_raises():
     with pytest.raises(ValueError, match="0 AllocatorStates"):
-        adalora.info(optax.adam(1e-3).init(problem.adapters(CONFIG)))
+        adalora.info(optax.adam(1e-3).init(toy_problem.adapters(CONFIG)))

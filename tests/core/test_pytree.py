@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support import problem
+from support import toy_problem
 from support.random_runs import active
 
 import adalora_jax as al
@@ -29,7 +29,7 @@ def trained(params):
 
 @pytest.mark.parametrize("kind", ["mapping", "FrozenDict", "State", "list", "one adapter"])
 def test_adapters_are_found_in_any_container(kind):
-    plain = problem.adapters(CONFIG, shapes=SHAPES)
+    plain = toy_problem.adapters(CONFIG, shapes=SHAPES)
     mappings = {name: a._asdict() for name, a in plain.items()}
     params = {
         "mapping": lambda: {"layer": {"adalora": mappings["a"]}, "b": mappings["b"]},
@@ -40,15 +40,15 @@ def test_adapters_are_found_in_any_container(kind):
     }[kind]()
     after, state = trained(params)
     assert jax.tree.structure(after) == jax.tree.structure(params)
-    assert active(after) == problem.live(state.masks)
+    assert active(after) == toy_problem.live(state.masks)
     assert active(after) == (2 if kind == "one adapter" else 4)
 
 
 def test_results_do_not_depend_on_container():
-    plain = problem.adapters(CONFIG, shapes=SHAPES)
+    plain = toy_problem.adapters(CONFIG, shapes=SHAPES)
     mappings = {name: a._asdict() for name, a in plain.items()}
     first, second = trained(plain)[0], trained(mappings)[0]
-    problem.assert_same_bits({name: a._asdict() for name, a in first.items()}, second)
+    toy_problem.assert_same_bits({name: a._asdict() for name, a in first.items()}, second)
 
 
 def test_two_adapters_of_one_path_raise():

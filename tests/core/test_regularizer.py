@@ -37,7 +37,12 @@ SQUARED = {name: m for name, m in POINTS.items() if np.abs(m).max(initial=0) <= 
 first = jax.jit(jax.grad(deviation))
 second = jax.jit(jax.hessian(deviation))
 second_in_reverse = jax.jit(jax.jacrev(jax.grad(deviation)))
-square = lambda m: deviation(m) ** 2
+
+
+def square(m):
+    return deviation(m) ** 2
+
+
 first_squared = jax.jit(jax.grad(square))
 second_squared = jax.jit(jax.hessian(square))
 

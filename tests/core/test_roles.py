@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import problem
+from support import toy_problem
 
 import adalora_jax as al
 from adalora_jax._src.core.roles import ByRole, group_by_role, stack
@@ -23,7 +23,7 @@ SHAPES = {
 
 
 def adapters(config=CONFIG):
-    return problem.adapters(config, shapes=dict(sorted(SHAPES.items())))
+    return toy_problem.adapters(config, shapes=dict(sorted(SHAPES.items())))
 
 
 def test_roles_are_paths_but_for_numbers_with_equal_types():

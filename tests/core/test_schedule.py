@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import problem
+from support import toy_problem
 
 import adalora_jax as al
 from adalora_jax._src.core.schedule import cost
@@ -42,7 +42,7 @@ def test_custom_budget_is_floored_and_clipped():
 
 def test_linear_run_ends_with_exactly_8_per_adapter():
     config = LINEAR.replace(total_step=9, tfinal=2, lora_alpha=12)
-    params = problem.adapters(config)
+    params = toy_problem.adapters(config)
     tx = al.adalora(optax.sgd(0.1), config)
     state, update = tx.init(params), jax.jit(tx.update)
     budgets = []
@@ -53,11 +53,11 @@ def test_linear_run_ends_with_exactly_8_per_adapter():
         )
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        budgets.append(int(state.allocator.budget) / problem.MATRICES)
+        budgets.append(int(state.allocator.budget) / toy_problem.MATRICES)
     assert budgets[-1] == 8.0
     assert 10.0 > budgets[4] > 9.0
-    assert problem.live(state.allocator.masks) == 8 * problem.MATRICES
-    assert sum(int((a.lam != 0).sum()) for a in params.values()) == 8 * problem.MATRICES
+    assert toy_problem.live(state.allocator.masks) == 8 * toy_problem.MATRICES
+    assert sum(int((a.lam != 0).sum()) for a in params.values()) == 8 * toy_problem.MATRICES
 
 
 def test_triplet_cost_depends_on_layer_size():
@@ -74,7 +74,7 @@ def test_triplet_cost_depends_on_layer_size():
 def test_budget_beyond_int32_raises():
     config = CONFIG.replace(budget_unit=lambda path, ins, outs: 10**9)
     with pytest.raises(ValueError, match=r"`budget_unit=.*more than an int32 can count"):
-        al.init_state(problem.adapters(config), config)
+        al.init_state(toy_problem.adapters(config), config)
 
 
 @pytest.mark.parametrize("freeze_pruned", [False, True])
@@ -90,25 +90,25 @@ def test_grow_schedule_increases_ranks_and_new_triplets_train(freeze_pruned, ini
         freeze_pruned=freeze_pruned,
         init=init,
     )
-    params, data = problem.adapters(config), problem.batches(config)
-    tx = al.adalora(problem.lenient(optax.adam(0.03)), config)
-    state, step = tx.init(params), jax.jit(problem.train_step(tx, config))
+    params, data = toy_problem.adapters(config), toy_problem.batches(config)
+    tx = al.adalora(toy_problem.lenient(optax.adam(0.03)), config)
+    state, step = tx.init(params), jax.jit(toy_problem.train_step(tx, config))
     budgets, masks = [], []
     for t in range(config.total_step):
         params, state, _ = step(params, state, jax.tree.map(lambda leaf, t=t: leaf[t], data))
         budgets.append(int(state.allocator.budget))
-        masks.append(problem.rows(state.allocator.masks))
+        masks.append(toy_problem.rows(state.allocator.masks))
         if t > config.tinit and t % config.deltaT == 0 and t < config.final_step:
-            assert problem.live(state.allocator.masks) == budgets[-1]
+            assert toy_problem.live(state.allocator.masks) == budgets[-1]
     growing = budgets[2 : config.final_step + 1]
-    assert (growing[0], growing[-1]) == (problem.MATRICES, 2 * problem.MATRICES)
+    assert (growing[0], growing[-1]) == (toy_problem.MATRICES, 2 * toy_problem.MATRICES)
     assert growing == sorted(growing)
-    assert problem.live(state.allocator.masks) == 2 * problem.MATRICES
+    assert toy_problem.live(state.allocator.masks) == 2 * toy_problem.MATRICES
     early, late = masks[8], masks[-1]
     grown = [now & ~then for now, then in zip(late, early)]
-    assert sum(map(np.sum, grown)) >= problem.MATRICES
+    assert sum(map(np.sum, grown)) >= toy_problem.MATRICES
     moves = []
-    for adapter, new in zip(problem.matrices(params), grown):
+    for adapter, new in zip(toy_problem.matrices(params), grown):
         assert np.all(adapter["lam"][new] != 0)
         moves.extend(np.abs(adapter["lam"][new, None] * adapter["p"][new]).max(axis=-1))
     assert np.mean(np.array(moves) > 1e-3) > 0.7

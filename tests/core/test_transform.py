@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support import compiling, problem
+from support import compiling, toy_problem
 
 import adalora_jax as al
 
@@ -20,7 +20,7 @@ SHAPES = {"a": (2, 3, ()), "b": (3, 2, ())}
 
 
 def parameters():
-    return {"block": problem.adapters(CONFIG, shapes=SHAPES), "head": jnp.ones((2, 3))}
+    return {"block": toy_problem.adapters(CONFIG, shapes=SHAPES), "head": jnp.ones((2, 3))}
 
 
 def gradients(params):
@@ -40,7 +40,10 @@ def alive(params):
     return sum(int((a.lam != 0).sum()) for a in al.adapters(params).values())
 
 
-ours = lambda inner=None: al.adalora(inner or optax.sgd(0.1), CONFIG)
+def ours(inner=None):
+    return al.adalora(inner or optax.sgd(0.1), CONFIG)
+
+
 NESTED = {
     "chain": lambda: optax.chain(optax.clip(1.0), ours()),
     "chain of chains": lambda: optax.chain(optax.identity(), optax.chain(optax.clip(1.0), ours())),
@@ -73,7 +76,7 @@ def test_nested_transformation_prunes_and_its_state_is_found(name):
     params, state = run(NESTED[name](), parameters())
     allocator = al.allocator_state(state)
     assert int(allocator.step) == CONFIG.total_step
-    assert problem.live(allocator.masks) == alive(params) == 4
+    assert toy_problem.live(allocator.masks) == alive(params) == 4
     assert al.ranks(allocator).keys() == {"block/a", "block/b"}
 
 
@@ -96,10 +99,13 @@ def test_param_labels_give_each_factor_its_own_rate():
 
 def test_importance_sees_clipping_outside_but_not_inside():
     """Gradients of 4 are clipped to 1 before adalora, but are raw if adalora wraps the clipping."""
-    fours = lambda params: jax.tree.map(lambda leaf: jnp.full_like(leaf, 4.0), params)
+
+    def fours(params):
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, 4.0), params)
+
     before = run(optax.chain(optax.clip(1.0), ours()), parameters(), fours, steps=1)
     within = run(ours(optax.chain(optax.clip(1.0), optax.sgd(0.1))), parameters(), fours, steps=1)
-    problem.assert_same_bits(before[0], within[0])
+    toy_problem.assert_same_bits(before[0], within[0])
     averages = [al.allocator_state(state).sensitivity for _, state in (before, within)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(4 * a, b, rtol=1e-6), *averages)
     # λ was 0 and moved by −0.1: I = 0.4, of which the average takes 15 %.
@@ -118,13 +124,13 @@ def test_apply_if_finite_and_adalora_skip_same_step(where):
         return grads
 
     updates, after = jax.jit(tx.update)(broken(params), state, params)
-    problem.assert_same_bits(al.allocator_state(after), al.allocator_state(state))
+    toy_problem.assert_same_bits(al.allocator_state(after), al.allocator_state(state))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
     for _ in range(3):
         updates, after = jax.jit(tx.update)(gradients(params), after, params)
         params = optax.apply_updates(params, updates)
     assert int(al.allocator_state(after).step) == CONFIG.total_step
-    assert problem.live(al.allocator_state(after).masks) == alive(params) == 4
+    assert toy_problem.live(al.allocator_state(after).masks) == alive(params) == 4
 
 
 # Errors ---------------------------------------------------------------------------------------

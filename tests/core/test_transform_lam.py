@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import problem
-from support.problem import gradients, steps
+from support import toy_problem
+from support.toy_problem import gradients, steps
 
 import adalora_jax as al
 from adalora_jax._src.core.transform import soft_threshold
@@ -20,10 +20,10 @@ CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3
 @pytest.mark.parametrize("params", [None, "beside others"])
 def test_lam_updates_are_inner_updates_times_multiplier(inner, params):
     config = CONFIG.replace(lambda_lr_scale=2.5, init_lora_weights=False)
-    trees = problem.adapters(config)
+    trees = toy_problem.adapters(config)
     trees = trees if params is None else {"block": trees, "head": jnp.ones((2, 3))}
     grads = gradients(trees, 0)
-    inner = problem.lenient(inner(0.1))
+    inner = toy_problem.lenient(inner(0.1))
     alone, _ = inner.update(grads, inner.init(trees), trees)
     tx = al.adalora(inner, config)
     ours, state = tx.update(grads, tx.init(trees), trees)
@@ -51,7 +51,7 @@ def test_multiplier_gives_same_run_with_and_without_jit():
 
 
 def test_multiplier_of_one_leaves_program_unchanged():
-    params = problem.adapters(CONFIG)
+    params = toy_problem.adapters(CONFIG)
 
     def program(config):
         tx = al.adalora(optax.adam(0.1), config)
@@ -79,7 +79,7 @@ def test_prox_is_applied_to_lam_before_importance(dtype):
         init_lora_weights=False,
         param_dtype=dtype,
     )
-    params = problem.adapters(config)
+    params = toy_problem.adapters(config)
     grads = gradients(params, 3)
     tx = al.adalora(optax.sgd(0.1), config)
     updates, state = tx.update(grads, tx.init(params), params)
@@ -104,7 +104,7 @@ def test_custom_prox_is_applied_per_adapter_and_must_keep_shape():
         return jnp.where(abs(lam) >= jnp.sort(abs(lam), axis=-1)[..., -2:-1], lam, 0)
 
     for params, _ in steps(CONFIG.replace(prox=two_largest), optax.sgd(0.1)):
-        assert {int((m["lam"] != 0).sum()) for m in problem.matrices(params)} <= {0, 1, 2}
+        assert {int((m["lam"] != 0).sum()) for m in toy_problem.matrices(params)} <= {0, 1, 2}
     config = CONFIG.replace(prox=lambda lam, weight: lam.sum())
     with pytest.raises(ValueError, match=r"prox=.*returned shape \(\).*one λ for each"):
         next(steps(config, optax.sgd(0.1)))

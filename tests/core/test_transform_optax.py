@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
-from support import problem
+from support import toy_problem
 
 import adalora_jax as al
 
@@ -39,12 +39,12 @@ both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
 def make(name, rate=0.01):
-    return problem.lenient(OPTIMIZERS[name](learning_rate=rate))
+    return toy_problem.lenient(OPTIMIZERS[name](learning_rate=rate))
 
 
 def parameters(dtype="float32"):
     """Return adapters together with a head and a bias."""
-    adapters = problem.adapters(CONFIG.replace(param_dtype=dtype), shapes=SHAPES)
+    adapters = toy_problem.adapters(CONFIG.replace(param_dtype=dtype), shapes=SHAPES)
     return {"block": adapters, "head": jnp.full((2, 3), 0.5, dtype), "bias": jnp.ones(3, dtype)}
 
 
@@ -83,7 +83,7 @@ def test_run_traces_once_and_prunes_exactly(name):
             expected = ~np.asarray(mask) if t in MASKED else np.zeros(3, bool)
             np.testing.assert_array_equal(zeros, expected, err_msg=f"step {t}")
             assert np.isfinite(adapter.p).all()
-        assert problem.live(allocator.masks) == {2: 5, 3: 5}.get(t, 6 if t < 2 else 4)
+        assert toy_problem.live(allocator.masks) == {2: 5, 3: 5}.get(t, 6 if t < 2 else 4)
     assert step._cache_size() == 1
 
 
@@ -109,8 +109,8 @@ def test_other_parameters_get_inner_optimizer_updates(name):
                 for updates in (plain, ours):
                     adapter = updates["block"][where]
                     updates["block"][where] = adapter._replace(lam=jnp.where(mask, adapter.lam, 0))
-        problem.assert_same_bits(ours, plain)
-    assert problem.live(state.allocator.masks) == 5
+        toy_problem.assert_same_bits(ours, plain)
+    assert toy_problem.live(state.allocator.masks) == 5
 
 
 @both_dtypes
@@ -159,8 +159,8 @@ def test_injected_schedule_matches_schedule_in_optimizer(name):
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
         jax.tree.map(close, ours[0], theirs[0])
         masks = [al.allocator_state(state).masks for state in (ours[1], theirs[1])]
-    problem.assert_same_bits(*masks)
-    assert problem.live(masks[0]) == 5
+    toy_problem.assert_same_bits(*masks)
+    assert toy_problem.live(masks[0]) == 5
 
 
 def test_inject_hyperparams_works_inside_and_around_adalora():
@@ -172,7 +172,7 @@ def test_inject_hyperparams_works_inside_and_around_adalora():
     expected, _ = plain.update(gradients(params), plain.init(params), params)
     for tx in (within, around):
         updates, state = tx.update(gradients(params), tx.init(params), params)
-        problem.assert_same_bits(updates, expected)
+        toy_problem.assert_same_bits(updates, expected)
         assert int(al.allocator_state(state).step) == 1
     state = within.init(params)
     state.inner.hyperparams["learning_rate"] = jnp.float32(0.0)
@@ -193,9 +193,9 @@ def test_multisteps_counts_applied_updates(name):
             allocator = al.allocator_state(carry[1])
             assert int(allocator.step) == mini // 3 == int(carry[1].gradient_step)
             if mini % 3:
-                problem.assert_same_bits(carry[0], before[0])
-                problem.assert_same_bits(allocator, al.allocator_state(before[1]))
-    assert problem.live(allocator.masks) == 4
+                toy_problem.assert_same_bits(carry[0], before[0])
+                toy_problem.assert_same_bits(allocator, al.allocator_state(before[1]))
+    assert toy_problem.live(allocator.masks) == 4
     assert sum(int((a.lam != 0).sum()) for a in carry[0]["block"].values()) == 4
 
 
@@ -203,7 +203,7 @@ def test_multisteps_counts_applied_updates(name):
 def test_map_params_with_identity_changes_nothing(name):
     tx = al.adalora(make(name), CONFIG)
     state = tx.init(parameters())
-    problem.assert_same_bits(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
+    toy_problem.assert_same_bits(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
 
 
 # One optimizer is enough for the rest ---------------------------------------------------------
@@ -211,7 +211,7 @@ def test_map_params_with_identity_changes_nothing(name):
 
 def test_map_params_treats_averages_as_params_and_masks_as_non_params():
     tx = al.adalora(optax.adam(0.01), CONFIG)
-    params = problem.adapters(CONFIG, shapes=SHAPES)
+    params = toy_problem.adapters(CONFIG, shapes=SHAPES)
     state = tx.init(params)
     specs = {
         name: a._replace(**{f: f"{f} of {name}" for f in a._fields}) for name, a in params.items()
@@ -225,23 +225,26 @@ def test_map_params_treats_averages_as_params_and_masks_as_non_params():
     assert mapped.inner[0].mu == specs
     doubled = optax.tree.map_params(tx, lambda leaf: leaf + 2, state)
     assert {float(leaf.max()) for leaf in jax.tree.leaves(doubled.inner[0].mu)} == {2.0}
-    problem.assert_same_bits(doubled.allocator, state.allocator)
+    toy_problem.assert_same_bits(doubled.allocator, state.allocator)
 
 
 def test_scan_over_steps_equals_loop():
     tx = al.adalora(make("adamw"), CONFIG)
     step = train_step(tx)
     start = (parameters(), tx.init(parameters()))
-    scan = lambda carry: jax.lax.scan(lambda c, _: (step(*c), None), carry, length=8)
+
+    def scan(carry):
+        return jax.lax.scan(lambda c, _: (step(*c), None), carry, length=8)
+
     scanned, _ = jax.jit(scan)(start)
     looped, jitted = start, jax.jit(step)
     for _ in range(8):
         looped = jitted(*looped)
-    problem.assert_same_bits(scanned[1].allocator.masks, looped[1].allocator.masks)
+    toy_problem.assert_same_bits(scanned[1].allocator.masks, looped[1].allocator.masks)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), scanned, looped
     )
-    assert problem.live(scanned[1].allocator.masks) == 4
+    assert toy_problem.live(scanned[1].allocator.masks) == 4
 
 
 @pytest.mark.parametrize(
@@ -250,9 +253,9 @@ def test_scan_over_steps_equals_loop():
 def test_pruned_lam_is_exactly_zero_when_update_and_param_dtypes_differ(params_in, updates_in):
     """Updates are applied outside the compiled update, where XLA cannot drop the rounding."""
     cast = optax.stateless(lambda updates, params: optax.tree.cast(updates, updates_in))
-    tx = al.adalora(problem.lenient(optax.chain(optax.sgd(0.3), cast)), CONFIG)
+    tx = al.adalora(toy_problem.lenient(optax.chain(optax.sgd(0.3), cast)), CONFIG)
     drawn = CONFIG.replace(param_dtype=params_in, init_lora_weights=False)  # λ has a full mantissa
-    params = {"block": problem.adapters(drawn, shapes=SHAPES)}
+    params = {"block": toy_problem.adapters(drawn, shapes=SHAPES)}
     state, update = tx.init(params), jax.jit(tx.update)
     for t in range(CONFIG.total_step):
         updates, state = update(gradients(params), state, params)
@@ -263,7 +266,7 @@ def test_pruned_lam_is_exactly_zero_when_update_and_param_dtypes_differ(params_i
             mask = np.asarray(state.allocator.masks[f"block/{name}"])
             if t in MASKED:
                 np.testing.assert_array_equal(np.asarray(adapter.lam) != 0, mask)
-    assert problem.live(state.allocator.masks) == 4
+    assert toy_problem.live(state.allocator.masks) == 4
 
 
 def test_extra_args_reach_inner_optimizer():
@@ -286,7 +289,7 @@ def test_inner_optimizer_receives_loss_value():
     params = parameters()
     moved = []
     for value in (0.1, 10.0):
-        tx = al.adalora(problem.lenient(contrib.momo(learning_rate=1.0)), CONFIG)
+        tx = al.adalora(toy_problem.lenient(contrib.momo(learning_rate=1.0)), CONFIG)
         updates, _ = tx.update(gradients(params), tx.init(params), params, value=jnp.float32(value))
         moved.append(float(jnp.abs(updates["head"]).sum()))
     assert 0 < moved[0] < moved[1]

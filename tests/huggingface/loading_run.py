@@ -37,10 +37,13 @@ def spec(leaf):
     if leaf.ndim < 2:
         return P("model") if leaf.shape[0] % 2 == 0 else P()
     ways = [P("model", "data"), P("data", None, "model"), P(None, ("data", "model"), None)]
-    fits = lambda spec: all(
-        size % {"data": 4, "model": 2, ("data", "model"): 8}.get(name, 1) == 0
-        for size, name in zip(leaf.shape, spec)
-    )
+
+    def fits(spec):
+        return all(
+            size % {"data": 4, "model": 2, ("data", "model"): 8}.get(name, 1) == 0
+            for size, name in zip(leaf.shape, spec)
+        )
+
     return next(filter(fits, ways[leaf.ndim % 2 :]), P())
 
 

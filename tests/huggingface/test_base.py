@@ -78,9 +78,16 @@ def test_file_dtypes_convert_exactly_to_model_dtypes(stored, dtype, tmp_path):
 def test_dtype_that_cannot_hold_weights_raises(tmp_path):
     write(tmp_path, {"up.weight": np.full((2, 3), 1e6, np.float32), "up.bias": np.ones(2, "f4")})
     model = nn.Sequential([nn.Dense(2)])
-    load = lambda dtype: peft.load_base(
-        tmp_path, model, abstract(model, jnp.ones((1, 3))), names={"layers_0": "up"}, dtype=dtype
-    )
+
+    def load(dtype):
+        return peft.load_base(
+            tmp_path,
+            model,
+            abstract(model, jnp.ones((1, 3))),
+            names={"layers_0": "up"},
+            dtype=dtype,
+        )
+
     with pytest.raises(ValueError, match=r"`dtype=float16`: cannot represent.*'layers_0/kernel'"):
         load("float16")
     with pytest.raises(ValueError, match=r"`dtype=int8`: .* floating-point"):

@@ -67,9 +67,10 @@ def test_weight_axes_are_inferred_from_calls_or_equations(tmp_path):
     inputs = jnp.ones((1, 4, 5)), jnp.ones((1, 4, 4, 2))
     shapes = jax.eval_shape(Kinds().init, jax.random.key(0), *inputs)
     equations = {"own": "...d,df->...f"}
-    load = lambda *inputs, **options: peft.load_base(
-        tmp_path, Kinds(), shapes, *inputs, names=NAMES, **options
-    )
+
+    def load(*inputs, **options):
+        return peft.load_base(tmp_path, Kinds(), shapes, *inputs, names=NAMES, **options)
+
     params = load(*inputs, equations=equations)["params"]
     want = {
         "q_einsum": tensors["q_proj.weight"].reshape(2, 3, 5).transpose(0, 2, 1),
@@ -139,9 +140,10 @@ def test_legacy_norm_names_load_and_unused_tensors_raise(tmp_path):
     heads = {"cls.predictions.bias": np.zeros(40, "f4"), "cls.seq_relationship.bias": np.zeros(2)}
     write(tmp_path, {**old, **ids, **heads})
     model = Bert(SIZES)
-    load = lambda **options: peft.load_base(
-        tmp_path, model, abstract(model), names="bert", **options
-    )
+
+    def load(**options):
+        return peft.load_base(tmp_path, model, abstract(model), names="bert", **options)
+
     for allowed in (True, r"cls\..*", ["predictions.bias", "cls.seq_relationship.bias"]):
         variables = load(allow_unused=allowed)
     jax.tree.map(close, model.apply(variables, IDS), hf_numpy.bert(tensors, SIZES, IDS, "bert."))

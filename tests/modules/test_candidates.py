@@ -14,7 +14,9 @@ class Mapped(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        centre = lambda params: jax.tree.map(lambda w: w - w.mean(), params)
+        def centre(params):
+            return jax.tree.map(lambda w: w - w.mean(), params)
+
         mapped = nn.map_variables(
             nn.Dense, "params", trans_in_fn=centre, mutable=self.is_initializing()
         )

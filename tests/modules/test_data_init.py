@@ -73,9 +73,10 @@ def patches(x):
 
 def expected_moments(params):
     """Run the linen model by hand; return ``{path: second moments of the layer's inputs}``."""
-    dense = lambda x, node, axes=1: (
-        np.tensordot(x, node["kernel"], axes=axes) + np.asarray(node["bias"])
-    )
+
+    def dense(x, node, axes=1):
+        return np.tensordot(x, node["kernel"], axes=axes) + np.asarray(node["bias"])
+
     x = np.asarray(params["embed"]["embedding"])[np.asarray(TOKENS)]
     moments = {"conv": second_moment(patches(x), 2)}
     x = dense(patches(x), params["conv"], 2)

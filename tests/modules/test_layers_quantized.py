@@ -14,16 +14,16 @@ from adalora_jax import quantization
 from adalora_jax._src.core.pytree import is_packed
 from adalora_jax._src.modules import linen_layers
 from adalora_jax._src.modules.nnx_variables import pure
-from modules import linen_cells, linen_subject, nnx_cells
-from modules.proof import close, random_like
+from modules import linen_adapted, linen_cases, nnx_cases
+from modules.checks import close, random_like
 from modules.test_layers_stacked import LINEN, NNX
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated"),
 ]
 
-LINEN_CELLS = {**linen_cells.CELLS, **LINEN}
-NNX_CELLS = {**nnx_cells.CELLS, **NNX}
+LINEN_CASES = {**linen_cases.CASES, **LINEN}
+NNX_CASES = {**nnx_cases.CASES, **NNX}
 LINEN_QUICK = [
     "dense-subclass",
     "self-attention",
@@ -35,9 +35,9 @@ LINEN_QUICK = [
 NNX_QUICK = ["linear-subclass", "conv-depthwise", "tied-weights", "vmap"]
 
 
-def recipes(cells, quick):
-    """Yield each cell with each recipe; shorter runs take one per cell, and fewer cells."""
-    for i, kind in enumerate(cells):
+def recipes(cases, quick):
+    """Yield each case with each recipe; shorter runs take one per case, and fewer cases."""
+    for i, kind in enumerate(cases):
         for j, qtype in enumerate(("int8", "int4", "nf4")):
             rare = pytest.mark.slow if i % 3 == j else pytest.mark.exhaustive
             yield pytest.param(kind, qtype, marks=() if kind in quick and i % 3 == j else rare)
@@ -56,42 +56,42 @@ def dequantised(tree):
     return jax.tree.map(dense, tree, is_leaf=is_packed)
 
 
-def inputs_of(cell):
+def inputs_of(case):
     return tuple(
         value
         if isinstance(value, np.ndarray)
         else random_like(np.zeros(value, "float32"), i, std=1)
-        for i, value in enumerate(cell.inputs)
+        for i, value in enumerate(case.inputs)
     )
 
 
-@pytest.mark.parametrize(("kind", "qtype"), list(recipes(LINEN_CELLS, LINEN_QUICK)))
+@pytest.mark.parametrize(("kind", "qtype"), list(recipes(LINEN_CASES, LINEN_QUICK)))
 def test_linen_layer_on_quantized_base_equals_dequantized_base(kind, qtype):
-    cell = LINEN_CELLS[kind]
-    cell = cell() if callable(cell) else cell
-    inputs = inputs_of(cell)
-    variables = linen_subject.subject(cell, "float32").base
+    case = LINEN_CASES[kind]
+    case = case() if callable(case) else case
+    inputs = inputs_of(case)
+    variables = linen_adapted.adapt_case(case, "float32").base
     variables = jax.tree.map(jnp.asarray, variables)
     config = adalora.AdaLoraConfig(
-        total_step=4, init_r=3, target_r=1, lora_alpha=6, target_modules=cell.targets
+        total_step=4, init_r=3, target_r=1, lora_alpha=6, target_modules=case.targets
     )
-    recipe = quantization.Recipe(qtype=qtype, target_modules=cell.targets)
-    quantize = lambda m: quantization.quantize(m, recipe, variables, *inputs, **cell.call)
-    model, packed = quantize(cell.module)
+    recipe = quantization.Recipe(qtype=qtype, target_modules=case.targets)
+    quantize = lambda m: quantization.quantize(m, recipe, variables, *inputs, **case.call)
+    model, packed = quantize(case.module)
     dense = {**variables, "params": dequantised(linen_layers.join_quantized(packed)["params"])}
     assert jax.tree.structure(dense) == jax.tree.structure(variables)
-    adapted, plain = (adalora.linen.adapt(m, config) for m in (model, cell.module))
+    adapted, plain = (adalora.linen.adapt(m, config) for m in (model, case.module))
     adapters = random_like(
-        jax.eval_shape(lambda: adapted.init(jax.random.key(0), packed, *inputs, **cell.call)), 2
+        jax.eval_shape(lambda: adapted.init(jax.random.key(0), packed, *inputs, **case.call)), 2
     )
     assert quantize(plain)[0] == adapted
-    outputs = jax.eval_shape(lambda: cell.module.apply(dense, *inputs, **cell.call))
+    outputs = jax.eval_shape(lambda: case.module.apply(dense, *inputs, **case.call))
     both = functools.partial(gradients, cotangents=random_like(outputs, 1))
     (_, found), ours = both(
-        lambda p, a, *xs: adapted.apply({**packed, "params": p}, a, *xs, **cell.call)
+        lambda p, a, *xs: adapted.apply({**packed, "params": p}, a, *xs, **case.call)
     )(packed["params"], adapters, inputs)
     (_, expected), theirs = both(
-        lambda p, a, *xs: plain.apply({**variables, "params": p}, a, *xs, **cell.call)
+        lambda p, a, *xs: plain.apply({**variables, "params": p}, a, *xs, **case.call)
     )(dense["params"], adapters, inputs)
     close(found, expected, 1e-6)
     close(ours[1:], theirs[1:], 2e-6)
@@ -116,18 +116,18 @@ def close_together(ours, theirs):
         np.testing.assert_allclose(leaf, theirs[path], rtol=0, atol=2e-6 * size, err_msg=path)
 
 
-@pytest.mark.parametrize(("kind", "qtype"), list(recipes(NNX_CELLS, NNX_QUICK)))
+@pytest.mark.parametrize(("kind", "qtype"), list(recipes(NNX_CASES, NNX_QUICK)))
 def test_nnx_layer_on_quantized_base_equals_dequantized_base(kind, qtype):
-    cell = NNX_CELLS[kind]
-    cell = cell() if not hasattr(cell, "make") else cell
-    inputs = inputs_of(cell)
-    model = cell.make(nnx.Rngs(0))
+    case = NNX_CASES[kind]
+    case = case() if not hasattr(case, "make") else case
+    inputs = inputs_of(case)
+    model = case.make(nnx.Rngs(0))
     model.eval()
     nnx.update(model, random_like(nnx.state(model, nnx.Param), 9))
     config = adalora.AdaLoraConfig(
-        total_step=4, init_r=3, target_r=1, lora_alpha=6, target_modules=cell.targets
+        total_step=4, init_r=3, target_r=1, lora_alpha=6, target_modules=case.targets
     )
-    recipe = quantization.Recipe(qtype=qtype, target_modules=cell.targets)
+    recipe = quantization.Recipe(qtype=qtype, target_modules=case.targets)
     quantised = quantization.quantize(model, recipe, *inputs)
     plain = nnx.clone(model)
     params, packed = nnx.state(plain, nnx.Param), nnx.state(quantised)

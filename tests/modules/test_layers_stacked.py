@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 import adalora_jax as adalora
-from modules import linen_subject, nnx_subject, proof
-from modules.linen_cells import Cell as LinenCell
-from modules.linen_cells import GemmaEinsum
-from modules.nnx_cells import Cell as NnxCell
+from modules import checks, linen_adapted, nnx_adapted
+from modules.linen_cases import Case as LinenCase
+from modules.linen_cases import GemmaEinsum
+from modules.nnx_cases import Case as NnxCase
 
 
 class Block(nn.Module):
@@ -85,11 +85,11 @@ def _turned(delta, shape):
 
 
 LINEN = {
-    "scan": LinenCell(Scanned(), ((2, 5),), {"layers/mix": _turned}),
-    "scan-remat": LinenCell(Scanned(remat=True), ((2, 5),), {"layers/mix": _turned}),
-    "remat-scan": LinenCell(Rematted(), ((2, 5),)),
-    "vmap": LinenCell(Mapped(), ((3, 2, 5),)),
-    "scan-vmap": LinenCell(Nested(), ((3, 2, 5),)),
+    "scan": LinenCase(Scanned(), ((2, 5),), {"layers/mix": _turned}),
+    "scan-remat": LinenCase(Scanned(remat=True), ((2, 5),), {"layers/mix": _turned}),
+    "remat-scan": LinenCase(Rematted(), ((2, 5),)),
+    "vmap": LinenCase(Mapped(), ((3, 2, 5),)),
+    "scan-vmap": LinenCase(Nested(), ((3, 2, 5),)),
 }
 
 
@@ -139,28 +139,28 @@ class NnxScanned(nnx.Module):
 
 
 NNX = {
-    "scan": NnxCell(NnxScanned, ((2, 5),)),
-    "scan-remat": NnxCell(lambda r: NnxScanned(r, remat=True), ((2, 5),)),
-    "vmap": NnxCell(NnxMapped, ((3, 2, 5),)),
-    "scan-vmap": NnxCell(lambda r: NnxScanned(r, experts=3), ((3, 2, 5),)),
+    "scan": NnxCase(NnxScanned, ((2, 5),)),
+    "scan-remat": NnxCase(lambda r: NnxScanned(r, remat=True), ((2, 5),)),
+    "vmap": NnxCase(NnxMapped, ((3, 2, 5),)),
+    "scan-vmap": NnxCase(lambda r: NnxScanned(r, experts=3), ((3, 2, 5),)),
 }
-CASES = {f"linen-{name}": (linen_subject.subject, cell) for name, cell in LINEN.items()}
-CASES |= {f"nnx-{name}": (nnx_subject.subject, cell) for name, cell in NNX.items()}
+CASES = {f"linen-{name}": (linen_adapted.adapt_case, case) for name, case in LINEN.items()}
+CASES |= {f"nnx-{name}": (nnx_adapted.adapt_case, case) for name, case in NNX.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stacked_layer_equals_dense_increment_in_float64(case):
-    subject, cell = CASES[case]
+@pytest.mark.parametrize("name", CASES)
+def test_stacked_layer_equals_dense_increment_in_float64(name):
+    adapt_case, case = CASES[name]
     with jax.enable_x64(True):
-        proof.prove(subject(cell, "float64"), rtol=1e-10, merge_rtol=1e-10)
+        checks.check_adapter(adapt_case(case, "float64"), rtol=1e-10, merge_rtol=1e-10)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stacked_layer_equals_dense_increment_in_float32_and_prunes(case):
-    subject, cell = CASES[case]
-    found = subject(cell, "float32")
-    proof.prove(found, rtol=2e-5)
-    proof.prove_training(found)
+@pytest.mark.parametrize("name", CASES)
+def test_stacked_layer_equals_dense_increment_in_float32_and_prunes(name):
+    adapt_case, case = CASES[name]
+    found = adapt_case(case, "float32")
+    checks.check_adapter(found, rtol=2e-5)
+    checks.check_training(found)
 
 
 ROWS = {
@@ -172,27 +172,27 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("case", ROWS)
-def test_ranks_have_one_entry_per_slice(case):
-    subject, cell = CASES[case]
-    found = subject(cell, "float32")
+@pytest.mark.parametrize("name", ROWS)
+def test_ranks_have_one_entry_per_slice(name):
+    adapt_case, case = CASES[name]
+    found = adapt_case(case, "float32")
     adapters = jax.eval_shape(found.init, jax.random.key(0))
     masks = {path: np.ones(a.lam.shape, bool) for path, a in adapters.items()}
-    assert list(adalora.ranks(masks)) == ROWS[case]
+    assert list(adalora.ranks(masks)) == ROWS[name]
 
 
 def test_slices_of_a_stack_have_different_initial_values():
-    cell = LINEN["vmap"]
-    adapter = linen_subject.subject(cell, "float32").init(jax.random.key(0))["experts/up"]
+    case = LINEN["vmap"]
+    adapter = linen_adapted.adapt_case(case, "float32").init(jax.random.key(0))["experts/up"]
     assert not np.allclose(adapter.q[0], adapter.q[1])
 
 
 @pytest.mark.parametrize("kind", ["einsum", "vmap"])
 def test_expert_outside_the_loss_has_zero_gradient(kind):
     module: Any = nn.Einsum((3, 5, 5), "ecd,edf->ecf") if kind == "einsum" else Mapped()
-    cell = LinenCell(module, ((3, 2, 5),))
-    found = linen_subject.subject(cell, "float32")
-    adapters = proof.random_like(jax.eval_shape(found.init, jax.random.key(0)), 1)
+    case = LinenCase(module, ((3, 2, 5),))
+    found = linen_adapted.adapt_case(case, "float32")
+    adapters = checks.random_like(jax.eval_shape(found.init, jax.random.key(0)), 1)
     x = found.inputs[0]
 
     @jax.jit

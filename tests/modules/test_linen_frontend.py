@@ -124,14 +124,17 @@ def test_adapter_dropout_follows_flag_and_keeps_model_rng_unchanged(model):
     module, variables, x, _ = model
     adapted = adalora.linen.adapt(module, config(lora_dropout=0.5, init_lora_weights=False))
     adapters = adapted.init(jax.random.key(2), variables, x)
-    run = lambda train, seed: adapted.apply(
-        variables,
-        adapters,
-        x,
-        train,
-        rngs={"dropout": jax.random.key(seed)},
-        mutable=["batch_stats"],
-    )[0]
+
+    def run(train, seed):
+        return adapted.apply(
+            variables,
+            adapters,
+            x,
+            train,
+            rngs={"dropout": jax.random.key(seed)},
+            mutable=["batch_stats"],
+        )[0]
+
     chex.assert_trees_all_equal(run(False, 0), run(False, 1))
     assert not np.allclose(run(True, 0), run(True, 1))
     # With a zero increment the adapters' dropout must not shift the model's random numbers.

@@ -62,9 +62,12 @@ def test_nn_jit_cache_is_not_shared_between_dropout_rates():
     variables = Jitted().init(jax.random.key(1), X)
     adapters = adalora.linen.adapt(Jitted(), CONFIG).init(jax.random.key(2), variables, X)
     rngs = {"dropout": jax.random.key(3)}
-    run = lambda rate: adalora.linen.adapt(Jitted(), CONFIG.replace(lora_dropout=rate)).apply(
-        variables, adapters, X, rngs=rngs
-    )
+
+    def run(rate):
+        return adalora.linen.adapt(Jitted(), CONFIG.replace(lora_dropout=rate)).apply(
+            variables, adapters, X, rngs=rngs
+        )
+
     assert np.abs(run(0.0) - run(0.5)).max() > 1e-3
     np.testing.assert_array_equal(run(0.0), run(0.0))
 

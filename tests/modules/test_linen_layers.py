@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from modules import proof
-from modules.linen_cells import CELLS
-from modules.linen_subject import subject
+from modules import checks
+from modules.linen_adapted import adapt_case
+from modules.linen_cases import CASES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated"),
@@ -26,17 +26,17 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("kind", CASES)
 def test_adapted_layer_equals_dense_increment_in_float64(kind):
     with jax.enable_x64(True):
-        proof.prove(subject(CELLS[kind](), "float64"), rtol=1e-10, merge_rtol=1e-10)
+        checks.check_adapter(adapt_case(CASES[kind](), "float64"), rtol=1e-10, merge_rtol=1e-10)
 
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CELLS],
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CASES],
 )
 def test_adapted_layer_equals_dense_increment_in_float32_and_prunes(kind):
-    found = subject(CELLS[kind](), "float32")
-    proof.prove(found, rtol=2e-5)
-    proof.prove_training(found)
+    found = adapt_case(CASES[kind](), "float32")
+    checks.check_adapter(found, rtol=2e-5)
+    checks.check_training(found)

@@ -1,5 +1,5 @@
 """Every kind of NNX layer: the adapted layer equals the layer with the dense increment; one that
-changes its weight is refused."""
+changes its weight raises an error."""
 
 import jax
 import pytest
@@ -7,9 +7,9 @@ from flax import nnx
 from support.small_models import draw, in_model, linear, nnx_config
 
 import adalora_jax as adalora
-from modules import proof
-from modules.nnx_cells import CELLS
-from modules.nnx_subject import subject
+from modules import checks
+from modules.nnx_adapted import adapt_case
+from modules.nnx_cases import CASES
 
 # One kind per category; the other kinds' float32 and training checks are slow tests.
 QUICK = [
@@ -24,20 +24,20 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("kind", CASES)
 def test_adapted_layer_equals_dense_increment_in_float64(kind):
     with jax.enable_x64(True):
-        proof.prove(subject(CELLS[kind], "float64"), rtol=1e-10, merge_rtol=1e-10)
+        checks.check_adapter(adapt_case(CASES[kind], "float64"), rtol=1e-10, merge_rtol=1e-10)
 
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CELLS],
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CASES],
 )
 def test_adapted_layer_equals_dense_increment_in_float32_and_prunes(kind):
-    found = subject(CELLS[kind], "float32")
-    proof.prove(found, rtol=2e-5)
-    proof.prove_training(found)
+    found = adapt_case(CASES[kind], "float32")
+    checks.check_adapter(found, rtol=2e-5)
+    checks.check_training(found)
 
 
 class Rewriting(nnx.Linear):

@@ -41,9 +41,12 @@ def test_nnx_head_is_kept_by_all_operations(dtype, tmp_path):
     model, optimizer = adalora.finish(optimizer, model)
     final = adalora.nnx.eval_model(model, optimizer)
     output = final(x)
-    close = lambda a: np.testing.assert_allclose(
-        a.astype("float32"), output.astype("float32"), rtol=2e-2, atol=2e-2
-    )
+
+    def close(a):
+        np.testing.assert_allclose(
+            a.astype("float32"), output.astype("float32"), rtol=2e-2, atol=2e-2
+        )
+
     adapters = adalora.nnx.adapters(final)
     assert sorted(adapters) == ["a", "head"]
     assert adapters["head"]["kernel"].dtype == jnp.float32

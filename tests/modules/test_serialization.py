@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
-from support import problem
+from support import toy_problem
 
 import adalora_jax as adalora
 
@@ -14,44 +14,44 @@ CONFIG = adalora.AdaLoraConfig(total_step=6, init_r=3, target_r=2)
 
 def test_adapters_are_restored_into_a_target():
     """The arrays are stored; the scale, the layout and the config are those of the target."""
-    given = {"adapters": problem.adapters(CONFIG), "config": CONFIG}
+    given = {"adapters": toy_problem.adapters(CONFIG), "config": CONFIG}
     target = {"adapters": jax.tree.map(np.zeros_like, given["adapters"]), "config": CONFIG}
     restored = serialization.from_bytes(target, serialization.to_bytes(given))
-    problem.assert_same_bits(restored["adapters"], given["adapters"])
+    toy_problem.assert_same_bits(restored["adapters"], given["adapters"])
     assert restored["config"] is CONFIG
 
 
 def test_training_continues_from_restored_optimizer_state():
     tx = adalora.adalora(optax.adamw(1e-2), CONFIG)
-    params = problem.adapters(CONFIG)
+    params = toy_problem.adapters(CONFIG)
     grads = jax.tree.map(lambda leaf: np.cos(leaf) + 0.1, params)
     state = tx.init(params)
     for _ in range(3):
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     restored = serialization.from_bytes(tx.init(params), serialization.to_bytes(state))
-    problem.assert_same_bits(restored, state)
+    toy_problem.assert_same_bits(restored, state)
     for first, second in zip(*(tx.update(grads, s, params) for s in (state, restored))):
-        problem.assert_same_bits(first, second)
+        toy_problem.assert_same_bits(first, second)
 
 
 def test_allocator_state_of_other_adapters_raises():
-    state = adalora.init_state(problem.adapters(CONFIG), CONFIG).allocator
-    one = adalora.init_state({"other": problem.adapters(CONFIG)["key"]}, CONFIG).allocator
+    state = adalora.init_state(toy_problem.adapters(CONFIG), CONFIG).allocator
+    one = adalora.init_state({"other": toy_problem.adapters(CONFIG)["key"]}, CONFIG).allocator
     stored = serialization.to_state_dict(state)
     with pytest.raises(ValueError, match="`state`: has other adapters than the target, at"):
         serialization.from_state_dict(one, stored)
 
 
 def test_state_of_allocate_is_restored():
-    state = adalora.init_state(problem.adapters(CONFIG), CONFIG)
+    state = adalora.init_state(toy_problem.adapters(CONFIG), CONFIG)
     after, _ = adalora.allocate(state, jax.tree.map(np.ones_like, state.adapters), 0)
     restored = serialization.from_bytes(state, serialization.to_bytes(after))
-    problem.assert_same_bits(restored, after)
+    toy_problem.assert_same_bits(restored, after)
 
 
 def test_state_dict_of_other_keys_raises():
-    adapter = problem.adapters(CONFIG)["key"]
+    adapter = toy_problem.adapters(CONFIG)["key"]
     state = serialization.to_state_dict(adapter)
     assert sorted(state) == ["lam", "p", "q"]
     del state["lam"]

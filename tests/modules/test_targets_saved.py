@@ -56,9 +56,12 @@ def test_linen_head_is_kept_by_all_operations(linen_run, tmp_path):
     model, variables, adapted, tx, _, params, state, x = linen_run
     params = adalora.eval_params(state, params)
     output = adapted.apply(variables, params, x)
-    close = lambda a: np.testing.assert_allclose(
-        a.astype("float32"), output.astype("float32"), rtol=2e-2, atol=2e-2
-    )
+
+    def close(a):
+        np.testing.assert_allclose(
+            a.astype("float32"), output.astype("float32"), rtol=2e-2, atol=2e-2
+        )
+
     small = adalora.compact(params, state)
     assert sorted(small) == sorted(params)
     close(adapted.apply(variables, small, x))

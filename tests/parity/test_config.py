@@ -7,10 +7,10 @@ import pytest
 
 from adalora_jax import AdaLoraConfig
 from adalora_jax._src.core.peft_keys import _PEFT_IGNORED, _PEFT_UNSUPPORTED
-from parity import theirs
+from parity import peft_side
 from parity.cases import Case
 
-peft, torch = theirs.peft, theirs.torch
+peft, torch = peft_side.peft, peft_side.torch
 lora = peft.tuners.lora.config
 pytestmark = pytest.mark.parity
 
@@ -66,11 +66,11 @@ def test_peft_config_round_trips(arguments):
 
 def test_config_of_trained_model_round_trips_with_rank_pattern(tmp_path):
     case = Case("chain2", {"total_step": 20, "init_r": 6, "target_r": 2, "tfinal": 5})
-    peft_model = theirs.build(case)
-    for _ in theirs.train(case, peft_model):
+    peft_model = peft_side.build(case)
+    for _ in peft_side.train(case, peft_model):
         pass
-    running = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
-    expected = {name: tuple(map(bool, mask)) for name, mask in theirs.masks(peft_model).items()}
+    running = AdaLoraConfig.from_peft(peft_side.config_of(peft_model).to_dict())
+    expected = {name: tuple(map(bool, mask)) for name, mask in peft_side.masks(peft_model).items()}
     assert dict(running.rank_pattern) == expected
     peft_model.save_pretrained(tmp_path)
     saved = AdaLoraConfig.from_peft(tmp_path)
@@ -80,8 +80,8 @@ def test_config_of_trained_model_round_trips_with_rank_pattern(tmp_path):
     (tmp_path / "adapter_config.json").write_text(written)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
-        loaded = peft.PeftModel.from_pretrained(theirs.base_model(case), tmp_path)
-    for name, (_, lam, _) in theirs.adapters(loaded).items():
+        loaded = peft.PeftModel.from_pretrained(peft_side.base_model(case), tmp_path)
+    for name, (_, lam, _) in peft_side.adapters(loaded).items():
         assert lam.size == sum(expected[name])
 
 
@@ -118,10 +118,10 @@ IGNORED = {
 def test_ignored_options_have_no_effect_in_peft(key):
     case = Case("chain2", {"total_step": 8, "init_r": 4, "target_r": 2}, learning_rate=1e-2)
     changed = Case("chain2", case.config | {key: IGNORED[key]}, learning_rate=1e-2)
-    losses = [[s.loss for s in theirs.train(c, theirs.build(c))] for c in (case, changed)]
+    losses = [[s.loss for s in peft_side.train(c, peft_side.build(c))] for c in (case, changed)]
     assert losses[0] == losses[1]
 
-    source = theirs.config_of(theirs.build(changed)).to_dict()
+    source = peft_side.config_of(peft_side.build(changed)).to_dict()
     with pytest.warns(UserWarning, match=f"does not use them: {key}="):
         AdaLoraConfig.from_peft(source)
 
@@ -129,16 +129,16 @@ def test_ignored_options_have_no_effect_in_peft(key):
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_rejected_bias_option_trains_biases_in_peft(bias):
     case = Case("chain2", {"total_step": 8, "bias": bias})
-    peft_model = theirs.build(case)
+    peft_model = peft_side.build(case)
     trained = [name for name, p in peft_model.named_parameters() if p.requires_grad]
     assert "base_model.model.layer0.base_layer.bias" in trained
     assert "bias" in _PEFT_UNSUPPORTED
     with pytest.raises(ValueError, match=f"bias='{bias}'"):
-        AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
+        AdaLoraConfig.from_peft(peft_side.config_of(peft_model).to_dict())
 
 
 def test_scale_of_peft_ignores_rslora():
     case = Case("chain2", {"total_step": 8, "init_r": 16, "lora_alpha": 8, "use_rslora": True})
-    layer = theirs.build(case).base_model.model.layer0
+    layer = peft_side.build(case).base_model.model.layer0
     ours = AdaLoraConfig(total_step=8, init_r=16, lora_alpha=8).scaling
     assert layer.scaling["default"] / layer.ranknum["default"].item() == ours

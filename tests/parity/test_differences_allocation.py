@@ -1,4 +1,4 @@
-"""Deliberate differences between PEFT's allocation and ours; each test shows both behaviours."""
+"""Deliberate differences from PEFT's allocation; each test shows both behaviours."""
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +8,18 @@ import pytest
 import adalora_jax as adalora
 from adalora_jax import AdaLoraConfig
 from adalora_jax._src.core import evaluation
-from parity import ours, theirs
+from parity import adalora_side, peft_side
 from parity.cases import Case, inputs
 
-peft, torch = theirs.peft, theirs.torch
+peft, torch = peft_side.peft, peft_side.torch
 pytestmark = pytest.mark.parity
 
 
 def both(case: Case):
     """Return a new PEFT model, our config, and our initial adapters with the same values."""
-    peft_model = theirs.build(case)
-    config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
-    return peft_model, config, theirs.adapters(peft_model)
+    peft_model = peft_side.build(case)
+    config = AdaLoraConfig.from_peft(peft_side.config_of(peft_model).to_dict())
+    return peft_model, config, peft_side.adapters(peft_model)
 
 
 def config(steps, ranks, tinit=0, tfinal=0, interval=1, **others):
@@ -63,10 +63,10 @@ def test_equal_scores_prune_all_in_peft_and_keep_budget_here():
     set_gradients(peft_model, ones)
     peft_model.base_model.update_and_allocate(4)
     assert peft_model.base_model.rankallocator.budget_schedule(4) == (8, True)
-    assert theirs.live(peft_model) == 0
+    assert peft_side.live(peft_model) == 0
 
-    state = adalora.init_state(ours.from_arrays(ones), config_)
-    state, masks = adalora.allocate(state, ours.from_arrays(ones), 4)
+    state = adalora.init_state(adalora_side.from_arrays(ones), config_)
+    state, masks = adalora.allocate(state, adalora_side.from_arrays(ones), 4)
     assert int(state.allocator.budget) == kept(masks) == live(state.adapters) == 8
 
 
@@ -74,30 +74,30 @@ def test_init_r_equal_to_target_r_crashes_peft_and_trains_unpruned_here():
     case = Case("chain2", config(20, (4, 4)))
     peft_model, config_, adapters = both(case)
     with pytest.raises(RuntimeError, match="kthvalue"):
-        list(theirs.train(case, peft_model))
+        list(peft_side.train(case, peft_model))
 
-    *_, last = ours.train(case, config_, adapters, scale=config_.scaling)
+    *_, last = adalora_side.train(case, config_, adapters, scale=config_.scaling)
     assert last.budget == kept(last.masks) == live(last.adapters) == 8
 
 
 def test_init_r_below_target_r_fails_late_in_peft_and_at_once_here():
     case = Case("chain2", config(20, (4, 6), tinit=5))
-    peft_model = theirs.build(case)
-    steps = theirs.train(case, peft_model)
+    peft_model = peft_side.build(case)
+    steps = peft_side.train(case, peft_model)
     assert [next(steps).budget for _ in range(6)] == [8] * 6
     with pytest.raises(RuntimeError, match="kthvalue"):
         next(steps)
 
     with pytest.raises(ValueError, match="`init_r=4`: is below target_r=6"):
-        AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
+        AdaLoraConfig.from_peft(peft_side.config_of(peft_model).to_dict())
 
 
 def test_infinite_gradients_end_pruning_in_peft_and_are_skipped_here():
     """As after an overflow under loss scaling, the optimizer skips the step."""
     case = Case("chain2", config(80, (6, 2), 10, 20), overflow=30)
     peft_model, config_, adapters = both(case)
-    own = list(ours.train(case, config_, adapters, scale=config_.scaling))
-    peft_ = list(theirs.train(case, peft_model))
+    own = list(adalora_side.train(case, config_, adapters, scale=config_.scaling))
+    peft_ = list(peft_side.train(case, peft_model))
 
     assert kept(own[29].masks) == kept(peft_[29].masks) == peft_[29].budget < 12
     assert np.isnan(peft_[30].uncertainty["layer0"][0]).all()
@@ -115,11 +115,11 @@ def test_without_final_phase_peft_ends_unpruned_and_we_at_target():
     """tfinal = 0: PEFT's last mask falls on a multiple of deltaT, and every λ grows back."""
     case = Case("chain2", config(80, (6, 2), 10, 0, 4))
     peft_model, config_, adapters = both(case)
-    *_, peft_last = theirs.train(case, peft_model)
+    *_, peft_last = peft_side.train(case, peft_model)
     assert kept(peft_last.masks) == 4
     assert live(peft_last.adapters) == 12
 
-    *_, last = ours.train(case, config_, adapters, scale=config_.scaling)
+    *_, last = adalora_side.train(case, config_, adapters, scale=config_.scaling)
     assert kept(last.masks) == live(last.adapters) == 4
 
 
@@ -130,22 +130,22 @@ def test_start_after_final_step_crashes_peft_and_prunes_here():
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'keys'"):
         peft_model.base_model.update_and_allocate(61)
 
-    state = adalora.init_state(ours.from_arrays(adapters), config_)
-    _, masks = adalora.allocate(state, ours.from_arrays(gradients), 61)
+    state = adalora.init_state(adalora_side.from_arrays(adapters), config_)
+    _, masks = adalora.allocate(state, adalora_side.from_arrays(gradients), 61)
     assert kept(masks) == 4
 
 
 def test_skipped_final_step_ends_above_target_in_peft_and_at_target_here():
     """The step count jumps, as after a restart, past PEFT's final step total_step - tfinal = 60."""
     peft_model, config_, adapters = both(Case("chain2", config(80, (6, 2), 0, 20)))
-    state = adalora.init_state(ours.from_arrays(adapters), config_)
+    state = adalora.init_state(adalora_side.from_arrays(adapters), config_)
     for step in (*range(31), *range(61, 80)):
         gradients = random_gradients(adapters, step)
         set_gradients(peft_model, gradients)
         peft_model.base_model.update_and_allocate(step)
-        state, masks = adalora.allocate(state, ours.from_arrays(gradients), step)
+        state, masks = adalora.allocate(state, adalora_side.from_arrays(gradients), step)
     assert peft_model.base_model.rankallocator.budget_schedule(79)[0] == 4
-    assert kept(theirs.masks(peft_model)) == 5
+    assert kept(peft_side.masks(peft_model)) == 5
     assert kept(masks) == 4
 
 
@@ -154,18 +154,20 @@ def test_between_masks_peft_is_unpruned_and_our_state_has_the_masks():
     stored for evaluation and export, and ``freeze_pruned`` prevents the growth."""
     case = Case("chain2", config(80, (6, 2), 10, 20, 4), steps=31)
     peft_model, config_, adapters = both(case)
-    peft_live = [live(snapshot.adapters) for snapshot in theirs.train(case, peft_model)]
+    peft_live = [live(snapshot.adapters) for snapshot in peft_side.train(case, peft_model)]
     assert peft_live[24:] == [6, 12, 12, 12, 6, 12, 12]
 
-    own = list(ours.train(case, config_, adapters, scale=config_.scaling))
+    own = list(adalora_side.train(case, config_, adapters, scale=config_.scaling))
     assert [live(snapshot.adapters) for snapshot in own] == peft_live
     masked = [
-        evaluation.apply_masks(ours.from_arrays(snapshot.adapters), snapshot.masks)
+        evaluation.apply_masks(adalora_side.from_arrays(snapshot.adapters), snapshot.masks)
         for snapshot in own
     ]
     assert [live(adapters) for adapters in masked[24:]] == [6] * 7
 
-    held = ours.train(case, config_.replace(freeze_pruned=True), adapters, scale=config_.scaling)
+    held = adalora_side.train(
+        case, config_.replace(freeze_pruned=True), adapters, scale=config_.scaling
+    )
     assert [live(snapshot.adapters) for snapshot in held][24:] == [6] * 7
 
 
@@ -173,10 +175,10 @@ def test_forgotten_call_leaves_peft_unpruned_and_is_not_needed_here():
     case = Case("chain2", config(40, (6, 2), 5, 10))
     peft_model, config_, adapters = both(case)
     peft_model.base_model.update_and_allocate = lambda step: None
-    *_, peft_last = theirs.train(case, peft_model)
+    *_, peft_last = peft_side.train(case, peft_model)
     assert live(peft_last.adapters) == 12
 
-    *_, last = ours.train(case, config_, adapters, scale=config_.scaling)
+    *_, last = adalora_side.train(case, config_, adapters, scale=config_.scaling)
     assert live(last.adapters) == 4
 
 
@@ -185,20 +187,20 @@ def test_saved_run_cannot_be_pruned_in_peft_and_resumes_bitwise_here(tmp_path):
     case = Case("chain2", config(60, (6, 2), 0, 10))
     given = inputs(case)
     peft_model, config_, adapters = both(case)
-    steps = theirs.train(case, peft_model)
+    steps = peft_side.train(case, peft_model)
     for _ in range(20):
         next(steps)
     peft_model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(theirs.base_model(case), tmp_path, is_trainable=True)
+    loaded = peft.PeftModel.from_pretrained(peft_side.base_model(case), tmp_path, is_trainable=True)
     # The pruned rows are gone, but PEFT still counts the budget from all rows.
-    left = theirs.adapters(loaded)
+    left = peft_side.adapters(loaded)
     assert sum(lam.size for _, lam, _ in left.values()) == 5
     set_gradients(loaded, random_gradients(left, 0))
     with pytest.raises(RuntimeError, match="kthvalue"):
         loaded.base_model.update_and_allocate(20)
 
-    batches = ours.cast(list(zip(given.x, given.y)), jnp.float32)
-    *state, step = ours.start(case, config_, adapters, given.weights, scale=config_.scaling)
+    batches = adalora_side.cast(list(zip(given.x, given.y)), jnp.float32)
+    *state, step = adalora_side.start(case, config_, adapters, given.weights, scale=config_.scaling)
     for i, (x, y) in enumerate(batches):
         if i == 20:
             resumed = saved = jax.tree.map(np.array, state)

@@ -1,4 +1,4 @@
-"""Deliberate differences between PEFT's adapted model and ours; each test shows both behaviours."""
+"""Deliberate differences from PEFT's adapted model; each test shows both behaviours."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,10 +6,10 @@ import pytest
 
 import adalora_jax as adalora
 from adalora_jax import AdaLoraConfig
-from parity import ours, theirs
+from parity import adalora_side, peft_side
 from parity.cases import Case, inputs
 
-peft, torch = theirs.peft, theirs.torch
+peft, torch = peft_side.peft, peft_side.torch
 pytestmark = pytest.mark.parity
 
 transformers_own_warning = pytest.mark.filterwarnings(
@@ -49,9 +49,11 @@ def bert():
 
 
 def penalty(peft_model) -> float:
-    """Compute our orthogonality term of PEFT's adapters."""
-    config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
-    return float(adalora.orthogonality(ours.from_arrays(theirs.adapters(peft_model)), config))
+    """Compute this library's orthogonality term of PEFT's adapters."""
+    config = AdaLoraConfig.from_peft(peft_side.config_of(peft_model).to_dict())
+    return float(
+        adalora.orthogonality(adalora_side.from_arrays(peft_side.adapters(peft_model)), config)
+    )
 
 
 @transformers_own_warning
@@ -77,30 +79,31 @@ def test_evaluation_loss_includes_regulariser_in_peft_but_not_here(bert):
     # Ours is in the loss only if the training loop adds it; the forward pass does not include it.
     case = Case("chain2", CONFIG)
     given = inputs(case)
-    params = {"adapters": ours.from_arrays(theirs.adapters(theirs.build(case))), "head": {}}
-    loss = ours.task_loss(
+    adapters = peft_side.adapters(peft_side.build(case))
+    params = {"adapters": adalora_side.from_arrays(adapters), "head": {}}
+    loss = adalora_side.task_loss(
         case,
-        ours.cast(given.weights, jnp.float32),
+        adalora_side.cast(given.weights, jnp.float32),
         params,
-        *ours.cast((given.x[0], given.y[0]), jnp.float32),
+        *adalora_side.cast((given.x[0], given.y[0]), jnp.float32),
         scale=1.0,
     )
     with torch.no_grad():
         x, y = (torch.tensor(array[0], dtype=torch.float32) for array in (given.x, given.y))
-        assert float(loss) == pytest.approx(theirs.base_model(case)(x, y).loss.item(), rel=1e-5)
+        assert float(loss) == pytest.approx(peft_side.base_model(case)(x, y).loss.item(), rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
 def test_reload_with_alpha_zero_shrinks_increment_in_peft_but_not_here(tmp_path):
     """alpha <= 0 means alpha = r, and PEFT reads r again from the pruned rows."""
     case = Case("chain2", CONFIG | {"lora_alpha": 0}, learning_rate=1e-2)
-    peft_model = theirs.build(case)
-    *_, last = theirs.train(case, peft_model)
+    peft_model = peft_side.build(case)
+    *_, last = peft_side.train(case, peft_model)
     peft_model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(theirs.base_model(case), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(peft_side.base_model(case), tmp_path)
     for name, mask in last.masks.items():
         trained, again = (
-            theirs.array(getattr(m.base_model.model, name).get_delta_weight("default")).T
+            peft_side.array(getattr(m.base_model.model, name).get_delta_weight("default")).T
             for m in (peft_model, loaded)
         )
         np.testing.assert_allclose(again, trained * mask.sum() / mask.size, atol=1e-7)
@@ -120,11 +123,11 @@ def test_scale_drifts_in_peft_unless_float32_and_is_fixed_here(dtype):
     case = Case("chain2", CONFIG | {"lora_alpha": 8}, learning_rate=1e-2)
     config = peft.AdaLoraConfig(target_modules=["layer0", "layer1"], **case.config)
     for own_dtype, trainable in ((torch.float32, False), (getattr(torch, dtype), True)):
-        peft_model = peft.get_peft_model(theirs.base_model(case, own_dtype), config)
+        peft_model = peft.get_peft_model(peft_side.base_model(case, own_dtype), config)
         divisors = [p for name, p in peft_model.named_parameters() if "ranknum" in name]
         assert [p.requires_grad for p in divisors] == [trainable] * 2
     given = inputs(case)
-    opt = theirs.optimizer(peft_model, case)
+    opt = peft_side.optimizer(peft_model, case)
     for step, arrays in enumerate(zip(given.x, given.y)):
         x, y = (torch.tensor(array, dtype=getattr(torch, dtype)) for array in arrays)
         peft_model.base_model(x, y).loss.backward()
@@ -142,17 +145,20 @@ def test_scale_drifts_in_peft_unless_float32_and_is_fixed_here(dtype):
 def test_adapter_name_in_another_crashes_peft_and_is_separate_here():
     """PEFT finds an adapter's parameters by substring: "default" is also in "default2"."""
     case = Case("chain2", CONFIG)
-    peft_model = theirs.build(case)
-    adapters = theirs.adapters(peft_model)
+    peft_model = peft_side.build(case)
+    adapters = peft_side.adapters(peft_model)
     frozen = peft.AdaLoraConfig(
         target_modules=["layer0", "layer1"], inference_mode=True, **case.config
     )
     peft_model.add_adapter("default2", frozen)
     with pytest.raises(TypeError, match="'Parameter' and 'NoneType'"):
-        list(theirs.train(case, peft_model))
+        list(peft_side.train(case, peft_model))
 
     config = AdaLoraConfig.from_peft(case.config)
-    both = {"default": ours.from_arrays(adapters), "default2": ours.from_arrays(adapters)}
+    both = {
+        "default": adalora_side.from_arrays(adapters),
+        "default2": adalora_side.from_arrays(adapters),
+    }
     state = adalora.init_state({"default": both["default"]}, config)
     state, masks = adalora.allocate(state, {"default": both["default"]}, 35)
     assert set(adalora.ranks(masks)) == {"default/layer0", "default/layer1"}

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from adalora_jax import AdaLoraConfig
-from parity import ours, theirs
+from parity import adalora_side, peft_side
 from parity.cases import Case
 
-torch = theirs.torch
+torch = peft_side.torch
 pytestmark = pytest.mark.parity
 
 
@@ -94,13 +94,13 @@ CLIPPED = {"weights": 2e-6, "loss": 1e-5, "averages": 5e-5}
 
 def runs(case: Case, dtype: str):
     """Return the config and the pairs of both sides' snapshots, from the same weights."""
-    peft_model = theirs.build(case, getattr(torch, dtype))
-    config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
-    adapters = theirs.adapters(peft_model)
-    own = ours.train(
-        case, config, adapters, scale=ours.peft_scale(config), dtype=getattr(jnp, dtype)
+    peft_model = peft_side.build(case, getattr(torch, dtype))
+    config = AdaLoraConfig.from_peft(peft_side.config_of(peft_model).to_dict())
+    adapters = peft_side.adapters(peft_model)
+    own = adalora_side.train(
+        case, config, adapters, scale=adalora_side.peft_scale(config), dtype=getattr(jnp, dtype)
     )
-    return config, zip(own, theirs.train(case, peft_model))
+    return config, zip(own, peft_side.train(case, peft_model))
 
 
 def check(case: Case, dtype: str, tolerance: dict[str, float]) -> None:
@@ -169,11 +169,11 @@ def test_masks_match_peft_in_float32_near_orthonormality():
 def test_scale_differs_from_peft_guarded_scale_by_two_millionths():
     """PEFT divides alpha by ``ranknum + 1e-5``; ``config.scaling`` does not."""
     case = CASES["three, every ten steps"]
-    peft_model = theirs.build(case)
-    config = AdaLoraConfig.from_peft(theirs.config_of(peft_model).to_dict())
-    assert config.scaling == pytest.approx(ours.peft_scale(config), rel=2e-6)
-    own = ours.train(case, config, theirs.adapters(peft_model), scale=config.scaling)
-    for step, (mine, peft) in enumerate(zip(own, theirs.train(case, peft_model))):
+    peft_model = peft_side.build(case)
+    config = AdaLoraConfig.from_peft(peft_side.config_of(peft_model).to_dict())
+    assert config.scaling == pytest.approx(adalora_side.peft_scale(config), rel=2e-6)
+    own = adalora_side.train(case, config, peft_side.adapters(peft_model), scale=config.scaling)
+    for step, (mine, peft) in enumerate(zip(own, peft_side.train(case, peft_model))):
         np.testing.assert_allclose(mine.loss, peft.loss, rtol=1e-4, err_msg=f"at step {step}")
         for name, mask in peft.masks.items():
             np.testing.assert_array_equal(mine.masks[name], mask, err_msg=f"at step {step}")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import oracle, problem
+from support import oracle, toy_problem
 from support.custom_scores import sensitivity_over_uncertainty, signal_to_noise, upper_confidence
 
 import adalora_jax as al
@@ -100,16 +100,19 @@ def both(case, param_dtype="float64", **settings):
     config = al.AdaLoraConfig(init=init, param_dtype=param_dtype, **settings)
     theirs, ours = {"sgd": (oracle.sgd, optax.sgd), "adam": (oracle.adam, optax.adam)}[inner]
     rate = 0.03
-    return config, oracle.Settings(**settings), problem.lenient(ours(rate)), theirs(rate)
+    return config, oracle.Settings(**settings), toy_problem.lenient(ours(rate)), theirs(rate)
 
 
 def runs(config, inner, seeds):
     """Train all seeds under vmap; return the initial adapters, the data and a record per step."""
-    starts = [problem.adapters(config, seed) for seed in seeds]
-    data = [problem.batches(config, seed) for seed in seeds]
-    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    starts = [toy_problem.adapters(config, seed) for seed in seeds]
+    data = [toy_problem.batches(config, seed) for seed in seeds]
+
+    def stack(trees):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
     tx = al.adalora(inner, config)
-    step = jax.jit(jax.vmap(problem.train_step(tx, config)))
+    step = jax.jit(jax.vmap(toy_problem.train_step(tx, config)))
     params, batches, records = stack(starts), stack(data), []
     state = jax.vmap(tx.init)(params)
     for t in range(config.total_step):
@@ -120,7 +123,7 @@ def runs(config, inner, seeds):
 
 
 def assert_close(ours, theirs, what, rtol, atol):
-    for k, (a, b) in enumerate(zip(problem.matrices(ours), theirs)):
+    for k, (a, b) in enumerate(zip(toy_problem.matrices(ours), theirs)):
         for name in ("p", "lam", "q"):
             message = f"{what} of {name} of matrix {k}"
             np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=atol, err_msg=message)
@@ -132,7 +135,7 @@ def compare(history, record, closest, rtol, atol):
         assert expected.margin > closest, f"step {t} decides a near tie: choose another seed"
         assert state.step == t + 1
         assert state.budget == expected.budget, f"step {t}"
-        for mine, theirs in zip(problem.rows(state.masks), expected.masks):
+        for mine, theirs in zip(toy_problem.rows(state.masks), expected.masks):
             np.testing.assert_array_equal(mine, theirs, err_msg=f"step {t}")
         np.testing.assert_allclose(loss, expected.loss, rtol=rtol)
         assert_close(params, expected.matrices, f"step {t}: value", rtol, atol)
@@ -150,13 +153,13 @@ def test_runs_match_paper_at_every_step(case):
         ranks = set()
         for i, (start, batches) in enumerate(zip(starts, data)):
             history = oracle.train(
-                problem.matrices(start), problem.oracle_batches(batches), settings, theirs
+                toy_problem.matrices(start), toy_problem.oracle_batches(batches), settings, theirs
             )
             record = jax.tree.map(lambda leaf, i=i: leaf[i], records)
             compare(history, record, near_tie(config), rtol=1e-9, atol=1e-12)
             ranks.add(tuple(int(mask.sum()) for mask in history[-1].masks))
         if config.budget_unit == "triplets":
-            assert {sum(row) for row in ranks} == {config.target_r * problem.MATRICES}
+            assert {sum(row) for row in ranks} == {config.target_r * toy_problem.MATRICES}
         assert any(len(set(row)) > 1 for row in ranks), "no run moved rank between matrices"
 
 
@@ -180,7 +183,7 @@ def test_float32_runs_match_paper_up_to_rounding(inner, sensitivity_timing):
     starts, data, records = runs(config, ours, SEEDS)
     for i, (start, batches) in enumerate(zip(starts, data)):
         history = oracle.train(
-            problem.matrices(start), problem.oracle_batches(batches), settings, theirs
+            toy_problem.matrices(start), toy_problem.oracle_batches(batches), settings, theirs
         )
         record = jax.tree.map(lambda leaf, i=i: leaf[i], records)
         compare(history, record, closest=1e-3, rtol=1e-3, atol=1e-5)
@@ -208,9 +211,9 @@ def test_allocate_matches_paper_with_unequal_ranks_and_bad_gradients(
         "beta2": 0.7,
     }
     config, settings = al.AdaLoraConfig(**common), oracle.Settings(**common)
-    trees = problem.adapters(config, ranks={"down": 2, "layers": 5})
+    trees = toy_problem.adapters(config, ranks={"down": 2, "layers": 5})
     state = al.init_state(trees, config)
-    theirs = oracle.Allocator(problem.matrices(trees), settings)
+    theirs = oracle.Allocator(toy_problem.matrices(trees), settings)
     bad = {3: np.nan, 4: np.inf, 6: -np.inf, 9: np.nan}
     rng = np.random.default_rng(5)
     for call in range(config.total_step + len(bad)):
@@ -222,20 +225,20 @@ def test_allocate_matches_paper_with_unequal_ranks_and_bad_gradients(
             grads["key"] = grads["key"]._replace(p=grads["key"].p.at[1, 2].set(bad[call]))
         state = dataclasses.replace(state, adapters=weights)
         state, masks = al.allocate(state, grads, state.allocator.step)
-        keep = theirs.update(problem.matrices(weights), problem.matrices(grads))
+        keep = theirs.update(toy_problem.matrices(weights), toy_problem.matrices(grads))
         assert theirs.margin > near_tie(config)
         assert int(state.allocator.step) == theirs.step
         assert int(state.allocator.budget) == theirs.budget
-        for mine, mask in zip(problem.rows(masks), theirs.masks):
+        for mine, mask in zip(toy_problem.rows(masks), theirs.masks):
             np.testing.assert_array_equal(mine, mask, err_msg=f"call {call}")
         averages = (state.allocator.sensitivity, state.allocator.uncertainty)
         for mine, average in zip(averages, (theirs.sensitivity, theirs.uncertainty)):
             assert_close(mine, average, f"call {call}", rtol=2e-5, atol=1e-7)
-        for mine, before, mask in zip(*map(problem.matrices, (state.adapters, weights)), keep):
+        for mine, before, mask in zip(*map(toy_problem.matrices, (state.adapters, weights)), keep):
             np.testing.assert_array_equal(mine["lam"], np.where(mask, before["lam"], 0))
             np.testing.assert_array_equal(mine["p"], before["p"])
     assert theirs.step == config.total_step
-    assert sum(int(mask.sum()) for mask in theirs.masks) == 2 * problem.MATRICES
+    assert sum(int(mask.sum()) for mask in theirs.masks) == 2 * toy_problem.MATRICES
 
 
 SCHEDULED = [  # total_step, tinit, tfinal, init_r, target_r, matrices, sum of initial ranks
@@ -271,7 +274,7 @@ def test_forward_and_delta_weight_match_equation_3():
             )
         }
         x, kernel = rng.normal(size=(7, 5)), rng.normal(size=(5, 4))
-        expected = oracle.forward(problem.matrices(trees)[0], x, kernel, 1.7)
+        expected = oracle.forward(toy_problem.matrices(trees)[0], x, kernel, 1.7)
         y = al.forward(trees["a"], jnp.asarray(x), jnp.asarray(kernel))
         np.testing.assert_allclose(y, expected, rtol=1e-12)
         increment = np.asarray(al.delta_weight(trees["a"]))

@@ -10,10 +10,10 @@ import adalora_jax as adalora
 from adalora_jax import huggingface as files
 from adalora_jax._src.core import evaluation
 from parity import hf_models as hf
-from parity import theirs
+from parity import peft_side
 from parity.cases import Case
 
-peft, torch = theirs.peft, theirs.torch
+peft, torch = peft_side.peft, peft_side.torch
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
@@ -104,36 +104,35 @@ def test_increments_of_loaded_peft_files_match_those_of_peft_after_reload(
 
 @pytest.mark.parametrize("family", ["gemma", "qwen2", "qwen3", "vit"])
 def test_other_families_round_trip_through_our_files(family, tmp_path):
-    trained(family, 12).save_pretrained(tmp_path / "theirs")
-    read = files.load_pretrained(tmp_path / "theirs", names=family)
-    files.save_pretrained(tmp_path / "ours", read.adapters, read.config, names=family)
+    trained(family, 12).save_pretrained(tmp_path / "peft")
+    read = files.load_pretrained(tmp_path / "peft", names=family)
+    files.save_pretrained(tmp_path / "adalora", read.adapters, read.config, names=family)
     before, after = (
-        load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours")
+        load_file(tmp_path / who / "adapter_model.safetensors") for who in ("peft", "adalora")
     )
     assert set(before) == set(after)
     for name, tensor in before.items():
         np.testing.assert_array_equal(after[name], tensor)
     configs = [
         json.loads((tmp_path / who / "adapter_config.json").read_text())
-        for who in ("theirs", "ours")
+        for who in ("peft", "adalora")
     ]
     for key in (*SCHEDULE, "rank_pattern", "lora_alpha", "fan_in_fan_out"):
         assert configs[0][key] == configs[1][key], key
-    np.testing.assert_array_equal(
-        hf.logits(reload(family, tmp_path / "theirs")), hf.logits(reload(family, tmp_path / "ours"))
-    )
+    expected = hf.logits(reload(family, tmp_path / "peft"))
+    np.testing.assert_array_equal(hf.logits(reload(family, tmp_path / "adalora")), expected)
 
 
 def test_rank_zero_is_loaded_and_saved(tmp_path):
     """Some modules lose all their triplets."""
     model = trained("vit", 12)
     assert 0 in [sum(v) for v in model.peft_config["default"].rank_pattern.values()]
-    model.save_pretrained(tmp_path / "theirs")
-    read = files.load_pretrained(tmp_path / "theirs", names="vit")
-    files.save_pretrained(tmp_path / "ours", read.adapters, read.config, names="vit")
+    model.save_pretrained(tmp_path / "peft")
+    read = files.load_pretrained(tmp_path / "peft", names="vit")
+    files.save_pretrained(tmp_path / "adalora", read.adapters, read.config, names="vit")
     files.save_as_lora(tmp_path / "lora", read.adapters, read.config, names="vit")
-    expected = hf.logits(reload("vit", tmp_path / "theirs"))
-    np.testing.assert_array_equal(hf.logits(reload("vit", tmp_path / "ours")), expected)
+    expected = hf.logits(reload("vit", tmp_path / "peft"))
+    np.testing.assert_array_equal(hf.logits(reload("vit", tmp_path / "adalora")), expected)
     lora = reload("vit", tmp_path / "lora")
     np.testing.assert_allclose(hf.logits(lora), expected, rtol=1e-4, atol=1e-5)
     assert len(their_deltas(lora)) < len(their_deltas(model))
@@ -141,20 +140,20 @@ def test_rank_zero_is_loaded_and_saved(tmp_path):
 
 def test_fused_projection_of_peft_is_split_and_rejoined(tmp_path):
     """c_attn of GPT-2 becomes separate queries, keys and values; its rows act on all three."""
-    trained("gpt2", 12).save_pretrained(tmp_path / "theirs")
+    trained("gpt2", 12).save_pretrained(tmp_path / "peft")
     names = [
         *((f"h_{{i}}/{n}", f"transformer.h.{{i}}.attn.c_attn:{k}/3") for k, n in enumerate("qkv")),
         ("h_{i}/up", "transformer.h.{i}.mlp.c_fc"),
     ]
-    read = files.load_pretrained(tmp_path / "theirs", names=names)
+    read = files.load_pretrained(tmp_path / "peft", names=names)
     assert read.adapters["h_0/q"].p.shape[1] == hf.WIDTH
     names = files.NameMap(names, conv1d=("c_attn", "c_fc"))
-    files.save_pretrained(tmp_path / "ours", read.adapters, read.config, names=names)
-    expected, actual = (their_deltas(reload("gpt2", tmp_path / who)) for who in ("theirs", "ours"))
+    files.save_pretrained(tmp_path / "adalora", read.adapters, read.config, names=names)
+    expected, actual = (their_deltas(reload("gpt2", tmp_path / who)) for who in ("peft", "adalora"))
     for name, delta in expected.items():
         np.testing.assert_allclose(actual[name], delta, rtol=1e-4, atol=1e-6)
     # Our files have one block per part, so that they round-trip bit for bit.
-    again = files.load_pretrained(tmp_path / "ours", names=names)
+    again = files.load_pretrained(tmp_path / "adalora", names=names)
     for path, adapter in read.adapters.items():
         for before, after in zip(adapter, again.adapters[path]):
             np.testing.assert_array_equal(before, after)
@@ -162,14 +161,13 @@ def test_fused_projection_of_peft_is_split_and_rejoined(tmp_path):
 
 def test_classifier_trained_by_peft_loads(tmp_path):
     model = trained("bert", 12, modules_to_save=["classifier"])
-    model.save_pretrained(tmp_path / "theirs")
-    read = files.load_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "peft")
+    read = files.load_pretrained(tmp_path / "peft")
     weight = model.base_model.model.classifier.modules_to_save["default"].weight
     np.testing.assert_array_equal(read.adapters["classifier"]["kernel"], weight.detach().numpy().T)
-    files.save_pretrained(tmp_path / "ours", read.adapters, read.config)
-    np.testing.assert_array_equal(
-        hf.logits(reload("bert", tmp_path / "theirs")), hf.logits(reload("bert", tmp_path / "ours"))
-    )
+    files.save_pretrained(tmp_path / "adalora", read.adapters, read.config)
+    expected = hf.logits(reload("bert", tmp_path / "peft"))
+    np.testing.assert_array_equal(hf.logits(reload("bert", tmp_path / "adalora")), expected)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -203,8 +201,8 @@ def test_pickle_raises_and_conversion_by_peft_loads(tmp_path):
 def test_adapter_of_custom_model_loads(tmp_path):
     """Outside transformers, the paths are the modules' names."""
     case = Case("block6", {"total_step": 30, "init_r": 6, "target_r": 2}, trained_head=True)
-    model = theirs.build(case)
-    for _ in theirs.train(case, model):
+    model = peft_side.build(case)
+    for _ in peft_side.train(case, model):
         pass
     model.save_pretrained(tmp_path)
     read = files.load_pretrained(tmp_path)
@@ -212,7 +210,7 @@ def test_adapter_of_custom_model_loads(tmp_path):
 
 
 def reload_own(case, folder):
-    return peft.PeftModel.from_pretrained(theirs.base_model(case), folder)
+    return peft.PeftModel.from_pretrained(peft_side.base_model(case), folder)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adalora_jax import AdaLoraConfig
-from parity import ours
+from parity import adalora_side
 from parity.cases import MODELS, Case, Inputs
 
 FILES = sorted(pathlib.Path(__file__).with_name("pinned").glob("*.npz"))
@@ -40,8 +40,12 @@ def test_training_matches_pinned_peft_run(path):
     steps = len(given.x)
     # The default matmul precision of an accelerator would be lower.
     with jax.default_matmul_precision("highest"):
-        run = ours.train(
-            case, config, pinned("initial", "adapters"), given, scale=ours.peft_scale(config)
+        run = adalora_side.train(
+            case,
+            config,
+            pinned("initial", "adapters"),
+            given,
+            scale=adalora_side.peft_scale(config),
         )
         for step, own in enumerate(run):
             where = f"at step {step}"

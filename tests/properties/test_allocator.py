@@ -10,7 +10,7 @@ import optax
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import problem
+from support import toy_problem
 
 import adalora_jax as al
 from adalora_jax._src.core.scores import raw_sensitivity
@@ -26,7 +26,11 @@ FLOATS = st.floats(width=32, allow_subnormal=False)  # XLA flushes subnormals to
 SCORES = st.one_of(FLOATS, AWKWARD, st.sampled_from([1.0, 2.0]))
 
 best = jax.jit(keep_best)
-flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def flat(tree):
+    """Concatenate the leaves of a tree into one vector."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def tree_of(values):
@@ -44,8 +48,11 @@ def tree_of(values):
 def test_exactly_the_best_are_kept_for_any_scores(values, count):
     values = np.asarray(values, np.float32)
     kept = flat(best(tree_of(values), count))
+
     # NaN ranks below every number; ties are broken by position.
-    key = lambda i: (np.isnan(values[i]), 0.0 if np.isnan(values[i]) else -float(values[i]), i)
+    def key(i):
+        return np.isnan(values[i]), 0.0 if np.isnan(values[i]) else -float(values[i]), i
+
     expected = np.isin(np.arange(SIZE), sorted(range(SIZE), key=key)[:count])
     assert kept.sum() == count
     np.testing.assert_array_equal(kept, expected)
@@ -79,13 +86,13 @@ def test_permuting_distinct_scores_permutes_masks(values, order, count):
 CONFIG = al.AdaLoraConfig(
     total_step=10, init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=2, orth_reg_weight=0.1
 )
-TX = al.adalora(problem.lenient(optax.adam(0.03)), CONFIG)
-STEP = jax.jit(problem.train_step(TX, CONFIG))
+TX = al.adalora(toy_problem.lenient(optax.adam(0.03)), CONFIG)
+STEP = jax.jit(toy_problem.train_step(TX, CONFIG))
 
 
 @functools.cache
 def data(config=CONFIG):
-    return problem.batches(config)
+    return toy_problem.batches(config)
 
 
 def batch(t, config=CONFIG):
@@ -93,7 +100,7 @@ def batch(t, config=CONFIG):
 
 
 def start(config=CONFIG, tx=TX):
-    params = problem.adapters(config)
+    params = toy_problem.adapters(config)
     return params, tx.init(params)
 
 
@@ -112,22 +119,30 @@ def whole_run():
 def test_renaming_adapters_permutes_their_masks(rng, step):
     """Names decide only the order of adapters, and so only ties."""
     rng = np.random.default_rng(rng)
-    draw = lambda: al.Adapter(
-        *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 3), (4,), (4, 5)))
-    )
+
+    def draw():
+        return al.Adapter(
+            *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 3), (4,), (4, 5)))
+        )
+
     new = {"a": "z", "b": "c", "m": "a"}
     weights, grads = ({name: draw() for name in new} for _ in range(2))
-    rename = lambda tree: {new[name]: value for name, value in tree.items()}
+
+    def rename(tree):
+        return {new[name]: value for name, value in tree.items()}
+
     masks = al.allocate(al.init_state(weights, CONFIG), grads, step)[1]
     renamed = al.allocate(al.init_state(rename(weights), CONFIG), rename(grads), step)[1]
-    problem.assert_same_bits(renamed, rename(masks))
-    assert 0 < problem.live(masks) < 12
+    toy_problem.assert_same_bits(renamed, rename(masks))
+    assert 0 < toy_problem.live(masks) < 12
 
 
 @given(data=st.data(), schedule=st.sampled_from(["cubic", "linear"]))
 @examples(max_examples=15)
 def test_budget_never_rises(data, schedule):
-    integer = lambda low, high: data.draw(st.integers(low, high))
+    def integer(low, high):
+        return data.draw(st.integers(low, high))
+
     total, target = integer(2, 60), integer(1, 5)
     tfinal = integer(0, total - 1)
     tinit = integer(0, total - tfinal - 1)
@@ -144,7 +159,7 @@ def test_budget_never_rises(data, schedule):
 def test_run_meets_budget_at_every_mask_and_ends_on_target():
     live, allowed, alive = [], [], []
     for params, state in whole_run()[1:]:
-        live.append(problem.live(state.allocator.masks))
+        live.append(toy_problem.live(state.allocator.masks))
         allowed.append(int(state.allocator.budget))
         alive.append(sum(int((a.lam != 0).sum()) for a in params.values()))
     made = [2, 4, 6, 8]  # deltaT = 2 after tinit = 1, and the final mask at 10 − 2
@@ -159,7 +174,7 @@ def test_run_meets_budget_at_every_mask_and_ends_on_target():
 @given(steps=st.sets(st.integers(0, 11), min_size=1), seed=st.integers(0, 99))
 @examples(max_examples=30)
 def test_skipped_final_step_is_made_up_for(steps, seed):
-    state = al.init_state(problem.adapters(CONFIG, seed % 3), CONFIG)
+    state = al.init_state(toy_problem.adapters(CONFIG, seed % 3), CONFIG)
     rng, final = np.random.default_rng(seed), None
     for step in sorted(steps):
         grads = jax.tree.map(
@@ -168,17 +183,17 @@ def test_skipped_final_step_is_made_up_for(steps, seed):
         state, masks = al.allocate(state, grads, step)
         if step >= CONFIG.final_step:
             final = masks if final is None else final
-            problem.assert_same_bits(masks, final)
-            assert problem.live(masks) == 2 * problem.MATRICES
+            toy_problem.assert_same_bits(masks, final)
+            assert toy_problem.live(masks) == 2 * toy_problem.MATRICES
     if final is None:
         due = steps & {2, 4, 6}  # before the final step, masks are made at these alone
         step = max(due, default=0)
-        allowed = int(al.budget(CONFIG, step, problem.MATRICES))
-        assert problem.live(state.allocator.masks) == allowed
+        allowed = int(al.budget(CONFIG, step, toy_problem.MATRICES))
+        assert toy_problem.live(state.allocator.masks) == allowed
 
 
 FIELDS = st.tuples(
-    st.sampled_from(sorted(problem.SHAPES)),
+    st.sampled_from(sorted(toy_problem.SHAPES)),
     st.sampled_from(al.Adapter._fields),
     st.integers(0, 10**6),
     st.sampled_from([np.nan, np.inf, -np.inf]),
@@ -205,12 +220,12 @@ def test_bad_gradient_leaves_allocator_unchanged_and_pruning_continues(where, at
         updates, state = GUARDED_UPDATE(grads, state, params)
         params = optax.apply_updates(params, updates)
         if call == at:
-            problem.assert_same_bits(state.allocator, before)
+            toy_problem.assert_same_bits(state.allocator, before)
         else:
             assert int(state.allocator.step) == int(before.step) + 1
     assert int(state.allocator.step) == CONFIG.total_step
-    assert problem.live(state.allocator.masks) == 2 * problem.MATRICES
-    assert sum(int((a.lam != 0).sum()) for a in params.values()) == 2 * problem.MATRICES
+    assert toy_problem.live(state.allocator.masks) == 2 * toy_problem.MATRICES
+    assert sum(int((a.lam != 0).sum()) for a in params.values()) == 2 * toy_problem.MATRICES
 
 
 def test_overflowing_product_counts_as_bad_gradient():
@@ -219,7 +234,7 @@ def test_overflowing_product_counts_as_bad_gradient():
     grads = jax.tree.map(jnp.ones_like, params)
     grads["key"] = grads["key"]._replace(lam=grads["key"].lam.at[0].set(1e30))
     _, after = GUARDED_UPDATE(grads, state, params)
-    problem.assert_same_bits(after.allocator, state.allocator)
+    toy_problem.assert_same_bits(after.allocator, state.allocator)
 
 
 @pytest.mark.parametrize("split", range(CONFIG.total_step + 1))
@@ -227,17 +242,17 @@ def test_run_resumed_at_any_step_is_bit_identical(split):
     carry = jax.tree.map(jnp.asarray, jax.tree.map(np.copy, whole_run()[split]))
     for t in range(split, CONFIG.total_step):
         carry = STEP(*carry, batch(t))[:2]
-    problem.assert_same_bits(carry, whole_run()[-1])
+    toy_problem.assert_same_bits(carry, whole_run()[-1])
 
 
 def test_donated_run_is_bit_identical():
-    donating = jax.jit(problem.train_step(TX, CONFIG), donate_argnums=(0, 1))
+    donating = jax.jit(toy_problem.train_step(TX, CONFIG), donate_argnums=(0, 1))
     carry = start()
     for t in range(CONFIG.total_step):
         given_away = carry
         carry = donating(*carry, batch(t))[:2]
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given_away))
-    problem.assert_same_bits(carry, whole_run()[-1])
+    toy_problem.assert_same_bits(carry, whole_run()[-1])
 
 
 def pointers(tree):
@@ -250,14 +265,14 @@ def test_params_and_state_share_no_buffers(inner, jit):
     """This includes optimizers that keep the initial parameters in their state."""
     makers = {"adam": optax.adam, "prodigy": optax.contrib.prodigy, "dog": optax.contrib.dog}
     tx = al.adalora(makers[inner](1e-3), CONFIG)
-    params = problem.adapters(CONFIG)
+    params = toy_problem.adapters(CONFIG)
     state = (jax.jit(tx.init) if jit else tx.init)(params)
     found = pointers((params, state))
     assert len(found) == len(set(found))
 
 
 def test_init_state_and_allocate_share_no_buffers_with_inputs():
-    params = problem.adapters(CONFIG)
+    params = toy_problem.adapters(CONFIG)
     state = al.init_state(params, CONFIG)
     after, _ = al.allocate(state, jax.tree.map(jnp.ones_like, params), 3)
     found = pointers((params, state, after))
@@ -270,12 +285,19 @@ SMALL = {"a": (3, 4, ()), "s": (2, 3, (2,))}
 def test_jit_eager_and_vmap_agree():
     config = CONFIG.replace(total_step=5, tfinal=1, deltaT=1)
     tx = al.adalora(optax.sgd(0.5), config)
-    gradient = lambda params, seed: jax.tree.map(
-        lambda leaf: jnp.asarray(np.random.default_rng(seed).normal(size=leaf.shape), leaf.dtype),
-        params,
-    )
-    runs = [problem.adapters(config, seed, SMALL) for seed in range(3)]
-    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def gradient(params, seed):
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(
+                np.random.default_rng(seed).normal(size=leaf.shape), leaf.dtype
+            ),
+            params,
+        )
+
+    runs = [toy_problem.adapters(config, seed, SMALL) for seed in range(3)]
+
+    def stack(trees):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
     def run(update, params, state, gradients):
         for grads in gradients:
@@ -298,8 +320,8 @@ def test_jit_eager_and_vmap_agree():
     close(eager, jitted[0])
     close(mapped, stack(jitted))
     for state in (eager[1], jitted[0][1]):
-        problem.assert_same_bits(state.allocator.masks, jitted[0][1].allocator.masks)
-    problem.assert_same_bits(
+        toy_problem.assert_same_bits(state.allocator.masks, jitted[0][1].allocator.masks)
+    toy_problem.assert_same_bits(
         mapped[1].allocator.masks, stack([state.allocator.masks for _, state in jitted])
     )
     assert len({tuple(flat(state.allocator.masks)) for _, state in jitted}) == 3
@@ -307,20 +329,23 @@ def test_jit_eager_and_vmap_agree():
 
 def test_x64_keeps_dtypes_and_masks_of_float32_run():
     with jax.enable_x64(True):
-        tx = al.adalora(problem.lenient(optax.adam(0.03)), CONFIG)
-        step = jax.jit(problem.train_step(tx, CONFIG))
+        tx = al.adalora(toy_problem.lenient(optax.adam(0.03)), CONFIG)
+        step = jax.jit(toy_problem.train_step(tx, CONFIG))
         carry = jax.tree.map(jnp.asarray, whole_run()[0])
         assert_like(tx.init(carry[0]), carry[1])
         for t in range(CONFIG.total_step):
             carry = step(*carry, batch(t))[:2]
             assert_like(carry, whole_run()[0])
             masks = carry[1].allocator.masks
-            problem.assert_same_bits(masks, whole_run()[t + 1][1].allocator.masks)
+            toy_problem.assert_same_bits(masks, whole_run()[t + 1][1].allocator.masks)
 
 
 def assert_like(tree, other):
     """Check that structures, shapes and dtypes are equal."""
-    describe = lambda leaf: (np.shape(leaf), jnp.result_type(leaf))
+
+    def describe(leaf):
+        return np.shape(leaf), jnp.result_type(leaf)
+
     assert jax.tree.map(describe, tree) == jax.tree.map(describe, other)
 
 
@@ -328,10 +353,10 @@ def assert_like(tree, other):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_structure_shapes_and_dtypes_never_change(dtype, form):
     config = CONFIG.replace(param_dtype=dtype)
-    params = {"block": problem.adapters(config), "head": jnp.ones(3, dtype)}
+    params = {"block": toy_problem.adapters(config), "head": jnp.ones(3, dtype)}
     if form == "mapping":
         params["block"] = {name: a._asdict() for name, a in params["block"].items()}
-    tx = al.adalora(problem.lenient(optax.adamw(1e-3)), config)
+    tx = al.adalora(toy_problem.lenient(optax.adamw(1e-3)), config)
     state = tx.init(params)
 
     def step(params, state):
@@ -376,11 +401,14 @@ def test_averages_of_bfloat16_params_do_not_stall():
 def test_adapted_layer_equals_base_layer_at_init(init, dtype, stack):
     config = CONFIG.replace(init=init, param_dtype=dtype)
     adapter = al.init_adapter(jax.random.key(0), 5, 3, config, stack=stack)
-    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), (*stack, *shape), dtype)
+
+    def draw(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), (*stack, *shape), dtype)
+
     x, kernel, bias = draw(1, 4, 5), draw(2, 5, 3), draw(3, 3)
     zero = adapter._replace(lam=0 * adapter.lam, p=0 * adapter.p, scale=1.0)
     base = al.forward(zero, x, kernel, bias)
-    problem.assert_same_bits(al.forward(adapter, x, kernel, bias), base)
+    toy_problem.assert_same_bits(al.forward(adapter, x, kernel, bias), base)
     np.testing.assert_allclose(
         base.astype("float32"),
         (x.astype("float32") @ kernel.astype("float32") + bias[..., None, :].astype("float32")),

@@ -170,9 +170,10 @@ def test_linen_model_loads_checkpoint_and_has_correct_gradients(checkpoint):
     adapters = adapted.init(jax.random.key(2), packed, X)
     assert list(adapters) == ["head", "out", "query"]
     before = jax.tree.map(np.array, packed)
-    loss = lambda params, adapters, x: jnp.sum(
-        adapted.apply({**packed, "params": params}, adapters, x) ** 2
-    )
+
+    def loss(params, adapters, x):
+        return jnp.sum(adapted.apply({**packed, "params": params}, adapters, x) ** 2)
+
     ours = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(packed["params"], adapters, X)
     reference = adalora.linen.adapt(model, CONFIG)
     dense = {"params": linen_layers.join_quantized(packed)["params"]}

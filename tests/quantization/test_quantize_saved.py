@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.problem import assert_same_bits
+from support.toy_problem import assert_same_bits
 
 import adalora_jax as adalora
 from adalora_jax import checkpoint, quantization

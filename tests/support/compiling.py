@@ -35,7 +35,7 @@ AS_USERS = {name: usual for name, (_, usual) in QUICK.items()}
 
 
 def environment(devices=1):
-    """Return the environment of a subprocess with CPU ``devices`` that imports what tests do."""
+    """Return the environment of a subprocess with CPU ``devices`` and the import path of tests."""
     tests = pathlib.Path(__file__).parents[1]
     paths = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
     return os.environ | {

@@ -88,9 +88,9 @@ class LlamaBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, _):
-        project = lambda heads, name: nn.DenseGeneral(
-            (heads, self.head), use_bias=False, dtype=self.dtype, name=name
-        )
+        def project(heads, name):
+            return nn.DenseGeneral((heads, self.head), use_bias=False, dtype=self.dtype, name=name)
+
         dense = lambda size, name: nn.Dense(size, use_bias=False, dtype=self.dtype, name=name)
         h = nn.RMSNorm(dtype=self.dtype)(x)
         q, k = rotary(project(self.heads, "q")(h)), rotary(project(self.groups, "k")(h))

@@ -26,9 +26,12 @@ Y = jnp.array([0, 1, 2, 2, 1, 0, 1, 2])
 class Model(nnx.Module):
     def __init__(self, rngs, dtype=jnp.float32):
         options = {"param_dtype": dtype, "dtype": dtype, "rngs": rngs}
-        split = lambda *names: nnx.with_metadata(
-            nnx.initializers.lecun_normal(), out_sharding=names, eager_sharding=False
-        )
+
+        def split(*names):
+            return nnx.with_metadata(
+                nnx.initializers.lecun_normal(), out_sharding=names, eager_sharding=False
+            )
+
         self.up = nnx.Linear(6, 12, kernel_init=split("data", "model"), **options)
         self.down = nnx.Linear(12, 6, kernel_init=split("model", "data"), **options)
         self.head = nnx.Linear(6, 3, **options)
@@ -75,7 +78,10 @@ def test_state_keeps_structure_and_dtypes_and_is_iterable(dtype):
     params = pure(nnx.state(model, nnx.LoRAParam))
     state = pure(nnx.Optimizer(model, tx, wrt=nnx.LoRAParam).opt_state)
     updates, after = jax.eval_shape(tx.update, params, state, params)
-    kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+    def kinds(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
     assert kinds(after) == kinds(state)
     assert kinds(updates) == kinds(params)
     assert len([*state]) == 2
@@ -100,9 +106,10 @@ def test_averages_and_masks_have_sharding_metadata_like_moments():
     moments, own = place["inner"][0]["mu"], place["allocator"]
     for name, p, q in (("up", "model", "data"), ("down", "data", "model")):
         expected = {"p": P(None, p), "lam": P(None), "q": P(None, q)}
-        spec = lambda tree, name=name: {
-            key: leaf.get_value() for key, leaf in dict(tree[name]["adalora"]).items()
-        }
+
+        def spec(tree, name=name):
+            return {key: leaf.get_value() for key, leaf in dict(tree[name]["adalora"]).items()}
+
         assert spec(moments) == expected
         for average in ("sensitivity", "uncertainty"):
             of_role = own[average][name]

@@ -25,7 +25,9 @@ def spread(model, mesh):
 
 
 def results(run):
-    as_lists = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
+    def as_lists(tree):
+        return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
+
     masks = as_lists(pytree.leaves_with_path(run.allocator.masks))
     adapters = adalora.nnx.adapters(run.model)
     return {"masks": masks, "adapters": {path: as_lists([*a]) for path, a in adapters.items()}}

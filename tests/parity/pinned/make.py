@@ -1,4 +1,4 @@
-"""Train with PEFT and record the results, which ``tests/parity/test_pinned.py`` compares with ours.
+"""Train with PEFT and record the results, for ``tests/parity/test_pinned.py``.
 
 Needs the extra ``parity``. From the folder ``tests``::
 
@@ -62,23 +62,23 @@ GAP = 1e-3
 
 
 def main() -> None:
-    from parity import theirs
+    from parity import peft_side
 
     for name, case in CASES.items():
         given = inputs(case)
         # float16 halves the file; the run starts from the rounded numbers.
         given = given._replace(x=np.float16(given.x), y=np.float16(given.y))
-        peft_model = theirs.build(case, given=given)
-        config = theirs.config_of(peft_model).to_dict()
-        initial = theirs.adapters(peft_model)
-        snapshots = list(theirs.train(case, peft_model, given))
+        peft_model = peft_side.build(case, given=given)
+        config = peft_side.config_of(peft_model).to_dict()
+        initial = peft_side.adapters(peft_model)
+        snapshots = list(peft_side.train(case, peft_model, given))
         check_gaps(name, case, snapshots)
         config["target_modules"] = sorted(config["target_modules"])
         about = {
             "case": dataclasses.asdict(case),
             "peft_config": config,
-            "torch": theirs.torch.__version__,
-            "peft": theirs.peft.__version__,
+            "torch": peft_side.torch.__version__,
+            "peft": peft_side.peft.__version__,
         }
         np.savez_compressed(
             FOLDER / f"{name}.npz", about=json.dumps(about), **arrays(given, initial, snapshots)

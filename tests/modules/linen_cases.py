@@ -1,4 +1,4 @@
-"""The linen modules that ``proof`` checks, one or more per layer kind."""
+"""The linen modules that the checks run on, one or more per layer kind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ordered(order: str, weight: str, **sizes: int) -> Layout:
     return layout
 
 
-class Cell(NamedTuple):
+class Case(NamedTuple):
     """A module, its input shapes (or arrays), and the layouts of its increments."""
 
     module: Any
@@ -166,35 +166,35 @@ def _wide() -> dict[str, Any]:
 
 
 _DENSE = {
-    "dense": lambda: Cell(nn.Dense(4), ((2, 3, 5),)),
-    "dense-vector": lambda: Cell(nn.Dense(4, use_bias=False), ((5,),)),
-    "dense-subclass": lambda: Cell(Doubled(4), ((2, 5),)),
-    "general-multi-axis": lambda: Cell(nn.DenseGeneral((3, 4), axis=(-2, -1)), ((2, 6, 5, 2),)),
-    "general-front-axis": lambda: Cell(nn.DenseGeneral(4, axis=1), ((2, 5, 3),)),
-    "general-crossed-axes": lambda: Cell(nn.DenseGeneral((4,), axis=(2, 1)), ((2, 3, 5),)),
-    "general-batch": lambda: Cell(nn.DenseGeneral(4, axis=-1, batch_dims=(0,)), ((3, 2, 5),)),
-    "general-batches": lambda: Cell(
+    "dense": lambda: Case(nn.Dense(4), ((2, 3, 5),)),
+    "dense-vector": lambda: Case(nn.Dense(4, use_bias=False), ((5,),)),
+    "dense-subclass": lambda: Case(Doubled(4), ((2, 5),)),
+    "general-multi-axis": lambda: Case(nn.DenseGeneral((3, 4), axis=(-2, -1)), ((2, 6, 5, 2),)),
+    "general-front-axis": lambda: Case(nn.DenseGeneral(4, axis=1), ((2, 5, 3),)),
+    "general-crossed-axes": lambda: Case(nn.DenseGeneral((4,), axis=(2, 1)), ((2, 3, 5),)),
+    "general-batch": lambda: Case(nn.DenseGeneral(4, axis=-1, batch_dims=(0,)), ((3, 2, 5),)),
+    "general-batches": lambda: Case(
         nn.DenseGeneral((4,), axis=(2, -1), batch_dims=(0, 1)), ((2, 3, 5, 2),)
     ),
-    "attention": lambda: Cell(
+    "attention": lambda: Case(
         nn.MultiHeadDotProductAttention(2, qkv_features=6), ((2, 3, 5), (2, 4, 5))
     ),
-    "self-attention": lambda: Cell(nn.SelfAttention(2, qkv_features=6), ((2, 3, 5),)),
+    "self-attention": lambda: Case(nn.SelfAttention(2, qkv_features=6), ((2, 3, 5),)),
 }
 _EINSUM = {
-    "einsum": lambda: Cell(nn.Einsum((5, 2, 4), "btd,dnh->btnh"), ((2, 3, 5),)),
-    "einsum-out": lambda: Cell(nn.Einsum((2, 4, 5), "...nh,nhd->...d"), ((3, 2, 4),)),
-    "einsum-at-call": lambda: Cell(nn.Einsum((5, 4)), ((3, 5),), call={"einsum_str": "td,df->tf"}),
-    "einsum-crossed": lambda: Cell(
+    "einsum": lambda: Case(nn.Einsum((5, 2, 4), "btd,dnh->btnh"), ((2, 3, 5),)),
+    "einsum-out": lambda: Case(nn.Einsum((2, 4, 5), "...nh,nhd->...d"), ((3, 2, 4),)),
+    "einsum-at-call": lambda: Case(nn.Einsum((5, 4)), ((3, 5),), call={"einsum_str": "td,df->tf"}),
+    "einsum-crossed": lambda: Case(
         nn.Einsum((4, 5), "td,fd->tf", use_bias=False),
         ((3, 5),),
         {"": ordered("df", "fd", d=5, f=4)},
     ),
-    "experts-einsum": lambda: Cell(Experts(), ((3, 4, 5),)),
-    "experts-all-tokens": lambda: Cell(
+    "experts-einsum": lambda: Case(Experts(), ((3, 4, 5),)),
+    "experts-all-tokens": lambda: Case(
         AllExperts(), ((4, 5),), {"up": ordered("def", "edf", e=3, d=5, f=7)}
     ),
-    "custom-projections": lambda: Cell(
+    "custom-projections": lambda: Case(
         Projections(),
         ((2, 3, 5),),
         {
@@ -202,61 +202,61 @@ _EINSUM = {
             "kv_einsum": ordered("cdkh", "ckdh", c=2, k=2, d=5, h=3),
         },
     ),
-    "custom-gate": lambda: Cell(
+    "custom-gate": lambda: Case(
         Gate(), ((2, 5),), {"gating_einsum": ordered("fnh", "nhf", n=2, h=7, f=5)}
     ),
 }
 _EMBED = {
-    "embed": lambda: Cell(nn.Embed(11, 4), (_ids(2, 3),)),
-    "tied-head": lambda: Cell(TiedHead(), (_ids(2, 3),)),
+    "embed": lambda: Case(nn.Embed(11, 4), (_ids(2, 3),)),
+    "tied-head": lambda: Case(TiedHead(), (_ids(2, 3),)),
 }
 _CONV = {
-    "conv-1d-causal": lambda: Cell(nn.Conv(4, 3, padding="CAUSAL"), ((2, 6, 3),)),
-    "conv-2d-same-strides": lambda: Cell(nn.Conv(4, (3, 2), strides=2), ((2, 5, 6, 3),)),
-    "conv-2d-valid-dilated": lambda: Cell(
+    "conv-1d-causal": lambda: Case(nn.Conv(4, 3, padding="CAUSAL"), ((2, 6, 3),)),
+    "conv-2d-same-strides": lambda: Case(nn.Conv(4, (3, 2), strides=2), ((2, 5, 6, 3),)),
+    "conv-2d-valid-dilated": lambda: Case(
         nn.Conv(4, (2, 2), padding="VALID", kernel_dilation=(2, 1)), ((2, 5, 4, 3),)
     ),
-    "conv-2d-circular": lambda: Cell(nn.Conv(4, (3, 3), padding="CIRCULAR"), ((2, 4, 4, 3),)),
-    "conv-2d-reflect": lambda: Cell(
+    "conv-2d-circular": lambda: Case(nn.Conv(4, (3, 3), padding="CIRCULAR"), ((2, 4, 4, 3),)),
+    "conv-2d-reflect": lambda: Case(
         nn.Conv(4, (3, 3), padding="REFLECT", use_bias=False), ((2, 4, 4, 3),)
     ),
-    "conv-2d-explicit-groups": lambda: Cell(
+    "conv-2d-explicit-groups": lambda: Case(
         nn.Conv(6, (3, 3), padding=((1, 0), (2, 1)), feature_group_count=2), ((2, 4, 4, 4),)
     ),
-    "conv-depthwise": lambda: Cell(nn.Conv(8, (3,), feature_group_count=4), ((2, 5, 4),)),
-    "conv-input-dilated": lambda: Cell(nn.Conv(4, (3,), input_dilation=2, padding=1), ((2, 5, 3),)),
-    "conv-3d": lambda: Cell(nn.Conv(4, (2, 3, 2)), ((1, 3, 4, 3, 2),)),
-    "conv-unbatched": lambda: Cell(nn.Conv(4, (3,)), ((5, 3),)),
-    "conv-many-batches": lambda: Cell(nn.Conv(4, (3,)), ((2, 2, 5, 3),)),
-    "conv-subclass": lambda: Cell(DoubledConv(4, (3,)), ((2, 5, 3),)),
-    "conv-transpose": lambda: Cell(nn.ConvTranspose(4, (3, 2), strides=(2, 1)), ((2, 3, 4, 3),)),
-    "conv-transpose-kernel": lambda: Cell(
+    "conv-depthwise": lambda: Case(nn.Conv(8, (3,), feature_group_count=4), ((2, 5, 4),)),
+    "conv-input-dilated": lambda: Case(nn.Conv(4, (3,), input_dilation=2, padding=1), ((2, 5, 3),)),
+    "conv-3d": lambda: Case(nn.Conv(4, (2, 3, 2)), ((1, 3, 4, 3, 2),)),
+    "conv-unbatched": lambda: Case(nn.Conv(4, (3,)), ((5, 3),)),
+    "conv-many-batches": lambda: Case(nn.Conv(4, (3,)), ((2, 2, 5, 3),)),
+    "conv-subclass": lambda: Case(DoubledConv(4, (3,)), ((2, 5, 3),)),
+    "conv-transpose": lambda: Case(nn.ConvTranspose(4, (3, 2), strides=(2, 1)), ((2, 3, 4, 3),)),
+    "conv-transpose-kernel": lambda: Case(
         nn.ConvTranspose(4, (3,), strides=(2,), transpose_kernel=True, padding="VALID"),
         ((2, 4, 3),),
         {"": turned},
     ),
-    "conv-transpose-circular": lambda: Cell(
+    "conv-transpose-circular": lambda: Case(
         nn.ConvTranspose(4, (3,), strides=(2,), padding="CIRCULAR", kernel_dilation=(2,)),
         ((2, 4, 3),),
     ),
 }
 _RECURRENT = {
-    "lstm": lambda: Cell(CellOnce(nn.LSTMCell(4)), ((2, 3),)),
-    "lstm-optimized": lambda: Cell(CellOnce(nn.OptimizedLSTMCell(4)), ((2, 3),)),
-    "gru": lambda: Cell(CellOnce(nn.GRUCell(4)), ((2, 3),)),
-    "simple": lambda: Cell(CellOnce(nn.SimpleCell(4)), ((2, 3),)),
-    "mgu": lambda: Cell(CellOnce(nn.MGUCell(4)), ((2, 3),)),
-    "conv-lstm": lambda: Cell(CellOnce(nn.ConvLSTMCell(4, (3,))), ((2, 5, 3),)),
-    "rnn": lambda: Cell(
+    "lstm": lambda: Case(CellOnce(nn.LSTMCell(4)), ((2, 3),)),
+    "lstm-optimized": lambda: Case(CellOnce(nn.OptimizedLSTMCell(4)), ((2, 3),)),
+    "gru": lambda: Case(CellOnce(nn.GRUCell(4)), ((2, 3),)),
+    "simple": lambda: Case(CellOnce(nn.SimpleCell(4)), ((2, 3),)),
+    "mgu": lambda: Case(CellOnce(nn.MGUCell(4)), ((2, 3),)),
+    "conv-lstm": lambda: Case(CellOnce(nn.ConvLSTMCell(4, (3,))), ((2, 5, 3),)),
+    "rnn": lambda: Case(
         nn.RNN(nn.OptimizedLSTMCell(4, **_wide()), return_carry=True), ((2, 3, 5),)
     ),
-    "rnn-both-ways": lambda: Cell(
+    "rnn-both-ways": lambda: Case(
         nn.Bidirectional(nn.RNN(nn.GRUCell(3, **_wide())), nn.RNN(nn.SimpleCell(3, **_wide()))),
         ((2, 3, 5),),
     ),
 }
 _SHARED = {
-    "shared-called-again": lambda: Cell(SharedTwice(), ((2, 5),)),
-    "shared-two-parents": lambda: Cell(Shared(), ((2, 5),)),
+    "shared-called-again": lambda: Case(SharedTwice(), ((2, 5),)),
+    "shared-two-parents": lambda: Case(Shared(), ((2, 5),)),
 }
-CELLS = _DENSE | _EINSUM | _EMBED | _CONV | _RECURRENT | _SHARED
+CASES = _DENSE | _EINSUM | _EMBED | _CONV | _RECURRENT | _SHARED

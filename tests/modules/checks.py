@@ -18,7 +18,7 @@ CONFIG = adalora.AdaLoraConfig(
 )
 
 
-class Subject(NamedTuple):
+class AdaptedModel(NamedTuple):
     """One adapted model as pure functions of its parameters and the adapters.
 
     ``add`` adds dense increments ``[*stack, in, out]`` to the weights, independently of the
@@ -48,15 +48,15 @@ def random_like(tree: Any, seed: int, dtype: Any = None, std: float = 0.5) -> An
     return jax.tree.map(draw, tree)
 
 
-def prove(subject: Subject, rtol: float, merge_rtol: float | None = None) -> None:
+def check_adapter(model: AdaptedModel, rtol: float, merge_rtol: float | None = None) -> None:
     """Check identity at init, and outputs and gradients against the dense increment.
 
     Both sides are differentiated with respect to the adapters and to all float inputs. With
     ``merge_rtol``, the merged base's outputs and the unmerged weights are checked, too.
     """
-    abstract = jax.eval_shape(subject.init, jax.random.key(1))
+    abstract = jax.eval_shape(model.init, jax.random.key(1))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
-    outputs = jax.eval_shape(subject.base_apply, subject.base, *subject.inputs)
+    outputs = jax.eval_shape(model.base_apply, model.base, *model.inputs)
     cotangents = random_like(outputs, 1)
 
     def gradients(apply):
@@ -68,27 +68,27 @@ def prove(subject: Subject, rtol: float, merge_rtol: float | None = None) -> Non
 
     def through_delta(base, adapters, *inputs):
         deltas = {p: adalora.delta_weight(a) for p, a in adapters.items()}
-        return subject.base_apply(subject.add(base, deltas), *inputs)
+        return model.base_apply(model.add(base, deltas), *inputs)
 
-    ours, dense = gradients(subject.apply), gradients(through_delta)
+    ours, dense = gradients(model.apply), gradients(through_delta)
     adapters = random_like(abstract, 2)
     for nothing in ("lam", "p"):
         neutral = {p: a._replace(**{nothing: 0 * getattr(a, nothing)}) for p, a in adapters.items()}
-        (_, found), _ = ours(neutral, subject.inputs, subject.base)
-        (_, base), _ = dense(neutral, subject.inputs, subject.base)
+        (_, found), _ = ours(neutral, model.inputs, model.base)
+        (_, base), _ = dense(neutral, model.inputs, model.base)
         close(found, base, rtol)
-    (_, found), grads = ours(adapters, subject.inputs, subject.base)
-    (_, expected), expected_grads = dense(adapters, subject.inputs, subject.base)
+    (_, found), grads = ours(adapters, model.inputs, model.base)
+    (_, expected), expected_grads = dense(adapters, model.inputs, model.base)
     close(found, expected, rtol)
     close(grads, expected_grads, rtol)
     if merge_rtol is not None:
-        merged = subject.merge(subject.base, jax.tree.map(jnp.asarray, adapters))
-        chex.assert_trees_all_equal_shapes_and_dtypes(merged, subject.base)
+        merged = model.merge(model.base, jax.tree.map(jnp.asarray, adapters))
+        chex.assert_trees_all_equal_shapes_and_dtypes(merged, model.base)
         nothing = jax.tree.map(np.zeros_like, adapters)
-        (_, found), _ = dense(nothing, subject.inputs, merged)
+        (_, found), _ = dense(nothing, model.inputs, merged)
         close(found, expected, merge_rtol)
-        back = subject.unmerge(merged, jax.tree.map(jnp.asarray, adapters))
-        close(back, subject.base, merge_rtol)
+        back = model.unmerge(merged, jax.tree.map(jnp.asarray, adapters))
+        close(back, model.base, merge_rtol)
 
 
 def close(ours: Any, expected: Any, rtol: float) -> None:
@@ -100,19 +100,19 @@ def close(ours: Any, expected: Any, rtol: float) -> None:
             np.testing.assert_allclose(a, b, rtol=0, atol=rtol * size)
 
 
-def prove_training(subject: Subject) -> dict[str, int]:
+def check_training(model: AdaptedModel) -> dict[str, int]:
     """Check that a few steps end at exactly the budget and lower the loss; return the ranks."""
-    config = subject.config
+    config = model.config
     tx = adalora.adalora(optax.adam(0.05), config)
-    outputs = jax.eval_shape(subject.base_apply, subject.base, *subject.inputs)
+    outputs = jax.eval_shape(model.base_apply, model.base, *model.inputs)
     goals = random_like(outputs, 4)
 
     def loss(adapters):
-        found = subject.apply(subject.base, adapters, *subject.inputs)
+        found = model.apply(model.base, adapters, *model.inputs)
         errors = jax.tree.map(lambda a, b: jnp.mean((a - b) ** 2), found, goals)
         return sum(jax.tree.leaves(errors))
 
-    abstract = jax.eval_shape(subject.init, jax.random.key(1))
+    abstract = jax.eval_shape(model.init, jax.random.key(1))
     fresh = {p: a._replace(lam=0 * a.lam) for p, a in random_like(abstract, 5).items()}
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Our side: plain JAX, a dict of adapters, allocation inside ``tx.update``, and no torch."""
+"""The side of adalora_jax: a dict of adapters, allocation inside ``tx.update``, and no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The NNX modules that ``proof`` checks, one or more per layer kind."""
+"""The NNX modules that the checks run on, one or more per layer kind."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from modules.linen_cells import Layout, ordered, turned
+from modules.linen_cases import Layout, ordered, turned
 
 
-class Cell(NamedTuple):
+class Case(NamedTuple):
     """A function that makes a module, its input shapes (or arrays), and its increments' layouts."""
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -157,33 +157,33 @@ def _rnn(rngs):
 
 
 def _general(inputs, in_features, out_features, **kwargs):
-    return Cell(lambda r: nnx.LinearGeneral(in_features, out_features, rngs=r, **kwargs), (inputs,))
+    return Case(lambda r: nnx.LinearGeneral(in_features, out_features, rngs=r, **kwargs), (inputs,))
 
 
 def _conv(inputs, in_features, out_features, window, **kwargs):
-    return Cell(lambda r: nnx.Conv(in_features, out_features, window, rngs=r, **kwargs), (inputs,))
+    return Case(lambda r: nnx.Conv(in_features, out_features, window, rngs=r, **kwargs), (inputs,))
 
 
 def _transposed(inputs, in_features, out_features, window, layouts=None, **kwargs):
     make = lambda r: nnx.ConvTranspose(in_features, out_features, window, rngs=r, **kwargs)
-    return Cell(make, (inputs,), layouts or {})
+    return Case(make, (inputs,), layouts or {})
 
 
-CELLS = {
-    "linear": Cell(lambda r: nnx.Linear(5, 4, rngs=r), ((2, 3, 5),)),
-    "linear-subclass": Cell(lambda r: Doubled(5, 4, rngs=r), ((2, 5),)),
+CASES = {
+    "linear": Case(lambda r: nnx.Linear(5, 4, rngs=r), ((2, 3, 5),)),
+    "linear-subclass": Case(lambda r: Doubled(5, 4, rngs=r), ((2, 5),)),
     "general-multi-axis": _general((2, 6, 5, 2), (5, 2), (3, 4), axis=(-2, -1)),
     "general-crossed-axes": _general((2, 3, 5), (3, 5), 4, axis=(2, 1)),
     "general-batch": _general((3, 2, 5), 5, 4, batch_axis={0: 3}),
-    "attention": Cell(_attention, ((2, 3, 5), (2, 4, 5))),
-    "einsum": Cell(lambda r: nnx.Einsum("btd,dnh->btnh", (5, 2, 4), (2, 4), rngs=r), ((2, 3, 5),)),
-    "einsum-crossed": Cell(
+    "attention": Case(_attention, ((2, 3, 5), (2, 4, 5))),
+    "einsum": Case(lambda r: nnx.Einsum("btd,dnh->btnh", (5, 2, 4), (2, 4), rngs=r), ((2, 3, 5),)),
+    "einsum-crossed": Case(
         lambda r: nnx.Einsum("...d,fd->...f", (4, 5), (4,), rngs=r),
         ((2, 3, 5),),
         {"": ordered("df", "fd", d=5, f=4)},
     ),
-    "experts-einsum": Cell(Experts, ((3, 4, 5),)),
-    "custom-einsum": Cell(
+    "experts-einsum": Case(Experts, ((3, 4, 5),)),
+    "custom-einsum": Case(
         Projections,
         ((2, 3, 5),),
         {
@@ -191,11 +191,11 @@ CELLS = {
             "kv": ordered("cdkh", "ckdh", c=2, k=2, d=5, h=3),
         },
     ),
-    "custom-einsum-scaled": Cell(
+    "custom-einsum-scaled": Case(
         lambda r: TunixEinsum("BTD,DNP->BTNP", (5, 2, 3), r, w_scale=0.25), ((2, 3, 5),)
     ),
-    "embed": Cell(lambda r: nnx.Embed(11, 4, **_wide(), rngs=r), (_ids(2, 3),)),
-    "tied-head": Cell(TiedHead, (_ids(2, 3),)),
+    "embed": Case(lambda r: nnx.Embed(11, 4, **_wide(), rngs=r), (_ids(2, 3),)),
+    "tied-head": Case(TiedHead, (_ids(2, 3),)),
     "conv-1d-causal": _conv((2, 6, 3), 3, 4, 3, padding="CAUSAL"),
     "conv-2d-same-strides": _conv((2, 5, 6, 3), 3, 4, (3, 2), strides=2),
     "conv-2d-valid-dilated": _conv(
@@ -209,7 +209,7 @@ CELLS = {
     "conv-depthwise": _conv((2, 5, 4), 4, 8, (3,), feature_group_count=4),
     "conv-3d": _conv((1, 3, 4, 3, 2), 2, 4, (2, 3, 2)),
     "conv-unbatched": _conv((5, 3), 3, 4, (3,)),
-    "conv-subclass": Cell(lambda r: DoubledConv(3, 4, (3,), rngs=r), ((2, 5, 3),)),
+    "conv-subclass": Case(lambda r: DoubledConv(3, 4, (3,), rngs=r), ((2, 5, 3),)),
     "conv-transpose": _transposed((2, 3, 4, 3), 3, 4, (3, 2), strides=(2, 1)),
     "conv-transpose-kernel": _transposed(
         *((2, 4, 3), 3, 4, (3,)),
@@ -218,15 +218,15 @@ CELLS = {
         transpose_kernel=True,
         padding="VALID",
     ),
-    "lstm": Cell(lambda r: CellOnce(nnx.LSTMCell(3, 4, rngs=r)), ((2, 3),)),
-    "lstm-optimized": Cell(lambda r: CellOnce(nnx.OptimizedLSTMCell(3, 4, rngs=r)), ((2, 3),)),
-    "gru": Cell(lambda r: CellOnce(nnx.GRUCell(3, 4, rngs=r)), ((2, 3),)),
-    "simple": Cell(
+    "lstm": Case(lambda r: CellOnce(nnx.LSTMCell(3, 4, rngs=r)), ((2, 3),)),
+    "lstm-optimized": Case(lambda r: CellOnce(nnx.OptimizedLSTMCell(3, 4, rngs=r)), ((2, 3),)),
+    "gru": Case(lambda r: CellOnce(nnx.GRUCell(3, 4, rngs=r)), ((2, 3),)),
+    "simple": Case(
         lambda r: CellOnce(nnx.SimpleCell(3, 4, dtype=jnp.result_type(float), **_wide(), rngs=r)),
         ((2, 3),),
     ),
-    "rnn-both-ways": Cell(_rnn, ((2, 3, 5),)),
-    "shared": Cell(Shared, ((2, 5),)),
-    "tied-weights": Cell(TiedWeights, ((2, 5),)),
-    "containers": Cell(Containers, ((2, 5),)),
+    "rnn-both-ways": Case(_rnn, ((2, 3, 5),)),
+    "shared": Case(Shared, ((2, 5),)),
+    "tied-weights": Case(TiedWeights, ((2, 5),)),
+    "containers": Case(Containers, ((2, 5),)),
 }

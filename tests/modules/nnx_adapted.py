@@ -1,4 +1,4 @@
-"""An NNX cell as the pure functions that ``proof`` checks."""
+"""An NNX case as pure functions, for the checks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 
 import adalora_jax as adalora
-from modules.linen_cells import plain
-from modules.nnx_cells import Cell
-from modules.proof import CONFIG, Subject, random_like
+from modules.checks import CONFIG, AdaptedModel, random_like
+from modules.linen_cases import plain
+from modules.nnx_cases import Case
 
 
 def _concrete(state):
@@ -24,16 +24,16 @@ def _concrete(state):
     return jax.tree.map(zeros, state)
 
 
-def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> Subject:
-    """Return the cell's module with random parameters and inputs of a dtype."""
-    config = config.replace(param_dtype=dtype, target_modules=cell.targets)
+def adapt_case(case: Case, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> AdaptedModel:
+    """Return the adapted module of a case, with random parameters and inputs of a dtype."""
+    config = config.replace(param_dtype=dtype, target_modules=case.targets)
     inputs = tuple(
         value
         if isinstance(value, np.ndarray)
         else random_like(np.zeros(value, dtype), seed=i, std=1)
-        for i, value in enumerate(cell.inputs)
+        for i, value in enumerate(case.inputs)
     )
-    model = nnx.eval_shape(lambda: cell.make(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: case.make(nnx.Rngs(0)))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = random_like(params, seed=9, dtype=dtype), _concrete(rest)
     model = nnx.merge(graph, params, rest)
@@ -52,14 +52,14 @@ def subject(cell: Cell, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> S
         for path, delta in deltas.items():
             names = [n for n in ("kernel", "embedding", "w") if hasattr(modules[path], n)]
             weight = getattr(modules[path], names[0])
-            weight[...] += cell.layouts.get(path, plain)(delta, weight.shape)
+            weight[...] += case.layouts.get(path, plain)(delta, weight.shape)
         return nnx.state(changed, nnx.Param)
 
     def unmerge(base, adapters):
         merged = nnx.merge(graph, base, rest, copy=True)
         return nnx.state(adalora.unmerge(merged, put(params, adapters)), nnx.Param)
 
-    return Subject(
+    return AdaptedModel(
         init=lambda key: adalora.nnx.adapters(adalora.nnx.adapt(model, config, key)),
         apply=lambda base, adapters, *xs: put(base, adapters)(*xs),
         base_apply=lambda base, *xs: nnx.merge(graph, base, rest, copy=True)(*xs),
