@@ -79,8 +79,8 @@ def started(config, adapters=None, shapes=problem.SHAPES):
 
 def test_small_start_warns_with_numbers_and_remedy():
     message = (
-        r"scale=0\.125: the increments of 3 of 3 adapters start far too small\. .* of 'layers' is "
-        r"13,333 times smaller.* Set scale=1\.0 .*warn_small_start=False"
+        r"`scale=0\.125`: 3 of 3 adapters start far too small, as the increment at 'layers' is "
+        r"13,333 times smaller.* set scale=1\.0 .*warn_small_start=False"
     )
     with pytest.warns(UserWarning, match=message):
         started(LEADERBOARD)

@@ -33,7 +33,7 @@ class MissingFunction:
         )
 
 
-def integer(name: str, value: Any, *, minimum: int) -> int:
+def integer(name: str, value: object, *, minimum: int) -> int:
     """Return ``value`` as an int from ``minimum`` to the largest int32.
 
     Args:
@@ -63,7 +63,7 @@ def integer(name: str, value: Any, *, minimum: int) -> int:
     return number
 
 
-def number(name: str, value: Any, range_: str, ok: Callable[[float], bool]) -> int | float:
+def number(name: str, value: object, range_: str, ok: Callable[[float], bool]) -> int | float:
     """Return ``value`` as an int or float that satisfies ``ok`` and is within float32's range.
 
     Args:
@@ -100,13 +100,13 @@ def scaling(name: str, alpha: float, init_r: int) -> None:
     >>> scaling("lora_alpha", 5e-324, 12)
     Traceback (most recent call last):
         ...
-    ValueError: `lora_alpha=5e-324`: over init_r=12 it is below 1.18e-38, too small a scale for \
-float32; raise lora_alpha.
+    ValueError: `lora_alpha=5e-324`: divided by init_r=12 it is below 1.18e-38, the smallest \
+scale that float32 can represent; pass a larger lora_alpha.
     """
     if alpha > 0 and alpha / init_r < MIN_NUMBER:
         raise ValueError(
-            f"`{name}={alpha!r}`: over init_r={init_r} it is below {MIN_NUMBER:.3g}, too small a "
-            f"scale for float32; raise {name}."
+            f"`{name}={alpha!r}`: divided by init_r={init_r} it is below {MIN_NUMBER:.3g}, the "
+            f"smallest scale that float32 can represent; pass a larger {name}."
         )
 
 
@@ -168,7 +168,7 @@ subpattern at position 0; put a backslash before a special character that is mea
     return value
 
 
-def names(name: str, value: Any) -> Any:
+def names(name: str, value: object) -> Any:
     """Return a regex as a str, names as a tuple, and a function or None unchanged.
 
     In ``target_modules`` and ``exclude_modules`` a string is a regex and a function is accepted; in
@@ -201,7 +201,7 @@ def names(name: str, value: Any) -> Any:
     return tuple(map(str.__str__, result))
 
 
-def indices(name: str, value: Any) -> int | tuple[int, ...] | None:
+def indices(name: str, value: object) -> int | tuple[int, ...] | None:
     """Return one index as an int, several as a tuple, and None unchanged. Sets are sorted.
 
     Raises:
@@ -219,7 +219,7 @@ def indices(name: str, value: Any) -> int | tuple[int, ...] | None:
     return result if many else result[0]
 
 
-def rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
+def rank_pattern(value: object) -> tuple[tuple[str, Any], ...] | None:
     """Return ``{path: rank}`` or PEFT's ``{path: [True, False, ...]}`` as sorted, hashable pairs.
 
     A stack of layers has nested lists of booleans. An empty list is rank 0. None stays None.

@@ -18,17 +18,17 @@ class ScoreFunction(Protocol):
     """Custom score of the triplets of one adapter, for ``AdaLoraConfig(score=...)``.
 
     >>> from adalora_jax import AdaLoraConfig
-    >>> def smoothed(evidence):
-    ...     return evidence.sensitivity.lam
+    >>> def smoothed(inputs):
+    ...     return inputs.sensitivity.lam
     >>> AdaLoraConfig(total_step=10, score=smoothed).score is smoothed
     True
     """
 
-    def __call__(self, evidence: ScoreInputs, /) -> ArrayLike:
+    def __call__(self, inputs: ScoreInputs, /) -> ArrayLike:
         """Return one score per triplet.
 
         Args:
-          evidence: weight, gradient and moving averages of one adapter; traced.
+          inputs: weight, gradient and moving averages of one adapter; traced.
 
         Returns:
           Scores in the shape of ``lam``, ``[..., r]``. The triplets with the highest scores stay

@@ -48,8 +48,8 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     """
     if not isinstance(config, AdaLoraConfig):
         raise TypeError(
-            f"`config={type(config).__name__}`: not an AdaLoraConfig; pass one. The arguments are "
-            "orthogonality(adapters, config)."
+            f"`config={type(config).__name__}`: is not an AdaLoraConfig; pass one. The arguments "
+            "are orthogonality(adapters, config)."
         )
     if config.orth_reg_in_update:
         raise ValueError(

@@ -35,7 +35,7 @@ class LowRankMatrix(NamedTuple):
     q: np.ndarray  # [r, in]: PEFT's A
     mask: np.ndarray  # [r], bool: True where a triplet is active
 
-    def live(self) -> LowRankMatrix:
+    def active(self) -> LowRankMatrix:
         """Return the matrix with only its active triplets."""
         return LowRankMatrix(*(leaf[self.mask] for leaf in self))
 
