@@ -102,7 +102,7 @@ def test_fields_without_counterpart_in_peft_warn_and_are_ignored():
     ],
 )
 def test_options_without_effect_in_peft_warn_and_are_ignored(key, value):
-    with pytest.warns(UserWarning, match=f"does not use them: {key}="):
+    with pytest.warns(UserWarning, match=f"PEFT's AdaLoRA does not use {key}="):
         config = AdaLoraConfig.from_peft(PLAIN | {key: value})
     assert config == AdaLoraConfig(total_step=100)
 

@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_INT = 2**31 - 1  # the largest int32, the dtype that counts steps and triplets
@@ -33,7 +33,7 @@ class MissingFunction:
         )
 
 
-def integer(name: str, value: object, *, minimum: int) -> int:
+def integer(name: str, value: SupportsIndex, *, minimum: int) -> int:
     """Return ``value`` as an int from ``minimum`` to the largest int32.
 
     Args:
@@ -63,7 +63,7 @@ def integer(name: str, value: object, *, minimum: int) -> int:
     return number
 
 
-def number(name: str, value: object, range_: str, ok: Callable[[float], bool]) -> int | float:
+def number(name: str, value: float, range_: str, ok: Callable[[float], bool]) -> int | float:
     """Return ``value`` as an int or float that satisfies ``ok`` and is within float32's range.
 
     Args:
@@ -168,7 +168,7 @@ subpattern at position 0; put a backslash before a special character that is mea
     return value
 
 
-def names(name: str, value: object) -> Any:
+def names(name: str, value: Any) -> Any:
     """Return a regex as a str, names as a tuple, and a function or None unchanged.
 
     In ``target_modules`` and ``exclude_modules`` a string is a regex and a function is accepted; in
@@ -201,7 +201,7 @@ def names(name: str, value: object) -> Any:
     return tuple(map(str.__str__, result))
 
 
-def indices(name: str, value: object) -> int | tuple[int, ...] | None:
+def indices(name: str, value: Any) -> int | tuple[int, ...] | None:
     """Return one index as an int, several as a tuple, and None unchanged. Sets are sorted.
 
     Raises:
@@ -219,7 +219,7 @@ def indices(name: str, value: object) -> int | tuple[int, ...] | None:
     return result if many else result[0]
 
 
-def rank_pattern(value: object) -> tuple[tuple[str, Any], ...] | None:
+def rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
     """Return ``{path: rank}`` or PEFT's ``{path: [True, False, ...]}`` as sorted, hashable pairs.
 
     A stack of layers has nested lists of booleans. An empty list is rank 0. None stays None.

@@ -70,7 +70,7 @@ class LayerRank(NamedTuple):
     alpha: float
 
 
-def parse(value: object, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
+def parse(value: Any, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
     """Return ``rank_overrides`` as pairs of pattern and :class:`RankSpec`, in the given order.
 
     Args:

@@ -338,10 +338,10 @@ def _warn_of_small_start(params: optax.Params, config: AdaLoraConfig) -> None:
         path = min(small, key=lambda path: small[path])
         warnings.warn(
             f"`scale={adapters[path].scale:.3g}`: {len(small)} of {len(adapters)} adapters start "
-            f"far too small, as the increment at {path!r} is {_LORA_SCALE / small[path]:,.0f} "
-            f"times smaller than that of LoRA with scale {_LORA_SCALE:g} after Adam's first step "
-            "at one learning rate; set scale=1.0 or more, without an alpha in rank_overrides, and "
-            "5 to 25 times LoRA's learning rate, or warn_small_start=False to keep this start.",
+            f"far too small, at {path!r} {_LORA_SCALE / small[path]:,.0f} times smaller than "
+            f"LoRA's with scale {_LORA_SCALE:g} after one Adam step at the same learning rate; set "
+            "scale=1.0 or more, without an alpha in rank_overrides, and 5 to 25 times LoRA's "
+            "learning rate, or warn_small_start=False.",
             stacklevel=3,
         )
 
