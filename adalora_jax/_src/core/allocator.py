@@ -146,12 +146,10 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     Raises:
       ValueError: ``params`` contains no adapter, or all triplets together cost 2³¹ or more.
     """
-    adapters = pytree.adapters(params)
-    if not adapters:
-        raise ValueError(
-            f"`params`: no adapter was found in the {type(params).__name__}; pass the adapters "
-            "that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam."
-        )
+    way_out = (
+        "pass the adapters that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam"
+    )
+    adapters = pytree.require_adapters(params, "params", way_out)
     roles = group_by_role(adapters)
 
     # zeros_like and ones_like give the state the shardings of the parameters.

@@ -115,13 +115,11 @@ class AdapterBank:
             raise ValueError(
                 f"`name={name!r}`: must be a string that is not empty; pass a name for this set."
             )
-        found = pytree.adapters(adapters)
-        if not found:
-            raise ValueError(
-                f"`adapters`: no adapter was found in the {type(adapters).__name__} given for "
-                f"{name!r}; pass {{path: Adapter}}, as adalora_jax.eval_params or "
-                "adalora_jax.compact returned it."
-            )
+        way_out = (
+            f"pass {{path: Adapter}} for {name!r}, as adalora_jax.eval_params or "
+            "adalora_jax.compact returned it"
+        )
+        found = pytree.require_adapters(adapters, "adapters", way_out)
         others = _others(adapters)
         if len(jax.tree.leaves(adapters)) != len(jax.tree.leaves((found, others))):
             raise ValueError(

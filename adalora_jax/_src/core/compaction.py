@@ -161,12 +161,9 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     query      5     6      2    4           24
     total                   2    4           24
     """
-    found = pytree.adapters(adapters)
-    if not found:
-        raise ValueError(
-            f"`adapters`: no adapter was found in the {type(adapters).__name__}; pass the "
-            "adapters, or adalora_jax.nnx.adapters(model)."
-        )
+    found = pytree.require_adapters(
+        adapters, "adapters", "pass the adapters, or adalora_jax.nnx.adapters(model)"
+    )
     if state is None:
         state = {path: np.ones(a.lam.shape, bool) for path, a in found.items()}
     rank_of = ranks(state)

@@ -199,6 +199,19 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
     return result
 
 
+def require_adapters(tree: PyTree, name: str, way_out: str) -> dict[str, Adapter]:
+    """Return :func:`adapters` of a tree, the argument ``name``; raise a ValueError if it has none.
+
+    >>> require_adapters({"head": 1.0}, "params", "pass the adapters")
+    Traceback (most recent call last):
+        ...
+    ValueError: `params`: no adapter was found in the dict; pass the adapters.
+    """
+    if found := adapters(tree):
+        return found
+    raise ValueError(f"`{name}`: no adapter was found in the {type(tree).__name__}; {way_out}.")
+
+
 def _static_fields(node: PyTree) -> dict[str, Any]:
     """Return the scale and layout from the metadata of an NNX adapter's ``lam``."""
     lam: Any = node["lam"] if isinstance(node, Mapping) else None

@@ -68,12 +68,7 @@ def to_matrices(
         same name, outputs cannot be divided as ``names`` specifies, or a mask is missing or has
         another size.
     """
-    found = pytree.adapters(adapters)
-    if not found:
-        raise ValueError(
-            f"`adapters`: no adapter was found in the {type(adapters).__name__}; pass "
-            "{path: Adapter}."
-        )
+    found = pytree.require_adapters(adapters, "adapters", "pass {path: Adapter}")
     by_path = pattern or {}
     pieces: dict[str, dict[int, tuple[LowRankMatrix, tuple[int, int]]]] = {}
     owners: dict[str, ParamLocation] = {}
