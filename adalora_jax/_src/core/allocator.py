@@ -524,8 +524,8 @@ def map_state(
     def is_masked(node: PyTree) -> bool:
         return isinstance(node, optax.MaskedNode)
 
-    def mapped(leaf: PyTree, rest: PyTree) -> PyTree:
-        return leaf if is_masked(leaf) else function(leaf, rest)
+    def mapped(leaf: PyTree, rest_leaf: PyTree) -> PyTree:
+        return leaf if is_masked(leaf) else function(leaf, rest_leaf)
 
     def by_role(node: PyTree) -> bool:
         return isinstance(node, ByRole)

@@ -176,7 +176,7 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
 
 
 def unfinished(state: PyTree) -> str:
-    """Return how the final mask is missing, as the problem of a message; "" if it was made.
+    """Return the problem of a missing final mask, for a message; an empty string if it was made.
 
     >>> unfinished({"query": jnp.array([True])})
     ''

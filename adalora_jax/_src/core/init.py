@@ -72,7 +72,7 @@ def init_adapter(
         raise ValueError(f"`rank={rank}`: must be at least 0; pass the number of triplets.")
     dtype = jnp.dtype(config.param_dtype)
     if callable(config.init):
-        return _own_init(config.init, key, in_features, out_features, rank, stack, config)
+        return _custom_init(config.init, key, in_features, out_features, rank, stack, config)
     shapes = ((*stack, rank, out_features), (*stack, rank), (*stack, rank, in_features))
     p, lam, q = (
         jax.random.normal(k, shape, dtype) for k, shape in zip(jax.random.split(key, 3), shapes)
@@ -88,7 +88,7 @@ def init_adapter(
     return Adapter(*factors, scale=config.scaling)
 
 
-def _own_init(
+def _custom_init(
     init: Callable[..., tuple[ArrayLike, ArrayLike, ArrayLike]],
     key: Array,
     in_features: int,

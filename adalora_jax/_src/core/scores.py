@@ -123,9 +123,7 @@ def representable(of_lam: Float32[Array, ""]) -> Float32[Array, ""]:
 
 
 def needed_inputs(config: AdaLoraConfig) -> tuple[str, ...]:
-    """Return the names of the inputs that the score needs besides the averages.
-
-    They are of ``"params"`` and ``"grads"``.
+    """Return which inputs, ``"params"`` and ``"grads"``, the score needs besides the averages.
 
     >>> needed_inputs(AdaLoraConfig(total_step=10, score="magnitude"))
     ('params',)
