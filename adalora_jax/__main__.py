@@ -117,7 +117,7 @@ def _description(folder: pathlib.Path) -> str:
     """Return the text that ``inspect`` prints."""
     found = _find(folder)
     adapters, config = pytree.adapters(found.adapters), found.config
-    live = sum(evaluation.ranks(found.masks).values())
+    active = sum(evaluation.ranks(found.masks).values())
     whole = sum(adapter.lam.size for adapter in adapters.values())
     nbytes = sum(leaf.nbytes for adapter in adapters.values() for leaf in adapter)
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -125,7 +125,7 @@ def _description(folder: pathlib.Path) -> str:
     lines = [
         f"{found.what} in {folder}",
         f"{compaction.summary(adapters, found.masks)}",
-        f"triplets: {live} of {whole} active{budget}",
+        f"triplets: {active} of {whole} active{budget}",
         f"config: init_r {config.init_r}, target_r {config.target_r}, scale {config.scaling:.4g}",
         f"size: {nbytes:,} bytes of adapters; {stored:,} bytes on disk",
     ]

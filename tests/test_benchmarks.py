@@ -95,15 +95,15 @@ def test_allocator_benchmark_covers_each_kind_of_step():
     case = allocator.Case("small", ((5, 4, 3, 3), (4, 5, 6, 1)))
     ours = allocator.Ours(case)
     assert ours.bytes == 4 * 12 * (3 * (5 + 4 + 1) + 6 * (4 + 5 + 1))
-    live = {}
+    active = {}
     for moment, step in allocator.MOMENTS.items():
-        live[moment] = sum(int(mask.sum()) for mask in ours.at(step)().values())
+        active[moment] = sum(int(mask.sum()) for mask in ours.at(step)().values())
     # The budget falls over the run, and ends at 8 of 12 triplets in each of the 9 matrices.
     assert (
-        live["averages"]
+        active["averages"]
         == 9 * 12
-        > live["averages and mask"]
-        >= live["after the final mask"]
+        > active["averages and mask"]
+        >= active["after the final mask"]
         == 9 * 8
     )
     times = {"ours": [4.0], "floor": [1.0], "peft": [12.0]}

@@ -49,9 +49,9 @@ def saved(trained, tmp_path):
 
 def increments(adapters, masks, scale):
     """Return the active triplets' dense increments, with PyTorch's names and layout."""
-    live = evaluation.apply_masks(adapters, {path: jnp.asarray(masks[path]) for path in adapters})
+    active = evaluation.apply_masks(adapters, {path: jnp.asarray(masks[path]) for path in adapters})
     return {
-        path.replace("/", "."): np.asarray(adalora.delta_weight(a)).T for path, a in live.items()
+        path.replace("/", "."): np.asarray(adalora.delta_weight(a)).T for path, a in active.items()
     }
 
 

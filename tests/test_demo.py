@@ -134,11 +134,11 @@ def test_demo_prints_final_ranks(demo):
 
 def test_ranks_follow_budget_to_target(demo):
     run = demo.fits["AdaLoRA"].run
-    live = [sum(adalora.ranks(progress.masks).values()) for progress in run.history]
+    active = [sum(adalora.ranks(progress.masks).values()) for progress in run.history]
     budgets = [int(progress.budget) for progress in run.history]
     expected = [int(adalora.budget(run.method.config, step, ADAPTERS)) for step in range(STEPS)]
-    assert live == budgets == expected
-    assert (live[0], live[-1]) == (3 * TARGET, TARGET)
+    assert active == budgets == expected
+    assert (active[0], active[-1]) == (3 * TARGET, TARGET)
     adapters = adalora.adapters(run.learner.trainable).values()
     assert sum(np.count_nonzero(adapter.lam) for adapter in adapters) <= TARGET
 

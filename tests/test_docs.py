@@ -117,10 +117,9 @@ def test_messages_on_error_page_are_in_the_source():
     assert len(messages) > 20
     strings = strings_of_package()
     for message in messages:
-        # The name of an argument at the start may be a formatted value of the string.
-        pieces = [piece for piece in re.split(r"<.*?>", message) if len(piece) > 2]
-        is_argument = re.fullmatch(r"`?[a-z_]+=|`?[a-z_]+`?: ", pieces[0])
-        choices = (pieces, pieces[1:]) if is_argument else (pieces,)
-        patterns = [".*".join(map(re.escape, part)) for part in choices if part]
+        # The name of an argument at the start may be a formatted value, or not be in the string.
+        choices = (message, re.sub(r"^`?[a-z_]+(=|`?: )", "", message))
+        pieces = [[p for p in re.split(r"<.*?>", text) if len(p) > 2] for text in choices]
+        patterns = [".*".join(map(re.escape, part)) for part in pieces if part]
         found = [p for p in patterns if any(re.search(p, s, re.DOTALL) for s in strings)]
         assert found, message

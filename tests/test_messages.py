@@ -1,4 +1,4 @@
-"""Error messages have one form: "`name=value`: problem; way out."."""
+"""Errors, and warnings of the core, have one form: "`name=value`: problem; way out."."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ def _text(node: ast.expr) -> str:
 def _messages():
     for file in sorted(_ROOT.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                name = ast.unparse(node.exc.func)
-                if name in ("ValueError", "TypeError", "FileNotFoundError"):
-                    yield f"{file.relative_to(_ROOT)}:{node.lineno}", _text(node.exc.args[0])
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            name = ast.unparse(node.func)
+            warns = name == "warnings.warn" and "core" in file.relative_to(_ROOT).parts
+            if warns or name in ("ValueError", "TypeError", "FileNotFoundError"):
+                yield f"{file.relative_to(_ROOT)}:{node.lineno}", _text(node.args[0])
 
 
-def test_error_messages_have_the_form_subject_problem_way_out():
+def test_messages_have_the_form_subject_problem_way_out():
     # A message that ends in another error's message has its way out from there.
     wrong = [
         f"{place}: {text}"

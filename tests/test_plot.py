@@ -134,8 +134,8 @@ def infos(steps=(1, 11, 21, 41)):
     for i, step in enumerate(steps):
         masks = {path: jnp.array(lives[i], bool) for path, lives in LIVES.items()}
         scores = {path: (2.0 + mask) / (i + 1) for path, mask in masks.items()}
-        live = sum(int(mask.sum()) for mask in masks.values())
-        scalars = map(jnp.int32, (step, live + 1, live))
+        active = sum(int(mask.sum()) for mask in masks.values())
+        scalars = map(jnp.int32, (step, active + 1, active))
         result.append(AllocatorInfo(*scalars, masks, scores))
     return result
 

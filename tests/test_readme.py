@@ -21,8 +21,8 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     names = {"__name__": "readme"}
     for source in blocks("python"):
         exec(compile(source, ROOT / "README.md", "exec"), names)
-    live = [jnp.count_nonzero(adapter.lam) for adapter in names["final"].values()]
-    assert sum(live) == names["config"].target_r * len(names["adapters"])
+    active = [jnp.count_nonzero(adapter.lam) for adapter in names["final"].values()]
+    assert sum(active) == names["config"].target_r * len(names["adapters"])
     merged = names["model"].apply(names["merged"], names["x"])
     adapted = names["adapted"].apply(names["variables"], names["final"], names["x"])
     assert jnp.allclose(merged, adapted, atol=1e-4)

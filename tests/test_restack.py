@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support.problem import assert_same_bits, gradients
+from support.toy_problem import assert_same_bits, gradients
 
 import adalora_jax as adalora
 from adalora_jax._src import checkpoint, restack

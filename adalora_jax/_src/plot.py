@@ -295,13 +295,15 @@ def importance_history(
     def flat(arrays: Mapping[str, ArrayLike]) -> np.ndarray:
         return np.concatenate([np.ravel(array) for array in arrays.values()])
 
-    live = [flat(info.scores)[flat(info.masks).astype(bool)] for info in infos]
+    scores_of_active = [flat(info.scores)[flat(info.masks).astype(bool)] for info in infos]
     for name, function, style in (
         ("highest", np.max, {"color": "tab:blue", "lw": 1}),
         ("mean of active", np.mean, {"color": "black", "lw": 1}),
         ("lowest of active", np.min, {"color": "tab:orange", "lw": 2, "alpha": 0.8}),
     ):
-        values = [_positive(function(scores)) if scores.size else np.nan for scores in live]
+        values = [
+            _positive(function(scores)) if scores.size else np.nan for scores in scores_of_active
+        ]
         _stairs(curves, values, edges, label=name, **style)
     curves.set_yscale("log")
     curves.set_ylabel("score of a triplet")
@@ -337,8 +339,8 @@ def lifetimes(
     Raises:
       ValueError: as in :func:`rank_curves`.
 
-    >>> lives = np.array([[1, 1, 1], [0, 1, 0], [1, 1, 0], [0, 1, 0]], bool)
-    >>> infos = [AllocatorInfo(10 * i, 3, 3, {"up": mask}, {}) for i, mask in enumerate(lives)]
+    >>> masks = np.array([[1, 1, 1], [0, 1, 0], [1, 1, 0], [0, 1, 0]], bool)
+    >>> infos = [AllocatorInfo(10 * i, 3, 3, {"up": mask}, {}) for i, mask in enumerate(masks)]
     >>> [cell.get_text() for cell in lifetimes(infos).axes[0].texts]
     ['30*', '', '10']
     """
@@ -349,13 +351,13 @@ def lifetimes(
         masks = np.array([np.asarray(info.masks[path], bool) for info in infos])
         for index in np.ndindex(masks.shape[1:-1]):
             histories[pytree.row_name(path, index)] = masks[(slice(None), *index)]
-    width = max(alive.shape[-1] for alive in histories.values())
+    width = max(active.shape[-1] for active in histories.values())
     died = np.full((len(histories), width), np.nan)
     labels = np.full(died.shape, "", object)
-    for row, alive in enumerate(histories.values()):
-        before = np.concatenate([np.ones_like(alive[:1]), alive[:-1]])
-        deaths = before & ~alive
-        for column in np.flatnonzero(~alive[-1]):
+    for row, active in enumerate(histories.values()):
+        before = np.concatenate([np.ones_like(active[:1]), active[:-1]])
+        deaths = before & ~active
+        for column in np.flatnonzero(~active[-1]):
             died[row, column] = steps[np.flatnonzero(deaths[:, column])[-1]]
             star = "*" if deaths[:, column].sum() > 1 else ""
             labels[row, column] = f"{died[row, column]:.0f}{star}"
@@ -369,9 +371,9 @@ def lifetimes(
             dark = label and np.asarray(image.norm(died[row, column])) <= 0.6
             colour = "white" if dark else "black"
             axes.text(column, row, label, fontsize=8, ha="center", va="center", color=colour)
-    for row, alive in enumerate(histories.values()):
-        if missing := width - alive.shape[-1]:
-            start = alive.shape[-1] - 0.5, row - 0.5
+    for row, active in enumerate(histories.values()):
+        if missing := width - active.shape[-1]:
+            start = active.shape[-1] - 0.5, row - 0.5
             axes.add_patch(Rectangle(start, missing, 1, facecolor="lightgray", lw=0))
     axes.set_yticks(np.arange(len(histories) - 1) + 0.5, minor=True)
     axes.set_xticks(np.arange(width - 1) + 0.5, minor=True)
@@ -379,7 +381,7 @@ def lifetimes(
     axes.tick_params(which="minor", length=0)
     axes.set_xticks(range(width))
     axes.tick_params(axis="x", labelsize=8)
-    _label_rows(axes, [f"{row}  {alive[-1].sum()}" for row, alive in histories.items()], height)
+    _label_rows(axes, [f"{row}  {active[-1].sum()}" for row, active in histories.items()], height)
     axes.set_xlabel("triplet")
     axes.set_ylabel("adapter and final rank")
     axes.set_title(title or "step at which each triplet was pruned (white: active)", fontsize=11)
@@ -431,8 +433,8 @@ def _ranks(ranks: Mapping[str, int] | AllocatorInfo) -> Mapping[str, int]:
             f"`ranks`: is an info with {np.shape(ranks.step)} steps; pass that of one step, "
             "jax.tree.map(lambda leaf: leaf[i], infos)."
         )
-    live = evaluation.ranks(ranks)
-    return {path: live[path] for path in sorted(live, key=_natural)}
+    by_path = evaluation.ranks(ranks)
+    return {path: by_path[path] for path in sorted(by_path, key=_natural)}
 
 
 def _rows(values: Mapping[str, Any]) -> dict[str, Any]:

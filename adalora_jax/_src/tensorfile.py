@@ -384,7 +384,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def resolve_within(folder: Path, name: Any) -> Path:
+def resolve_within(folder: Path, name: object) -> Path:
     """Return the path of the file ``name`` in ``folder``, which must not resolve outside of it.
 
     Links into ``blobs``, the sibling folder of ``snapshots``, are allowed, since the download cache
@@ -399,8 +399,12 @@ def resolve_within(folder: Path, name: Any) -> Path:
         ...
     ValueError: `.`: '../secret' is not the name of a file in this folder; name one that is.
     """
-    plain = isinstance(name, str) and name.isprintable() and "\\" not in name and ":" not in name
-    if not plain or not name or any(part in ("", ".", "..") for part in name.split("/")):
+    if (
+        not isinstance(name, str)
+        or not name.isprintable()
+        or any(mark in name for mark in "\\:")
+        or any(part in ("", ".", "..") for part in name.split("/"))
+    ):
         raise ValueError(
             f"`{folder}`: {str(name)[:99]!r} is not the name of a file in this folder; name one "
             "that is."

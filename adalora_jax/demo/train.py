@@ -122,9 +122,9 @@ def _trained(learner: Learner, method: Method) -> int:
 def _pruned(learner: Learner, method: Method) -> int:
     if not method.adaptive:
         return 0
-    live = adalora.ranks(adalora.allocator_state(learner.opt_state))
+    ranks = adalora.ranks(adalora.allocator_state(learner.opt_state))
     return sum(
-        (len(adapter.lam) - live[path]) * (adapter.p.shape[-1] + 1 + adapter.q.shape[-1])
+        (len(adapter.lam) - ranks[path]) * (adapter.p.shape[-1] + 1 + adapter.q.shape[-1])
         for path, adapter in adalora.adapters(learner.trainable).items()
     )
 
@@ -132,6 +132,6 @@ def _pruned(learner: Learner, method: Method) -> int:
 def _shown(progress: Progress) -> dict[str, str]:
     shown = {"loss": f"{float(progress.loss):.3f}"}
     if progress.masks is not None:
-        live = adalora.ranks(progress.masks)
-        shown["mean rank"] = f"{np.mean(list(live.values())):.2f}"
+        ranks = adalora.ranks(progress.masks)
+        shown["mean rank"] = f"{np.mean(list(ranks.values())):.2f}"
     return shown

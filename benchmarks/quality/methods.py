@@ -62,20 +62,20 @@ class Method:
         return adalora.AdaLoraConfig(**fields | self.config)
 
 
-def triplet_size(evidence: adalora.scores.ScoreInputs) -> jax.Array:
+def triplet_size(inputs: adalora.scores.ScoreInputs) -> jax.Array:
     """Return ``|λ| ‖p‖ ‖q‖``, the magnitude per triplet; 0 for a pruned triplet."""
-    p, lam, q = evidence.weight
+    p, lam, q = inputs.weight
     return jnp.abs(lam) * jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)
 
 
-def signal_to_noise(evidence: adalora.scores.ScoreInputs) -> jax.Array:
+def signal_to_noise(inputs: adalora.scores.ScoreInputs) -> jax.Array:
     """Return ``|w| / σ`` per triplet, with σ the deviation of the posterior (Chen and Garner 2024).
 
     With the Fisher information ``(Ī / w)²`` and a prior of precision ``δ = 1e-4``, this is
     ``√(Ī² + δ w²)``.
     """
     return adalora.scores.triplet_mean(
-        jax.tree.map(lambda w, s: jnp.hypot(s, 1e-2 * w), evidence.weight, evidence.sensitivity)
+        jax.tree.map(lambda w, s: jnp.hypot(s, 1e-2 * w), inputs.weight, inputs.sensitivity)
     )
 
 

@@ -138,7 +138,7 @@ def all_runs(
     chunks = rows.reshape(len(rates), -1, size).swapaxes(0, 1)
     scores = jax.lax.map(lambda rows: jax.vmap(score)(trainable, rows), chunks)
     ends = splits.validation.shape[1] // size
-    triplets, parameters = jax.vmap(lambda *run: live(method, *run))(trainable, state)
+    triplets, parameters = jax.vmap(lambda *run: active(method, *run))(trainable, state)
     validation, test = scores[:ends].mean(axis=0), scores[ends:].mean(axis=0)
     return Outcome(validation, test, triplets, parameters)
 
@@ -175,7 +175,7 @@ def optimizer(task: Task, method: Method, config: Any, rate: jax.Array) -> Any:
     return adalora.adalora(tx, config) if method.allocates else tx
 
 
-def live(method: Method, trainable: Any, state: Any) -> tuple[Any, Any]:
+def active(method: Method, trainable: Any, state: Any) -> tuple[Any, Any]:
     """Return the numbers of active triplets and of their parameters; λ counts if it is trained."""
     if method.form == "full":
         return jnp.zeros(()), jnp.asarray(sum(leaf.size for leaf in jax.tree.leaves(trainable)))

@@ -107,8 +107,8 @@ def main(axis_type):
             if before.committed:
                 assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim), where
             np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-7, err_msg=where)
-    live = sum(int(mask.sum()) for mask in jax.tree.leaves(carry[1].allocator.masks))
-    assert live == 2 * 6
+    active = sum(int(mask.sum()) for mask in jax.tree.leaves(carry[1].allocator.masks))
+    assert active == 2 * 6
 
 
 if __name__ == "__main__":

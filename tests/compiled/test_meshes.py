@@ -32,9 +32,9 @@ def run(layouts, *flags):
 
 def check(runs):
     alone = runs.pop("data:1:1")
-    live = [sum(np.sum(mask) for mask in masks.values()) for masks in alone["masks"]]
-    assert (live[0], live[-1]) == (TRIPLETS, TRIPLETS // 2)
-    assert len(set(live)) >= 3
+    active = [sum(np.sum(mask) for mask in masks.values()) for masks in alone["masks"]]
+    assert (active[0], active[-1]) == (TRIPLETS, TRIPLETS // 2)
+    assert len(set(active)) >= 3
     for name, result in runs.items():
         assert result["masks"] == alone["masks"], name
         for path, adapter in alone["adapters"].items():

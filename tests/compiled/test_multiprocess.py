@@ -72,8 +72,8 @@ def check(count, tmp_path):
     leaves = jax.tree.leaves((saved.adapters, saved.opt_state))
     assert len(leaves) == len(whole)
     assert all(np.asarray(a).tobytes() == b.tobytes() for a, b in zip(leaves, whole))
-    live = sum(int(mask.sum()) for mask in jax.tree.leaves(saved.allocator.masks))
-    assert live == CONFIG.target_r * 5
+    active = sum(int(mask.sum()) for mask in jax.tree.leaves(saved.allocator.masks))
+    assert active == CONFIG.target_r * 5
     assert len({int(mask.sum()) for mask in saved.allocator.masks["layers"]}) > 1
 
 

@@ -90,10 +90,10 @@ def test_per_adapter_allocation_spends_budget_and_differs_by_at_most_one(seed):
         grads = jax.tree.map(lambda leaf, wave=wave: jnp.cos(leaf * wave), adapters)
         moved = jax.tree.map(lambda w, g: w - 0.1 * g, state.adapters, grads)
         state, masks = al.allocate(dataclasses.replace(state, adapters=moved), grads, step)
-        live = list(al.ranks(masks).values())
-        assert sum(live) == int(al.budget(config, step, 5)) == int(state.allocator.budget)
-        assert max(live) - min(live) <= 1
-    assert live == [2] * 5
+        active = list(al.ranks(masks).values())
+        assert sum(active) == int(al.budget(config, step, 5)) == int(state.allocator.budget)
+        assert max(active) - min(active) <= 1
+    assert active == [2] * 5
 
 
 def test_per_adapter_allocation_rejects_rank_limits():
@@ -172,7 +172,7 @@ def test_without_revival_ranks_only_fall_and_budget_is_met(allocation, limits):
     config = CONFIG.replace(rank_overrides=limits, allocation=allocation, score="sensitivity")
 
     def run(config):
-        """Count the triplets that masks revived, and those that are live after the last mask."""
+        """Count the triplets that masks revived, and those that are active after the last mask."""
         before, revived = None, 0
         for t, (params, state) in enumerate(steps(config, optax.sgd(0.5))):
             masks = toy_problem.rows(state.masks)
@@ -186,13 +186,13 @@ def test_without_revival_ranks_only_fall_and_budget_is_met(allocation, limits):
         return revived, sum(map(np.sum, masks))
 
     assert run(config.replace(allow_regrowth=False)) == (0, 2 * toy_problem.MATRICES)
-    revived, live = run(config)
+    revived, active = run(config)
     assert revived > 0, "nothing was at stake"
-    assert live == 2 * toy_problem.MATRICES
+    assert active == 2 * toy_problem.MATRICES
 
 
 def test_pruned_triplets_do_not_count_towards_min_r():
-    """Only live triplets count, even where a pruned one has the highest score."""
+    """Only active triplets count, even where a pruned one has the highest score."""
     limits = {"a": {"min_r": 1}}
     config = al.AdaLoraConfig(
         total_step=4,

@@ -50,15 +50,15 @@ def test_compact_adapters_equal_masked_adapters(pruned):
 def test_surviving_rows_are_masks_of_compact_adapters(pruned):
     adapters, masks = pruned
     small = adalora.compact(adapters, masks)
-    live = {p: surviving_rows(np.asarray(m))[1] for p, m in masks.items()}
-    live = {path: mask for path, mask in live.items() if mask.shape[-1]}
-    assert {path: mask.shape for path, mask in live.items()} == {
+    active = {p: surviving_rows(np.asarray(m))[1] for p, m in masks.items()}
+    active = {path: mask for path, mask in active.items() if mask.shape[-1]}
+    assert {path: mask.shape for path, mask in active.items()} == {
         path: a.lam.shape for path, a in small.items()
     }
     want = {path: rank for path, rank in adalora.ranks(masks).items() if path != "b"}
-    assert adalora.ranks(live) == want
-    again = adalora.compact(jax.tree.map(lambda leaf: leaf + 1, small), live)
-    chex.assert_trees_all_equal(again["a/up"].lam == 0, jnp.asarray(~live["a/up"]))
+    assert adalora.ranks(active) == want
+    again = adalora.compact(jax.tree.map(lambda leaf: leaf + 1, small), active)
+    chex.assert_trees_all_equal(again["a/up"].lam == 0, jnp.asarray(~active["a/up"]))
 
 
 def test_compact_uses_mask_and_not_value_of_lam(pruned):
@@ -66,8 +66,8 @@ def test_compact_uses_mask_and_not_value_of_lam(pruned):
     revived = jax.tree.map(lambda leaf: leaf + 1, adapters)
     assert adalora.compact(revived, masks)["a/query"].lam.shape == (2,)
     zero = {**adapters, "b": adapters["b"]._replace(lam=jnp.zeros(4))}
-    live = {**masks, "b": jnp.ones(4, bool)}
-    assert adalora.compact(zero, live)["b"].lam.shape == (4,)
+    active = {**masks, "b": jnp.ones(4, bool)}
+    assert adalora.compact(zero, active)["b"].lam.shape == (4,)
 
 
 def test_summary_counts_active_parameters(pruned):

@@ -13,7 +13,7 @@ from adalora_jax import huggingface
 def test_compacting_or_exporting_unfinished_run_warns(tmp_path):
     tx = adalora.adalora(optax.adam(1e-2), CONFIG)
     params, state = run(tx, fresh(), 12)
-    said = "made 12 updates, but the final mask comes with update 20.*finish"
+    said = "made 12 updates, but the final mask is made at update 20.*finish"
     with pytest.warns(UserWarning, match=said):
         adalora.compact(params, state)
     for write in (huggingface.save_pretrained, huggingface.save_as_lora):

@@ -185,7 +185,7 @@ def test_compacted_nnx_model_and_optimizer_train_equally():
 def test_compaction_before_final_mask_raises():
     tx = adalora.adalora(optax.adam(0.02), CONFIG)
     params = fresh(CONFIG)
-    with pytest.raises(ValueError, match=r"made 0 updates, but the final mask comes with update 9"):
+    with pytest.raises(ValueError, match=r"made 0 updates, but the final mask is made at update 9"):
         adalora.compact(params, tx.init(params), tx)
 
 

@@ -79,8 +79,8 @@ def started(config, adapters=None, shapes=toy_problem.SHAPES):
 
 def test_small_start_warns_with_numbers_and_remedy():
     message = (
-        r"scale=0\.125: the increments of 3 of 3 adapters start far too small\. .* of 'layers' is "
-        r"13,333 times smaller.* Set scale=1\.0 .*warn_small_start=False"
+        r"`scale=0\.125`: 3 of 3 adapters start far too small, at 'layers' "
+        r"13,333 times smaller.* set scale=1\.0 .*warn_small_start=False"
     )
     with pytest.warns(UserWarning, match=message):
         started(LEADERBOARD)
@@ -120,7 +120,7 @@ def test_scale_of_each_layer_decides_about_the_warning():
     adapters = toy_problem.adapters(config)
     adapters["key"] = adapters["key"]._replace(scale=0.1)
     started(config, toy_problem.adapters(config))
-    with pytest.warns(UserWarning, match=r"scale=0\.1: .* of 1 of 3 adapters .* that of 'key'"):
+    with pytest.warns(UserWarning, match=r"`scale=0\.1`: 1 of 3 adapters .* at 'key'"):
         started(config, adapters)
 
 

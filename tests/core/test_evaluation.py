@@ -106,7 +106,7 @@ def test_trees_without_masks_raise():
 
 def test_finish_after_final_mask_needs_no_gradients():
     config = adalora.AdaLoraConfig(
-        total_step=3, init_r=4, target_r=2, score=lambda evidence: evidence.sensitivity.lam
+        total_step=3, init_r=4, target_r=2, score=lambda inputs: inputs.sensitivity.lam
     )
     adapters = {"up": adalora.init_adapter(jax.random.key(0), 6, 5, config)}
     tx = adalora.adalora(optax.adam(1e-2), config)

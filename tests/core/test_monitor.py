@@ -75,10 +75,10 @@ def test_scores_match_paper_and_metrics_summarise_them(score, score_reduction):
         assert int(info.step) == t + 1
         assert int(info.budget) == oracle.budget(config, t, toy_problem.MATRICES)
         ranks, flat = np.sum(masks, axis=1), np.concatenate(expected)
-        assert int(info.live) == ranks.sum()
+        assert int(info.active) == ranks.sum()
         wanted = {
             "budget": info.budget,
-            "live": ranks.sum(),
+            "active": ranks.sum(),
             "rank_min": ranks.min(),
             "rank_mean": ranks.mean(),
             "rank_max": ranks.max(),
@@ -129,7 +129,7 @@ def test_metrics_omit_per_matrix_values_by_default():
     few, all_of_them = info.metrics(), info.metrics(each=True)
     assert set(all_of_them) - set(few) == {f"{k}/{row}" for k in ("rank", "score") for row in ROWS}
     assert all(np.shape(value) == () for value in all_of_them.values())
-    assert json.loads(json.dumps({k: float(v) for k, v in few.items()}))["live"] == 8
+    assert json.loads(json.dumps({k: float(v) for k, v in few.items()}))["active"] == 8
 
 
 def test_score_threshold_is_infinite_without_active_triplets():

@@ -40,7 +40,7 @@ def test_adapters_are_found_in_any_container(kind):
     }[kind]()
     after, state = trained(params)
     assert jax.tree.structure(after) == jax.tree.structure(params)
-    assert active(after) == toy_problem.live(state.masks)
+    assert active(after) == toy_problem.active(state.masks)
     assert active(after) == (2 if kind == "one adapter" else 4)
 
 

@@ -105,7 +105,7 @@ def test_abstract_values_are_read_by_path():
 
 def test_ties_are_broken_by_order_of_parameters_not_of_roles():
     """With equal scores everywhere, the first triplets of the first adapters stay active."""
-    config = CONFIG.replace(score=lambda evidence: jnp.ones_like(evidence.sensitivity.lam))
+    config = CONFIG.replace(score=lambda inputs: jnp.ones_like(inputs.sensitivity.lam))
     params = adapters(config)
     tx = al.adalora(optax.sgd(0.1), config)
     state = tx.init(params)

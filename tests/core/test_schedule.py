@@ -56,7 +56,7 @@ def test_linear_run_ends_with_exactly_8_per_adapter():
         budgets.append(int(state.allocator.budget) / toy_problem.MATRICES)
     assert budgets[-1] == 8.0
     assert 10.0 > budgets[4] > 9.0
-    assert toy_problem.live(state.allocator.masks) == 8 * toy_problem.MATRICES
+    assert toy_problem.active(state.allocator.masks) == 8 * toy_problem.MATRICES
     assert sum(int((a.lam != 0).sum()) for a in params.values()) == 8 * toy_problem.MATRICES
 
 
@@ -80,7 +80,7 @@ def test_budget_beyond_int32_raises():
 @pytest.mark.parametrize("freeze_pruned", [False, True])
 @pytest.mark.parametrize("init", ["gaussian", "lambda_one", "orthonormal"])
 def test_grow_schedule_increases_ranks_and_new_triplets_train(freeze_pruned, init):
-    """The problem needs rank: triplets that were pruned early are live and non-zero at the end."""
+    """The problem needs rank: triplets pruned early are active and non-zero at the end."""
     config = CONFIG.replace(
         total_step=60,
         init_r=3,
@@ -99,11 +99,11 @@ def test_grow_schedule_increases_ranks_and_new_triplets_train(freeze_pruned, ini
         budgets.append(int(state.allocator.budget))
         masks.append(toy_problem.rows(state.allocator.masks))
         if t > config.tinit and t % config.deltaT == 0 and t < config.final_step:
-            assert toy_problem.live(state.allocator.masks) == budgets[-1]
+            assert toy_problem.active(state.allocator.masks) == budgets[-1]
     growing = budgets[2 : config.final_step + 1]
     assert (growing[0], growing[-1]) == (toy_problem.MATRICES, 2 * toy_problem.MATRICES)
     assert growing == sorted(growing)
-    assert toy_problem.live(state.allocator.masks) == 2 * toy_problem.MATRICES
+    assert toy_problem.active(state.allocator.masks) == 2 * toy_problem.MATRICES
     early, late = masks[8], masks[-1]
     grown = [now & ~then for now, then in zip(late, early)]
     assert sum(map(np.sum, grown)) >= toy_problem.MATRICES

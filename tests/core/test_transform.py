@@ -76,7 +76,7 @@ def test_nested_transformation_prunes_and_its_state_is_found(name):
     params, state = run(NESTED[name](), parameters())
     allocator = al.allocator_state(state)
     assert int(allocator.step) == CONFIG.total_step
-    assert toy_problem.live(allocator.masks) == alive(params) == 4
+    assert toy_problem.active(allocator.masks) == alive(params) == 4
     assert al.ranks(allocator).keys() == {"block/a", "block/b"}
 
 
@@ -130,7 +130,7 @@ def test_apply_if_finite_and_adalora_skip_same_step(where):
         updates, after = jax.jit(tx.update)(gradients(params), after, params)
         params = optax.apply_updates(params, updates)
     assert int(al.allocator_state(after).step) == CONFIG.total_step
-    assert toy_problem.live(al.allocator_state(after).masks) == alive(params) == 4
+    assert toy_problem.active(al.allocator_state(after).masks) == alive(params) == 4
 
 
 # Errors ---------------------------------------------------------------------------------------
@@ -193,9 +193,9 @@ def test_allocator_state_requires_exactly_one():
 
 
 def test_invalid_inner_or_config_raises():
-    with pytest.raises(TypeError, match=r"`inner=0\.1`: not an optax GradientTransformation"):
+    with pytest.raises(TypeError, match=r"`inner=0\.1`: is not an optax GradientTransformation"):
         al.adalora(0.1, CONFIG)
-    with pytest.raises(TypeError, match="`config=10`: not an AdaLoraConfig"):
+    with pytest.raises(TypeError, match="`config=10`: is not an AdaLoraConfig"):
         al.adalora(optax.sgd(0.1), 10)
 
 

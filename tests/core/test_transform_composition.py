@@ -61,7 +61,7 @@ def test_partition_may_exclude_whole_adapters_but_not_parts():
     tx = optax.partition(
         {"fast": optax.adam(1e-2), "rest": adalora.adalora(optax.adam(1e-3), CONFIG)}, by_factor
     )
-    message = r"`adapters\['l1'\]`: comes without p, but rank is allocated"
+    message = r"`adapters\['l1'\]`: has no p, but ranks are allocated from"
     with pytest.raises(ValueError, match=message):
         tx.init(params)
 
@@ -107,7 +107,7 @@ def test_swapped_arguments_raise_with_hints():
         tx.update(adapters, adapters, state)
     with pytest.raises(TypeError, match=r"orthogonality\(adapters, config\)"):
         adalora.orthogonality(config, adapters)
-    with pytest.raises(TypeError, match="`named=list`: not a mapping"):
+    with pytest.raises(TypeError, match="`named=list`: is not a mapping"):
         adalora.AdapterBank.from_dict([adapters])
     with pytest.raises(ValueError, match=r"arguments are \(opt_state, params\)"):
         adalora.eval_params(adapters, state)

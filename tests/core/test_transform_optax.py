@@ -83,7 +83,7 @@ def test_run_traces_once_and_prunes_exactly(name):
             expected = ~np.asarray(mask) if t in MASKED else np.zeros(3, bool)
             np.testing.assert_array_equal(zeros, expected, err_msg=f"step {t}")
             assert np.isfinite(adapter.p).all()
-        assert toy_problem.live(allocator.masks) == {2: 5, 3: 5}.get(t, 6 if t < 2 else 4)
+        assert toy_problem.active(allocator.masks) == {2: 5, 3: 5}.get(t, 6 if t < 2 else 4)
     assert step._cache_size() == 1
 
 
@@ -110,7 +110,7 @@ def test_other_parameters_get_inner_optimizer_updates(name):
                     adapter = updates["block"][where]
                     updates["block"][where] = adapter._replace(lam=jnp.where(mask, adapter.lam, 0))
         toy_problem.assert_same_bits(ours, plain)
-    assert toy_problem.live(state.allocator.masks) == 5
+    assert toy_problem.active(state.allocator.masks) == 5
 
 
 @both_dtypes
@@ -160,7 +160,7 @@ def test_injected_schedule_matches_schedule_in_optimizer(name):
         jax.tree.map(close, ours[0], theirs[0])
         masks = [al.allocator_state(state).masks for state in (ours[1], theirs[1])]
     toy_problem.assert_same_bits(*masks)
-    assert toy_problem.live(masks[0]) == 5
+    assert toy_problem.active(masks[0]) == 5
 
 
 def test_inject_hyperparams_works_inside_and_around_adalora():
@@ -195,7 +195,7 @@ def test_multisteps_counts_applied_updates(name):
             if mini % 3:
                 toy_problem.assert_same_bits(carry[0], before[0])
                 toy_problem.assert_same_bits(allocator, al.allocator_state(before[1]))
-    assert toy_problem.live(allocator.masks) == 4
+    assert toy_problem.active(allocator.masks) == 4
     assert sum(int((a.lam != 0).sum()) for a in carry[0]["block"].values()) == 4
 
 
@@ -244,7 +244,7 @@ def test_scan_over_steps_equals_loop():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), scanned, looped
     )
-    assert toy_problem.live(scanned[1].allocator.masks) == 4
+    assert toy_problem.active(scanned[1].allocator.masks) == 4
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_pruned_lam_is_exactly_zero_when_update_and_param_dtypes_differ(params_i
             mask = np.asarray(state.allocator.masks[f"block/{name}"])
             if t in MASKED:
                 np.testing.assert_array_equal(np.asarray(adapter.lam) != 0, mask)
-    assert toy_problem.live(state.allocator.masks) == 4
+    assert toy_problem.active(state.allocator.masks) == 4
 
 
 def test_extra_args_reach_inner_optimizer():

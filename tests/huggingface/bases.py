@@ -64,7 +64,7 @@ def read_all(folder):
 
 
 def expected(name):
-    """Compute ``W + s pᵀ diag(λ) q`` over the live rows."""
+    """Compute ``W + s pᵀ diag(λ) q`` over the active rows."""
     path = name.removesuffix(".weight").replace(".", "/")
     p, lam, q = (np.asarray(leaf)[[0, 2]] for leaf in ADAPTERS[path])
     delta = 2.0 * (p.T * lam) @ q

@@ -45,7 +45,7 @@ def settings_of(folder):
 
 
 def assert_live_rows_equal(before, masks, after):
-    """Check live rows and dtypes bit for bit; all other new rows must be zero and masked."""
+    """Check active rows and dtypes bit for bit; all other new rows must be zero and masked."""
     for path, old in before.items():
         new, mask = after.adapters[path], np.asarray(masks[path])
         for leaf in new:
@@ -153,7 +153,7 @@ def test_states_are_accepted_as_masks(tmp_path):
     masks = jax.tree.map(lambda mask: MASK[None], state.allocator.masks)
     state = dataclasses.replace(state, allocator=state.allocator._replace(masks=masks))
     for number, masks in enumerate((state, state.allocator)):
-        with pytest.warns(UserWarning, match="made 0 updates, but the final mask comes"):
+        with pytest.warns(UserWarning, match="made 0 updates, but the final mask is made"):
             peft.save_pretrained(tmp_path / str(number), trained, CONFIG, masks=masks)
     peft.save_pretrained(tmp_path / "2", trained, CONFIG, masks={"query": MASK})
     ways = [(tmp_path / str(n) / "adapter_model.safetensors").read_bytes() for n in range(3)]
@@ -212,7 +212,7 @@ def test_scale_follows_live_rank_when_alpha_is_not_positive(alpha, tmp_path):
 def test_training_only_options_are_dropped_and_rank_overrides_kept(tmp_path):
     config = CONFIG.replace(
         budget_schedule="linear",
-        score=lambda evidence: evidence,
+        score=lambda inputs: inputs,
         allocation="per_adapter",
         freeze_pruned=True,
         target_modules=lambda path, module: True,

@@ -181,7 +181,7 @@ def test_adapters_of_another_model_raise(model):
     module, variables, x, _ = model
     adapted = adalora.linen.adapt(module, config())
     adapters = adapted.init(jax.random.key(2), variables, x)
-    with pytest.raises(ValueError, match=r"adapters\['encoder/up'\]`: not a layer of Model"):
+    with pytest.raises(ValueError, match=r"adapters\['encoder/up'\]`: is not a layer of Model"):
         adapted.apply(variables, {"encoder/up": adapters["layers_0/up"]}, x)
     with pytest.raises(ValueError, match=r"'layers_0/up'\]`: the adapter is for .* 8 x 8.*8 x 24"):
         adapted.apply(variables, {"layers_0/up": adapters["layers_0/attn/query"]}, x)

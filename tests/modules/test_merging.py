@@ -176,7 +176,7 @@ def test_merging_mismatched_or_nonfinite_weight_raises(pruned):
     ):
         adalora.merge(variables, {"a/query": adapters["a/query"]})
     with pytest.raises(
-        ValueError, match=r"`adapters\['b'\]`: not a layer of the model, whose parameters are a;"
+        ValueError, match=r"`adapters\['b'\]`: is not a layer of the model, whose parameters are a;"
     ):
         adalora.merge(variables, {"b": adapters["b"]})
     fitting = {"params": {"a": {"query": {"kernel": jnp.full((5, 6), jnp.inf)}}}}

@@ -89,7 +89,7 @@ def masks(peft_model: peft.PeftModel) -> dict[str, np.ndarray]:
     }
 
 
-def live(peft_model: peft.PeftModel) -> int:
+def nonzero(peft_model: peft.PeftModel) -> int:
     """Count the triplets that are not zero in the model at present."""
     return sum(int((lam != 0).sum()) for _, lam, _ in adapters(peft_model).values())
 

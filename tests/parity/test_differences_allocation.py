@@ -31,7 +31,7 @@ def kept(masks) -> int:
     return sum(int(np.sum(mask)) for mask in jax.tree.leaves(masks))
 
 
-def live(adapters) -> int:
+def nonzero(adapters) -> int:
     return sum(int(np.sum(np.asarray(lam) != 0)) for _, lam, _ in adapters.values())
 
 
@@ -63,11 +63,11 @@ def test_equal_scores_prune_all_in_peft_and_keep_budget_here():
     set_gradients(peft_model, ones)
     peft_model.base_model.update_and_allocate(4)
     assert peft_model.base_model.rankallocator.budget_schedule(4) == (8, True)
-    assert peft_side.live(peft_model) == 0
+    assert peft_side.nonzero(peft_model) == 0
 
     state = adalora.init_state(adalora_side.from_arrays(ones), config_)
     state, masks = adalora.allocate(state, adalora_side.from_arrays(ones), 4)
-    assert int(state.allocator.budget) == kept(masks) == live(state.adapters) == 8
+    assert int(state.allocator.budget) == kept(masks) == nonzero(state.adapters) == 8
 
 
 def test_init_r_equal_to_target_r_crashes_peft_and_trains_unpruned_here():
@@ -77,7 +77,7 @@ def test_init_r_equal_to_target_r_crashes_peft_and_trains_unpruned_here():
         list(peft_side.train(case, peft_model))
 
     *_, last = adalora_side.train(case, config_, adapters, scale=config_.scaling)
-    assert last.budget == kept(last.masks) == live(last.adapters) == 8
+    assert last.budget == kept(last.masks) == nonzero(last.adapters) == 8
 
 
 def test_init_r_below_target_r_fails_late_in_peft_and_at_once_here():
@@ -102,13 +102,13 @@ def test_infinite_gradients_end_pruning_in_peft_and_are_skipped_here():
     assert kept(own[29].masks) == kept(peft_[29].masks) == peft_[29].budget < 12
     assert np.isnan(peft_[30].uncertainty["layer0"][0]).all()
     assert {kept(snapshot.masks) for snapshot in peft_[30:]} == {12}
-    assert live(peft_[-1].adapters) == 12
+    assert nonzero(peft_[-1].adapters) == 12
 
     for name, averages in own[29].sensitivity.items():
         for before, after in zip(averages, own[30].sensitivity[name]):
             np.testing.assert_array_equal(before, after)
     assert [kept(snapshot.masks) for snapshot in own[30:]] == [s.budget for s in own[30:]]
-    assert kept(own[-1].masks) == live(own[-1].adapters) == 4
+    assert kept(own[-1].masks) == nonzero(own[-1].adapters) == 4
 
 
 def test_without_final_phase_peft_ends_unpruned_and_we_at_target():
@@ -117,10 +117,10 @@ def test_without_final_phase_peft_ends_unpruned_and_we_at_target():
     peft_model, config_, adapters = both(case)
     *_, peft_last = peft_side.train(case, peft_model)
     assert kept(peft_last.masks) == 4
-    assert live(peft_last.adapters) == 12
+    assert nonzero(peft_last.adapters) == 12
 
     *_, last = adalora_side.train(case, config_, adapters, scale=config_.scaling)
-    assert kept(last.masks) == live(last.adapters) == 4
+    assert kept(last.masks) == nonzero(last.adapters) == 4
 
 
 def test_start_after_final_step_crashes_peft_and_prunes_here():
@@ -154,21 +154,21 @@ def test_between_masks_peft_is_unpruned_and_our_state_has_the_masks():
     stored for evaluation and export, and ``freeze_pruned`` prevents the growth."""
     case = Case("chain2", config(80, (6, 2), 10, 20, 4), steps=31)
     peft_model, config_, adapters = both(case)
-    peft_live = [live(snapshot.adapters) for snapshot in peft_side.train(case, peft_model)]
-    assert peft_live[24:] == [6, 12, 12, 12, 6, 12, 12]
+    peft_nonzero = [nonzero(snapshot.adapters) for snapshot in peft_side.train(case, peft_model)]
+    assert peft_nonzero[24:] == [6, 12, 12, 12, 6, 12, 12]
 
     own = list(adalora_side.train(case, config_, adapters, scale=config_.scaling))
-    assert [live(snapshot.adapters) for snapshot in own] == peft_live
+    assert [nonzero(snapshot.adapters) for snapshot in own] == peft_nonzero
     masked = [
         evaluation.apply_masks(adalora_side.from_arrays(snapshot.adapters), snapshot.masks)
         for snapshot in own
     ]
-    assert [live(adapters) for adapters in masked[24:]] == [6] * 7
+    assert [nonzero(adapters) for adapters in masked[24:]] == [6] * 7
 
     held = adalora_side.train(
         case, config_.replace(freeze_pruned=True), adapters, scale=config_.scaling
     )
-    assert [live(snapshot.adapters) for snapshot in held][24:] == [6] * 7
+    assert [nonzero(snapshot.adapters) for snapshot in held][24:] == [6] * 7
 
 
 def test_forgotten_call_leaves_peft_unpruned_and_is_not_needed_here():
@@ -176,10 +176,10 @@ def test_forgotten_call_leaves_peft_unpruned_and_is_not_needed_here():
     peft_model, config_, adapters = both(case)
     peft_model.base_model.update_and_allocate = lambda step: None
     *_, peft_last = peft_side.train(case, peft_model)
-    assert live(peft_last.adapters) == 12
+    assert nonzero(peft_last.adapters) == 12
 
     *_, last = adalora_side.train(case, config_, adapters, scale=config_.scaling)
-    assert live(last.adapters) == 4
+    assert nonzero(last.adapters) == 4
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")

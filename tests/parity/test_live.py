@@ -133,11 +133,11 @@ def check(case: Case, dtype: str, tolerance: dict[str, float]) -> None:
                         assert error <= tolerance["averages"] * np.abs(size).max(), at
         for name, leaf in peft.head.items():
             assert np.abs(own.head[name] - leaf).max() <= tolerance["weights"], where
-        live = sum(int(mask.sum()) for mask in own.masks.values())
-        initial = live if initial is None else initial
+        active = sum(int(mask.sum()) for mask in own.masks.values())
+        initial = active if initial is None else initial
         budget = peft.budget
     # Without pruning this test would show nothing.
-    assert live == budget == initial * config.target_r // config.init_r < initial
+    assert active == budget == initial * config.target_r // config.init_r < initial
     assert step + 1 == (case.steps or config.total_step)
 
 

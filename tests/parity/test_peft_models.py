@@ -63,7 +63,7 @@ def test_logits_in_peft_match_dense_increments(example, writer, tmp_path):
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("example", hf.LAYOUTS, indirect=True)
 def test_saved_adapters_load_with_same_increments(example, writer, tmp_path):
-    """AdaLoRA files keep live rows bit for bit; LoRA files have λ in the other factors."""
+    """AdaLoRA files keep active rows bit for bit; LoRA files have λ in the other factors."""
     family, _, adapters, masks = example
     WRITERS[writer](tmp_path, adapters, CONFIG, masks=masks, names=family)
     read = files.load_pretrained(tmp_path, names=family, like=adapters)
@@ -74,10 +74,10 @@ def test_saved_adapters_load_with_same_increments(example, writer, tmp_path):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
         if writer == "adalora":
             for index in np.ndindex(adapter.lam.shape[:-1]):
-                live, kept = np.asarray(masks[path][index]), read.masks[path][index]
+                active, kept = np.asarray(masks[path][index]), read.masks[path][index]
                 for before, after in zip(adapter, read.adapters[path]):
                     np.testing.assert_array_equal(
-                        np.asarray(before)[index][live], np.asarray(after)[index][kept]
+                        np.asarray(before)[index][active], np.asarray(after)[index][kept]
                     )
 
 

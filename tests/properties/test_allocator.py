@@ -134,7 +134,7 @@ def test_renaming_adapters_permutes_their_masks(rng, step):
     masks = al.allocate(al.init_state(weights, CONFIG), grads, step)[1]
     renamed = al.allocate(al.init_state(rename(weights), CONFIG), rename(grads), step)[1]
     toy_problem.assert_same_bits(renamed, rename(masks))
-    assert 0 < toy_problem.live(masks) < 12
+    assert 0 < toy_problem.active(masks) < 12
 
 
 @given(data=st.data(), schedule=st.sampled_from(["cubic", "linear"]))
@@ -157,17 +157,17 @@ def test_budget_never_rises(data, schedule):
 
 
 def test_run_meets_budget_at_every_mask_and_ends_on_target():
-    live, allowed, alive = [], [], []
+    active, allowed, alive = [], [], []
     for params, state in whole_run()[1:]:
-        live.append(toy_problem.live(state.allocator.masks))
+        active.append(toy_problem.active(state.allocator.masks))
         allowed.append(int(state.allocator.budget))
         alive.append(sum(int((a.lam != 0).sum()) for a in params.values()))
     made = [2, 4, 6, 8]  # deltaT = 2 after tinit = 1, and the final mask at 10 − 2
-    assert [live[t] for t in made] == [allowed[t] for t in made]
-    assert [alive[t] for t in (*made, 9)] == [live[t] for t in (*made, 9)]
-    assert live[0] == live[1] == 16
-    assert live[8] == live[9] == 8
-    assert alive[3] > live[3], "between two masks λ grows back"
+    assert [active[t] for t in made] == [allowed[t] for t in made]
+    assert [alive[t] for t in (*made, 9)] == [active[t] for t in (*made, 9)]
+    assert active[0] == active[1] == 16
+    assert active[8] == active[9] == 8
+    assert alive[3] > active[3], "between two masks λ grows back"
     assert all(earlier >= later for earlier, later in itertools.pairwise(allowed))
 
 
@@ -184,12 +184,12 @@ def test_skipped_final_step_is_made_up_for(steps, seed):
         if step >= CONFIG.final_step:
             final = masks if final is None else final
             toy_problem.assert_same_bits(masks, final)
-            assert toy_problem.live(masks) == 2 * toy_problem.MATRICES
+            assert toy_problem.active(masks) == 2 * toy_problem.MATRICES
     if final is None:
         due = steps & {2, 4, 6}  # before the final step, masks are made at these alone
         step = max(due, default=0)
         allowed = int(al.budget(CONFIG, step, toy_problem.MATRICES))
-        assert toy_problem.live(state.allocator.masks) == allowed
+        assert toy_problem.active(state.allocator.masks) == allowed
 
 
 FIELDS = st.tuples(
@@ -224,7 +224,7 @@ def test_bad_gradient_leaves_allocator_unchanged_and_pruning_continues(where, at
         else:
             assert int(state.allocator.step) == int(before.step) + 1
     assert int(state.allocator.step) == CONFIG.total_step
-    assert toy_problem.live(state.allocator.masks) == 2 * toy_problem.MATRICES
+    assert toy_problem.active(state.allocator.masks) == 2 * toy_problem.MATRICES
     assert sum(int((a.lam != 0).sum()) for a in params.values()) == 2 * toy_problem.MATRICES
 
 

@@ -112,7 +112,7 @@ def assert_same_bits(ours, theirs):
         assert a.tobytes() == b.tobytes(), f"{jax.tree_util.keystr(path)}: {a} is not {b}"
 
 
-def live(masks):
+def active(masks):
     """Return the total number of active triplets in all adapters."""
     return sum(int(np.sum(mask)) for mask in jax.tree.leaves(masks))
 

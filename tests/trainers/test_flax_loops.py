@@ -50,7 +50,7 @@ def cross_entropy(logits):
 
 
 def allowed(updates):
-    """Return the number of triplets that may be live after so many updates."""
+    """Return the number of triplets that may be active after so many updates."""
     if updates == 0:
         return CONFIG.init_r * LAYERS
     step = updates - 1
@@ -60,7 +60,7 @@ def allowed(updates):
 
 
 def check(adapters, opt_state, updates):
-    """Check that live triplets match the budget and, after the final mask, other λ are zero."""
+    """Check that active triplets match the budget and, after the final mask, other λ are zero."""
     allocator = adalora.allocator_state(opt_state)
     assert int(allocator.step) == updates
     ranks = adalora.ranks(allocator)
@@ -217,7 +217,7 @@ def test_scan_can_return_infos():
         return jax.lax.scan(step, state, length=STEPS)
 
     _, (_, infos) = run(new_state(tx))
-    assert np.asarray(infos.live).tolist() == [allowed(t) for t in range(1, STEPS + 1)]
+    assert np.asarray(infos.active).tolist() == [allowed(t) for t in range(1, STEPS + 1)]
 
 
 # NNX ------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ FILTERS = {
 def test_nnx_optimizer_trains_only_filtered_params(name):
     chex.clear_trace_counter()
     model, wrt = adapted_nnx(), FILTERS[name]
-    warned = pytest.warns(UserWarning, match=r"weights train along .*'blocks/0/down/kernel'")
+    warned = pytest.warns(UserWarning, match=r"base weights that have .*'blocks/0/down/kernel'")
     with warned if name == "the whole model" else contextlib.nullcontext():
         optimizer = nnx.Optimizer(model, TRANSFORMS["plain"](), wrt=wrt)
     is_base = lambda path, leaf: type(leaf) is nnx.Param

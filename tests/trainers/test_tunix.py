@@ -171,8 +171,8 @@ def test_ranks_shrink_to_budget(family):
     adapters = adalora.adapters(adalora.nnx.adapters(run.model))  # without modules_to_save
     state = run.allocator
     matrices = sum(a.lam[..., 0].size for a in adapters.values())
-    assert (run.watch.live[0], sum(adalora.ranks(state).values())) == (4 * matrices, 2 * matrices)
-    assert run.watch.live == sorted(run.watch.live, reverse=True)
+    assert (run.watch.active[0], sum(adalora.ranks(state).values())) == (4 * matrices, 2 * matrices)
+    assert run.watch.active == sorted(run.watch.active, reverse=True)
     assert len({*adalora.ranks(state).values()}) > 1, "some layers are worth more than others"
     masks = pytree.leaves_with_path(state.masks)
     assert set(masks) == set(adapters)

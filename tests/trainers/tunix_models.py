@@ -126,10 +126,10 @@ class Loss:
 
 
 class Watch(hooks.TrainingHooks):
-    """Tunix hooks that record the allocator's step and live triplets when each step begins."""
+    """Tunix hooks that record the allocator's step and active triplets when each step begins."""
 
     def __init__(self):
-        self.steps, self.live = [], []
+        self.steps, self.active = [], []
 
     def on_train_start(self, train_ctx):
         pass
@@ -140,7 +140,7 @@ class Watch(hooks.TrainingHooks):
     def on_train_step_start(self, train_ctx):
         state = adalora.allocator_state(train_ctx.optimizer.opt_state)
         self.steps.append(int(state.step))
-        self.live.append(sum(adalora.ranks(state).values()))
+        self.active.append(sum(adalora.ranks(state).values()))
 
     def on_train_step_end(self, train_ctx, train_step, train_loss):
         pass

@@ -33,8 +33,8 @@ class NnxModel(nnx.Module):
         return self.query(x)
 
 
-def size(evidence: adalora.scores.ScoreInputs) -> jax.Array:
-    return jnp.abs(evidence.weight.lam)
+def size(inputs: adalora.scores.ScoreInputs) -> jax.Array:
+    return jnp.abs(inputs.weight.lam)
 
 
 config = adalora.AdaLoraConfig(

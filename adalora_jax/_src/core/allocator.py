@@ -146,12 +146,10 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     Raises:
       ValueError: ``params`` contains no adapter, or all triplets together cost 2³¹ or more.
     """
-    adapters = pytree.adapters(params)
-    if not adapters:
-        raise ValueError(
-            f"`params`: no adapter was found in the {type(params).__name__}; pass the adapters "
-            "that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam."
-        )
+    way_out = (
+        "pass the adapters that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam"
+    )
+    adapters = pytree.require_adapters(params, "params", way_out)
     roles = group_by_role(adapters)
 
     # zeros_like and ones_like give the state the shardings of the parameters.
@@ -340,14 +338,14 @@ def best_masks(
 
     entries = [ranked(role) for role in roles.members]
     row = concatenate(entries)
-    mask = apply_threshold(row, find_threshold(row, allowed, roles.places), roles.places)
+    mask = apply_threshold(row, find_threshold(row, allowed, roles.positions), roles.positions)
     ends = itertools.accumulate(entry.keys.size for entry in entries)
     new = {}
     for role, entry, end in zip(roles.members, entries, ends):
         before = state.masks.stacked[role.name]
         # Otherwise the sharding of a role's mask would propagate to the row and to other roles.
-        own = replicate(mask[end - entry.keys.size : end].reshape(before.shape))
-        new[role.name] = _sharded_like(own, before)
+        mask_of_role = replicate(mask[end - entry.keys.size : end].reshape(before.shape))
+        new[role.name] = _sharded_like(mask_of_role, before)
     return ByRole(new, roles)
 
 
@@ -432,12 +430,16 @@ def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str,
       ValueError: an adapter has no gradient or one of another shape, or a gradient has no adapter;
         the message names them.
     """
-    have = pytree.adapters(grads)
-    problems = [f"{path} has no gradient" for path in adapters if path not in have]
-    problems += [f"{path} has a gradient but no adapter" for path in have if path not in adapters]
+    gradients_by_path = pytree.adapters(grads)
+    problems = [f"{path} has no gradient" for path in adapters if path not in gradients_by_path]
+    problems += [
+        f"{path} has a gradient but no adapter"
+        for path in gradients_by_path
+        if path not in adapters
+    ]
     for path, adapter in adapters.items():
-        for name in Adapter._fields if path in have else ():
-            shapes = [tuple(getattr(a, name).shape) for a in (adapter, have[path])]
+        for name in Adapter._fields if path in gradients_by_path else ():
+            shapes = [tuple(getattr(a, name).shape) for a in (adapter, gradients_by_path[path])]
             if shapes[0] != shapes[1]:
                 problems.append(
                     f"the gradient of {path}.{name} has shape {shapes[1]}, not {shapes[0]}"
@@ -448,7 +450,7 @@ def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str,
             f"`grads`: do not match the adapters, since {shown}; differentiate with respect to the "
             "same tree that is trained."
         )
-    return {path: have[path] for path in adapters}
+    return {path: gradients_by_path[path] for path in adapters}
 
 
 def _limits(
@@ -522,8 +524,8 @@ def map_state(
     def is_masked(node: PyTree) -> bool:
         return isinstance(node, optax.MaskedNode)
 
-    def mapped(leaf: PyTree, own: PyTree) -> PyTree:
-        return leaf if is_masked(leaf) else function(leaf, own)
+    def mapped(leaf: PyTree, rest_leaf: PyTree) -> PyTree:
+        return leaf if is_masked(leaf) else function(leaf, rest_leaf)
 
     def by_role(node: PyTree) -> bool:
         return isinstance(node, ByRole)
@@ -542,12 +544,10 @@ def map_state(
             raise
         reason = str(error).splitlines()[0]
         raise ValueError(
-            "`opt_state`: optax.tree.map_params cannot tell what belongs to which parameter "
-            f"({reason}), since it is not the state that this tx has for these parameters, or the "
-            "optimizer keeps something of them that is not one array for each (as sm3), or its "
-            "labels are a function that needs the parameters (partition, masked); give the labels "
-            "as a tree, or compact(params, opt_state) the parameters alone and start anew with "
-            "tx.init."
+            "`opt_state`: optax.tree.map_params cannot assign its leaves to parameters "
+            f"({reason}), because tx did not make it for these parameters, an optimizer such as "
+            "sm3 stores several arrays per parameter, or the labels of partition or masked are a "
+            "function; pass labels as a tree, or use compact(params, opt_state) and a new tx.init."
         ) from error
 
     def allocated(node: PyTree) -> PyTree:

@@ -77,7 +77,8 @@ class AdapterBank:
         """
         if not isinstance(named, Mapping):
             raise TypeError(
-                f"`named={type(named).__name__}`: not a mapping; pass a dict, {{name: adapters}}."
+                f"`named={type(named).__name__}`: is not a mapping; pass a dict, "
+                "{name: adapters}."
             )
         bank = cls({}, {}, ())
         for name, adapters in named.items():
@@ -114,13 +115,11 @@ class AdapterBank:
             raise ValueError(
                 f"`name={name!r}`: must be a string that is not empty; pass a name for this set."
             )
-        found = pytree.adapters(adapters)
-        if not found:
-            raise ValueError(
-                f"`adapters`: no adapter was found in the {type(adapters).__name__} given for "
-                f"{name!r}; pass {{path: Adapter}}, as adalora_jax.eval_params or "
-                "adalora_jax.compact returned it."
-            )
+        way_out = (
+            f"pass {{path: Adapter}} for {name!r}, as adalora_jax.eval_params or "
+            "adalora_jax.compact returned it"
+        )
+        found = pytree.require_adapters(adapters, "adapters", way_out)
         others = _others(adapters)
         if len(jax.tree.leaves(adapters)) != len(jax.tree.leaves((found, others))):
             raise ValueError(
@@ -206,15 +205,15 @@ class AdapterBank:
         [2, 0, 1]
         """
         place: dict[str | None, int] = {n: i for i, n in enumerate((None, *self.names))}
-        wanted = [names] if names is None or isinstance(names, str) else list(names)
-        for name in wanted:
+        selected = [names] if names is None or isinstance(names, str) else list(names)
+        for name in selected:
             if name not in place:
                 raise ValueError(
                     f"`name={name!r}`: the bank has no adapters of this name, only "
                     f"{', '.join(self.names) or 'the base model'}; add them with "
                     f"bank.add({name!r}, ...)."
                 )
-        found = jnp.asarray([place[name] for name in wanted], jnp.int32)
+        found = jnp.asarray([place[name] for name in selected], jnp.int32)
         return found[0] if names is None or isinstance(names, str) else found
 
     def select(
@@ -296,12 +295,12 @@ def combine_adapters(
     parts: dict[str, list[Adapter]] = {}
     for number, (member, weight) in enumerate(zip(adapters, weights)):
         for path, adapter in pytree.adapters(member).items():
-            there = parts.setdefault(path, [])
-            first = there[0] if there else adapter
+            members = parts.setdefault(path, [])
+            first = members[0] if members else adapter
             _check_same_weight(f"set {number}", path, adapter, first)
             factor = known_scale(adapter, path) / known_scale(first, path)
             by = jnp.asarray(weight, adapter.lam.dtype) * jnp.asarray(factor, adapter.lam.dtype)
-            there.append(adapter._replace(lam=adapter.lam * by))
+            members.append(adapter._replace(lam=adapter.lam * by))
     for path, members in parts.items():
         p, lam, q = zip(*members)
         result[path] = members[0]._replace(
@@ -317,7 +316,7 @@ def truncate(adapters: PyTree, rank: int) -> PyTree:
 
     With ``qᵀ = Q₁ R₁`` and ``pᵀ = Q₂ R₂`` the singular values of ``ΔW = Q₁ (R₁ Λ R₂ᵀ) Q₂ᵀ`` are
     those of the small matrix ``R₁ Λ R₂ᵀ``; the largest give the nearest matrix of a lower rank
-    (Eckart and Young, 1936).
+    (`Eckart and Young, 1936 <https://doi.org/10.1007/BF02288367>`_).
 
     Args:
       adapters: any tree with adapters in it; other leaves do not change.
@@ -375,12 +374,12 @@ def _stack(members: Sequence[Mapping[str, Adapter]]) -> dict[str, Adapter]:
     """Return ``{path: Adapter}`` stacked over the members; zero for a member without an adapter."""
     stacked = {}
     for path in sorted({path for member in members for path in member}):
-        there = [member[path] for member in members if path in member]
-        rank = max(adapter.lam.shape[-1] for adapter in there)
-        empty = jax.tree.map(jnp.zeros_like, there[0])
+        present = [member[path] for member in members if path in member]
+        rank = max(adapter.lam.shape[-1] for adapter in present)
+        empty = jax.tree.map(jnp.zeros_like, present[0])
         padded = [_padded(member.get(path, empty), rank) for member in members]
         leaves = zip(Adapter._fields, map(jnp.stack, zip(*padded)))
-        stacked[path] = there[0]._replace(**dict(leaves))
+        stacked[path] = present[0]._replace(**dict(leaves))
     return stacked
 
 
@@ -412,8 +411,8 @@ def _truncated(adapter: Adapter, rank: int) -> Adapter:
     p, lam, q = (leaf.astype(accumulation_dtype(leaf.dtype)) for leaf in adapter)
     q, in_core = jnp.linalg.qr(q.T)
     p, out_core = jnp.linalg.qr(p.T)
-    left, lam, right = jnp.linalg.svd((in_core * lam[None]) @ out_core.T, full_matrices=False)
-    new = ((p @ right.T)[:, :rank].T, lam[:rank], (q @ left)[:, :rank].T)
+    u, lam, v = jnp.linalg.svd((in_core * lam[None]) @ out_core.T, full_matrices=False)
+    new = ((p @ v.T)[:, :rank].T, lam[:rank], (q @ u)[:, :rank].T)
     leaves = (leaf.astype(old.dtype) for leaf, old in zip(new, adapter))
     return adapter._replace(**dict(zip(Adapter._fields, leaves)))
 
@@ -427,11 +426,11 @@ def _check_same_weight(name: str, path: str, adapter: Adapter, first: Adapter) -
     def shape(a: Adapter) -> tuple[int, ...]:
         return (*a.lam.shape[:-1], a.q.shape[-1], a.p.shape[-1])
 
-    have, want = shape(adapter), shape(first)
-    if have != want:
+    found, expected = shape(adapter), shape(first)
+    if found != expected:
         raise ValueError(
-            f"`adapters[{path!r}]`: {name!r} is for a weight of shape {list(have)}, but the others "
-            f"are for {list(want)}; use adapters of one model."
+            f"`adapters[{path!r}]`: {name!r} is for a weight of shape {list(found)}, but the "
+            f"others are for {list(expected)}; use adapters of one model."
         )
     made_for, other = adapter.layout, first.layout
     if made_for is not None and other is not None and not made_for.same_axes(other):

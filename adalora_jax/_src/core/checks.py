@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_INT = 2**31 - 1  # the largest int32, the dtype that counts steps and triplets
@@ -33,7 +33,7 @@ class MissingFunction:
         )
 
 
-def integer(name: str, value: Any, *, minimum: int) -> int:
+def integer(name: str, value: SupportsIndex, *, minimum: int) -> int:
     """Return ``value`` as an int from ``minimum`` to the largest int32.
 
     Args:
@@ -63,7 +63,7 @@ def integer(name: str, value: Any, *, minimum: int) -> int:
     return number
 
 
-def number(name: str, value: Any, range_: str, ok: Callable[[float], bool]) -> int | float:
+def number(name: str, value: float, range_: str, ok: Callable[[float], bool]) -> int | float:
     """Return ``value`` as an int or float that satisfies ``ok`` and is within float32's range.
 
     Args:
@@ -100,13 +100,13 @@ def scaling(name: str, alpha: float, init_r: int) -> None:
     >>> scaling("lora_alpha", 5e-324, 12)
     Traceback (most recent call last):
         ...
-    ValueError: `lora_alpha=5e-324`: over init_r=12 it is below 1.18e-38, too small a scale for \
-float32; raise lora_alpha.
+    ValueError: `lora_alpha=5e-324`: divided by init_r=12 it is below 1.18e-38, the smallest \
+scale that float32 can represent; pass a larger lora_alpha.
     """
     if alpha > 0 and alpha / init_r < MIN_NUMBER:
         raise ValueError(
-            f"`{name}={alpha!r}`: over init_r={init_r} it is below {MIN_NUMBER:.3g}, too small a "
-            f"scale for float32; raise {name}."
+            f"`{name}={alpha!r}`: divided by init_r={init_r} it is below {MIN_NUMBER:.3g}, the "
+            f"smallest scale that float32 can represent; pass a larger {name}."
         )
 
 

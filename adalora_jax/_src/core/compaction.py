@@ -26,12 +26,11 @@ def compact(
 ) -> PyTree:
     """Return the parameters, or with ``tx`` also the state, without their pruned triplets."""
     by_path = {path: np.asarray(mask) for path, mask in jax.device_get(masks(opt_state)).items()}
-    reason = unfinished(opt_state)
-    if reason and tx is not None:
-        problem = reason.removeprefix("opt_state ")
-        raise ValueError(f"`opt_state`: {problem}; call finish(opt_state, params) first.")
-    if reason:
-        warnings.warn(f"{reason}. Call finish(opt_state, params) first to apply it.", stacklevel=2)
+    if problem := unfinished(opt_state):
+        message = f"`opt_state`: {problem}; call finish(opt_state, params) first."
+        if tx is not None:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
     found = pytree.adapters(params)
     if lacking := [path for path in found if path not in by_path]:
         raise ValueError(
@@ -106,7 +105,7 @@ def _take_state_rows(
     small: PyTree,
 ) -> PyTree:
     """Return the optimizer's state for the compacted parameters."""
-    refusal = (
+    message = (
         "`opt_state`: after the selection of rows, the optimizer's state does not have the shapes "
         "of tx.init for the compacted parameters; compact the parameters alone, "
         "compact(params, opt_state), and start the final phase with tx.init."
@@ -136,7 +135,7 @@ def _take_state_rows(
         return [tuple(leaf.shape) for leaf in jax.tree.leaves(node)]
 
     if shapes(expected) != shapes(state):
-        raise ValueError(refusal)
+        raise ValueError(message)
     return state
 
 
@@ -162,22 +161,19 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     query      5     6      2    4           24
     total                   2    4           24
     """
-    found = pytree.adapters(adapters)
-    if not found:
-        raise ValueError(
-            f"`adapters`: no adapter was found in the {type(adapters).__name__}; pass the "
-            "adapters, or adalora_jax.nnx.adapters(model)."
-        )
+    found = pytree.require_adapters(
+        adapters, "adapters", "pass the adapters, or adalora_jax.nnx.adapters(model)"
+    )
     if state is None:
         state = {path: np.ones(a.lam.shape, bool) for path, a in found.items()}
-    live = ranks(state)
+    rank_of = ranks(state)
     rows = []
     for path, adapter in found.items():
         *stack, rank = adapter.lam.shape
         sizes = adapter.q.shape[-1], adapter.p.shape[-1]
         for index in np.ndindex(*stack):
             row = pytree.row_name(path, index)
-            rows.append((row, *sizes, live[row], rank, live[row] * (sum(sizes) + 1)))
+            rows.append((row, *sizes, rank_of[row], rank, rank_of[row] * (sum(sizes) + 1)))
     totals = [sum(row[column] for row in rows) for column in (3, 4, 5)]
     header = ("adapter", "in", "out", "rank", "of", "parameters")
     return text.table([header, *rows, ("total", "", "", *totals)])

@@ -148,7 +148,8 @@ class AdaLoraConfig:
       budget_schedule: ``"cubic"`` (default), ``"linear"``, ``"grow"`` or a ``BudgetSchedule``. How
         the budget b(t) changes between ``tinit`` and the final mask: ``"cubic"``, the paper's,
         prunes most at the beginning; ``"linear"`` prunes evenly; ``"grow"`` rises from one triplet
-        per matrix, up to ``init_r`` in a single matrix (IncreLoRA). Used by ``budget``.
+        per matrix, up to ``init_r`` in a single matrix (`IncreLoRA
+        <https://arxiv.org/abs/2308.12043>`_). Used by ``budget``.
       budget_unit: ``"triplets"`` (default), ``"parameters"``, ``"flops"`` or a ``BudgetCost``. The
         unit of the budget; with ``"parameters"`` and ``"flops"`` a triplet of a wide layer costs
         more than one of a narrow layer. Used by the allocator.
@@ -174,8 +175,8 @@ class AdaLoraConfig:
       lambda_lr_scale: finite float ≥ 0, default 1. Factor on the inner optimizer's update of λ.
         Used by ``adalora_jax.adalora``.
       prox: None (default), ``"soft_threshold"`` or a ``ProxFunction``. Map applied to λ after each
-        update: None, the identity; ``"soft_threshold"``, the proximal step of an L1 penalty (SoRA).
-        Used by ``adalora_jax.adalora``.
+        update: None, the identity; ``"soft_threshold"``, the proximal step of an L1 penalty (`SoRA
+        <https://arxiv.org/abs/2311.11696>`_). Used by ``adalora_jax.adalora``.
       prox_weight: finite float ≥ 0, default 0. Strength of ``prox``. Used by
         ``adalora_jax.adalora``.
       forward_mode: bool, default False. True: ``jax.jvp`` and ``jax.hessian`` work; training steps
@@ -628,7 +629,7 @@ _init = AdaLoraConfig.__init__
 
 @functools.wraps(_init)
 def _init_or_explain(self: AdaLoraConfig, *args: Any, **kwargs: Any) -> None:
-    peft_keys.refuse_names(set(kwargs) - set(inspect.signature(_init).parameters))
+    peft_keys.check_no_peft_names(set(kwargs) - set(inspect.signature(_init).parameters))
     _init(self, *args, **kwargs)
 
 

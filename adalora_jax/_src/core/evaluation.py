@@ -176,7 +176,7 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
 
 
 def unfinished(state: PyTree) -> str:
-    """Return a message that the final mask is missing; an empty string if it was made.
+    """Return the problem of a missing final mask, for a message; an empty string if it was made.
 
     >>> unfinished({"query": jnp.array([True])})
     ''
@@ -185,8 +185,8 @@ def unfinished(state: PyTree) -> str:
         step, final = int(found.step), found.config.final_step
         if step <= final:
             return (
-                f"opt_state has made {step} updates, but the final mask comes with update "
-                f"{final + 1}: ranks may still change"
+                f"has made {step} updates, but the final mask is made at update {final + 1}, so "
+                "ranks may still change"
             )
     return ""
 

@@ -72,7 +72,7 @@ def init_adapter(
         raise ValueError(f"`rank={rank}`: must be at least 0; pass the number of triplets.")
     dtype = jnp.dtype(config.param_dtype)
     if callable(config.init):
-        return _own_init(config.init, key, in_features, out_features, rank, stack, config)
+        return _custom_init(config.init, key, in_features, out_features, rank, stack, config)
     shapes = ((*stack, rank, out_features), (*stack, rank), (*stack, rank, in_features))
     p, lam, q = (
         jax.random.normal(k, shape, dtype) for k, shape in zip(jax.random.split(key, 3), shapes)
@@ -88,7 +88,7 @@ def init_adapter(
     return Adapter(*factors, scale=config.scaling)
 
 
-def _own_init(
+def _custom_init(
     init: Callable[..., tuple[ArrayLike, ArrayLike, ArrayLike]],
     key: Array,
     in_features: int,
@@ -102,11 +102,11 @@ def _own_init(
 
     def one(key: Array) -> Adapter:
         leaves = [*init(key, in_features, out_features, rank, dtype)]
-        wanted = [(rank, out_features), (rank,), (rank, in_features)]
-        if (shapes := [jnp.shape(leaf) for leaf in leaves]) != wanted:
+        expected = [(rank, out_features), (rank,), (rank, in_features)]
+        if (shapes := [jnp.shape(leaf) for leaf in leaves]) != expected:
             raise ValueError(
                 f"`init={init!r}`: returned the shapes {shapes} for p, lam and q; return arrays of "
-                f"the shapes {wanted}."
+                f"the shapes {expected}."
             )
         return Adapter(*(jnp.asarray(leaf, dtype) for leaf in leaves), scale=config.scaling)
 
@@ -124,6 +124,7 @@ def _orthonormal(normal: Inexact[Array, "... r d"]) -> Inexact[Array, "... r d"]
     wide_matrix = normal.shape[-2] < normal.shape[-1]
     tall = jnp.swapaxes(normal, -1, -2) if wide_matrix else normal
     q, r = jnp.linalg.qr(tall.astype(accumulation_dtype(normal.dtype)))
-    # Signs that make the diagonal of r positive give the uniform distribution (Mezzadri 2007).
+    # Signs that make the diagonal of r positive give the uniform distribution (Mezzadri 2007,
+    # https://arxiv.org/abs/math-ph/0609050).
     q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
     return (jnp.swapaxes(q, -1, -2) if wide_matrix else q).astype(normal.dtype)

@@ -108,12 +108,12 @@ class Layout:
         >>> Layout().matrix((12, 64, 256))
         ((12,), 64, 256)
         """
-        lifted, own = self._split(shape)
+        lifted, sizes = self._split(shape)
 
         def size(axes: tuple[int, ...]) -> int:
-            return math.prod(own[axis] for axis in axes)
+            return math.prod(sizes[axis] for axis in axes)
 
-        return (*lifted, *(own[axis] for axis in self.stack)), size(self.ins), size(self.outs)
+        return (*lifted, *(sizes[axis] for axis in self.stack)), size(self.ins), size(self.outs)
 
     def to_weight(
         self, delta: Shaped[Array, "... in out"], shape: Sequence[int]
@@ -132,10 +132,10 @@ class Layout:
         >>> layout.to_weight(jnp.zeros((6, 4)), (3, 2, 4)).shape
         (3, 2, 4)
         """
-        lifted, own = self._split(shape)
+        lifted, sizes = self._split(shape)
         order = (*self.stack, *self.ins, *self.outs)
-        delta = delta.reshape(*lifted, *(own[axis] for axis in order))
-        inverse = [len(lifted) + order.index(axis) for axis in range(len(own))]
+        delta = delta.reshape(*lifted, *(sizes[axis] for axis in order))
+        inverse = [len(lifted) + order.index(axis) for axis in range(len(sizes))]
         return delta.transpose(*range(len(lifted)), *inverse)
 
     def to_matrix(self, weight: Shaped[Array, "..."]) -> Shaped[Array, "... in out"]:
@@ -201,7 +201,8 @@ class Layout:
         )
         if not well_formed:
             raise ValueError(
-                f"`values={dict(values)!r:.200}`: not written by Layout.to_dict; pass its result."
+                f"`values={dict(values)!r:.200}`: was not written by Layout.to_dict; pass "
+                "its result."
             )
 
         def as_tuple(value: object) -> object:

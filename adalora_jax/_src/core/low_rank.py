@@ -128,8 +128,8 @@ def dropout_mask(seed: UInt32[Array, "2"], shape: Sequence[int], rate: float) ->
     Every index is hashed into 32 bits, one axis after the other. That takes 4 % of the time of
     ``jax.random.bernoulli`` on a CPU and is fused into its consumer, so computing the mask twice is
     cheaper than storing it. Sharded arrays get the same values as unsharded ones. The hash function
-    is Wellons's ``lowbias32``, of the family of MurmurHash3's finalizer. It is meant for dropout
-    only; use ``jax.random`` for anything else.
+    is Wellons's `lowbias32 <https://nullprogram.com/blog/2018/07/31/>`_, of the family of
+    MurmurHash3's finalizer. It is meant for dropout only; use ``jax.random`` for anything else.
 
     Args:
       seed: ``[2]`` uint32, any two numbers, such as ``jax.random.key_data(key)``.
@@ -142,10 +142,10 @@ def dropout_mask(seed: UInt32[Array, "2"], shape: Sequence[int], rate: float) ->
     """
     bits = seed[0]
     for axis in range(len(shape)):
-        own = [size if axis == other else 1 for other, size in enumerate(shape)]
-        index = (lax.broadcasted_iota(jnp.uint32, own, axis) + 1) * jnp.uint32(0x9E3779B9)
+        extent = [size if axis == other else 1 for other, size in enumerate(shape)]
+        index = (lax.broadcasted_iota(jnp.uint32, extent, axis) + 1) * jnp.uint32(0x9E3779B9)
         bits = bits ^ seed[1] if axis == len(shape) - 1 else bits
-        bits = _mixed(jnp.broadcast_to(bits, jnp.broadcast_shapes(jnp.shape(bits), own)) ^ index)
+        bits = _mixed(jnp.broadcast_to(bits, jnp.broadcast_shapes(jnp.shape(bits), extent)) ^ index)
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 

@@ -29,7 +29,7 @@ class AllocatorInfo(NamedTuple):
     Attributes:
       step: int32 scalar: number of updates so far.
       budget: int32 scalar: the budget, in ``config.budget_unit``.
-      live: int32 scalar: number of active triplets.
+      active: int32 scalar: number of active triplets.
       masks: ``{path: [..., r] booleans}``: True for an active triplet.
       scores: ``{path: [..., r] float32}``: the scores of the triplets.
       overridden: int32 scalar: the largest number of pruned λ found that were not 0 although an
@@ -43,13 +43,13 @@ class AllocatorInfo(NamedTuple):
     >>> masks = {"query": jnp.array([True, False])}
     >>> scores = {"query": jnp.array([4.0, 2.0])}
     >>> state = AllocatorInfo(jnp.int32(7), jnp.int32(1), jnp.int32(1), masks, scores)
-    >>> int(state.live), state.overridden is None
+    >>> int(state.active), state.overridden is None
     (1, True)
     """
 
     step: Int32[Array, ""]
     budget: Int32[Array, ""]
-    live: Int32[Array, ""]
+    active: Int32[Array, ""]
     masks: dict[str, Bool[Array, "*stack r"]]
     scores: dict[str, Float[Array, "*stack r"]]
     overridden: Int32[Array, ""] | None = None
@@ -60,7 +60,7 @@ class AllocatorInfo(NamedTuple):
         """Return the numbers as ``{name: scalar}``, for TensorBoard and other metric writers.
 
         ============================================  ===========================================
-        ``budget``, ``live``                          the budget in the config's unit, and the
+        ``budget``, ``active``                        the budget in the config's unit, and the
                                                       number of active triplets
         ``rank_min``, ``rank_mean``, ``rank_max``     over all matrices
         ``score_mean``, ``score_max``                 over all triplets
@@ -87,7 +87,7 @@ class AllocatorInfo(NamedTuple):
         >>> for name, value in info.metrics(each=True).items():
         ...     print(name, value)
         budget 3
-        live 3
+        active 3
         rank_min 1
         rank_mean 1.5
         rank_max 2
@@ -108,7 +108,7 @@ class AllocatorInfo(NamedTuple):
         rank, score = jnp.stack(list(ranks.values())), flat(self.scores)
         result = {
             "budget": self.budget,
-            "live": self.live,
+            "active": self.active,
             "rank_min": rank.min(),
             "rank_mean": rank.mean(),
             "rank_max": rank.max(),
@@ -173,7 +173,7 @@ def info(
     >>> opt_state = tx.init(adapters)
     >>> for _ in range(4):
     ...     adapters, opt_state, seen = step(adapters, opt_state)
-    >>> int(seen.step), int(seen.budget), int(seen.live)
+    >>> int(seen.step), int(seen.budget), int(seen.active)
     (4, 2, 2)
     """
     state = allocator_state(opt_state)
@@ -195,14 +195,14 @@ def info(
         {name: without_gradient(a) for name, a in state.sensitivity.stacked.items()}, roles
     )
     inactive = {path: value[..., 0] for path, value in idle.items()}
-    live = sum((m.sum() for m in jax.tree.leaves(state.masks)), start=jnp.zeros((), jnp.int32))
+    active = sum((m.sum() for m in jax.tree.leaves(state.masks)), start=jnp.zeros((), jnp.int32))
     # Copies, because the next step may donate the state's buffers.
     step, budget, masks = jax.tree.map(jnp.copy, (state.step, state.budget, dict(state.masks)))
     value = jnp.copy(state.penalty) if config.orth_reg_in_update else None
     if value is None and params is not None:
         value = penalty(params, config)
     return AllocatorInfo(
-        *(step, budget, live, masks, dict(ByRole(scores, roles))),
+        *(step, budget, active, masks, dict(ByRole(scores, roles))),
         *(jnp.copy(state.overridden), inactive, value),
     )
 
@@ -210,10 +210,10 @@ def info(
 def _total(adapter: Adapter) -> Float[Array, "*stack"]:
     """Return the sum of absolute values per matrix, which is 0 only if all entries are 0."""
 
-    def own(leaf: Shaped[Array, "..."]) -> tuple[int, ...]:
+    def axes(leaf: Shaped[Array, "..."]) -> tuple[int, ...]:
         return tuple(range(adapter.lam.ndim - 1, leaf.ndim))
 
-    p, lam, q = (jnp.sum(jnp.abs(leaf), axis=own(leaf)) for leaf in adapter)
+    p, lam, q = (jnp.sum(jnp.abs(leaf), axis=axes(leaf)) for leaf in adapter)
     return p + lam + q
 
 

@@ -140,7 +140,7 @@ bias out, or name the biases to train in modules_to_save.
         )
 
 
-def refuse_names(unknown: set[str]) -> None:
+def check_no_peft_names(unknown: set[str]) -> None:
     """Raise an error for arguments that only PEFT's config has.
 
     Args:
@@ -149,7 +149,7 @@ def refuse_names(unknown: set[str]) -> None:
     Raises:
       TypeError: PEFT has some of them; the message has their names and points to ``from_peft``.
 
-    >>> refuse_names({"revision"})
+    >>> check_no_peft_names({"revision"})
     Traceback (most recent call last):
         ...
     TypeError: `revision`: AdaLoraConfig does not take this argument of PEFT's; remove it, or \
@@ -219,12 +219,14 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
     if ignored:
         settings = ", ".join(f"{key}={source[key]!r}" for key in sorted(ignored))
         warnings.warn(
-            f"keys are left out, since PEFT's AdaLoRA does not use them: {settings}", stacklevel=3
+            f"`source`: PEFT's AdaLoRA does not use {settings}; remove these keys.", stacklevel=3
         )
     known = fields.union(_PEFT_BOOKKEEPING, _PEFT_UNSUPPORTED, _PEFT_IGNORED)
     if unknown := sorted(map(str, set(source) - known)):
         warnings.warn(
-            f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=3
+            f"`source`: the keys {', '.join(unknown)} are unknown and ignored; check that they do "
+            "not change the computation.",
+            stacklevel=3,
         )
     # PEFT stores them as sets and saves them in arbitrary order; `checks.names` sorts sets.
     for name in ("target_modules", "exclude_modules"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Inexact, Int32, Num, Shaped
 
 if TYPE_CHECKING:
     from adalora_jax._src.core.config import AdaLoraConfig
@@ -18,17 +18,17 @@ class ScoreFunction(Protocol):
     """Custom score of the triplets of one adapter, for ``AdaLoraConfig(score=...)``.
 
     >>> from adalora_jax import AdaLoraConfig
-    >>> def smoothed(evidence):
-    ...     return evidence.sensitivity.lam
+    >>> def smoothed(inputs):
+    ...     return inputs.sensitivity.lam
     >>> AdaLoraConfig(total_step=10, score=smoothed).score is smoothed
     True
     """
 
-    def __call__(self, evidence: ScoreInputs, /) -> ArrayLike:
+    def __call__(self, inputs: ScoreInputs, /) -> Shaped[ArrayLike, "*stack r"]:
         """Return one score per triplet.
 
         Args:
-          evidence: weight, gradient and moving averages of one adapter; traced.
+          inputs: weight, gradient and moving averages of one adapter; traced.
 
         Returns:
           Scores in the shape of ``lam``, ``[..., r]``. The triplets with the highest scores stay
@@ -47,7 +47,9 @@ class BudgetSchedule(Protocol):
     12
     """
 
-    def __call__(self, config: AdaLoraConfig, step: jax.Array, n_adapters: int, /) -> ArrayLike:
+    def __call__(
+        self, config: AdaLoraConfig, step: Int32[Array, "*steps"], n_adapters: int, /
+    ) -> Num[ArrayLike, "*steps"]:
         """Return the budget at ``step``.
 
         Args:
@@ -100,8 +102,8 @@ class InitFunction(Protocol):
     """
 
     def __call__(
-        self, key: jax.Array, in_features: int, out_features: int, rank: int, dtype: np.dtype, /
-    ) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+        self, key: Array, in_features: int, out_features: int, rank: int, dtype: np.dtype, /
+    ) -> tuple[Num[ArrayLike, "r out"], Num[ArrayLike, " r"], Num[ArrayLike, "r in"]]:
         """Return the initial factors of one matrix.
 
         Args:
@@ -127,7 +129,9 @@ class ProxFunction(Protocol):
     True
     """
 
-    def __call__(self, lam: jax.Array, weight: float, /) -> ArrayLike:
+    def __call__(
+        self, lam: Inexact[Array, "*stack r"], weight: float, /
+    ) -> Inexact[ArrayLike, "*stack r"]:
         """Return the new λ of one adapter.
 
         Args:

@@ -116,13 +116,13 @@ def unwrap_variables(tree: PyTree) -> PyTree:
     return jax.tree.map(get, tree, is_leaf=is_variable)
 
 
-def match_containers(own: PyTree, values: PyTree) -> PyTree:
-    """Return the leaves of ``values`` in the containers and NNX Variables of ``own``.
+def match_containers(containers: PyTree, values: PyTree) -> PyTree:
+    """Return the leaves of ``values`` in the containers and NNX Variables of ``containers``.
 
     >>> match_containers({"a": 1, "b": 2}, [3, 4])
     {'a': 3, 'b': 4}
     """
-    return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(values))
+    return jax.tree.unflatten(jax.tree.structure(containers), jax.tree.leaves(values))
 
 
 def insert_adapters(tree: PyTree, new: Mapping[str, Adapter]) -> PyTree:
@@ -197,6 +197,19 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
             )
         result[name] = adapter._replace(**_static_fields(node))
     return result
+
+
+def require_adapters(tree: PyTree, name: str, way_out: str) -> dict[str, Adapter]:
+    """Return :func:`adapters` of a tree, the argument ``name``; raise a ValueError if it has none.
+
+    >>> require_adapters({"head": 1.0}, "params", "pass the adapters")
+    Traceback (most recent call last):
+        ...
+    ValueError: `params`: no adapter was found in the dict; pass the adapters.
+    """
+    if found := adapters(tree):
+        return found
+    raise ValueError(f"`{name}`: no adapter was found in the {type(tree).__name__}; {way_out}.")
 
 
 def _static_fields(node: PyTree) -> dict[str, Any]:
@@ -311,15 +324,14 @@ def _as_adapter(
     if not is_adapter(node):
         return None
     get = node.__getitem__ if isinstance(node, Mapping) else functools.partial(getattr, node)
-    where = path_name(path)
-    name = f"adapters[{where!r}]" if where else "adapter"
+    name = f"adapters[{path_name(path)!r}]" if path_name(path) else "adapter"
     masked = [name for name in Adapter._fields if isinstance(get(name), optax.MaskedNode)]
     if len(masked) == len(Adapter._fields):
         return None
     if masked:
         raise ValueError(
-            f"`{name}`: comes without {' and '.join(masked)}, but rank is allocated from all three "
-            "of p, lam and q; group or mask them inside, adalora(optax.partition(...), config), or "
+            f"`{name}`: has no {' and '.join(masked)}, but ranks are allocated from p, lam and q "
+            "together; group or mask them inside, adalora(optax.partition(...), config), or "
             "leave whole adapters out."
         )
     if isinstance(node, Adapter):

@@ -48,8 +48,8 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     """
     if not isinstance(config, AdaLoraConfig):
         raise TypeError(
-            f"`config={type(config).__name__}`: not an AdaLoraConfig; pass one. The arguments are "
-            "orthogonality(adapters, config)."
+            f"`config={type(config).__name__}`: is not an AdaLoraConfig; pass one. The arguments "
+            "are orthogonality(adapters, config)."
         )
     if config.orth_reg_in_update:
         raise ValueError(
@@ -61,17 +61,14 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
 
 def penalty(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     """Return the value of :func:`orthogonality`, also with ``config.orth_reg_in_update``."""
-    found = pytree.adapters(adapters)
+    found = pytree.require_adapters(
+        adapters, "adapters", "pass the adapters, or an NNX state filtered by nnx.LoRAParam"
+    )
     matrices = {
         (path, name): getattr(adapter, name)
         for path, adapter in found.items()
         for name in ("p", "q")
     }
-    if not matrices:
-        raise ValueError(
-            f"`adapters`: no adapter was found in the {type(adapters).__name__}; pass the "
-            "adapters, or an NNX state filtered by nnx.LoRAParam."
-        )
 
     # On a CPU, kernel launches are cheap and joined matrices take longer to compile.
     def one_by_one() -> Float[Array, " matrices"]:

@@ -59,14 +59,14 @@ class Roles:
     paths: tuple[str, ...]
 
     @functools.cached_property
-    def where(self) -> dict[str, tuple[Role, int]]:
-        """The role of each path, and its index on the role's leading axis."""
+    def role_and_index(self) -> dict[str, tuple[Role, int]]:
+        """Role of each path, and its index on the role's leading axis."""
         return {path: (role, i) for role in self.members for i, path in enumerate(role.paths)}
 
     @functools.cached_property
-    def places(self) -> Int32[np.ndarray, " triplets"]:
-        """The position of every triplet in the order of the adapters, for the roles in a row."""
-        sizes = [math.prod(self.where[path][0].shape) for path in self.paths]
+    def positions(self) -> Int32[np.ndarray, " triplets"]:
+        """Position of every triplet in parameter order, with the roles concatenated."""
+        sizes = [math.prod(self.role_and_index[path][0].shape) for path in self.paths]
         starts = dict(zip(self.paths, itertools.accumulate(sizes, initial=0)))
         spans = [
             np.arange(starts[path], starts[path] + math.prod(role.shape), dtype=np.int32)
@@ -137,7 +137,7 @@ class ByRole(Mapping[str, Any]):
         self.stacked, self.roles = dict(stacked), roles
 
     def __getitem__(self, path: str) -> Any:
-        role, index = self.roles.where[path]
+        role, index = self.roles.role_and_index[path]
         value, ndim = self.stacked[role.name], len(role.shape)
         if not isinstance(value, Adapter):
             return _member(value, index, ndim)

@@ -28,8 +28,8 @@ class ScoreInputs(NamedTuple):
         <https://arxiv.org/abs/2303.10512>`_.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.array([3.0, -2.0]), jnp.ones((2, 5)))
-    >>> evidence = ScoreInputs(adapter, adapter, adapter, adapter)
-    >>> jnp.abs(evidence.weight.lam * evidence.gradient.lam)
+    >>> inputs = ScoreInputs(adapter, adapter, adapter, adapter)
+    >>> jnp.abs(inputs.weight.lam * inputs.gradient.lam)
     Array([9., 4.], dtype=float32)
     """
 
@@ -123,7 +123,7 @@ def representable(of_lam: Float32[Array, ""]) -> Float32[Array, ""]:
 
 
 def needed_inputs(config: AdaLoraConfig) -> tuple[str, ...]:
-    """Return which of ``"params"`` and ``"grads"`` the score needs besides the averages.
+    """Return which inputs, ``"params"`` and ``"grads"``, the score needs besides the averages.
 
     >>> needed_inputs(AdaLoraConfig(total_step=10, score="magnitude"))
     ('params',)
@@ -134,7 +134,7 @@ def needed_inputs(config: AdaLoraConfig) -> tuple[str, ...]:
 
 
 def triplet_scores(
-    evidence: ScoreInputs, config: AdaLoraConfig, factor: Float32[Array, ""] | int = 1
+    inputs: ScoreInputs, config: AdaLoraConfig, factor: Float32[Array, ""] | int = 1
 ) -> Shaped[Array, "*stack r"]:
     """Return the scores by which the triplets of one adapter are ranked.
 
@@ -150,7 +150,7 @@ def triplet_scores(
     function that takes a :class:`ScoreInputs` and returns the scores of the triplets.
 
     Args:
-      evidence: weight, gradient and averages of one adapter.
+      inputs: weight, gradient and averages of one adapter.
       config: the source of ``score`` and ``score_reduction``.
       factor: the result of :func:`representable`, by which both averages in ``Ī · Ū`` are
         multiplied.
@@ -162,16 +162,16 @@ def triplet_scores(
       ValueError: a function returned another shape.
     """
     if callable(config.score):
-        scores = jnp.asarray(config.score(evidence))
-        if scores.shape != evidence.weight.lam.shape:
+        scores = jnp.asarray(config.score(inputs))
+        if scores.shape != inputs.weight.lam.shape:
             raise ValueError(
                 f"`score={config.score!r}`: returned shape {scores.shape} for an adapter whose lam "
-                f"has shape {evidence.weight.lam.shape}; return one score per triplet."
+                f"has shape {inputs.weight.lam.shape}; return one score per triplet."
             )
         return scores
     if config.score == "magnitude":
-        return jnp.abs(evidence.weight.lam.astype(jnp.float32))
-    elements = jax.tree.map(functools.partial(_element_score, config.score, factor), *evidence)
+        return jnp.abs(inputs.weight.lam.astype(jnp.float32))
+    elements = jax.tree.map(functools.partial(_element_score, config.score, factor), *inputs)
     return elements.lam if config.score_reduction == "lam" else triplet_mean(elements)
 
 

@@ -92,7 +92,7 @@ class Threshold(NamedTuple):
 def rank_scores(
     scores: Shaped[Array, "*stack r"],
     limits: tuple[ArrayLike, ArrayLike] | None = None,
-    alive: Bool[Array, "*stack r"] | None = None,
+    eligible: Bool[Array, "*stack r"] | None = None,
     cost: ArrayLike | None = None,
 ) -> RankedScores:
     """Return the :class:`RankedScores` of one leaf.
@@ -100,15 +100,15 @@ def rank_scores(
     Args:
       scores: ``[..., r]``; leaves that are ranked together have one dtype.
       limits: minimum and maximum number of scores to keep per matrix.
-      alive: booleans ``[..., r]``: False for a score that is never kept.
+      eligible: booleans ``[..., r]``: False for a score that is never kept.
       cost: cost per score.
 
     >>> rank_scores(jnp.array([2.0, 3.0, 4.0]), (1, 2)).tiers
     Array([2, 1, 0], dtype=int32)
     """
     scores, tiers = replicate(scores), None
-    if limits is not None or alive is not None:
-        fit = jnp.ones_like(scores, bool) if alive is None else replicate(alive)
+    if limits is not None or eligible is not None:
+        fit = jnp.ones_like(scores, bool) if eligible is None else replicate(eligible)
         tiers = _assign_tiers(scores, fit, *(limits or (0, scores.shape[-1])))
     costs = None if cost is None else jnp.full(scores.shape, cost, jnp.int32)
     return RankedScores(_order_preserving_bits(scores), tiers, costs)
@@ -130,7 +130,7 @@ def concatenate(entries: Sequence[RankedScores]) -> RankedScores:
 
 
 def find_threshold(
-    row: RankedScores, count: ArrayLike, places: ArrayLike | None = None
+    row: RankedScores, count: ArrayLike, positions: ArrayLike | None = None
 ) -> Threshold:
     """Find the threshold that keeps ``count`` scores, or all eligible ones if there are fewer.
 
@@ -142,7 +142,8 @@ def find_threshold(
     Args:
       row: all scores that are ranked together.
       count: number of scores to keep, or their total cost.
-      places: int32 positions by which ties are broken, lowest first; by default those in the row.
+      positions: int32 positions by which ties are broken, lowest first; by default those in
+        the row.
 
     >>> find_threshold(RankedScores(jnp.array([1, 5, 5, 5], jnp.uint32), None, None), 2)
     Threshold(lowest=Array(5, dtype=uint32), ties=Array(3, dtype=int32))
@@ -155,10 +156,12 @@ def find_threshold(
     lowest = _largest_with(
         lambda key: total(among & (keys >= key)) >= count, keys.dtype, 8 * keys.dtype.itemsize
     )
-    left = count - total(among & (keys > lowest))
-    tied, places = among & (keys == lowest), _places(keys, places)
+    remainder = count - total(among & (keys > lowest))
+    tied, positions = among & (keys == lowest), _positions(keys, positions)
     ties = _largest_with(
-        lambda place: total(tied & (places < place)) <= left, jnp.int32, keys.size.bit_length()
+        lambda position: total(tied & (positions < position)) <= remainder,
+        jnp.int32,
+        keys.size.bit_length(),
     )
     return Threshold(lowest, ties)
 
@@ -179,10 +182,10 @@ def _largest_with(
     return jax.lax.fori_loop(0, width, set_bit, jnp.zeros((), dtype))
 
 
-def _places(keys: UInt[Array, " n"], places: ArrayLike | None) -> Int32[Array, " n"]:
-    if places is None:
+def _positions(keys: UInt[Array, " n"], positions: ArrayLike | None) -> Int32[Array, " n"]:
+    if positions is None:
         return jnp.arange(keys.size, dtype=jnp.int32)
-    return jnp.asarray(places)
+    return jnp.asarray(positions)
 
 
 def _total(entry: RankedScores, mask: Bool[Array, "..."]) -> Int32[Array, ""]:
@@ -192,19 +195,19 @@ def _total(entry: RankedScores, mask: Bool[Array, "..."]) -> Int32[Array, ""]:
 
 
 def apply_threshold(
-    row: RankedScores, threshold: Threshold, places: ArrayLike | None = None
+    row: RankedScores, threshold: Threshold, positions: ArrayLike | None = None
 ) -> Bool[Array, " n"]:
     """Return the mask of a row: True for keys above the threshold and for its first ties.
 
     Args:
-      row, places: as in :func:`find_threshold`.
+      row, positions: as in :func:`find_threshold`.
       threshold: its result.
 
     >>> row = rank_scores(jnp.array([2, 3, 2, 2]))
     >>> apply_threshold(row, Threshold(jnp.uint32(2 + 2**31), jnp.int32(2)))
     Array([ True,  True, False, False], dtype=bool)
     """
-    first = _places(row.keys, places) < threshold.ties
+    first = _positions(row.keys, positions) < threshold.ties
     mask = (row.keys > threshold.lowest) | ((row.keys == threshold.lowest) & first)
     if row.tiers is not None:
         mask = (row.tiers == 0) | ((row.tiers == 1) & mask)
@@ -233,15 +236,15 @@ def _order_preserving_bits(scores: Shaped[Array, "*shape"]) -> UInt[Array, "*sha
 
 def _assign_tiers(
     scores: Shaped[Array, "*stack r"],
-    alive: Bool[Array, "*stack r"],
+    eligible: Bool[Array, "*stack r"],
     least: ArrayLike,
     most: ArrayLike,
 ) -> Int32[Array, "*stack r"]:
-    order = jnp.lexsort((-scores, ~alive), axis=-1)
+    order = jnp.lexsort((-scores, ~eligible), axis=-1)
     place = jnp.argsort(order, axis=-1)  # the inverse permutation: positions when sorted
     least = jnp.minimum(least, most)
     turn = (place >= least).astype(jnp.int32) + (place >= most).astype(jnp.int32)
-    return jnp.where(alive, turn, 2)
+    return jnp.where(eligible, turn, 2)
 
 
 def replicate(scores: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:

@@ -122,14 +122,14 @@ def adalora(
     2
     """
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"`config={reprlib.repr(config)}`: not an AdaLoraConfig; pass one.")
+        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; pass one.")
     if isinstance(inner, optax.MultiSteps):
         raise TypeError(
             f"`inner={inner!r}`: accumulates gradients, so adalora would count micro-batches as "
             f"steps and prune on them; {_OUTSIDE}."
         )
     if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"`inner={inner!r}`: not an optax GradientTransformation; pass one.")
+        raise TypeError(f"`inner={inner!r}`: is not an optax GradientTransformation; pass one.")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> Any:  # AdaLoraOptState
@@ -140,11 +140,11 @@ def adalora(
         _warn_of_small_start(params, config)
 
         # Some optimizers store the initial parameters: copy, as callers donate params and state.
-        def own(leaf: PyTree) -> PyTree:
+        def copy(leaf: PyTree) -> PyTree:
             return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
 
-        inner_state = jax.tree.map(own, inner.init(params))
-        _refuse_accumulation(inner_state)
+        inner_state = jax.tree.map(copy, inner.init(params))
+        _check_no_accumulation(inner_state)
         return AdaLoraOptState(inner_state, _in_variables(init_allocator(params, config), params))
 
     def update(
@@ -160,7 +160,7 @@ def adalora(
             )
         if not isinstance(state, AdaLoraOptState):
             raise TypeError(
-                f"`state={type(state).__name__}`: not the state that tx.init returned; pass it. "
+                f"`state={type(state).__name__}`: is not the state that tx.init returned; pass it. "
                 "The arguments are tx.update(grads, state, params)."
             )
         before = pytree.unwrap_variables(state.allocator)
@@ -207,12 +207,12 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
     Other optimizers' moments are Variables, too: code that shards an optimizer's state reads the
     sharding from a Variable's metadata.
     """
-    own = pytree.adapters(params, variables=True)
+    variables = pytree.adapters(params, variables=True)
 
     def boxed(values: ByRole) -> ByRole:
         new = {}
         for role in values.roles.members:
-            first, value = own[role.paths[0]], values.stacked[role.name]
+            first, value = variables[role.paths[0]], values.stacked[role.name]
             if isinstance(value, Adapter):
                 leaves = map(pytree.stacked_variable, first, value)
                 new[role.name] = value._replace(**dict(zip(Adapter._fields, leaves)))
@@ -274,7 +274,7 @@ def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> In
 _OUTSIDE = "accumulate outside of it, optax.MultiSteps(adalora(inner, config), k)"
 
 
-def _refuse_accumulation(inner_state: optax.OptState) -> None:
+def _check_no_accumulation(inner_state: optax.OptState) -> None:
     """Raise an error if the inner optimizer applies an update only at some of its calls."""
     kinds = {"MultiStepsState", "ApplyEvery"}
 
@@ -306,9 +306,9 @@ def _warn_of_trained_base(params: optax.Params) -> None:
     weights = {f"{path}/{layout.weight}".lstrip("/") for path, layout in known.items()}
     if base := sorted(weights & set(pytree.leaf_paths(params))):
         warnings.warn(
-            f"params: the base's weights train along with their adapters, {len(base)} of them, "
-            f"such as {base[0]!r}, unless inner freezes them: nnx.Optimizer(..., "
-            "wrt=nnx.LoRAParam) trains only what adapt added.",
+            f"`params`: contains {len(base)} base weights that have an adapter, such as "
+            f"{base[0]!r}, which train too unless inner freezes them; pass "
+            "nnx.Optimizer(..., wrt=nnx.LoRAParam), which trains only what adapt added.",
             stacklevel=3,
         )
 
@@ -337,12 +337,11 @@ def _warn_of_small_start(params: optax.Params, config: AdaLoraConfig) -> None:
     if small:
         path = min(small, key=lambda path: small[path])
         warnings.warn(
-            f"scale={adapters[path].scale:.3g}: the increments of {len(small)} of {len(adapters)} "
-            "adapters start far too small. After the first step of Adam, from the default initial "
-            f"values, that of {path!r} is {_LORA_SCALE / small[path]:,.0f} times smaller than "
-            f"LoRA's, with its usual scale of {_LORA_SCALE:g} and the same learning rate. Set "
+            f"`scale={adapters[path].scale:.3g}`: {len(small)} of {len(adapters)} adapters start "
+            f"far too small, at {path!r} {_LORA_SCALE / small[path]:,.0f} times smaller than "
+            f"LoRA's with scale {_LORA_SCALE:g} after one Adam step at the same learning rate; set "
             "scale=1.0 or more, without an alpha in rank_overrides, and 5 to 25 times LoRA's "
-            "learning rate; warn_small_start=False turns this warning off.",
+            "learning rate, or warn_small_start=False.",
             stacklevel=3,
         )
 
@@ -359,7 +358,7 @@ def _is_zero(lam: object) -> bool:
 def _check_adapters(adapters: Mapping[str, Adapter], state: AllocatorState) -> None:
     """Raise an error if the adapters differ from those for which the state was initialised."""
     shapes = {path: adapter.lam.shape for path, adapter in adapters.items()}
-    known = {path: role.shape for path, (role, _) in state.masks.roles.where.items()}
+    known = {path: role.shape for path, (role, _) in state.masks.roles.role_and_index.items()}
     if shapes != known:
         differing = sorted(p for p in {*shapes, *known} if shapes.get(p) != known.get(p))
         raise ValueError(

@@ -115,7 +115,7 @@ def save_pretrained(
     tensors = {
         f"{PREFIX}{name}.{key}": array
         for name, matrix in matrices.items()
-        for key, array in _factors(matrix.live()).items()
+        for key, array in _factors(matrix.active()).items()
     }
     saved = saved_to_torch(adapters, names)
     tensors |= {f"{PREFIX}{name}": array for name, array in saved.items()}
@@ -264,7 +264,7 @@ def save_as_lora(
     scale = common_scale(adapters, config.scaling)
     pattern = None if masks is None else rank_pattern(masks)
     matrices, places = to_matrices(adapters, scale, pattern, names)
-    matrices = {name: m.live() for name, m in matrices.items() if m.mask.any()}
+    matrices = {name: m.active() for name, m in matrices.items() if m.mask.any()}
     if not matrices:
         raise ValueError(
             "`adapters`: have no active triplet, so nothing can be written; pass adapters "
@@ -306,8 +306,8 @@ def save_as_lora(
 
 def _warn_unfinished(masks: PyTree) -> None:
     """Warn if the masks are not the final ones of their run."""
-    if masks is not None and (reason := unfinished(masks)):
-        warnings.warn(f"{reason}. Call finish(opt_state, params) first to apply it.", stacklevel=3)
+    if masks is not None and (problem := unfinished(masks)):
+        warnings.warn(f"`masks`: {problem}; call finish(opt_state, params) first.", stacklevel=3)
 
 
 def _refuse_embeddings(adapters: Mapping[str, PyTree]) -> None:

@@ -35,7 +35,7 @@ class LowRankMatrix(NamedTuple):
     q: np.ndarray  # [r, in]: PEFT's A
     mask: np.ndarray  # [r], bool: True where a triplet is active
 
-    def live(self) -> LowRankMatrix:
+    def active(self) -> LowRankMatrix:
         """Return the matrix with only its active triplets."""
         return LowRankMatrix(*(leaf[self.mask] for leaf in self))
 
@@ -68,12 +68,7 @@ def to_matrices(
         same name, outputs cannot be divided as ``names`` specifies, or a mask is missing or has
         another size.
     """
-    found = pytree.adapters(adapters)
-    if not found:
-        raise ValueError(
-            f"`adapters`: no adapter was found in the {type(adapters).__name__}; pass "
-            "{path: Adapter}."
-        )
+    found = pytree.require_adapters(adapters, "adapters", "pass {path: Adapter}")
     by_path = pattern or {}
     pieces: dict[str, dict[int, tuple[LowRankMatrix, tuple[int, int]]]] = {}
     owners: dict[str, ParamLocation] = {}

@@ -126,8 +126,8 @@ def merge_pretrained(
             f"`out_directory={str(out)!r}`: is inside the base's folder; name another folder."
         )
     conv1d |= base.conv1d(matrices)
-    live = {name: matrix.live() for name, matrix in matrices.items() if matrix.mask.any()}
-    changes = _changes(base, live, saved, conv1d)
+    active = {name: matrix.active() for name, matrix in matrices.items() if matrix.mask.any()}
+    changes = _changes(base, active, saved, conv1d)
     settings = untied(base.config or {}) if untie(base, changes, tied) else None
     with writing_to("out_directory", out_directory), atomic_directory(out) as folder:
         _copy_others(base, folder, settings)

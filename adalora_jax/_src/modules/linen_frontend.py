@@ -329,7 +329,7 @@ class AdaptedModule:
         check_variables(variables)
         if not isinstance(adapters, Mapping):
             raise TypeError(
-                f"`adapters={type(adapters).__name__}`: not a mapping; pass the dict that init "
+                f"`adapters={type(adapters).__name__}`: is not a mapping; pass the dict that init "
                 "returned. The arguments are apply(variables, adapters, *inputs)."
             )
         variables = join_quantized(variables)
@@ -340,7 +340,7 @@ class AdaptedModule:
             there = pytree.get_path(params, parts)
             if there is None:
                 raise ValueError(
-                    f"`adapters[{path!r}]`: not a layer of {type(self.module).__name__}, "
+                    f"`adapters[{path!r}]`: is not a layer of {type(self.module).__name__}, "
                     f"whose parameters are {', '.join(sorted(params))}; pass the adapters of this "
                     "model."
                 )
@@ -477,11 +477,11 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"`model={type(model).__name__}`: not a flax.linen module; adalora_jax.nnx.adapt takes "
-            "NNX modules."
+            f"`model={type(model).__name__}`: is not a flax.linen module; adalora_jax.nnx.adapt "
+            "takes NNX modules."
         )
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"`config={reprlib.repr(config)}`: not an AdaLoraConfig; pass one.")
+        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; pass one.")
     return AdaptedModule(model, config, rules, declared(layers))
 
 

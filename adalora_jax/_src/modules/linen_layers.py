@@ -347,7 +347,7 @@ def check_variables(variables: object) -> None:
     """
     if not isinstance(variables, Mapping):
         raise TypeError(
-            f"`variables={type(variables).__name__}`: not a mapping; pass the model's variables, "
+            f"`variables={type(variables).__name__}`: is not a mapping; pass the model's variables "
             "as module.init returns them. The arguments are init(key, variables, *inputs) and "
             "apply(variables, adapters, *inputs)."
         )

@@ -245,7 +245,7 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree = None) -> PyTree:
         return evaluation.finish(opt_state, params, grads)
     if not isinstance(opt_state, nnx.Optimizer):
         raise TypeError(
-            f"`opt_state={type(opt_state).__name__}`: not an nnx.Optimizer, which an NNX model "
+            f"`opt_state={type(opt_state).__name__}`: is not an nnx.Optimizer, which an NNX model "
             "needs; call finish(optimizer, model)."
         )
     optimizer, state = opt_state, pytree.unwrap_variables(nnx.state(params, opt_state.wrt))
@@ -263,7 +263,7 @@ def _merged_variables(
     linen_layers.check_variables(variables)
     if not isinstance(adapters, Mapping):
         raise TypeError(
-            f"`adapters={type(adapters).__name__}`: not a mapping; pass the dict that init "
+            f"`adapters={type(adapters).__name__}`: is not a mapping; pass the dict that init "
             "returned."
         )
     params = unfreeze(linen_layers.join_quantized(variables)["params"])
@@ -272,7 +272,7 @@ def _merged_variables(
         existing = pytree.get_path(params, parts)
         if existing is None:
             raise ValueError(
-                f"`adapters[{path!r}]`: not a layer of the model, whose parameters are "
+                f"`adapters[{path!r}]`: is not a layer of the model, whose parameters are "
                 f"{', '.join(sorted(params))}; pass the adapters of this model."
             )
         if not pytree.is_adapter(node):

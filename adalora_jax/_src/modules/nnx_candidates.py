@@ -51,8 +51,8 @@ def candidates(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"`model={type(model).__name__}`: not a flax.nnx module; adalora_jax.linen.adapt takes "
-            "linen modules."
+            f"`model={type(model).__name__}`: is not a flax.nnx module; adalora_jax.linen.adapt "
+            "takes linen modules."
         )
     found: dict[str, Candidate] = {}
     reasons, reading = _rewritten(model), _readers(model)

@@ -180,7 +180,7 @@ def _candidates(
 ) -> dict[str, Candidate]:
     found = candidates(model, layers=layers)
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"`config={reprlib.repr(config)}`: not an AdaLoraConfig; pass one.")
+        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; pass one.")
     return found
 
 

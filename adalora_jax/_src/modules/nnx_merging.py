@@ -132,8 +132,8 @@ def unmerged(
     """
     if not isinstance(adapted, nnx.Module):
         raise TypeError(
-            f"`adapters={type(adapted).__name__}`: not an NNX module; pass the adapted model that "
-            "was merged."
+            f"`adapters={type(adapted).__name__}`: is not an NNX module; pass the adapted model "
+            "that was merged."
         )
     restored = nnx.clone(model)
     _add_increments(restored, adapted, -1, safe, checked=checked)
