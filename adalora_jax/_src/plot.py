@@ -407,7 +407,9 @@ def _checked(infos: AllocatorInfo | Iterable[AllocatorInfo]) -> list[AllocatorIn
     return found
 
 
-def _infos(history: Any) -> tuple[list[AllocatorInfo], list[Any]]:
+def _infos(
+    history: Sequence[AllocatorInfo | Mapping[str, int]] | AllocatorInfo,
+) -> tuple[list[AllocatorInfo], list[Any]]:
     """Return the infos in ``history``, fetched in one transfer, and all other entries."""
     if isinstance(history, AllocatorInfo):
         history = jax.device_get(history)
@@ -449,7 +451,7 @@ def _natural(path: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
-def _positive(value: Any) -> float:
+def _positive(value: float) -> float:
     return value if value > 0 else np.nan
 
 

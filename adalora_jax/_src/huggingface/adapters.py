@@ -30,7 +30,7 @@ _KEPT += ("orth_reg_weight", "lora_dropout", "init_lora_weights")
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
-class Loaded(NamedTuple):
+class LoadedAdapter(NamedTuple):
     """An adapter loaded from a file, with the paths of the Flax model.
 
     :func:`load_pretrained` returns it and has an example.
@@ -141,7 +141,7 @@ def load_pretrained(
     *,
     names: Names = None,
     like: PyTree = None,
-) -> Loaded:
+) -> LoadedAdapter:
     """Read an AdaLoRA adapter that PEFT wrote, finished or in training, or a plain LoRA adapter.
 
     The result computes the same function as PEFT after ``from_pretrained`` of the same files.
@@ -163,7 +163,7 @@ def load_pretrained(
         square weight.
 
     Returns:
-      A :class:`Loaded`. The layers of a stack are padded to the largest rank among them with
+      A :class:`LoadedAdapter`. The layers of a stack are padded to the largest rank among them with
       triplets that are zero and whose mask is False.
 
     Raises:
@@ -211,7 +211,7 @@ def load_pretrained(
         rank_pattern=pattern,
         param_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
     )
-    return Loaded({**adapters, **saved}, config, masks)
+    return LoadedAdapter({**adapters, **saved}, config, masks)
 
 
 def save_as_lora(
@@ -301,8 +301,11 @@ def save_as_lora(
 
 def _warn_unfinished(masks: PyTree) -> None:
     """Warn if the masks are not the final ones of their run."""
-    if masks is not None and (reason := unfinished(masks)):
-        warnings.warn(f"{reason}. Call finish(opt_state, params) first to apply it.", stacklevel=3)
+    if masks is not None and (problem := unfinished(masks)):
+        warnings.warn(
+            f"`masks`: {problem}; call finish(opt_state, params) first.",
+            stacklevel=4,
+        )
 
 
 def _refuse_embeddings(adapters: Mapping[str, PyTree]) -> None:
@@ -351,7 +354,7 @@ def _written_pattern(
         place, mask = places[name], matrix.mask
         result[name] = [*mask.tolist(), *[False] * (length - len(mask))]
         keep: Any = known.get(place.path)
-        for number in place.at:
+        for number in place.index:
             keep = keep[number] if isinstance(keep, tuple) and number < len(keep) else None
         booleans = isinstance(keep, tuple) and all(isinstance(entry, bool) for entry in keep)
         if booleans and len(keep) == length and mask.all() and mask.size == sum(keep):
