@@ -598,8 +598,8 @@ def _check_config(opt_state: PyTree, config: AdaLoraConfig, argument: str) -> No
     numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
     if differing := _differing(*numbers):
         raise ValueError(
-            f"`{argument}`: the optimizer has another config: {_shorten(differing)}; use the config "
-            "that was passed to adalora(...)."
+            f"`{argument}`: the optimizer has another config: {_shorten(differing)}; use the "
+            "config that was passed to adalora(...)."
         )
 
 

@@ -214,7 +214,7 @@ def _check(
     misfits: list[str],
     allowed: tuple[Allowed, Allowed],
 ) -> None:
-    """Raise one error that lists all mismatches between a checkpoint and a model, if any."""
+    """Raise one error with a line per mismatch between a checkpoint and a model, if any."""
     pieces = [p for reading in readings.values() for ps in reading.slices.values() for p in ps]
     used = {piece.key for piece in pieces}
     unused = [n for n in weights.specs if n not in used and not _BUFFERS.fullmatch(n)]
@@ -246,7 +246,8 @@ def _check(
             "adalora_jax.quantization.load_gptq."
         )
     if wrong:
-        raise ValueError(f"`{path}`: {chr(10).join(wrong)}")
+        problems = "\n".join(wrong)
+        raise ValueError(f"`{path}`: {problems}")
 
 
 def _is_allowed(name: str, allowed: Allowed) -> bool:

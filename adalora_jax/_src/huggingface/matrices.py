@@ -297,9 +297,9 @@ def _stacked(
     needed, stored = math.prod(stack) * rank * width, sum(len(m.lam) for m in some) * width
     if needed > _MAX_PADDING * stored + _SMALL:
         raise ValueError(
-            f"`names`: the stack {path!r} would need {needed} numbers, of which the file has {stored}, "
-            "because its ranks are too different for one array; map its matrices to separate "
-            "paths."
+            f"`names`: the stack {path!r} would need {needed} numbers, of which the file has "
+            f"{stored}, because its ranks are too different for one array; map its matrices to "
+            "separate paths."
         )
 
     def dtype(i: int) -> np.dtype:

@@ -186,8 +186,8 @@ class ParamSource(NamedTuple):
         ins, outs = (math.prod(rest), first) if transposed else (first, math.prod(rest))
         if outs % piece.tensor_part[1]:
             raise ValueError(
-                f"`names`: {piece.key!r} has {outs} outputs, which are not {piece.tensor_part[1]} equal "
-                "parts; change the parts."
+                f"`names`: {piece.key!r} has {outs} outputs, which are not "
+                f"{piece.tensor_part[1]} equal parts; change the parts."
             )
         return ins, outs // piece.tensor_part[1]
 

@@ -34,7 +34,7 @@ class Candidate(NamedTuple):
 
 
 def with_use(candidate: Candidate, use: Use, is_custom_layer: bool) -> Candidate:
-    """Return the candidate with ``cannot_adapt`` or ``note`` set according to the use of its weight.
+    """Return the candidate with ``cannot_adapt`` or ``note`` set by the use of its weight.
 
     Args:
       candidate: a layer.

@@ -336,7 +336,8 @@ def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, Py
     for path, moment in moments.items():
         if path not in new:
             raise ValueError(
-                f"`moments[{path!r}]`: no adapter has this path; pass the moments of these adapters."
+                f"`moments[{path!r}]`: no adapter has this path; pass the moments of these "
+                "adapters."
             )
         adapter = new[path]
         vectors = jnp.linalg.eigh(moment)[1][..., ::-1]  # eigh: columns, ascending

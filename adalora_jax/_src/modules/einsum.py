@@ -78,26 +78,27 @@ def equation_of(module: object) -> str | None:
     return None
 
 
-def general_axes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def general_axes(module: object) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return batch axes, contracted axes and features of a DenseGeneral or a LinearGeneral."""
 
-    def as_tuple(value: Any) -> tuple[int, ...]:
+    def as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
         return tuple(value) if isinstance(value, Iterable) else (value,)
 
-    batch = module.batch_dims if hasattr(module, "batch_dims") else module.batch_axis
-    features = module.features if hasattr(module, "features") else module.out_features
-    return as_tuple(batch), as_tuple(module.axis), as_tuple(features)
+    linen, nnx = ("batch_dims", "axis", "features"), ("batch_axis", "axis", "out_features")
+    names = linen if hasattr(module, "batch_dims") else nnx
+    batch, axes, features = (as_tuple(getattr(module, name)) for name in names)
+    return batch, axes, features
 
 
 def _general_equation(module: object, ndim: int) -> str:
-    batch, axis, features = general_axes(module)
+    batch, axes, features = general_axes(module)
     xs = _letters(ndim)
     outs = _letters(len(features), skip=ndim)
 
     def in_order(axes: tuple[int, ...]) -> str:
         return "".join(xs[a] for a in sorted(a % ndim for a in axes))
 
-    batch, ins = in_order(batch), in_order(axis)  # Flax sorts the axes
+    batch, ins = in_order(batch), in_order(axes)  # Flax sorts the axes
     free = "".join(a for a in xs if a not in batch + ins)
     return f"{xs},{batch}{ins}{outs}->{batch}{free}{outs}"
 
@@ -142,10 +143,10 @@ def _roles(xs: str, ws: str, ys: str) -> tuple[str, str, str]:
 
 def weight_axes(equation: str) -> tuple[tuple[int, ...], ...] | None:
     """Return the weight's stack, in and out axes; None if the equation is not a sum of x W."""
-    operands, ys = operands(equation)
-    if len(operands) != 2 or not ys or "..." in operands[1]:
+    inputs, ys = operands(equation)
+    if len(inputs) != 2 or not ys or "..." in inputs[1]:
         return None
-    xs, ws = operands
+    xs, ws = inputs
     roles = _roles(xs, ws, ys)
     plain = len(set(ws)) == len(ws) and all(a in ys for a in roles[2])
     kept = all(a in ys or a in ws for a in xs.replace("...", ""))

@@ -71,7 +71,7 @@ def layer_of(
     if kind == "conv":
         if getattr(module, "mask", None) is not None:
             return None
-        size = getattr(module, "kernel_size")  # noqa: B009  (a module of either API)
+        size = getattr(module, "kernel_size", 1)
         n = 1 if isinstance(size, int) else len(size)
         ends = (n + 1, n) if getattr(module, "transpose_kernel", False) else (n, n + 1)
         return Layout("kernel", (*range(n), ends[0]), (ends[1],), kind=kind)
@@ -162,12 +162,18 @@ def merged_weight(
     return require_finite(merged, path) if safe else merged
 
 
-def quantised_error(path: str) -> ValueError:
-    """Return the error for a merge into the quantised weight of the layer at ``path``."""
-    return ValueError(
-        f"`variables`: the weight of {path!r} is quantised and cannot be merged into in place; call "
-        "adalora_jax.quantization.merge, which dequantises or requantises it and reports the error."
-    )
+def check_not_quantised(is_quantised: bool, path: str) -> None:
+    """Raise an error if the weight of the layer at ``path`` is quantised.
+
+    Raises:
+      ValueError: it is; the message names the function that merges into such weights.
+    """
+    if is_quantised:
+        raise ValueError(
+            f"`variables`: the weight of {path!r} is quantised and cannot be merged into in place; "
+            "call adalora_jax.quantization.merge, which dequantises or requantises it and reports "
+            "the error."
+        )
 
 
 def add_increment(weight: jax.Array, delta: jax.Array) -> jax.Array:

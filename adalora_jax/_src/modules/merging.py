@@ -284,8 +284,7 @@ def _merged_variables(
         holder = existing if isinstance(existing, dict) else pytree.get_path(params, parts[:-1])
         layer = _layout_of(adapter, existing, path)
         (weight, *more), treedef = jax.tree.flatten(holder[layer.weight], is_leaf=pytree.is_packed)
-        if more or pytree.is_packed(weight):
-            raise layers.quantised_error(path)
+        layers.check_not_quantised(bool(more) or pytree.is_packed(weight), path)
         merged = layers.merged_weight(path, weight, adapter, layer, sign=sign, safe=safe)
         holder[layer.weight] = treedef.unflatten([merged])
     return linen_layers.split_quantized({**variables, "params": params})

@@ -105,15 +105,15 @@ def adapt(
         module = by_path[path]
         stack = target.layer.matrix(target.shape)[0][: len(target.shape) - target.layer.ndim]
         dropout = _dropout(config, rngs, stack)
-        declared = bool(layers) and type(module) in layers
-        module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, declared)
+        is_declared = bool(layers) and type(module) in layers
+        module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, is_declared)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
-        _compat.set_class(module, adapted_class(type(module), declared))
+        _compat.set_class(module, adapted_class(type(module), is_declared))
     for path, owner in tied.items():
         module = by_path[path]
         module.adalora = by_path[owner].adalora
-        declared = bool(layers) and type(module) in layers
-        _compat.set_class(module, adapted_class(type(module), declared))
+        is_declared = bool(layers) and type(module) in layers
+        _compat.set_class(module, adapted_class(type(module), is_declared))
     _save(adapted, config)
     return adapted
 

@@ -175,8 +175,8 @@ def _add_increments(
                 f"`variables`: the model has no layer {path!r}, so it is not the one that was "
                 "adapted; pass that one."
             )
-        if is_qwix_weight(weight) or pytree.is_packed(weight.get_raw_value()):
-            raise kinds.quantised_error(path)
+        is_quantised = is_qwix_weight(weight) or pytree.is_packed(weight.get_raw_value())
+        kinds.check_not_quantised(is_quantised, path)
         if id(weight) in done:
             continue
         done.add(id(weight))

@@ -55,9 +55,8 @@ class QwixModelWeight(Packed):
     def requantize(self, weight: jax.Array) -> QwixModelWeight:
         """Return another weight, quantised with the settings of this one."""
         new = qwix.quantize(weight.astype(self.dtype), **_compat.qwix_settings(self.qwix_weight))
-        return QwixModelWeight(
-            jax.tree.unflatten(jax.tree.structure(self.qwix_weight), jax.tree.leaves(new))
-        )
+        treedef = jax.tree.structure(self.qwix_weight)
+        return QwixModelWeight(treedef.unflatten(jax.tree.leaves(new)))
 
     def variable(self, new: QwixModelWeight | jax.Array) -> Any:
         """Return the attribute of the module for the value ``new``: Qwix's object or a Param."""
