@@ -219,13 +219,11 @@ def parse_json(data: bytes, source: object) -> dict[str, Any]:
             raise ValueError(_DUPLICATE)
         return result
 
-    def not_a_number(constant: str) -> NoReturn:
+    def reject(constant: str) -> NoReturn:
         raise ValueError(constant)
 
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=not_a_number
-        )
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=reject)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"`{source}`: contains invalid JSON: {str(error)[:200]}; save it again."

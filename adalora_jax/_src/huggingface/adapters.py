@@ -356,7 +356,7 @@ def _written_pattern(
         place, mask = places[name], matrix.mask
         result[name] = [*mask.tolist(), *[False] * (length - len(mask))]
         keep: Any = known.get(place.path)
-        for number in place.index:
+        for number in place.stack_index:
             keep = keep[number] if isinstance(keep, tuple) and number < len(keep) else None
         booleans = isinstance(keep, tuple) and all(isinstance(entry, bool) for entry in keep)
         if booleans and len(keep) == length and mask.all() and mask.size == sum(keep):

@@ -158,11 +158,11 @@ def _places(matrices: Mapping[str, LowRankMatrix], names: NameMap) -> _Places:
     found: dict[str, dict[tuple[int, ...], _Parts]] = {}
     for name, matrix in matrices.items():
         for place, their_part in names.to_flax(name):
-            parts = found.setdefault(place.path, {}).setdefault(place.index, {})
+            parts = found.setdefault(place.path, {}).setdefault(place.stack_index, {})
             if place.part in parts:
                 raise ValueError(
                     f"`names`: {name!r} and another module both become {place.path!r} (stack index "
-                    f"{place.index}, part {place.part}); map them to different names."
+                    f"{place.stack_index}, part {place.part}); map them to different names."
                 )
             parts[place.part] = _rows_of(matrix, their_part, name)
     places: _Places = {}

@@ -14,7 +14,7 @@ class ParamLocation(NamedTuple):
     """The location of a matrix: a weight's path, a slice of its stack, a part of its outputs."""
 
     path: str
-    index: tuple[int, ...] = ()  # the slice's index on the stack
+    stack_index: tuple[int, ...] = ()  # the slice's index on the stack
     part: tuple[int, int] = (0, 1)  # part 0 of 1: all of the outputs
 
 
@@ -49,7 +49,7 @@ class NameMap:
     >>> names.to_hf("blocks/attn/query", (7,))
     [('model.layers.7.self_attn.q_proj', (0, 1), (0, 1))]
     >>> names.to_flax("model.layers.7.self_attn.q_proj")
-    [(ParamLocation(path='blocks/attn/query', index=(7,), part=(0, 1)), (0, 1))]
+    [(ParamLocation(path='blocks/attn/query', stack_index=(7,), part=(0, 1)), (0, 1))]
     """
 
     pairs: tuple[tuple[str, str], ...]

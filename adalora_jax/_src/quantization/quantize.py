@@ -189,8 +189,7 @@ class QwixWeight(Packed):
         Args:
           dtype: of the result; None for that of the scales.
         """
-        dense = qwix.dequantize(self.array)
-        return dense if dtype is None else dense.astype(dtype)
+        return qwix_models.dequantized(self.array, dtype)
 
     def requantize(self, weight: jax.Array) -> QwixWeight:
         """Return another weight, quantised with the blocks of this one."""

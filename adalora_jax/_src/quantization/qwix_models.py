@@ -49,8 +49,7 @@ class QwixModelWeight(Packed):
 
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """Return the weight, computed in the dtype of its scales and cast to ``dtype``."""
-        dense = qwix.dequantize(self.array)
-        return dense if dtype is None else dense.astype(dtype)
+        return dequantized(self.array, dtype)
 
     def requantize(self, weight: jax.Array) -> QwixModelWeight:
         """Return another weight, quantised with the settings of this one."""
@@ -67,6 +66,12 @@ class QwixModelWeight(Packed):
             | nnx_variables.NO_EAGER_SHARDING
         )
         return nnx.Param(new, **metadata)
+
+
+def dequantized(array: qwix.QArray, dtype: DTypeLike | None = None) -> jax.Array:
+    """Return Qwix's array as floats in the dtype of its scales, or cast to ``dtype``."""
+    dense = qwix.dequantize(array)
+    return dense if dtype is None else dense.astype(dtype)
 
 
 def weights(model: nnx.Module) -> list[tuple[str, nnx.Module, str, QwixModelWeight]]:
