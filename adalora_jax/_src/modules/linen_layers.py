@@ -83,7 +83,7 @@ def candidates(
 
 
 def _stacked_behind(module: nn.Module, layer: Layout) -> str:
-    """Return the reason why a layer cannot be adapted: its weight is stacked along a later axis.
+    """Return the reason why a lifted vmap's stacking of a layer's weight prevents an adapter.
 
     Empty if its weight is not stacked, or along the first axis.
     """
