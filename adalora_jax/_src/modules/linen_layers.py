@@ -114,8 +114,7 @@ def _traced(
     declared: Mapping[type, Layout] | None,
     probed: bool = False,
 ) -> tuple[dict[str, dict[str | None, Candidate]], dict[_Place, usage.Use], set[_Place]]:
-    """Return the modules that the model calls, the use of each weight, and the weights of
-    layers that are not Flax's.
+    """Return the modules that the model calls, the uses of weights, and the custom layers' weights.
 
     With ``probed`` the uses are those of a probe, an extra parameter next to each weight.
     """
@@ -190,7 +189,7 @@ def _traced(
             if keys == ("params", *sought):
                 weights.setdefault(place, []).append(position)
     # Skip weights in packed integers, which consist of several arrays.
-    positions = {found[0]: places[p] for p, found in weights.items() if len(found) == 1}
+    positions = {inputs[0]: places[p] for p, inputs in weights.items() if len(inputs) == 1}
     uses = usage.find_uses(closed.jaxpr, positions, frozenset(scaled))
     return found, {place: uses[i] for place, i in places.items() if i in uses}, custom
 
