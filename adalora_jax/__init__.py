@@ -103,15 +103,15 @@ __all__ = [
     "unmerge",
 ]
 
-# Imported when they are first asked for; most need further packages.
+# Imported when they are first asked for, with the package that they need and its extra.
 _LAZY = {
-    "checkpoint": (),
-    "huggingface": (),
-    "inits": (),
-    "plot": ("matplotlib",),
-    "protocols": (),
-    "quantization": ("qwix",),
-    "qwix_models": ("qwix",),
+    "checkpoint": None,
+    "huggingface": None,
+    "inits": None,
+    "plot": ("matplotlib", "plot"),
+    "protocols": None,
+    "quantization": ("qwix", "quant"),
+    "qwix_models": ("qwix", "quant"),
 }
 
 if _TYPE_CHECKING:
@@ -125,12 +125,22 @@ if _TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> _ModuleType:
-        if name in _LAZY:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        package, extra = _LAZY[name] or ("", "")
+        try:
             return _importlib.import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        except ModuleNotFoundError as error:
+            if not package or error.name != package:
+                raise
+            raise ModuleNotFoundError(
+                f"`{__name__}.{name}`: needs {package}, which is not installed; pip install "
+                f'"adalora-jax[{extra}]".',
+                name=package,
+            ) from error
 
     def __dir__() -> list[str]:
-        def installed(packages: tuple[str, ...]) -> bool:
-            return all(_util.find_spec(package) for package in packages)
+        def is_installed(needed: tuple[str, str] | None) -> bool:
+            return needed is None or _util.find_spec(needed[0]) is not None
 
-        return sorted({*__all__, *(n for n, packages in _LAZY.items() if installed(packages))})
+        return sorted({*__all__, *(name for name, needed in _LAZY.items() if is_installed(needed))})

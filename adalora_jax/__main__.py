@@ -19,7 +19,7 @@ from adalora_jax._src.core.config import AdaLoraConfig
 class Found(NamedTuple):
     """Adapters read from a folder in any supported format."""
 
-    what: str
+    description: str
     adapters: dict[str, Any]
     masks: Any
     config: AdaLoraConfig
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)  # as shells have it
+        sys.exit(130)  # the shells' exit status for SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,7 +98,7 @@ def _find(folder: pathlib.Path) -> Found:
     Raises:
       ValueError, FileNotFoundError: it holds none.
     """
-    # A save that was killed may have left the weights alone, which load_pretrained knows about.
+    # An interrupted save may have left only the weights; load_pretrained handles that.
     if any((folder / f"adapter_{name}").is_file() for name in ("config.json", "model.safetensors")):
         from adalora_jax import huggingface
 
@@ -108,9 +108,9 @@ def _find(folder: pathlib.Path) -> Found:
 
     steps = [f for f in folder.glob("*") if f.name.isdecimal() and (f / "adalora").is_dir()]
     saved = checkpoint.restore(max(steps, key=lambda f: int(f.name)) if steps else folder)
-    what = f"checkpoint of adalora_jax {saved.version}"
+    description = f"checkpoint of adalora_jax {saved.version}"
     masks, budget = saved.allocator.masks, int(saved.allocator.budget)
-    return Found(what, saved.adapters, masks, saved.config, saved.step, budget)
+    return Found(description, saved.adapters, masks, saved.config, saved.step, budget)
 
 
 def _description(folder: pathlib.Path) -> str:
@@ -123,7 +123,7 @@ def _description(folder: pathlib.Path) -> str:
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     budget = "" if found.budget is None else f", budget {found.budget}"
     lines = [
-        f"{found.what} in {folder}",
+        f"{found.description} in {folder}",
         f"{compaction.summary(adapters, found.masks)}",
         f"triplets: {active} of {whole} active{budget}",
         f"config: init_r {config.init_r}, target_r {config.target_r}, scale {config.scaling:.4g}",

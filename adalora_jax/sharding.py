@@ -5,16 +5,16 @@ In an adapter, ``p`` is sharded like the weight's output axes, ``q`` like its in
 axes like the weight's; the triplet axis is replicated. Moving averages, masks and the optimizer's
 moments are sharded like the parameters that they belong to. All other arrays are replicated.
 
-:func:`adapter_specs` derives the PartitionSpecs of one adapter, :func:`derive` those of all, with
-:data:`Rules` for exceptions, and :func:`shardings` the NamedShardings of a training state.
+:func:`adapter_specs` derives the PartitionSpecs of one adapter, :func:`derive_specs` those of all,
+with :data:`Rules` for exceptions, and :func:`shardings` the NamedShardings of a training state.
 """
 
-from adalora_jax._src.modules.sharding import Rules, adapter_specs, derive
+from adalora_jax._src.modules.sharding import Rules, adapter_specs, derive_specs
 from adalora_jax._src.modules.state_sharding import shardings
 
 __all__ = [
     "Rules",
     "adapter_specs",
-    "derive",
+    "derive_specs",
     "shardings",
 ]

@@ -232,6 +232,17 @@ def test_modules_with_optional_packages_are_imported_lazily():
     assert "AttributeError: module 'adalora_jax' has no attribute 'budget_of'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [("plot", "matplotlib", "plot"), ("quantization", "qwix", "quant")],
+)
+def test_lazy_import_without_its_package_names_the_extra(name, package, extra):
+    code = f"import sys; sys.modules[{package!r}] = None; from adalora_jax import {name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = f"`adalora_jax.{name}`: needs {package}, which is not installed; "
+    assert f'{message}pip install "adalora-jax[{extra}]".' in done.stderr
+
+
 def test_all_lists_exactly_the_public_names():
     public = {name for name in vars(adalora) if not name.startswith("_")}
     # Lazily imported modules are attributes once another test has used them.

@@ -88,6 +88,31 @@ def qwix_settings(weight: Any) -> dict[str, Any]:
     return {name: getattr(weight.how, name) for name in names}
 
 
+def mapped_axes(value: object) -> list[int]:
+    """Return the axes along which the enclosing ``jax.vmap`` calls map a value.
+
+    Why: an adapter is stacked along the first axis of its layer's weight, so a layer cannot be
+    adapted if ``vmap`` stacks its weight along another one. A tracer keeps this axis in its
+    attributes ``batch_dim``, ``val`` and ``primal``.
+    Needs upstream: the mapped axes of a value among JAX's public functions.
+    Upstream: no issue was found; add a function to ``jax.core`` that returns them for a tracer.
+    Checked with: jax 0.10.2.
+
+    >>> import jax
+    >>> seen = []
+    >>> x = jax.numpy.ones((2, 3))
+    >>> _ = jax.vmap(lambda x: seen.extend(mapped_axes(x)), in_axes=1)(x)
+    >>> seen
+    [1]
+    """
+    axes = []
+    while value is not None:
+        if isinstance(axis := getattr(value, "batch_dim", None), int):
+            axes.append(axis)
+        value = getattr(value, "val", getattr(value, "primal", None))
+    return axes
+
+
 def uses_super(method: Callable[..., Any]) -> bool:
     """Return whether a method's code refers to ``super()``; True if it has no Python code.
 

@@ -47,7 +47,7 @@ _OF_THE_RUN = (
 _OTHER = "restore another checkpoint"  # what to do when one is damaged
 _PARTS = ("adapters", "opt_state")
 _BY_ROLE = ("masks", "sensitivity", "uncertainty")  # fields of the allocator's state
-_MOST_COMPRESSED = 40_000  # bound on the compression factor of zstd, which even zeros do not exceed
+_MOST_COMPRESSED = 40_000  # maximum compression ratio of zstd, reached by zeros
 
 
 class Checkpoint(NamedTuple):
@@ -149,7 +149,7 @@ def save_args(
     3
     """
     allocator = allocator_state(opt_state)
-    _refuse_another_config(opt_state, config, "config")
+    _check_config(opt_state, config, "config")
     if empty := [path for path, a in pytree.adapters(adapters).items() if not a.lam.size]:
         raise ValueError(
             f"`adapters`: {', '.join(map(repr, empty[:5]))} has rank 0, and orbax stores no array "
@@ -255,14 +255,14 @@ def restore(
             check_adapter(adapter, f"adapters[{found!r}] in {folder}")
         opt_state = _structs(_subtree("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
-    _refuse_other_facts(folder, facts, target[0])
+    _check_facts(folder, facts, target[0])
     named = target[0], _map_allocators(lambda state: _by_path(_abstract(state)), target[1])
-    wanted = _state(*named)
-    _refuse_differences(folder, saved, {name: _spec(leaf) for name, leaf in wanted.items()})
+    expected = _state(*named)
+    _check_specs(folder, saved, {name: _spec(leaf) for name, leaf in expected.items()})
     if goes_on:
-        _refuse_another_config(target[1], config, str(folder))
+        _check_config(target[1], config, str(folder))
         restack.check_ranks(config, allocator_state(target[1]).config, target[0], moved)
-    structs = _structs(stored) | {name: wanted[name] for name in saved if name not in moved}
+    structs = _structs(stored) | {name: expected[name] for name in saved if name not in moved}
     arrays = _read(folder, {name: _placed(leaf) for name, leaf in structs.items()})
     prints = jax.device_get(_fingerprints(arrays))
     if damaged := [name for name, entry in about["arrays"].items() if prints[name] != entry[2]]:
@@ -272,7 +272,7 @@ def restore(
         )
     arrays = restack.regroup(arrays, moved, restack.regrouped_array)
     for name in moved.keys() & arrays:
-        arrays[name] = jax.device_put(arrays[name], _placed(wanted[name]).sharding)
+        arrays[name] = jax.device_put(arrays[name], _placed(expected[name]).sharding)
     allocator = _allocator(_subtree(about["allocator"], arrays), config, facts)
     for name, kind in restack.regroup(about["keys"], moved, lambda kinds, _: kinds[0]).items():
         arrays[name] = jax.random.wrap_key_data(arrays[name], impl=kind)
@@ -329,15 +329,15 @@ def _abstract(state: AllocatorState) -> AllocatorState:
 
 def _like(target: AllocatorState, state: AllocatorState) -> AllocatorState:
     """Return a state of dicts by path in the roles, Variables and shardings of ``target``."""
-    wanted = pytree.unwrap_variables(target)
-    roles = wanted.masks.roles
+    values = pytree.unwrap_variables(target)
+    roles = values.masks.roles
     state = state._replace(**{name: stack(roles, getattr(state, name)) for name in _BY_ROLE})
 
     def place(leaf: jax.Array, like: PyTree) -> jax.Array:
         sharding = getattr(like, "sharding", None)
         return leaf if sharding in (None, leaf.sharding) else jax.device_put(leaf, sharding)
 
-    return pytree.match_containers(target, jax.tree.map(place, state, wanted))
+    return pytree.match_containers(target, jax.tree.map(place, state, values))
 
 
 def _flatten_named(node: PyTree) -> dict[str, Any]:
@@ -428,17 +428,17 @@ def _read_facts(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, dic
     return facts
 
 
-def _refuse_other_facts(
+def _check_facts(
     folder: pathlib.Path, facts: Mapping[str, dict[str, Any]], adapters: PyTree
 ) -> None:
     """Raise if an adapter of the target has another scale or layout than the saved one."""
     for path, adapter in pytree.adapters(adapters).items():
         saved = facts.get(path, {"scale": None, "layout": None})
-        here = {"scale": adapter.scale, "layout": adapter.layout}
+        given = {"scale": adapter.scale, "layout": adapter.layout}
         differing = [
-            f"{name}={saved[name]} instead of {here[name]}"
-            for name in here
-            if saved[name] != here[name] and None not in (saved[name], here[name])
+            f"{name}={saved[name]} instead of {given[name]}"
+            for name in given
+            if saved[name] != given[name] and None not in (saved[name], given[name])
         ]
         if differing:
             raise ValueError(
@@ -613,43 +613,45 @@ def _config(
     return config
 
 
-def _differing(there: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
+def _differing(saved: Mapping[str, object], given: Mapping[str, object]) -> list[str]:
     """Return the fields in which two configs differ, with their values."""
     return [
-        f"{name}={there.get(name)!r} instead of {here.get(name)!r}"
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
+        f"{name}={saved.get(name)!r} instead of {given.get(name)!r}"
+        for name in sorted({*saved, *given})
+        if saved.get(name) != given.get(name)
     ]
 
 
-def _refuse_another_config(opt_state: PyTree, config: AdaLoraConfig, what: str) -> None:
+def _check_config(opt_state: PyTree, config: AdaLoraConfig, argument: str) -> None:
     """Raise if the config in an optimizer's state differs in a field of the run."""
     configs = allocator_state(opt_state).config, config
     numbers = [{name: c.to_dict()[name] for name in _OF_THE_RUN} for c in configs]
     if differing := _differing(*numbers):
         raise ValueError(
-            f"`{what}`: the optimizer has another config: {shorten(differing)}; use the config "
-            "that was passed to adalora(...)."
+            f"`{argument}`: the optimizer has another config: {shorten(differing)}; use the "
+            "config that was passed to adalora(...)."
         )
 
 
-def _refuse_differences(
-    folder: pathlib.Path, saved: Mapping[str, _Spec], wanted: Mapping[str, _Spec]
+def _check_specs(
+    folder: pathlib.Path, saved: Mapping[str, _Spec], expected: Mapping[str, _Spec]
 ) -> None:
     def show(spec: _Spec) -> str:
         return f"{spec[1]}{list(spec[0])}"
 
     differing = {
-        "missing": [name for name in wanted if name not in saved],
-        "not expected": [name for name in saved if name not in wanted],
+        "missing": [name for name in expected if name not in saved],
+        "not expected": [name for name in saved if name not in expected],
         "of another shape or dtype": [
             f"{name} ({show(saved[name])}, not {show(spec)})"
-            for name, spec in wanted.items()
+            for name, spec in expected.items()
             if name in saved and saved[name] != spec
         ],
     }
     if any(differing.values()):
-        found = ", ".join(f"{how} ({shorten(names)})" for how, names in differing.items() if names)
+        found = ", ".join(
+            f"{kind} ({shorten(names)})" for kind, names in differing.items() if names
+        )
         raise ValueError(
             f"`{folder}`: is of another model, optimizer or config, with leaves that are {found}; "
             "restore it without tx and target to see its contents, or pass `stacks` if one of the "
@@ -669,7 +671,7 @@ def _orbax(folder: pathlib.Path, **items: ocp.args.CheckpointArgs) -> Any:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**items))
     except Exception as error:  # orbax, tensorstore and the file system raise many types
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"`{folder}`: is damaged, since orbax cannot read it ({said:.200}); {_OTHER}."
+            f"`{folder}`: is damaged, since orbax cannot read it ({reason:.200}); {_OTHER}."
         ) from error

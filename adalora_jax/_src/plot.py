@@ -409,12 +409,14 @@ def _checked(infos: AllocatorInfo | Iterable[AllocatorInfo]) -> list[AllocatorIn
     return found
 
 
-def _infos(history: Any) -> tuple[list[AllocatorInfo], list[Any]]:
+def _infos(
+    history: Iterable[AllocatorInfo | Mapping[str, int]] | AllocatorInfo,
+) -> tuple[list[AllocatorInfo], list[Any]]:
     """Return the infos in ``history``, fetched in one transfer, and all other entries."""
     if isinstance(history, AllocatorInfo):
-        history = jax.device_get(history)
-        count = np.size(history.step)
-        stacked = history if np.ndim(history.step) else jax.tree.map(lambda x: x[None], history)
+        info: AllocatorInfo = jax.device_get(history)
+        count = np.size(info.step)
+        stacked = info if np.ndim(info.step) else jax.tree.map(lambda x: x[None], info)
         history = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)]
     history = list(history)
     found = jax.device_get([entry for entry in history if isinstance(entry, AllocatorInfo)])
@@ -451,8 +453,8 @@ def _natural(path: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
-def _positive(value: Any) -> float:
-    return value if value > 0 else np.nan
+def _positive(value: np.floating) -> float:
+    return float(value) if value > 0 else np.nan
 
 
 class _Figure(Figure):

@@ -148,7 +148,7 @@ class TensorFile:
             from safetensors import SafetensorError, safe_open
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                'safetensors is missing: pip install "adalora-jax[huggingface]" brings it.',
+                '`safetensors`: is not installed; pip install "adalora-jax[huggingface]".',
                 name=error.name,
             ) from error
         try:
@@ -202,7 +202,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         return parse_json(file.read(MAX_JSON), path)
 
 
-def parse_json(data: bytes, where: object) -> dict[str, Any]:
+def parse_json(data: bytes, source: object) -> dict[str, Any]:
     """Return the JSON object in ``data``; raise for duplicate keys, NaN, and excessive nesting.
 
     >>> parse_json(b'{"r": 8}', "adapter_config.json")
@@ -219,17 +219,17 @@ def parse_json(data: bytes, where: object) -> dict[str, Any]:
             raise ValueError(_DUPLICATE)
         return result
 
-    def refuse(constant: str) -> NoReturn:
+    def reject(constant: str) -> NoReturn:
         raise ValueError(constant)
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=reject)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"`{where}`: contains invalid JSON: {str(error)[:200]}; save it again."
+            f"`{source}`: contains invalid JSON: {str(error)[:200]}; save it again."
         ) from None
     if not isinstance(value, dict):
-        raise ValueError(f"`{where}`: does not contain a JSON object; save it again.")
+        raise ValueError(f"`{source}`: does not contain a JSON object; save it again.")
     return value
 
 

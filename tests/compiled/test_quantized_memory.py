@@ -78,7 +78,7 @@ def gptq_shapes(shape):
     array = lambda dtype, *own: jax.ShapeDtypeStruct((*stack, *own), dtype)
     words = array(jnp.uint32, ins // 8, outs), array(jnp.uint32, ins // 128, outs // 8)
     scales, groups = array(jnp.float32, ins // 128, outs), array(jnp.int32, ins)
-    return gptq.GptqWeight(*words, scales, groups, bits=4, own=(ins, outs))
+    return gptq.GptqWeight(*words, scales, groups, bits=4, layer_shape=(ins, outs))
 
 
 def quantised_shapes(module, variables, recipe, x):

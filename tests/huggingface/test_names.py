@@ -43,7 +43,7 @@ def test_hf_names_round_trip_through_unstacked_flax_paths(family):
     for _, hf in names.pairs:
         name = re.sub(r"\{\w+\}", lambda f: "3" if len(f[0]) == 3 else "query", hf.split(":")[0])
         for place, part in names.to_flax(name):
-            assert place.at == ()
+            assert place.stack_index == ()
             assert part == WHOLE
             assert names.to_hf(place.path)[0][0] == name
 

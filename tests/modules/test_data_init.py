@@ -150,6 +150,12 @@ def test_eva_init_sets_q_to_top_right_singular_vectors_of_inputs(linen):
     jax.tree.map(np.testing.assert_array_equal, ours, model.apply(variables, TOKENS))
 
 
+def test_eva_init_with_moments_of_another_model_raises():
+    adapters = {"query": al.Adapter(jnp.ones((1, 4)), jnp.ones(1), jnp.ones((1, 3)))}
+    with pytest.raises(ValueError, match=r"`moments\['key'\]`: no adapter has this path"):
+        inits.eva_init(adapters, {"key": jnp.eye(3)})
+
+
 def test_eva_ranks_follow_variance_within_initial_budget(linen):
     _, adapted, variables, adapters = linen
     moments = inits.input_second_moments(adapted, variables, adapters, TOKENS)

@@ -205,9 +205,9 @@ def test_all_linear_selects_gates_of_both_lstm_cells():
 DENSE = Layout()
 SUBJECTS = {
     "a/query": Candidate(nn.Dense(4), DENSE, (6, 4)),
-    "a/key": Candidate(nn.Dense(4), DENSE, (5, 4), refused="its kernel is tied to 'b'"),
+    "a/key": Candidate(nn.Dense(4), DENSE, (5, 4), cannot_adapt="its kernel is tied to 'b'"),
     "b/key": Candidate(nn.Dense(4), DENSE, (6, 4), note="it is normalized"),
-    "b/value": Candidate(nn.Dense(4), DENSE, (3, 6, 4), refused="it never runs"),
+    "b/value": Candidate(nn.Dense(4), DENSE, (3, 6, 4), cannot_adapt="it never runs"),
     "norm": Candidate(nn.LayerNorm()),
 }
 

@@ -30,7 +30,7 @@ _KEPT += ("orth_reg_weight", "lora_dropout", "init_lora_weights")
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
-class Loaded(NamedTuple):
+class LoadedAdapter(NamedTuple):
     """An adapter loaded from a file, with the paths of the Flax model.
 
     :func:`load_pretrained` returns it and has an example.
@@ -105,13 +105,9 @@ def save_pretrained(
     >>> loaded.adapters["encoder/query"].p.shape, loaded.config.rank_pattern
     ((2, 6), (('encoder/query', (True, False, True, False)),))
     """
-    _warn_unfinished(masks)
-    _refuse_embeddings(adapters)
     names = as_names(names)
-    scale = common_scale(adapters, config.scaling)
-    pattern = None if masks is None else rank_pattern(masks)
-    matrices, places = to_matrices(adapters, scale, pattern, names)
-    most = max(config.init_r, *(len(m.lam) for m in matrices.values()))
+    scale, matrices, places = _checked_matrices(adapters, config, masks, names)
+    rank = max(config.init_r, *(len(m.lam) for m in matrices.values()))
     tensors = {
         f"{PREFIX}{name}.{key}": array
         for name, matrix in matrices.items()
@@ -119,15 +115,15 @@ def save_pretrained(
     }
     saved = saved_to_torch(adapters, names)
     tensors |= {f"{PREFIX}{name}": array for name, array in saved.items()}
-    same = most == config.init_r and config.lora_alpha > 0
+    same = rank == config.init_r and config.lora_alpha > 0
     same = same and config.lora_alpha / config.init_r == scale
     kept = {name: getattr(config, name) for name in _KEPT}
     pattern = None
-    if masks is not None or any(len(m.lam) < most or not m.mask.all() for m in matrices.values()):
-        pattern = _written_pattern(matrices, places, config, most)
-    alpha = config.lora_alpha if same else scale * most
+    if masks is not None or any(len(m.lam) < rank or not m.mask.all() for m in matrices.values()):
+        pattern = _written_pattern(matrices, places, config, rank)
+    alpha = config.lora_alpha if same else scale * rank
     written = AdaLoraConfig(
-        **kept | {"init_r": most, "lora_alpha": alpha},
+        **kept | {"init_r": rank, "lora_alpha": alpha},
         target_modules=tuple(matrices),
         modules_to_save=_modules(saved) or None,
         rank_pattern=pattern,
@@ -142,7 +138,7 @@ def load_pretrained(
     names: Names = None,
     like: PyTree = None,
     revision: str | None = None,
-) -> Loaded:
+) -> LoadedAdapter:
     """Read an AdaLoRA adapter that PEFT wrote, finished or in training, or a plain LoRA adapter.
 
     The result computes the same function as PEFT after ``from_pretrained`` of the same files.
@@ -168,7 +164,7 @@ def load_pretrained(
         a folder.
 
     Returns:
-      A :class:`Loaded`. The layers of a stack are padded to the largest rank among them with
+      A :class:`LoadedAdapter`. The layers of a stack are padded to the largest rank among them with
       triplets that are zero and whose mask is False.
 
     Raises:
@@ -216,7 +212,7 @@ def load_pretrained(
         rank_pattern=pattern,
         param_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
     )
-    return Loaded({**adapters, **saved}, config, masks)
+    return LoadedAdapter({**adapters, **saved}, config, masks)
 
 
 def save_as_lora(
@@ -258,12 +254,8 @@ def save_as_lora(
     >>> written["r"], written["lora_alpha"], written["target_modules"]
     (4, 4, ['encoder.query'])
     """
-    _warn_unfinished(masks)
-    _refuse_embeddings(adapters)
     names = as_names(names)
-    scale = common_scale(adapters, config.scaling)
-    pattern = None if masks is None else rank_pattern(masks)
-    matrices, places = to_matrices(adapters, scale, pattern, names)
+    scale, matrices, places = _checked_matrices(adapters, config, masks, names)
     matrices = {name: m.active() for name, m in matrices.items() if m.mask.any()}
     if not matrices:
         raise ValueError(
@@ -280,16 +272,16 @@ def save_as_lora(
     saved = saved_to_torch(adapters, names)
     tensors |= {f"{PREFIX}{name}": array for name, array in saved.items()}
     ranks = {name: len(matrix.lam) for name, matrix in matrices.items()}
-    most = max(ranks.values())
-    others = {name for name, rank in ranks.items() if rank != most}
+    rank = max(ranks.values())
+    others = {name for name, r in ranks.items() if r != rank}
     # PEFT uses the first key that is a suffix of the module's name. Longer names therefore come
     # first, and are listed even at the common rank if a shorter key would match them.
     others |= {name for name in ranks if any(name.endswith(f".{other}") for other in others)}
     others = {name: ranks[name] for name in sorted(others, key=lambda n: (-len(n), n))}
     settings = {
         "peft_type": "LORA",
-        "r": most,
-        "lora_alpha": most,
+        "r": rank,
+        "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": list(matrices),
@@ -304,13 +296,26 @@ def save_as_lora(
     write_adapter(directory, settings | _about(base_model, task_type, saved), tensors)
 
 
-def _warn_unfinished(masks: PyTree) -> None:
-    """Warn if the masks are not the final ones of their run."""
+def _checked_matrices(
+    adapters: Mapping[str, PyTree], config: AdaLoraConfig, masks: PyTree, names: NameMap
+) -> tuple[float, dict[str, LowRankMatrix], dict[str, ParamLocation]]:
+    """Return the common scale, the matrices by their names in PyTorch, and their locations.
+
+    Raises:
+      ValueError: an adapter is that of an embedding, or as in :func:`to_matrices`.
+
+    Warns:
+      UserWarning: the masks are not the final ones of their run.
+    """
     if masks is not None and (problem := unfinished(masks)):
         warnings.warn(f"`masks`: {problem}; call finish(opt_state, params) first.", stacklevel=3)
+    _check_embeddings(adapters)
+    scale = common_scale(adapters, config.scaling)
+    pattern = None if masks is None else rank_pattern(masks)
+    return scale, *to_matrices(adapters, scale, pattern, names)
 
 
-def _refuse_embeddings(adapters: Mapping[str, PyTree]) -> None:
+def _check_embeddings(adapters: Mapping[str, PyTree]) -> None:
     """Raise an error for adapted embeddings, whose tensors PEFT would ignore with a warning."""
     for path, adapter in pytree.adapters(adapters).items():
         if adapter.layout is not None and adapter.layout.kind == "embed":
@@ -356,7 +361,7 @@ def _written_pattern(
         place, mask = places[name], matrix.mask
         result[name] = [*mask.tolist(), *[False] * (length - len(mask))]
         keep: Any = known.get(place.path)
-        for number in place.at:
+        for number in place.stack_index:
             keep = keep[number] if isinstance(keep, tuple) and number < len(keep) else None
         booleans = isinstance(keep, tuple) and all(isinstance(entry, bool) for entry in keep)
         if booleans and len(keep) == length and mask.all() and mask.size == sum(keep):

@@ -132,8 +132,8 @@ def load_base(
             leaf, reading = leaves[name], readings[name]
             wide = jnp.dtype(leaf.dtype if dtype is None else dtype)
             parts = ((index, _cast(reading, index, read, wide, name)) for index in reading.slices)
-            where = _sharding(places.get(name), leaf, mesh)
-            new[name] = _placed(reading, wide, where, parts)
+            target = _sharding(places.get(name), leaf, mesh)
+            new[name] = _placed(reading, wide, target, parts)
     if variables is None:
         return nnx_variables.with_parameters(cast("Any", model), new)
 
@@ -152,14 +152,14 @@ def _parameters(
         places = {path: nnx_frontend.placement(variable) for path, variable in leaves.items()}
     else:
         places = by_path(linen_frontend.placement(variables))
-    return leaves, {path: _without_abstract_mesh(where) for path, where in places.items()}
+    return leaves, {path: _without_abstract_mesh(place) for path, place in places.items()}
 
 
-def _without_abstract_mesh(where: _Place) -> _Place:
+def _without_abstract_mesh(place: _Place) -> _Place:
     """Return the PartitionSpec of shapes made under ``jax.set_mesh``, whose mesh has no devices."""
-    if isinstance(where, NamedSharding) and isinstance(where.mesh, AbstractMesh):
-        return where.spec
-    return where
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, AbstractMesh):
+        return place.spec
+    return place
 
 
 def _layers(
@@ -214,14 +214,14 @@ def _check(
     misfits: list[str],
     allowed: tuple[Allowed, Allowed],
 ) -> None:
-    """Raise one error that lists all mismatches between a checkpoint and a model, if any."""
+    """Raise one error with a line per mismatch between a checkpoint and a model, if any."""
     pieces = [p for reading in readings.values() for ps in reading.slices.values() for p in ps]
     used = {piece.key for piece in pieces}
     unused = [n for n in weights.specs if n not in used and not _BUFFERS.fullmatch(n)]
     unused = [name for name in unused if not _is_allowed(name, allowed[1])]
     missing = [
-        f"{name!r}" + (f" (looked for {wanted!r})" if wanted else " (names has no entry for it)")
-        for name, wanted in looked_for.items()
+        f"{name!r}" + (f" (looked for {tensor!r})" if tensor else " (names has no entry for it)")
+        for name, tensor in looked_for.items()
         if not _is_allowed(name, allowed[0])
     ]
     wrong = []
@@ -246,7 +246,8 @@ def _check(
             "adalora_jax.quantization.load_gptq."
         )
     if wrong:
-        raise ValueError(f"`{path}`: {' '.join(wrong)}")
+        problems = "\n".join(wrong)
+        raise ValueError(f"`{path}`: {problems}")
 
 
 def _is_allowed(name: str, allowed: Allowed) -> bool:
@@ -306,12 +307,12 @@ def _cast(
     return cast
 
 
-def _sharding(where: _Place, leaf: Any, mesh: Mesh | AbstractMesh | None) -> Sharding | None:
+def _sharding(place: _Place, leaf: Any, mesh: Mesh | AbstractMesh | None) -> Sharding | None:
     """Return the sharding of a parameter; None for the default device."""
-    if isinstance(where, PartitionSpec) and mesh is not None:
-        where = NamedSharding(mesh, where)
-    if isinstance(where, NamedSharding):
-        return where
+    if isinstance(place, PartitionSpec) and mesh is not None:
+        place = NamedSharding(mesh, place)
+    if isinstance(place, NamedSharding):
+        return place
     return leaf.sharding if getattr(leaf, "committed", False) else None
 
 
@@ -321,14 +322,14 @@ _write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 def _placed(
     reading: ParamReading,
     dtype: np.dtype,
-    where: Sharding | None,
+    target: Sharding | None,
     parts: Iterable[tuple[tuple[int, ...], np.ndarray]],
 ) -> jax.Array:
     """Assemble an array on its devices, so that the host holds one part of it at a time."""
     shape = reading.shape
     everything = {None: (slice(None),) * len(shape)}
     blocks: Mapping[Any, Any] = (
-        everything if where is None else where.addressable_devices_indices_map(shape)
+        everything if target is None else target.addressable_devices_indices_map(shape)
     )
     spans = {
         device: [part.indices(size)[:2] for part, size in zip(index, shape)]
@@ -344,15 +345,15 @@ def _placed(
             both = [(max(f, a), min(f + n, b)) for f, n, (a, b) in zip(first, part.shape, span)]
             if any(low >= high for low, high in both):
                 continue
-            mine = part[tuple(slice(low - f, high - f) for (low, high), f in zip(both, first))]
+            block = part[tuple(slice(low - f, high - f) for (low, high), f in zip(both, first))]
             if not reading.stack:
-                arrays[device] = jax.device_put(mine, device)
+                arrays[device] = jax.device_put(block, device)
                 continue
             if device not in arrays:
                 sizes = [b - a for a, b in span]
                 arrays[device] = jnp.zeros(sizes, dtype, device=device)
             starts = [np.int32(low - a) for (low, _), (a, _) in zip(both, span)]
-            arrays[device] = _write(arrays[device], mine, starts)
-    if where is None:
+            arrays[device] = _write(arrays[device], block, starts)
+    if target is None:
         return arrays[None]
-    return jax.make_array_from_single_device_arrays(shape, where, [arrays[d] for d in spans])
+    return jax.make_array_from_single_device_arrays(shape, target, [arrays[d] for d in spans])

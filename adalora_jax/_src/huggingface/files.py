@@ -107,7 +107,7 @@ def read_adapter(directory: str | os.PathLike[str], revision: str | None = None)
     if not folder.is_dir():
         raise FileNotFoundError(f"`{folder}`: is not a folder; pass the folder that has {CONFIG}.")
     if not (folder / WEIGHTS).exists():
-        _refuse_pickles(folder)
+        _check_pickles(folder)
     path = resolve_within(folder, _config_name(folder))
     stored = read_json(path)
     settings = {key: value for key, value in stored.items() if value is not None}
@@ -268,7 +268,7 @@ def _pending(weights: Path) -> str:
     return f".{CONFIG}.{digest(weights)}.tmp"
 
 
-def _refuse_pickles(folder: Path) -> None:
+def _check_pickles(folder: Path) -> None:
     found = [name for name in _PICKLES if (folder / name).exists()]
     if found:
         raise ValueError(
@@ -290,27 +290,27 @@ def _check_types(settings: Mapping[str, Any]) -> None:
                 "the adapter again with PEFT."
             )
         if key in _INTEGERS:
-            good, want = _is_integer(value), "an integer"
+            good, kind = _is_integer(value), "an integer"
         elif key in _NUMBERS:
-            good, want = _is_number(value), "a number"
+            good, kind = _is_number(value), "a number"
         elif key in _FLAGS:
-            good, want = isinstance(value, bool), "true or false"
+            good, kind = isinstance(value, bool), "true or false"
         elif key in _TEXTS:
-            good, want = isinstance(value, str), "a string"
+            good, kind = isinstance(value, str), "a string"
         elif key in _NAMES:
             good = isinstance(value, str) or _all(value, lambda v: isinstance(v, str))
-            want = "a string or a list of strings"
+            kind = "a string or a list of strings"
         elif key == "layers_to_transform":
-            good, want = _is_integer(value) or _all(value, _is_integer), "an integer or a list"
+            good, kind = _is_integer(value) or _all(value, _is_integer), "an integer or a list"
         elif key == "init_lora_weights":
-            good, want = isinstance(value, (bool, str)), "true, false or a string"
+            good, kind = isinstance(value, (bool, str)), "true, false or a string"
         elif key in ("rank_pattern", "alpha_pattern"):
-            good, want = isinstance(value, dict), "an object"
+            good, kind = isinstance(value, dict), "an object"
         else:
             continue
         if not good:
             raise ValueError(
-                f"`{key}={str(value)[:99]!r}`: must be {want}; save the adapter again with PEFT."
+                f"`{key}={str(value)[:99]!r}`: must be {kind}; save the adapter again with PEFT."
             )
 
 
@@ -367,10 +367,12 @@ def _layout(file: TensorFile, kind: str) -> tuple[dict[str, dict[str, str]], dic
     letters = set("AB") if kind == "LORA" else set("ABE")
     for name, keys in layout.items():
         if set(keys) != letters:
-            have, want = (", ".join(f"lora_{x}" for x in sorted(xs)) for xs in (keys, letters))
+            present, required = (
+                ", ".join(f"lora_{x}" for x in sorted(xs)) for xs in (keys, letters)
+            )
             raise ValueError(
-                f"`{file.path}`: {name!r} has {have}, but must have {want}; save the adapter again "
-                "with PEFT."
+                f"`{file.path}`: {name!r} has {present}, but must have {required}; save the "
+                "adapter again with PEFT."
             )
         shapes = {letter: file.specs[key].shape for letter, key in keys.items()}
         a, b, e = shapes["A"], shapes["B"], shapes.get("E")
@@ -449,7 +451,9 @@ def _check_lora(settings: Mapping[str, Any]) -> None:
     if unknown := [key for key in unknown if settings[key] not in ("", [], {})]:
         # Attribute the warning to the caller of load_pretrained or merge_pretrained.
         warnings.warn(
-            f"unknown keys of the PEFT config are left out: {', '.join(unknown)}", stacklevel=4
+            f"`{CONFIG}`: the keys {', '.join(unknown)} are unknown and ignored; check that they "
+            "do not change the computation.",
+            stacklevel=4,
         )
     for pattern, test in (("rank_pattern", _is_integer), ("alpha_pattern", _is_number)):
         for key, value in settings.get(pattern, {}).items():
@@ -485,12 +489,12 @@ def _lora(
             a.reshape(rank, math.prod(a.shape[1:])),
             np.ones(rank, bool),
         )
-    most = max(1, *(len(matrix.lam) for matrix in matrices.values()))
+    largest = max(1, *(len(matrix.lam) for matrix in matrices.values()))
     config = AdaLoraConfig(
         total_step=1,
-        init_r=most,
-        target_r=most,
-        lora_alpha=most,
+        init_r=largest,
+        target_r=largest,
+        lora_alpha=largest,
         fan_in_fan_out=bool(settings.get("fan_in_fan_out")),
         target_modules=tuple(matrices),
     )

@@ -153,11 +153,11 @@ def _places(matrices: Mapping[str, LowRankMatrix], names: NameMap) -> _Places:
     found: dict[str, dict[tuple[int, ...], _Parts]] = {}
     for name, matrix in matrices.items():
         for place, their_part in names.to_flax(name):
-            parts = found.setdefault(place.path, {}).setdefault(place.at, {})
+            parts = found.setdefault(place.path, {}).setdefault(place.stack_index, {})
             if place.part in parts:
                 raise ValueError(
                     f"`names`: {name!r} and another module both become {place.path!r} (stack index "
-                    f"{place.at}, part {place.part}); map them to different names."
+                    f"{place.stack_index}, part {place.part}); map them to different names."
                 )
             parts[place.part] = _rows_of(matrix, their_part, name)
     places: _Places = {}
@@ -244,8 +244,8 @@ def _rows_of(matrix: LowRankMatrix, part: tuple[int, int], name: str) -> LowRank
     for row in range(len(acts)):
         if not acts[row].any():
             acts[row] = acts[row - 1] if row else np.arange(count) == 0
-    mine = acts[:, part[0]]
-    return LowRankMatrix(*(leaf[mine] for leaf in matrix.outputs(part)))
+    rows = acts[:, part[0]]
+    return LowRankMatrix(*(leaf[rows] for leaf in matrix.outputs(part)))
 
 
 def _joined(path: str, parts: _Parts) -> LowRankMatrix:
@@ -289,12 +289,12 @@ def _stacked(
         )
     rank = max(len(m.lam) for m in some)
     width = ins + outs + 1
-    need, have = math.prod(stack) * rank * width, sum(len(m.lam) for m in some) * width
-    if need > _MAX_PADDING * have + _SMALL:
+    needed, stored = math.prod(stack) * rank * width, sum(len(m.lam) for m in some) * width
+    if needed > _MAX_PADDING * stored + _SMALL:
         raise ValueError(
-            f"`names`: the stack {path!r} would need {need} numbers, of which the file has {have}, "
-            "because its ranks are too different for one array; map its matrices to separate "
-            "paths."
+            f"`names`: the stack {path!r} would need {needed} numbers, of which the file has "
+            f"{stored}, because its ranks are too different for one array; map its matrices to "
+            "separate paths."
         )
 
     def dtype(i: int) -> np.dtype:

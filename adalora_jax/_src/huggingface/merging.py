@@ -108,7 +108,7 @@ def merge_pretrained(
     [4. 4. 4.]
     """
     if isinstance(adapter, Mapping):
-        _refuse_unmergeable(adapter)
+        _check_mergeable(adapter)
         names, scale = as_names(names), common_scale(adapter, 1.0)
         pattern = None if masks is None else rank_pattern(masks)
         matrices, _ = to_matrices(adapter, scale, pattern, names)
@@ -134,7 +134,7 @@ def merge_pretrained(
         _write(base, changes, scale, folder, safe, progress or (lambda tensors: tensors))
 
 
-def _refuse_unmergeable(adapters: Mapping[str, PyTree]) -> None:
+def _check_mergeable(adapters: Mapping[str, PyTree]) -> None:
     """Raise if an adapter's Flax layer does not compute with the sum of weight and increment."""
     for path, adapter in pytree.adapters(adapters).items():
         note = adapter.layout.note if adapter.layout else ""
@@ -167,8 +167,8 @@ def _changes(
         key, stored = key or f"{name}.weight", source or key or ""
         shape, ins, outs = specs[stored].shape, matrix.q.shape[1], matrix.p.shape[1]
         straight = len(shape) >= 2 and shape[0] == outs and math.prod(shape[1:]) == ins
-        turned = shape == (ins, outs)
-        if not straight and not turned:
+        matches_transposed = shape == (ins, outs)
+        if not straight and not matches_transposed:
             raise ValueError(
                 f"`adapter`: {name!r} is for {ins} inputs and {outs} outputs, but {stored!r} of "
                 f"the base has shape {list(shape)}; pass the base that the adapter was trained for."
@@ -178,7 +178,7 @@ def _changes(
                 f"`{base.folder}`: {stored!r} has dtype {specs[stored].dtype}, which cannot be "
                 "merged into; pass a base with floating-point weights."
             )
-        is_transposed = turned and (not straight or name in conv1d)
+        is_transposed = matches_transposed and (not straight or name in conv1d)
         changes[key] = Change(matrix, is_transposed, source=source)
     for name, value in saved.items():
         key = base.find(name) or name
@@ -283,12 +283,12 @@ def _copy_others(base: Weights, folder: Path, settings: Mapping[str, Any] | None
     """
     for root, folders, names in os.walk(base.folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(root).relative_to(base.folder)
+        subfolder = Path(root).relative_to(base.folder)
         for name in sorted(names):
-            path = here / name
+            path = subfolder / name
             if name.startswith(".") or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
                 continue
-            (folder / here).mkdir(parents=True, exist_ok=True)
+            (folder / subfolder).mkdir(parents=True, exist_ok=True)
             source = open_regular(resolve_within(base.folder, path.as_posix()))
             with source, atomic_write(folder / path) as target:
                 if settings is not None and path.as_posix() == "config.json":

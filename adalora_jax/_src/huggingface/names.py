@@ -14,7 +14,7 @@ class ParamLocation(NamedTuple):
     """The location of a matrix: a weight's path, a slice of its stack, a part of its outputs."""
 
     path: str
-    at: tuple[int, ...] = ()  # the slice's index on the stack
+    stack_index: tuple[int, ...] = ()  # the slice's index on the stack
     part: tuple[int, int] = (0, 1)  # part 0 of 1: all of the outputs
 
 
@@ -49,7 +49,7 @@ class NameMap:
     >>> names.to_hf("blocks/attn/query", (7,))
     [('model.layers.7.self_attn.q_proj', (0, 1), (0, 1))]
     >>> names.to_flax("model.layers.7.self_attn.q_proj")
-    [(ParamLocation(path='blocks/attn/query', at=(7,), part=(0, 1)), (0, 1))]
+    [(ParamLocation(path='blocks/attn/query', stack_index=(7,), part=(0, 1)), (0, 1))]
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -221,10 +221,10 @@ class _Template:
         if len(index) != len(self.index) or (found := self._regex.fullmatch(path)) is None:
             return None
         values = found.groupdict()
-        for want, number in zip(self.index, map(str, index)):
-            if want.startswith("{"):
-                want = values.setdefault(want[1:-1], number)
-            if want != number:
+        for entry, number in zip(self.index, map(str, index)):
+            if entry.startswith("{"):
+                entry = values.setdefault(entry[1:-1], number)
+            if entry != number:
                 return None
         return values
 
@@ -242,9 +242,9 @@ def _template(name: str) -> _Template:
     placeholder = r"(?:\{[a-zA-Z]\}|\d+)"
     form = rf"([^\[\]:]+?)(?:\[({placeholder}(?:,{placeholder})*)\])?(?::(\d+)/(\d+))?"
     found = re.fullmatch(form, name.replace(" ", ""))
-    left = re.sub(r"\{[a-zA-Z]\w*\}", "", found[1]) if found else "{"
+    rest = re.sub(r"\{[a-zA-Z]\w*\}", "", found[1]) if found else "{"
     part = (int(found[3]), int(found[4])) if found and found[3] else (0, 1)
-    if found is None or "{" in left or "}" in left or part[0] >= part[1]:
+    if found is None or "{" in rest or "}" in rest or part[0] >= part[1]:
         raise ValueError(
             f"`names`: {name!r} cannot be read; write it like 'layers/{{i}}/query', "
             "'layers/query[{i}]' or 'attn/qkv:0/3'."
@@ -340,10 +340,10 @@ _GEMMA3 = (  # and Gemma 2
     ("attn/_key_norm", "self_attn.k_norm"),
 )
 # Modules outside of the list of layers.
-_BESIDE_BERT = (("embeddings/{word}", "embeddings.{word}"),)
-_BESIDE_VIT = (*_BESIDE_BERT, ("layernorm", "layernorm"))
-_BESIDE_GPT2 = tuple((name, name) for name in ("wte", "wpe", "ln_f"))
-_BESIDE_LLAMA = (
+_OTHER_BERT = (("embeddings/{word}", "embeddings.{word}"),)
+_OTHER_VIT = (*_OTHER_BERT, ("layernorm", "layernorm"))
+_OTHER_GPT2 = tuple((name, name) for name in ("wte", "wpe", "ln_f"))
+_OTHER_LLAMA = (
     ("embed_tokens", "embed_tokens"),
     ("norm", "norm"),
     ("embedder", "embed_tokens"),
@@ -357,18 +357,18 @@ class _Family(NamedTuple):
     prefix: str  # the prefix of these names in a model with a head
     parts: tuple[tuple[str, str], ...]
     flax_layers: tuple[str, ...]  # names of the list in Flax models
-    beside: tuple[tuple[str, str], ...]
+    other_modules: tuple[tuple[str, str], ...]
     conv1d: tuple[str, ...] = ()
 
 
 _ENCODER = ("encoder/layer", "encoder/layers")
 _FAMILIES = {
-    "bert": _Family("encoder.layer", "bert", _BERT, _ENCODER, _BESIDE_BERT),
+    "bert": _Family("encoder.layer", "bert", _BERT, _ENCODER, _OTHER_BERT),
     "gpt2": _Family(
-        *("h", "transformer", _GPT2, ("h", "layers"), _BESIDE_GPT2), ("c_attn", "c_proj", "c_fc")
+        *("h", "transformer", _GPT2, ("h", "layers"), _OTHER_GPT2), ("c_attn", "c_proj", "c_fc")
     ),
     **{
-        name: _Family("layers", "model", parts, lists, _BESIDE_LLAMA)
+        name: _Family("layers", "model", parts, lists, _OTHER_LLAMA)
         for name, parts, lists in (
             ("llama", _LLAMA, ("layers",)),
             ("gemma", _GEMMA1, ("layers", "layer")),
@@ -382,7 +382,7 @@ _FAMILIES = {
     **{
         name: _Family(
             *(layers, "vit", tuple((flax, hf[version]) for flax, hf in _VIT.items())),
-            *((*_ENCODER, "layers"), _BESIDE_VIT),
+            *((*_ENCODER, "layers"), _OTHER_VIT),
         )
         for version, (name, layers) in enumerate((("vit", "layers"), ("vit_v4", "encoder.layer")))
     },
@@ -439,7 +439,7 @@ def hf_names(family: str, *, root: str | None = None, prefix: str | None = None)
     for r in roots:
         pairs += [
             ("/".join(filter(None, (r, ours))), ".".join(filter(None, (prefix, theirs))))
-            for ours, theirs in known.beside
+            for ours, theirs in known.other_modules
         ]
     for head in _HEADS:
         name = head.replace(".", "/")

@@ -30,8 +30,8 @@ class TensorSlice(NamedTuple):
     """Part k of n of a tensor's outputs, which is part i of m of a parameter's outputs."""
 
     key: str  # the tensor's name
-    ours: tuple[int, int]  # (i, m)
-    theirs: tuple[int, int]  # (k, n)
+    param_part: tuple[int, int]  # (i, m)
+    tensor_part: tuple[int, int]  # (k, n)
 
 
 class ParamReading(NamedTuple):
@@ -42,7 +42,7 @@ class ParamReading(NamedTuple):
     ins: tuple[int, ...] | None  # axes that a layer sums over; None if it is not a layer's weight
     outs: tuple[int, ...]  # the layer's output axes; all axes but the stack's if ins is None
     slices: dict[tuple[int, ...], list[TensorSlice]]  # by the index on the stack
-    turned: frozenset[str]  # the tensors that are [out, in]
+    transposed: frozenset[str]  # the tensors that are [out, in]
 
     def value(self, index: tuple[int, ...], read: Callable[[str], np.ndarray]) -> np.ndarray:
         """Return the slice at ``index``, with axes of length 1 for the stack.
@@ -55,7 +55,7 @@ class ParamReading(NamedTuple):
         for key, _, (part, count) in self.slices[index]:
             array = read(key)
             if self.ins is not None:
-                array = _as_matrix(array, key in self.turned)
+                array = _as_matrix(array, key in self.transposed)
             parts.append(array if count == 1 else np.split(array, count, axis=-1)[part])
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         order = (*(self.ins or ()), *self.outs)
@@ -85,25 +85,25 @@ class ParamSource(NamedTuple):
         Raises:
           ValueError: the tensors exist, but their shapes or dtypes do not fit.
         """
-        wanted = ""
+        expected = ""
         for stack in _stacks(len(shape), layer):
             slices: dict[tuple[int, ...], list[TensorSlice]] = {}
             for index in np.ndindex(*(shape[axis] for axis in stack)):
                 pieces, looked_for = self._pieces(path, index)
                 if not pieces:
-                    wanted = looked_for if slices else wanted or looked_for
+                    expected = looked_for if slices else expected or looked_for
                     break
                 slices[index] = pieces
             else:
                 return self._reading(path, tuple(shape), layer, stack, slices)
-        return wanted
+        return expected
 
     def _pieces(self, path: str, index: tuple[int, ...]) -> tuple[list[TensorSlice], str]:
         """Return the pieces of a slice; if a tensor is missing, no pieces and its expected name."""
         module, _, last = path.rpartition("/")
         end = ".bias" if last in _BIASES else ".weight"
         ways = [
-            [(f"{name}{end}", ours, theirs) for name, ours, theirs in way]
+            [(f"{name}{end}", param_part, tensor_part) for name, param_part, tensor_part in way]
             for of, ends in ((module, (end, _OLD[end])), (path, ("", end)))
             if (way := self.names.match(of, index))
             for end in ends
@@ -114,7 +114,10 @@ class ParamSource(NamedTuple):
 
         for find in (exactly, self.weights.find, self._tied):
             for way in ways:
-                pieces = [TensorSlice(find(key) or "", ours, theirs) for key, ours, theirs in way]
+                pieces = [
+                    TensorSlice(find(key) or "", param_part, tensor_part)
+                    for key, param_part, tensor_part in way
+                ]
                 if all(piece.key for piece in pieces):
                     return pieces, ""
         return [], ways[0][0][0] if ways else ""
@@ -146,58 +149,62 @@ class ParamSource(NamedTuple):
                     f"{self.weights.specs[key].dtype}, but only {', '.join(FLOATS)} can be "
                     "computed with; convert or dequantise it first."
                 )
-        own = tuple(axis for axis in range(len(shape)) if axis not in stack)
+        matrix_axes = tuple(axis for axis in range(len(shape)) if axis not in stack)
         if layer is None and path.rpartition("/")[2] != "kernel":
             for pieces in slices.values():
-                self._check_plain(path, shape, own, pieces)
-            return ParamReading(shape, stack, None, own, slices, frozenset())
+                self._check_plain(path, shape, matrix_axes, pieces)
+            return ParamReading(shape, stack, None, matrix_axes, slices, frozenset())
         if layer is None:
-            ways = [(own[:n], own[n:]) for n in range(len(own) + 1)]
+            ways = [(matrix_axes[:n], matrix_axes[n:]) for n in range(len(matrix_axes) + 1)]
         else:
             lifted = len(shape) - len(layer.stack) - len(layer.ins) - len(layer.outs)
             ways = [tuple(tuple(lifted + a for a in axes) for axes in (layer.ins, layer.outs))]
-        turned = frozenset(key for key in keys if self._is_turned(key, layer))
+        transposed = frozenset(key for key in keys if self._is_transposed(key, layer))
 
         def size(axes: tuple[int, ...]) -> int:
             return math.prod(shape[axis] for axis in axes)
 
         for pieces in slices.values():
-            sizes = [self._sizes(piece, piece.key in turned) for piece in pieces]
+            sizes = [self._sizes(piece, piece.key in transposed) for piece in pieces]
             ins, outs = sizes[0][0], sum(outs for _, outs in sizes)
             same = all(other == ins for other, _ in sizes)
             ways = [way for way in ways if same and (size(way[0]), size(way[1])) == (ins, outs)]
             if not ways:
                 raise ValueError(self._misfit(path, shape, pieces, f"{ins} inputs, {outs} outputs"))
         ins, outs = ways[0]
-        return ParamReading(shape, stack, ins, outs, slices, turned)
+        return ParamReading(shape, stack, ins, outs, slices, transposed)
 
-    def _is_turned(self, key: str, layer: Layout | None) -> bool:
+    def _is_transposed(self, key: str, layer: Layout | None) -> bool:
         """Return whether a weight is ``[out, in]``: True except for embeddings and Conv1D."""
         module = key.removesuffix(".weight")
         conv1d = self.names.is_conv1d(module) or bool(self.weights.conv1d([module]))
         return not conv1d and (layer is None or layer.kind != "embed")
 
-    def _sizes(self, piece: TensorSlice, turned: bool) -> tuple[int, int]:
+    def _sizes(self, piece: TensorSlice, transposed: bool) -> tuple[int, int]:
         """Return the numbers of inputs and outputs of a piece."""
         first, *rest = self.weights.specs[piece.key].shape or (1,)
-        ins, outs = (math.prod(rest), first) if turned else (first, math.prod(rest))
-        if outs % piece.theirs[1]:
+        ins, outs = (math.prod(rest), first) if transposed else (first, math.prod(rest))
+        if outs % piece.tensor_part[1]:
             raise ValueError(
-                f"`names`: {piece.key!r} has {outs} outputs, which are not {piece.theirs[1]} equal "
-                "parts; change the parts."
+                f"`names`: {piece.key!r} has {outs} outputs, which are not "
+                f"{piece.tensor_part[1]} equal parts; change the parts."
             )
-        return ins, outs // piece.theirs[1]
+        return ins, outs // piece.tensor_part[1]
 
     def _check_plain(
-        self, path: str, shape: tuple[int, ...], own: tuple[int, ...], pieces: list[TensorSlice]
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        matrix_axes: tuple[int, ...],
+        pieces: list[TensorSlice],
     ) -> None:
         """Raise unless the tensors hold the parameter's numbers in the parameter's order."""
         shapes = [self.weights.specs[piece.key].shape for piece in pieces]
-        divided = any(piece.theirs[1] > 1 for piece in pieces) or len(pieces) > 1
+        divided = any(piece.tensor_part[1] > 1 for piece in pieces) or len(pieces) > 1
         if all(len(shape) <= 1 for shape in shapes):
-            have = sum(math.prod(s) // piece.theirs[1] for s, piece in zip(shapes, pieces))
-            if have != math.prod(shape[axis] for axis in own):
-                raise ValueError(self._misfit(path, shape, pieces, f"{have} numbers"))
+            numbers = sum(math.prod(s) // piece.tensor_part[1] for s, piece in zip(shapes, pieces))
+            if numbers != math.prod(shape[axis] for axis in matrix_axes):
+                raise ValueError(self._misfit(path, shape, pieces, f"{numbers} numbers"))
             return
 
         def short(sizes: Iterable[int]) -> list[int]:
@@ -212,17 +219,17 @@ class ParamSource(NamedTuple):
                 f"{pieces[0].key!r} {list(shapes[0])} may have to be transposed; pass the inputs "
                 f"of the linen model as *args, or equations={{{path!r}: ...}}."
             )
-        if divided or short(shapes[0]) != short(shape[axis] for axis in own):
+        if divided or short(shapes[0]) != short(shape[axis] for axis in matrix_axes):
             raise ValueError(self._misfit(path, shape, pieces, "numbers in this order"))
 
     def _misfit(
         self, path: str, shape: tuple[int, ...], pieces: list[TensorSlice], what: str
     ) -> str:
-        have = " and ".join(
+        tensors = " and ".join(
             f"{piece.key!r} {list(self.weights.specs[piece.key].shape)}" for piece in pieces
         )
         return (
-            f"`model`: {path!r} of shape {list(shape)} does not fit {have} ({what}); make the "
+            f"`model`: {path!r} of shape {list(shape)} does not fit {tensors} ({what}); make the "
             "model in this checkpoint's sizes, or map other names with names=."
         )
 
@@ -235,12 +242,12 @@ def _stacks(axes: int, layer: Layout | None) -> list[tuple[int, ...]]:
     return [(*range(lifted), *(lifted + axis for axis in layer.stack))]
 
 
-def _as_matrix(array: np.ndarray, turned: bool) -> np.ndarray:
+def _as_matrix(array: np.ndarray, transposed: bool) -> np.ndarray:
     """Return a weight as ``[in, out]``; inputs of a convolution are ordered ``[*kernel, in]``.
 
     >>> _as_matrix(np.zeros((4, 3, 5, 5)), True).shape
     (75, 4)
     """
-    if not turned:
+    if not transposed:
         return array.reshape(len(array), -1)
     return array.transpose(*range(2, array.ndim), 1, 0).reshape(-1, len(array))

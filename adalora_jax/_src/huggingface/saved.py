@@ -131,7 +131,7 @@ def _by_their_names(saved: Mapping[str, np.ndarray], names: NameMap) -> dict[str
                 "layer; pass like=adapters of the model."
             )
         (place, part), *more = names.to_flax(name)
-        if more or place.at or part != (0, 1) or place.part != (0, 1):
+        if more or place.stack_index or part != (0, 1) or place.part != (0, 1):
             raise ValueError(
                 f"`like=None`: {key!r} is only a part of {place.path!r}; pass like=adapters of the "
                 "model."

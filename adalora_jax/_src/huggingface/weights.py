@@ -32,8 +32,8 @@ class Weights:
     @functools.cached_property
     def config(self) -> dict[str, Any] | None:
         """The content of the model's ``config.json``; None if that file does not exist."""
-        there = (self.folder / "config.json").exists()
-        return read_json(resolve_within(self.folder, "config.json")) if there else None
+        exists = (self.folder / "config.json").exists()
+        return read_json(resolve_within(self.folder, "config.json")) if exists else None
 
     def file_of(self, tensor: str) -> str:
         """Return the name of the file that stores a tensor."""

@@ -18,7 +18,7 @@ class Candidate(NamedTuple):
       module: the linen or NNX module.
       layer: how its weight is read; None if modules of its kind cannot be adapted.
       shape: shape of the whole weight, stacked axes included.
-      refused: why this layer cannot be adapted although it has a weight; empty if it can.
+      cannot_adapt: why this layer cannot be adapted although it has a weight; empty if it can.
       note: why its increment cannot be merged; empty if it can.
       dropout: whether its scope has random numbers for dropout.
       wrapper: the Flax wrapper that normalises its weight, such as ``WeightNorm``; empty if none.
@@ -27,29 +27,29 @@ class Candidate(NamedTuple):
     module: Any
     layer: Layout | None = None
     shape: tuple[int, ...] = ()
-    refused: str = ""
+    cannot_adapt: str = ""
     note: str = ""
     dropout: bool = True
     wrapper: str = ""
 
 
-def judge_use(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
-    """Return the candidate with ``refused`` or ``note`` set according to the use of its weight.
+def with_use(candidate: Candidate, use: Use, is_custom_layer: bool) -> Candidate:
+    """Return the candidate with ``cannot_adapt`` or ``note`` set by the use of its weight.
 
     Args:
       candidate: a layer.
       use: how its weight is used.
-      foreign: whether its class does not extend a Flax layer, so that the adapter output is added
-        to the output of its whole method.
+      is_custom_layer: whether its class does not extend a Flax layer, so that the adapter output
+        is added to the output of its whole method.
     """
-    if use.unseen:
+    if use.untraced:
         return candidate._replace(
             note=f"{UNKNOWN_USE}its class takes other arguments than one input"
         )
-    if use.elsewhere:
+    if use.read_outside:
         return candidate._replace(
-            refused="its weight is also used outside of the layer, where the increment would be "
-            "missing, while a merged model has it in both places (use embed.attend for an "
+            cannot_adapt="its weight is also used outside of the layer, where the increment would "
+            "be missing, while a merged model has it in both places (use embed.attend for an "
             "embedding that is also the head)"
         )
     if use.transformed:
@@ -57,7 +57,7 @@ def judge_use(candidate: Candidate, use: Use, foreign: bool) -> Candidate:
             note="its layer transforms the stored weight before it is used, so no sum of weights "
             "computes the same"
         )
-    if use.followed and foreign:
+    if use.output_transformed and is_custom_layer:
         return candidate._replace(
             note="its layer does more than multiply its input by the weight and add to the "
             "product, so no sum of weights computes the same"

@@ -21,6 +21,7 @@ from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import (
+    einsum,
     layers,
     linen_layers,
     merging,
@@ -119,9 +120,9 @@ def _principal(adapter: Adapter, weight: PyTree, path: str) -> Adapter:
     return adapter._replace(p=_rows(adapter.p, vt, rank), lam=lam, q=q)
 
 
-def _rows(own: jax.Array, new: jax.Array, rank: int) -> jax.Array:
-    """Return ``own [..., r, d]`` with its first ``rank`` rows replaced by those of ``new``."""
-    return own.at[..., :rank, :].set(new[..., :rank, :].astype(own.dtype))
+def _rows(old: jax.Array, new: jax.Array, rank: int) -> jax.Array:
+    """Return ``old [..., r, d]`` with its first ``rank`` rows replaced by those of ``new``."""
+    return old.at[..., :rank, :].set(new[..., :rank, :].astype(old.dtype))
 
 
 def input_second_moments(
@@ -161,7 +162,7 @@ def input_second_moments(
             return _with_probes(model, probes)(*inputs, **kwargs)
     else:
         variables, adapters, *rest = inputs
-        probed = dataclasses.replace(model, adapter_output=_probe_output)
+        probed = dataclasses.replace(model, _adapter_output=_probe_output)
 
         def run(probes: Mapping[str, Adapter]) -> PyTree:
             return probed.apply(variables, probes, *rest, **kwargs)
@@ -247,9 +248,9 @@ def _input_rows(
         identity = jnp.eye(in_features, dtype=x.dtype)
         kernel, features = layers.conv_kernel(layer, module, identity, shape, x.dtype)
         return convolve(module, x, kernel, features).reshape(-1, in_features)
-    xs, ws, _ = labels = layers.einsum_labels(layer, module, equation, x.ndim)
+    xs, ws, _ = labels = einsum.labels_of(layer, module, equation, x.ndim)
     stack = [shape[axis] if ws[axis] in xs else 1 for axis in layer.stack]
-    return layers.stack_first(layer, labels, x).reshape(*stack, -1, in_features)
+    return einsum.stack_first(layer, labels, x).reshape(*stack, -1, in_features)
 
 
 @jax.custom_vjp
@@ -293,7 +294,7 @@ def eva_ranks(
         raise ValueError(
             f"`max_rank={max_rank}`: must be at least 1; pass None for twice each layer's init_r."
         )
-    candidates, ranks, left = [], {}, 0
+    candidates, ranks, remaining = [], {}, 0
     for path, moment in moments.items():
         spec = config.spec_of(path)
         share = jnp.mean(_explained(moment), axis=range(moment.ndim - 2))
@@ -302,10 +303,10 @@ def eva_ranks(
         limit = min(limit, spec.max_r) if config.rank_overrides else limit
         for i, value in enumerate(np.asarray(share)[1:limit]):
             candidates.append((-value, path, i, number))
-        ranks[path], left = 1, left + number * (spec.init_r - 1)
+        ranks[path], remaining = 1, remaining + number * (spec.init_r - 1)
     for _, path, _, number in sorted(candidates):
-        if number <= left:
-            ranks[path], left = ranks[path] + 1, left - number
+        if number <= remaining:
+            ranks[path], remaining = ranks[path] + 1, remaining - number
     return config.replace(rank_pattern=ranks)
 
 
@@ -324,7 +325,7 @@ def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, Py
       ``{path: Adapter}``, a new dict.
 
     Raises:
-      KeyError: ``moments`` has a path without an adapter.
+      ValueError: ``moments`` has a path without an adapter.
 
     >>> adapter = Adapter(jnp.ones((1, 4)), jnp.ones(1), jnp.ones((1, 3)))
     >>> moments = {"query": jnp.diag(jnp.array([1.0, 9.0, 4.0]))}
@@ -333,6 +334,11 @@ def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, Py
     """
     new = dict(adapters)
     for path, moment in moments.items():
+        if path not in new:
+            raise ValueError(
+                f"`moments[{path!r}]`: no adapter has this path; pass the moments of these "
+                "adapters."
+            )
         adapter = new[path]
         vectors = jnp.linalg.eigh(moment)[1][..., ::-1]  # eigh: columns, ascending
         rank = min(adapter.q.shape[-2:])

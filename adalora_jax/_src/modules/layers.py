@@ -7,10 +7,7 @@ ends use this module, which reads a layer's attributes by their names in linen o
 
 from __future__ import annotations
 
-import functools
-import math
-import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +19,12 @@ from adalora_jax._src.core.adapter import (
     Adapter,
     delta_weight,
     dense_output,
-    keys_of,
     known_scale,
     seed_of,
 )
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype, apply_dropout, linear_with_dropout
+from adalora_jax._src.modules import einsum
 
 _KINDS = {
     "Dense": "dense",
@@ -46,7 +43,9 @@ SUPPORTED = (
 )
 
 
-def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = None) -> Layout | None:
+def layer_of(
+    module: object, weights: Mapping[str, int], equation: str | None = None
+) -> Layout | None:
     """Return the layout of a module's weight; None if the module cannot be adapted.
 
     Args:
@@ -65,21 +64,22 @@ def layer_of(module: Any, weights: Mapping[str, int], equation: str | None = Non
     if kind == "embed":
         return Layout("embedding", kind=kind)
     if kind == "general":
-        batch, axis, features = _general(module)
+        batch, axis, features = einsum.general_axes(module)
         ends = len(batch), len(batch) + len(axis), len(batch) + len(axis) + len(features)
         stack, ins, outs = (tuple(range(*e)) for e in zip((0, *ends), ends))
         return Layout("kernel", ins, outs, stack, kind)
     if kind == "conv":
         if getattr(module, "mask", None) is not None:
             return None
-        n = 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
+        size = getattr(module, "kernel_size", 1)
+        n = 1 if isinstance(size, int) else len(size)
         ends = (n + 1, n) if getattr(module, "transpose_kernel", False) else (n, n + 1)
         return Layout("kernel", (*range(n), ends[0]), (ends[1],), kind=kind)
-    equation = equation or _equation(module)
-    axes = _einsum_axes(equation) if equation else None
-    most = max(weights.values(), default=0)
-    named = [name for name, n in weights.items() if n == most]  # a bias has fewer axes
-    if axes is None or len(named) != 1 or most < sum(map(len, axes)):
+    equation = equation or einsum.equation_of(module)
+    axes = einsum.weight_axes(equation) if equation else None
+    ndim = max(weights.values(), default=0)
+    named = [name for name, n in weights.items() if n == ndim]  # a bias has fewer axes
+    if axes is None or len(named) != 1 or ndim < sum(map(len, axes)):
         return None
     stack, ins, outs = axes
     return Layout(named[0], ins, outs, stack, "einsum")
@@ -107,11 +107,11 @@ def check_fit(layer: Layout, adapter: Adapter, shape: Sequence[int], path: str) 
         record the order of a convolution's inputs; the message names the path.
     """
     stack, in_features, out_features = layer.matrix(shape)
-    have = (adapter.lam.shape[:-1], adapter.q.shape[-1], adapter.p.shape[-1])
-    if len(shape) < layer.ndim or have != (stack, in_features, out_features):
+    sizes = (adapter.lam.shape[:-1], adapter.q.shape[-1], adapter.p.shape[-1])
+    if len(shape) < layer.ndim or sizes != (stack, in_features, out_features):
         raise ValueError(
-            f"`adapters[{path!r}]`: the adapter is for {list(have[0])} matrices of {have[1]} x "
-            f"{have[2]}, but the weight {layer.weight!r} of shape {tuple(shape)} reads as "
+            f"`adapters[{path!r}]`: the adapter is for {list(sizes[0])} matrices of {sizes[1]} x "
+            f"{sizes[2]}, but the weight {layer.weight!r} of shape {tuple(shape)} reads as "
             f"{list(stack)} of {in_features} x {out_features}; pass the adapters of this model."
         )
     made_for = adapter.layout
@@ -162,54 +162,18 @@ def merged_weight(
     return require_finite(merged, path) if safe else merged
 
 
-def lora_pair(
-    layer: Layout, module: object, adapter: Adapter, shape: Sequence[int]
-) -> tuple[jax.Array, jax.Array]:
-    """Return the increment of a weight as a LoRA in Qwix's layout: ``ΔW = A B``, with s and λ in B.
-
-    A has the axes that the layer sums over, followed by the rank; B has the rank, followed by the
-    other axes. An einsum keeps its axes, in the weight's order; other kinds flatten them into one.
-    Stacked matrices with one shared input, such as keys and values, share one A, so their ranks
-    add up.
+def check_not_quantised(is_quantised: bool, path: str) -> None:
+    """Raise an error if the weight of the layer at ``path`` is quantised.
 
     Raises:
-      ValueError: the layer is not dense, general or einsum, its stacked matrices have separate
-        inputs, or the adapter's scale is not known.
-
-    >>> kv = Layout("w", (2,), (1, 3), (0,), "einsum")  # BSD,CKDH->CBSKH
-    >>> adapter = Adapter(jnp.ones((2, 4, 15)), jnp.ones((2, 4)), jnp.ones((2, 4, 6)))
-    >>> a, b = lora_pair(kv, None, adapter, (2, 3, 6, 5))
-    >>> a.shape, b.shape
-    ((6, 8), (8, 2, 3, 5))
+      ValueError: it is; the message names the function that merges into such weights.
     """
-    lifted, own = layer._split(shape)
-    (xs, ws), _ = _operands(_equation(module) or ",->")
-    each_own = bool(lifted) or any(axis < len(ws) and ws[axis] in xs for axis in layer.stack)
-    flat = layer.kind in ("dense", "general")
-    if each_own or not (layer.kind == "einsum" or (flat and not layer.stack)):
+    if is_quantised:
         raise ValueError(
-            f"`model`: a {type(module).__name__} with a weight of shape {tuple(shape)} has no "
-            "equivalent LoRA in Qwix; leave it out of the adapters, or merge them."
+            f"`variables`: the weight of {path!r} is quantised and cannot be merged into in place; "
+            "call adalora_jax.quantization.merge, which dequantises or requantises it and reports "
+            "the error."
         )
-
-    def sizes(axes: tuple[int, ...]) -> list[int]:
-        return [own[axis] for axis in axes]
-
-    n, rank = math.prod(sizes(layer.stack)), adapter.lam.shape[-1]
-    dtype = accumulation_dtype(adapter.p.dtype)
-    scale = jnp.asarray(known_scale(adapter), dtype)
-    c = (adapter.lam.astype(dtype) * scale).reshape(n, rank, 1)
-    p = (adapter.p.astype(dtype).reshape(n, rank, -1) * c).astype(adapter.p.dtype)
-    a, b = (
-        adapter.q.reshape(n * rank, -1).T,
-        jnp.einsum("nro,nm->nrmo", p, jnp.eye(n, dtype=p.dtype)),
-    )
-    if flat:
-        return a, b.reshape(rank, -1)
-    others = (*layer.stack, *layer.outs)
-    order = [1 + others.index(axis) for axis in sorted(others)]
-    b = b.reshape(n * rank, *sizes(others)).transpose(0, *order)
-    return a.reshape(*sizes(layer.ins), n * rank), b
 
 
 def add_increment(weight: jax.Array, delta: jax.Array) -> jax.Array:
@@ -262,7 +226,8 @@ def adapter_output(
       dtype: dtype of the layer's output and of the computation.
       key: PRNG key for the dropout of x; None disables dropout. Not used for embeddings.
       dropout_rate: in [0, 1).
-      forward_mode: use JAX's automatic derivative, see ``low_rank_plain``.
+      forward_mode: use JAX's automatic derivative, see
+        :func:`~adalora_jax._src.core.low_rank.low_rank_autodiff`.
       equation: the equation of an einsum, if it is an argument of the call.
       attend: an embedding is used as an output layer, ``x Eᵀ``.
       convolve: ``(module, x, kernel, features)``: apply the module's convolution with another
@@ -276,16 +241,16 @@ def adapter_output(
     adapter, x = jax.tree.map(jnp.asarray, adapter), jnp.asarray(x)
     scale = known_scale(adapter, getattr(module, "name", None) or type(module).__name__)
     scale = scale * weight_scale(layer, module)
-    how = {"scale": scale, "forward_mode": forward_mode, "precision": precision}
+    options: dict[str, Any] = {"scale": scale, "forward_mode": forward_mode, "precision": precision}
     if layer.kind == "embed":
         if attend:  # the transposed increment swaps the two factors
-            turned = adapter._replace(p=adapter.q, q=adapter.p)
-            return dense_output(turned, x.astype(dtype), **how)
+            transposed = adapter._replace(p=adapter.q, q=adapter.p)
+            return dense_output(transposed, x.astype(dtype), **options)
         return _lookup(adapter, x, scale, dtype)
-    x, how = x.astype(dtype), {**how, "dropout_rate": dropout_rate}
+    x, options = x.astype(dtype), {**options, "dropout_rate": dropout_rate}
     if layer.kind == "dense":
         lead = x.shape[: x.ndim - len(layer.ins)]  # a declared layout may have several
-        y = dense_output(adapter, x.reshape(*lead, -1), key, **how)
+        y = dense_output(adapter, x.reshape(*lead, -1), key, **options)
         return y.reshape(*lead, *(shape[axis] for axis in layer.outs))
     if layer.kind == "conv":
         kernel, features = conv_kernel(layer, module, adapter.q, shape, dtype)
@@ -302,52 +267,8 @@ def adapter_output(
         return _pointwise_conv(
             adapter, h, getattr(module, "feature_group_count", 1), scale, precision
         )
-    labels = einsum_labels(layer, module, equation, x.ndim)
-    return _contraction(layer, labels, adapter, x, key, shape, how)
-
-
-def einsum_labels(
-    layer: Layout, module: object, equation: str | None, ndim: int
-) -> tuple[str, str, str]:
-    """Return the labels of input, weight and output of a general or an einsum layer."""
-    if layer.kind == "general":
-        equation = _general_equation(module, ndim)
-    return _labels(equation or _equation(module) or "", ndim)
-
-
-def stack_first(layer: Layout, labels: tuple[str, str, str], x: jax.Array) -> jax.Array:
-    """Return an einsum's input as ``[*stack, *free, in]``, with those stack axes that it has."""
-    xs, ws, _ = labels
-    stack, ins = ([ws[axis] for axis in axes] for axes in (layer.stack, layer.ins))
-    free = [a for a in xs if a not in stack and a not in ins]
-    x = x.transpose([xs.index(a) for a in (*(a for a in stack if a in xs), *free, *ins)])
-    return x.reshape(*x.shape[: x.ndim - len(ins)], -1)
-
-
-def _contraction(
-    layer: Layout,
-    labels: tuple[str, str, str],
-    adapter: Adapter,
-    x: jax.Array,
-    key: jax.Array | None,
-    shape: Sequence[int],
-    how: dict[str, Any],
-) -> jax.Array:
-    """Return the adapter output of ``y = einsum(x, W)``."""
-    xs, ws, ys = labels
-    axes = (layer.stack, layer.ins, layer.outs)
-    stack, ins, outs = ("".join(ws[axis] for axis in axes) for axes in axes)
-    free = [a for a in xs if a not in stack and a not in ins]
-    size = dict(zip(xs, x.shape)) | dict(zip(ws, shape))
-    x = stack_first(layer, labels, x)
-    function = functools.partial(dense_output, **how)
-    keys = keys_of(key, tuple(size[a] for a in stack if a in xs))
-    for label in reversed(stack):
-        own = 0 if label in xs else None  # a shared input has one dropout mask
-        function = jax.vmap(function, in_axes=(0, own, own))
-    order = [*stack, *free, *outs]
-    y = function(adapter, x, keys).reshape([size[a] for a in order])
-    return y.transpose([order.index(a) for a in ys])
+    labels = einsum.labels_of(layer, module, equation, x.ndim)
+    return einsum.output(layer, labels, adapter, x, key, shape, options)
 
 
 def _lookup(adapter: Adapter, ids: jax.Array, scale: ArrayLike, dtype: DTypeLike) -> jax.Array:
@@ -394,13 +315,6 @@ def _kind(module: object) -> str | None:
     return None
 
 
-def _equation(module: object) -> str | None:
-    for name in ("einsum_str", "equation", "eqn"):
-        if isinstance(getattr(module, name, None), str):
-            return getattr(module, name)
-    return None
-
-
 def weight_scale(layer: Layout, module: object) -> float:
     """Return the factor by which an einsum module multiplies its weight before use; 1 if none.
 
@@ -411,126 +325,35 @@ def weight_scale(layer: Layout, module: object) -> float:
     return scale if isinstance(scale, (int, float)) else 1.0
 
 
-def mapped_axes(value: object) -> list[int]:
-    """Return the axes along which the enclosing ``jax.vmap`` calls map a value.
-
-    >>> seen = []
-    >>> _ = jax.vmap(lambda x: seen.extend(mapped_axes(x)), in_axes=1)(jnp.ones((2, 3)))
-    >>> seen
-    [1]
-    """
-    axes = []
-    while value is not None:
-        if isinstance(axis := getattr(value, "batch_dim", None), int):
-            axes.append(axis)
-        value = getattr(value, "val", getattr(value, "primal", None))
-    return axes
-
-
 def input_shape(layer: Layout, module: object, shape: Sequence[int]) -> tuple[int, ...] | None:
     """Return the shape of an example input of a layer; None if it is not known.
 
     >>> input_shape(Layout("kernel"), None, (6, 4))
     (2, 3, 6)
     """
-    own = shape[len(shape) - layer.ndim :]
-    ins = [own[axis] for axis in layer.ins]
+    shape = shape[len(shape) - layer.ndim :]
+    ins = [shape[axis] for axis in layer.ins]
     if layer.kind == "embed":
         return 2, 3
     if layer.kind == "conv":
         groups = getattr(module, "feature_group_count", 1)
         return 2, *[4 * size + 8 for size in ins[:-1]], ins[-1] * groups
     if layer.kind == "general":
-        batch, axes, _ = _general(module)
+        batch, axes, _ = einsum.general_axes(module)
         size = [2] * max(len(batch) + len(axes) + 1, *(a + 1 for a in axes), *(-a for a in axes))
 
         def in_order(axes: tuple[int, ...]) -> list[int]:
             return sorted(axis % len(size) for axis in axes)  # as Flax contracts them
 
-        stack = [own[axis] for axis in layer.stack]
+        stack = [shape[axis] for axis in layer.stack]
         for axis, features in zip((*in_order(batch), *in_order(axes)), (*stack, *ins)):
             size[axis] = features
         return tuple(size)
     if layer.kind == "einsum":
-        equation = _equation(module)
+        equation = einsum.equation_of(module)
         if equation is None:
             return None
-        (xs, ws), _ = _operands(equation)
-        known = dict(zip(ws, own))
+        (xs, ws), _ = einsum.operands(equation)
+        known = dict(zip(ws, shape))
         return tuple(known.get(label, 2) for label in xs.replace("...", ""))
     return 2, 3, *ins
-
-
-def _general(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return batch axes, contracted axes and features of a DenseGeneral or a LinearGeneral."""
-
-    def as_tuple(value: Any) -> tuple[int, ...]:
-        return tuple(value) if isinstance(value, Iterable) else (value,)
-
-    batch = module.batch_dims if hasattr(module, "batch_dims") else module.batch_axis
-    features = module.features if hasattr(module, "features") else module.out_features
-    return as_tuple(batch), as_tuple(module.axis), as_tuple(features)
-
-
-def _general_equation(module: object, ndim: int) -> str:
-    batch, axis, features = _general(module)
-    xs = _letters(ndim)
-    outs = _letters(len(features), skip=ndim)
-
-    def in_order(axes: tuple[int, ...]) -> str:
-        return "".join(xs[a] for a in sorted(a % ndim for a in axes))
-
-    batch, ins = in_order(batch), in_order(axis)  # Flax sorts the axes
-    free = "".join(a for a in xs if a not in batch + ins)
-    return f"{xs},{batch}{ins}{outs}->{batch}{free}{outs}"
-
-
-def _labels(equation: str, ndim: int) -> tuple[str, str, str]:
-    """Return the labels of input, weight and output, with ``...`` expanded to an input's ndim.
-
-    >>> _labels("...d, df -> ...f", 3)
-    ('ABd', 'df', 'ABf')
-    """
-    (xs, ws), ys = _operands(equation)
-    dots = "".join(a for a in string.ascii_uppercase + string.ascii_lowercase if a not in equation)
-    dots = dots[: max(0, ndim - len(xs.replace("...", "")))]
-    return xs.replace("...", dots), ws, ys.replace("...", dots)
-
-
-def _operands(equation: str) -> tuple[list[str], str]:
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    return inputs.split(","), output
-
-
-def _roles(xs: str, ws: str, ys: str) -> tuple[str, str, str]:
-    """Return the weight's stack, input and output labels.
-
-    A label in all three operands is a stack label. So are equal leading labels of weight and
-    output that are not in the input: such a weight holds one matrix for each of several outputs.
-    """
-    stack = [a for a in ws if a in xs and a in ys]
-    for w, y in zip(ws, ys):
-        if w != y or w in xs:
-            break
-        stack.append(w)
-    stack = "".join(a for a in ws if a in stack)
-    ins = "".join(a for a in ws if a in xs and a not in ys)
-    return stack, ins, "".join(a for a in ws if a not in stack and a not in ins)
-
-
-def _einsum_axes(equation: str) -> tuple[tuple[int, ...], ...] | None:
-    """Return the weight's stack, in and out axes; None if the equation is not a sum of x W."""
-    operands, ys = _operands(equation)
-    if len(operands) != 2 or not ys or "..." in operands[1]:
-        return None
-    xs, ws = operands
-    roles = _roles(xs, ws, ys)
-    plain = len(set(ws)) == len(ws) and all(a in ys for a in roles[2])
-    kept = all(a in ys or a in ws for a in xs.replace("...", ""))
-    if not (plain and kept and roles[1] and roles[2]):
-        return None
-    return tuple(tuple(ws.index(a) for a in role) for role in roles)
-
-
-def _letters(count: int, skip: int = 0) -> str:
-    return string.ascii_letters[skip : skip + count]

@@ -54,8 +54,6 @@ class AdaptedModule:
       config: targets, ranks and scale of the adapters.
       rules: shardings of adapters that differ from those derived from the base; None if none do.
       layers: ``{class: Layout}`` of layers that are not Flax's; None if there are none.
-      adapter_output: function that computes the adapter output, with the arguments
-        of ``layers.adapter_output``.
 
     >>> import flax.linen as nn
     >>> adapted = adapt(nn.Dense(4), AdaLoraConfig(total_step=10, target_modules=".*"))
@@ -67,7 +65,8 @@ class AdaptedModule:
     config: AdaLoraConfig
     rules: sharding.Rules | None = dataclasses.field(default=None, hash=False)
     layers: Mapping[type, Layout] | None = dataclasses.field(default=None, hash=False)
-    adapter_output: Callable[..., jax.Array] = dataclasses.field(
+    # Computes the adapter output, with the arguments of layers.adapter_output.
+    _adapter_output: Callable[..., jax.Array] = dataclasses.field(
         default_factory=lambda: layers.adapter_output, repr=False
     )
 
@@ -108,14 +107,14 @@ class AdaptedModule:
         >>> adapter.p.shape, adapter.lam.shape, adapter.q.shape
         ((12, 4), (12,), (12, 6))
         """
-        found = self.candidates(variables, *args, **kwargs)
+        found = self._candidates(variables, *args, **kwargs)
         chosen = targets.select(found, self.config)
         without = [path for path in chosen if not found[path].dropout]
         if self.config.lora_dropout and without:
             warnings.warn(
-                f"lora_dropout={self.config.lora_dropout}: the adapters of {', '.join(without[:5])}"
-                " have no dropout, since a lifted transform around them passes on no 'dropout' "
-                "random numbers: give nn.scan or nn.vmap split_rngs={'dropout': True}.",
+                f"`lora_dropout={self.config.lora_dropout}`: does not apply to "
+                f"{', '.join(without[:5])}, since a lifted transform passes on no 'dropout' random "
+                "numbers; give nn.scan or nn.vmap split_rngs={'dropout': True}.",
                 stacklevel=2,
             )
         at = sharding.to_named_sharding(self._specs(variables, chosen), placement(variables))
@@ -152,7 +151,7 @@ class AdaptedModule:
         Raises:
           TypeError: ``variables`` is not a mapping.
           ValueError: as in :meth:`init`, or a sharding rule is not valid, see
-            :func:`adalora_jax.sharding.derive`.
+            :func:`adalora_jax.sharding.derive_specs`.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp
         >>> split = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
@@ -169,20 +168,22 @@ class AdaptedModule:
     def _specs(
         self, variables: Mapping[str, PyTree], chosen: Mapping[str, targets.Target]
     ) -> dict[str, PyTree]:
-        where, saved = placement(variables), {}
+        places, saved = placement(variables), {}
 
         def at(path: str, t: targets.Target) -> NamedSharding | PartitionSpec | None:
-            return pytree.get_path(where, pytree.weight_path(where, path, t.layer.weight))
+            return pytree.get_path(places, pytree.weight_path(places, path, t.layer.weight))
 
         weights = {p: (t.layer, t.shape, at(p, t)) for p, t in chosen.items()}
 
         def spec(leaf: PyTree, at: NamedSharding | PartitionSpec | None) -> PartitionSpec:
             return sharding.pad_spec(sharding.spec_of(at), len(leaf.shape))
 
-        for root in self._saved_roots(where):
-            nodes = (pytree.get_path(node, root.split("/")) for node in (unboxed(variables), where))
+        for root in self._saved_roots(places):
+            nodes = (
+                pytree.get_path(node, root.split("/")) for node in (unboxed(variables), places)
+            )
             saved[root] = jax.tree.map(spec, *nodes, is_leaf=pytree.is_packed)
-        return {**sharding.derive(weights, self.rules), **saved}
+        return {**sharding.derive_specs(weights, self.rules), **saved}
 
     def _saved_roots(self, params: Mapping[str, PyTree]) -> list[str]:
         flat = traverse_util.flatten_dict(params, sep="/")
@@ -287,7 +288,7 @@ class AdaptedModule:
         >>> print(adapted.describe(variables, x).splitlines()[-1])
         memory: adapters 528 bytes, importance 1.1 kB
         """
-        found = self.candidates(variables, *args, **kwargs)
+        found = self._candidates(variables, *args, **kwargs)
         params = jax.tree_util.tree_flatten_with_path(unboxed(variables))[0]
         shapes = {pytree.path_name(path): tuple(leaf.shape) for path, leaf in params}
         return targets.describe(targets.select(found, self.config), self.config, found, shapes)
@@ -295,26 +296,12 @@ class AdaptedModule:
     def _targets(
         self, variables: Mapping[str, PyTree], *args: PyTree, **kwargs: Any
     ) -> dict[str, targets.Target]:
-        return targets.select(self.candidates(variables, *args, **kwargs), self.config)
+        return targets.select(self._candidates(variables, *args, **kwargs), self.config)
 
-    def candidates(
+    def _candidates(
         self, variables: Mapping[str, PyTree], *args: PyTree, **kwargs: Any
     ) -> dict[str, Candidate]:
-        """Return all modules that the model calls, by path, see :func:`linen_layers.candidates`.
-
-        Args:
-          variables: as in :meth:`init`; shapes are enough.
-          *args: arguments of the model; shapes are enough.
-          **kwargs: as in :meth:`init`.
-
-        Returns:
-          ``{path: Candidate}``.
-
-        Raises:
-          TypeError: ``variables`` is not a mapping.
-          ValueError: ``variables`` has no ``params``, a module has the name under which adapters
-            are stored, or layers are stacked along other than leading axes.
-        """
+        """Return all modules that the model calls, by path, see :func:`linen_layers.candidates`."""
         check_variables(variables)
         return candidates(self.module, variables, args, kwargs, self.layers)
 
@@ -337,19 +324,19 @@ class AdaptedModule:
         sharing: set[tuple[str, ...]] = set()
         for path, node in adapters.items():
             parts = path.split("/") if path else []
-            there = pytree.get_path(params, parts)
-            if there is None:
+            existing = pytree.get_path(params, parts)
+            if existing is None:
                 raise ValueError(
                     f"`adapters[{path!r}]`: is not a layer of {type(self.module).__name__}, "
                     f"whose parameters are {', '.join(sorted(params))}; pass the adapters of this "
                     "model."
                 )
             if not pytree.is_adapter(node):
-                pytree.get_path(params, parts[:-1])[parts[-1]] = in_base_dtype(node, there, path)
+                pytree.get_path(params, parts[:-1])[parts[-1]] = in_base_dtype(node, existing, path)
                 continue
-            held = BoundAdapter.of(node, self.config, path, self.adapter_output)
-            if isinstance(there, dict):
-                there[pytree.ADAPTER_KEY] = held
+            held = BoundAdapter.of(node, self.config, path, self._adapter_output)
+            if isinstance(existing, dict):
+                existing[pytree.ADAPTER_KEY] = held
             else:  # the path is that of a weight, in a scope with several
                 pytree.get_path(params, parts[:-1])[key_of_weight(parts[-1])] = held
                 sharing.add(tuple(parts[:-1]))
@@ -454,7 +441,7 @@ def adapt(
       config: targets, ranks and scale of the adapters.
       rules: shardings of the adapters, if they are to differ from those that
         :meth:`AdaptedModule.specs` derives: ``{pattern: Adapter of PartitionSpecs}`` or a
-        function, see :func:`adalora_jax.sharding.derive`.
+        function, see :func:`adalora_jax.sharding.derive_specs`.
       layers: ``{class: Layout}`` of layers that are not Flax's: each must compute
         ``y = x W + b`` over the last axes of x, or look up rows of W (``kind="embed"``), with the
         weight that its layout names.
@@ -564,7 +551,7 @@ def resolve(
 def placement(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Return the sharding of each parameter: its array's, or its metadata's, or None."""
 
-    def where(node: PyTree) -> NamedSharding | PartitionSpec | None:
+    def place(node: PyTree) -> NamedSharding | PartitionSpec | None:
         if not isinstance(node, nn.Partitioned):
             return sharding.sharding_of(node)
         spec = node.get_partition_spec()
@@ -577,7 +564,7 @@ def placement(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
     def is_leaf(node: object) -> bool:
         return not isinstance(node, Mapping)
 
-    return jax.tree.map(where, unfreeze(join_quantized(variables)["params"]), is_leaf=is_leaf)
+    return jax.tree.map(place, unfreeze(join_quantized(variables)["params"]), is_leaf=is_leaf)
 
 
 def _trainable_copy(leaf: PyTree) -> PyTree:

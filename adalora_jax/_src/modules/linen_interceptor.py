@@ -155,10 +155,10 @@ def _dropout_off(
     """
     bound = inspect.signature(method).bind_partial(*args, **kwargs)
     bound.apply_defaults()
-    for said in (bound.arguments, kwargs, vars(module)):
+    for source in (bound.arguments, kwargs, vars(module)):
         for name, off in _FLAGS.items():
-            if isinstance(said.get(name), bool):
-                return said[name] is off
+            if isinstance(source.get(name), bool):
+                return source[name] is off
     return None
 
 

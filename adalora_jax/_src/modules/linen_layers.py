@@ -14,11 +14,12 @@ from flax.linen.module import InterceptorContext
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import DictKey, tree_flatten_with_path
 
+from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers, usage
-from adalora_jax._src.modules.candidates import Candidate, judge_use
+from adalora_jax._src.modules.candidates import Candidate, with_use
 
 METHODS = ("__call__", "attend")
 
@@ -51,43 +52,43 @@ def candidates(
     (``head.apply({"params": ...}, x)``) is not one of the model's layers.
     """
     try:
-        found, uses, foreign = _traced(module, variables, args, kwargs, declared)
+        found, uses, custom = _traced(module, variables, args, kwargs, declared)
     except flax.errors.ScopeCollectionNotFound:  # nn.map_variables(init=True) if mutable
         kwargs = {"mutable": False, **kwargs}
-        found, uses, foreign = _traced(module, variables, args, kwargs, declared)
-    refused = {
+        found, uses, custom = _traced(module, variables, args, kwargs, declared)
+    not_adapted = {
         (*filter(None, path.split("/")), weight or "")
-        for path, here in found.items()
-        for weight, candidate in here.items()
-        if candidate.refused
+        for path, in_scope in found.items()
+        for weight, candidate in in_scope.items()
+        if candidate.cannot_adapt
     }
-    changed = {place for place, use in uses.items() if use.transformed} - refused
+    changed = {place for place, use in uses.items() if use.transformed} - not_adapted
     if changed:  # are parameters next to the weight, such as an adapter, changed as well?
         _, probes, _ = _traced(module, variables, args, kwargs, declared, probed=True)
         changed = {place for place in changed if (p := probes.get(place)) and p.transformed}
     result = {}
-    for path, here in found.items():
-        for weight, candidate in here.items():
+    for path, in_scope in found.items():
+        for weight, candidate in in_scope.items():
             place = (*filter(None, path.split("/")), weight or "")
-            if place in uses and place not in refused:
-                here[weight] = (
-                    candidate._replace(refused=_REWRITTEN)
+            if place in uses and place not in not_adapted:
+                in_scope[weight] = (
+                    candidate._replace(cannot_adapt=_REWRITTEN)
                     if place in changed
-                    else judge_use(candidate, uses[place], place in foreign)
+                    else with_use(candidate, uses[place], place in custom)
                 )
-        several = {f"{path}/{weight}".lstrip("/"): here[weight] for weight in here if weight}
-        first = next(iter(several.values()), None) or here[None]
+        several = {f"{path}/{w}".lstrip("/"): c for w, c in in_scope.items() if w}
+        first = next(iter(several.values()), None) or in_scope[None]
         result |= several if len(several) > 1 else {path: first}
     return result
 
 
 def _stacked_behind(module: nn.Module, layer: Layout) -> str:
-    """Return why a layer cannot be adapted if a lifted vmap stacks its weight along a later axis.
+    """Return the reason why a lifted vmap's stacking of a layer's weight prevents an adapter.
 
     Empty if its weight is not stacked, or along the first axis.
     """
     weight = meta.unbox(module.get_variable("params", layer.weight))
-    axes = layers.mapped_axes(weight) if isinstance(weight, jax.Array) else []
+    axes = _compat.mapped_axes(weight) if isinstance(weight, jax.Array) else []
     if not any(axes):
         return ""
     return (
@@ -113,7 +114,7 @@ def _traced(
     declared: Mapping[type, Layout] | None,
     probed: bool = False,
 ) -> tuple[dict[str, dict[str | None, Candidate]], dict[_Place, usage.Use], set[_Place]]:
-    """Return the modules that the model calls, the use of each weight, and foreign layers.
+    """Return the modules that the model calls, the uses of weights, and the custom layers' weights.
 
     With ``probed`` the uses are those of a probe, an extra parameter next to each weight.
     """
@@ -121,7 +122,7 @@ def _traced(
     found: dict[str, dict[str | None, Candidate]] = {}
     places: dict[_Place, int] = {}
     scaled: set[int] = set()
-    foreign: set[_Place] = set()
+    custom: set[_Place] = set()
     trace, active = object(), []
 
     def record(
@@ -132,16 +133,16 @@ def _traced(
             return call(*call_args, **call_kwargs)
         layer = layer_of(module, input_of(call_args, call_kwargs)[1], declared)
         shape = _whole_shape(module, layer, params) if layer else ()
-        refused = _refusal(shape, active, module.path) or (
+        cannot_adapt = _reason_against(shape, active, module.path) or (
             _stacked_behind(module, layer) if layer else ""
         )
         dropout = "dropout" in module.scope.rngs
         wrapper = next((type(m).__name__ for m in active if isinstance(m, _WRAPPERS)), "")
         candidate = Candidate(
-            *(module, layer, shape or (), refused), dropout=dropout, wrapper=wrapper
+            *(module, layer, shape or (), cannot_adapt), dropout=dropout, wrapper=wrapper
         )
-        here = found.setdefault("/".join(module.path), {})
-        here.setdefault(layer.weight if layer else None, candidate)
+        in_scope = found.setdefault("/".join(module.path), {})
+        in_scope.setdefault(layer.weight if layer else None, candidate)
         active.append(module)
         try:
             if layer is None:
@@ -151,7 +152,7 @@ def _traced(
             if layers.weight_scale(layer, module) != 1:
                 scaled.add(index)
             if not type(module).__module__.startswith("flax."):
-                foreign.add(place)
+                custom.add(place)
                 call_args = usage.mark_input(index, call_args)
             if probed and module.has_variable("params", _probe_of(layer.weight)):
                 probe = meta.unbox(module.get_variable("params", _probe_of(layer.weight)))
@@ -188,12 +189,12 @@ def _traced(
             if keys == ("params", *sought):
                 weights.setdefault(place, []).append(position)
     # Skip weights in packed integers, which consist of several arrays.
-    positions = {where[0]: places[p] for p, where in weights.items() if len(where) == 1}
+    positions = {inputs[0]: places[p] for p, inputs in weights.items() if len(inputs) == 1}
     uses = usage.find_uses(closed.jaxpr, positions, frozenset(scaled))
-    return found, {place: uses[i] for place, i in places.items() if i in uses}, foreign
+    return found, {place: uses[i] for place, i in places.items() if i in uses}, custom
 
 
-def _refusal(
+def _reason_against(
     shape: tuple[int, ...] | None, active: Sequence[nn.Module], path: Sequence[str]
 ) -> str:
     """Return why a layer cannot be adapted at this call; empty if it can."""
@@ -217,8 +218,8 @@ def _belongs(module: nn.Module, trace: object) -> bool:
     scope = module.scope
     if scope is None or not scope.has_variable("params", pytree.ADAPTER_KEY):
         return scope is None or not module.variables.get("params")
-    here = scope.get_variable("params", pytree.ADAPTER_KEY)
-    return isinstance(here, _ScopeMarker) and here.trace is trace
+    marker = scope.get_variable("params", pytree.ADAPTER_KEY)
+    return isinstance(marker, _ScopeMarker) and marker.trace is trace
 
 
 def _normalises_all(module: nn.Module) -> bool:
@@ -238,8 +239,8 @@ def _marked(params: PyTree, path: tuple[str, ...], trace: object, probed: bool) 
             "next to its weight; rename the module."
         )
     inside = {name: _marked(node, (*path, name), trace, probed) for name, node in params.items()}
-    own = {name: node for name, node in params.items() if not isinstance(node, Mapping)}
-    probes = {_probe_of(name): node for name, node in own.items()} if probed else {}
+    arrays = {name: node for name, node in params.items() if not isinstance(node, Mapping)}
+    probes = {_probe_of(name): node for name, node in arrays.items()} if probed else {}
     return {**inside, **probes, pytree.ADAPTER_KEY: _ScopeMarker(path, trace)}
 
 
@@ -249,29 +250,29 @@ def layer_of(
     """Return the layout of a bound module's weight; None if it cannot be adapted."""
     if declared and type(module) in declared:
         return declared[type(module)]
-    own = meta.unbox(dict(module.variables.get("params", {})))
-    own = {
+    params = meta.unbox(dict(module.variables.get("params", {})))
+    params = {
         name: leaf
-        for name, leaf in own.items()
+        for name, leaf in params.items()
         if not isinstance(leaf, Mapping) and not name.startswith(pytree.ADAPTER_KEY)
     }
-    weights = {name: leaf.ndim for name, leaf in own.items()}
-    if len(own) > 1 and (mine := _params_named_by_fields(module, own)):
-        weights = {name: weights[name] for name in mine}
+    weights = {name: leaf.ndim for name, leaf in params.items()}
+    if len(params) > 1 and (names := _params_named_by_fields(module, params)):
+        weights = {name: weights[name] for name in names}
     return layers.layer_of(module, weights, equation)
 
 
-def _params_named_by_fields(module: nn.Module, own: Mapping[str, PyTree]) -> list[str]:
+def _params_named_by_fields(module: nn.Module, params: Mapping[str, PyTree]) -> list[str]:
     """Return the parameters of a shared scope that belong to the module.
 
     They are those whose names are values of the module's fields, or else those of its ``shape``.
     """
     names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
-    said = [getattr(module, name, None) for name in names]
-    named = [name for name in own if any(isinstance(v, str) and v == name for v in said)]
+    values = [getattr(module, name, None) for name in names]
+    named = [name for name in params if any(isinstance(v, str) and v == name for v in values)]
     shape: Any = getattr(module, "shape", None)
     shape = tuple(shape) if isinstance(shape, (tuple, list)) else None
-    return named or [name for name in own if tuple(own[name].shape) == shape]
+    return named or [name for name in params if tuple(params[name].shape) == shape]
 
 
 def input_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, str | None]:
@@ -293,14 +294,14 @@ def _whole_shape(module: nn.Module, layer: Layout, params: PyTree) -> tuple[int,
     weight = pytree.get_path(params, (*module.path, layer.weight))
     if not module.has_variable("params", layer.weight):
         return None
-    own = own_shape(module, layer)
-    if weight is None or (len(weight.shape) == len(own) and tuple(weight.shape) != own):
+    shape = own_shape(module, layer)
+    if weight is None or (len(weight.shape) == len(shape) and tuple(weight.shape) != shape):
         return None
     stacked = tuple(weight.shape)
-    if stacked[len(stacked) - len(own) :] != own:
+    if stacked[len(stacked) - len(shape) :] != shape:
         raise ValueError(
             f"`model`: {'/'.join(module.path)!r} has a weight of shape {stacked} for layers of "
-            f"shape {own}, but adapters need layers stacked along leading axes; give nn.scan or "
+            f"shape {shape}, but adapters need layers stacked along leading axes; give nn.scan or "
             "nn.vmap variable_axes={'params': 0}."
         )
     return stacked

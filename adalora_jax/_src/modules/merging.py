@@ -284,12 +284,7 @@ def _merged_variables(
         holder = existing if isinstance(existing, dict) else pytree.get_path(params, parts[:-1])
         layer = _layout_of(adapter, existing, path)
         (weight, *more), treedef = jax.tree.flatten(holder[layer.weight], is_leaf=pytree.is_packed)
-        if more or pytree.is_packed(weight):
-            raise ValueError(
-                f"`variables`: the weight of {path!r} is quantised and cannot be merged into in "
-                "place; call adalora_jax.quantization.merge, which dequantises or requantises it "
-                "and reports the error."
-            )
+        layers.check_not_quantised(bool(more) or pytree.is_packed(weight), path)
         merged = layers.merged_weight(path, weight, adapter, layer, sign=sign, safe=safe)
         holder[layer.weight] = treedef.unflatten([merged])
     return linen_layers.split_quantized({**variables, "params": params})
@@ -303,10 +298,10 @@ def _layout_of(adapter: Adapter, existing: PyTree, path: str) -> Layout:
         roles and the sizes do not determine them.
     """
     layer = adapter.layout or Layout()
-    own = existing if isinstance(existing, Mapping) else {path.rpartition("/")[2]: existing}
+    params = existing if isinstance(existing, Mapping) else {path.rpartition("/")[2]: existing}
     shapes = {
         name: tuple(leaf.shape)
-        for name, node in own.items()
+        for name, node in params.items()
         if not isinstance(node, Mapping)
         for leaf in jax.tree.leaves(node, is_leaf=pytree.is_packed)[:1]
     }
@@ -333,8 +328,8 @@ def _only_reading(adapter: Adapter, shapes: Mapping[str, Sequence[int]], path: s
       ValueError: the weight is square, or no or several parameters have this shape.
     """
     ins, outs = adapter.q.shape[-1], adapter.p.shape[-1]
-    wanted = (*adapter.lam.shape[:-1], ins, outs)
-    fitting = [name for name, shape in shapes.items() if tuple(shape) == wanted]
+    sizes = (*adapter.lam.shape[:-1], ins, outs)
+    fitting = [name for name, shape in shapes.items() if tuple(shape) == sizes]
     if ins == outs or len(fitting) != 1:
         raise ValueError(
             f"`adapters[{path!r}]`: the adapter (in {ins}, out {outs}) comes from a file that does "

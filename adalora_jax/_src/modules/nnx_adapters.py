@@ -121,9 +121,9 @@ def _set_saved(model: nnx.Module, new: Mapping[str, PyTree]) -> None:
         root = variable.get_metadata()["root"]
         if root in new:
             parts = name.removeprefix(root).strip("/").split("/") if name != root else []
-            own = parameters(model)[name]
-            own.set_raw_value(
-                jax.numpy.asarray(pytree.get_path(new[root], parts), own.get_raw_value().dtype)
+            variable = parameters(model)[name]
+            variable.set_raw_value(
+                jax.numpy.asarray(pytree.get_path(new[root], parts), variable.get_raw_value().dtype)
             )
 
 

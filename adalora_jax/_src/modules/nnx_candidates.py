@@ -17,7 +17,7 @@ from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules import usage
-from adalora_jax._src.modules.candidates import UNKNOWN_USE, Candidate, judge_use
+from adalora_jax._src.modules.candidates import UNKNOWN_USE, Candidate, with_use
 from adalora_jax._src.modules.nnx_layers import (
     DECLARE,
     FLAX_LAYERS,
@@ -72,16 +72,16 @@ def candidates(
             )
         shape = tuple(getattr(module, layer.weight).shape) if layer else ()
         if layer is None or len(shape) >= layer.ndim:
-            refused = reasons.get(path, "")
-            if layer and not refused and type(module) not in (layers or {}):
-                refused = _unreached(base_class(type(module)))
-            candidate = Candidate(module, layer, shape, refused if layer else "")
-            use = _use_of(module, layer) if layer and not refused and not of_adapted else None
-            if use and use.unseen and type(module) in (layers or {}):
+            reason = reasons.get(path, "")
+            if layer and not reason and type(module) not in (layers or {}):
+                reason = _unreached(base_class(type(module)))
+            candidate = Candidate(module, layer, shape, reason if layer else "")
+            use = _use_of(module, layer) if layer and not reason and not of_adapted else None
+            if use and use.untraced and type(module) in (layers or {}):
                 use = None  # the declaration specifies the computation
             if layer and use:
-                foreign = not issubclass(type(module), FLAX_LAYERS)
-                candidate = judge_use(candidate, use, foreign)
+                is_custom_layer = not issubclass(type(module), FLAX_LAYERS)
+                candidate = with_use(candidate, use, is_custom_layer)
             if layer and not candidate.note and (id(module), layer.weight) in reading:
                 reader = reading[id(module), layer.weight]
                 candidate = candidate._replace(
@@ -98,11 +98,11 @@ def _unreached(cls: type) -> str:
     ''
     """
     base = layer_class(cls)
-    for own in cls.__mro__ if base else ():
-        if own is base:
+    for ancestor in cls.__mro__ if base else ():
+        if ancestor is base:
             break
         for name in ("__call__", "attend"):
-            if name in vars(own) and not _compat.uses_super(vars(own)[name]):
+            if name in vars(ancestor) and not _compat.uses_super(vars(ancestor)[name]):
                 return (
                     f"its {name} does not call super().{name}, so its adapter would add nothing "
                     f"({DECLARE})"
@@ -120,7 +120,7 @@ def _use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
       layer: the layout of its weight.
 
     Returns:
-      The use. It is ``unseen`` if the layer cannot be called with one input. None for unmodified
+      The use. It is ``untraced`` if the layer cannot be called with one input. None for unmodified
       Flax layers, for quantised weights, and if the shape of an input is not known.
     """
     weight, shape = getattr(module, layer.weight), tuple(getattr(module, layer.weight).shape)
@@ -134,19 +134,19 @@ def _use_of(module: nnx.Module, layer: Layout) -> usage.Use | None:
         return None
     lifted = len(shape) - layer.ndim
     structs = [jax.ShapeDtypeStruct(leaf.shape[lifted:], leaf.dtype) for _, leaf in leaves]
-    foreign = layer_class(type(module)) is None
+    is_custom_layer = layer_class(type(module)) is None
 
     def run(leaves: list[jax.Array], x: jax.Array) -> list[jax.Array]:
         copy = nnx.merge(graph, treedef.unflatten(leaves))
         _compat.set_class(copy, extended_class(type(copy), _Marked, "Marked"))
-        output = copy(usage.mark_input(0, x) if foreign else x)
+        output = copy(usage.mark_input(0, x) if is_custom_layer else x)
         return [leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype")]
 
     x = jax.ShapeDtypeStruct(size, jnp.int32 if layer.kind == "embed" else jnp.float32)
     try:
         closed = jax.make_jaxpr(run)(structs, x)
     except Exception:  # a custom class may raise any error for one input
-        return usage.Use(False, False, False, unseen=True)
+        return usage.Use(False, False, False, untraced=True)
     scaled = frozenset({0} if kinds.weight_scale(layer, module) != 1 else ())
     return usage.find_uses(closed.jaxpr, {places[0]: 0}, scaled)[0]
 
@@ -223,10 +223,10 @@ def _attributes_read(cls: type) -> frozenset[str]:
     Constructors and the methods of Flax's and this package's classes are excluded.
     """
     names: set[str] = set()
-    for own in cls.__mro__:
-        if own.__module__.partition(".")[0] in ("flax", "adalora_jax", "builtins"):
+    for ancestor in cls.__mro__:
+        if ancestor.__module__.partition(".")[0] in ("flax", "adalora_jax", "builtins"):
             continue
-        for name, method in vars(own).items():
+        for name, method in vars(ancestor).items():
             if name != "__init__":
                 is_method = not isinstance(method, (staticmethod, classmethod))
                 names |= _compat.attributes_read(_function(method), is_method=is_method)

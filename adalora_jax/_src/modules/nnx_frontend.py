@@ -61,7 +61,7 @@ def adapt(
       config: targets, ranks and scale.
       rngs: random numbers for the initial values and for the adapters' dropout: an ``nnx.Rngs``
         (streams ``params`` and ``dropout``), a PRNG key, or a seed.
-      rules: shardings of the adapters on a mesh, see :func:`adalora_jax.sharding.derive`. By
+      rules: shardings of the adapters on a mesh, see :func:`adalora_jax.sharding.derive_specs`. By
         default they are derived from the shardings of the base's arrays or from its
         ``out_sharding`` metadata; the adapters' variables then have such metadata, too.
       layers: ``{class: Layout}`` of layers that are not Flax's. Each must compute
@@ -97,23 +97,23 @@ def adapt(
     adapted = nnx.clone(model)
     by_path: dict[str, Any] = dict(modules(adapted))
     weights = {p: sharded_variable(getattr(by_path[p], t.layer.weight)) for p, t in chosen.items()}
-    where = {p: (t.layer, t.shape, placement(weights[p])) for p, t in chosen.items()}
-    specs = sharding.derive(where, rules)
-    at = sharding.to_named_sharding(specs, [place for _, _, place in where.values()])
+    placed = {p: (t.layer, t.shape, placement(weights[p])) for p, t in chosen.items()}
+    specs = sharding.derive_specs(placed, rules)
+    at = sharding.to_named_sharding(specs, [place for _, _, place in placed.values()])
     fresh = targets.init_all(rngs.params(), chosen, config, at)
     for path, target in chosen.items():
         module = by_path[path]
         stack = target.layer.matrix(target.shape)[0][: len(target.shape) - target.layer.ndim]
         dropout = _dropout(config, rngs, stack)
-        foreign = bool(layers) and type(module) in layers
-        module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, foreign)
+        is_declared = bool(layers) and type(module) in layers
+        module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, is_declared)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
-        _compat.set_class(module, adapted_class(type(module), foreign))
+        _compat.set_class(module, adapted_class(type(module), is_declared))
     for path, owner in tied.items():
         module = by_path[path]
         module.adalora = by_path[owner].adalora
-        foreign = bool(layers) and type(module) in layers
-        _compat.set_class(module, adapted_class(type(module), foreign))
+        is_declared = bool(layers) and type(module) in layers
+        _compat.set_class(module, adapted_class(type(module), is_declared))
     _save(adapted, config)
     return adapted
 
@@ -197,7 +197,7 @@ def _chosen(
     """
     candidates = _candidates(model, config, layers)
     chosen = targets.select(candidates, config)
-    _refuse_tied_outside(model, candidates, chosen)
+    _check_tied_layers(model, candidates, chosen)
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for path in (path for path in candidates if path in chosen):
@@ -216,7 +216,7 @@ def _chosen(
     return {path: target for path, target in chosen.items() if path not in tied}, tied
 
 
-def _refuse_tied_outside(
+def _check_tied_layers(
     model: nnx.Module, candidates: Mapping[str, Candidate], chosen: Mapping[str, targets.Target]
 ) -> None:
     """Raise an error if only some of the layers that share a weight are adapted.

@@ -39,7 +39,7 @@ class Adaptation(nnx.Module):
       declared: whether the user declared the layout for the layer's class.
     """
 
-    # Computes what is added to the layer's output, with the arguments of layers.adapter_output.
+    # Computes the adapter output, with the arguments of layers.adapter_output.
     # Private, because nnx.tabulate wraps public methods to print their inputs.
     _adapter_output: Callable[..., jax.Array] = staticmethod(layers.adapter_output)
     p: AdapterParam
@@ -99,7 +99,7 @@ class Adaptation(nnx.Module):
         spec = layers.require_layer(found, layer)
         shape = getattr(layer, spec.weight).shape
         layers.check_fit(spec, adapter, shape, type(layer).__name__)
-        if any(layers.mapped_axes(_weight_of(layer))):
+        if any(_compat.mapped_axes(_weight_of(layer))):
             raise ValueError(
                 f"`in_axes`: nnx.vmap stacks the weight of a {type(layer).__name__} along another "
                 "axis than the first, along which an adapter is stacked; stack the model along "
@@ -183,8 +183,8 @@ class Adapted(nnx.Module):
                 if call.weight is not _weight_of(self):
                     raise ValueError(
                         f"`target_modules`: {type(self).__name__} changes its weight before it "
-                        "calls the layer it extends, so no sum of weights computes what the "
-                        "adapted layer does; leave it out of target_modules."
+                        "calls the layer it extends, so no sum of weights equals the "
+                        "adapted layer; leave it out of target_modules."
                     )
 
 

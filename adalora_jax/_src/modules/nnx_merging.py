@@ -57,13 +57,11 @@ def merged(
             _compat.set_class(module, base_class(type(module)))
     copy = release_saved(copy)
     if inputs is not None:
-        _refuse_another_output(model, copy, inputs)
+        _check_outputs(model, copy, inputs)
     return copy
 
 
-def _refuse_another_output(
-    adapted: nnx.Module, plain: nnx.Module, inputs: tuple[PyTree, ...]
-) -> None:
+def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[PyTree, ...]) -> None:
     """Raise an error if the outputs of a merged model differ from those of the adapted one.
 
     The bound on the relative error is the square root of the machine epsilon of the coarsest weight
@@ -156,7 +154,7 @@ def _add_increments(
     Raises:
       ValueError: a weight cannot be merged, is quantised, or is not in ``model``.
     """
-    own = dict(modules(model))
+    by_path = dict(modules(model))
     done: set[int] = set()  # a tied weight has several layers
     for path, module in modules(adapted):
         if not isinstance(module, Adapted):
@@ -171,18 +169,14 @@ def _add_increments(
                 )
             layer = dataclasses.replace(layer, note="")
             adapter = adapter._replace(layout=layer)
-        weight = getattr(own.get(path), weight_name(module), None)
+        weight = getattr(by_path.get(path), weight_name(module), None)
         if weight is None:
             raise ValueError(
                 f"`variables`: the model has no layer {path!r}, so it is not the one that was "
                 "adapted; pass that one."
             )
-        if is_qwix_weight(weight) or pytree.is_packed(weight.get_raw_value()):
-            raise ValueError(
-                f"`variables`: the weight of {path!r} is quantised and cannot be merged into in "
-                "place; call adalora_jax.quantization.merge, which dequantises or requantises it "
-                "and reports the error."
-            )
+        is_quantised = is_qwix_weight(weight) or pytree.is_packed(weight.get_raw_value())
+        kinds.check_not_quantised(is_quantised, path)
         if id(weight) in done:
             continue
         done.add(id(weight))

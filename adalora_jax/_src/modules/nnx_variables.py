@@ -88,7 +88,8 @@ class SavedParam(nnx.LoRAParam):
         return self._computed(self.get_value())
 
     @property
-    def value(self) -> Any:
+    def value(self) -> jax.Array:
+        """Trained value in the dtype of the base parameter."""
         return self._computed(super().value)
 
     @value.setter
@@ -101,6 +102,9 @@ class SavedParam(nnx.LoRAParam):
 
     def released(self) -> nnx.Param:
         """Return the trained values as a plain parameter of the base's dtype.
+
+        Returns:
+          An ``nnx.Param`` with the same metadata, except for that of :class:`SavedParam` itself.
 
         >>> SavedParam.of(nnx.Param(jnp.ones(2, jnp.bfloat16)), "head").released().dtype
         dtype(bfloat16)

@@ -28,9 +28,9 @@ def _adapter(target: Adapter, state: Mapping[str, PyTree]) -> Adapter:
             f"`state`: an adapter in it has {sorted(state)}, but must have p, lam and q; pass the "
             "state dict of these adapters."
         )
-    own = target._asdict()
+    fields = target._asdict()
     restore = serialization.from_state_dict
-    return target._replace(**{name: restore(own[name], state[name], name) for name in own})
+    return target._replace(**{name: restore(fields[name], state[name], name) for name in fields})
 
 
 def _parts(state: AdaLoraState) -> dict[str, PyTree]:
@@ -52,15 +52,15 @@ def _roles(values: ByRole) -> dict[str, Any]:
 
 
 def _by_role(target: ByRole, state: dict[str, Any]) -> ByRole:
-    own = target.stacked
-    if set(state) != set(own):
-        differing = ", ".join(sorted(set(state) ^ set(own))[:5])
+    values = target.stacked
+    if set(state) != set(values):
+        differing = ", ".join(sorted(set(state) ^ set(values))[:5])
         raise ValueError(
             f"`state`: has other adapters than the target, at {differing}; restore it into the "
             "state of the same model."
         )
     restore = serialization.from_state_dict
-    return ByRole({role: restore(own[role], state[role], role) for role in own}, target.roles)
+    return ByRole({role: restore(values[role], state[role], role) for role in values}, target.roles)
 
 
 serialization.register_serialization_state(ByRole, _roles, _by_role)

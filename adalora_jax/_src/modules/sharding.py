@@ -91,13 +91,13 @@ def sharding_of(
     return found if isinstance(found, NamedSharding) else named
 
 
-def spec_of(where: NamedSharding | PartitionSpec | None) -> PartitionSpec:
+def spec_of(placement: NamedSharding | PartitionSpec | None) -> PartitionSpec:
     """Return the PartitionSpec of a sharding from :func:`sharding_of`; None is replicated.
 
     >>> spec_of(None)
     P()
     """
-    spec = where.spec if isinstance(where, NamedSharding) else where
+    spec = placement.spec if isinstance(placement, NamedSharding) else placement
     return PartitionSpec() if spec is None else spec
 
 
@@ -112,7 +112,7 @@ def pad_spec(spec: PartitionSpec, ndim: int) -> PartitionSpec:
     return PartitionSpec(*spec, *[None] * (ndim - len(spec)))
 
 
-def derive(
+def derive_specs(
     weights: Mapping[str, tuple[Layout, Sequence[int], NamedSharding | PartitionSpec | None]],
     rules: Rules | None = None,
 ) -> dict[str, Adapter]:
@@ -134,12 +134,12 @@ def derive(
 
     >>> dense = Layout()
     >>> weights = {"up": (dense, (64, 256), PartitionSpec("fsdp", "model"))}
-    >>> derive(weights, {"up": Adapter(*[PartitionSpec()] * 3)})
+    >>> derive_specs(weights, {"up": Adapter(*[PartitionSpec()] * 3)})
     {'up': Adapter(p=P(None, None), lam=P(None,), q=P(None, None), scale=1.0)}
     """
     specs = {
-        path: adapter_specs(layer, shape, spec_of(where))
-        for path, (layer, shape, where) in weights.items()
+        path: adapter_specs(layer, shape, spec_of(placement))
+        for path, (layer, shape, placement) in weights.items()
     }
     if rules is None:
         return specs
@@ -220,10 +220,10 @@ def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
             f"such as {derived!r}."
         )
     pairs: Any = [*zip(given, derived)]  # an Adapter is typed as one of arrays
-    if any(len(spec) > len(own) for spec, own in pairs):
+    if any(len(spec) > len(full) for spec, full in pairs):
         raise ValueError(
             f"`rules`: {given!r} for {path!r} has more axes than the adapter; give at most as many "
             f"as in {derived!r}."
         )
-    whole: Any = (pad_spec(spec, len(own)) for spec, own in pairs)
+    whole: Any = (pad_spec(spec, len(full)) for spec, full in pairs)
     return Adapter(*whole)

@@ -53,7 +53,7 @@ def shardings(
     >>> adapters = {"up": adalora.init_adapter(jax.random.key(0), 64, 256, config)}
     >>> tx = adalora.adalora(optax.adam(1e-3), config)
     >>> weights = {"up": (adalora.Layout(), (64, 256), PartitionSpec(None, "model"))}
-    >>> specs = adalora.sharding.derive(weights)
+    >>> specs = adalora.sharding.derive_specs(weights)
     >>> mesh = jax.make_mesh((1,), ("model",))
     >>> placed = shardings(jax.eval_shape(tx.init, adapters), specs, tx=tx, mesh=mesh)
     >>> placed.allocator.sensitivity.stacked["up"].p.spec, placed.inner[0].mu["up"].q.spec
@@ -115,7 +115,7 @@ def _place_role(value: PyTree, owner: Adapter, mesh: Mesh | AbstractMesh) -> PyT
     """Return the shardings of a role's arrays: like its first member, without a leading axis."""
     if not isinstance(value, Adapter):
         return _match_sharding(owner.lam, value.shape, mesh)
-    placed = [_match_sharding(own, leaf.shape, mesh) for own, leaf in zip(owner, value)]
+    placed = [_match_sharding(part, leaf.shape, mesh) for part, leaf in zip(owner, value)]
     return value._replace(**dict(zip(Adapter._fields, placed)))
 
 
@@ -141,9 +141,9 @@ def _match_sharding(
     """
     is_place = isinstance(owner, (NamedSharding, PartitionSpec))
     spec = spec_of(owner if is_place else sharding_of(owner))
-    own = shape[len(shape) - len(spec) :] if is_place else owner.shape
-    before = len(shape) - len(own)
-    if before < 0 or tuple(shape[before:]) != tuple(own) or len(spec) > len(own):
+    owned = shape[len(shape) - len(spec) :] if is_place else owner.shape
+    before = len(shape) - len(owned)
+    if before < 0 or tuple(shape[before:]) != tuple(owned) or len(spec) > len(owned):
         return NamedSharding(mesh, PartitionSpec())
 
     def ways(names: str | tuple[str, ...] | None) -> int:
@@ -151,6 +151,6 @@ def _match_sharding(
             mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)) if name
         )
 
-    if any(size % ways(names) for size, names in zip(own, spec)):
+    if any(size % ways(names) for size, names in zip(owned, spec)):
         return NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, PartitionSpec(*[None] * before, *pad_spec(spec, len(own))))
+    return NamedSharding(mesh, PartitionSpec(*[None] * before, *pad_spec(spec, len(owned))))

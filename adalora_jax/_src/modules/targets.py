@@ -25,7 +25,7 @@ from adalora_jax._src.modules import sharding
 from adalora_jax._src.modules.candidates import Candidate
 from adalora_jax._src.modules.layers import SUPPORTED
 
-_Wanted: TypeAlias = str | Collection[str] | TargetFunction
+_Pattern: TypeAlias = str | Collection[str] | TargetFunction
 _LINEAR_KINDS = ("dense", "general", "einsum", "weight")
 
 
@@ -121,7 +121,7 @@ def _chosen(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[
             raise ValueError(_cannot_adapt(path, candidates))
     chosen = [path for path in kept if _adaptable(candidates[path])]
     if not chosen and kept:
-        reasons = [f"{p!r}: {c.refused}" for p in kept if (c := candidates[p]).refused]
+        reasons = [f"{p!r}: {c.cannot_adapt}" for p in kept if (c := candidates[p]).cannot_adapt]
         if not reasons:
             raise ValueError(_cannot_adapt(kept[0], candidates))
         raise ValueError(
@@ -140,31 +140,31 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
       ValueError: ``target_modules`` is None, a pattern or an index matches nothing, a name selects
         only modules that ``modules_to_save`` trains, or an excluded module only contains layers.
     """
-    wanted, excluded = config.target_modules, config.exclude_modules
-    if wanted is None:
+    pattern, excluded = config.target_modules, config.exclude_modules
+    if pattern is None:
         raise ValueError(
             "`target_modules=None`: no layer is selected; pass name suffixes, a regex or "
             f"'all-linear'; {_nearest('', candidates)}."
         )
-    for name in wanted if isinstance(wanted, tuple) else ():
+    for name in pattern if isinstance(pattern, tuple) else ():
         _require_match("target_modules", name, (name,), candidates)
     for name in excluded if isinstance(excluded, tuple) else ():
         _require_match("exclude_modules", name, (name,), candidates)
     if isinstance(excluded, str):
         _require_match("exclude_modules", excluded, excluded, candidates)
     for name in excluded if isinstance(excluded, tuple) else ():
-        _refuse_container(name, candidates)
+        _check_container(name, candidates)
     matched = [
         path
         for path, candidate in candidates.items()
-        if _matches(wanted, path, candidate)
+        if _matches(pattern, path, candidate)
         and not (excluded and _matches(excluded, path, candidate))
     ]
-    for name in wanted if isinstance(wanted, tuple) else ():
+    for name in pattern if isinstance(pattern, tuple) else ():
         named = [path for path in matched if _is_suffix(name, path)]
         if named and all(saved_params(path, config) for path in named):
             raise ValueError(
-                f"`target_modules={wanted!r}`: {name!r} selects no layer, because modules_to_save "
+                f"`target_modules={pattern!r}`: {name!r} selects no layer, because modules_to_save "
                 f"already trains {', '.join(map(repr, named[:8]))} as a whole; name a layer in "
                 "only one of the two."
             )
@@ -173,7 +173,7 @@ def _matched(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> list
     return sorted(path for path in matched if _layer_index_matches(path, config))
 
 
-def _refuse_container(name: str, candidates: Mapping[str, Candidate]) -> None:
+def _check_container(name: str, candidates: Mapping[str, Candidate]) -> None:
     """Raise an error if a name in ``exclude_modules`` matches only containers of layers."""
     found = [path for path, c in candidates.items() if _is_suffix(name, path)]
     inside = [p for p, c in candidates.items() if c.layer and p.startswith(f"{found[0]}/")]
@@ -187,11 +187,11 @@ def _refuse_container(name: str, candidates: Mapping[str, Candidate]) -> None:
 
 def _require_indices(paths: Sequence[str], config: AdaLoraConfig) -> None:
     """Raise an error if some indices of ``layers_to_transform`` match a path and others do not."""
-    wanted = config.layers_to_transform
-    if wanted is None or not paths:
+    indices = config.layers_to_transform
+    if indices is None or not paths:
         return
     known = {_layer_index(path, cast("Any", config.layers_pattern)) for path in paths} - {None}
-    indices = wanted if isinstance(wanted, tuple) else (wanted,)
+    indices = indices if isinstance(indices, tuple) else (indices,)
     for index in indices:
         if index not in known and known & {*indices}:
             raise ValueError(
@@ -203,23 +203,23 @@ def _require_indices(paths: Sequence[str], config: AdaLoraConfig) -> None:
 def _require_match(
     field: str,
     name: str,
-    wanted: _Wanted,
+    pattern: _Pattern,
     candidates: Mapping[str, Candidate],
 ) -> None:
-    if not any(_matches(wanted, path, c) for path, c in candidates.items()):
+    if not any(_matches(pattern, path, c) for path, c in candidates.items()):
         raise ValueError(
-            f"`{field}`: {name!r} matches no module; {_whole_path(wanted)}"
+            f"`{field}`: {name!r} matches no module; {_whole_path(pattern)}"
             f"{_nearest(name, candidates)}."
         )
 
 
 def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> str:
     """Return the error message for an empty selection: its cause, or the nearest paths."""
-    wanted = cast("_Wanted", config.target_modules)
+    pattern = cast("_Pattern", config.target_modules)
     names = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     filters = {name: value for name in names if (value := getattr(config, name)) is not None}
-    start = f"`target_modules={wanted!r}"
-    matched = sorted(path for path, c in candidates.items() if _matches(wanted, path, c))
+    start = f"`target_modules={pattern!r}"
+    matched = sorted(path for path, c in candidates.items() if _matches(pattern, path, c))
     if trained := [path for path in matched if saved_params(path, config)]:
         return (
             f"{start}, modules_to_save={config.modules_to_save!r}`: no layer is selected, because "
@@ -227,23 +227,23 @@ def _selects_nothing(candidates: Mapping[str, Candidate], config: AdaLoraConfig)
             "a layer in only one of the two."
         )
     after = "".join(f", {name}={value!r}" for name, value in filters.items()) if matched else ""
-    hint = "" if matched else _whole_path(wanted)
-    near = _nearest(wanted if isinstance(wanted, str) else "", candidates)
+    hint = "" if matched else _whole_path(pattern)
+    near = _nearest(pattern if isinstance(pattern, str) else "", candidates)
     return f"{start}{after}`: no layer is selected; {hint}{near}."
 
 
-def _whole_path(wanted: _Wanted) -> str:
+def _whole_path(pattern: _Pattern) -> str:
     """Return a hint on how a string is matched, for the message if it matches nothing."""
-    if not isinstance(wanted, str) or wanted == "all-linear":
+    if not isinstance(pattern, str) or pattern == "all-linear":
         return ""
     return (
         "write a regular expression for the whole path, or a list of names, "
-        f"{[wanted]!r}, for the ends of paths; "
+        f"{[pattern]!r}, for the ends of paths; "
     )
 
 
 def _adaptable(candidate: Candidate) -> bool:
-    return candidate.layer is not None and not candidate.refused
+    return candidate.layer is not None and not candidate.cannot_adapt
 
 
 def saved_params(path: str, config: AdaLoraConfig) -> bool:
@@ -293,14 +293,14 @@ def init_all(
     Raises:
       TypeError: ``key`` is not a PRNG key.
     """
-    alike: dict[Any, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for index, target in enumerate(targets.values()):
-        alike.setdefault((*target.layer.matrix(target.shape), target.rank), []).append(index)
+        groups.setdefault((*target.layer.matrix(target.shape), target.rank), []).append(index)
 
     def init(key: jax.Array) -> dict[str, Adapter]:
         keys = jax.random.split(key, len(targets))
         fresh: dict[int, Adapter] = {}
-        for shape, members in alike.items():
+        for shape, members in groups.items():
             many = _init_group(keys[jnp.array(members)], *shape, config=config)
             for n, index in enumerate(members):
                 fresh[index] = jax.tree.map(operator.itemgetter(n), many)
@@ -376,8 +376,9 @@ def describe(
     adapters = count * jnp.dtype(config.param_dtype).itemsize
     importance = count * 2 * 4 + rank  # two float32 averages per parameter, a boolean per triplet
     memory = f"memory: adapters {_bytes(adapters)}, importance {_bytes(importance)}"
-    refused = {p: candidates[p] for p in _matched(candidates, config)} if candidates else {}
-    lines = [f"not adapted: {p} {c.shape}: {c.refused}" for p, c in refused.items() if c.refused]
+    matched = {p: candidates[p] for p in _matched(candidates, config)} if candidates else {}
+    reasons = {p: c.cannot_adapt for p, c in matched.items() if c.cannot_adapt}
+    lines = [f"not adapted: {p} {matched[p].shape}: {reason}" for p, reason in reasons.items()]
     trained = _trained_along(parameters or {}, config)
     left_out = _unadapted(parameters or {}, candidates or {}, config)
     return "\n".join([table([header, *rows, total], left=2), memory, *trained, *lines, *left_out])
@@ -427,14 +428,14 @@ def _bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _matches(wanted: _Wanted, path: str, candidate: Candidate) -> bool:
-    if callable(wanted):
-        return bool(wanted(path, candidate.module))
-    if wanted == "all-linear":
+def _matches(pattern: _Pattern, path: str, candidate: Candidate) -> bool:
+    if callable(pattern):
+        return bool(pattern(path, candidate.module))
+    if pattern == "all-linear":
         return candidate.layer is not None and candidate.layer.kind in _LINEAR_KINDS
-    if isinstance(wanted, str):
-        return any(re.fullmatch(wanted, form) for form in (path, path.replace("/", ".")))
-    return any(_is_suffix(name, path) for name in wanted)
+    if isinstance(pattern, str):
+        return any(re.fullmatch(pattern, form) for form in (path, path.replace("/", ".")))
+    return any(_is_suffix(name, path) for name in pattern)
 
 
 def _is_suffix(name: str, path: str) -> bool:
@@ -444,11 +445,11 @@ def _is_suffix(name: str, path: str) -> bool:
 
 
 def _layer_index_matches(path: str, config: AdaLoraConfig) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == ():
+    indices = config.layers_to_transform
+    if indices is None or indices == ():
         return True
     index = _layer_index(path, cast("Any", config.layers_pattern))
-    return index in (wanted if isinstance(wanted, tuple) else (wanted,))
+    return index in (indices if isinstance(indices, tuple) else (indices,))
 
 
 def _layer_index(path: str, names: tuple[str, ...] | None) -> int | None:
@@ -494,9 +495,9 @@ def _rank(rank: Any) -> int:
 
 
 def _cannot_adapt(path: str, candidates: Mapping[str, Candidate]) -> str:
-    refused, kind = candidates[path].refused, type(candidates[path].module).__name__
-    if refused:
-        return f"`target_modules`: {path!r} cannot be adapted, because {refused}; leave it out."
+    reason, kind = candidates[path].cannot_adapt, type(candidates[path].module).__name__
+    if reason:
+        return f"`target_modules`: {path!r} cannot be adapted, because {reason}; leave it out."
     inside = [p for p, c in candidates.items() if p.startswith(f"{path}/") and _adaptable(c)]
     instead = f"name the layers in it: {', '.join(inside[:8])}" if inside else ""
     return (

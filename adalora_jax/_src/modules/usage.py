@@ -64,15 +64,15 @@ class Use(NamedTuple):
 
     Attributes:
       transformed: its layer multiplies with a value derived from it.
-      followed: its layer does more to the product than adding to it.
-      elsewhere: code outside of its layer reads it.
-      unseen: the layer could not be traced, so the other three are unknown.
+      output_transformed: its layer does more to the product than adding to it.
+      read_outside: code outside of its layer reads it.
+      untraced: the layer could not be traced, so the other three are unknown.
     """
 
     transformed: bool
-    followed: bool
-    elsewhere: bool
-    unseen: bool = False
+    output_transformed: bool
+    read_outside: bool
+    untraced: bool = False
 
 
 def scope_name(index: int) -> str:
@@ -102,7 +102,7 @@ def mark_input(index: int, x: PyTree) -> PyTree:
     """Return a layer's input with a marker for :func:`find_uses`.
 
     Used for classes that are not Flax layers: their adapter sees the input itself, so a layer that
-    multiplies its weight with any other value counts as ``followed``.
+    multiplies its weight with any other value counts as ``output_transformed``.
     """
     return _named(f"adalora-input:{index}:", x)
 
@@ -134,7 +134,7 @@ def find_uses(
     return {
         index: Use(
             index in walk.transformed,
-            index in walk.followed,
+            index in walk.output_transformed,
             index in walk.outside and index not in walk.transformed,
         )
         for index in weights.values()
@@ -151,7 +151,7 @@ class _Walk:
     def __init__(self, scaled: frozenset[int]) -> None:
         self.scaled = scaled
         self.transformed: set[int] = set()
-        self.followed: set[int] = set()
+        self.output_transformed: set[int] = set()
         self.outside: set[int] = set()
         self.marked: set[int] = set()
 
@@ -221,18 +221,18 @@ class _Walk:
             if _RAW in seen:
                 self.outside.add(index)
             if _PRODUCT in seen:  # the product left its layer without passing the marker
-                self.followed.add(index)
+                self.output_transformed.add(index)
             return None if primitive in _CONTRACTIONS or seen == {_PRODUCT} else _CHANGED
         if primitive in _PRODUCTS and sum(map(bool, inputs)) == 1 and seen != {_PRODUCT}:
             if _CHANGED in seen:
                 self.transformed.add(index)
             if index in self.marked and not any(stages == {_INPUT} for stages in given):
-                self.followed.add(index)
+                self.output_transformed.add(index)
             return _PRODUCT
         if seen == {_PRODUCT}:
             first = bool(inputs[0]) and primitive == "sub"
             if primitive not in _SUMS and not first:
-                self.followed.add(index)
+                self.output_transformed.add(index)
             return _PRODUCT
         if primitive in _CONTRACTIONS:  # both operands depend on the weight
             self.transformed.add(index)

@@ -54,7 +54,7 @@ class GptqWeight(Packed):
       scales: ``[groups, out]``, in the dtype of the dequantised weight.
       groups: ``[in]`` int32, the group of each input; None if groups are consecutive inputs.
       bits: bits per number, 4 or 8; static.
-      own: shape of the weight of one layer; static.
+      layer_shape: shape of the weight of one layer; static.
     """
 
     qweight: jax.Array
@@ -62,12 +62,12 @@ class GptqWeight(Packed):
     scales: jax.Array
     groups: jax.Array | None
     bits: int = dataclasses.field(metadata={"static": True})
-    own: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    layer_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight, stack axes included."""
-        return (*self.qweight.shape[:-2], *self.own)
+        return (*self.qweight.shape[:-2], *self.layer_shape)
 
     @property
     def dtype(self) -> np.dtype:
@@ -98,9 +98,11 @@ class GptqWeight(Packed):
             "dtype, or into a recipe such as 'int8'."
         )
 
-    def as_shape(self, own: tuple[int, ...], dtype: DTypeLike) -> GptqWeight:
+    def as_shape(self, layer_shape: tuple[int, ...], dtype: DTypeLike) -> GptqWeight:
         """Return the weight with the shape ``own`` per layer, dequantised to ``dtype``."""
-        return dataclasses.replace(self, own=tuple(own), scales=self.scales.astype(dtype))
+        return dataclasses.replace(
+            self, layer_shape=tuple(layer_shape), scales=self.scales.astype(dtype)
+        )
 
 
 def _dequantize(weight: GptqWeight) -> jax.Array:
@@ -197,7 +199,7 @@ def from_tensors(
         scales=jnp.asarray(scales).astype(dtype),
         groups=None if groups is None else jnp.asarray(groups, jnp.int32),
         bits=bits,
-        own=(ins, out),
+        layer_shape=(ins, out),
     )
 
 
@@ -266,16 +268,18 @@ def _settings(directory: pathlib.Path) -> dict[str, Any]:
     """
     for file in ("quantize_config.json", "config.json"):
         if (directory / file).exists():
-            said = json.loads((directory / file).read_text(encoding="utf-8"))
-            said = said.get("quantization_config", said if file.startswith("quantize") else {})
-            method = said.get("quant_method", "gptq")
+            settings = json.loads((directory / file).read_text(encoding="utf-8"))
+            settings = settings.get(
+                "quantization_config", settings if file.startswith("quantize") else {}
+            )
+            method = settings.get("quant_method", "gptq")
             if method != "gptq":
                 raise ValueError(
                     f"`{directory / file}`: has quant_method={method!r}, not 'gptq'; pass the "
                     "folder of a GPTQ checkpoint."
                 )
-            if said:
-                return said
+            if settings:
+                return settings
     return {}
 
 
@@ -379,17 +383,18 @@ def _kernel(
       ValueError: the shape does not fit the checkpoint's matrices.
     """
     stack = (len(parts),) if len(parts) > 1 else ()
-    own = shape[len(stack) :]
+    kernel_shape = shape[len(stack) :]
     for part in parts:
-        ins, outs = part["kernel"].own
-        splits = [np.prod(own[:n], dtype=int) for n in range(1, len(own))]
-        if shape[: len(stack)] != stack or ins not in splits or ins * outs != np.prod(own):
+        ins, outs = part["kernel"].layer_shape
+        splits = [np.prod(kernel_shape[:n], dtype=int) for n in range(1, len(kernel_shape))]
+        size = np.prod(kernel_shape)
+        if shape[: len(stack)] != stack or ins not in splits or ins * outs != size:
             raise ValueError(
                 f"`model`: {path!r} has a kernel of shape {shape}, which does not read as "
                 f"{[*stack]} matrices of {ins} x {outs}, as the checkpoint has it; pass the model "
                 "of this checkpoint, or another name in names."
             )
-    weights = [part["kernel"].as_shape(own, dtype) for part in parts]
+    weights = [part["kernel"].as_shape(kernel_shape, dtype) for part in parts]
     if len(weights) == 1:
         return weights[0]
     if any(weight.groups is not None for weight in weights):
@@ -420,20 +425,20 @@ def _named(
         if name != "kernel":
             continue
         if names is None:
-            wanted = path.replace("/", ".")
-            wanted = wanted if wanted in layers else None
+            found = path.replace("/", ".")
+            found = found if found in layers else None
         else:
-            wanted = names.get(path) if isinstance(names, Mapping) else names(path)
-        if wanted is None:
+            found = names.get(path) if isinstance(names, Mapping) else names(path)
+        if found is None:
             continue
-        wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-        for one in wanted:
+        found = [found] if isinstance(found, str) else list(found)
+        for one in found:
             if one not in layers:
                 raise ValueError(
                     f"`names`: gives {one!r} for {path!r}, which is not a GPTQ layer of the "
                     f"checkpoint ({', '.join(list(layers)[:6])} ...); name one of its layers."
                 )
-        named[path] = [layers[one] for one in wanted]
+        named[path] = [layers[one] for one in found]
     if not named:
         raise ValueError(
             f"`names`: no layer of the checkpoint ({', '.join(list(layers)[:4])} ...) matches a "

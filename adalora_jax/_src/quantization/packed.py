@@ -299,9 +299,9 @@ def pack_linen(
       ValueError: a path is not that of a parameter, or the parameter has another shape.
     """
     params = linen_layers.join_quantized(variables)["params"]
-    have = by_path(meta.unbox(params))
+    places = by_path(meta.unbox(params))
     for path, weight in weights.items():
-        _check_place(path, weight, have.get(path))
+        _check_place(path, weight, places.get(path))
     params = replaced(params, weights)
     if not isinstance(module, PackedModule):
         module = module.copy()
@@ -317,11 +317,11 @@ def _check_place(path: str, weight: Packed, place: PyTree) -> None:
     Raises:
       ValueError: the shapes differ, or ``place`` is None.
     """
-    have = None if place is None else tuple(place.shape)
-    if have != weight.shape:
+    shape = None if place is None else tuple(place.shape)
+    if shape != weight.shape:
         raise ValueError(
             f"`weights[{path!r}]`: has shape {weight.shape}, but the model has "
-            f"{'nothing' if have is None else have} there; pass the weights of this model."
+            f"{'nothing' if shape is None else shape} there; pass the weights of this model."
         )
 
 

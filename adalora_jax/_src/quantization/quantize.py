@@ -189,8 +189,7 @@ class QwixWeight(Packed):
         Args:
           dtype: of the result; None for that of the scales.
         """
-        dense = qwix.dequantize(self.array)
-        return dense if dtype is None else dense.astype(dtype)
+        return qwix_models.dequantized(self.array, dtype)
 
     def requantize(self, weight: jax.Array) -> QwixWeight:
         """Return another weight, quantised with the blocks of this one."""
@@ -233,11 +232,11 @@ def quantize_weight(weight: jax.Array, recipe: str | Recipe, layer: Layout) -> Q
     ins = [first + axis for axis in layer.ins]
     channelwise = [axis for axis in range(weight.ndim) if axis not in ins]
     tiled = {}
-    left = recipe.block if isinstance(recipe.block, int) else weight.size
+    rest = recipe.block if isinstance(recipe.block, int) else weight.size
     for axis in reversed(ins):
         size = weight.shape[axis]
-        tile = next(n for n in range(min(left, size), 0, -1) if size % n == 0)
-        left = left // tile if tile == size else 1
+        tile = next(n for n in range(min(rest, size), 0, -1) if size % n == 0)
+        rest = rest // tile if tile == size else 1
         if tile == 1:
             channelwise.append(axis)
         elif tile < size:
@@ -367,6 +366,8 @@ def _quantized_nnx(model: nnx.Module, recipe: Recipe) -> nnx.Module:
 class MergeLoss(NamedTuple):
     """Relative error of a merged weight W', which W + ΔW is rounded to. Norms are Frobenius norms.
 
+    :func:`merge` returns it and has an example.
+
     Attributes:
       weight: float, ``‖W' − (W + ΔW)‖ / ‖W + ΔW‖``.
       increment: float, ``‖W' − (W + ΔW)‖ / ‖ΔW‖``; at 1 the error is as large as the increment. If
@@ -379,6 +380,8 @@ class MergeLoss(NamedTuple):
 
 class Merged(NamedTuple):
     """Model with merged increments, and the errors of merging.
+
+    :func:`merge` returns it and has an example.
 
     Attributes:
       result: variables for linen, a model for NNX.
@@ -503,8 +506,8 @@ def _merged_nnx(model: nnx.Module, to: _Format) -> Merged:
             variable.set_value(new)
         else:
             packed.unpack_layer(module, layer.weight, new)
-    left = any(isinstance(m, nnx_layers.Adapted) for _, m in nnx_variables.modules(model))
-    result = nnx_merging.merged(model) if left else nnx_merging.release_saved(model)
+    has_adapters = any(isinstance(m, nnx_layers.Adapted) for _, m in nnx_variables.modules(model))
+    result = nnx_merging.merged(model) if has_adapters else nnx_merging.release_saved(model)
     return Merged(result, errors)
 
 
@@ -515,14 +518,14 @@ def _merge_by_qwix(model: nnx.Module, to: _Format) -> dict[str, MergeLoss]:
       ValueError: ``to`` is a recipe, or an increment cannot be merged.
     """
     dtype, errors = _dtype(to), {}
-    held = qwix_models.weights(model)
-    if held and dtype is None and to != "requantize":
+    weights = qwix_models.weights(model)
+    if weights and dtype is None and to != "requantize":
         raise ValueError(
             f"`to={to!r}`: Qwix quantised this model, and its code cannot use this library's "
             "packed weights; pass to='requantize', or a dtype and the result to "
             "quantization.quantize."
         )
-    for path, module, name, weight in held:
+    for path, module, name, weight in weights:
         adaptation, layer = getattr(module, "adalora", None), nnx_layers.layer_of(module)
         new: Any = weight if dtype is None else weight.dequantize(dtype)
         if adaptation is not None and layer is not None and layer.weight == name:
@@ -531,7 +534,7 @@ def _merge_by_qwix(model: nnx.Module, to: _Format) -> dict[str, MergeLoss]:
             del module.adalora
             _compat.set_class(module, nnx_layers.base_class(type(module)))
         setattr(module, name, weight.variable(new))
-    if held and dtype is not None:
+    if weights and dtype is not None:
         qwix_models.release(model)
     return errors
 
@@ -583,7 +586,9 @@ def _targets(
 ) -> Iterable[tuple[str, targets.Target]]:
     """Return the layers that the recipe selects, as pairs of path and target."""
     candidates = {
-        path: c._replace(refused=f"it is inside of {c.wrapper}, which would not find its weight")
+        path: c._replace(
+            cannot_adapt=f"it is inside of {c.wrapper}, which would not find its weight"
+        )
         if c.wrapper and c.layer
         else c
         for path, c in candidates.items()

@@ -7,6 +7,8 @@ its root is created by Qwix and replaces JAX's products by quantised ones while 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,21 +18,24 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from adalora_jax._src import _compat
-from adalora_jax._src.modules import layers, nnx_layers, nnx_variables
+from adalora_jax._src.core.adapter import Adapter, known_scale
+from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.low_rank import accumulation_dtype
+from adalora_jax._src.modules import einsum, layers, nnx_layers, nnx_variables
 from adalora_jax._src.quantization.packed import Packed
 
 
-class QwixHeld(Packed):
+class QwixModelWeight(Packed):
     """Weight of a model that Qwix quantised.
 
     Attributes:
-      held: Qwix's object, whose leaves are NNX variables.
+      qwix_weight: Qwix's object, whose leaves are NNX variables.
       array: the same weight as a ``qwix.QArray`` of plain arrays.
     """
 
-    def __init__(self, held: Any) -> None:
-        self.held = held
-        self.array: qwix.QArray = nnx_variables.pure(held.array)
+    def __init__(self, qwix_weight: Any) -> None:
+        self.qwix_weight = qwix_weight
+        self.array: qwix.QArray = nnx_variables.pure(qwix_weight.array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,33 +49,39 @@ class QwixHeld(Packed):
 
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """Return the weight, computed in the dtype of its scales and cast to ``dtype``."""
-        dense = qwix.dequantize(self.array)
-        return dense if dtype is None else dense.astype(dtype)
+        return dequantized(self.array, dtype)
 
-    def requantize(self, weight: jax.Array) -> QwixHeld:
+    def requantize(self, weight: jax.Array) -> QwixModelWeight:
         """Return another weight, quantised with the settings of this one."""
-        new = qwix.quantize(weight.astype(self.dtype), **_compat.qwix_settings(self.held))
-        return QwixHeld(jax.tree.unflatten(jax.tree.structure(self.held), jax.tree.leaves(new)))
+        new = qwix.quantize(weight.astype(self.dtype), **_compat.qwix_settings(self.qwix_weight))
+        treedef = jax.tree.structure(self.qwix_weight)
+        return QwixModelWeight(treedef.unflatten(jax.tree.leaves(new)))
 
-    def variable(self, new: QwixHeld | jax.Array) -> Any:
+    def variable(self, new: QwixModelWeight | jax.Array) -> Any:
         """Return the attribute of the module for the value ``new``: Qwix's object or a Param."""
-        if isinstance(new, QwixHeld):
-            return new.held
+        if isinstance(new, QwixModelWeight):
+            return new.qwix_weight
         metadata = (
-            nnx_variables.sharded_variable(self.held).get_metadata()
+            nnx_variables.sharded_variable(self.qwix_weight).get_metadata()
             | nnx_variables.NO_EAGER_SHARDING
         )
         return nnx.Param(new, **metadata)
 
 
-def weights(model: nnx.Module) -> list[tuple[str, nnx.Module, str, QwixHeld]]:
+def dequantized(array: qwix.QArray, dtype: DTypeLike | None = None) -> jax.Array:
+    """Return Qwix's array as floats in the dtype of its scales, or cast to ``dtype``."""
+    dense = qwix.dequantize(array)
+    return dense if dtype is None else dense.astype(dtype)
+
+
+def weights(model: nnx.Module) -> list[tuple[str, nnx.Module, str, QwixModelWeight]]:
     """Return ``(path, module, name, weight)`` of all weights that Qwix quantised.
 
     >>> weights(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     []
     """
     return [
-        (path, module, name, QwixHeld(value))
+        (path, module, name, QwixModelWeight(value))
         for path, module in nnx_variables.modules(model)
         for name, value in vars(module).items()
         if _compat.is_qwix_weight(value)
@@ -122,11 +133,63 @@ def as_lora(model: nnx.Module) -> nnx.Module:
     for _, module in nnx_variables.modules(copy):
         if not isinstance(module, nnx_layers.Adapted):
             continue
-        layer, own = layers.require_layer(nnx_layers.layer_of(module), module), module.adalora
+        layer = layers.require_layer(nnx_layers.layer_of(module), module)
         shape = getattr(module, layer.weight).shape
-        a, b = layers.lora_pair(layer, module, own.adapter, shape)
+        a, b = _lora_pair(layer, module, module.adalora.adapter, shape)
         setattr(module, f"{layer.weight}_lora_a", nnx.LoRAParam(a))
         setattr(module, f"{layer.weight}_lora_b", nnx.LoRAParam(b))
         del module.adalora
         _compat.set_class(module, nnx_layers.base_class(type(module)))
     return copy
+
+
+def _lora_pair(
+    layer: Layout, module: object, adapter: Adapter, shape: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+    """Return the increment of a weight as a LoRA in Qwix's layout: ``ΔW = A B``, with s and λ in B.
+
+    A has the axes that the layer sums over, followed by the rank; B has the rank, followed by the
+    other axes. An einsum keeps its axes, in the weight's order; other kinds flatten them into one.
+    Stacked matrices with one shared input, such as keys and values, share one A, so their ranks
+    add up.
+
+    Raises:
+      ValueError: the layer is not dense, general or einsum, its stacked matrices have separate
+        inputs, or the adapter's scale is not known.
+
+    >>> kv = Layout("w", (2,), (1, 3), (0,), "einsum")  # BSD,CKDH->CBSKH
+    >>> adapter = Adapter(jnp.ones((2, 4, 15)), jnp.ones((2, 4)), jnp.ones((2, 4, 6)))
+    >>> a, b = _lora_pair(kv, None, adapter, (2, 3, 6, 5))
+    >>> a.shape, b.shape
+    ((6, 8), (8, 2, 3, 5))
+    """
+    lifted, matrix_shape = layer._split(shape)
+    (xs, ws), _ = einsum.operands(einsum.equation_of(module) or ",->")
+    has_separate_inputs = bool(lifted) or any(
+        axis < len(ws) and ws[axis] in xs for axis in layer.stack
+    )
+    flat = layer.kind in ("dense", "general")
+    if has_separate_inputs or not (layer.kind == "einsum" or (flat and not layer.stack)):
+        raise ValueError(
+            f"`model`: a {type(module).__name__} with a weight of shape {tuple(shape)} has no "
+            "equivalent LoRA in Qwix; leave it out of the adapters, or merge them."
+        )
+
+    def sizes(axes: tuple[int, ...]) -> list[int]:
+        return [matrix_shape[axis] for axis in axes]
+
+    n, rank = math.prod(sizes(layer.stack)), adapter.lam.shape[-1]
+    dtype = accumulation_dtype(adapter.p.dtype)
+    scale = jnp.asarray(known_scale(adapter), dtype)
+    c = (adapter.lam.astype(dtype) * scale).reshape(n, rank, 1)
+    p = (adapter.p.astype(dtype).reshape(n, rank, -1) * c).astype(adapter.p.dtype)
+    a, b = (
+        adapter.q.reshape(n * rank, -1).T,
+        jnp.einsum("nro,nm->nrmo", p, jnp.eye(n, dtype=p.dtype)),
+    )
+    if flat:
+        return a, b.reshape(rank, -1)
+    others = (*layer.stack, *layer.outs)
+    order = [1 + others.index(axis) for axis in sorted(others)]
+    b = b.reshape(n * rank, *sizes(others)).transpose(0, *order)
+    return a.reshape(*sizes(layer.ins), n * rank), b
