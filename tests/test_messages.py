@@ -1,4 +1,4 @@
-"""Errors, and warnings of the core, have one form: "`name=value`: problem; way out."."""
+"""Errors and warnings have one form: "`name=value`: problem; way out."."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FORM = re.compile(r"`[^`]+`: [^\n]+; [^\n]+\.")
 
 
 def _text(node: ast.expr) -> str:
-    """Return a message with <> for each value that is inserted; '' where it is made elsewhere."""
+    """Return a message with <> for each value that is inserted, or for all of it."""
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -30,8 +30,7 @@ def _messages():
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             name = ast.unparse(node.func)
-            warns = name == "warnings.warn" and "core" in file.relative_to(_ROOT).parts
-            if warns or name in ("ValueError", "TypeError", "FileNotFoundError"):
+            if name in ("ValueError", "TypeError", "FileNotFoundError", "warnings.warn"):
                 yield f"{file.relative_to(_ROOT)}:{node.lineno}", _text(node.args[0])
 
 
