@@ -227,7 +227,7 @@ def test_combining_a_mapping_without_adapters_raises(other):
 
 @pytest.mark.parametrize("weights", ["22", 3])
 def test_weights_that_are_no_list_raise(weights):
-    with pytest.raises(TypeError, match="`weights=.*`: is not a list of numbers"):
+    with pytest.raises(TypeError, match=r"`weights=.*`: is not a list of numbers"):
         combine_adapters(SET, SET, weights=weights)
 
 
@@ -261,7 +261,7 @@ def test_truncating_what_has_no_adapters_raises(tree):
 
 @pytest.mark.parametrize("rank", [0, True, 1.5])
 def test_truncating_to_an_invalid_rank_raises(rank):
-    with pytest.raises(ValueError, match="`rank=.*`: must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"`rank=.*`: must be an integer of at least 1"):
         truncate(SET, rank)
 
 
