@@ -366,3 +366,9 @@ def test_config_of_another_run_raises(tmp_path, trained):
         checkpoint.restore(tmp_path / "own", target=(trained[0], longer.init(trained[0])))
     with pytest.raises(ValueError, match="total_step=50 instead of"):
         checkpoint.restore(tmp_path / "own", longer)
+
+
+def test_empty_path_raises(trained):
+    for call in (lambda: checkpoint.save("", *trained, CONFIG), lambda: checkpoint.restore("")):
+        with pytest.raises(ValueError, match="`path=''`: is empty"):
+            call()

@@ -289,6 +289,8 @@ def restore(
 
 
 def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    if not os.fspath(path):
+        raise ValueError("`path=''`: is empty; pass the path of a folder.")
     return pathlib.Path(os.path.abspath(os.fspath(path)))  # orbax takes absolute paths only
 
 

@@ -142,3 +142,31 @@ def test_forward_mode_supports_jvp_with_equal_output():
 def test_invalid_shapes_and_dropout_rate_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call(random_adapter())
+
+
+@pytest.mark.parametrize("other", [None, jnp.ones((2, 5)), {}, (1, 2, 3)])
+def test_what_is_no_adapter_raises(other):
+    for function in (lambda a: adalora.forward(a, jnp.ones((2, 5))), adalora.delta_weight):
+        with pytest.raises(TypeError, match="`adapter`: is not an Adapter"):
+            function(other)
+
+
+@pytest.mark.parametrize("name", ["x", "kernel", "bias", "mask"])
+def test_lists_in_place_of_arrays_raise(name):
+    arguments = {"x": jnp.ones((2, 5)), name: [1.0, 2.0]}
+    with pytest.raises(TypeError, match=f"`{name}=list`: is not an array"):
+        adalora.forward(random_adapter(), **arguments)
+
+
+def test_mask_must_fit_the_triplets():
+    adapter = random_adapter()
+    (rank,) = adapter.lam.shape
+    for shape in ((rank + 1,), (2, rank)):
+        with pytest.raises(ValueError, match=r"`mask`: has shape .* triplets are"):
+            adalora.forward(adapter, jnp.ones((2, 5)), mask=jnp.ones(shape, bool))
+    for shape in ((), (1,), (rank,)):
+        mask = jnp.ones(shape, bool)
+        output = jax.eval_shape(
+            lambda a, m: adalora.forward(a, jnp.ones((2, 5)), mask=m), adapter, mask
+        )
+        assert output.shape == (2, 4)

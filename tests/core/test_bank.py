@@ -205,11 +205,64 @@ def test_selecting_invalid_indices_raises(bank, which):
         bank.select(which)
 
 
-def test_combining_nothing_or_by_a_string_raises(members):
+SET = {"up": adalora.Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))}
+
+
+def test_combining_nothing_raises():
     with pytest.raises(ValueError, match="`adapters`: none were given"):
-        adalora.bank.combine_adapters()
-    with pytest.raises(TypeError, match="`weights='2'`: is a string"):
-        adalora.bank.combine_adapters(members["french"][0], weights="2")
+        combine_adapters()
+
+
+@pytest.mark.parametrize("other", [3, None, "x", CONFIG, [SET, SET], [0.5, 0.5], SET["up"]])
+def test_combining_what_is_no_mapping_raises(other):
+    with pytest.raises(TypeError, match=r"`adapters\[1\]=\w+`: is not a mapping; pass each set"):
+        combine_adapters(SET, other)
+
+
+@pytest.mark.parametrize("other", [{}, VARIABLES])
+def test_combining_a_mapping_without_adapters_raises(other):
+    with pytest.raises(ValueError, match=r"`adapters\[1\]`: no adapter was found"):
+        combine_adapters(SET, other)
+
+
+@pytest.mark.parametrize("weights", ["22", 3])
+def test_weights_that_are_no_list_raise(weights):
+    with pytest.raises(TypeError, match=r"`weights=.*`: is not a list of numbers"):
+        combine_adapters(SET, SET, weights=weights)
+
+
+@pytest.mark.parametrize("weight", [np.nan, jnp.inf, np.ones(2), None, "2"])
+def test_weight_that_is_no_finite_number_raises(weight):
+    with pytest.raises(ValueError, match=r"`weights\[1\]=.*`: is not a finite number"):
+        combine_adapters(SET, SET, weights=[1, weight])
+
+
+def test_weights_may_be_traced_or_arrays():
+    combine = lambda weights: combine_adapters(SET, SET, weights=weights)["up"].lam
+    for weights in ([1, 2.0], [np.float32(1), jnp.asarray(2, jnp.bfloat16)], jnp.array([1.0, 2])):
+        np.testing.assert_array_equal(combine(weights), [1, 1, 2, 2])
+    assert jax.eval_shape(combine, jnp.ones(2)).shape == (4,)
+
+
+def test_bank_of_sets_without_names_or_invalid_base_raises():
+    with pytest.raises(ValueError, match="`named`: is one set of adapters, without its name"):
+        adalora.AdapterBank.from_dict(SET)
+    with pytest.raises(TypeError, match="`base=int`: is not a mapping"):
+        adalora.AdapterBank.from_dict({"x": SET}, 3)
+    with pytest.raises(TypeError, match="`function=NoneType`: is not callable"):
+        adalora.per_example(None)
+
+
+@pytest.mark.parametrize("tree", [None, VARIABLES, nnx.Linear(2, 3, rngs=nnx.Rngs(0))])
+def test_truncating_what_has_no_adapters_raises(tree):
+    with pytest.raises(ValueError, match="`adapters`: no adapter was found"):
+        truncate(tree, 1)
+
+
+@pytest.mark.parametrize("rank", [0, True, 1.5])
+def test_truncating_to_an_invalid_rank_raises(rank):
+    with pytest.raises(ValueError, match=r"`rank=.*`: must be an integer of at least 1"):
+        truncate(SET, rank)
 
 
 def test_loading_invalid_adapters_raises(bank):

@@ -470,3 +470,13 @@ def test_unsupported_dtype_leaves_old_adapter(tmp_path):
     with pytest.raises(ValueError, match="int32"):
         peft.save_pretrained(tmp_path, {"query": broken}, CONFIG)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_empty_directory_raises():
+    adapters = {"query": adapter(0)}
+    for call in (
+        lambda: peft.load_pretrained(""),
+        lambda: peft.save_pretrained("", adapters, CONFIG),
+    ):
+        with pytest.raises(ValueError, match="`directory=''`: is empty"):
+            call()

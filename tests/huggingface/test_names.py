@@ -126,3 +126,8 @@ def test_error_lists_nearest_names():
         hf_names("llama").to_hf("layers/3/attn/q_porj")
     with pytest.raises(ValueError, match="one of bert, gpt2, llama"):
         hf_names("t5")
+
+
+def test_map_without_pairs_names_none_as_nearest():
+    with pytest.raises(ValueError, match="the nearest names that do are none; pass names="):
+        NameMap(()).to_hf("query", ())

@@ -275,3 +275,29 @@ def test_pissa_init_of_quantized_weight_raises():
     # Its input moments can be computed as for any other weight.
     moments = inits.input_second_moments(adapted, variables, adapters, x)
     np.testing.assert_allclose(moments[""], x.T @ x, rtol=1e-5)
+
+
+def test_eva_of_invalid_moments_raises():
+    adapters = {"up": al.Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))}
+    wrong = {"are empty": {}, "not finite": {"up": jnp.full((3, 3), jnp.nan)}}
+    wrong |= {"shape .3.,": {"up": jnp.ones(3)}, "shape .2, 3.": {"up": jnp.ones((2, 3))}}
+    for message, moments in wrong.items():
+        for function in (inits.eva_init, lambda _, moments: inits.eva_ranks(moments, CONFIG)):
+            with pytest.raises(ValueError, match=f"`moments.*{message}"):
+                function(adapters, moments)
+    with pytest.raises(ValueError, match=r"has shape \[4, 4\], but must have \[3, 3\]"):
+        inits.eva_init(adapters, {"up": jnp.eye(4)})
+    with pytest.raises(TypeError, match="`moments=int`: is not a mapping"):
+        inits.eva_init(adapters, 3)
+    shapes = jax.eval_shape(inits.eva_init, adapters, {"up": jnp.eye(3)})
+    assert shapes["up"].q.shape == (2, 3)
+
+
+def test_initial_values_of_unadapted_model_raise():
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="`variables`: the model has no adapters"):
+        inits.pissa_init(model)
+    with pytest.raises(ValueError, match="`model`: the model has no adapters"):
+        inits.input_second_moments(model, jnp.ones((2, 3)))
+    with pytest.raises(TypeError, match="`model=Dense`: is not an adapted model"):
+        inits.input_second_moments(nn.Dense(4), {}, {}, jnp.ones((2, 3)))

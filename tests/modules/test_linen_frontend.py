@@ -233,3 +233,29 @@ def test_params_in_place_of_variables_raise(call):
     if call == "apply":
         with pytest.raises(ValueError, match="there is no 'params'"):
             adapted.apply(adapters, variables, x)
+
+
+@pytest.mark.parametrize("key", [0, None, {"params": KEY}, jnp.ones(2)])
+def test_init_with_what_is_no_key_raises(key):
+    adapted = adalora.linen.adapt(nn.Dense(3), config(target_modules=".*"))
+    variables = {"params": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+    with pytest.raises(TypeError, match=r"`key=\w+`: is not a PRNG key; pass jax.random.key"):
+        adapted.init(key, variables, draw(2, 4))
+    legacy = jax.eval_shape(lambda k: adapted.init(k, variables, draw(2, 4)), jax.random.PRNGKey(0))
+    assert legacy[""].p.shape == (4, 3)
+
+
+def test_errors_about_variables_name_the_arguments_of_the_call():
+    choose = config(target_modules=lambda path, module: True)
+    adapted, x = adalora.linen.adapt(nn.Dense(3), choose), draw(2, 4)
+    calls = {
+        r"returns them\. The arguments are init\(key, variables": lambda v: adapted.init(KEY, v, x),
+        r"returns them\. The arguments are apply\(variables, ": lambda v: adapted.apply(v, {}, x),
+        r"returns them\.$": lambda v: adapted.describe(v, x),
+        r"returns them\.\Z": lambda v: adalora.linen.resolve(nn.Dense(3), choose, v, x),
+    }
+    for message, call in calls.items():
+        with pytest.raises(TypeError, match=message):
+            call(x)
+        with pytest.raises(ValueError, match="there is no 'params', but nothing"):
+            call({})

@@ -208,3 +208,9 @@ def test_guide_states_measured_merge_errors():
     for ratio in (0.1, 0.01, 0.001):
         cells = f"{lost['bfloat16', ratio]:.1f} % | {lost['float16', ratio]:.1f} %"
         assert f"| {ratio} | {cells} |" in guide
+
+
+@pytest.mark.parametrize("adapters", [None, 3, "x", {}, {"params": {"up": jnp.ones(2)}}])
+def test_unmerging_without_adapters_raises(adapters):
+    with pytest.raises(ValueError, match="`adapters`: no adapter was found"):
+        adalora.unmerge({"params": {"up": {"kernel": jnp.ones((2, 2))}}}, adapters)

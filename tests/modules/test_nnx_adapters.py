@@ -1,6 +1,7 @@
 """The adapters of an NNX model, set and replaced."""
 
 import chex
+import flax.linen as nn
 import numpy as np
 import pytest
 from flax import nnx
@@ -31,3 +32,35 @@ def test_with_adapters_leaves_out_layers_and_rejects_unknown_paths():
     assert list(adalora.nnx.adapters(model)) == ["layers/0"]
     with pytest.raises(ValueError, match=r"the model has no adapters at head; .*: layers/0"):
         adalora.nnx.with_adapters(model, {"head": adalora.nnx.adapters(model)["layers/0"]})
+
+
+@pytest.mark.parametrize("model", [None, {}, nn.Dense(3)])
+def test_adapters_of_what_is_no_nnx_module_raise(model):
+    for function in (
+        adalora.nnx.adapters,
+        lambda model: adalora.nnx.set_adapters(model, {}),
+        lambda model: adalora.nnx.with_adapters(model, {}),
+        lambda model: adalora.nnx.describe(model, nnx_config(["up"])),
+    ):
+        with pytest.raises(TypeError, match=r"`model=.*`: is not a flax.nnx module"):
+            function(model)
+
+
+def test_invalid_new_adapters_raise():
+    base = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    options = {"target_modules": ["layers.0"], "modules_to_save": ["layers.1"]}
+    model = adalora.nnx.adapt(base, nnx_config(["layers.0"]).replace(**options))
+    good = adalora.nnx.adapters(model)
+    for function in (adalora.nnx.set_adapters, adalora.nnx.with_adapters):
+        for new in (None, model):
+            with pytest.raises(TypeError, match=r"`new=\w+`: is not a mapping"):
+                function(model, new)
+    with pytest.raises(ValueError, match="do not fit the model at layers/0"):
+        adalora.nnx.set_adapters(model, {**good, "layers/0": 3})
+    with pytest.raises(ValueError, match=r"`new\['layers/0'\]=int`: must be an Adapter"):
+        adalora.nnx.with_adapters(model, {**good, "layers/0": 3})
+    with pytest.raises(ValueError, match=r"`new\['layers/1'\]=int`: must be parameters"):
+        adalora.nnx.with_adapters(model, {**good, "layers/1": 3})
+    with pytest.raises(ValueError, match="where it is adapted: none"):
+        adalora.nnx.with_adapters(base, good)
+    assert list(adalora.nnx.adapters(adalora.nnx.with_adapters(model, good))) == list(good)

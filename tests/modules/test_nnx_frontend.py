@@ -190,3 +190,15 @@ def test_tied_weight_must_be_adapted_in_all_of_its_layers():
         adalora.nnx.adapt(base, nnx_config(["head"]))
     model = adalora.nnx.adapt(base, nnx_config(["head", "first"]))
     agree(adalora.merge(model)(x), model(x))
+
+
+def test_invalid_random_numbers_raise():
+    base, dropout = in_model(linear()), nnx_config(["layers.0"]).replace(lora_dropout=0.1)
+    for rngs in (None, {}, nnx.Rngs(), nnx.Rngs(dropout=0)):
+        with pytest.raises(ValueError, match="`rngs`: has no stream 'params'"):
+            adalora.nnx.adapt(base, dropout, rngs)
+    with pytest.raises(ValueError, match="`rngs`: has no stream 'dropout'"):
+        adalora.nnx.adapt(base, dropout, nnx.Rngs(params=0))
+    with pytest.raises(TypeError, match=r"`rngs=str`: is not an nnx.Rngs"):
+        adalora.nnx.adapt(base, dropout, "x")
+    assert nnx.eval_shape(lambda: adalora.nnx.adapt(base, dropout, nnx.Rngs(params=0, dropout=1)))

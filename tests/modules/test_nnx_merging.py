@@ -36,6 +36,8 @@ def test_nonfinite_merge_or_unmerge_of_another_model_raises():
         adalora.merge(adapted, safe=True)
     with pytest.raises(ValueError, match="has no layer 'layers/0'"):
         adalora.unmerge(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), adapted)
+    with pytest.raises(ValueError, match="`adapters`: the model has no adapters"):
+        adalora.unmerge(adapted, model)
 
 
 def test_declared_nnx_layer_is_adapted_and_merged():

@@ -29,3 +29,8 @@ def test_replaced_keeps_other_leaves_and_empty_modules():
     params = {"up": {"kernel": 1, "bias": 2}, "norm": {}}
     assert replaced(params, {"up/kernel": 3}) == {"up": {"kernel": 3, "bias": 2}, "norm": {}}
     assert params["up"]["kernel"] == 1
+
+
+def test_variables_without_params_raise():
+    with pytest.raises(ValueError, match="`variables`: there is no 'params', but 'kernel'"):
+        parameters_of(nn.Dense(3), {"kernel": np.ones((2, 3))})

@@ -79,3 +79,9 @@ def test_plain_merge_of_quantised_base_raises():
         adalora.merge(adalora.nnx.adapt(base, config()))
     with pytest.raises(ValueError, match=r"`to='int16'`: must be a floating-point dtype"):
         quantization.merge(variables, adapters, to="int16")
+
+
+def test_repr_of_quantised_nnx_model_has_packed_arrays():
+    quantised = quantization.quantize(NnxModel(nnx.Rngs(0)), "int4", X)
+    for model in (quantised, adalora.nnx.adapt(quantised, config())):
+        assert "QwixWeight(qvalue=Array(shape=" in repr(model)

@@ -193,6 +193,7 @@ def forward(
       an integer dtype, it is promoted with the adapter's dtypes.
 
     Raises:
+      TypeError: ``adapter`` is not an :class:`Adapter`, or another argument is not an array.
       ValueError: shapes do not match, ``dropout_rate`` is outside [0, 1), or the adapter's scale is
         not known.
 
@@ -203,6 +204,9 @@ def forward(
     True
     """
     check_adapter(adapter)
+    for name, value in {"x": x, "kernel": kernel, "bias": bias, "mask": mask}.items():
+        if not hasattr(value, "shape") and (name == "x" or value is not None):
+            raise TypeError(f"`{name}={type(value).__name__}`: is not an array; pass one.")
     stack = adapter.lam.shape[:-1]
     in_features, out_features = adapter.q.shape[-1], adapter.p.shape[-1]
     if x.shape[-1:] != (in_features,) or x.shape[: len(stack)] != stack:
@@ -219,6 +223,11 @@ def forward(
         raise ValueError(
             f"`bias`: has shape {bias.shape}, but the adapter is for a bias of shape "
             f"{(*stack, out_features)}; pass the bias of its layer."
+        )
+    if mask is not None and not _broadcasts(mask.shape, adapter.lam.shape):
+        raise ValueError(
+            f"`mask`: has shape {mask.shape}, but the adapter's triplets are "
+            f"{adapter.lam.shape}; pass one boolean per triplet."
         )
     if not 0 <= dropout_rate < 1:
         raise ValueError(
@@ -246,6 +255,13 @@ def forward(
     return y if bias is None else y + bias.astype(dtype).reshape(spread)
 
 
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return jnp.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
+
+
 def delta_weight(adapter: Adapter) -> Float[Array, "... in out"]:
     """Return the dense increment ``ΔW = s · qᵀ diag(lam) p``.
 
@@ -259,6 +275,7 @@ def delta_weight(adapter: Adapter) -> Float[Array, "... in out"]:
       ``[..., in, out]``, in the dtype of ``lam`` but at least float32.
 
     Raises:
+      TypeError: ``adapter`` is not an :class:`Adapter`.
       ValueError: the adapter's scale is not known, or its shapes do not match.
 
     >>> import jax.numpy as jnp
@@ -282,8 +299,11 @@ def check_adapter(adapter: Adapter, name: str = "adapter") -> None:
       name: name of the adapter, for the message.
 
     Raises:
+      TypeError: ``adapter`` is not an :class:`Adapter`.
       ValueError: they do not match; the message has the adapter's name and shapes.
     """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"`{name}`: is not an Adapter; pass one, Adapter(p, lam, q).")
     p, lam, q = (tuple(jnp.shape(leaf)) for leaf in adapter)
     if not lam or p[:-1] != lam or q[:-1] != lam:
         raise ValueError(

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Int32, Shaped
 
-from adalora_jax._src.core import pytree
+from adalora_jax._src.core import checks, pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
@@ -68,8 +68,8 @@ class AdapterBank:
           A bank with the sets in the order of ``named``.
 
         Raises:
-          TypeError: ``named`` is not a mapping.
-          ValueError: as in :meth:`add`.
+          TypeError: ``named`` is not a mapping, or as in :meth:`add`.
+          ValueError: ``named`` is one set without a name, or as in :meth:`add`.
 
         >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
         >>> AdapterBank.from_dict({"french": {"query": adapter}}).names
@@ -79,6 +79,10 @@ class AdapterBank:
             raise TypeError(
                 f"`named={type(named).__name__}`: is not a mapping; pass a dict, "
                 "{name: adapters}."
+            )
+        if any(map(pytree.is_adapter, named.values())):
+            raise ValueError(
+                "`named`: is one set of adapters, without its name; pass {name: adapters}."
             )
         bank = cls({}, {}, ())
         for name, adapters in named.items():
@@ -102,6 +106,7 @@ class AdapterBank:
           A new bank. A new name comes last; a replaced set keeps its index.
 
         Raises:
+          TypeError: ``base`` is not a mapping.
           ValueError: ``name`` is not a string or is empty; ``adapters`` contains no adapter or is
             not a dict by path; an adapter is for a weight of another shape than the bank's at its
             path, or its scale is unknown; or ``base`` lacks a path.
@@ -114,6 +119,11 @@ class AdapterBank:
         if not isinstance(name, str) or not name:
             raise ValueError(
                 f"`name={name!r}`: must be a string that is not empty; pass a name for this set."
+            )
+        if base is not None and not isinstance(base, Mapping):
+            raise TypeError(
+                f"`base={type(base).__name__}`: is not a mapping; pass a dict, "
+                "{path: parameters}."
             )
         way_out = (
             f"pass {{path: Adapter}} for {name!r}, as adalora_jax.eval_params or "
@@ -272,9 +282,10 @@ def combine_adapters(
       in ``modules_to_save``, are those of the first set.
 
     Raises:
-      ValueError: no set is given, the numbers of weights and sets differ, the adapters at a path
-        are for weights of different shapes, or a scale is unknown.
-      TypeError: ``weights`` is a string.
+      ValueError: no set is given, or one without an adapter; the numbers of weights and sets
+        differ; a weight is not a finite number; the adapters at a path are for weights of different
+        shapes; or a scale is unknown.
+      TypeError: a set is not a mapping, or ``weights`` is not a list.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
     >>> both = combine_adapters({"query": adapter}, {"query": adapter}, weights=[0.5, 2.0])
@@ -283,18 +294,35 @@ def combine_adapters(
     """
     if not adapters:
         raise ValueError("`adapters`: none were given; pass at least one set, {path: Adapter}.")
-    if isinstance(weights, str):
-        raise TypeError(f"`weights={weights!r}`: is a string; pass one number per set.")
+    sets: list[dict[str, Adapter]] = []
+    for number, member in enumerate(adapters):
+        if not isinstance(member, Mapping):
+            raise TypeError(
+                f"`adapters[{number}]={type(member).__name__}`: is not a mapping; pass each set, "
+                "{path: Adapter}, as an argument, and factors as weights=[...]."
+            )
+        sets.append(
+            pytree.require_adapters(member, f"adapters[{number}]", "pass a set, {path: Adapter}")
+        )
+    if weights is not None and (isinstance(weights, str) or not np.iterable(weights)):
+        raise TypeError(
+            f"`weights={weights!r}`: is not a list of numbers; pass one number per set."
+        )
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(
             f"`weights`: has {len(weights)} entries for {len(adapters)} sets of adapters; pass one "
             "number per set."
         )
+    for number, weight in enumerate(weights):
+        if not _is_factor(pytree.unwrap_variables(weight)):
+            raise ValueError(
+                f"`weights[{number}]={weight!r}`: is not a finite number; pass one number per set."
+            )
     result = dict(adapters[0])
     parts: dict[str, list[Adapter]] = {}
-    for number, (member, weight) in enumerate(zip(adapters, weights)):
-        for path, adapter in pytree.adapters(member).items():
+    for number, (member, weight) in enumerate(zip(sets, weights)):
+        for path, adapter in member.items():
             members = parts.setdefault(path, [])
             first = members[0] if members else adapter
             _check_same_weight(f"set {number}", path, adapter, first)
@@ -309,6 +337,13 @@ def combine_adapters(
             q=jnp.concatenate(q, axis=-2),
         )
     return result
+
+
+def _is_factor(weight: object) -> bool:
+    """Return whether a value is a scalar, traced or finite."""
+    if not isinstance(weight, (int, float)) and getattr(weight, "ndim", None) != 0:
+        return False
+    return isinstance(weight, Tracer) or bool(np.isfinite(np.asarray(weight, float)))
 
 
 def truncate(adapters: PyTree, rank: int) -> PyTree:
@@ -328,16 +363,17 @@ def truncate(adapters: PyTree, rank: int) -> PyTree:
       ``P Λ Q`` in descending order; scales do not change.
 
     Raises:
-      ValueError: ``rank`` is below 1.
+      ValueError: ``rank`` is not an integer of at least 1, or there is no adapter.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
     >>> small = truncate({"query": adapter}, 1)["query"]  # both triplets point the same way
     >>> bool(jnp.allclose(small.q.T * small.lam @ small.p, 2.0)), small.p.shape
     (True, (1, 4))
     """
-    if rank < 1:
-        raise ValueError(f"`rank={rank}`: must be at least 1; pass the number of triplets to keep.")
-    found = pytree.adapters(adapters)
+    rank = checks.integer("rank", rank, minimum=1)
+    found = pytree.require_adapters(
+        adapters, "adapters", "pass {path: Adapter}, as adapted.init and nnx.adapters return it"
+    )
     shorter = {path: _truncated(adapter, rank=rank) for path, adapter in found.items()}
     return pytree.insert_adapters(adapters, shorter)
 
@@ -356,12 +392,21 @@ def per_example(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
       A function of the same arguments, in which the adapters also have the batch axis, as
       ``AdapterBank.select`` returns them for several names.
 
+    Raises:
+      TypeError: ``function`` is not callable.
+
     >>> from adalora_jax import forward
     >>> adapter = Adapter(jnp.ones((3, 2, 4)), jnp.ones((3, 2)), jnp.ones((3, 2, 5)))
     >>> apply = per_example(lambda adapter, x: forward(adapter, x))
     >>> apply(adapter, jnp.ones((3, 7, 5))).shape
     (3, 7, 4)
     """
+
+    if not callable(function):
+        raise TypeError(
+            f"`function={type(function).__name__}`: is not callable; pass a function of "
+            "(adapters, *inputs)."
+        )
 
     def one(adapters: PyTree, inputs: PyTree) -> PyTree:
         output = function(adapters, *jax.tree.map(lambda leaf: leaf[None], inputs))

@@ -185,8 +185,9 @@ class NameMap:
         stack = f" with {len(index)} stack axes" if index else ""
         return (
             f"`names`: {name[:200]!r}{stack} matches no pair, and the nearest names that do are "
-            f"{', '.join(near)}; pass names=[('name/in/flax/{{i}}', 'name.in.huggingface.{{i}}'), "
-            "...], see huggingface.NameMap, or another family of huggingface.hf_names."
+            f"{', '.join(near) or 'none'}; pass names=[('name/in/flax/{{i}}', "
+            "'name.in.huggingface.{i}'), ...], see huggingface.NameMap, or another family of "
+            "huggingface.hf_names."
         )
 
 

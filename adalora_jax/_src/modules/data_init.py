@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx as flax_nnx
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from adalora_jax._src.core import pytree
@@ -23,6 +24,7 @@ from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import (
     einsum,
     layers,
+    linen_frontend,
     linen_layers,
     merging,
     nnx_adapters,
@@ -30,9 +32,6 @@ from adalora_jax._src.modules import (
     nnx_merging,
     nnx_variables,
 )
-
-if TYPE_CHECKING:
-    from adalora_jax._src.modules import linen_frontend
 
 _Model = TypeVar("_Model", bound=flax_nnx.Module)
 _OBSERVED = ("dense", "general", "einsum", "conv")  # an embedding's inputs are indices
@@ -66,8 +65,8 @@ def pissa_init(variables: PyTree, adapters: PyTree = None) -> PyTree:
 
     Raises:
       TypeError: the variables are not a mapping.
-      ValueError: a weight is quantised, its layer transforms it before use, or an adapter does not
-        fit its weight or has no known scale.
+      ValueError: there are no adapters; a weight is quantised, its layer transforms it before use,
+        or an adapter does not fit its weight or has no known scale.
 
     >>> import adalora_jax, flax.linen as nn
     >>> model, x = nn.Dense(4), jnp.ones((2, 6))
@@ -83,6 +82,7 @@ def pissa_init(variables: PyTree, adapters: PyTree = None) -> PyTree:
     True
     """
     if isinstance(variables, flax_nnx.Module):
+        nnx_merging.check_adapted(variables, "variables")
         new = nnx_adapters.adapters(variables)
         for path, module in nnx_variables.modules(variables):
             if isinstance(module, nnx_layers.Adapted) and path in new:
@@ -145,6 +145,8 @@ def input_second_moments(
       ``{path: array [*stack, in, in]}``, in at least float32.
 
     Raises:
+      TypeError: ``model`` is not an NNX model or an adapted linen module.
+      ValueError: an NNX model has no adapters.
       TypeError, ValueError: for linen, as in :meth:`adalora_jax.linen.AdaptedModule.apply`.
 
     >>> import adalora_jax, flax.linen as nn
@@ -156,10 +158,16 @@ def input_second_moments(
     True
     """
     if isinstance(model, flax_nnx.Module):
+        nnx_merging.check_adapted(model, "model")
         adapters = nnx_adapters.adapters(model)
 
         def run(probes: Mapping[str, Adapter]) -> PyTree:
             return _with_probes(model, probes)(*inputs, **kwargs)
+    elif not isinstance(model, linen_frontend.AdaptedModule):
+        raise TypeError(
+            f"`model={type(model).__name__}`: is not an adapted model; pass what linen.adapt or "
+            "nnx.adapt returned."
+        )
     else:
         variables, adapters, *rest = inputs
         probed = dataclasses.replace(model, _adapter_output=_probe_output)
@@ -283,7 +291,9 @@ def eva_ranks(
       A copy of the config with the ranks in ``rank_pattern``; its scale is the same.
 
     Raises:
-      ValueError: ``max_rank`` is below 1.
+      TypeError: ``moments`` is not a mapping.
+      ValueError: ``max_rank`` is below 1; or there are no moments, or some of another shape or with
+        numbers that are not finite.
 
     >>> moments = {"flat": jnp.eye(8), "thin": jnp.diag(jnp.array([8.0, 1, 0, 0, 0, 0, 0, 0]))}
     >>> config = AdaLoraConfig(total_step=10, init_r=4, target_r=2)
@@ -294,8 +304,10 @@ def eva_ranks(
         raise ValueError(
             f"`max_rank={max_rank}`: must be at least 1; pass None for twice each layer's init_r."
         )
+    _check_mapping(moments)
     candidates, ranks, remaining = [], {}, 0
     for path, moment in moments.items():
+        _check_moment(path, moment)
         spec = config.spec_of(path)
         share = jnp.mean(_explained(moment), axis=range(moment.ndim - 2))
         number = math.prod(moment.shape[:-2])
@@ -325,13 +337,16 @@ def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, Py
       ``{path: Adapter}``, a new dict.
 
     Raises:
-      ValueError: ``moments`` has a path without an adapter.
+      TypeError: ``moments`` is not a mapping.
+      ValueError: ``moments`` has no paths, or one without an adapter; or a moment has another shape
+        than its adapter, or numbers that are not finite.
 
     >>> adapter = Adapter(jnp.ones((1, 4)), jnp.ones(1), jnp.ones((1, 3)))
     >>> moments = {"query": jnp.diag(jnp.array([1.0, 9.0, 4.0]))}
     >>> abs(eva_init({"query": adapter}, moments)["query"].q)
     Array([[0., 1., 0.]], dtype=float32)
     """
+    _check_mapping(moments)
     new = dict(adapters)
     for path, moment in moments.items():
         if path not in new:
@@ -340,11 +355,46 @@ def eva_init(adapters: PyTree, moments: Mapping[str, jax.Array]) -> dict[str, Py
                 "adapters."
             )
         adapter = new[path]
+        _check_moment(path, moment, (*adapter.q.shape[:-2], adapter.q.shape[-1]))
         vectors = jnp.linalg.eigh(moment)[1][..., ::-1]  # eigh: columns, ascending
         rank = min(adapter.q.shape[-2:])
         q = _rows(adapter.q, jnp.matrix_transpose(vectors), rank)
         new[path] = adapter._replace(lam=jnp.zeros_like(adapter.lam), q=q)
     return new
+
+
+def _check_mapping(moments: Mapping[str, jax.Array]) -> None:
+    if not isinstance(moments, Mapping):
+        raise TypeError(
+            f"`moments={type(moments).__name__}`: is not a mapping; pass {{path: array}}, as "
+            "input_second_moments returns it."
+        )
+    if not moments:
+        raise ValueError(
+            "`moments`: are empty; pass those of input_second_moments for a model with adapters "
+            "that are not of embeddings."
+        )
+
+
+def _check_moment(path: str, moment: jax.Array, axes: tuple[int, ...] | None = None) -> None:
+    """Raise an error unless a moment is finite, of shape ``[*axes, in]`` or any ``[..., in, in]``.
+
+    Values that are traced, or on devices of other processes, are not checked.
+    """
+    shape = tuple(jnp.shape(moment))
+    expected = shape[:-1] if axes is None else axes
+    if shape != (*expected, *expected[-1:]) or len(shape) < 2:
+        wanted = "[..., in, in]" if axes is None else [*axes, axes[-1]]
+        raise ValueError(
+            f"`moments[{path!r}]`: has shape {list(shape)}, but must have {wanted}; pass the "
+            "moments that input_second_moments returns for this model."
+        )
+    known = not isinstance(moment, Tracer) and getattr(moment, "is_fully_addressable", True)
+    if known and not np.isfinite(np.asarray(moment)).all():
+        raise ValueError(
+            f"`moments[{path!r}]`: has numbers that are not finite; leave out the batches whose "
+            "activations overflow."
+        )
 
 
 def _explained(moment: jax.Array) -> jax.Array:

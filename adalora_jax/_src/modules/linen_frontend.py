@@ -107,6 +107,7 @@ class AdaptedModule:
         >>> adapter.p.shape, adapter.lam.shape, adapter.q.shape
         ((12, 4), (12,), (12, 6))
         """
+        check_variables(variables, "init(key, variables, *inputs)")
         found = self._candidates(variables, *args, **kwargs)
         chosen = targets.select(found, self.config)
         without = [path for path in chosen if not found[path].dropout]
@@ -313,7 +314,7 @@ class AdaptedModule:
         The second value is the set of paths of scopes in which several modules have weights, whose
         adapters are stored under the names of the weights.
         """
-        check_variables(variables)
+        check_variables(variables, "apply(variables, adapters, *inputs)")
         if not isinstance(adapters, Mapping):
             raise TypeError(
                 f"`adapters={type(adapters).__name__}`: is not a mapping; pass the dict that init "
@@ -531,8 +532,9 @@ def resolve(
       ``config`` itself if its ``target_modules`` is not a function.
 
     Raises:
-      TypeError: as in :func:`adapt`.
-      ValueError: the function selects no layer that can be adapted.
+      TypeError: as in :func:`adapt`, or ``variables`` is not a mapping.
+      ValueError: ``variables`` has no ``params``, or the function selects no layer that can be
+        adapted.
 
     >>> import adalora_jax, flax.linen as nn, jax, jax.numpy as jnp
     >>> def choose(path, module):
@@ -545,6 +547,7 @@ def resolve(
     (4,)
     """
     adapt(model, config)  # validates the arguments
+    check_variables(variables)
     return targets.resolve(candidates(model, variables, args, kwargs), config)
 
 

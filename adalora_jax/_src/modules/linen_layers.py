@@ -339,8 +339,12 @@ def _box_value(box: meta.AxisMetadata) -> PyTree:
     return box.value if isinstance(box, nn.Partitioned) else box.unbox()
 
 
-def check_variables(variables: object) -> None:
+def check_variables(variables: object, call: str = "") -> None:
     """Raise an error unless ``variables`` has the form that ``module.init`` returns.
+
+    Args:
+      variables: the argument ``variables`` of a public function.
+      call: the arguments of this function, for the message, if they are easily confused.
 
     Raises:
       TypeError: it is not a mapping.
@@ -349,11 +353,10 @@ def check_variables(variables: object) -> None:
     if not isinstance(variables, Mapping):
         raise TypeError(
             f"`variables={type(variables).__name__}`: is not a mapping; pass the model's variables "
-            "as module.init returns them. The arguments are init(key, variables, *inputs) and "
-            "apply(variables, adapters, *inputs)."
+            f"as module.init returns them{call and f'. The arguments are {call}'}."
         )
     if "params" not in variables:
-        shown = ", ".join(map(repr, list(variables)[:5]))
+        shown = ", ".join(map(repr, list(variables)[:5])) or "nothing"
         raise ValueError(
             f"`variables`: there is no 'params', but {shown}; pass all variables that module.init "
             "returned, or {'params': params}."

@@ -14,7 +14,13 @@ from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules.nnx_layers import Adaptation, Adapted, base_class
-from adalora_jax._src.modules.nnx_variables import AdapterParam, SavedParam, modules, parameters
+from adalora_jax._src.modules.nnx_variables import (
+    AdapterParam,
+    SavedParam,
+    check_module,
+    modules,
+    parameters,
+)
 
 _Model = TypeVar("_Model", bound=nnx.Module)
 
@@ -30,7 +36,10 @@ def adapters(model: nnx.Module) -> dict[str, PyTree]:
     Returns:
       A dict by path, with an :class:`~adalora_jax.Adapter` of known scale and layout per adapted
       layer, and the parameters, in at least float32, per module or parameter that
-      ``modules_to_save`` names.
+      ``modules_to_save`` names. Empty for a model without adapters.
+
+    Raises:
+      TypeError: ``model`` is not an NNX module.
 
     >>> import adalora_jax as adalora
     >>> adapted = adalora.nnx.adapt(
@@ -40,6 +49,7 @@ def adapters(model: nnx.Module) -> dict[str, PyTree]:
     >>> adapters(adapted)["layers/0"].p.shape
     (12, 4)
     """
+    check_module(model)
     found: dict[str, Any] = dict(pytree.adapters(nnx.state(model, AdapterParam)))
     saved: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, SavedParam)):
@@ -65,6 +75,7 @@ def set_adapters(model: nnx.Module, new: Mapping[str, PyTree]) -> None:
         Their scales replace those of the model.
 
     Raises:
+      TypeError: ``model`` is not an NNX module, or ``new`` is not a mapping.
       ValueError: the paths or shapes are not those of the model, or an adapter was made for a
         weight with other axes.
 
@@ -79,6 +90,7 @@ def set_adapters(model: nnx.Module, new: Mapping[str, PyTree]) -> None:
     1.0
     """
     existing = adapters(model)
+    _check_mapping(new)
     if differing := sorted(
         path for path in {*existing, *new} if _shapes(existing.get(path)) != _shapes(new.get(path))
     ):
@@ -102,7 +114,15 @@ def _shapes(node: PyTree) -> list[tuple[int, ...]] | dict[str, tuple[int, ...]]:
     if isinstance(node, Adapter):
         return [tuple(leaf.shape) for leaf in node]
     flat = jax.tree_util.tree_flatten_with_path(node)[0]
-    return {pytree.leaf_name(path): tuple(leaf.shape) for path, leaf in flat}
+    return {pytree.leaf_name(path): tuple(getattr(leaf, "shape", ())) for path, leaf in flat}
+
+
+def _check_mapping(new: object) -> None:
+    if not isinstance(new, Mapping):
+        raise TypeError(
+            f"`new={type(new).__name__}`: is not a mapping; pass {{path: Adapter}}, as "
+            "nnx.adapters returns it."
+        )
 
 
 def _check_layouts(existing: Mapping[str, PyTree], new: Mapping[str, PyTree]) -> None:
@@ -143,7 +163,9 @@ def with_adapters(model: _Model, new: Mapping[str, PyTree]) -> _Model:
       The copy. Adapters without a scale or layout in ``new`` have those of ``model``.
 
     Raises:
-      ValueError: a path is not adapted in ``model``, or an adapter was made for another weight.
+      TypeError: ``model`` is not an NNX module, or ``new`` is not a mapping.
+      ValueError: a path is not adapted in ``model``, an adapter was made for another weight, or an
+        entry is neither an adapter nor parameters of the model's shapes.
 
     >>> import adalora_jax as adalora
     >>> adapted = adalora.nnx.adapt(
@@ -155,11 +177,20 @@ def with_adapters(model: _Model, new: Mapping[str, PyTree]) -> _Model:
     (3, 4)
     """
     existing = adapters(model)
+    _check_mapping(new)
     if foreign := sorted(set(new) - set(existing)):
         raise ValueError(
             f"`new`: the model has no adapters at {', '.join(foreign[:8])}; pass those of paths "
-            f"where it is adapted: {', '.join(sorted(existing)[:8])}."
+            f"where it is adapted: {', '.join(sorted(existing)[:8]) or 'none'}."
         )
+    for path, node in new.items():
+        adapted = isinstance(existing[path], Adapter)
+        if not (isinstance(node, Adapter) if adapted else _shapes(node) == _shapes(existing[path])):
+            form = "an Adapter" if adapted else "parameters with the shapes of the model's"
+            raise ValueError(
+                f"`new[{path!r}]={type(node).__name__}`: must be {form}; pass it as nnx.adapters "
+                "returns it."
+            )
     _check_layouts(existing, new)
     copy = nnx.clone(model)
     found = modules(copy)

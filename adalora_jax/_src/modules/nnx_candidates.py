@@ -27,7 +27,7 @@ from adalora_jax._src.modules.nnx_layers import (
     layer_class,
     layer_of,
 )
-from adalora_jax._src.modules.nnx_variables import modules
+from adalora_jax._src.modules.nnx_variables import check_module, modules
 
 
 def candidates(
@@ -49,11 +49,7 @@ def candidates(
       ValueError: the model has adapters and ``of_adapted`` is False, or a declared layer does not
         have the parameter that its layout names.
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"`model={type(model).__name__}`: is not a flax.nnx module; adalora_jax.linen.adapt "
-            "takes linen modules."
-        )
+    check_module(model)
     found: dict[str, Candidate] = {}
     reasons, reading = _rewritten(model), _readers(model)
     for path, module in modules(model):

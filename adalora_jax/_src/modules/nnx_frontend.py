@@ -73,10 +73,11 @@ def adapt(
       layer.
 
     Raises:
-      TypeError: ``model`` is not an NNX module, or ``config`` is not an ``AdaLoraConfig``.
+      TypeError: ``model`` is not an NNX module, ``config`` is not an ``AdaLoraConfig``, or ``rngs``
+        is none of these.
       ValueError: the config selects nothing, or something that cannot be adapted; only some of the
         layers that share a weight are selected, or they use it differently; ``layers`` is invalid;
-        or the model already has adapters.
+        ``rngs`` lacks a stream; or the model already has adapters.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -92,8 +93,7 @@ def adapt(
     """
     layers = declared(layers)
     chosen, tied = _chosen(model, config, layers)
-    if not isinstance(rngs, nnx.Rngs):
-        rngs = nnx.Rngs(rngs)
+    rngs = _checked_rngs(rngs, config)
     adapted = nnx.clone(model)
     by_path: dict[str, Any] = dict(modules(adapted))
     weights = {p: sharded_variable(getattr(by_path[p], t.layer.weight)) for p, t in chosen.items()}
@@ -140,9 +140,10 @@ def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
     total                     1                12          132       24   550.0 %
     memory: adapters 528 bytes, importance 1.1 kB
     """
+    chosen, _ = _chosen(model, config)
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     shapes = {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in params}
-    return targets.describe(_chosen(model, config)[0], config, candidates(model), shapes)
+    return targets.describe(chosen, config, candidates(model), shapes)
 
 
 def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
@@ -173,6 +174,22 @@ def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
     (4,)
     """
     return targets.resolve(_candidates(model, config), config)
+
+
+def _checked_rngs(rngs: nnx.Rngs | jax.Array | int, config: AdaLoraConfig) -> nnx.Rngs:
+    try:
+        rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
+    except ValueError:
+        raise TypeError(
+            f"`rngs={type(rngs).__name__}`: is not an nnx.Rngs, a PRNG key or a seed; pass "
+            "nnx.Rngs(0)."
+        ) from None
+    for stream in ("params", "dropout") if config.lora_dropout else ("params",):
+        if not hasattr(rngs, stream):  # "default" stands for each of them
+            raise ValueError(
+                f"`rngs`: has no stream {stream!r}; pass nnx.Rngs(0), which has all streams."
+            )
+    return rngs
 
 
 def _candidates(

@@ -44,12 +44,8 @@ def merged(
     >>> type(merged(adapted).layers[0])
     <class 'flax.nnx.nn.linear.Linear'>
     """
+    check_adapted(model, "variables")
     copy = nnx.clone(model)
-    if not any(isinstance(module, Adapted) for _, module in modules(copy)):
-        raise ValueError(
-            "`variables`: the model has no adapters, so there is nothing to merge; pass the model "
-            "that nnx.adapt returned."
-        )
     _add_increments(copy, model, 1, safe, checked=inputs is not None)
     for _, module in modules(copy):
         if isinstance(module, Adapted):
@@ -59,6 +55,20 @@ def merged(
     if inputs is not None:
         _check_outputs(model, copy, inputs)
     return copy
+
+
+def check_adapted(model: nnx.Module, name: str) -> None:
+    """Raise an error if ``model``, the argument ``name``, has no adapters.
+
+    >>> check_adapted(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), "variables")
+    Traceback (most recent call last):
+        ...
+    ValueError: `variables`: the model has no adapters; pass the model that nnx.adapt returned.
+    """
+    if not any(isinstance(module, Adapted) for _, module in modules(model)):
+        raise ValueError(
+            f"`{name}`: the model has no adapters; pass the model that nnx.adapt returned."
+        )
 
 
 def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[PyTree, ...]) -> None:
@@ -115,7 +125,7 @@ def unmerged(
 
     Raises:
       TypeError: ``adapted`` is not an NNX module.
-      ValueError: as in :func:`adalora_jax.merge`.
+      ValueError: ``adapted`` has no adapters, or as in :func:`adalora_jax.merge`.
 
     >>> import adalora_jax as adalora
     >>> base = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
@@ -133,6 +143,7 @@ def unmerged(
             f"`adapters={type(adapted).__name__}`: is not an NNX module; pass the adapted model "
             "that was merged."
         )
+    check_adapted(adapted, "adapters")
     restored = nnx.clone(model)
     _add_increments(restored, adapted, -1, safe, checked=checked)
     return restored

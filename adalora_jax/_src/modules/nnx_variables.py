@@ -115,6 +115,15 @@ class SavedParam(nnx.LoRAParam):
         return nnx.Param(self.get_raw_value().astype(dtype), **metadata)
 
 
+def check_module(model: object) -> None:
+    """Raise a TypeError if ``model`` is not an NNX module."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model={type(model).__name__}`: is not a flax.nnx module; adalora_jax.linen.adapt "
+            "takes linen modules."
+        )
+
+
 def modules(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
     """Return each module of the model once, as ``(path, module)``, in graph order."""
     return [

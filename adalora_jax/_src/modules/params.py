@@ -24,6 +24,7 @@ def parameters_of(model: Model, variables: Mapping[str, PyTree] | None) -> dict[
 
     Raises:
       TypeError: ``model`` is neither, an NNX module with variables, or a linen module without.
+      ValueError: ``variables`` has no ``params``.
     """
     if isinstance(model, nnx.Module) and variables is None:
         return nnx_variables.parameters(model)
@@ -32,6 +33,7 @@ def parameters_of(model: Model, variables: Mapping[str, PyTree] | None) -> dict[
             f"`model={type(model).__name__}, variables={type(variables).__name__}`: must be an NNX "
             "module without variables, or a linen module with its variables; pass one of the two."
         )
+    linen_layers.check_variables(variables)
     return by_path(linen_layers.unboxed(variables))
 
 

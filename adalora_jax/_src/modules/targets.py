@@ -293,6 +293,10 @@ def init_all(
     Raises:
       TypeError: ``key`` is not a PRNG key.
     """
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed or dtype == jnp.uint32):  # legacy keys are of uint32
+        raise TypeError(f"`key={type(key).__name__}`: is not a PRNG key; pass jax.random.key(0).")
     groups: dict[Any, list[int]] = {}
     for index, target in enumerate(targets.values()):
         groups.setdefault((*target.layer.matrix(target.shape), target.rank), []).append(index)

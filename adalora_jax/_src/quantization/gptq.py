@@ -217,10 +217,12 @@ def read_gptq(
       dtype: dtype of the dequantised weights.
 
     Raises:
-      ValueError: the checkpoint has no GPTQ layer or uses another quantisation method, or a layer
-        lacks a tensor or has inconsistent ones.
+      ValueError: ``directory`` is not a folder; the checkpoint has no GPTQ layer or uses another
+        quantisation method; or a layer lacks a tensor or has inconsistent ones.
     """
     directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"`{directory}`: is not a folder; pass the folder of a GPTQ checkpoint.")
     files = sorted(directory.glob("*.safetensors"))
     settings = _settings(directory)
     found: dict[str, dict[str, tuple[pathlib.Path, str]]] = {}

@@ -332,9 +332,11 @@ class PackedWeight(nnx.Variable):
     """Variable with a :class:`Packed` weight, whose value is the dequantised weight."""
 
     def get_value(self, **index: Any) -> Any:
-        """Return the dequantised weight, or the indexed part of it."""
+        """Return the dequantised weight, or the indexed part of it; placeholders as they are."""
         value = self.get_raw_value()
-        if not is_packed(value):
+        # Flax's repr replaces the packed arrays by placeholders, and eval_shape by shapes.
+        arrays = all(hasattr(leaf, "astype") for leaf in jax.tree.leaves(value))
+        if not is_packed(value) or not arrays:
             return super().get_value(**index)
         dense = value.dequantize()
         return dense[index["index"]] if "index" in index else dense
