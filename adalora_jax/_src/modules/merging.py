@@ -121,9 +121,9 @@ def unmerge(variables: PyTree, adapters: PyTree, *, safe: bool = False) -> PyTre
 
     Raises:
       TypeError: linen variables are not a mapping; or for an NNX model, ``adapters`` is not one.
-      ValueError: ``adapters`` contains no adapter, or one that fits no weight of the model; its
-        layer transforms the weight before use; a weight is quantised; or with ``safe`` a result is
-        not finite.
+      ValueError: ``adapters`` contains no adapter but other values, or one that fits no weight of
+        the model; its layer transforms the weight before use; a weight is quantised; or with
+        ``safe`` a result is not finite.
 
     >>> import jax.numpy as jnp
     >>> variables = {"params": {"query": {"kernel": jnp.zeros((5, 6))}}}
@@ -134,8 +134,9 @@ def unmerge(variables: PyTree, adapters: PyTree, *, safe: bool = False) -> PyTre
     """
     if isinstance(variables, nnx.Module):
         return nnx_merging.unmerged(variables, adapters, safe=safe)
-    found = pytree.require_adapters(adapters, "adapters", "pass the adapters that were merged")
-    return _merged_variables(variables, found, safe, sign=-1)
+    if adapters != {}:  # as compact returns where every rank became 0
+        pytree.require_adapters(adapters, "adapters", "pass the adapters that were merged")
+    return _merged_variables(variables, adapters, safe, sign=-1)
 
 
 def compact(
