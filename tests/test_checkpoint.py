@@ -366,3 +366,43 @@ def test_config_of_another_run_raises(tmp_path, trained):
         checkpoint.restore(tmp_path / "own", target=(trained[0], longer.init(trained[0])))
     with pytest.raises(ValueError, match="total_step=50 instead of"):
         checkpoint.restore(tmp_path / "own", longer)
+
+
+def test_adapters_of_another_run_are_not_saved(tmp_path, trained):
+    adapters, opt_state = trained
+    short = fresh(CONFIG.replace(init_r=3))
+    others = [
+        *(None, {}, {"params": {"head": jnp.ones(3)}}, {"down": adapters["down"]}, short),
+        {f"other/{path}": adapter for path, adapter in adapters.items()},
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="`opt_state`: has masks for .*; pass the state and"):
+            checkpoint.save(tmp_path / "c", other, opt_state, CONFIG)
+    assert not list(tmp_path.iterdir())
+    checkpoint.save_args(adapters | {"head": jnp.ones(3)}, opt_state, CONFIG)  # a larger tree
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "3", True, float("nan"), [1], jnp.ones(2, int)])
+def test_step_that_is_no_integer_raises(trained, step):
+    with pytest.raises(ValueError, match=r"`step=.*`: must be an integer of at least 0; pass one"):
+        checkpoint.save_args(*trained, CONFIG, step=step)
+
+
+def test_scalar_arrays_are_steps(trained):
+    for step in (np.int64(3), jnp.array(3), nnx.Variable(jnp.array(3))):
+        assert checkpoint.save_args(*trained, CONFIG, step=step)["adalora"].item["step"] == 3
+
+
+def test_arguments_of_restore_of_another_kind_raise(tmp_path, trained):
+    adapters, opt_state = trained
+    for tx in (adapters, opt_state, trained, (), CONFIG):
+        with pytest.raises(TypeError, match="`tx=.*: is not an optimizer with init and update; "):
+            checkpoint.restore(tmp_path, tx)
+    for target in (adapters, (adapters,), (), "x", CONFIG, (*trained, CONFIG)):
+        with pytest.raises(TypeError, match="`target=.*: is not a pair; pass .adapters, opt_state"):
+            checkpoint.restore(tmp_path, target=target)
+    for config in (CONFIG.to_dict(), {}, 3):
+        with pytest.raises(TypeError, match="`config=.*`: is not an AdaLoraConfig; pass one"):
+            checkpoint.restore(tmp_path, config=config)
+        with pytest.raises(TypeError, match="`config=.*`: is not an AdaLoraConfig; pass one"):
+            checkpoint.save(tmp_path / "c", *trained, config)

@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import os
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import InitVar
 from typing import Any, Literal, cast, get_args
@@ -597,6 +598,18 @@ PEFT.
         # Options that this config rejects, with PEFT's values for "not used".
         result |= {"use_dora": False, "loftq_config": {}, "bias": "none", "use_rslora": False}
         return result | {"layer_replication": None, "trainable_token_indices": None}
+
+
+def check_config(config: object) -> None:
+    """Raise a TypeError if ``config`` is not an :class:`AdaLoraConfig`.
+
+    >>> check_config(10)
+    Traceback (most recent call last):
+        ...
+    TypeError: `config=10`: is not an AdaLoraConfig; pass one.
+    """
+    if not isinstance(config, AdaLoraConfig):
+        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; pass one.")
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdaLoraConfig)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +101,30 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
     Raises:
       ValueError: a mask is for an adapter that ``params`` does not have, or of another shape.
     """
-    found, by_path = pytree.adapters(params), masks(state)
+    by_path = masks(state)
+    found = check_masks(params, by_path)
+
+    def masked(path: str) -> Adapter:
+        lam = found[path].lam
+        return found[path]._replace(lam=jnp.where(by_path[path], lam, jnp.zeros((), lam.dtype)))
+
+    return pytree.insert_adapters(params, {path: masked(path) for path in by_path})
+
+
+def check_masks(
+    params: PyTree, by_path: Mapping[str, Any], name: str = "opt_state"
+) -> dict[str, Adapter]:
+    """Return the adapters of ``params``, which must include one of its shape for every mask.
+
+    Args:
+      params: any tree with adapters in it.
+      by_path: the masks.
+      name: the argument that has the masks, for the message.
+
+    Raises:
+      ValueError: a mask is for an adapter that ``params`` does not have, or of another shape.
+    """
+    found = pytree.adapters(params)
     lacking = [
         path
         for path, mask in by_path.items()
@@ -106,17 +132,12 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
     ]
     if lacking:
         raise ValueError(
-            f"`opt_state`: has masks for {', '.join(map(repr, lacking[:5]))}, of which params has "
-            "no adapters of these shapes, only for "
+            f"`{name}`: has masks for {', '.join(map(repr, lacking[:5]))}, of which there are no "
+            "adapters of these shapes, only for "
             f"{', '.join(map(repr, list(found)[:5])) or 'none'}; pass the state and the parameters "
             "of one run, as the optimizer sees them."
         )
-
-    def masked(path: str) -> Adapter:
-        lam = found[path].lam
-        return found[path]._replace(lam=jnp.where(by_path[path], lam, jnp.zeros((), lam.dtype)))
-
-    return pytree.insert_adapters(params, {path: masked(path) for path in by_path})
+    return found
 
 
 def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:
