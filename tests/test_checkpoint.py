@@ -376,7 +376,7 @@ def test_adapters_of_another_run_are_not_saved(tmp_path, trained):
         {f"other/{path}": adapter for path, adapter in adapters.items()},
     ]
     for other in others:
-        with pytest.raises(ValueError, match="`opt_state`: has masks for .*; pass the state and"):
+        with pytest.raises(ValueError, match=r"`opt_state`: has masks for .*; pass the state"):
             checkpoint.save(tmp_path / "c", other, opt_state, CONFIG)
     assert not list(tmp_path.iterdir())
     checkpoint.save_args(adapters | {"head": jnp.ones(3)}, opt_state, CONFIG)  # a larger tree
@@ -396,13 +396,13 @@ def test_scalar_arrays_are_steps(trained):
 def test_arguments_of_restore_of_another_kind_raise(tmp_path, trained):
     adapters, opt_state = trained
     for tx in (adapters, opt_state, trained, (), CONFIG):
-        with pytest.raises(TypeError, match="`tx=.*: is not an optimizer with init and update; "):
+        with pytest.raises(TypeError, match=r"`tx=.*: is not an optimizer with init and update;"):
             checkpoint.restore(tmp_path, tx)
     for target in (adapters, (adapters,), (), "x", CONFIG, (*trained, CONFIG)):
-        with pytest.raises(TypeError, match="`target=.*: is not a pair; pass .adapters, opt_state"):
+        with pytest.raises(TypeError, match=r"`target=.*: is not a pair; pass .adapters, "):
             checkpoint.restore(tmp_path, target=target)
     for config in (CONFIG.to_dict(), {}, 3):
-        with pytest.raises(TypeError, match="`config=.*`: is not an AdaLoraConfig; pass one"):
+        with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one"):
             checkpoint.restore(tmp_path, config=config)
-        with pytest.raises(TypeError, match="`config=.*`: is not an AdaLoraConfig; pass one"):
+        with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one"):
             checkpoint.save(tmp_path / "c", *trained, config)

@@ -470,3 +470,12 @@ def test_unsupported_dtype_leaves_old_adapter(tmp_path):
     with pytest.raises(ValueError, match="int32"):
         peft.save_pretrained(tmp_path, {"query": broken}, CONFIG)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("write", [peft.save_pretrained, peft.save_as_lora])
+def test_config_of_another_type_raises(write, tmp_path):
+    adapters = {"query": adapter(0)}
+    for arguments in ((adapters, None), (adapters, 3), (CONFIG, adapters)):
+        with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one\."):
+            write(tmp_path, *arguments)
+    assert not list(tmp_path.iterdir())

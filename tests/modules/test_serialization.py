@@ -88,5 +88,5 @@ def test_masks_of_another_shape_raise():
         adalora.init_state(toy_problem.adapters(c), c).allocator.masks
         for c in (CONFIG, CONFIG.replace(init_r=5))
     )
-    with pytest.raises(ValueError, match="`state`: .* in it has shape"):
+    with pytest.raises(ValueError, match=r"`state`: .* in it has shape"):
         serialization.from_state_dict(masks, serialization.to_state_dict(other))

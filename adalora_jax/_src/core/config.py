@@ -471,6 +471,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
           The config, validated like a new one.
 
         Raises:
+          TypeError: ``values`` is not a mapping.
           ValueError: a field is unknown, or its value is not valid.
 
         >>> saved = AdaLoraConfig(total_step=10, score=min).to_dict()
@@ -479,6 +480,10 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         >>> AdaLoraConfig.from_dict(saved | {"score": min}).score
         <built-in function min>
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"`values={reprlib.repr(values)}`: is not a mapping; pass the result of to_dict()."
+            )
         if unknown := sorted(map(str, set(values) - set(_DEFAULTS))):
             raise ValueError(
                 f"`values`: has fields that are unknown here ({', '.join(unknown)}), since another "
@@ -525,6 +530,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
           The config, with the defaults of this class for the fields that PEFT does not have.
 
         Raises:
+          TypeError: ``source`` is neither a mapping nor a path.
           ValueError: the config is not an AdaLoRA config, or sets an option that changes the
             computation and is not supported here.
           OSError: the file cannot be read.
