@@ -398,8 +398,8 @@ def test_arguments_of_restore_of_another_kind_raise(tmp_path, trained):
     for tx in (adapters, opt_state, trained, (), CONFIG):
         with pytest.raises(TypeError, match=r"`tx=.*: is not an optimizer with init and update;"):
             checkpoint.restore(tmp_path, tx)
-    for target in (adapters, (adapters,), (), "x", CONFIG, (*trained, CONFIG)):
-        with pytest.raises(TypeError, match=r"`target=.*: is not a pair; pass .adapters, "):
+    for target in (adapters, (adapters,), (), "x", CONFIG, (*trained, CONFIG), (adapters, "x")):
+        with pytest.raises(TypeError, match=r"`target=.*: is not a pair of trees of arrays; pass"):
             checkpoint.restore(tmp_path, target=target)
     for config in (CONFIG.to_dict(), {}, 3):
         with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one"):

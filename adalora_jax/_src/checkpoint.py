@@ -220,7 +220,8 @@ def restore(
 
     Raises:
       FileNotFoundError: the folder does not exist.
-      TypeError: ``tx`` is not an optimizer, ``target`` not a pair, or ``config`` not a config.
+      TypeError: ``tx`` is not an optimizer, ``target`` not a pair of trees of arrays, or
+        ``config`` not an :class:`~adalora_jax.AdaLoraConfig`.
       ValueError: the folder is not a checkpoint of this library, is incomplete or damaged, or
         belongs to another config, optimizer or model (the message lists the differences);
         ``stacks`` is not such a dict or does not fit the checkpoint, or the layers of a stack
@@ -253,9 +254,11 @@ def restore(
             f"`tx={type(tx).__name__}`: is not an optimizer with init and update; pass what "
             "adalora(...) returned, or target=(adapters, opt_state)."
         )
-    if target is not None and not (isinstance(target, (tuple, list)) and len(target) == 2):
+    pair = isinstance(target, (tuple, list)) and len(target) == 2
+    if target is not None and not (pair and all(map(_is_array, jax.tree.leaves(target)))):
         raise TypeError(
-            f"`target={type(target).__name__}`: is not a pair; pass (adapters, opt_state)."
+            f"`target={type(target).__name__}`: is not a pair of trees of arrays; pass (adapters, "
+            "opt_state)."
         )
     if config is not None:
         check_config(config)
@@ -496,6 +499,10 @@ def _allocator(
         config=config,
         **scalars,
     )
+
+
+def _is_array(leaf: PyTree) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
 
 
 def _is_key(leaf: PyTree) -> bool:
