@@ -406,3 +406,12 @@ def test_arguments_of_restore_of_another_kind_raise(tmp_path, trained):
             checkpoint.restore(tmp_path, config=config)
         with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one"):
             checkpoint.save(tmp_path / "c", *trained, config)
+
+
+def test_random_numbers_beside_adapters_are_saved():
+    config = CONFIG.replace(target_modules=["linear"], lora_dropout=0.1)
+    base = nnx.Dict(linear=nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    model = adalora.nnx.adapt(base, config, rngs=nnx.Rngs(1))
+    opt_state = adalora.adalora(optax.sgd(0.1), config).init(nnx.state(model, nnx.LoRAParam))
+    state = nnx.state(model, (nnx.LoRAParam, nnx.RngState))
+    checkpoint.save_args(state, opt_state, config)

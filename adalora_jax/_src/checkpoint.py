@@ -156,7 +156,14 @@ def save_args(
     allocator = allocator_state(opt_state)
     check_config(config)
     _check_config(opt_state, config, "config")
-    found = check_masks(adapters, allocator.masks)
+    found = pytree.adapters(adapters)
+    # Also by name, since an NNX State may have random numbers of dropout beside p, lam and q.
+    lams = {
+        name.removesuffix("lam").rstrip("/"): leaf
+        for name, leaf in _flatten_named(adapters).items()
+        if f"/{name}".endswith("/lam")
+    }
+    check_masks(lams | {path: a.lam for path, a in found.items()}, allocator.masks)
     if step is not None:
         step = checks.integer("step", step, minimum=0)
     if empty := [path for path, a in found.items() if not a.lam.size]:

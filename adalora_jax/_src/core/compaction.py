@@ -181,7 +181,7 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     else:
         by_path = masks(state)
         _check_all_masked(found, by_path, "state")
-        check_masks(found, by_path, "state")
+        check_masks({path: a.lam for path, a in found.items()}, by_path, "state")
     rank_of = ranks(state)
     rows = []
     for path, adapter in found.items():

@@ -606,8 +606,8 @@ PEFT.
         return result | {"layer_replication": None, "trainable_token_indices": None}
 
 
-def check_config(config: object) -> None:
-    """Raise a TypeError if ``config`` is not an :class:`AdaLoraConfig`.
+def check_config(config: object, call: str = "") -> None:
+    """Raise a TypeError if ``config`` is not an :class:`AdaLoraConfig`; ``call`` is the right call.
 
     >>> check_config(10)
     Traceback (most recent call last):
@@ -615,7 +615,8 @@ def check_config(config: object) -> None:
     TypeError: `config=10`: is not an AdaLoraConfig; pass one.
     """
     if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; pass one.")
+        way_out = f"pass one, as in {call}" if call else "pass one"
+        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; {way_out}.")
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdaLoraConfig)}

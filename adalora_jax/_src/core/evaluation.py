@@ -101,8 +101,8 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
     Raises:
       ValueError: a mask is for an adapter that ``params`` does not have, or of another shape.
     """
-    by_path = masks(state)
-    found = check_masks(params, by_path)
+    found, by_path = pytree.adapters(params), masks(state)
+    check_masks({path: adapter.lam for path, adapter in found.items()}, by_path)
 
     def masked(path: str) -> Adapter:
         lam = found[path].lam
@@ -112,32 +112,30 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
 
 
 def check_masks(
-    params: PyTree, by_path: Mapping[str, Any], name: str = "opt_state"
-) -> dict[str, Adapter]:
-    """Return the adapters of ``params``, which must include one of its shape for every mask.
+    lams: Mapping[str, Any], by_path: Mapping[str, Any], name: str = "opt_state"
+) -> None:
+    """Raise if a mask is for no λ, or for one of another shape.
 
     Args:
-      params: any tree with adapters in it.
-      by_path: the masks.
+      lams: the λ of the adapters by path.
+      by_path: the masks by path.
       name: the argument that has the masks, for the message.
 
     Raises:
-      ValueError: a mask is for an adapter that ``params`` does not have, or of another shape.
+      ValueError: ``lams`` has no λ of the shape of a mask.
     """
-    found = pytree.adapters(params)
     lacking = [
         path
         for path, mask in by_path.items()
-        if path not in found or found[path].lam.shape != mask.shape
+        if path not in lams or jnp.shape(lams[path]) != mask.shape
     ]
     if lacking:
         raise ValueError(
             f"`{name}`: has masks for {', '.join(map(repr, lacking[:5]))}, of which there are no "
             "adapters of these shapes, only for "
-            f"{', '.join(map(repr, list(found)[:5])) or 'none'}; pass the state and the parameters "
+            f"{', '.join(map(repr, list(lams)[:5])) or 'none'}; pass the state and the parameters "
             "of one run, as the optimizer sees them."
         )
-    return found
 
 
 def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:

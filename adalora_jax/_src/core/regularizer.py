@@ -46,7 +46,7 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     >>> orthogonality({"query": adapter}, AdaLoraConfig(total_step=10, orth_reg_weight=1.0))
     Array(2.598076, dtype=float32)
     """
-    check_config(config)
+    check_config(config, "orthogonality(adapters, config)")
     if config.orth_reg_in_update:
         raise ValueError(
             "`orth_reg_in_update=True`: the penalty's gradient is added inside adalora's update, "
