@@ -372,3 +372,52 @@ def test_empty_path_raises(trained):
     for call in (lambda: checkpoint.save("", *trained, CONFIG), lambda: checkpoint.restore("")):
         with pytest.raises(ValueError, match="`path=''`: is empty"):
             call()
+
+
+def test_adapters_of_another_run_are_not_saved(tmp_path, trained):
+    adapters, opt_state = trained
+    short = fresh(CONFIG.replace(init_r=3))
+    others = [
+        *(None, {}, {"params": {"head": jnp.ones(3)}}, {"down": adapters["down"]}, short),
+        {f"other/{path}": adapter for path, adapter in adapters.items()},
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match=r"`opt_state`: has masks for .*; pass the state"):
+            checkpoint.save(tmp_path / "c", other, opt_state, CONFIG)
+    assert not list(tmp_path.iterdir())
+    checkpoint.save_args(adapters | {"head": jnp.ones(3)}, opt_state, CONFIG)  # a larger tree
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "3", True, float("nan"), [1], jnp.ones(2, int)])
+def test_step_that_is_no_integer_raises(trained, step):
+    with pytest.raises(ValueError, match=r"`step=.*`: must be an integer of at least 0; pass one"):
+        checkpoint.save_args(*trained, CONFIG, step=step)
+
+
+def test_scalar_arrays_are_steps(trained):
+    for step in (np.int64(3), jnp.array(3), nnx.Variable(jnp.array(3))):
+        assert checkpoint.save_args(*trained, CONFIG, step=step)["adalora"].item["step"] == 3
+
+
+def test_arguments_of_restore_of_another_kind_raise(tmp_path, trained):
+    adapters, opt_state = trained
+    for tx in (adapters, opt_state, trained, (), CONFIG):
+        with pytest.raises(TypeError, match=r"`tx=.*: is not an optimizer with init and update;"):
+            checkpoint.restore(tmp_path, tx)
+    for target in (adapters, (adapters,), (), "x", CONFIG, (*trained, CONFIG), (adapters, "x")):
+        with pytest.raises(TypeError, match=r"`target=.*: is not a pair of trees of arrays; pass"):
+            checkpoint.restore(tmp_path, target=target)
+    for config in (CONFIG.to_dict(), {}, 3):
+        with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one"):
+            checkpoint.restore(tmp_path, config=config)
+        with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one"):
+            checkpoint.save(tmp_path / "c", *trained, config)
+
+
+def test_random_numbers_beside_adapters_are_saved():
+    config = CONFIG.replace(target_modules=["linear"], lora_dropout=0.1)
+    base = nnx.Dict(linear=nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    model = adalora.nnx.adapt(base, config, rngs=nnx.Rngs(1))
+    opt_state = adalora.adalora(optax.sgd(0.1), config).init(nnx.state(model, nnx.LoRAParam))
+    state = nnx.state(model, (nnx.LoRAParam, nnx.RngState))
+    checkpoint.save_args(state, opt_state, config)

@@ -272,8 +272,13 @@ def test_forms_that_do_not_fit_raise(tmp_path):
 
     refuse({"layers": "layer_{i}"}, "`stacks=.*: must map the path of each stack")
     refuse({"layers": ["layer_0", "layer_0"]}, "each of them once; pass a dict")
-    refuse({"layers": []}, "must map")
-    refuse(["layers"], "must map")
+    pair, one = ["layer_0", "layer_1"], ["layer_0"]
+    for layers_ in ([], set(pair), iter(pair), dict.fromkeys(pair), b"ab", 3, None, [0, 1], [""]):
+        refuse({"layers": layers_}, "must map")
+    for stacks in (["layers"], [], 3, "", {0: pair}, {"": pair}, {"layers/": pair}, {"/": pair}):
+        refuse(stacks, "must map")
+    for odd in (None, b"layer_1", "layer_1/", 1):
+        refuse({"layers": [*one, odd]}, "must map")
     refuse({"layers": ["layer_0", "layer_1"]}, r"layer_1/key.* are not in every layer with one")
     refuse({"x": ["layer_0/query", "head"]}, r"since adapters/layer_0/query/.* in every layer")
     refuse({"x": ["layer_0", "layer_7"]}, "x, layer_7 have no adapter or parameter")

@@ -19,14 +19,15 @@ from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
 from adalora_jax._src import restack
-from adalora_jax._src.core import pytree
+from adalora_jax._src.core import checks, pytree
 from adalora_jax._src.core.adapter import Adapter, check_adapter
 from adalora_jax._src.core.allocator import (
     AllocatorState,
     allocator_state,
     is_allocator_state,
 )
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
+from adalora_jax._src.core.evaluation import check_masks
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree, leaf_name
 from adalora_jax._src.core.roles import group_by_role, stack
@@ -95,8 +96,10 @@ def save(
       step: the trainer's step, if it differs from the number of optimizer updates.
 
     Raises:
+      TypeError: ``config`` is not an :class:`~adalora_jax.AdaLoraConfig`.
       ValueError: ``path`` exists, ``opt_state`` does not contain exactly one allocator or belongs
-        to another config, or two leaves have the same path.
+        to another config or other adapters, ``step`` is not an integer of at least 0, or two leaves
+        have the same path.
       OSError: ``path`` cannot be written.
 
     >>> import jax, optax, tempfile, adalora_jax as adalora
@@ -135,8 +138,10 @@ def save_args(
       The orbax arguments for one checkpoint; :func:`restore` reads the folder of its step.
 
     Raises:
-      ValueError: ``opt_state`` does not contain exactly one allocator or belongs to another config,
-        two leaves have the same path, or an adapter has rank 0.
+      TypeError: ``config`` is not an :class:`~adalora_jax.AdaLoraConfig`.
+      ValueError: ``opt_state`` does not contain exactly one allocator or belongs to another config
+        or other adapters, ``step`` is not an integer of at least 0, two leaves have the same path,
+        or an adapter has rank 0.
 
     >>> import jax, optax, tempfile, adalora_jax as adalora
     >>> config = adalora.AdaLoraConfig(total_step=4, init_r=4, target_r=2)
@@ -149,8 +154,19 @@ def save_args(
     3
     """
     allocator = allocator_state(opt_state)
+    check_config(config)
     _check_config(opt_state, config, "config")
-    if empty := [path for path, a in pytree.adapters(adapters).items() if not a.lam.size]:
+    found = pytree.adapters(adapters)
+    # Also by name, since an NNX State may have random numbers of dropout beside p, lam and q.
+    lams = {
+        name.removesuffix("lam").rstrip("/"): leaf
+        for name, leaf in _flatten_named(adapters).items()
+        if f"/{name}".endswith("/lam")
+    }
+    check_masks(lams | {path: a.lam for path, a in found.items()}, allocator.masks)
+    if step is not None:
+        step = checks.integer("step", step, minimum=0)
+    if empty := [path for path, a in found.items() if not a.lam.size]:
         raise ValueError(
             f"`adapters`: {', '.join(map(repr, empty[:5]))} has rank 0, and orbax stores no array "
             "without values; leave it out with compact(adapters, opt_state, tx), or exclude its "
@@ -163,7 +179,7 @@ def save_args(
     about = {
         "format": _FORMAT,
         "version": __version__,
-        "step": int(allocator.step) if step is None else int(step),
+        "step": int(allocator.step) if step is None else step,
         "config": config.to_dict(),
         "arrays": {name: [*_spec(leaf), int(prints[name])] for name, leaf in leaves.items()},
         "keys": keys,
@@ -211,6 +227,8 @@ def restore(
 
     Raises:
       FileNotFoundError: the folder does not exist.
+      TypeError: ``tx`` is not an optimizer, ``target`` not a pair of trees of arrays, or
+        ``config`` not an :class:`~adalora_jax.AdaLoraConfig`.
       ValueError: the folder is not a checkpoint of this library, is incomplete or damaged, or
         belongs to another config, optimizer or model (the message lists the differences);
         ``stacks`` is not such a dict or does not fit the checkpoint, or the layers of a stack
@@ -238,13 +256,26 @@ def restore(
     >>> {path: adapter.p.shape for path, adapter in scanned.adapters.items()}
     {'layers/query': (2, 4, 5)}
     """
+    if tx is not None and not all(callable(getattr(tx, n, None)) for n in ("init", "update")):
+        raise TypeError(
+            f"`tx={type(tx).__name__}`: is not an optimizer with init and update; pass what "
+            "adalora(...) returned, or target=(adapters, opt_state)."
+        )
+    pair = isinstance(target, (tuple, list)) and len(target) == 2
+    if target is not None and not (pair and all(map(_is_array, jax.tree.leaves(target)))):
+        raise TypeError(
+            f"`target={type(target).__name__}`: is not a pair of trees of arrays; pass (adapters, "
+            "opt_state)."
+        )
+    if config is not None:
+        check_config(config)
     folder = _folder(path)
     about = _metadata(folder)
     saved = {name: (tuple(e[0]), e[1]) for name, e in about["arrays"].items()}
-    goes_on = bool(tx or target)
+    goes_on = tx is not None or target is not None
     config = _config(folder, about["config"], config, for_training=goes_on)
     facts = _read_facts(folder, about)
-    moved = restack.moved_names(folder, saved, facts, stacks or {})
+    moved = restack.moved_names(folder, saved, facts, {} if stacks is None else stacks)
     stored, saved = saved, restack.regroup(saved, moved, restack.regrouped_spec)
     facts = {f"adapters/{name}": known for name, known in facts.items()}
     facts = _subtree("adapters", restack.regroup(facts, moved, restack.regrouped_facts))
@@ -477,6 +508,10 @@ def _allocator(
         config=config,
         **scalars,
     )
+
+
+def _is_array(leaf: PyTree) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
 
 
 def _is_key(leaf: PyTree) -> bool:

@@ -103,10 +103,16 @@ def _is_stack(value: Any, count: int) -> bool:
 
 def _check_stacks(stacks: Mapping[str, Sequence[str]]) -> None:
     """Raise if ``stacks`` does not map each stack to a list of layers, each of them once."""
-    whole = isinstance(stacks, Mapping)
-    lists = [list(v) for v in stacks.values() if not isinstance(v, str)] if whole else []
-    layers = [layer for each in lists for layer in each]
-    if len(lists) < len(stacks) or not all(lists) or len(set(layers)) < len(layers):
+    lists = [*stacks.values()] if isinstance(stacks, Mapping) else [None]
+    layers = [layer for each in lists if isinstance(each, (list, tuple)) for layer in each]
+
+    def is_path(path: object) -> bool:
+        return isinstance(path, str) and path.strip("/") == path != ""
+
+    # The order of a set is random, and an iterator could be read only once.
+    listed = all(isinstance(each, (list, tuple)) and each for each in lists)
+    named = listed and all(map(is_path, [*stacks, *layers]))
+    if not named or len(set(layers)) < len(layers):
         raise ValueError(
             f"`stacks={stacks!r}`: must map the path of each stack to the paths of its layers, "
             "each of them once; pass a dict such as {'layers': ['layer_0', 'layer_1']}."

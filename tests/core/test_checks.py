@@ -116,6 +116,7 @@ REFUSED = [
     ({"exclude_modules": "a{99999999999}"}, "`exclude_modules`: 'a{", "not a regular expression"),
     ({"layers_pattern": ["h", "["]}, "`layers_pattern`: '(?:[)'", "not a regular expression"),
     ({"layers_pattern": "(?i)h"}, "`layers_pattern`: '(?:(?i)h)'", "not a regular expression"),
+    ({"target_modules": {"a": 1}}, "target_modules={'a': 1}", "must be a list of names"),
     ({"modules_to_save": len}, "modules_to_save=<built-in function len>", "list of names"),
     ({"layers_pattern": len}, "layers_pattern=<built-in function len>", "list of names"),
     ({"orth_reg_in_update": 1}, "orth_reg_in_update=1", "True or False"),

@@ -85,3 +85,13 @@ def test_compact_without_mask_of_an_adapter_raises(pruned):
         ValueError, match="`opt_state`: has no mask for 'b', only for a/query, a/up"
     ):
         adalora.compact(adapters, masks)
+
+
+def test_summary_with_masks_of_other_adapters_raises():
+    full, short = (adalora.Adapter(jnp.ones((r, 6)), jnp.ones(r), jnp.ones((r, 5))) for r in (4, 3))
+    masks = {"a": jnp.ones(4, bool), "z": jnp.ones(4, bool)}
+    for adapters in ({"a": full}, {"a": full, "z": short}):
+        with pytest.raises(ValueError, match="`state`: has masks for 'z', of which there are no"):
+            adalora.summary(adapters, masks)
+    with pytest.raises(ValueError, match="`state`: has no mask for 'y', only for a, z; pass the"):
+        adalora.summary(dict.fromkeys("ayz", full), masks)

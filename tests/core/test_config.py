@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adalora_jax import AdaLoraConfig, RankSpec
+import adalora_jax as adalora
+from adalora_jax import AdaLoraConfig, RankSpec, inits
 from adalora_jax._src.core.config import _CHOICES
 
 GOOD = {"total_step": 100}
@@ -280,3 +281,28 @@ def test_unknown_field_of_another_version_raises():
     saved = AdaLoraConfig(total_step=10).to_dict()
     with pytest.raises(ValueError, match=r"unknown here \(temperature\), .*another version"):
         AdaLoraConfig.from_dict(saved | {"temperature": 1.0})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda config: adalora.init_state({}, config),
+        lambda config: adalora.budget(config, 1, 2),
+        lambda config: adalora.init_adapter(jax.random.key(0), 4, 4, config),
+        lambda config: adalora.orthogonality({}, config),
+        lambda config: inits.eva_ranks({}, config),
+    ],
+    ids=["init_state", "budget", "init_adapter", "orthogonality", "eva_ranks"],
+)
+def test_config_of_another_type_raises(call):
+    for config in (None, 3, {"total_step": 10}, AdaLoraConfig):
+        with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one"):
+            call(config)
+
+
+def test_sources_of_another_type_raise():
+    for source in (None, 3, [1]):
+        with pytest.raises(TypeError, match=r"`values=.*`: is not a mapping; pass the result of"):
+            AdaLoraConfig.from_dict(source)
+        with pytest.raises(TypeError, match=r"`source=.*`: is neither a mapping nor a path; pass"):
+            AdaLoraConfig.from_peft(source)

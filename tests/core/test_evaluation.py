@@ -35,7 +35,7 @@ def test_eval_params_are_pruned_where_params_between_masks_are_not():
 def test_eval_params_raises_for_params_of_another_run():
     tx = adalora.adalora(optax.adam(1e-2), CONFIG)
     _, state = run(tx, fresh(), 2)
-    with pytest.raises(ValueError, match=r"masks for 'l2', of which params has no adapters"):
+    with pytest.raises(ValueError, match=r"masks for 'l2', of which there are no adapters"):
         adalora.eval_params(state, {path: fresh()[path] for path in ("l0", "l1")})
     with pytest.raises(ValueError, match="has no AllocatorState in it"):
         adalora.eval_params(optax.adam(1e-2).init(fresh()), fresh())

@@ -24,7 +24,7 @@ def test_rank_overrides_pattern_matches_path_suffix(pattern):
     [
         ({"query": {"min_r": 5}}, r"`rank_overrides\['query'\]`: min_r=5 is above init_r=4"),
         ({"query": {"min_r": 3, "max_r": 2}}, r"`min_r=3`: is above max_r=2"),
-        ({"query": {"rank": 3}}, r"`rank_overrides\['query'\]="),
+        ({"query": {"rank": 3}}, r"`: has the unknown fields 'rank'; use init_r, min_r,"),
         ({"query": 0}, r"`init_r=0`: must be an integer of at least 1"),
         (3, "must map regexes"),
         ({"query": {"alpha": float("nan")}}, "`alpha=nan`: must be a finite number"),

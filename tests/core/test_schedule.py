@@ -119,3 +119,12 @@ def test_nan_budget_schedule_prunes_nothing_before_final_step():
     budgets = [int(al.budget(config, step, 3)) for step in range(config.total_step)]
     assert budgets[: config.final_step] == [3 * config.init_r] * config.final_step
     assert budgets[-1] == 3 * config.target_r
+
+
+@pytest.mark.parametrize("number", [-2, 2.5, "3", None])
+def test_number_of_adapters_that_is_none_raises(number):
+    with pytest.raises(ValueError, match=r"`n_adapters=.*`: must be an integer of at least 0"):
+        al.budget(LINEAR, 1, number)
+    if number is not None:
+        with pytest.raises(ValueError, match=r"`initial=.*`: must be an integer of at least 0"):
+            al.budget(LINEAR, 1, 2, initial=number)

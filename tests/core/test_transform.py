@@ -199,6 +199,12 @@ def test_invalid_inner_or_config_raises():
         al.adalora(optax.sgd(0.1), 10)
 
 
+@pytest.mark.parametrize("around", [lambda tx: tx, lambda tx: optax.chain(optax.clip(1.0), tx)])
+def test_inner_that_is_wrapped_already_raises(around):
+    with pytest.raises(ValueError, match=r"`inner`: contains an optimizer that adalora\("):
+        ours(around(ours(optax.sgd(0.1)))).init(parameters())
+
+
 def test_run_without_jit_matches_jitted_run():
     tx = ours(optax.sgd(0.1))
     compiled, state = run(tx, parameters())

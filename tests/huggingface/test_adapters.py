@@ -480,3 +480,12 @@ def test_empty_directory_raises():
     ):
         with pytest.raises(ValueError, match="`directory=''`: is empty"):
             call()
+
+
+@pytest.mark.parametrize("write", [peft.save_pretrained, peft.save_as_lora])
+def test_config_of_another_type_raises(write, tmp_path):
+    adapters = {"query": adapter(0)}
+    for arguments in ((adapters, None), (adapters, 3), (CONFIG, adapters)):
+        with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one\."):
+            write(tmp_path, *arguments)
+    assert not list(tmp_path.iterdir())

@@ -183,3 +183,9 @@ def test_increment_that_layer_does_not_add_raises(tmp_path):
     assert not (tmp_path / "out").exists()
     peft.save_pretrained(tmp_path / "adapter", adapters, CONFIG)
     peft.merge_pretrained(tmp_path / "adapter", base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("config", [3, {}, ADAPTERS])
+def test_config_of_another_type_raises(config, tmp_path):
+    with pytest.raises(TypeError, match=r"`config=.*`: is not an AdaLoraConfig; pass one\."):
+        peft.merge_pretrained(ADAPTERS, tmp_path, tmp_path / "out", config=config)

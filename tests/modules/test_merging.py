@@ -210,7 +210,7 @@ def test_guide_states_measured_merge_errors():
         assert f"| {ratio} | {cells} |" in guide
 
 
-@pytest.mark.parametrize("adapters", [None, 3, "x", {}, {"params": {"up": jnp.ones(2)}}])
+@pytest.mark.parametrize("adapters", [None, 3, "x", {"params": {"up": jnp.ones(2)}}])
 def test_unmerging_without_adapters_raises(adapters):
     with pytest.raises(ValueError, match="`adapters`: no adapter was found"):
         adalora.unmerge({"params": {"up": {"kernel": jnp.ones((2, 2))}}}, adapters)

@@ -57,3 +57,36 @@ def test_state_dict_of_other_keys_raises():
     del state["lam"]
     with pytest.raises(ValueError, match=r"`state`: an adapter in it has \['p', 'q'\], but must"):
         serialization.from_state_dict(adapter, state)
+
+
+@pytest.mark.parametrize("name", ["p", "lam", "q"])
+def test_state_dict_of_another_shape_raises(name):
+    adapter = toy_problem.adapters(CONFIG)["key"]
+    state = serialization.to_state_dict(adapter)
+    for odd in (np.ones(9), np.ones((7, 4)), None, 1.0):
+        with pytest.raises(
+            ValueError, match=f"`state`: {name!r} in it has shape .*; pass a target"
+        ):
+            serialization.from_state_dict(adapter, state | {name: odd})
+    other = toy_problem.adapters(CONFIG.replace(init_r=5))
+    with pytest.raises(ValueError, match=r"`state`: 'p' in it has shape \(5, .*has \(3, "):
+        serialization.from_bytes(toy_problem.adapters(CONFIG), serialization.to_bytes(other))
+
+
+@pytest.mark.parametrize("state", [None, 3, [1, 2, 3], {}])
+def test_state_dict_that_is_no_mapping_raises(state):
+    adapters = toy_problem.adapters(CONFIG)
+    with pytest.raises(ValueError, match="`state`: an adapter in it has"):
+        serialization.from_state_dict(adapters["key"], state)
+    masks = adalora.init_state(adapters, CONFIG).allocator.masks
+    with pytest.raises(ValueError, match="`state`: has other adapters than the target"):
+        serialization.from_state_dict(masks, state)
+
+
+def test_masks_of_another_shape_raise():
+    masks, other = (
+        adalora.init_state(toy_problem.adapters(c), c).allocator.masks
+        for c in (CONFIG, CONFIG.replace(init_r=5))
+    )
+    with pytest.raises(ValueError, match=r"`state`: .* in it has shape"):
+        serialization.from_state_dict(masks, serialization.to_state_dict(other))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import (
     ByRole,
@@ -125,6 +125,7 @@ def init_state(adapters: PyTree, config: AdaLoraConfig) -> AdaLoraState:
       The state before step 0, with moving averages of 0 and the initial budget.
 
     Raises:
+      TypeError: ``config`` is not an :class:`AdaLoraConfig`.
       ValueError: ``adapters`` contains no adapter, or all triplets together cost 2³¹ or more.
 
     >>> from adalora_jax import init_adapter
@@ -149,6 +150,7 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
     way_out = (
         "pass the adapters that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam"
     )
+    check_config(config)
     adapters = pytree.require_adapters(params, "params", way_out)
     roles = group_by_role(adapters)
 

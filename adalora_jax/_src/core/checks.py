@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, SupportsIndex
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -190,7 +190,7 @@ def names(name: str, value: Any) -> Any:
         result: Any = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
     except TypeError:
         result = (None,)
-    if not all(isinstance(entry, str) and entry for entry in result):
+    if isinstance(value, Mapping) or not all(isinstance(entry, str) and entry for entry in result):
         function = ", or a function" if selects else ""
         raise ValueError(
             f"`{name}={value!r}`: must be a list of names or a string{function}; use names such as "

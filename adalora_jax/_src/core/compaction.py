@@ -16,7 +16,13 @@ from jaxtyping import Bool, Int
 from adalora_jax._src.core import pytree, text
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import AllocatorState, map_state
-from adalora_jax._src.core.evaluation import apply_masks, masks, ranks, unfinished
+from adalora_jax._src.core.evaluation import (
+    apply_masks,
+    check_masks,
+    masks,
+    ranks,
+    unfinished,
+)
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack
 
@@ -31,17 +37,23 @@ def compact(
         if tx is not None:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
-    found = pytree.adapters(params)
-    if lacking := [path for path in found if path not in by_path]:
-        raise ValueError(
-            f"`opt_state`: has no mask for {lacking[0]!r}, only for "
-            f"{', '.join(list(by_path)[:8])}; pass the state of the run that trained these "
-            "parameters."
-        )
+    _check_all_masked(pytree.adapters(params), by_path, "opt_state")
     params = apply_masks(params, by_path)
     cuts = _selections(params, by_path)
     small = _without_removed(jax.tree.map(_take_rows, params, cuts))
     return small if tx is None else (small, _take_state_rows(tx, opt_state, cuts, by_path, small))
+
+
+def _check_all_masked(
+    adapters: Mapping[str, Adapter], by_path: Mapping[str, Any], name: str
+) -> None:
+    """Raise if an adapter has no mask among those of the argument ``name``."""
+    if lacking := [path for path in adapters if path not in by_path]:
+        raise ValueError(
+            f"`{name}`: has no mask for {lacking[0]!r}, only for "
+            f"{', '.join(list(by_path)[:8])}; pass the state of the run that trained these "
+            "parameters."
+        )
 
 
 class _Selection:
@@ -152,7 +164,7 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
       ``out``, active triplets (``rank``), all triplets (``of``) and active parameters.
 
     Raises:
-      ValueError: ``adapters`` contains no adapter, or ``state`` no masks.
+      ValueError: ``adapters`` contains no adapter, ``state`` no masks, or those of other adapters.
 
     >>> import jax.numpy as jnp, adalora_jax as adalora
     >>> adapter = adalora.Adapter(jnp.ones((4, 6)), jnp.ones(4), jnp.ones((4, 5)))
@@ -166,6 +178,10 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     )
     if state is None:
         state = {path: np.ones(a.lam.shape, bool) for path, a in found.items()}
+    else:
+        by_path = masks(state)
+        _check_all_masked(found, by_path, "state")
+        check_masks({path: a.lam for path, a in found.items()}, by_path, "state")
     rank_of = ranks(state)
     rows = []
     for path, adapter in found.items():

@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import os
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import InitVar
 from typing import Any, Literal, cast, get_args
@@ -470,6 +471,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
           The config, validated like a new one.
 
         Raises:
+          TypeError: ``values`` is not a mapping.
           ValueError: a field is unknown, or its value is not valid.
 
         >>> saved = AdaLoraConfig(total_step=10, score=min).to_dict()
@@ -478,6 +480,10 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         >>> AdaLoraConfig.from_dict(saved | {"score": min}).score
         <built-in function min>
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"`values={reprlib.repr(values)}`: is not a mapping; pass the result of to_dict()."
+            )
         if unknown := sorted(map(str, set(values) - set(_DEFAULTS))):
             raise ValueError(
                 f"`values`: has fields that are unknown here ({', '.join(unknown)}), since another "
@@ -524,6 +530,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
           The config, with the defaults of this class for the fields that PEFT does not have.
 
         Raises:
+          TypeError: ``source`` is neither a mapping nor a path.
           ValueError: the config is not an AdaLoRA config, or sets an option that changes the
             computation and is not supported here.
           OSError: the file cannot be read.
@@ -597,6 +604,19 @@ PEFT.
         # Options that this config rejects, with PEFT's values for "not used".
         result |= {"use_dora": False, "loftq_config": {}, "bias": "none", "use_rslora": False}
         return result | {"layer_replication": None, "trainable_token_indices": None}
+
+
+def check_config(config: object, call: str = "") -> None:
+    """Raise a TypeError if ``config`` is not an :class:`AdaLoraConfig`; ``call`` is the right call.
+
+    >>> check_config(10)
+    Traceback (most recent call last):
+        ...
+    TypeError: `config=10`: is not an AdaLoraConfig; pass one.
+    """
+    if not isinstance(config, AdaLoraConfig):
+        way_out = f"pass one, as in {call}" if call else "pass one"
+        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; {way_out}.")
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdaLoraConfig)}

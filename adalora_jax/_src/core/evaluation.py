@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,24 +102,40 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
       ValueError: a mask is for an adapter that ``params`` does not have, or of another shape.
     """
     found, by_path = pytree.adapters(params), masks(state)
-    lacking = [
-        path
-        for path, mask in by_path.items()
-        if path not in found or found[path].lam.shape != mask.shape
-    ]
-    if lacking:
-        raise ValueError(
-            f"`opt_state`: has masks for {', '.join(map(repr, lacking[:5]))}, of which params has "
-            "no adapters of these shapes, only for "
-            f"{', '.join(map(repr, list(found)[:5])) or 'none'}; pass the state and the parameters "
-            "of one run, as the optimizer sees them."
-        )
+    check_masks({path: adapter.lam for path, adapter in found.items()}, by_path)
 
     def masked(path: str) -> Adapter:
         lam = found[path].lam
         return found[path]._replace(lam=jnp.where(by_path[path], lam, jnp.zeros((), lam.dtype)))
 
     return pytree.insert_adapters(params, {path: masked(path) for path in by_path})
+
+
+def check_masks(
+    lams: Mapping[str, Any], by_path: Mapping[str, Any], name: str = "opt_state"
+) -> None:
+    """Raise if a mask is for no λ, or for one of another shape.
+
+    Args:
+      lams: the λ of the adapters by path.
+      by_path: the masks by path.
+      name: the argument that has the masks, for the message.
+
+    Raises:
+      ValueError: ``lams`` has no λ of the shape of a mask.
+    """
+    lacking = [
+        path
+        for path, mask in by_path.items()
+        if path not in lams or jnp.shape(lams[path]) != mask.shape
+    ]
+    if lacking:
+        raise ValueError(
+            f"`{name}`: has masks for {', '.join(map(repr, lacking[:5]))}, of which there are no "
+            "adapters of these shapes, only for "
+            f"{', '.join(map(repr, list(lams)[:5])) or 'none'}; pass the state and the parameters "
+            "of one run, as the optimizer sees them."
+        )
 
 
 def _schedule_free(opt_state: PyTree, params: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from adalora_jax._src.core.adapter import Adapter
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.low_rank import accumulation_dtype
 
 INIT_STD = 0.02  # initial standard deviation of p and q, as in PEFT and loralib
@@ -56,6 +56,7 @@ def init_adapter(
       ``q [*stack, r, in]``, of dtype ``param_dtype``.
 
     Raises:
+      TypeError: ``config`` is not an :class:`AdaLoraConfig`.
       ValueError: ``in_features`` or ``out_features`` is below 1, ``rank`` is negative, or a
         function returned other shapes.
 
@@ -64,6 +65,7 @@ def init_adapter(
     >>> [leaf.shape for leaf in adapter]
     [(8, 4), (8,), (8, 6)]
     """
+    check_config(config)
     rank = config.init_r if rank is None else rank
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if size < 1:

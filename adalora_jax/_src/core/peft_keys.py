@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -176,12 +177,18 @@ def read(source: Mapping[str, Any] | str | os.PathLike[str], fields: set[str]) -
       fields: the keys that have the same meaning here.
 
     Raises:
+      TypeError: ``source`` is neither a mapping nor a path.
       ValueError: the config is not an AdaLoRA config, or sets an option that is not supported here.
       OSError: the file cannot be read.
 
     >>> read({"peft_type": "ADALORA", "init_r": 8, "revision": None}, {"init_r"})
     {'init_r': 8}
     """
+    if not isinstance(source, (Mapping, str, os.PathLike)):
+        raise TypeError(
+            f"`source={reprlib.repr(source)}`: is neither a mapping nor a path; pass "
+            "peft.AdaLoraConfig.to_dict() or the path of an adapter_config.json."
+        )
     if not isinstance(source, Mapping):
         path = os.fspath(source)
         if os.path.isdir(path):

@@ -126,6 +126,12 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def _as_spec(pattern: str, value: Any, init_r: int) -> RankSpec:
+    fields = [field.name for field in dataclasses.fields(RankSpec)]
+    if isinstance(value, Mapping) and (unknown := set(value) - set(fields)):
+        raise ValueError(
+            f"`rank_overrides[{pattern!r}]={checks.shown(value)}`: has the "
+            f"unknown fields {', '.join(sorted(map(repr, unknown)))}; use {', '.join(fields)}."
+        )
     try:
         if not isinstance(value, RankSpec):
             value = RankSpec(**value) if isinstance(value, Mapping) else RankSpec(init_r=value)

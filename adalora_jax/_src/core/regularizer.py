@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from adalora_jax._src.core import pytree
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.low_rank import accumulation_dtype, explicit_sharding
 from adalora_jax._src.core.pytree import PyTree
 
@@ -46,11 +46,7 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     >>> orthogonality({"query": adapter}, AdaLoraConfig(total_step=10, orth_reg_weight=1.0))
     Array(2.598076, dtype=float32)
     """
-    if not isinstance(config, AdaLoraConfig):
-        raise TypeError(
-            f"`config={type(config).__name__}`: is not an AdaLoraConfig; pass one. The arguments "
-            "are orthogonality(adapters, config)."
-        )
+    check_config(config, "orthogonality(adapters, config)")
     if config.orth_reg_in_update:
         raise ValueError(
             "`orth_reg_in_update=True`: the penalty's gradient is added inside adalora's update, "

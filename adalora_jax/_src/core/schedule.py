@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Int32
 
 from adalora_jax._src.core import checks
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 
 
 def budget(
@@ -55,13 +55,18 @@ def budget(
       int32 array in the shape of ``step``, in ``config.budget_unit``.
 
     Raises:
-      ValueError: a function as ``config.budget_schedule`` returned another shape than the step's.
+      TypeError: ``config`` is not an :class:`AdaLoraConfig`.
+      ValueError: ``n_adapters`` or ``initial`` is not an integer of at least 0 that an int32 can
+        count, or a function as ``config.budget_schedule`` returned another shape than the step's.
 
     >>> config = AdaLoraConfig(total_step=1000, init_r=12, target_r=8, budget_schedule="linear")
     >>> [int(budget(config, step, 10)) for step in (0, 500, 999)]
     [120, 100, 80]
     """
+    check_config(config)
+    n_adapters = checks.integer("n_adapters", n_adapters, minimum=0)
     initial = config.init_r * n_adapters if initial is None else initial
+    initial = checks.integer("initial", initial, minimum=0)
     target = min(config.target_r * n_adapters, initial)
     step = jnp.asarray(step, jnp.int32)
     if callable(config.budget_schedule):

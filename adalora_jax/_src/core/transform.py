@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import reprlib
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,13 +19,14 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.allocator import (
     AllocatorState,
+    allocator_states,
     check_gradients,
     init_allocator,
     masks_applied,
     update_allocator,
     with_static_fields,
 )
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.init import INIT_STD
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.regularizer import penalty
@@ -100,9 +100,9 @@ def adalora(
       TypeError: ``inner`` is not an optax transformation, or is an ``optax.MultiSteps``; ``config``
         is not an :class:`AdaLoraConfig`; or ``update`` gets a state that is not from ``init``.
       ValueError: from ``init``: the parameters contain no adapter, an adapter that ``adapt`` made
-        has another scale than ``config`` gives it, or ``inner`` accumulates gradients. From
-        ``update``: ``params`` is None, or parameters or gradients have other adapters than the
-        state.
+        has another scale than ``config`` gives it, or ``inner`` accumulates gradients or is wrapped
+        already. From ``update``: ``params`` is None, or parameters or gradients have other adapters
+        than the state.
 
     Warns:
       UserWarning: from ``init``, if weights that have an adapter are among the parameters; or, with
@@ -121,8 +121,7 @@ def adalora(
     >>> int((adapters["query"].lam != 0).sum())
     2
     """
-    if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; pass one.")
+    check_config(config)
     if isinstance(inner, optax.MultiSteps):
         raise TypeError(
             f"`inner={inner!r}`: accumulates gradients, so adalora would count micro-batches as "
@@ -144,6 +143,10 @@ def adalora(
             return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
 
         inner_state = jax.tree.map(copy, inner.init(params))
+        if allocator_states(inner_state):
+            raise ValueError(
+                "`inner`: contains an optimizer that adalora(...) wrapped already; wrap it once."
+            )
         _check_no_accumulation(inner_state)
         return AdaLoraOptState(inner_state, _in_variables(init_allocator(params, config), params))
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adalora_jax._src.core import pytree
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.evaluation import rank_pattern, unfinished
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.huggingface.files import PREFIX, AdapterFile, read_adapter, write_adapter
@@ -89,6 +89,7 @@ def save_pretrained(
         ``"SEQ_CLS"``, ``adapters`` must contain the classifier's parameters.
 
     Raises:
+      TypeError: ``config`` is not an :class:`AdaLoraConfig`.
       ValueError: a path has no name in PyTorch, a parameter has no PyTorch form, a mask is missing
         or has another size, or ``task_type`` is not one of PEFT's or lacks the classifier.
       OSError: ``directory`` cannot be written.
@@ -239,6 +240,7 @@ def save_as_lora(
         :func:`save_pretrained`.
 
     Raises:
+      TypeError: ``config`` is not an :class:`AdaLoraConfig`.
       ValueError: as in :func:`save_pretrained`; or no triplet is active, or ``B`` is not finite in
         its dtype.
       OSError: ``directory`` cannot be written.
@@ -302,11 +304,13 @@ def _checked_matrices(
     """Return the common scale, the matrices by their names in PyTorch, and their locations.
 
     Raises:
+      TypeError: ``config`` is not an :class:`AdaLoraConfig`.
       ValueError: an adapter is that of an embedding, or as in :func:`to_matrices`.
 
     Warns:
       UserWarning: the masks are not the final ones of their run.
     """
+    check_config(config)
     if masks is not None and (problem := unfinished(masks)):
         warnings.warn(f"`masks`: {problem}; call finish(opt_state, params) first.", stacklevel=3)
     _check_embeddings(adapters)

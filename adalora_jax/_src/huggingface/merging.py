@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from adalora_jax._src.core import pytree
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.evaluation import rank_pattern
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.huggingface.files import read_adapter
@@ -85,6 +85,7 @@ def merge_pretrained(
       progress: function that wraps the list of tensors during iteration, such as ``tqdm.tqdm``.
 
     Raises:
+      TypeError: ``config`` is not an :class:`~adalora_jax.AdaLoraConfig`.
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged or malicious; an increment does not fit a weight of the base, or
         its Flax layer does not compute with the sum of weight and increment; a weight's dtype is
@@ -107,6 +108,8 @@ def merge_pretrained(
     ...         print(file.read("query.weight")[0])
     [4. 4. 4.]
     """
+    if config is not None:
+        check_config(config)
     if isinstance(adapter, Mapping):
         _check_mergeable(adapter)
         names, scale = as_names(names), common_scale(adapter, 1.0)

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
@@ -291,7 +291,7 @@ def eva_ranks(
       A copy of the config with the ranks in ``rank_pattern``; its scale is the same.
 
     Raises:
-      TypeError: ``moments`` is not a mapping.
+      TypeError: ``moments`` is not a mapping, or ``config`` not an :class:`AdaLoraConfig`.
       ValueError: ``max_rank`` is below 1; or there are no moments, or some of another shape or with
         numbers that are not finite.
 
@@ -300,6 +300,7 @@ def eva_ranks(
     >>> eva_ranks(moments, config).rank_pattern
     (('flat', 7), ('thin', 1))
     """
+    check_config(config)
     if max_rank is not None and max_rank < 1:
         raise ValueError(
             f"`max_rank={max_rank}`: must be at least 1; pass None for twice each layer's init_r."

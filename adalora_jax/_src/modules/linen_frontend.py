@@ -8,7 +8,6 @@ adapters are joined into the model's ``params``, next to the weights they adapt,
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +22,7 @@ from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adalora_jax._src.core import pytree
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
@@ -468,8 +467,7 @@ def adapt(
             f"`model={type(model).__name__}`: is not a flax.linen module; adalora_jax.nnx.adapt "
             "takes NNX modules."
         )
-    if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; pass one.")
+    check_config(config)
     return AdaptedModule(model, config, rules, declared(layers))
 
 

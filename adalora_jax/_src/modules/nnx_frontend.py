@@ -7,7 +7,6 @@ the base's variables and the results of ``isinstance`` do not change.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter
-from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.modules import sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
@@ -196,8 +195,7 @@ def _candidates(
     model: nnx.Module, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
 ) -> dict[str, Candidate]:
     found = candidates(model, layers=layers)
-    if not isinstance(config, AdaLoraConfig):
-        raise TypeError(f"`config={reprlib.repr(config)}`: is not an AdaLoraConfig; pass one.")
+    check_config(config)
     return found
 
 

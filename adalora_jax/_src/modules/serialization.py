@@ -1,7 +1,8 @@
 """Registration of adapters, states and configs with ``flax.serialization``, as for ``to_bytes``.
 
 An adapter is stored as its three arrays, and values by role as one array per role. Scales, layouts
-and the config in the allocator's state are those of the target that they are restored into.
+and the config in the allocator's state are those of the target that they are restored into, which
+must have the same shapes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,26 @@ def _arrays(adapter: Adapter) -> dict[str, PyTree]:
 
 
 def _adapter(target: Adapter, state: Mapping[str, PyTree]) -> Adapter:
-    if set(state) != set(Adapter._fields):
+    if not isinstance(state, Mapping) or set(state) != set(Adapter._fields):
+        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(
-            f"`state`: an adapter in it has {sorted(state)}, but must have p, lam and q; pass the "
-            "state dict of these adapters."
+            f"`state`: an adapter in it has {found}, but must have p, lam and q; pass the state "
+            "dict of these adapters."
         )
     fields = target._asdict()
-    restore = serialization.from_state_dict
-    return target._replace(**{name: restore(fields[name], state[name], name) for name in fields})
+    return target._replace(**{name: _restored(fields[name], state[name], name) for name in fields})
+
+
+def _restored(target: PyTree, state: PyTree, name: str) -> PyTree:
+    """Return the restored value; raise if the target is an array of another shape."""
+    value = serialization.from_state_dict(target, state, name)
+    expected, shape = (getattr(leaf, "shape", None) for leaf in (target, value))
+    if expected is not None and shape != expected:
+        raise ValueError(
+            f"`state`: {name!r} in it has shape {shape}, but that of the target has {expected}; "
+            "pass a target with the ranks that were saved."
+        )
+    return value
 
 
 def _parts(state: AdaLoraState) -> dict[str, PyTree]:
@@ -53,14 +66,16 @@ def _roles(values: ByRole) -> dict[str, Any]:
 
 def _by_role(target: ByRole, state: dict[str, Any]) -> ByRole:
     values = target.stacked
-    if set(state) != set(values):
-        differing = ", ".join(sorted(set(state) ^ set(values))[:5])
+    keys = set(state) if isinstance(state, Mapping) else set()
+    if keys != set(values):
+        differing = ", ".join(sorted(keys ^ set(values))[:5])
         raise ValueError(
             f"`state`: has other adapters than the target, at {differing}; restore it into the "
             "state of the same model."
         )
-    restore = serialization.from_state_dict
-    return ByRole({role: restore(values[role], state[role], role) for role in values}, target.roles)
+    return ByRole(
+        {role: _restored(values[role], state[role], role) for role in values}, target.roles
+    )
 
 
 serialization.register_serialization_state(ByRole, _roles, _by_role)
