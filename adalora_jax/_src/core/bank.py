@@ -264,7 +264,7 @@ class AdapterBank:
 
 
 def combine_adapters(
-    *adapters: Mapping[str, PyTree], weights: Sequence[ArrayLike] | None = None
+    *adapters: Mapping[str, PyTree], weights: Sequence[ArrayLike] | Array | None = None
 ) -> dict[str, PyTree]:
     """Combine sets of adapters into one whose increments are weighted sums, ``ΔW = Σ_k w_k ΔW_k``.
 
