@@ -8,13 +8,22 @@ is never imported here.
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast
 
 from flax import core
+from flax.linen.module import InterceptorContext
+
+
+class QwixWeight(Protocol):
+    """Weight of ``qwix.quantize_model``: integers and scales, and how they were quantised."""
+
+    array: Any
+    how: Any
 
 
 def without_qwix(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +82,7 @@ def is_qwix_weight(value: object) -> bool:
     return hasattr(value, "how") and hasattr(getattr(value, "array", None), "qvalue")
 
 
-def qwix_settings(weight: Any) -> dict[str, Any]:
+def qwix_settings(weight: QwixWeight) -> dict[str, Any]:
     """Return the arguments with which ``qwix.quantize`` made a weight of a quantised model.
 
     Why: a merged weight is quantised again in the format that it had.
@@ -131,7 +140,7 @@ def uses_super(method: Callable[..., Any]) -> bool:
     return code is None or "__class__" in code.co_freevars
 
 
-def attributes_read(function: Any, *, is_method: bool) -> set[str]:
+def attributes_read(function: object, *, is_method: bool) -> set[str]:
     """Return the names of attributes that a function's code reads from objects other than ``self``.
 
     Nested functions are included, and so are all string constants of code that calls ``getattr``.
@@ -173,7 +182,7 @@ def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
     return names
 
 
-def linen_method(context: Any) -> Callable[..., Any] | None:
+def linen_method(context: InterceptorContext) -> Callable[..., Any] | None:
     """Return the linen method that is intercepted; None if it delegates to its superclass.
 
     Why: a method is called again with other parameters, on a copy of the module. linen replaces the
@@ -185,13 +194,16 @@ def linen_method(context: Any) -> Callable[..., Any] | None:
     Args:
       context: as an interceptor of ``nn.intercept_methods`` receives it.
     """
-    function, name = context.orig_method.func, context.method_name
+    function = cast("functools.partial[Any]", context.orig_method).func
+    name = context.method_name
     defining = [vars(cls)[name] for cls in type(context.module).__mro__ if name in vars(cls)]
     at = [getattr(method, "__wrapped__", None) for method in defining].index(function)
     return None if uses_super(function) and at + 1 < len(defining) else defining[at]
 
 
-def linen_scope(scope: core.Scope, variables: dict[str, Any], rngs: Any) -> core.Scope:
+def linen_scope(
+    scope: core.Scope, variables: dict[str, Any], rngs: dict[str, Any] | None
+) -> core.Scope:
     """Return a scope with the name, path and flags of ``scope`` and other contents.
 
     Why: a packed weight is dequantised for the duration of its layer's call alone, within a call of

@@ -91,7 +91,7 @@ def moved_names(
     return moved
 
 
-def _is_stack(value: Any, count: int) -> bool:
+def _is_stack(value: tuple[tuple[int, ...], str] | dict[str, Any], count: int) -> bool:
     """Return whether the spec of an array, or the facts of an adapter, are those of a stack."""
     if not isinstance(value, dict):
         return value[0][:1] == (count,)

@@ -5,9 +5,6 @@ import pytest
 
 import adalora_jax as al
 
-CONFIG = al.AdaLoraConfig(total_step=12, init_r=4, target_r=2, tinit=1, tfinal=3, lora_alpha=6)
-LONG = al.AdaLoraConfig(total_step=1000, init_r=12, target_r=8)
-
 
 def known(values):
     """Return adapters with known scores as λ, from ``{name: list of scores}``."""

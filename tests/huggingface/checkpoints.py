@@ -2,13 +2,25 @@
 
 import json
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 from support.hf_flax import Sizes
 
 SIZES = Sizes(layers=3)
 IDS = np.arange(14).reshape(2, 7) * 5 % SIZES.vocabulary
+
+
+class Einsum(nn.Module):
+    """A layer as in google-deepmind/gemma, whose equation is an argument of the call."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, equation, x):
+        return jnp.einsum(equation, x, self.param("w", nn.initializers.zeros, self.shape))
 
 
 def write(folder, tensors, shards=1, config=None):

@@ -56,6 +56,11 @@ CASES = {
 }
 
 
+def disk_full():
+    """Fail as an operation does on a full disk."""
+    raise OSError(28, "No space left on device")
+
+
 @contextlib.contextmanager
 def acting_at(number, action, onwards=False):
     """Call ``action`` before operation ``number``, counted from 1, or in the middle of a write.

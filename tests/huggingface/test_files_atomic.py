@@ -11,7 +11,7 @@ import pytest
 
 from adalora_jax import huggingface as peft
 from adalora_jax._src.tensorfile import TensorFile
-from huggingface.saving_run import CASES, OTHER, acting_at, save
+from huggingface.saving_run import CASES, OTHER, acting_at, disk_full, save
 
 RUN = Path(__file__).with_name("saving_run.py")
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -37,10 +37,6 @@ def case(request, tmp_path):
     old(tmp_path / "before")
     new(tmp_path / "after")
     return request.param, loaded(tmp_path / "before"), loaded(tmp_path / "after")
-
-
-def disk_full():
-    raise OSError(28, "No space left on device")
 
 
 def interrupt():

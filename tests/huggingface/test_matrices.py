@@ -12,6 +12,7 @@ from flax import nnx
 import adalora_jax as adalora
 from adalora_jax import huggingface as peft
 from adalora_jax._src.huggingface import matrices as peft_matrices
+from huggingface.checkpoints import Einsum
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=10, init_r=4, target_r=2, lora_alpha=6, init_lora_weights=False
@@ -20,16 +21,6 @@ CONFIG = adalora.AdaLoraConfig(
 
 def tensors(folder):
     return safetensors.numpy.load_file(folder / "adapter_model.safetensors")
-
-
-class Einsum(nn.Module):
-    """A layer as in Gemma, whose equation is an argument of the call."""
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, equation, x):
-        return jnp.einsum(equation, x, self.param("w", nn.initializers.zeros, self.shape))
 
 
 class Kinds(nn.Module):

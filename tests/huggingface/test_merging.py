@@ -22,7 +22,7 @@ from huggingface.bases import (
     read_all,
     refused,
 )
-from huggingface.saving_run import acting_at
+from huggingface.saving_run import acting_at, disk_full
 
 RNG = np.random.default_rng(1)
 
@@ -138,10 +138,6 @@ def test_external_links_and_special_files_in_base_raise(tmp_path):
     (base / "tokenizer.json").unlink()
     os.mkfifo(base / "pipe")
     refused(ValueError, "not a regular file", tmp_path, base)
-
-
-def disk_full():
-    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("is_killed", [False, True])

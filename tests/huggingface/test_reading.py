@@ -9,19 +9,9 @@ from support import hf_numpy
 from support.hf_flax import Bert
 
 from adalora_jax import huggingface as peft
-from huggingface.checkpoints import IDS, SIZES, abstract, close, write
+from huggingface.checkpoints import IDS, SIZES, Einsum, abstract, close, write
 
 pytestmark = pytest.mark.usefixtures("flax_ranks")
-
-
-class Einsum(nn.Module):
-    """A layer as in google-deepmind/gemma, whose equation is an argument of the call."""
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, equation, x):
-        return jnp.einsum(equation, x, self.param("w", nn.initializers.zeros, self.shape))
 
 
 class Kinds(nn.Module):

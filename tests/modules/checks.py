@@ -48,6 +48,16 @@ def random_like(tree: Any, seed: int, dtype: Any = None, std: float = 0.5) -> An
     return jax.tree.map(draw, tree)
 
 
+def random_inputs(inputs: tuple[Any, ...], dtype: Any) -> tuple[np.ndarray, ...]:
+    """Return a case's inputs, with a normal array of ``dtype`` in place of each shape."""
+    return tuple(
+        value
+        if isinstance(value, np.ndarray)
+        else random_like(np.zeros(value, dtype), seed=i, std=1)
+        for i, value in enumerate(inputs)
+    )
+
+
 def check_adapter(model: AdaptedModel, rtol: float, merge_rtol: float | None = None) -> None:
     """Check identity at init, and outputs and gradients against the dense increment.
 

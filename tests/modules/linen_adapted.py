@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 from flax import traverse_util
 
 import adalora_jax as adalora
-from modules.checks import CONFIG, AdaptedModel, random_like
+from modules.checks import CONFIG, AdaptedModel, random_inputs, random_like
 from modules.linen_cases import Case, plain
 
 
 def adapt_case(case: Case, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> AdaptedModel:
     """Return the adapted module of a case, with random parameters and inputs of a dtype."""
     config = config.replace(param_dtype=dtype, target_modules=case.targets)
-    inputs = tuple(
-        value
-        if isinstance(value, np.ndarray)
-        else random_like(np.zeros(value, dtype), seed=i, std=1)
-        for i, value in enumerate(case.inputs)
-    )
+    inputs = random_inputs(case.inputs, dtype)
     call = lambda *xs: case.module.init(jax.random.key(0), *xs, **case.call)
     variables = random_like(jax.eval_shape(call, *inputs), seed=9, dtype=dtype)
     adapted = adalora.linen.adapt(case.module, config)

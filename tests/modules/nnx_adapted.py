@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 import adalora_jax as adalora
-from modules.checks import CONFIG, AdaptedModel, random_like
+from modules.checks import CONFIG, AdaptedModel, random_inputs, random_like
 from modules.linen_cases import plain
 from modules.nnx_cases import Case
 
@@ -27,12 +27,7 @@ def _concrete(state):
 def adapt_case(case: Case, dtype: str, config: adalora.AdaLoraConfig = CONFIG) -> AdaptedModel:
     """Return the adapted module of a case, with random parameters and inputs of a dtype."""
     config = config.replace(param_dtype=dtype, target_modules=case.targets)
-    inputs = tuple(
-        value
-        if isinstance(value, np.ndarray)
-        else random_like(np.zeros(value, dtype), seed=i, std=1)
-        for i, value in enumerate(case.inputs)
-    )
+    inputs = random_inputs(case.inputs, dtype)
     model = nnx.eval_shape(lambda: case.make(nnx.Rngs(0)))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = random_like(params, seed=9, dtype=dtype), _concrete(rest)

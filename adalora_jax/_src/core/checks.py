@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, SupportsIndex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, SupportsIndex, cast
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_INT = 2**31 - 1  # the largest int32, the dtype that counts steps and triplets
@@ -168,7 +168,9 @@ subpattern at position 0; put a backslash before a special character that is mea
     return value
 
 
-def names(name: str, value: Any) -> Any:
+def names(
+    name: str, value: str | Iterable[str] | Callable[..., Any] | None
+) -> str | tuple[str, ...] | Callable[..., Any] | None:
     """Return a regex as a str, names as a tuple, and a function or None unchanged.
 
     In ``target_modules`` and ``exclude_modules`` a string is a regex and a function is accepted; in
@@ -185,23 +187,23 @@ def names(name: str, value: Any) -> Any:
         return value
     if isinstance(value, str) and selects:
         return regex(name, str.__str__(value))
-    try:
-        value = (value,) if isinstance(value, str) else value
-        result: Any = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
-    except TypeError:
-        result = (None,)
-    if isinstance(value, Mapping) or not all(isinstance(entry, str) and entry for entry in result):
+    several = (value,) if isinstance(value, str) else value
+    entries = None if isinstance(several, Mapping) or not isinstance(several, Iterable) else several
+    result = tuple(entries or ())
+    if entries is None or not all(isinstance(entry, str) and entry for entry in result):
         function = ", or a function" if selects else ""
         raise ValueError(
             f"`{name}={value!r}`: must be a list of names or a string{function}; use names such as "
             "['query', 'value']."
         )
+    if isinstance(entries, (set, frozenset)):
+        result = tuple(sorted(result))
     for entry in result if name == "layers_pattern" else ():
         regex(name, f"(?:{entry})")  # in a group, as it is used inside a longer regex
     return tuple(map(str.__str__, result))
 
 
-def indices(name: str, value: Any) -> int | tuple[int, ...] | None:
+def indices(name: str, value: int | Iterable[int] | None) -> int | tuple[int, ...] | None:
     """Return one index as an int, several as a tuple, and None unchanged. Sets are sorted.
 
     Raises:
@@ -212,14 +214,15 @@ def indices(name: str, value: Any) -> int | tuple[int, ...] | None:
     """
     if value is None:
         return None
-    many = isinstance(value, (list, tuple, set, frozenset, range))
-    result = tuple(integer(name, entry, minimum=0) for entry in (value if many else (value,)))
-    if isinstance(value, (set, frozenset)):
-        result = tuple(sorted(result))
-    return result if many else result[0]
+    if not isinstance(value, (list, tuple, set, frozenset, range)):
+        return integer(name, cast("int", value), minimum=0)
+    result = tuple(integer(name, entry, minimum=0) for entry in value)
+    return tuple(sorted(result)) if isinstance(value, (set, frozenset)) else result
 
 
-def rank_pattern(value: Any) -> tuple[tuple[str, Any], ...] | None:
+def rank_pattern(
+    value: Mapping[str, Any] | Iterable[tuple[str, Any]] | None,
+) -> tuple[tuple[str, Any], ...] | None:
     """Return ``{path: rank}`` or PEFT's ``{path: [True, False, ...]}`` as sorted, hashable pairs.
 
     A stack of layers has nested lists of booleans. An empty list is rank 0. None stays None.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -154,7 +154,7 @@ class TargetFunction(Protocol):
     True
     """
 
-    def __call__(self, path: str, module: Any, /) -> bool | RankSpec:
+    def __call__(self, path: str, module: object, /) -> bool | RankSpec:
         """Return whether the layer is selected.
 
         Args:

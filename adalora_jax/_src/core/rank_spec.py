@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from adalora_jax._src.core import checks
 
@@ -70,7 +70,9 @@ class LayerRank(NamedTuple):
     alpha: float
 
 
-def parse(value: Any, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
+def parse(
+    value: Mapping[str, Any] | Iterable[tuple[str, Any]] | None, init_r: int
+) -> tuple[tuple[str, RankSpec], ...] | None:
     """Return ``rank_overrides`` as pairs of pattern and :class:`RankSpec`, in the given order.
 
     Args:
@@ -87,10 +89,8 @@ def parse(value: Any, init_r: int) -> tuple[tuple[str, RankSpec], ...] | None:
     if value is None:
         return None
     try:
-        pairs = [
-            (str.__str__(pattern), spec)
-            for pattern, spec in (value.items() if isinstance(value, Mapping) else value)
-        ]
+        entries = value.items() if isinstance(value, Mapping) else value
+        pairs = [(str.__str__(cast("str", pattern)), spec) for pattern, spec in entries]
     except (TypeError, ValueError):
         raise ValueError(
             f"`rank_overrides={value!r}`: must map regexes or names of layers to a RankSpec, a "
@@ -125,7 +125,7 @@ def matches(pattern: str, path: str) -> bool:
     )
 
 
-def _as_spec(pattern: str, value: Any, init_r: int) -> RankSpec:
+def _as_spec(pattern: str, value: RankSpec | Mapping[str, Any] | int, init_r: int) -> RankSpec:
     fields = [field.name for field in dataclasses.fields(RankSpec)]
     if isinstance(value, Mapping) and (unknown := set(value) - set(fields)):
         raise ValueError(

@@ -152,7 +152,7 @@ def adalora(
 
     def update(
         updates: optax.Updates,
-        state: Any,  # AdaLoraOptState; optax types it as any pytree
+        state: PyTree,  # AdaLoraOptState; optax types it as any pytree
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:

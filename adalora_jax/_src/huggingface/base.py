@@ -163,7 +163,7 @@ def _without_abstract_mesh(place: _Place) -> _Place:
 
 
 def _layers(
-    model: Any,
+    model: Model,
     variables: Mapping[str, PyTree] | None,
     args: tuple[PyTree, ...],
     kwargs: Mapping[str, Any],
@@ -178,12 +178,16 @@ def _layers(
     """
     known: dict[str, layers.Layout] = {}
     if variables is None:
-        for path, candidate in nnx_candidates.candidates(model, of_adapted=True).items():
+        for path, candidate in nnx_candidates.candidates(
+            cast("Any", model), of_adapted=True
+        ).items():
             if layer := candidate.layer:
                 known[f"{path}/{layer.weight}".lstrip("/")] = layer
     elif args or kwargs:
         params = linen_layers.unboxed(variables)
-        for path, candidate in linen_layers.candidates(model, variables, args, kwargs).items():
+        for path, candidate in linen_layers.candidates(
+            cast("Any", model), variables, args, kwargs
+        ).items():
             if layer := candidate.layer:
                 known["/".join(pytree.weight_path(params, path, layer.weight))] = layer
     for pattern, equation in equations.items():
@@ -307,7 +311,7 @@ def _cast(
     return cast
 
 
-def _sharding(place: _Place, leaf: Any, mesh: Mesh | AbstractMesh | None) -> Sharding | None:
+def _sharding(place: _Place, leaf: PyTree, mesh: Mesh | AbstractMesh | None) -> Sharding | None:
     """Return the sharding of a parameter; None for the default device."""
     if isinstance(place, PartitionSpec) and mesh is not None:
         place = NamedSharding(mesh, place)

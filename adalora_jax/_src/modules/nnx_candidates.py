@@ -156,7 +156,7 @@ class _Marked(nnx.Module):
         return usage.mark_output(0, output)
 
 
-def _is_plain(module: nnx.Module, weight: Any) -> bool:
+def _is_plain(module: nnx.Module, weight: nnx.Variable) -> bool:
     """Return whether a layer is an unmodified Flax layer, with Flax's functions and variables."""
     cls = type(module)
     reading = ("get_value", "__getitem__", "__jax_array__")
@@ -229,7 +229,7 @@ def _attributes_read(cls: type) -> frozenset[str]:
     return frozenset(names)
 
 
-def _function(method: Any) -> Any:
+def _function(method: object) -> object:
     """Return the function in a method or a property, without its decorators."""
     method = getattr(method, "fget", None) or getattr(method, "__func__", method)
     return inspect.unwrap(method) if callable(method) else method

@@ -7,7 +7,7 @@ import copyreg
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -146,12 +146,12 @@ class _Call:
 _CALLS: contextvars.ContextVar[tuple[_Call, ...]] = contextvars.ContextVar("calls", default=())
 
 
-def weight_name(layer: Any) -> str:
+def weight_name(layer: nnx.Module) -> str:
     """Return the attribute name of an adapted layer's weight.
 
     Layers that share a weight share its adapter, whose layout has the name in the first layer.
     """
-    name = layer.adalora.layout.weight
+    name = cast("Any", layer).adalora.layout.weight
     return name if hasattr(layer, name) else layers.require_layer(layer_of(layer), layer).weight
 
 

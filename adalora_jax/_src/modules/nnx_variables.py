@@ -66,7 +66,7 @@ class SavedParam(nnx.LoRAParam):
         metadata = variable.get_metadata() | NO_EAGER_SHARDING | known
         return cls(jnp.array(value, accumulation_dtype(value.dtype)), **metadata)
 
-    def get_value(self, **index: Any) -> Any:
+    def get_value(self, **index: Any) -> PyTree:
         """Return the trained value, or, with an index, the indexed value in the base's dtype.
 
         Layers read ``self.kernel[...]`` and compute in the base's dtype. Flax's optimizers,
@@ -93,10 +93,10 @@ class SavedParam(nnx.LoRAParam):
         return self._computed(super().value)
 
     @value.setter
-    def value(self, value: Any) -> None:
+    def value(self, value: PyTree) -> None:
         self.set_value(value)
 
-    def _computed(self, value: Any) -> Any:
+    def _computed(self, value: PyTree) -> PyTree:
         dtype = self.get_metadata().get("base_dtype")
         return value.astype(dtype) if dtype is not None and hasattr(value, "astype") else value
 
@@ -168,7 +168,7 @@ def is_weight(value: object) -> bool:
     return packed or isinstance(value, nnx.Param) or is_qwix_weight(value)
 
 
-def sharded_variable(weight: Any) -> nnx.Variable:
+def sharded_variable(weight: PyTree) -> nnx.Variable:
     """Return the variable with a weight's sharding and metadata: for Qwix's, its integers."""
     return weight.array.qvalue if is_qwix_weight(weight) else weight
 

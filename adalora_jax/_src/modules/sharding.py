@@ -210,7 +210,7 @@ def mesh_of(placed: PyTree) -> Mesh | AbstractMesh | None:
         return mesh
 
 
-def _checked(path: str, given: Any, derived: Adapter) -> Adapter:
+def _checked(path: str, given: object, derived: Adapter) -> Adapter:
     def is_spec(leaf: object) -> bool:
         return isinstance(leaf, PartitionSpec)
 

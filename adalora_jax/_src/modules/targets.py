@@ -487,11 +487,11 @@ def _ranks(paths: Sequence[str], config: AdaLoraConfig) -> dict[str, int]:
                 f"`rank_pattern`: {name!r} is not an adapted layer; name one of the adapted "
                 f"layers: {', '.join(paths[:10])}."
             )
-        ranks |= dict.fromkeys(found, _rank(rank))
+        ranks |= dict.fromkeys(found, _rank(cast("Any", rank)))
     return ranks
 
 
-def _rank(rank: Any) -> int:
+def _rank(rank: int | tuple[Any, ...]) -> int:
     """Return the rank given as a number or as booleans; of a stack, the largest."""
     if isinstance(rank, int):
         return rank

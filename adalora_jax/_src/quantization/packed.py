@@ -229,13 +229,13 @@ class _Box(meta.AxisMetadata):
     def unbox(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.packed.shape, self.packed.dtype)
 
-    def replace_boxed(self, val: Any) -> Any:
+    def replace_boxed(self, val: PyTree) -> PyTree:
         return val
 
-    def add_axis(self, index: int, params: Any) -> _Box:
+    def add_axis(self, index: int, params: Mapping[str, Any]) -> _Box:
         return self
 
-    def remove_axis(self, index: int, params: Any) -> _Box:
+    def remove_axis(self, index: int, params: Mapping[str, Any]) -> _Box:
         return self
 
 
@@ -341,7 +341,7 @@ class PackedWeight(nnx.Variable):
         dense = value.dequantize()
         return dense[index["index"]] if "index" in index else dense
 
-    def set_value(self, value: Any, **index: Any) -> None:
+    def set_value(self, value: PyTree, **index: Any) -> None:
         """Replace the packed weight by another packed weight.
 
         Raises:

@@ -33,7 +33,7 @@ class QwixModelWeight(Packed):
       array: the same weight as a ``qwix.QArray`` of plain arrays.
     """
 
-    def __init__(self, qwix_weight: Any) -> None:
+    def __init__(self, qwix_weight: _compat.QwixWeight) -> None:
         self.qwix_weight = qwix_weight
         self.array: qwix.QArray = nnx_variables.pure(qwix_weight.array)
 
