@@ -32,7 +32,7 @@ from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree, leaf_name
 from adalora_jax._src.core.roles import group_by_role, stack
 from adalora_jax._src.core.text import shorten
-from adalora_jax._src.tensorfile import writing_to
+from adalora_jax._src.tensorfile import folder_path, writing_to
 from adalora_jax._src.version import __version__
 
 if TYPE_CHECKING:
@@ -320,9 +320,8 @@ def restore(
 
 
 def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    if not os.fspath(path):
-        raise ValueError("`path=''`: is empty; pass the path of a folder.")
-    return pathlib.Path(os.path.abspath(os.fspath(path)))  # orbax takes absolute paths only
+    # orbax takes absolute paths only.
+    return pathlib.Path(os.path.abspath(folder_path("path", path)))
 
 
 def _state(adapters: PyTree, opt_state: PyTree) -> dict[str, Any]:

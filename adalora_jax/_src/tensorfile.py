@@ -356,6 +356,20 @@ a folder in which files can be made.
         ) from error
 
 
+def folder_path(name: str, folder: str | os.PathLike[str]) -> Path:
+    """Return the argument ``name``, a folder, as a path.
+
+    Raises:
+      ValueError: it is empty, which would be the current folder.
+
+    >>> folder_path("directory", "adapters").name
+    'adapters'
+    """
+    if not os.fspath(folder):
+        raise ValueError(f"`{name}=''`: is empty; pass the path of a folder.")
+    return Path(folder)
+
+
 def sync(file: BinaryIO) -> None:
     """Wait until the file's data are on disk."""
     file.flush()

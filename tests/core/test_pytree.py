@@ -51,6 +51,14 @@ def test_results_do_not_depend_on_container():
     toy_problem.assert_same_bits({name: a._asdict() for name, a in first.items()}, second)
 
 
+def test_adapters_of_nnx_model_raise():
+    config = CONFIG.replace(target_modules="all-linear")
+    model = al.nnx.adapt(nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), config)
+    with pytest.raises(TypeError, match=r"`tree=Sequential`: is an NNX model.*nnx\.adapters"):
+        al.adapters(model)
+    assert list(al.adapters(nnx.state(model))) == ["layers/0"]
+
+
 def test_two_adapters_of_one_path_raise():
     adapter = al.Adapter(np.ones((2, 3)), np.ones(2), np.ones((2, 4)))
     with pytest.raises(

@@ -163,6 +163,11 @@ def test_all_mismatches_are_reported_in_one_error(tmp_path):
         assert len(said) < 3000
 
 
+def test_empty_directory_raises():
+    with pytest.raises(ValueError, match="`directory=''`: is empty"):
+        peft.load_base("", nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
 def test_wrong_checkpoint_raises_and_heads_are_not_tied_by_guess(tmp_path):
     write(tmp_path / "bert", hf_numpy.bert_tensors(SIZES))
     model = Llama(SIZES)

@@ -115,6 +115,9 @@ def test_output_directory_must_be_empty_and_outside_base(tmp_path):
     (tmp_path / "there" / "file").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
         peft.merge_pretrained(ADAPTERS, base, tmp_path / "there", **OPTIONS)
+    for base_directory, out_directory in (("", tmp_path / "out"), (base, "")):
+        with pytest.raises(ValueError, match="_directory=''`: is empty"):
+            peft.merge_pretrained(ADAPTERS, base_directory, out_directory, **OPTIONS)
     with pytest.raises(ValueError, match="is inside the base's folder"):
         peft.merge_pretrained(ADAPTERS, base, base / "merged", **OPTIONS)
     assert (tmp_path / "there" / "file").read_text() == "mine"

@@ -285,6 +285,8 @@ def test_mismatched_checkpoint_raises(checkpoint, tmp_path_factory):
         load(names={"out": "model.q_proj"})
     with pytest.raises(TypeError, match="linen module with its variables"):
         quantization.load_gptq(checkpoint, model)
+    with pytest.raises(ValueError, match="`directory=''`: is empty"):
+        quantization.load_gptq("", model, variables)
     with pytest.raises(ValueError, match="`/nope`: is not a folder"):
         quantization.load_gptq("/nope", nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="0 safetensors files and no qweight"):

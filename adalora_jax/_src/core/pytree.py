@@ -175,6 +175,7 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
       ``""``.
 
     Raises:
+      TypeError: ``tree`` is an adapted NNX model; ``nnx.adapters`` reads it.
       ValueError: the shapes of an adapter are inconsistent, only some of p, lam and q are masked
         out by optax, or two adapters have the same path.
 
@@ -188,6 +189,11 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
     result: dict[str, Adapter] = {}
     for path, node in _nodes(tree)[0]:
         adapter = _as_adapter(node, path, is_variable if variables else None)
+        if tree_util.GetAttrKey(ADAPTER_KEY) in path:
+            raise TypeError(
+                f"`tree={type(tree).__name__}`: is an NNX model, not a tree of adapters; call "
+                "adalora_jax.nnx.adapters(model), or pass nnx.state(model)."
+            )
         if adapter is None:
             continue
         name = path_name(path)

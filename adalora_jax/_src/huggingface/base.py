@@ -31,7 +31,7 @@ from adalora_jax._src.modules import (
     sharding,
 )
 from adalora_jax._src.modules.params import Model, by_path, parameters_of
-from adalora_jax._src.tensorfile import TensorFile, resolve_within
+from adalora_jax._src.tensorfile import TensorFile, folder_path, resolve_within
 
 Allowed: TypeAlias = bool | str | Sequence[str]
 _Place: TypeAlias = NamedSharding | PartitionSpec | None
@@ -94,18 +94,17 @@ def load_base(
         ``equations`` matches no parameter; or a number overflows ``dtype``.
 
     >>> import flax.linen as nn, pathlib, tempfile
-    >>> from adalora_jax._src.tensorfile import atomic_write, save_tensors
+    >>> from safetensors.numpy import save_file
     >>> model, x = nn.Sequential([nn.Dense(2)]), jnp.ones((1, 3))
     >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     >>> tensors = {"up.weight": np.arange(6.0).reshape(2, 3), "up.bias": np.ones(2)}
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with atomic_write(pathlib.Path(folder, "model.safetensors")) as file:
-    ...         save_tensors(file, tensors)
+    ...     save_file(tensors, pathlib.Path(folder, "model.safetensors"))
     ...     variables = load_base(folder, model, shapes, names={"layers_0": "up"})
     >>> model.apply(variables, x)
     Array([[ 4., 13.]], dtype=float32)
     """
-    path = Path(directory)
+    path = folder_path("directory", directory)
     single = path.suffix == ".safetensors" and path.is_file()
     weights = read_weights(path.parent, path.name) if single else read_weights(path)
     source = ParamSource(weights, as_names(names))

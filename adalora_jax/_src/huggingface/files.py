@@ -22,6 +22,7 @@ from adalora_jax._src.tensorfile import (
     TensorFile,
     atomic_write,
     digest,
+    folder_path,
     leftovers,
     read_json,
     resolve_within,
@@ -101,7 +102,7 @@ def read_adapter(directory: str | os.PathLike[str], revision: str | None = None)
       ValueError: a file is damaged or malicious, contradicts the other one, or uses an unsupported
         option (the message names the file).
     """
-    folder = _folder(directory)
+    folder = folder_path("directory", directory)
     if isinstance(directory, str) and _HUB_ID.fullmatch(directory) and not os.path.lexists(folder):
         folder = _download(directory, revision)
     if not folder.is_dir():
@@ -159,12 +160,6 @@ def read_adapter(directory: str | os.PathLike[str], revision: str | None = None)
         raise ValueError(f"`{folder}`: {error}") from None
 
 
-def _folder(directory: str | os.PathLike[str]) -> Path:
-    if not os.fspath(directory):
-        raise ValueError("`directory=''`: is empty; pass the path of a folder.")
-    return Path(directory)
-
-
 def _download(name: str, revision: str | None) -> Path:
     """Return the folder in the cache with an adapter's two files from the Hub.
 
@@ -212,7 +207,7 @@ def write_adapter(
       ValueError: the config is too large, or a tensor has an unsupported dtype.
       OSError: the folder cannot be written.
     """
-    folder = _folder(directory)
+    folder = folder_path("directory", directory)
     # Only the top level is sorted: the order of a pattern's keys is significant.
     text = json.dumps(dict(sorted(settings.items())), indent=2, allow_nan=False) + "\n"
     if len(text) > MAX_JSON:

@@ -29,6 +29,7 @@ from adalora_jax._src.tensorfile import (
     TensorFile,
     atomic_directory,
     atomic_write,
+    folder_path,
     open_regular,
     resolve_within,
     spec_of,
@@ -96,16 +97,15 @@ def merge_pretrained(
 
     >>> import pathlib, tempfile
     >>> from adalora_jax import Adapter
-    >>> from adalora_jax._src.tensorfile import TensorFile, atomic_write, save_tensors
+    >>> from safetensors.numpy import load_file, save_file
     >>> adapter = Adapter(np.ones((4, 2)), np.ones(4), np.ones((4, 3)))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     base, out = pathlib.Path(folder, "base"), pathlib.Path(folder, "out")
     ...     base.mkdir()
-    ...     with atomic_write(base / "model.safetensors") as file:
-    ...         save_tensors(file, {"query.weight": np.zeros((2, 3), np.float32)})
+    ...     weights = {"query.weight": np.zeros((2, 3), np.float32)}
+    ...     save_file(weights, base / "model.safetensors")
     ...     merge_pretrained({"query": adapter}, base, out)
-    ...     with TensorFile(out / "model.safetensors") as file:
-    ...         print(file.read("query.weight")[0])
+    ...     print(load_file(out / "model.safetensors")["query.weight"][0])
     [4. 4. 4.]
     """
     if config is not None:
@@ -123,7 +123,8 @@ def merge_pretrained(
         matrices, saved, scale = file.matrices, file.saved, file.config.scaling
         conv1d = set(matrices) if file.config.fan_in_fan_out else set()
         tied = bool(tied)  # PEFT does not change the head.
-    base, out = read_weights(Path(base_directory)), Path(out_directory)
+    base = read_weights(folder_path("base_directory", base_directory))
+    out = folder_path("out_directory", out_directory)
     if out.resolve().is_relative_to(base.folder.resolve()):
         raise ValueError(
             f"`out_directory={str(out)!r}`: is inside the base's folder; name another folder."

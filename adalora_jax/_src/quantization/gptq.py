@@ -37,7 +37,7 @@ from adalora_jax._src.modules import nnx_variables
 from adalora_jax._src.modules.params import Model, parameters_of, replaced
 from adalora_jax._src.quantization import packed
 from adalora_jax._src.quantization.packed import Packed
-from adalora_jax._src.tensorfile import FLOATS, TensorFile
+from adalora_jax._src.tensorfile import FLOATS, TensorFile, folder_path
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 _FORMATS = ("gptq", "gptq_v2")
@@ -220,7 +220,7 @@ def read_gptq(
       ValueError: ``directory`` is not a folder; the checkpoint has no GPTQ layer or uses another
         quantisation method; or a layer lacks a tensor or has inconsistent ones.
     """
-    directory = pathlib.Path(directory)
+    directory = folder_path("directory", directory)
     if not directory.is_dir():
         raise ValueError(f"`{directory}`: is not a folder; pass the folder of a GPTQ checkpoint.")
     files = sorted(directory.glob("*.safetensors"))
