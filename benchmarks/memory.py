@@ -40,7 +40,7 @@ def _is_key(leaf):
 
 def of_jax(name: str, shape: Shape, dropout: float) -> dict[str, int]:
     peer, arguments = peers.abstract(name, shape, peers.RANK, dropout)
-    program, _, _ = peers.compiled(peer, arguments)
+    program = peers.jitted(peer).lower(*arguments).compile()
     _, trainable, opt, *_ = arguments
     memory = program.memory_analysis()
     adapters = 0 if name in ("frozen", "full") else size(trainable)

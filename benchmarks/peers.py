@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,15 +60,6 @@ def jitted(peer: Peer) -> Any:
         return optax.apply_updates(trainable, updates), opt, key, loss
 
     return jax.jit(step, donate_argnums=(1, 2, 3))
-
-
-def compiled(peer: Peer, arguments: tuple[Any, ...]) -> tuple[Any, float, float]:
-    """Return the peer's step, compiled for arrays or shapes, and seconds to trace and compile."""
-    start = time.perf_counter()
-    lowered = jitted(peer).lower(*arguments)
-    traced = time.perf_counter()
-    program = lowered.compile()
-    return program, traced - start, time.perf_counter() - traced
 
 
 def build(name: str, shape: Shape, rank: int = RANK, dropout: float = 0.0) -> Any:

@@ -20,7 +20,6 @@ from benchmarks import (  # noqa: E402
     __main__,
     allocator,
     backends,
-    compile_time,
     compiled,
     memory,
     networks,
@@ -134,14 +133,7 @@ def test_memory_is_computed_from_shapes():
     assert "| adalora_jax: AdaLoRA | " in memory.table(found, {"qwix": "not installed"})
 
 
-def test_compile_time_and_scaling_report_their_cases():
-    seconds = {
-        "adalora": {"trace": [1.0], "compile": [2.0]},
-        "lora": {"trace": [1], "compile": [1]},
-    }
-    rows = [{"depth": 6, "form": "unrolled", "seconds": seconds}]
-    assert compile_time.ratios(rows).endswith("| 6 | unrolled | 1.50 |")
-    assert compile_time.table(rows, "compile").endswith("| 6 | unrolled | 2.00 | 1.00 |")
+def test_scaling_reports_its_cases():
     shape, rank = scaling.at("adapters per layer", 2, SHAPES["bert"])
     assert (shape.adapted, rank) == (("query", "value"), peers.RANK)
     assert scaling.at("rank", 4, shape) == (shape, 4)
@@ -200,7 +192,7 @@ def test_benchmarks_command_lists_all_scripts():
     command = [sys.executable, "-m", "benchmarks"]
     options = {"capture_output": True, "text": True, "cwd": ROOT}
     told = subprocess.run([*command, "--help"], check=True, **options).stdout
-    for name in ("compile_time", "memory", "merging", "planning", "quantized", "scaling"):
+    for name in ("compiled", "memory", "merging", "planning", "quantized", "scaling"):
         assert name in told
     for name in ("networks", "peers", "timing", "results", "__main__"):  # modules without a command
         assert name not in told
@@ -253,7 +245,6 @@ def test_imports_of_benchmarks_are_acyclic():
         ),
         ("allocator", "--case bert --rounds 1"),
         ("memory", "--model bert --depth 1"),
-        ("compile_time", "--depth 1 2 --repeats 1"),
         ("scaling", "--width 32 --rounds 1 --axis rank"),
         ("breakdown", "--model bert --depth 1 --rounds 1"),
     ],
