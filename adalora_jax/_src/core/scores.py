@@ -98,7 +98,17 @@ def triplet_mean(element_scores: Adapter) -> Float[Array, "*stack r"]:
     Array([3., 3.], dtype=float32)
     """
     p, lam, q = element_scores
-    return lam + jnp.mean(p, axis=-1) + jnp.mean(q, axis=-1)
+    return lam + _mean(p) + _mean(q)
+
+
+def _mean(elements: Float32[Array, "*stack r n"]) -> Float32[Array, "*stack r"]:
+    """Return the mean over the last axis.
+
+    XLA's kernels for CPUs that reduce an array with an axis of one entry take some ten times as
+    long, so such axes are removed before.
+    """
+    ones = tuple(axis for axis, size in enumerate(elements.shape[:-1]) if size == 1)
+    return jnp.expand_dims(jnp.mean(jnp.squeeze(elements, ones), axis=-1), ones)
 
 
 def representable(of_lam: Float32[Array, ""]) -> Float32[Array, ""]:
