@@ -9,7 +9,11 @@ from typing import Any
 
 from jaxtyping import Array, Shaped
 
+from adalora_jax._src.core import equations
+
 KINDS = ("dense", "general", "einsum", "embed", "conv", "weight", "unknown")
+# The default axes. Axes that are these objects were not given, so an equation determines them.
+_INS, _OUTS, _STACK = (0,), (1,), ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +36,39 @@ class Layout:
         known.
       note: str: the reason why an increment cannot be added to this weight; empty (default) where
         it can.
+      equation: str: the layer's einsum, such as ``"...d,df->...f"``, with the weight second. It
+        determines ``ins``, ``outs`` and ``stack``, and makes the layout's kind ``"einsum"``. A
+        label in both operands and in the output, such as that of experts, is a stack axis. Empty
+        (default): not given.
 
     Raises:
-      ValueError: ``kind`` is unknown; or ``ins``, ``outs`` and ``stack`` do not name every axis
-        once, or ``ins`` or ``outs`` is empty.
+      ValueError: ``kind`` is unknown; ``ins``, ``outs`` and ``stack`` do not name every axis
+        once, or ``ins`` or ``outs`` is empty; ``equation`` does not determine the axes, or axes
+        or a kind that contradict it are given; or ``weight`` is empty.
 
+    >>> Layout("w", equation="ecd,edf->ecf").stack
+    (0,)
     >>> Layout("kernel", ins=(0, 1), outs=(2,), kind="conv", shape=(3, 2, 4)).matrix((3, 2, 4))
     ((), 6, 4)
     """
 
     weight: str = "kernel"
-    ins: tuple[int, ...] = (0,)
-    outs: tuple[int, ...] = (1,)
-    stack: tuple[int, ...] = ()
+    ins: tuple[int, ...] = _INS
+    outs: tuple[int, ...] = _OUTS
+    stack: tuple[int, ...] = _STACK
     kind: str = "dense"
     shape: tuple[int, ...] | None = None
     note: str = ""
+    equation: str = ""
 
     def __post_init__(self) -> None:
+        if not self.weight:
+            raise ValueError(
+                f"`weight={self.weight!r}`: is not the name of a parameter; name the one that the "
+                "layer multiplies with."
+            )
+        if self.equation:
+            self._set_axes()
         if self.kind not in KINDS:
             raise ValueError(
                 f"`kind={self.kind!r}`: must be one of {', '.join(KINDS)}; pass one of these."
@@ -65,6 +84,28 @@ class Layout:
             )
         if self.shape is not None:
             object.__setattr__(self, "shape", tuple(self.shape))
+
+    def _set_axes(self) -> None:
+        """Set axes and kind to those of the equation."""
+        if problem := equations.problem_of(self.equation):
+            raise ValueError(
+                f"`equation={self.equation!r}`: {problem}; write the product as one sum over axes "
+                "of input and weight, such as '...d,df->...f', with the weight second."
+            )
+        axes = dict(zip(("stack", "ins", "outs"), equations.weight_axes(self.equation) or ()))
+        for name, default in (("stack", _STACK), ("ins", _INS), ("outs", _OUTS)):
+            given = getattr(self, name)
+            if given is not default and tuple(given) != axes[name]:
+                raise ValueError(
+                    f"`{name}={given}`: contradicts equation={self.equation!r}, which has "
+                    f"{axes[name]}; leave {name} out."
+                )
+            object.__setattr__(self, name, axes[name])
+        if self.kind not in ("dense", "einsum"):
+            raise ValueError(
+                f"`kind={self.kind!r}`: contradicts equation={self.equation!r}; leave kind out."
+            )
+        object.__setattr__(self, "kind", "einsum")
 
     @property
     def ndim(self) -> int:
@@ -192,7 +233,8 @@ class Layout:
         def is_axes(value: object) -> bool:
             return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
-        texts = ("weight", "kind", "note")
+        values = {"equation": "", **values}
+        texts = ("weight", "kind", "note", "equation")
         well_formed = set(values) == fields and all(
             isinstance(value, str)
             if name in texts
@@ -213,30 +255,3 @@ class Layout:
 
     def _split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return tuple(shape[: len(shape) - self.ndim]), tuple(shape[len(shape) - self.ndim :])
-
-
-def declared(layers: Mapping[type, Layout] | None) -> dict[type, Layout] | None:
-    """Return the layouts that a user declared for custom layer classes, checked; None for None.
-
-    Raises:
-      ValueError: ``layers`` is not ``{class: Layout}``, or a layout has stack axes, a shape, or a
-        kind other than ``"dense"`` and ``"embed"``, which need no attributes of Flax's layers.
-
-    >>> declared(None) is None
-    True
-    """
-    if layers is None:
-        return None
-    for cls, layout in dict(layers).items():
-        if not isinstance(cls, type) or not isinstance(layout, Layout):
-            raise ValueError(
-                f"`layers={{{cls!r}: {layout!r}}}`: must map a class to a Layout; pass "
-                "{class: Layout(...)}."
-            )
-        if layout.kind not in ("dense", "embed") or layout.stack or layout.shape is not None:
-            raise ValueError(
-                f"`layers={{{cls.__name__}: {layout!r}}}`: is not the Layout of a layer that can "
-                "be declared; pass one of kind 'dense' (y = x W over the last axes of x) or "
-                "'embed', without stack axes and shape."
-            )
-    return dict(layers)

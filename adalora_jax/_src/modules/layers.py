@@ -56,7 +56,7 @@ def layer_of(
 
     >>> from flax import linen
     >>> layer_of(linen.DenseGeneral((2, 3), axis=(-2, -1)), {"kernel": 4})
-    Layout(weight='kernel', ins=(0, 1), outs=(2, 3), stack=(), kind='general', shape=None, note='')
+    Layout(weight='kernel', ins=(0, 1), outs=(2, 3), stack=(), kind='general', shape=None, note='', equation='')
     """
     kind = _kind(module)
     if kind in ("dense", "weight"):
@@ -321,7 +321,8 @@ def weight_scale(layer: Layout, module: object) -> float:
     Gemma's einsum modules store it as ``w_scale``. An increment ΔW of their weight changes the
     layer by ``w_scale · ΔW``, merged or not.
     """
-    scale = getattr(module, "w_scale", None) if layer.kind == "einsum" else None
+    own = layer.kind == "einsum" and not layer.equation  # a declared product has no factor
+    scale = getattr(module, "w_scale", None) if own else None
     return scale if isinstance(scale, (int, float)) else 1.0
 
 

@@ -23,11 +23,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
-from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers, sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
+from adalora_jax._src.modules.foreign import Declarations, declared
 from adalora_jax._src.modules.linen_interceptor import (
     BoundAdapter,
     adapter_interceptor,
@@ -63,7 +63,7 @@ class AdaptedModule:
     module: nn.Module
     config: AdaLoraConfig
     rules: sharding.Rules | None = dataclasses.field(default=None, hash=False)
-    layers: Mapping[type, Layout] | None = dataclasses.field(default=None, hash=False)
+    layers: Declarations | None = dataclasses.field(default=None, hash=False)
     # Computes the adapter output, with the arguments of layers.adapter_output.
     _adapter_output: Callable[..., jax.Array] = dataclasses.field(
         default_factory=lambda: layers.adapter_output, repr=False
@@ -428,7 +428,7 @@ def adapt(
     config: AdaLoraConfig,
     *,
     rules: sharding.Rules | None = None,
-    layers: Mapping[type, Layout] | None = None,
+    layers: Declarations | None = None,
 ) -> AdaptedModule:
     """Add AdaLoRA adapters to a linen model without changing its code, class or parameters.
 

@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
-from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.modules import sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
+from adalora_jax._src.modules.foreign import Declarations, declared, layout_of
 from adalora_jax._src.modules.nnx_candidates import candidates
 from adalora_jax._src.modules.nnx_layers import Adaptation, adapted_class
 from adalora_jax._src.modules.nnx_variables import (
@@ -38,7 +38,7 @@ def adapt(
     rngs: nnx.Rngs | jax.Array | int = 0,
     *,
     rules: sharding.Rules | None = None,
-    layers: Mapping[type, Layout] | None = None,
+    layers: Declarations | None = None,
 ) -> _Model:
     """Return a copy of ``model`` with AdaLoRA adapters in the layers that ``config`` selects.
 
@@ -104,14 +104,14 @@ def adapt(
         module = by_path[path]
         stack = target.layer.matrix(target.shape)[0][: len(target.shape) - target.layer.ndim]
         dropout = _dropout(config, rngs, stack)
-        is_declared = bool(layers) and type(module) in layers
+        is_declared = layout_of(module, layers) is not None
         module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, is_declared)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
         _compat.set_class(module, adapted_class(type(module), is_declared))
     for path, owner in tied.items():
         module = by_path[path]
         module.adalora = by_path[owner].adalora
-        is_declared = bool(layers) and type(module) in layers
+        is_declared = layout_of(module, layers) is not None
         _compat.set_class(module, adapted_class(type(module), is_declared))
     _save(adapted, config)
     return adapted
@@ -192,7 +192,7 @@ def _checked_rngs(rngs: nnx.Rngs | jax.Array | int, config: AdaLoraConfig) -> nn
 
 
 def _candidates(
-    model: nnx.Module, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
+    model: nnx.Module, config: AdaLoraConfig, layers: Declarations | None = None
 ) -> dict[str, Candidate]:
     found = candidates(model, layers=layers)
     check_config(config)
@@ -200,7 +200,7 @@ def _candidates(
 
 
 def _chosen(
-    model: nnx.Module, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
+    model: nnx.Module, config: AdaLoraConfig, layers: Declarations | None = None
 ) -> tuple[dict[str, targets.Target], dict[str, str]]:
     """Return the adapted layers, and ``{path: path}`` from other layers to the one they share with.
 
