@@ -13,8 +13,7 @@ from typing import Any
 import jax
 
 from adalora_jax._src.core.adapter import Adapter, dense_output, keys_of
-from adalora_jax._src.core.equations import operands, weight_axes
-from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.layout import Layout, operands
 
 
 def labels_of(

@@ -171,7 +171,8 @@ def problem_with(
     try:
         closed = jax.make_jaxpr(run)(variables, arguments)
     except Exception as error:  # another project's class may raise any error
-        return f"{RAISES}{type(error).__name__}: {str(error).strip().rstrip('.')}"
+        lines = str(error).strip().splitlines()
+        return f"{RAISES}{type(error).__name__}: {' '.join(lines[:1]).rstrip('.')}"
     x = len(jax.tree.leaves(variables))
     jaxpr: core.Jaxpr = closed.jaxpr
     labels = einsum.labels_of_call(

@@ -15,8 +15,8 @@ from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules import einsum, foreign, usage
+from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules.candidates import UNKNOWN_USE, Candidate, with_use
 from adalora_jax._src.modules.nnx_layers import (
     DECLARE,
