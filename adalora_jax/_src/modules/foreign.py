@@ -148,6 +148,25 @@ def declaration_of(layout: Layout | str | None) -> str:
     return f"Layout({layout.weight!r}, ins={layout.ins}, outs={layout.outs}{kind})"
 
 
+def example(cls: type, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the declaration of a class with one weight of two or more axes; empty for others.
+
+    Args:
+      cls: the class of a layer.
+      shapes: shapes of its parameters.
+
+    >>> from flax import nnx
+    >>> example(nnx.Linear, {"w": (3, 4), "b": (4,)})
+    "layers={Linear: Layout('w', equation='...a,ab->...b')}"
+    """
+    weights = [name for name, shape in shapes.items() if len(shape) >= 2]
+    if len(weights) != 1:
+        return ""
+    ws = string.ascii_lowercase[: len(shapes[weights[0]])]
+    layout = Layout(weights[0], equation=f"...{ws[0]},{ws}->...{ws[1:]}")
+    return f"layers={{{cls.__name__}: {declaration_of(layout)}}}"
+
+
 def problem_with(
     layer: Layout,
     method: str,

@@ -22,7 +22,7 @@ from adalora_jax._src.core.adapter import (
     known_scale,
     seed_of,
 )
-from adalora_jax._src.core.layout import Layout, weight_axes
+from adalora_jax._src.core.layout import Layout, operands, weight_axes
 from adalora_jax._src.core.low_rank import accumulation_dtype, apply_dropout, linear_with_dropout
 from adalora_jax._src.modules import einsum
 

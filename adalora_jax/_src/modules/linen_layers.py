@@ -67,6 +67,8 @@ def candidates(
     if changed:  # are parameters next to the weight, such as an adapter, changed as well?
         _, probes, _ = _traced(module, variables, args, kwargs, declared, probed=True)
         changed = {place for place in changed if (p := probes.get(place)) and p.transformed}
+    called = [c.module for in_scope in found.values() for c in in_scope.values()]
+    foreign.check_names(declared or {}, called)
     result = {}
     for path, in_scope in found.items():
         for weight, candidate in in_scope.items():
@@ -140,7 +142,10 @@ def _traced(
         dropout = "dropout" in module.scope.rngs
         wrapper = next((type(m).__name__ for m in active if isinstance(m, _WRAPPERS)), "")
         candidate = Candidate(
-            *(module, layer, shape or (), cannot_adapt), dropout=dropout, wrapper=wrapper
+            *(module, layer, shape or (), cannot_adapt),
+            dropout=dropout,
+            wrapper=wrapper,
+            declaration="" if layer else _declaration(module),
         )
         in_scope = found.setdefault("/".join(module.path), {})
         in_scope.setdefault(layer.weight if layer else None, candidate)
@@ -233,6 +238,13 @@ def _problem(
     return foreign.require_product(problem, module, "/".join(module.path), declared)
 
 
+def _declaration(module: nn.Module) -> str:
+    params = _without_adapters(unfreeze(module.variables.get("params", {})))
+    params = meta.unbox({n: p for n, p in params.items() if not isinstance(p, Mapping)})
+    shapes = {n: p.shape for n, p in params.items() if hasattr(p, "shape")}
+    return foreign.example(type(module), shapes)
+
+
 def problem_with_call(
     module: nn.Module, layer: Layout, method: str, args: tuple, kwargs: Mapping[str, Any]
 ) -> str:
@@ -248,12 +260,10 @@ def problem_with_call(
     free, variables = module.unbind()
     variables = {**variables, "params": _without_adapters(variables.get("params", {}))}
     weight = meta.unbox(variables["params"].get(layer.weight))
-    if weight is None or pytree.is_packed(weight):
-        return (
-            f"its {layer.weight!r} is quantised"
-            if weight is not None
-            else (f"it has no parameter {layer.weight!r}")
-        )
+    if weight is None:
+        return f"it has no parameter {layer.weight!r}"
+    if pytree.is_packed(weight):
+        return f"its {layer.weight!r} is quantised"
     leaves = tree_flatten_with_path(variables)[0]
     keys = [tuple(key.key for key in path if isinstance(key, DictKey)) for path, _ in leaves]
     flat, treedef = jax.tree.flatten((args, dict(kwargs)))

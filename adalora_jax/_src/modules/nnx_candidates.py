@@ -28,7 +28,7 @@ from adalora_jax._src.modules.nnx_layers import (
     layer_of,
     problem_with_call,
 )
-from adalora_jax._src.modules.nnx_variables import check_module, modules
+from adalora_jax._src.modules.nnx_variables import check_module, is_weight, modules
 
 
 def candidates(
@@ -51,6 +51,7 @@ def candidates(
         have the parameter that its layout names.
     """
     check_module(model)
+    foreign.check_names(layers or {}, (module for _, module in modules(model)))
     found: dict[str, Candidate] = {}
     reasons, reading = _rewritten(model), _readers(model)
     for path, module in modules(model):
@@ -76,6 +77,10 @@ def candidates(
             elif layer and not reason:
                 reason = _unreached(base_class(type(module)))
             candidate = Candidate(module, layer, shape, reason)
+            if layer is None:
+                weights = {n: v.shape for n, v in vars(module).items() if is_weight(v)}
+                example = foreign.example(type(module), weights)
+                candidate = candidate._replace(declaration=example)
             traced = layer and not reason and not known and not of_adapted
             use = _use_of(module, layer) if layer and traced else None
             if layer and use:

@@ -120,7 +120,7 @@ class _Walk:
         def read(v: core.Var | core.Literal) -> _Value | None:
             return None if isinstance(v, core.Literal) else values.get(v)
 
-        for eqn in jaxpr.eqns:
+        for eqn in _needed(jaxpr):
             inputs = [read(v) for v in eqn.invars]
             if any(inputs):
                 values.update(zip(eqn.outvars, self.equation(eqn, inputs)))
@@ -230,6 +230,17 @@ class _Walk:
         ndim = len(eqn.outvars[0].aval.shape)
         dims = tuple(next(inner if i in numbers.offset_dims else outer) for i in range(ndim))
         return _Value("y", dims)
+
+
+def _needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    """Return the operations on which the outputs of a program depend, in order."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    kept: list[core.JaxprEqn] = []
+    for eqn in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            needed |= {v for v in eqn.invars if not isinstance(v, core.Literal)}
+            kept.append(eqn)
+    return kept[::-1]
 
 
 def _keeps_floats(eqn: core.JaxprEqn) -> bool:
