@@ -91,15 +91,15 @@ class Layout:
                 f"`equation={self.equation!r}`: {problem}; write the product as one sum over axes "
                 "of input and weight, such as '...d,df->...f', with the weight second."
             )
-        axes = dict(zip(("stack", "ins", "outs"), weight_axes(self.equation) or ()))
-        for name, default in (("stack", _STACK), ("ins", _INS), ("outs", _OUTS)):
+        defaults = {"stack": _STACK, "ins": _INS, "outs": _OUTS}
+        for name, axes in zip(defaults, weight_axes(self.equation) or ()):
             given = getattr(self, name)
-            if given is not default and tuple(given) != axes[name]:
+            if given is not defaults[name] and tuple(given) != axes:
                 raise ValueError(
-                    f"`{name}={given}`: contradicts equation={self.equation!r}, which has "
-                    f"{axes[name]}; leave {name} out."
+                    f"`{name}={given}`: contradicts equation={self.equation!r}, which has {axes}; "
+                    f"leave {name} out."
                 )
-            object.__setattr__(self, name, axes[name])
+            object.__setattr__(self, name, axes)
         if self.kind not in ("dense", "einsum"):
             raise ValueError(
                 f"`kind={self.kind!r}`: contradicts equation={self.equation!r}; leave kind out."

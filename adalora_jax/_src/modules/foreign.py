@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax
-from jax.extend import core
 
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
@@ -193,15 +192,10 @@ def problem_with(
         lines = str(error).strip().splitlines()
         return f"{RAISES}{type(error).__name__}: {' '.join(lines[:1]).rstrip('.')}"
     x = len(jax.tree.leaves(variables))
-    jaxpr: core.Jaxpr = closed.jaxpr
     labels = einsum.labels_of_call(
-        layer, len(jaxpr.invars[x].aval.shape), attend=method == "attend"
+        layer, jax.tree.leaves(arguments)[0].ndim, attend=method == "attend"
     )
-    if len(jaxpr.invars[weight].aval.shape) != len(labels[1]):
-        return f"its weight has {len(jaxpr.invars[weight].aval.shape)} axes"
-    if len(jaxpr.invars[x].aval.shape) != len(labels[0]):
-        return f"its input has {len(jaxpr.invars[x].aval.shape)} axes"
-    return products.problem_with(jaxpr, weight, x, labels)
+    return products.problem_with(closed.jaxpr, weight, x, labels)
 
 
 def _qualified(cls: type) -> str:

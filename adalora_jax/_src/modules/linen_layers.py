@@ -227,8 +227,10 @@ def _problem(
       ValueError: the layer does not compute what the user declared.
     """
     layer = foreign.layout_of(module, declared)
-    if not isinstance(layer, Layout) or declared is None:
-        return layer or ""
+    if layer is None or declared is None:
+        return ""
+    if isinstance(layer, str):
+        return layer
     problem = problem_with_call(module, layer, method, args, kwargs)
     if layer.kind == "embed" and method != "attend" and hasattr(module, "attend"):
         weight = unboxed(module.variables).get(layer.weight)
@@ -239,9 +241,9 @@ def _problem(
 
 
 def _declaration(module: nn.Module) -> str:
-    params = _without_adapters(unfreeze(module.variables.get("params", {})))
-    params = meta.unbox({n: p for n, p in params.items() if not isinstance(p, Mapping)})
-    shapes = {n: p.shape for n, p in params.items() if hasattr(p, "shape")}
+    """Return an example of the declaration of a module with one weight, see foreign.example."""
+    params = meta.unbox(_without_adapters(dict(module.variables.get("params", {}))))
+    shapes = {name: leaf.shape for name, leaf in params.items() if hasattr(leaf, "shape")}
     return foreign.example(type(module), shapes)
 
 

@@ -71,7 +71,8 @@ def candidates(
             )
         shape = tuple(getattr(module, layer.weight).shape) if layer else ()
         if layer is None or len(shape) >= layer.ndim or known:
-            reason = reasons.get(path, "") if layer else known or ""
+            reason = known if isinstance(known, str) else reasons.get(path, "")
+            reason = reason if layer or known else ""
             if layer and known and layers is not None:
                 reason = reason or _problem(module, layer, path, layers)
             elif layer and not reason:

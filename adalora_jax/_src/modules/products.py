@@ -69,10 +69,13 @@ def problem_with(jaxpr: core.Jaxpr, weight: int, x: int, labels: tuple[str, str,
       labels: the labels of input, weight and output of the product. A label of the weight that
         the others lack is that of the rows which x numbers.
     """
+    for name, place, axes in (("input", x, labels[0]), ("weight", weight, labels[1])):
+        if len(shape := _aval(jaxpr.invars[place]).shape) != len(axes):
+            return f"its {name} has {len(shape)} axes"
     sizes = {
         (kind, axis): size
         for kind, place in (("x", x), ("w", weight))
-        for axis, size in enumerate(jaxpr.invars[place].aval.shape)
+        for axis, size in enumerate(_aval(jaxpr.invars[place]).shape)
     }
 
     def dim(axis: _Axis) -> _Dim:
@@ -133,7 +136,7 @@ class _Walk:
           _NotTheProduct: the operation does something else to the weight or to the product.
         """
         primitive, params = eqn.primitive.name, eqn.params
-        first = inputs[0]
+        first, known = inputs[0], [value for value in inputs if value]
         kinds = [value.kind if value else "" for value in inputs]
         if primitive in _PASSING and len(inputs) == len(eqn.outvars):
             if _keeps_floats(eqn):
@@ -141,25 +144,24 @@ class _Walk:
         elif primitive == "transpose" and first:
             return [first._replace(dims=tuple(first.dims[i] for i in params["permutation"]))]
         elif primitive in ("reshape", "squeeze", "expand_dims") and first:
-            if (dims := self.regrouped(first, eqn.outvars[0].aval.shape)) is not None:
+            if (dims := self.regrouped(first, _aval(eqn.outvars[0]).shape)) is not None:
                 return [first._replace(dims=dims)]
         elif primitive == "broadcast_in_dim" and first:
             if (dims := self.broadcast(first, eqn)) is not None:
                 return [first._replace(dims=dims)]
         elif primitive == "dot_general" and sorted(kinds) == ["w", "x"]:
-            return [self.product(params["dimension_numbers"], *inputs)]
+            return [self.product(params["dimension_numbers"], *known)]
         elif primitive == "gather" and kinds == ["w", "x"]:
-            return [self.rows(eqn, *inputs)]
+            return [self.rows(eqn, *known)]
         elif primitive in ("add", "add_any", "sub") and "y" in kinds:
             if "w" not in kinds and kinds != ["y", "y"] and (primitive != "sub" or kinds[0] == "y"):
                 return [inputs[kinds.index("y")]]
         elif primitive not in _LOOPS and (inner := called_jaxpr(eqn)) is not None:
             return self.run(inner, inputs)
         elif kind := _row_numbers(eqn, kinds):
-            ids = inputs[kinds.index("x")]
             if kind == "n":
-                self.wrapped.add(int(eqn.invars[1].val))
-            return [ids and ids._replace(kind=kind)]
+                self.wrapped |= {int(v.val) for v in eqn.invars if isinstance(v, core.Literal)}
+            return [known[0]._replace(kind=kind)]
         if changed := next((kind for kind in kinds if kind in _NAMES), None):
             if primitive == "dot_general" and changed == "w":
                 raise _NotTheProduct("it multiplies its weight with another array than its input")
@@ -167,6 +169,7 @@ class _Walk:
         return [None] * len(eqn.outvars)  # computed from the input alone
 
     def size(self, dim: _Dim) -> int:
+        """Return the size of a dimension."""
         return math.prod(self.sizes[axis] for axis in dim)
 
     def regrouped(self, value: _Value, shape: Sequence[int]) -> tuple[_Dim, ...] | None:
@@ -189,7 +192,8 @@ class _Walk:
         return dims if tuple(map(self.size, dims)) == tuple(eqn.params["shape"]) else None
 
     def product(self, numbers: Any, left: _Value, right: _Value) -> _Value:
-        (contracted, batch) = numbers
+        """Return the product of input and weight, in either order."""
+        contracted, batch = numbers
         is_x = left.kind == "x"
 
         def pairs(dims: tuple[Sequence[int], Sequence[int]]) -> list[tuple[_Axis, _Axis]]:
@@ -201,19 +205,24 @@ class _Walk:
                 found += zip(one, other) if is_x else zip(other, one)
             return found
 
-        stack = (left.dims if left.kind == "w" else right.dims, batch[0 if left.kind == "w" else 1])
+        weight, stack = (right, batch[1]) if is_x else (left, batch[0])
         free = [
             dim
             for value, *axes in ((left, contracted[0], batch[0]), (right, contracted[1], batch[1]))
             for i, dim in enumerate(value.dims)
             if not any(i in some for some in axes)
         ]
-        dims = (*(stack[0][i] for i in stack[1]), *free)
+        dims = (*(weight.dims[i] for i in stack), *free)
         return _Value("y", dims, frozenset(pairs(contracted)), frozenset(pairs(batch)))
 
     def rows(self, eqn: core.JaxprEqn, weight: _Value, ids: _Value) -> _Value:
+        """Return the rows that a gather takes from the weight.
+
+        Raises:
+          _NotTheProduct: it takes something else.
+        """
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        shape = eqn.invars[0].aval.shape
+        shape = _aval(eqn.invars[0]).shape
         taken = tuple(numbers.collapsed_slice_dims)
         plain = (
             len(taken) == 1
@@ -227,9 +236,13 @@ class _Walk:
             raise _NotTheProduct("it looks up something else than rows of its weight")
         inner = iter(dim for i, dim in enumerate(weight.dims) if i not in taken)
         outer = iter(ids.dims)
-        ndim = len(eqn.outvars[0].aval.shape)
+        ndim = len(_aval(eqn.outvars[0]).shape)
         dims = tuple(next(inner if i in numbers.offset_dims else outer) for i in range(ndim))
         return _Value("y", dims)
+
+
+def _aval(v: core.Var | core.Literal) -> Any:
+    return v.aval
 
 
 def _needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
@@ -249,8 +262,9 @@ def _keeps_floats(eqn: core.JaxprEqn) -> bool:
     Types with fewer than 16 bits do not count as floats: the conversion is a quantisation.
     """
 
-    def is_float(v: Any) -> bool:
-        return jnp.issubdtype(v.aval.dtype, jnp.floating) and jnp.finfo(v.aval.dtype).bits >= 16
+    def is_float(v: core.Var | core.Literal) -> bool:
+        dtype = _aval(v).dtype
+        return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
 
     return all(is_float(i) == is_float(o) for i, o in zip(eqn.invars, eqn.outvars))
 
@@ -260,7 +274,7 @@ def _row_numbers(eqn: core.JaxprEqn, kinds: list[str]) -> str:
 
     Non-negative row numbers pass its two steps unchanged. Empty for other operations.
     """
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.integer):
+    if not jnp.issubdtype(_aval(eqn.outvars[0]).dtype, jnp.integer):
         return ""
     if eqn.primitive.name == "select_n":
         return "x" if kinds == ["", "x", "n"] else ""
