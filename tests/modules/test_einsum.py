@@ -13,26 +13,6 @@ from adalora_jax._src.modules import einsum
 
 
 @pytest.mark.parametrize(
-    ("equation", "axes"),
-    [
-        ("...d,df->...f", ((), (0,), (1,))),
-        ("BTD,NDH->BTNH", ((), (1,), (0, 2))),
-        ("BTNH,NHD->BTD", ((), (0, 1), (2,))),
-        ("ecd,edf->ecf", ((0,), (1,), (2,))),
-        ("BSD,CKDH->CBSKH", ((0,), (2,), (1, 3))),  # several outputs of one input
-        ("bd,dd->bd", None),  # a diagonal
-        ("bd,d->bd", None),  # no output axis
-        ("bd,df", None),
-        ("bd,...df->...bf", None),
-        ("bcd,df->bf", None),  # a sum over an axis that the weight lacks
-        ("bd,de,ef->bf", None),
-    ],
-)
-def test_weight_axes_are_stack_in_and_out(equation, axes):
-    assert einsum.weight_axes(equation) == axes
-
-
-@pytest.mark.parametrize(
     "module",
     [
         nn.DenseGeneral((2, 3), axis=(-1, 1), batch_dims=(0,)),

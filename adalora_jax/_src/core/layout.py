@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Array, Shaped
 
 KINDS = ("dense", "general", "einsum", "embed", "conv", "weight", "unknown")
+# The default axes. Axes that are these objects were not given, so an equation determines them.
+_INS, _OUTS, _STACK = (0,), (1,), ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +35,39 @@ class Layout:
         known.
       note: str: the reason why an increment cannot be added to this weight; empty (default) where
         it can.
+      equation: str: the layer's einsum, such as ``"...d,df->...f"``, with the weight second. It
+        determines ``ins``, ``outs`` and ``stack``, and makes the layout's kind ``"einsum"``. A
+        label in both operands and in the output, such as that of experts, is a stack axis. Empty
+        (default): not given.
 
     Raises:
-      ValueError: ``kind`` is unknown; or ``ins``, ``outs`` and ``stack`` do not name every axis
-        once, or ``ins`` or ``outs`` is empty.
+      ValueError: ``kind`` is unknown; ``ins``, ``outs`` and ``stack`` do not name every axis
+        once, or ``ins`` or ``outs`` is empty; ``equation`` does not determine the axes, or axes
+        or a kind that contradict it are given; or ``weight`` is empty.
 
+    >>> Layout("w", equation="ecd,edf->ecf").stack
+    (0,)
     >>> Layout("kernel", ins=(0, 1), outs=(2,), kind="conv", shape=(3, 2, 4)).matrix((3, 2, 4))
     ((), 6, 4)
     """
 
     weight: str = "kernel"
-    ins: tuple[int, ...] = (0,)
-    outs: tuple[int, ...] = (1,)
-    stack: tuple[int, ...] = ()
+    ins: tuple[int, ...] = _INS
+    outs: tuple[int, ...] = _OUTS
+    stack: tuple[int, ...] = _STACK
     kind: str = "dense"
     shape: tuple[int, ...] | None = None
     note: str = ""
+    equation: str = ""
 
     def __post_init__(self) -> None:
+        if not self.weight:
+            raise ValueError(
+                f"`weight={self.weight!r}`: is not the name of a parameter; name the one that the "
+                "layer multiplies with."
+            )
+        if self.equation:
+            self._set_axes()
         if self.kind not in KINDS:
             raise ValueError(
                 f"`kind={self.kind!r}`: must be one of {', '.join(KINDS)}; pass one of these."
@@ -65,6 +83,28 @@ class Layout:
             )
         if self.shape is not None:
             object.__setattr__(self, "shape", tuple(self.shape))
+
+    def _set_axes(self) -> None:
+        """Set axes and kind to those of the equation."""
+        if problem := equation_problem(self.equation):
+            raise ValueError(
+                f"`equation={self.equation!r}`: {problem}; write the product as one sum over axes "
+                "of input and weight, such as '...d,df->...f', with the weight second."
+            )
+        defaults = {"stack": _STACK, "ins": _INS, "outs": _OUTS}
+        for name, axes in zip(defaults, weight_axes(self.equation) or ()):
+            given = getattr(self, name)
+            if given is not defaults[name] and tuple(given) != axes:
+                raise ValueError(
+                    f"`{name}={given}`: contradicts equation={self.equation!r}, which has {axes}; "
+                    f"leave {name} out."
+                )
+            object.__setattr__(self, name, axes)
+        if self.kind not in ("dense", "einsum"):
+            raise ValueError(
+                f"`kind={self.kind!r}`: contradicts equation={self.equation!r}; leave kind out."
+            )
+        object.__setattr__(self, "kind", "einsum")
 
     @property
     def ndim(self) -> int:
@@ -192,7 +232,8 @@ class Layout:
         def is_axes(value: object) -> bool:
             return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
-        texts = ("weight", "kind", "note")
+        values = {"equation": "", **values}
+        texts = ("weight", "kind", "note", "equation")
         well_formed = set(values) == fields and all(
             isinstance(value, str)
             if name in texts
@@ -215,28 +256,76 @@ class Layout:
         return tuple(shape[: len(shape) - self.ndim]), tuple(shape[len(shape) - self.ndim :])
 
 
-def declared(layers: Mapping[type, Layout] | None) -> dict[type, Layout] | None:
-    """Return the layouts that a user declared for custom layer classes, checked; None for None.
+def operands(equation: str) -> tuple[list[str], str]:
+    """Return the labels of an equation's operands and of its output.
 
-    Raises:
-      ValueError: ``layers`` is not ``{class: Layout}``, or a layout has stack axes, a shape, or a
-        kind other than ``"dense"`` and ``"embed"``, which need no attributes of Flax's layers.
-
-    >>> declared(None) is None
-    True
+    >>> operands("...d, df -> ...f")
+    (['...d', 'df'], '...f')
     """
-    if layers is None:
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    return inputs.split(","), output
+
+
+def equation_problem(equation: str) -> str:
+    """Return why an equation does not determine the matrices of its weight; empty if it does.
+
+    >>> equation_problem("...d,df->...f"), equation_problem("bd,df->b")
+    ('', "the label 'f' of the weight is neither in the input nor in the output")
+    """
+    inputs, ys = operands(equation)
+    if len(inputs) != 2 or not all(inputs) or not ys:
+        return "it is not of the form 'input,weight->output'"
+    xs, ws = inputs
+    if "..." in ws:
+        return "the weight has '...'"
+    if ("..." in xs) != ("..." in ys):
+        return "'...' is in only one of input and output"
+    _, ins, outs = _roles(xs, ws, ys)
+    xs, ys = xs.replace("...", "", 1), ys.replace("...", "", 1)
+    for name, labels in (("input", xs), ("weight", ws), ("output", ys)):
+        if not all(label.isalpha() for label in labels):
+            return f"the labels {labels!r} of the {name} are not letters"
+        if repeated := [label for label, n in Counter(labels).items() if n > 1]:
+            return f"the label {repeated[0]!r} is repeated in the {name}"
+    for name, labels, other in (("input", xs, ws), ("weight", ws, xs)):
+        if alone := [label for label in labels if label not in other + ys]:
+            place = "weight" if name == "input" else "input"
+            return (
+                f"the label {alone[0]!r} of the {name} is neither in the {place} nor in the output"
+            )
+    if unknown := [label for label in ys if label not in xs + ws]:
+        return f"the label {unknown[0]!r} of the output is in neither operand"
+    if not ins:
+        return "it sums over no label of the weight"
+    return "" if outs else "no label of the output is the weight's alone"
+
+
+def _roles(xs: str, ws: str, ys: str) -> tuple[str, str, str]:
+    """Return the weight's stack, input and output labels.
+
+    A label in all three operands is a stack label. So are equal leading labels of weight and
+    output that are not in the input: such a weight holds one matrix for each of several outputs.
+
+    >>> _roles("BSD", "CKDH", "CBSKH")
+    ('C', 'D', 'KH')
+    """
+    stack = [a for a in ws if a in xs and a in ys]
+    for w, y in zip(ws, ys):
+        if w != y or w in xs:
+            break
+        stack.append(w)
+    stack = "".join(a for a in ws if a in stack)
+    ins = "".join(a for a in ws if a in xs and a not in ys)
+    return stack, ins, "".join(a for a in ws if a not in stack and a not in ins)
+
+
+def weight_axes(equation: str) -> tuple[tuple[int, ...], ...] | None:
+    """Return the weight's stack, in and out axes; None if the equation is not a sum of x W.
+
+    >>> weight_axes("ecd,edf->ecf")
+    ((0,), (1,), (2,))
+    """
+    if equation_problem(equation):
         return None
-    for cls, layout in dict(layers).items():
-        if not isinstance(cls, type) or not isinstance(layout, Layout):
-            raise ValueError(
-                f"`layers={{{cls!r}: {layout!r}}}`: must map a class to a Layout; pass "
-                "{class: Layout(...)}."
-            )
-        if layout.kind not in ("dense", "embed") or layout.stack or layout.shape is not None:
-            raise ValueError(
-                f"`layers={{{cls.__name__}: {layout!r}}}`: is not the Layout of a layer that can "
-                "be declared; pass one of kind 'dense' (y = x W over the last axes of x) or "
-                "'embed', without stack axes and shape."
-            )
-    return dict(layers)
+    (xs, ws), ys = operands(equation)
+    return tuple(tuple(ws.index(a) for a in role) for role in _roles(xs, ws, ys))

@@ -22,6 +22,8 @@ class Candidate(NamedTuple):
       note: why its increment cannot be merged; empty if it can.
       dropout: whether its scope has random numbers for dropout.
       wrapper: the Flax wrapper that normalises its weight, such as ``WeightNorm``; empty if none.
+      declaration: an example of the declaration with which it could be adapted; empty if it does
+        not have one weight with two or more axes.
     """
 
     module: Any
@@ -31,6 +33,7 @@ class Candidate(NamedTuple):
     note: str = ""
     dropout: bool = True
     wrapper: str = ""
+    declaration: str = ""
 
 
 def with_use(candidate: Candidate, use: Use, is_custom_layer: bool) -> Candidate:

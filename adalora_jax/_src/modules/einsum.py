@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from adalora_jax._src.core.adapter import Adapter, dense_output, keys_of
-from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.layout import Layout, operands
 
 
 def labels_of(
@@ -22,7 +22,7 @@ def labels_of(
     """Return the labels of input, weight and output of a general or an einsum layer."""
     if layer.kind == "general":
         equation = _general_equation(module, ndim)
-    return _labels(equation or equation_of(module) or "", ndim)
+    return _labels(layer.equation or equation or equation_of(module) or "", ndim)
 
 
 def stack_first(layer: Layout, labels: tuple[str, str, str], x: jax.Array) -> jax.Array:
@@ -103,6 +103,48 @@ def _general_equation(module: object, ndim: int) -> str:
     return f"{xs},{batch}{ins}{outs}->{batch}{free}{outs}"
 
 
+def labels_of_call(layer: Layout, ndim: int, *, attend: bool = False) -> tuple[str, str, str]:
+    """Return the labels of input, weight and output of a declared layer.
+
+    Args:
+      layer: a layout of kind ``"dense"``, ``"embed"`` or with an equation.
+      ndim: number of axes of the input.
+      attend: whether an embedding is used as an output layer.
+
+    >>> labels_of_call(Layout("w", ins=(1, 2), outs=(0,)), 4)
+    ('ABbc', 'abc', 'ABa')
+    >>> labels_of_call(Layout("w", kind="embed"), 2)  # the rows that a look-up takes have no label
+    ('AB', 'ab', 'ABb')
+    """
+    ws = _letters(layer.ndim)
+    ins, outs = ("".join(ws[axis] for axis in axes) for axes in (layer.ins, layer.outs))
+    summed, result = (outs, ins) if attend else (ins, outs)
+    summed = "" if layer.kind == "embed" and not attend else summed
+    return _labels(layer.equation or f"...{summed},{ws}->...{result}", ndim)
+
+
+def input_shapes(
+    layer: Layout, shape: Sequence[int], *, attend: bool = False
+) -> list[tuple[int, ...]]:
+    """Return shapes of example inputs of a declared layer, with several numbers of axes.
+
+    Args:
+      layer, attend: as in :func:`labels_of_call`.
+      shape: shape of the layer's own weight.
+
+    >>> input_shapes(Layout("w"), (6, 4))
+    [(2, 2, 6), (2, 6), (2, 2, 2, 6), (6,)]
+    """
+    fixed = len(labels_of_call(layer, 0, attend=attend)[0])
+    lead = (2, 1, 3, 0) if fixed else (2, 1, 3)  # a look-up of one row need not be a look-up
+    found = []
+    for n in lead if "..." in (layer.equation or "...") else (0,):
+        xs, ws, _ = labels_of_call(layer, fixed + n, attend=attend)
+        size = dict(zip(ws, shape))
+        found.append(tuple(size.get(label, 2) for label in xs))
+    return found
+
+
 def _labels(equation: str, ndim: int) -> tuple[str, str, str]:
     """Return the labels of input, weight and output, with ``...`` expanded to an input's ndim.
 
@@ -113,46 +155,6 @@ def _labels(equation: str, ndim: int) -> tuple[str, str, str]:
     dots = "".join(a for a in string.ascii_uppercase + string.ascii_lowercase if a not in equation)
     dots = dots[: max(0, ndim - len(xs.replace("...", "")))]
     return xs.replace("...", dots), ws, ys.replace("...", dots)
-
-
-def operands(equation: str) -> tuple[list[str], str]:
-    """Return the labels of an equation's operands and of its output.
-
-    >>> operands("...d, df -> ...f")
-    (['...d', 'df'], '...f')
-    """
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    return inputs.split(","), output
-
-
-def _roles(xs: str, ws: str, ys: str) -> tuple[str, str, str]:
-    """Return the weight's stack, input and output labels.
-
-    A label in all three operands is a stack label. So are equal leading labels of weight and
-    output that are not in the input: such a weight holds one matrix for each of several outputs.
-    """
-    stack = [a for a in ws if a in xs and a in ys]
-    for w, y in zip(ws, ys):
-        if w != y or w in xs:
-            break
-        stack.append(w)
-    stack = "".join(a for a in ws if a in stack)
-    ins = "".join(a for a in ws if a in xs and a not in ys)
-    return stack, ins, "".join(a for a in ws if a not in stack and a not in ins)
-
-
-def weight_axes(equation: str) -> tuple[tuple[int, ...], ...] | None:
-    """Return the weight's stack, in and out axes; None if the equation is not a sum of x W."""
-    inputs, ys = operands(equation)
-    if len(inputs) != 2 or not ys or "..." in inputs[1]:
-        return None
-    xs, ws = inputs
-    roles = _roles(xs, ws, ys)
-    plain = len(set(ws)) == len(ws) and all(a in ys for a in roles[2])
-    kept = all(a in ys or a in ws for a in xs.replace("...", ""))
-    if not (plain and kept and roles[1] and roles[2]):
-        return None
-    return tuple(tuple(ws.index(a) for a in role) for role in roles)
 
 
 def _letters(count: int, skip: int = 0) -> str:

@@ -22,7 +22,7 @@ from adalora_jax._src.core.adapter import (
     known_scale,
     seed_of,
 )
-from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.layout import Layout, operands, weight_axes
 from adalora_jax._src.core.low_rank import accumulation_dtype, apply_dropout, linear_with_dropout
 from adalora_jax._src.modules import einsum
 
@@ -55,8 +55,9 @@ def layer_of(
       equation: the equation of an einsum, if it is an argument of the call.
 
     >>> from flax import linen
-    >>> layer_of(linen.DenseGeneral((2, 3), axis=(-2, -1)), {"kernel": 4})
-    Layout(weight='kernel', ins=(0, 1), outs=(2, 3), stack=(), kind='general', shape=None, note='')
+    >>> layout = layer_of(linen.DenseGeneral((2, 3), axis=(-2, -1)), {"kernel": 4})
+    >>> layout.kind, layout.ins, layout.outs
+    ('general', (0, 1), (2, 3))
     """
     kind = _kind(module)
     if kind in ("dense", "weight"):
@@ -76,7 +77,7 @@ def layer_of(
         ends = (n + 1, n) if getattr(module, "transpose_kernel", False) else (n, n + 1)
         return Layout("kernel", (*range(n), ends[0]), (ends[1],), kind=kind)
     equation = equation or einsum.equation_of(module)
-    axes = einsum.weight_axes(equation) if equation else None
+    axes = weight_axes(equation) if equation else None
     ndim = max(weights.values(), default=0)
     named = [name for name, n in weights.items() if n == ndim]  # a bias has fewer axes
     if axes is None or len(named) != 1 or ndim < sum(map(len, axes)):
@@ -321,7 +322,8 @@ def weight_scale(layer: Layout, module: object) -> float:
     Gemma's einsum modules store it as ``w_scale``. An increment ΔW of their weight changes the
     layer by ``w_scale · ΔW``, merged or not.
     """
-    scale = getattr(module, "w_scale", None) if layer.kind == "einsum" else None
+    own = layer.kind == "einsum" and not layer.equation  # a declared product has no factor
+    scale = getattr(module, "w_scale", None) if own else None
     return scale if isinstance(scale, (int, float)) else 1.0
 
 
@@ -353,7 +355,7 @@ def input_shape(layer: Layout, module: object, shape: Sequence[int]) -> tuple[in
         equation = einsum.equation_of(module)
         if equation is None:
             return None
-        (xs, ws), _ = einsum.operands(equation)
+        (xs, ws), _ = operands(equation)
         known = dict(zip(ws, shape))
         return tuple(known.get(label, 2) for label in xs.replace("...", ""))
     return 2, 3, *ins

@@ -23,11 +23,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
-from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers, sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
+from adalora_jax._src.modules.foreign import Declarations, declared
 from adalora_jax._src.modules.linen_interceptor import (
     BoundAdapter,
     adapter_interceptor,
@@ -52,7 +52,8 @@ class AdaptedModule:
       module: the model, an unbound linen module.
       config: targets, ranks and scale of the adapters.
       rules: shardings of adapters that differ from those derived from the base; None if none do.
-      layers: ``{class: Layout}`` of layers that are not Flax's; None if there are none.
+      layers: layouts of layers that are not Flax's, see :func:`adapt`. None: only Flax's layers
+        are adapted.
 
     >>> import flax.linen as nn
     >>> adapted = adapt(nn.Dense(4), AdaLoraConfig(total_step=10, target_modules=".*"))
@@ -63,7 +64,7 @@ class AdaptedModule:
     module: nn.Module
     config: AdaLoraConfig
     rules: sharding.Rules | None = dataclasses.field(default=None, hash=False)
-    layers: Mapping[type, Layout] | None = dataclasses.field(default=None, hash=False)
+    layers: Declarations | None = dataclasses.field(default=None, hash=False)
     # Computes the adapter output, with the arguments of layers.adapter_output.
     _adapter_output: Callable[..., jax.Array] = dataclasses.field(
         default_factory=lambda: layers.adapter_output, repr=False
@@ -92,8 +93,8 @@ class AdaptedModule:
 
         Raises:
           TypeError: ``key`` is not a PRNG key, or ``variables`` is not a mapping.
-          ValueError: ``variables`` has no ``params``, or the config selects nothing or a module
-            that cannot be adapted.
+          ValueError: ``variables`` has no ``params``, the config selects nothing or a module
+            that cannot be adapted, or a layer does not compute what ``layers`` declares.
 
         Warns:
           UserWarning: ``lora_dropout`` is above 0, but a layer gets no random numbers for it.
@@ -428,7 +429,7 @@ def adapt(
     config: AdaLoraConfig,
     *,
     rules: sharding.Rules | None = None,
-    layers: Mapping[type, Layout] | None = None,
+    layers: Declarations | None = None,
 ) -> AdaptedModule:
     """Add AdaLoRA adapters to a linen model without changing its code, class or parameters.
 
@@ -442,17 +443,21 @@ def adapt(
       rules: shardings of the adapters, if they are to differ from those that
         :meth:`AdaptedModule.specs` derives: ``{pattern: Adapter of PartitionSpecs}`` or a
         function, see :func:`adalora_jax.sharding.derive_specs`.
-      layers: ``{class: Layout}`` of layers that are not Flax's: each must compute
-        ``y = x W + b`` over the last axes of x, or look up rows of W (``kind="embed"``), with the
-        weight that its layout names.
+      layers: ``{class: Layout}`` of layers that are not Flax's, in addition to those that are known
+        (see the reference of layers). A key is a class or its qualified name,
+        ``"package.module.Class"``; a value is a :class:`~adalora_jax.Layout` or a function that
+        returns the Layout of the module it is given. Each layer must compute the product that its
+        Layout says, plus terms without the weight: an equation such as ``"...d,df->...f"``,
+        ``y = x W + b`` over the last axes of x, or a look-up of rows of W (``kind="embed"``). A
+        trace checks it in :meth:`AdaptedModule.init`.
 
     Returns:
       An :class:`AdaptedModule`, with the methods ``init`` and ``apply``.
 
     Raises:
       TypeError: ``model`` is not a linen module, or ``config`` is not an ``AdaLoraConfig``.
-      ValueError: ``layers`` is not ``{class: Layout}``, or a layout has another kind than
-        ``"dense"`` or ``"embed"``, stack axes, or a shape.
+      ValueError: ``layers`` does not map classes to Layouts, or a Layout has a shape, or without
+        an equation stack axes or another kind than ``"dense"`` or ``"embed"``.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> model, x = nn.Dense(4, name="query"), jnp.ones((2, 6))
@@ -476,6 +481,7 @@ def describe(
     config: AdaLoraConfig,
     variables: Mapping[str, PyTree],
     *args: PyTree,
+    layers: Declarations | None = None,
     **kwargs: Any,
 ) -> str:
     """Return a table of the layers that ``config`` selects: shapes, ranks, parameters, cost.
@@ -484,6 +490,7 @@ def describe(
       model, config: as in :func:`adapt`.
       variables: as in :meth:`AdaptedModule.init`; shapes are enough.
       *args: arguments of the model; shapes are enough.
+      layers: as in :func:`adapt`.
       **kwargs: as in :meth:`AdaptedModule.init`.
 
     Returns:
@@ -504,7 +511,7 @@ def describe(
     total                  1                12          132       24   550.0 %
     memory: adapters 528 bytes, importance 1.1 kB
     """
-    return adapt(model, config).describe(variables, *args, **kwargs)
+    return adapt(model, config, layers=layers).describe(variables, *args, **kwargs)
 
 
 def resolve(
@@ -512,6 +519,7 @@ def resolve(
     config: AdaLoraConfig,
     variables: Mapping[str, PyTree],
     *args: PyTree,
+    layers: Declarations | None = None,
     **kwargs: Any,
 ) -> AdaLoraConfig:
     """Return ``config`` with a ``target_modules`` function replaced by the paths it selects.
@@ -523,6 +531,7 @@ def resolve(
       model, config: as in :func:`adapt`.
       variables: as in :meth:`AdaptedModule.init`; shapes are enough.
       *args: arguments of the model; shapes are enough.
+      layers: as in :func:`adapt`.
       **kwargs: as in :meth:`AdaptedModule.init`.
 
     Returns:
@@ -544,9 +553,8 @@ def resolve(
     >>> adapt(model, config).init(jax.random.key(1), variables, x)["layers_0"].lam.shape
     (4,)
     """
-    adapt(model, config)  # validates the arguments
-    check_variables(variables)
-    return targets.resolve(candidates(model, variables, args, kwargs), config)
+    adapted = adapt(model, config, layers=layers)
+    return targets.resolve(adapted._candidates(variables, *args, **kwargs), config)
 
 
 def placement(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:

@@ -14,10 +14,15 @@ from flax.linen.module import InterceptorContext
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.config import AdaLoraConfig
-from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.modules import layers
-from adalora_jax._src.modules.linen_layers import METHODS, input_of, layer_of, own_shape
+from adalora_jax._src.modules import foreign, layers
+from adalora_jax._src.modules.linen_layers import (
+    METHODS,
+    input_of,
+    layer_of,
+    own_shape,
+    problem_with_call,
+)
 
 _FLAGS = {"deterministic": True, "train": False, "training": False, "is_training": False}
 
@@ -61,7 +66,7 @@ def key_of_weight(name: str) -> str:
 
 
 def adapter_interceptor(
-    sharing: set[tuple[str, ...]], declared: Mapping[type, Layout] | None
+    sharing: set[tuple[str, ...]], declared: foreign.Declarations | None
 ) -> Callable:
     """Return an interceptor that adds the adapter outputs; make one per run of the model."""
     frames: list[_CallFrame] = []
@@ -93,7 +98,7 @@ def _bound_adapter(
     args: tuple,
     kwargs: dict,
     sharing: set[tuple[str, ...]],
-    declared: Mapping[type, Layout] | None,
+    declared: foreign.Declarations | None,
 ) -> BoundAdapter | None:
     """Return the adapter of the called layer; None if it has none."""
     module = context.module
@@ -113,7 +118,7 @@ def _add(
     kwargs: dict,
     output: PyTree,
     dropout_off: bool,
-    declared: Mapping[type, Layout] | None,
+    declared: foreign.Declarations | None,
 ) -> PyTree:
     """Return the output of a layer with its adapter output added."""
     module, (x, equation) = context.module, input_of(args, kwargs)
@@ -123,6 +128,10 @@ def _add(
     if layer.kind == "weight":  # the module's output is its weight
         delta = layers.weight_increment(layer, held.adapter, shape)
         return output[0] + delta.astype(output[0].dtype), *output[1:]
+    others = [v for v in jax.tree.leaves((args, kwargs)) if v is not x]
+    if others and foreign.layout_of(module, declared):  # checked in init, for other values
+        problem = problem_with_call(module, layer, context.method_name, args, kwargs)
+        foreign.require_call(problem, type(module))
     dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
     dropping = dropping and module.has_rng("dropout")
     return output + held.output(

@@ -9,6 +9,7 @@ from typing import Any
 import flax.errors
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.linen.module import InterceptorContext
 from jax.ad_checkpoint import checkpoint_name
@@ -18,7 +19,7 @@ from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.modules import layers, usage
+from adalora_jax._src.modules import foreign, layers, usage
 from adalora_jax._src.modules.candidates import Candidate, with_use
 
 METHODS = ("__call__", "attend")
@@ -42,7 +43,7 @@ def candidates(
     variables: Mapping[str, PyTree],
     args: tuple[PyTree, ...],
     kwargs: Mapping[str, Any],
-    declared: Mapping[type, Layout] | None = None,
+    declared: foreign.Declarations | None = None,
 ) -> dict[str, Candidate]:
     """Return all modules that the model calls in a trace, by path.
 
@@ -66,6 +67,8 @@ def candidates(
     if changed:  # are parameters next to the weight, such as an adapter, changed as well?
         _, probes, _ = _traced(module, variables, args, kwargs, declared, probed=True)
         changed = {place for place in changed if (p := probes.get(place)) and p.transformed}
+    called = [c.module for in_scope in found.values() for c in in_scope.values()]
+    foreign.check_names(declared or {}, called)
     result = {}
     for path, in_scope in found.items():
         for weight, candidate in in_scope.items():
@@ -111,7 +114,7 @@ def _traced(
     variables: Mapping[str, PyTree],
     args: tuple[PyTree, ...],
     kwargs: Mapping[str, Any],
-    declared: Mapping[type, Layout] | None,
+    declared: foreign.Declarations | None,
     probed: bool = False,
 ) -> tuple[dict[str, dict[str | None, Candidate]], dict[_Place, usage.Use], set[_Place]]:
     """Return the modules that the model calls, the uses of weights, and the custom layers' weights.
@@ -132,14 +135,17 @@ def _traced(
         if context.method_name not in METHODS or not _belongs(module, trace):
             return call(*call_args, **call_kwargs)
         layer = layer_of(module, input_of(call_args, call_kwargs)[1], declared)
+        problem = _problem(module, context.method_name, call_args, call_kwargs, declared)
         shape = _whole_shape(module, layer, params) if layer else ()
-        cannot_adapt = _reason_against(shape, active, module.path) or (
-            _stacked_behind(module, layer) if layer else ""
-        )
+        cannot_adapt = problem or _reason_against(shape, active, module.path)
+        cannot_adapt = cannot_adapt or (_stacked_behind(module, layer) if layer else "")
         dropout = "dropout" in module.scope.rngs
         wrapper = next((type(m).__name__ for m in active if isinstance(m, _WRAPPERS)), "")
         candidate = Candidate(
-            *(module, layer, shape or (), cannot_adapt), dropout=dropout, wrapper=wrapper
+            *(module, layer, shape or (), cannot_adapt),
+            dropout=dropout,
+            wrapper=wrapper,
+            declaration="" if layer else _declaration(module),
         )
         in_scope = found.setdefault("/".join(module.path), {})
         in_scope.setdefault(layer.weight if layer else None, candidate)
@@ -208,6 +214,85 @@ def _reason_against(
     return f"it is inside of {type(wrapper).__name__}, which would normalise its adapter, too"
 
 
+def _problem(
+    module: nn.Module,
+    method: str,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    declared: foreign.Declarations | None,
+) -> str:
+    """Return why a declared or known layer cannot be adapted; empty if it can, or is neither.
+
+    Raises:
+      ValueError: the layer does not compute what the user declared.
+    """
+    layer = foreign.layout_of(module, declared)
+    if layer is None or declared is None:
+        return ""
+    if isinstance(layer, str):
+        return layer
+    problem = problem_with_call(module, layer, method, args, kwargs)
+    if layer.kind == "embed" and method != "attend" and hasattr(module, "attend"):
+        weight = unboxed(module.variables).get(layer.weight)
+        size = [weight.shape[axis] for axis in layer.outs] if weight is not None else []
+        query = jax.ShapeDtypeStruct((2, *size), jnp.float32)
+        problem = problem or problem_with_call(module, layer, "attend", (query,), {})
+    return foreign.require_product(problem, module, "/".join(module.path), declared)
+
+
+def _declaration(module: nn.Module) -> str:
+    """Return an example of the declaration of a module with one weight, see foreign.example."""
+    params = meta.unbox(_without_adapters(dict(module.variables.get("params", {}))))
+    shapes = {name: leaf.shape for name, leaf in params.items() if hasattr(leaf, "shape")}
+    return foreign.example(type(module), shapes)
+
+
+def problem_with_call(
+    module: nn.Module, layer: Layout, method: str, args: tuple, kwargs: Mapping[str, Any]
+) -> str:
+    """Return why a call of a bound layer is not the product of its layout; empty if it is.
+
+    Args:
+      module: the layer.
+      layer: the layout that is declared or known for its class.
+      method: the called method.
+      args: the arguments of the call; shapes are enough.
+      kwargs: the others.
+    """
+    free, variables = module.unbind()
+    variables = {**variables, "params": _without_adapters(variables.get("params", {}))}
+    weight = meta.unbox(variables["params"].get(layer.weight))
+    if weight is None:
+        return f"it has no parameter {layer.weight!r}"
+    if pytree.is_packed(weight):
+        return f"its {layer.weight!r} is quantised"
+    leaves = tree_flatten_with_path(variables)[0]
+    keys = [tuple(key.key for key in path if isinstance(key, DictKey)) for path, _ in leaves]
+    flat, treedef = jax.tree.flatten((args, dict(kwargs)))
+    x = input_of(args, kwargs)[0]
+    # The input comes first among the arrays.
+    order = sorted(range(len(flat)), key=lambda i: flat[i] is not x)
+    given = {n: flat[i] for n, i in enumerate(order) if hasattr(flat[i], "shape")}
+
+    def run(variables: PyTree, given: Mapping[int, PyTree]) -> PyTree:
+        values = [given.get(order.index(i), leaf) for i, leaf in enumerate(flat)]
+        args, kwargs = treedef.unflatten(values)
+        rng = jax.random.key(0)
+        rngs = {"params": rng, "dropout": rng}
+        return free.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+
+    place = keys.index(("params", layer.weight))
+    return foreign.problem_with(layer, method, run, variables, place, given)
+
+
+def _without_adapters(params: PyTree) -> PyTree:
+    """Return parameters without adapters and the markers of a trace."""
+    if not isinstance(params, Mapping):
+        return params
+    rest = {n: p for n, p in params.items() if not str(n).startswith(pytree.ADAPTER_KEY)}
+    return {name: _without_adapters(node) for name, node in rest.items()}
+
+
 def _probe_of(weight: str) -> str:
     # Encoded, since nn.WeightNorm would take a name that contains the weight's for the weight.
     return f"{pytree.ADAPTER_KEY}_probe_{weight.encode().hex()}"
@@ -245,11 +330,12 @@ def _marked(params: PyTree, path: tuple[str, ...], trace: object, probed: bool) 
 
 
 def layer_of(
-    module: nn.Module, equation: str | None, declared: Mapping[type, Layout] | None = None
+    module: nn.Module, equation: str | None, declared: foreign.Declarations | None = None
 ) -> Layout | None:
     """Return the layout of a bound module's weight; None if it cannot be adapted."""
-    if declared and type(module) in declared:
-        return declared[type(module)]
+    found = foreign.layout_of(module, declared)
+    if found is not None:
+        return found if isinstance(found, Layout) else None
     params = meta.unbox(dict(module.variables.get("params", {})))
     params = {
         name: leaf

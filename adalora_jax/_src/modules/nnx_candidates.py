@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.modules import einsum, foreign, usage
 from adalora_jax._src.modules import layers as kinds
-from adalora_jax._src.modules import usage
 from adalora_jax._src.modules.candidates import UNKNOWN_USE, Candidate, with_use
 from adalora_jax._src.modules.nnx_layers import (
     DECLARE,
@@ -26,15 +26,16 @@ from adalora_jax._src.modules.nnx_layers import (
     extended_class,
     layer_class,
     layer_of,
+    problem_with_call,
 )
-from adalora_jax._src.modules.nnx_variables import check_module, modules
+from adalora_jax._src.modules.nnx_variables import check_module, is_weight, modules
 
 
 def candidates(
     model: nnx.Module,
     *,
     of_adapted: bool = False,
-    layers: Mapping[type, Layout] | None = None,
+    layers: foreign.Declarations | None = None,
 ) -> dict[str, Candidate]:
     """Return all modules of the model by path, as input of the selection.
 
@@ -42,7 +43,7 @@ def candidates(
       model: any NNX module.
       of_adapted: whether the model may have adapters. If so, the uses of its weights are not
         traced.
-      layers: layouts of declared layers, by class.
+      layers: layouts of declared layers. None: layers that are not Flax's have no layout.
 
     Raises:
       TypeError: ``model`` is not an NNX module.
@@ -50,6 +51,7 @@ def candidates(
         have the parameter that its layout names.
     """
     check_module(model)
+    foreign.check_names(layers or {}, (module for _, module in modules(model)))
     found: dict[str, Candidate] = {}
     reasons, reading = _rewritten(model), _readers(model)
     for path, module in modules(model):
@@ -60,21 +62,28 @@ def candidates(
             )
         if pytree.ADAPTER_KEY in path.split("/"):
             continue
-        layer = layer_of(module, declared=(layers or {}).get(type(module)))
+        known = foreign.layout_of(module, layers)
+        layer = layer_of(module, declared=layers)
         if layer and not hasattr(module, layer.weight):
             raise ValueError(
                 f"`layers={{{type(module).__name__}: ...}}`: {path!r} has no parameter called "
                 f"{layer.weight!r}; name the parameter with the weight in Layout(weight=...)."
             )
         shape = tuple(getattr(module, layer.weight).shape) if layer else ()
-        if layer is None or len(shape) >= layer.ndim:
-            reason = reasons.get(path, "")
-            if layer and not reason and type(module) not in (layers or {}):
+        if layer is None or len(shape) >= layer.ndim or known:
+            reason = known if isinstance(known, str) else reasons.get(path, "")
+            reason = reason if layer or known else ""
+            if layer and known and layers is not None:
+                reason = reason or _problem(module, layer, path, layers)
+            elif layer and not reason:
                 reason = _unreached(base_class(type(module)))
-            candidate = Candidate(module, layer, shape, reason if layer else "")
-            use = _use_of(module, layer) if layer and not reason and not of_adapted else None
-            if use and use.untraced and type(module) in (layers or {}):
-                use = None  # the declaration specifies the computation
+            candidate = Candidate(module, layer, shape, reason)
+            if layer is None:
+                weights = {n: v.shape for n, v in vars(module).items() if is_weight(v)}
+                example = foreign.example(type(module), weights)
+                candidate = candidate._replace(declaration=example)
+            traced = layer and not reason and not known and not of_adapted
+            use = _use_of(module, layer) if layer and traced else None
             if layer and use:
                 is_custom_layer = not issubclass(type(module), FLAX_LAYERS)
                 candidate = with_use(candidate, use, is_custom_layer)
@@ -85,6 +94,45 @@ def candidates(
                 )
             found[path] = candidate
     return found
+
+
+def _problem(module: nnx.Module, layer: Layout, path: str, layers: foreign.Declarations) -> str:
+    """Return why a declared or known layer cannot be adapted; empty if it can.
+
+    Raises:
+      ValueError: the layer does not compute what the user declared.
+    """
+    shape = tuple(getattr(module, layer.weight).shape)
+    lifted = len(shape) - layer.ndim
+    if lifted < 0:
+        problem = f"its {layer.weight!r} of shape {shape} has fewer axes than the layout"
+        return foreign.require_product(problem, module, path, layers)
+    for method in ("__call__", "attend") if layer.kind == "embed" else ("__call__",):
+        if not hasattr(module, method):
+            continue
+        looks_up = layer.kind == "embed" and method == "__call__"
+        dtype = jnp.int32 if looks_up else jnp.float32
+        sizes = einsum.input_shapes(layer, shape[lifted:], attend=method == "attend")
+        inputs = [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+        # Arguments without a default, such as shardings, are None.
+        kwargs = dict.fromkeys(_required(getattr(module, method)))
+        found = [problem_with_call(module, layer, method, (x,), kwargs, lifted) for x in inputs]
+        # A layer may take inputs with some numbers of axes only.
+        traced = [problem for problem in found if not problem.startswith(foreign.RAISES)]
+        if problem := next(filter(None, traced or found), ""):
+            return foreign.require_product(problem, module, path, layers)
+    return ""
+
+
+def _required(method: Callable[..., Any]) -> list[str]:
+    """Return the names of a method's arguments after the first that have no default.
+
+    >>> _required(lambda x, y, *, out_sharding, axis=0: x)
+    ['y', 'out_sharding']
+    """
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
 
 
 def _unreached(cls: type) -> str:

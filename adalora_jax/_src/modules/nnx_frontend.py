@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
-from adalora_jax._src.core.layout import Layout, declared
 from adalora_jax._src.modules import sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
+from adalora_jax._src.modules.foreign import Declarations, declared, layout_of
 from adalora_jax._src.modules.nnx_candidates import candidates
 from adalora_jax._src.modules.nnx_layers import Adaptation, adapted_class
 from adalora_jax._src.modules.nnx_variables import (
@@ -38,7 +38,7 @@ def adapt(
     rngs: nnx.Rngs | jax.Array | int = 0,
     *,
     rules: sharding.Rules | None = None,
-    layers: Mapping[type, Layout] | None = None,
+    layers: Declarations | None = None,
 ) -> _Model:
     """Return a copy of ``model`` with AdaLoRA adapters in the layers that ``config`` selects.
 
@@ -63,9 +63,13 @@ def adapt(
       rules: shardings of the adapters on a mesh, see :func:`adalora_jax.sharding.derive_specs`. By
         default they are derived from the shardings of the base's arrays or from its
         ``out_sharding`` metadata; the adapters' variables then have such metadata, too.
-      layers: ``{class: Layout}`` of layers that are not Flax's. Each must compute
-        ``y = x W + b`` over the last axes of x with the weight that its layout names, or be an
-        embedding.
+      layers: ``{class: Layout}`` of layers that are not Flax's, in addition to those that are known
+        (see the reference of layers). A key is a class or its qualified name,
+        ``"package.module.Class"``; a value is a :class:`~adalora_jax.Layout` or a function that
+        returns the Layout of the module it is given. Each layer must compute the product that its
+        Layout says, plus terms without the weight: an equation such as ``"...d,df->...f"``,
+        ``y = x W + b`` over the last axes of x, or a look-up of rows of W (``kind="embed"``). A
+        trace of the layer checks it.
 
     Returns:
       A module of the same class as ``model``, or of a subclass if ``model`` itself is an adapted
@@ -104,25 +108,28 @@ def adapt(
         module = by_path[path]
         stack = target.layer.matrix(target.shape)[0][: len(target.shape) - target.layer.ndim]
         dropout = _dropout(config, rngs, stack)
-        is_declared = bool(layers) and type(module) in layers
+        is_declared = layout_of(module, layers) is not None
         module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, is_declared)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
         _compat.set_class(module, adapted_class(type(module), is_declared))
     for path, owner in tied.items():
         module = by_path[path]
         module.adalora = by_path[owner].adalora
-        is_declared = bool(layers) and type(module) in layers
+        is_declared = layout_of(module, layers) is not None
         _compat.set_class(module, adapted_class(type(module), is_declared))
     _save(adapted, config)
     return adapted
 
 
-def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
+def describe(
+    model: nnx.Module, config: AdaLoraConfig, *, layers: Declarations | None = None
+) -> str:
     """Return a table of the layers that :func:`adapt` would adapt: shapes, ranks and parameters.
 
     Args:
       model: any NNX module, including one made by ``nnx.eval_shape``.
       config: as in :func:`adapt`.
+      layers: as in :func:`adapt`.
 
     Returns:
       Text with one row per layer, a row of totals, and the memory of the adapters and of the
@@ -139,13 +146,16 @@ def describe(model: nnx.Module, config: AdaLoraConfig) -> str:
     total                     1                12          132       24   550.0 %
     memory: adapters 528 bytes, importance 1.1 kB
     """
-    chosen, _ = _chosen(model, config)
+    layers = declared(layers)
+    chosen, _ = _chosen(model, config, layers)
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     shapes = {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in params}
-    return targets.describe(chosen, config, candidates(model), shapes)
+    return targets.describe(chosen, config, candidates(model, layers=layers), shapes)
 
 
-def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
+def resolve(
+    model: nnx.Module, config: AdaLoraConfig, *, layers: Declarations | None = None
+) -> AdaLoraConfig:
     """Return ``config`` with a ``target_modules`` function replaced by the paths it selects.
 
     The function may return a :class:`~adalora_jax.RankSpec` instead of True. The optimizer and
@@ -154,6 +164,7 @@ def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
     Args:
       model: any NNX module.
       config: as in :func:`adapt`; returned as it is if ``target_modules`` is not a function.
+      layers: as in :func:`adapt`.
 
     Returns:
       A config in which ``target_modules`` is a regex of the selected paths and the RankSpecs are
@@ -172,7 +183,7 @@ def resolve(model: nnx.Module, config: AdaLoraConfig) -> AdaLoraConfig:
     >>> adalora_jax.nnx.adapters(adapt(model, config))["layers/0"].lam.shape
     (4,)
     """
-    return targets.resolve(_candidates(model, config), config)
+    return targets.resolve(_candidates(model, config, declared(layers)), config)
 
 
 def _checked_rngs(rngs: nnx.Rngs | jax.Array | int, config: AdaLoraConfig) -> nnx.Rngs:
@@ -192,7 +203,7 @@ def _checked_rngs(rngs: nnx.Rngs | jax.Array | int, config: AdaLoraConfig) -> nn
 
 
 def _candidates(
-    model: nnx.Module, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
+    model: nnx.Module, config: AdaLoraConfig, layers: Declarations
 ) -> dict[str, Candidate]:
     found = candidates(model, layers=layers)
     check_config(config)
@@ -200,7 +211,7 @@ def _candidates(
 
 
 def _chosen(
-    model: nnx.Module, config: AdaLoraConfig, layers: Mapping[type, Layout] | None = None
+    model: nnx.Module, config: AdaLoraConfig, layers: Declarations
 ) -> tuple[dict[str, targets.Target], dict[str, str]]:
     """Return the adapted layers, and ``{path: path}`` from other layers to the one they share with.
 

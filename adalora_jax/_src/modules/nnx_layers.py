@@ -6,17 +6,18 @@ import contextvars
 import copyreg
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
 from flax import nnx
 
 from adalora_jax._src import _compat
+from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.modules import layers
+from adalora_jax._src.modules import foreign, layers
 from adalora_jax._src.modules.nnx_variables import (
     NO_EAGER_SHARDING,
     AdapterParam,
@@ -36,7 +37,8 @@ class Adaptation(nnx.Module):
       dropout: dropout of the adapter's input, or None. Only its rate, random numbers and mode are
         used; the adapter computes the mask itself.
       forward_mode: as in the config.
-      declared: whether the user declared the layout for the layer's class.
+      declared: whether the user declared the layout for the layer's class, or it is known by the
+        class's name.
     """
 
     # Computes the adapter output, with the arguments of layers.adapter_output.
@@ -99,6 +101,8 @@ class Adaptation(nnx.Module):
         spec = layers.require_layer(found, layer)
         shape = getattr(layer, spec.weight).shape
         layers.check_fit(spec, adapter, shape, type(layer).__name__)
+        if self.declared:
+            _check_call(layer, spec, x, call)
         if any(_compat.mapped_axes(_weight_of(layer))):
             raise ValueError(
                 f"`in_axes`: nnx.vmap stacks the weight of a {type(layer).__name__} along another "
@@ -117,6 +121,67 @@ class Adaptation(nnx.Module):
             attend=call.get("attend", False),
             convolve=_convolve,
         )
+
+
+def _check_call(layer: nnx.Module, spec: Layout, x: jax.Array, call: dict[str, Any]) -> None:
+    """Raise an error if a call of a declared layer is not the product of its layout.
+
+    Args:
+      layer: the adapted layer.
+      spec: the declared layout.
+      x: the input of the call.
+      call: its other arguments, as in :meth:`Adaptation._add`.
+
+    Raises:
+      ValueError: the weight has other axes, or the arguments change the computation.
+    """
+    weight, cls = getattr(layer, spec.weight), base_class(type(layer))
+    if len(weight.shape) != spec.ndim:
+        problem = f"its weight has {len(weight.shape)} axes, and is not in nnx.vmap or nnx.scan"
+        return foreign.require_call(problem, cls)
+    call = dict(call)
+    method = "attend" if call.pop("attend", False) else "__call__"
+    if any(value is not None for value in call.values()):  # adapt has checked a call without them
+        args = [call.pop(name) for name in sorted(filter(str.isdigit, call), key=int)]
+        foreign.require_call(problem_with_call(layer, spec, method, (x, *args), call), cls)
+
+
+def problem_with_call(
+    module: nnx.Module,
+    layer: Layout,
+    method: str,
+    args: tuple[PyTree, ...],
+    kwargs: Mapping[str, Any],
+    lifted: int = 0,
+) -> str:
+    """Return why a call of a layer is not the product of its layout; empty if it is.
+
+    Args:
+      module: the layer, adapted or not.
+      layer: the layout that is declared or known for its class.
+      method: the called method.
+      args: the arguments of the call, the input first; shapes are enough.
+      kwargs: the others.
+      lifted: number of axes of the layer's variables that a lifted transform adds.
+    """
+    graph, state = nnx.split(module)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    places = [i for i, (path, _) in enumerate(leaves) if pytree.leaf_name(path) == layer.weight]
+    if len(places) != 1 or _compat.is_qwix_weight(getattr(module, layer.weight)):
+        return f"its {layer.weight!r} is quantised"
+    variables = [leaf for _, leaf in leaves]
+    if lifted:
+        variables = [jax.ShapeDtypeStruct(v.shape[lifted:], v.dtype) for v in variables]
+    flat, tree = jax.tree.flatten((args, dict(kwargs)))
+    given = {i: leaf for i, leaf in enumerate(flat) if hasattr(leaf, "shape")}
+
+    def run(variables: list[jax.Array], given: Mapping[int, PyTree]) -> PyTree:
+        copy = nnx.merge(graph, treedef.unflatten(variables))
+        _compat.set_class(copy, base_class(type(copy)))
+        args, kwargs = tree.unflatten([given.get(i, leaf) for i, leaf in enumerate(flat)])
+        return getattr(copy, method)(*args, **kwargs)
+
+    return foreign.problem_with(layer, method, run, variables, places[0], given)
 
 
 def next_key(dropout: nnx.Dropout) -> jax.Array | None:
@@ -323,17 +388,20 @@ def base_class(cls: type) -> type:
 
 
 def layer_of(
-    module: nnx.Module, equation: str | None = None, declared: Layout | None = None
+    module: nnx.Module,
+    equation: str | None = None,
+    declared: foreign.Declarations | None = None,
 ) -> Layout | None:
     """Return the layout of a module's weight; None if the module cannot be adapted.
 
     Args:
       module: any module.
       equation: the equation of an einsum, if it is an argument of the call.
-      declared: the layout that the user declared for the module's class.
+      declared: the layouts that the user declared. None: only Flax's layers have a layout.
     """
-    if declared is not None:
-        return declared
+    found = foreign.layout_of(module, declared)
+    if found is not None:
+        return found if isinstance(found, Layout) else None
     params = {n: v.ndim for n, v in vars(module).items() if is_weight(v)}
     return layers.layer_of(module, params, equation)
 

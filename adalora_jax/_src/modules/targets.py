@@ -504,6 +504,8 @@ def _cannot_adapt(path: str, candidates: Mapping[str, Candidate]) -> str:
         return f"`target_modules`: {path!r} cannot be adapted, because {reason}; leave it out."
     inside = [p for p, c in candidates.items() if p.startswith(f"{path}/") and _adaptable(c)]
     instead = f"name the layers in it: {', '.join(inside[:8])}" if inside else ""
+    if not inside and (declaration := candidates[path].declaration):
+        instead = f"declare what it computes, as in adapt(..., {declaration}), or leave it out"
     return (
         f"`target_modules`: {path!r} is a {kind}, which cannot be adapted (kinds that can: "
         f"{SUPPORTED}); {instead or _nearest(path, candidates)}."

@@ -182,7 +182,7 @@ class _Walk:
         if primitive == "while":
             skip = eqn.params["cond_nconsts"]
             return self.run(eqn.params["body_jaxpr"].jaxpr, inputs[skip:], scope)[-count:]
-        if (called := _called(eqn)) is not None:
+        if (called := called_jaxpr(eqn)) is not None:
             return self.run(called, inputs, scope)
         if primitive == "name" and (mark := _NAME.fullmatch(eqn.params["name"])):
             index = int(mark[1])  # the layer ends here, so stop tracking its weight
@@ -244,7 +244,7 @@ def _size(variable: core.Var | core.Literal) -> int:
     return getattr(variable.aval, "size", 1)
 
 
-def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
+def called_jaxpr(eqn: core.JaxprEqn) -> core.Jaxpr | None:
     """Return the jaxpr that a call-like operation runs on its inputs; None for other operations."""
     for value in eqn.params.values():
         jaxpr = getattr(value, "jaxpr", value)

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter, known_scale
-from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.layout import Layout, operands
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.modules import einsum, layers, nnx_layers, nnx_variables
 from adalora_jax._src.quantization.packed import Packed
@@ -164,7 +164,7 @@ def _lora_pair(
     ((6, 8), (8, 2, 3, 5))
     """
     lifted, matrix_shape = layer._split(shape)
-    (xs, ws), _ = einsum.operands(einsum.equation_of(module) or ",->")
+    (xs, ws), _ = operands(einsum.equation_of(module) or ",->")
     has_separate_inputs = bool(lifted) or any(
         axis < len(ws) and ws[axis] in xs for axis in layer.stack
     )
