@@ -9,6 +9,7 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from support.compiling import AS_USERS, skip_unless_cpu
 
@@ -166,6 +167,32 @@ def test_kernel_count_does_not_grow_with_stack_height():
     """100,000 slices take hardly more kernels than 10; long sums are split into a few."""
     kernels = lambda height: allocating(1, (height,)).compile(AS_USERS).as_text().count(" fusion(")
     assert kernels(100_000) < 2 * kernels(10)
+
+
+def distinct_fusions(count):
+    """Return the number of different kernels in the update: the CPU's compiler compiles each once.
+
+    Constants with several elements are arguments of a kernel, others are parts of it.
+    """
+    tx = adalora.adalora(optax.adamw(1e-3), LARGER)
+    adapters = jax.eval_shape(lambda: many(count))
+    state = jax.eval_shape(tx.init, adapters)
+    text = jax.jit(tx.update).lower(adapters, state, adapters).compile(AS_USERS).as_text()
+    bodies = re.findall(r"^%?(\S+) \(.*\{\n((?:.*\n)*?)\}", text, re.MULTILINE)
+    called = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", text))
+
+    def without_names(body):
+        seen = {}
+        body = re.sub(r", metadata=\{.*?\}|, backend_config=.*", "", body)
+        return re.sub(r"%[\w.-]+", lambda name: seen.setdefault(name[0], str(len(seen))), body)
+
+    return len({without_names(body) for name, body in bodies if name in called})
+
+
+def test_cpu_compiles_no_kernel_per_repeated_layer():
+    """Eight more members per role; longer sums may be split into more kernels."""
+    skip_unless_cpu("others fuse independent kernels")
+    assert 0 < distinct_fusions(32) < distinct_fusions(16) + 8
 
 
 def test_adapters_of_one_role_are_traced_once(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from support import toy_problem
 
 import adalora_jax as al
-from adalora_jax._src.core.roles import ByRole, group_by_role, stack
+from adalora_jax._src.core.roles import ByRole, group_by_role, stack, unstack
 
 CONFIG = al.AdaLoraConfig(total_step=6, init_r=3, target_r=1, tinit=1, tfinal=2, deltaT=1)
 SHAPES = {
@@ -56,6 +56,16 @@ def test_values_are_read_by_path_as_they_were_given():
     chex.assert_trees_all_equal(dict(by_role), given)
     masks = {path: adapter.lam > 0 for path, adapter in given.items()}
     chex.assert_trees_all_equal(dict(stack(by_role.roles, masks)), masks)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_unstacked_values_are_those_that_are_read_by_path(rank):
+    given = {path: a._replace(lam=a.lam[..., :rank]) for path, a in adapters().items()}
+    lams = stack(group_by_role(given), {path: a.lam for path, a in given.items()})
+    chex.assert_trees_all_equal(jax.jit(unstack)(lams), dict(lams))
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), lams)
+    for function in (jax.jit(unstack), jax.vmap(unstack)):
+        chex.assert_trees_all_equal(function(many), dict(many))
 
 
 def test_tree_functions_keep_roles_and_equality_compares_them():

@@ -198,6 +198,28 @@ def stack_like(like: ByRole, values: Mapping[str, Adapter]) -> ByRole:
     return ByRole(known, like.roles)
 
 
+def unstack(values: ByRole) -> dict[str, Shaped[Array, "*stack r"]]:
+    """Return ``dict(values)``, computed on a CPU by kernels that the members of a role share.
+
+    XLA's CPU compiler compiles each distinct kernel, in 10 to 20 ms, and equal ones once. The start
+    of a slice is part of its kernel, so it would compile one per member; the indices of a gather
+    are an argument.
+
+    Args:
+      values: arrays over the triplets, ``[..., r]``.
+
+    >>> make = lambda lam: Adapter(jnp.ones((2, 3)), jnp.array(lam), jnp.ones((2, 4)))
+    >>> adapters = {"h/0": make([1, 2]), "h/1": make([3, 4])}
+    >>> lams = stack(group_by_role(adapters), {path: a.lam for path, a in adapters.items()})
+    >>> unstack(lams)["h/1"].tolist()
+    [3, 4]
+    """
+    return jax.lax.platform_dependent(
+        cpu=lambda: {path: _gathered(values, path) for path in values},
+        default=lambda: dict(values),
+    )
+
+
 def per_triplet(reduce: Callable[..., Array], values: ByRole) -> Shaped[Array, " n"]:
     """Reduce values to one number per member of a role and triplet, all in one row.
 
@@ -249,6 +271,22 @@ def _join_arrays(
     spec = [*sharding.spec, *[None] * (axis - len(sharding.spec))]
     spec = P(*spec[:axis], None, *spec[axis:])
     return jax.device_put(joined, NamedSharding(sharding.mesh, spec))
+
+
+def _gathered(values: ByRole, path: str) -> Shaped[Array, "*stack r"]:
+    """Return ``values[path]`` by a gather, unless its role has one member, a stack or one triplet.
+
+    The axes of members and triplets are not sharded, so joining them needs no communication; those
+    of a stack may be. XLA replaces a gather of a single element by a slice.
+    """
+    role, index = values.roles.role_and_index[path]
+    *stacked, rank = role.shape
+    if stacked or len(role.paths) == 1 or rank < 2:
+        return values[path]
+    value = values.stacked[role.name]
+    row = value.reshape(*value.shape[:-2], len(role.paths) * rank)
+    indices = np.arange(index * rank, (index + 1) * rank, dtype=np.int32)
+    return row.at[..., indices].get(mode="promise_in_bounds")
 
 
 def _member(

@@ -30,7 +30,7 @@ from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.init import INIT_STD
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.regularizer import penalty
-from adalora_jax._src.core.roles import ByRole, map_leaves, per_triplet, stack
+from adalora_jax._src.core.roles import ByRole, map_leaves, per_triplet, stack, unstack
 
 _LORA_SCALE = 2.0  # the common choice alpha = 2 r
 _SMALL_SCALE = 0.25  # an eighth of it; docs/how-to/learning-rate.md has the measured increments
@@ -195,7 +195,7 @@ def adalora(
         )
         pruned = {
             path: _prune(now, current[path], moves[path], mask)
-            for path, mask in allocator.masks.items()
+            for path, mask in unstack(allocator.masks).items()
         }
         return pytree.insert_adapters(updates, pruned), AdaLoraOptState(
             inner_state, pytree.match_containers(state.allocator, allocator)
