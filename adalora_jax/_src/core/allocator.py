@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Shaped
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
+from adalora_jax._src.core.low_rank import explicit_mesh
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import (
     ByRole,
@@ -401,8 +402,9 @@ def masks_applied(before: AllocatorState, step: Int32[Array, ""]) -> Bool[Array,
 def _sharded_like(
     mask: Bool[Array, "*shape"], before: Bool[Array, "*shape"]
 ) -> Bool[Array, "*shape"]:
-    sharding = jax.typeof(before).sharding
-    return jax.sharding.reshard(mask, sharding) if sharding.mesh.are_all_axes_explicit else mask
+    if explicit_mesh(before) is None:
+        return mask
+    return jax.sharding.reshard(mask, jax.typeof(before).sharding)
 
 
 def with_static_fields(grads: PyTree, params: PyTree) -> PyTree:

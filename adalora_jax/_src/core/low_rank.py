@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.lax import PrecisionLike
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Inexact, Shaped, UInt32
 
@@ -162,7 +162,8 @@ def opaque_false(after: Shaped[Array, "..."]) -> Bool[Array, ""]:
     A computation that uses the result runs after the array is available and is not merged with an
     equal computation earlier in the program. An ``optimization_barrier`` has the same purpose, but
     on a CPU XLA removes it before it merges common subexpressions and schedules. Other platforms
-    use the barrier, because reading one element of a sharded array needs communication.
+    use the barrier, because reading one element of a sharded array needs communication. So do
+    arrays with an explicit sharding, of which JAX does not slice one element.
 
     >>> opaque_false(jnp.ones(3))
     Array(False, dtype=bool)
@@ -176,6 +177,8 @@ def opaque_false(after: Shaped[Array, "..."]) -> Bool[Array, ""]:
         false, _ = lax.optimization_barrier((jnp.zeros((), bool), array))
         return false
 
+    if explicit_mesh(after) is not None:
+        return elsewhere(after)
     return lax.platform_dependent(after, cpu=on_cpu, default=elsewhere)
 
 
@@ -189,6 +192,16 @@ def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def explicit_mesh(array: Shaped[Array, "..."]) -> AbstractMesh | None:
+    """Return the mesh that is part of an array's type if some of its axes are explicit.
+
+    >>> explicit_mesh(jnp.ones(3)) is None
+    True
+    """
+    mesh = jax.typeof(array).sharding.mesh
+    return mesh if mesh.explicit_axes else None
+
+
 def explicit_sharding(
     like: Shaped[Array, "..."], spec: Iterable[str | tuple[str, ...] | None]
 ) -> NamedSharding | None:
@@ -197,8 +210,8 @@ def explicit_sharding(
     >>> explicit_sharding(jnp.ones((2, 3)), ("data", None)) is None
     True
     """
-    mesh = jax.typeof(like).sharding.mesh
-    if not mesh.axis_names or not mesh.are_all_axes_explicit:
+    mesh = explicit_mesh(like)
+    if mesh is None:
         return None
     used, kept = set(), []
     for entry in spec:  # a mesh axis may shard only one array axis: the first one wins
