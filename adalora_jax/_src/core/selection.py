@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Int, Int32, Shaped, UInt
 
-from adalora_jax._src.core.low_rank import explicit_sharding
+from adalora_jax._src.core import explicit_axes
 from adalora_jax._src.core.pytree import PyTree
 
 Limits = Sequence[tuple[ArrayLike, ArrayLike]]  # (least, most) per matrix, for each leaf
@@ -255,7 +255,4 @@ def replicate(scores: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     concatenated. With automatic axes, XLA would propagate the sharding of one adapter to the
     others; indexing with an array prevents that.
     """
-    everywhere = explicit_sharding(scores, [None] * scores.ndim)
-    if everywhere is not None:
-        scores = jax.sharding.reshard(scores, everywhere)
-    return scores.ravel()[jnp.arange(scores.size)].reshape(scores.shape)
+    return explicit_axes.replicate(scores).ravel()[jnp.arange(scores.size)].reshape(scores.shape)

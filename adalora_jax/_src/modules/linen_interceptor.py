@@ -125,7 +125,7 @@ def _add(
         return output[0] + delta.astype(output[0].dtype), *output[1:]
     dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
     dropping = dropping and module.has_rng("dropout")
-    return output + held.output(
+    term = held.output(
         *(layer, module, held.adapter, x, shape, output.dtype),
         key=module.make_rng("dropout") if dropping else None,
         dropout_rate=held.dropout,
@@ -134,6 +134,7 @@ def _add(
         attend=context.method_name == "attend",
         convolve=_convolve,
     )
+    return layers.add_output(output, term)
 
 
 def _convolve(module: nn.Module, x: jax.Array, kernel: jax.Array, features: int) -> PyTree:
