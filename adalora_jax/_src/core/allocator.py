@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Shaped
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
+from adalora_jax._src.core.explicit_axes import reshard
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import (
     ByRole,
@@ -347,7 +348,7 @@ def best_masks(
         before = state.masks.stacked[role.name]
         # Otherwise the sharding of a role's mask would propagate to the row and to other roles.
         mask_of_role = replicate(mask[end - entry.keys.size : end].reshape(before.shape))
-        new[role.name] = _sharded_like(mask_of_role, before)
+        new[role.name] = reshard(mask_of_role, before)
     return ByRole(new, roles)
 
 
@@ -396,13 +397,6 @@ def masks_applied(before: AllocatorState, step: Int32[Array, ""]) -> Bool[Array,
     config = before.config
     held = config.freeze_pruned or not config.allow_regrowth
     return is_mask_step(config, step, before.step) | (step >= config.final_step) | held
-
-
-def _sharded_like(
-    mask: Bool[Array, "*shape"], before: Bool[Array, "*shape"]
-) -> Bool[Array, "*shape"]:
-    sharding = jax.typeof(before).sharding
-    return jax.sharding.reshard(mask, sharding) if sharding.mesh.are_all_axes_explicit else mask
 
 
 def with_static_fields(grads: PyTree, params: PyTree) -> PyTree:

@@ -16,6 +16,13 @@ from jaxtyping import Array, Int, Int32, Shaped
 
 from adalora_jax._src.core import checks, pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
+from adalora_jax._src.core.explicit_axes import (
+    explicit_mesh,
+    replicate,
+    reshard,
+    spec_of_type,
+    take,
+)
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 
@@ -260,7 +267,8 @@ class AdapterBank:
                     f"`which={which!r}`: must be names, or indices from 0, the base model, to "
                     f"{last}; pass them as bank.index(names) returns them."
                 )
-        return jax.tree.map(lambda leaf: jnp.take(leaf, which, axis=0), self.stacked | self.others)
+        indices = jnp.asarray(which)
+        return jax.tree.map(lambda leaf: take(leaf, indices, 0), self.stacked | self.others)
 
 
 def combine_adapters(
@@ -412,7 +420,19 @@ def per_example(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         output = function(adapters, *jax.tree.map(lambda leaf: leaf[None], inputs))
         return jax.tree.map(lambda leaf: leaf[0], output)
 
-    return lambda adapters, *inputs: jax.vmap(one)(adapters, inputs)
+    def mapped(adapters: PyTree, *inputs: PyTree) -> PyTree:
+        first = next(iter(jax.tree.leaves(inputs)), None)
+        return jax.vmap(one)(_with_batch_of(adapters, first), inputs)
+
+    return mapped
+
+
+def _with_batch_of(adapters: PyTree, like: Shaped[Array, "..."] | None) -> PyTree:
+    """Return adapters whose first axis is sharded like that of an array, on explicit axes."""
+    if like is None or not jnp.ndim(like) or explicit_mesh(like) is None:
+        return adapters
+    batch = spec_of_type(like)[:1]
+    return jax.tree.map(lambda leaf: reshard(leaf, like, batch + spec_of_type(leaf)[1:]), adapters)
 
 
 def _stack(members: Sequence[Mapping[str, Adapter]]) -> dict[str, Adapter]:
@@ -453,12 +473,12 @@ def _padded(adapter: Adapter, rank: int) -> Adapter:
 def _truncated(adapter: Adapter, rank: int) -> Adapter:
     if adapter.lam.ndim > 1:
         return jax.vmap(functools.partial(_truncated, rank=rank))(adapter)
-    p, lam, q = (leaf.astype(accumulation_dtype(leaf.dtype)) for leaf in adapter)
+    p, lam, q = (replicate(leaf).astype(accumulation_dtype(leaf.dtype)) for leaf in adapter)
     q, in_core = jnp.linalg.qr(q.T)
     p, out_core = jnp.linalg.qr(p.T)
     u, lam, v = jnp.linalg.svd((in_core * lam[None]) @ out_core.T, full_matrices=False)
     new = ((p @ v.T)[:, :rank].T, lam[:rank], (q @ u)[:, :rank].T)
-    leaves = (leaf.astype(old.dtype) for leaf, old in zip(new, adapter))
+    leaves = (reshard(leaf.astype(old.dtype), old) for leaf, old in zip(new, adapter))
     return adapter._replace(**dict(zip(Adapter._fields, leaves)))
 
 

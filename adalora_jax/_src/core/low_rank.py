@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -11,9 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.lax import PrecisionLike
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Inexact, Shaped, UInt32
+
+from adalora_jax._src.core.explicit_axes import (
+    explicit_mesh,
+    explicit_sharding,
+    reshard,
+    spec_of_type,
+)
 
 Weights = TypeVar("Weights")
 Output = TypeVar("Output")
@@ -117,9 +124,7 @@ def apply_dropout(
     if seed is None:
         return x
     kept = dropout_mask(seed, x.shape, rate)
-    if (sharding := explicit_sharding(x, _spec(x))) is not None:
-        kept = jax.sharding.reshard(kept, sharding)
-    return jnp.where(kept, x, jnp.zeros((), x.dtype))
+    return jnp.where(reshard(kept, x), x, jnp.zeros((), x.dtype))
 
 
 def dropout_mask(seed: UInt32[Array, "2"], shape: Sequence[int], rate: float) -> Bool[Array, "..."]:
@@ -162,7 +167,8 @@ def opaque_false(after: Shaped[Array, "..."]) -> Bool[Array, ""]:
     A computation that uses the result runs after the array is available and is not merged with an
     equal computation earlier in the program. An ``optimization_barrier`` has the same purpose, but
     on a CPU XLA removes it before it merges common subexpressions and schedules. Other platforms
-    use the barrier, because reading one element of a sharded array needs communication.
+    use the barrier, because reading one element of a sharded array needs communication. So do
+    arrays with an explicit sharding, of which JAX does not slice one element.
 
     >>> opaque_false(jnp.ones(3))
     Array(False, dtype=bool)
@@ -176,6 +182,8 @@ def opaque_false(after: Shaped[Array, "..."]) -> Bool[Array, ""]:
         false, _ = lax.optimization_barrier((jnp.zeros((), bool), array))
         return false
 
+    if explicit_mesh(after) is not None:
+        return elsewhere(after)
     return lax.platform_dependent(after, cpu=on_cpu, default=elsewhere)
 
 
@@ -187,25 +195,6 @@ def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
     """
     dtype = jnp.dtype(dtype)
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
-
-
-def explicit_sharding(
-    like: Shaped[Array, "..."], spec: Iterable[str | tuple[str, ...] | None]
-) -> NamedSharding | None:
-    """Return the ``out_sharding`` of a product on a mesh with explicit axes; None on other meshes.
-
-    >>> explicit_sharding(jnp.ones((2, 3)), ("data", None)) is None
-    True
-    """
-    mesh = jax.typeof(like).sharding.mesh
-    if not mesh.axis_names or not mesh.are_all_axes_explicit:
-        return None
-    used, kept = set(), []
-    for entry in spec:  # a mesh axis may shard only one array axis: the first one wins
-        names = set(entry if isinstance(entry, tuple) else (entry,)) - {None}
-        kept.append(None if names & used else entry)
-        used |= names
-    return NamedSharding(mesh, PartitionSpec(*kept))
 
 
 def _forward(
@@ -220,12 +209,12 @@ def _forward(
     dtype = accumulation_dtype(x.dtype)
 
     def at(of: tuple[str | tuple[str, ...] | None, ...]) -> NamedSharding | None:
-        return explicit_sharding(x, (*_spec(x)[:-1], *of))
+        return explicit_sharding(x, (*spec_of_type(x)[:-1], *of))
 
     seen = apply_dropout(x, seed, rate)
-    h = _contract(seen, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype, at(_spec(q)[:1]))
+    h = _contract(seen, q.astype(x.dtype), x.ndim - 1, 1, precision, dtype, at(spec_of_type(q)[:1]))
     scaled = (h * _row(c, h)).astype(x.dtype)
-    at_y = at(_spec(p)[1:])
+    at_y = at(spec_of_type(p)[1:])
     y = _contract(scaled, p.astype(x.dtype), x.ndim - 1, 0, precision, x.dtype, at_y)
     return y, (x, p, c, q, seed, h)
 
@@ -240,7 +229,7 @@ def _backward(
     dtype, last, tokens = h.dtype, x.ndim - 1, tuple(range(x.ndim - 1))
 
     def at(like: Shaped[Array, "..."]) -> NamedSharding | None:
-        return explicit_sharding(like, _spec(like))
+        return explicit_sharding(like, spec_of_type(like))
 
     seed = _recompute_seed(seed, g)
     gc = _contract(g, p.astype(g.dtype), last, 1, precision, dtype, at(h))
@@ -315,10 +304,6 @@ def _varying(array: Shaped[Array, "..."]) -> frozenset[str]:
 def _row(c: Inexact[Array, " r"], like: Inexact[Array, "*tokens r"]) -> Inexact[Array, "... r"]:
     """Return ``c [r]`` as ``[1, ..., r]``, in the dtype of ``like [..., r]``."""
     return jnp.expand_dims(c.astype(like.dtype), range(like.ndim - 1))
-
-
-def _spec(array: Shaped[Array, "..."]) -> tuple[str | tuple[str, ...] | None, ...]:
-    return tuple(jax.typeof(array).sharding.spec)
 
 
 def _contract(

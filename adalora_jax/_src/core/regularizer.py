@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Inexact
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
-from adalora_jax._src.core.low_rank import accumulation_dtype, explicit_sharding
+from adalora_jax._src.core.explicit_axes import explicit_sharding, spec_of_type
+from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 
 
@@ -136,7 +137,7 @@ def _gram_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
 def _rows_by_rows(
     a: Inexact[Array, "*stack r d"], b: Inexact[Array, "*stack s d"]
 ) -> Inexact[Array, "*stack r s"]:
-    spec = (*jax.typeof(b).sharding.spec[:-2], None, None)
+    spec = (*spec_of_type(b)[:-2], None, None)
     return jnp.einsum(
         "...ri,...si->...rs",
         *(a, b),

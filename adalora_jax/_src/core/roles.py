@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32, Shaped
 
 from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.explicit_axes import explicit_mesh, spec_of_type
 
 
 def map_leaves(function: Callable[..., Any], *adapters: Adapter) -> Adapter:
@@ -104,10 +105,9 @@ def group_by_role(adapters: Mapping[str, Adapter]) -> Roles:
     return Roles(tuple(members), tuple(adapters))
 
 
-def _spec(leaf: Shaped[Array, "..."]) -> P | None:
+def _spec(leaf: Shaped[Array, "..."]) -> tuple[Any, ...] | None:
     """Return the sharding that is part of an array's type, on a mesh with explicit axes."""
-    sharding = jax.typeof(leaf).sharding
-    return sharding.spec if sharding.mesh.are_all_axes_explicit else None
+    return None if explicit_mesh(leaf) is None else spec_of_type(leaf)
 
 
 @tree_util.register_pytree_with_keys_class

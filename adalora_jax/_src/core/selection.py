@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Int, Int32, Shaped, UInt
 
+from adalora_jax._src.core import explicit_axes
 from adalora_jax._src.core.pytree import PyTree
 
 Limits = Sequence[tuple[ArrayLike, ArrayLike]]  # (least, most) per matrix, for each leaf
@@ -254,8 +255,4 @@ def replicate(scores: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     concatenated. With automatic axes, XLA would propagate the sharding of one adapter to the
     others; indexing with an array prevents that.
     """
-    mesh = jax.typeof(scores).sharding.mesh
-    if mesh.are_all_axes_explicit:
-        everywhere = jax.sharding.PartitionSpec(*[None] * scores.ndim)
-        scores = jax.sharding.reshard(scores, jax.sharding.NamedSharding(mesh, everywhere))
-    return scores.ravel()[jnp.arange(scores.size)].reshape(scores.shape)
+    return explicit_axes.replicate(scores).ravel()[jnp.arange(scores.size)].reshape(scores.shape)

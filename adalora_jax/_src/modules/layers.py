@@ -22,6 +22,7 @@ from adalora_jax._src.core.adapter import (
     known_scale,
     seed_of,
 )
+from adalora_jax._src.core.explicit_axes import explicit_sharding, reshard, spec_of_type, take
 from adalora_jax._src.core.layout import Layout, operands, weight_axes
 from adalora_jax._src.core.low_rank import accumulation_dtype, apply_dropout, linear_with_dropout
 from adalora_jax._src.modules import einsum
@@ -201,6 +202,17 @@ def require_finite(weight: jax.Array, path: str) -> jax.Array:
     return weight
 
 
+def add_output(output: jax.Array, term: jax.Array) -> jax.Array:
+    """Return a layer's output plus an adapter output, sharded like the layer's output.
+
+    A layer can be called with another ``out_sharding`` than JAX would derive for the adapter's.
+
+    >>> add_output(jnp.ones(2), jnp.ones(2))
+    Array([2., 2.], dtype=float32)
+    """
+    return output + (reshard(term, output) if term.shape == output.shape else term)
+
+
 def adapter_output(
     layer: Layout,
     module: object,
@@ -274,12 +286,13 @@ def adapter_output(
 
 def _lookup(adapter: Adapter, ids: jax.Array, scale: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """Return the rows ``ids`` of an embedding's increment, ``s · (q[:, ids]ᵀ · lam) p``."""
-    rows = jnp.moveaxis(jnp.take(adapter.q, ids, axis=1), 0, -1).astype(
+    rows = jnp.moveaxis(take(adapter.q, ids, 1), 0, -1).astype(
         accumulation_dtype(dtype)
     )  # [..., r]
     c = adapter.lam.astype(rows.dtype) * jnp.asarray(scale, rows.dtype)
     rows = rows * jnp.broadcast_to(c, rows.shape)
-    return (rows.astype(dtype) @ adapter.p.astype(dtype)).astype(dtype)
+    at = explicit_sharding(rows, (*spec_of_type(rows)[:-1], *spec_of_type(adapter.p)[1:]))
+    return jnp.matmul(rows.astype(dtype), adapter.p.astype(dtype), out_sharding=at).astype(dtype)
 
 
 def conv_kernel(

@@ -134,7 +134,7 @@ def _add(
         foreign.require_call(problem, type(module))
     dropping = held.dropout > 0 and not dropout_off and layer.kind != "embed"
     dropping = dropping and module.has_rng("dropout")
-    return output + held.output(
+    term = held.output(
         *(layer, module, held.adapter, x, shape, output.dtype),
         key=module.make_rng("dropout") if dropping else None,
         dropout_rate=held.dropout,
@@ -143,6 +143,7 @@ def _add(
         attend=context.method_name == "attend",
         convolve=_convolve,
     )
+    return layers.add_output(output, term)
 
 
 def _convolve(module: nn.Module, x: jax.Array, kernel: jax.Array, features: int) -> PyTree:

@@ -15,6 +15,7 @@ from flax import nnx
 from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.explicit_axes import explicit_sharding, spec_of_type
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import foreign, layers
@@ -112,7 +113,7 @@ class Adaptation(nnx.Module):
         key, rate, dropout = None, 0.0, self.dropout
         if dropout is not None and not dropout.deterministic and spec.kind != "embed":
             key, rate = next_key(dropout), dropout.rate
-        return output + self._adapter_output(
+        term = self._adapter_output(
             *(spec, layer, adapter, x, shape, output.dtype),
             key=key,
             dropout_rate=rate,
@@ -121,6 +122,7 @@ class Adaptation(nnx.Module):
             attend=call.get("attend", False),
             convolve=_convolve,
         )
+        return layers.add_output(output, term)
 
 
 def _check_call(layer: nnx.Module, spec: Layout, x: jax.Array, call: dict[str, Any]) -> None:
@@ -424,4 +426,6 @@ def _convolve(
         kernel_init=lambda key, shape, dtype: kernel,
         rngs=nnx.Rngs(0),
     )
-    return same(x)
+    spatial = len(kernel.shape) - 1
+    at = explicit_sharding(x, (*spec_of_type(x)[: x.ndim - spatial], *[None] * spatial))
+    return same(x, out_sharding=at) if at and isinstance(same, nnx.Conv) else same(x)

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from adalora_jax._src.core import rank_spec
 from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.explicit_axes import explicit_mesh
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
 
@@ -86,8 +87,7 @@ def sharding_of(
     # A tracer's .sharding raises, and formatting the error takes time linear in the program.
     found = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if found is None and isinstance(leaf, jax.Array):  # its type has a sharding on explicit axes
-        found = jax.typeof(leaf).sharding
-        found = found if found.mesh.axis_names and found.mesh.are_all_axes_explicit else None
+        found = None if explicit_mesh(leaf) is None else jax.typeof(leaf).sharding
     return found if isinstance(found, NamedSharding) else named
 
 
@@ -183,7 +183,7 @@ def jit_with_shardings(
 
     # A nested jit does not tell the outer trace how explicit axes are sharded.
     def explicit(leaf: jax.Array, at: NamedSharding) -> bool:
-        return isinstance(leaf, Tracer) and at.mesh.are_all_axes_explicit
+        return isinstance(leaf, Tracer) and bool(at.mesh.explicit_axes)
 
     def put(leaf: jax.Array, at: NamedSharding) -> jax.Array:
         return jax.device_put(leaf, at) if explicit(leaf, at) else leaf

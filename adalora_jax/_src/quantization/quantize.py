@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.explicit_axes import with_auto_axes
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree, get_path, is_packed, weight_path
 from adalora_jax._src.core.pytree import adapters as found_adapters
@@ -189,7 +190,11 @@ class QwixWeight(Packed):
         Args:
           dtype: of the result; None for that of the scales.
         """
-        return qwix_models.dequantized(self.array, dtype)
+
+        def dense(weight: QwixWeight) -> jax.Array:
+            return qwix_models.dequantized(weight.array, dtype)
+
+        return with_auto_axes(dense, self.qvalue, self)
 
     def requantize(self, weight: jax.Array) -> QwixWeight:
         """Return another weight, quantised with the blocks of this one."""
@@ -208,8 +213,11 @@ def _quantize(
     tiled: tuple[tuple[int, int], ...],
     axes: tuple[int, ...],
 ) -> QwixWeight:
-    array = qwix.quantize(weight, qtype, channelwise_axes=channelwise, tiled_axes=dict(tiled))
-    return QwixWeight.of(array, qtype, axes)
+    def quantized(weight: jax.Array) -> QwixWeight:
+        array = qwix.quantize(weight, qtype, channelwise_axes=channelwise, tiled_axes=dict(tiled))
+        return QwixWeight.of(array, qtype, axes)
+
+    return with_auto_axes(quantized, weight, weight)
 
 
 def quantize_weight(weight: jax.Array, recipe: str | Recipe, layer: Layout) -> QwixWeight:

@@ -1,0 +1,25 @@
+"""Layers, banks, quantisation and training on meshes with explicit axes equal one device."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from support.compiling import environment
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.mark.parametrize(
+    "axes", ["explicit", pytest.param("data", marks=pytest.mark.slow), "model"]
+)
+def test_explicit_axes_give_the_results_of_one_device(axes):
+    """All axes of the mesh are explicit, or only the one named."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "explicit_run.py"), axes],
+        env=environment(devices=8),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
