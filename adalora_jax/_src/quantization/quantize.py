@@ -190,6 +190,7 @@ class QwixWeight(Packed):
         Args:
           dtype: of the result; None for that of the scales.
         """
+
         def dense(weight: QwixWeight) -> jax.Array:
             return qwix_models.dequantized(weight.array, dtype)
 
