@@ -1,12 +1,12 @@
-"""Models on eight CPU devices with explicit axes, run by test_explicit_axes.py in a subprocess.
+"""Models on eight CPU devices with explicit axes, run by test_explicit_meshes.py in a subprocess.
 
-Each case is computed without a mesh, and under meshes on which all axes or one are explicit. The
-batch is sharded along data and the weights' last axes along model; ``put`` does nothing without a
-mesh. Layers of NNX are called with an ``out_sharding`` that differs from what their adapter's
+Each case is computed without a mesh, and under meshes on which all, some or no axes are explicit.
+The batch is sharded along data and the weights' last axes along model; ``put`` does nothing without
+a mesh. Layers of NNX are called with an ``out_sharding`` that differs from what their adapter's
 factors imply.
 """
 
-import sys
+import functools
 
 import flax.linen as nn
 import jax
@@ -59,9 +59,9 @@ class Mlp(nn.Module):
 
 
 def linen_layers(put):
-    model, scanned = Mlp(), nn.Conv(4, (3,), use_bias=False)
+    conv = nn.Conv(4, (3,), use_bias=False, feature_group_count=2)
     results = []
-    for module, where in ((model, ()), (scanned, (None,))):  # Flax's own conv needs whole weights
+    for module, where in ((Mlp(), ()), (conv, (None,))):  # Flax's own conv needs whole weights
         variables = put(module.init(jax.random.key(0), X), *where)
         x = put(X, "data")
         adapted = adalora.linen.adapt(module, CONFIG)
@@ -103,7 +103,10 @@ def nnx_layers(put):
         _nnx_layer(put, nnx.Linear, (8, 12), X, "data", None, None, use_bias=False),
         _nnx_layer(put, nnx.Embed, (16, 12), IDS, "data", None, "model"),
         _nnx_layer(put, nnx.Embed, (16, 8), X, "data", None, None, attend=True),
-        _nnx_layer(put, nnx.Conv, (8, 12, (3,)), X, "data", None, "model", use_bias=False),
+        *(
+            _nnx_layer(put, nnx.Conv, (8, 12, (3,)), X, "data", None, "model", use_bias=False, **kw)
+            for kw in ({}, {"feature_group_count": 2})
+        ),
     ]
 
 
@@ -156,6 +159,11 @@ def training(put):
     return final, adalora.masks(state), merged, adalora.unmerge(merged, final), small, updates
 
 
+@functools.cache
+def without_mesh(case):
+    return case(placer(None))
+
+
 def compare(ours, wanted):
     def one(a, b):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -166,15 +174,17 @@ def compare(ours, wanted):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    kinds = {"explicit": "EE", "data": "EA", "model": "AE"}[sys.argv[1]]
-    types = tuple({"E": AxisType.Explicit, "A": AxisType.Auto}[kind] for kind in kinds)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
-    cases = linen_layers, nnx_layers, quantised_layers, banks, training
-    if sys.argv[1] != "explicit":
-        cases = linen_layers, training
-    for case in cases:
-        wanted = case(placer(None))
-        with jax.set_mesh(mesh):
-            ours = case(placer(mesh))
-        print(case.__name__)
-        compare(ours, wanted)
+    some = linen_layers, training
+    for kinds, cases in {
+        "EE": (*some, nnx_layers, quantised_layers, banks),
+        "EA": some,
+        "AE": some,
+        "AA": (linen_layers,),
+    }.items():
+        types = tuple({"E": AxisType.Explicit, "A": AxisType.Auto}[kind] for kind in kinds)
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+        for case in cases:
+            print(kinds, case.__name__)
+            with jax.set_mesh(mesh):
+                ours = case(placer(mesh))
+            compare(ours, without_mesh(case))

@@ -4,19 +4,14 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
 from support.compiling import environment
 
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize(
-    "axes", ["explicit", pytest.param("data", marks=pytest.mark.slow), "model"]
-)
-def test_explicit_axes_give_the_results_of_one_device(axes):
-    """All axes of the mesh are explicit, or only the one named."""
+def test_explicit_and_mixed_meshes_give_the_results_of_one_device():
     done = subprocess.run(
-        [sys.executable, str(HERE / "explicit_run.py"), axes],
+        [sys.executable, str(HERE / "explicit_run.py")],
         env=environment(devices=8),
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adalora_jax._src.core import explicit_axes
+from adalora_jax._src.core import explicit_axes, low_rank
 
 
 @pytest.fixture(params=["explicit", "mixed"])
@@ -28,27 +28,27 @@ def array(mesh, shape, *spec):
 
 
 def spec(array):
-    return explicit_axes.spec_of_type(array)
+    return low_rank.spec_of_type(array)
 
 
 def test_arrays_without_explicit_axes_have_no_explicit_mesh():
     automatic = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     for mesh in (None, automatic):
         x = jnp.ones(2) if mesh is None else array(mesh, (2,), "data")
-        assert explicit_axes.explicit_mesh(x) is None
-        assert explicit_axes.explicit_sharding(x, ("data",)) is None
-        assert explicit_axes.reshard(x, x, ("data",)) is x
+        assert low_rank.explicit_mesh(x) is None
+        assert low_rank.explicit_sharding(x, ("data",)) is None
+        assert low_rank.reshard(x, x, ("data",)) is x
         assert explicit_axes.replicate(x) is x
 
 
 def test_first_array_axis_keeps_a_mesh_axis_that_two_ask_for(mesh):
     x = array(mesh, (2, 3), "data")
-    assert explicit_axes.explicit_sharding(x, ("data", ("data", "model"))).spec == P("data", None)
+    assert low_rank.explicit_sharding(x, ("data", ("data", "model"))).spec == P("data", None)
 
 
 def test_reshard_gives_the_sharding_of_another_array(mesh):
     x = array(mesh, (2, 3), "data")
-    moved = explicit_axes.reshard(x, array(mesh, (2, 3), None, "data"))
+    moved = low_rank.reshard(x, array(mesh, (2, 3), None, "data"))
     assert spec(moved) == (None, "data")
     assert spec(explicit_axes.replicate(x)) == (None, None)
     np.testing.assert_array_equal(moved, x)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Shaped
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
-from adalora_jax._src.core.explicit_axes import reshard
+from adalora_jax._src.core.low_rank import reshard
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import (
     ByRole,

@@ -16,14 +16,8 @@ from jaxtyping import Array, Int, Int32, Shaped
 
 from adalora_jax._src.core import checks, pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
-from adalora_jax._src.core.explicit_axes import (
-    explicit_mesh,
-    replicate,
-    reshard,
-    spec_of_type,
-    take,
-)
-from adalora_jax._src.core.low_rank import accumulation_dtype
+from adalora_jax._src.core.explicit_axes import replicate, take
+from adalora_jax._src.core.low_rank import accumulation_dtype, explicit_mesh, reshard, spec_of_type
 from adalora_jax._src.core.pytree import PyTree
 
 

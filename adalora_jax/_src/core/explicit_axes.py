@@ -1,4 +1,4 @@
-"""Products, look-ups and reshards on meshes with explicit axes, where shardings are in the types.
+"""Look-ups, replicas and automatic shardings on meshes with explicit axes.
 
 On a mesh with ``AxisType.Explicit`` axes the sharding of an array is a part of its type, and JAX
 raises an error where it cannot derive that of a result. These functions state it. Without such axes
@@ -8,70 +8,22 @@ they change nothing, and XLA chooses the shardings.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, Shaped
 
+from adalora_jax._src.core.low_rank import (
+    explicit_mesh,
+    explicit_sharding,
+    reshard,
+    spec_of_type,
+)
+
 Output = TypeVar("Output")
-Spec: TypeAlias = Iterable[str | tuple[str, ...] | None]
-
-
-def explicit_mesh(array: Shaped[Array, "..."]) -> AbstractMesh | None:
-    """Return the mesh that is part of an array's type if some of its axes are explicit.
-
-    >>> explicit_mesh(jnp.ones(3)) is None
-    True
-    """
-    mesh = jax.typeof(array).sharding.mesh
-    return mesh if mesh.explicit_axes else None
-
-
-def spec_of_type(array: Shaped[Array, "..."]) -> tuple[str | tuple[str, ...] | None, ...]:
-    """Return the explicit axes over which an array is sharded, one entry for each of its axes.
-
-    >>> spec_of_type(jnp.ones((2, 3)))
-    (None, None)
-    """
-    spec = jax.typeof(array).sharding.spec
-    return *spec, *[None] * (array.ndim - len(spec))
-
-
-def explicit_sharding(like: Shaped[Array, "..."], spec: Spec) -> NamedSharding | None:
-    """Return the ``out_sharding`` of a product on a mesh with explicit axes; None on other meshes.
-
-    >>> explicit_sharding(jnp.ones((2, 3)), ("data", None)) is None
-    True
-    """
-    mesh = explicit_mesh(like)
-    if mesh is None:
-        return None
-    used, kept = set(), []
-    for entry in spec:  # a mesh axis may shard only one array axis: the first one wins
-        names = set(entry if isinstance(entry, tuple) else (entry,)) - {None}
-        kept.append(None if names & used else entry)
-        used |= names
-    return NamedSharding(mesh, PartitionSpec(*kept))
-
-
-def reshard(
-    array: Shaped[Array, "*shape"], like: Shaped[Array, "..."], spec: Spec | None = None
-) -> Shaped[Array, "*shape"]:
-    """Return an array with a spec on the explicit axes of another array's mesh.
-
-    Args:
-      array: any array.
-      like: the other array.
-      spec: the spec; None for that of ``like``.
-
-    >>> reshard(jnp.zeros(2), jnp.ones(2))
-    Array([0., 0.], dtype=float32)
-    """
-    sharding = explicit_sharding(like, spec_of_type(like) if spec is None else spec)
-    return array if sharding is None else jax.sharding.reshard(array, sharding)
 
 
 def replicate(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:

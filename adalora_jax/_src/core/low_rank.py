@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.lax import PrecisionLike
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Inexact, Shaped, UInt32
 
-from adalora_jax._src.core.explicit_axes import (
-    explicit_mesh,
-    explicit_sharding,
-    reshard,
-    spec_of_type,
-)
-
 Weights = TypeVar("Weights")
 Output = TypeVar("Output")
+Spec: TypeAlias = Iterable[str | tuple[str, ...] | None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -195,6 +189,60 @@ def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
     """
     dtype = jnp.dtype(dtype)
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def explicit_mesh(array: Shaped[Array, "..."]) -> AbstractMesh | None:
+    """Return the mesh that is part of an array's type if some of its axes are explicit.
+
+    >>> explicit_mesh(jnp.ones(3)) is None
+    True
+    """
+    mesh = jax.typeof(array).sharding.mesh
+    return mesh if mesh.explicit_axes else None
+
+
+def spec_of_type(array: Shaped[Array, "..."]) -> tuple[str | tuple[str, ...] | None, ...]:
+    """Return the explicit axes over which an array is sharded, one entry for each of its axes.
+
+    >>> spec_of_type(jnp.ones((2, 3)))
+    (None, None)
+    """
+    spec = jax.typeof(array).sharding.spec
+    return *spec, *[None] * (array.ndim - len(spec))
+
+
+def explicit_sharding(like: Shaped[Array, "..."], spec: Spec) -> NamedSharding | None:
+    """Return the ``out_sharding`` of a product on a mesh with explicit axes; None on other meshes.
+
+    >>> explicit_sharding(jnp.ones((2, 3)), ("data", None)) is None
+    True
+    """
+    mesh = explicit_mesh(like)
+    if mesh is None:
+        return None
+    used, kept = set(), []
+    for entry in spec:  # a mesh axis may shard only one array axis: the first one wins
+        names = set(entry if isinstance(entry, tuple) else (entry,)) - {None}
+        kept.append(None if names & used else entry)
+        used |= names
+    return NamedSharding(mesh, PartitionSpec(*kept))
+
+
+def reshard(
+    array: Shaped[Array, "*shape"], like: Shaped[Array, "..."], spec: Spec | None = None
+) -> Shaped[Array, "*shape"]:
+    """Return an array with a spec on the explicit axes of another array's mesh.
+
+    Args:
+      array: any array.
+      like: the other array.
+      spec: the spec; None for that of ``like``.
+
+    >>> reshard(jnp.zeros(2), jnp.ones(2))
+    Array([0., 0.], dtype=float32)
+    """
+    sharding = explicit_sharding(like, spec_of_type(like) if spec is None else spec)
+    return array if sharding is None else jax.sharding.reshard(array, sharding)
 
 
 def _forward(

@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Inexact
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
-from adalora_jax._src.core.explicit_axes import explicit_sharding, spec_of_type
-from adalora_jax._src.core.low_rank import accumulation_dtype
+from adalora_jax._src.core.low_rank import accumulation_dtype, explicit_sharding, spec_of_type
 from adalora_jax._src.core.pytree import PyTree
 
 

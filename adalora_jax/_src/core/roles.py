@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32, Shaped
 
 from adalora_jax._src.core.adapter import Adapter
-from adalora_jax._src.core.explicit_axes import explicit_mesh, spec_of_type
+from adalora_jax._src.core.low_rank import explicit_mesh, spec_of_type
 
 
 def map_leaves(function: Callable[..., Any], *adapters: Adapter) -> Adapter:

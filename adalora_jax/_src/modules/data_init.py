@@ -221,7 +221,7 @@ def _probe_output(
     dtype: DTypeLike,
     *,
     equation: str | None,
-    convolve: Callable[[Any, jax.Array, jax.Array, int], jax.Array],
+    convolve: Callable[[Any, jax.Array, jax.Array], jax.Array],
     **_: object,
 ) -> jax.Array:
     """Return 0 whose gradient for the probe's q is ``q Σ xᵀx``, for every cotangent.
@@ -242,7 +242,7 @@ def _input_rows(
     x: jax.Array,
     shape: Sequence[int],
     equation: str | None,
-    convolve: Callable[[Any, jax.Array, jax.Array, int], jax.Array],
+    convolve: Callable[[Any, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     """Return a layer's input as the rows ``[*stack, rows, in]`` that its matrices multiply.
 
@@ -254,8 +254,8 @@ def _input_rows(
         return x.reshape(-1, in_features)
     if layer.kind == "conv":
         identity = jnp.eye(in_features, dtype=x.dtype)
-        kernel, features = layers.conv_kernel(layer, module, identity, shape, x.dtype)
-        return convolve(module, x, kernel, features).reshape(-1, in_features)
+        kernel = layers.conv_kernel(layer, identity, shape, x.dtype)
+        return layers.convolve_groups(convolve, module, x, kernel).reshape(-1, in_features)
     xs, ws, _ = labels = einsum.labels_of(layer, module, equation, x.ndim)
     stack = [shape[axis] if ws[axis] in xs else 1 for axis in layer.stack]
     return einsum.stack_first(layer, labels, x).reshape(*stack, -1, in_features)

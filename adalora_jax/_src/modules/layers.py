@@ -7,6 +7,7 @@ ends use this module, which reads a layer's attributes by their names in linen o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,9 +23,16 @@ from adalora_jax._src.core.adapter import (
     known_scale,
     seed_of,
 )
-from adalora_jax._src.core.explicit_axes import explicit_sharding, reshard, spec_of_type, take
+from adalora_jax._src.core.explicit_axes import take, with_auto_axes
 from adalora_jax._src.core.layout import Layout, operands, weight_axes
-from adalora_jax._src.core.low_rank import accumulation_dtype, apply_dropout, linear_with_dropout
+from adalora_jax._src.core.low_rank import (
+    accumulation_dtype,
+    apply_dropout,
+    explicit_sharding,
+    linear_with_dropout,
+    reshard,
+    spec_of_type,
+)
 from adalora_jax._src.modules import einsum
 
 _KINDS = {
@@ -226,7 +234,7 @@ def adapter_output(
     forward_mode: bool = False,
     equation: str | None = None,
     attend: bool = False,
-    convolve: Callable[[Any, jax.Array, jax.Array, int], jax.Array],
+    convolve: Callable[[Any, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     """Return the adapter output, the term that an adapter adds to its layer's output.
 
@@ -243,8 +251,8 @@ def adapter_output(
         :func:`~adalora_jax._src.core.low_rank.low_rank_autodiff`.
       equation: the equation of an einsum, if it is an argument of the call.
       attend: an embedding is used as an output layer, ``x Eᵀ``.
-      convolve: ``(module, x, kernel, features)``: apply the module's convolution with another
-        kernel.
+      convolve: ``(module, x, kernel)``: apply the module's convolution with another kernel, and
+        without groups.
 
     Returns:
       An array with the shape and dtype of the layer's output.
@@ -266,11 +274,8 @@ def adapter_output(
         y = dense_output(adapter, x.reshape(*lead, -1), key, **options)
         return y.reshape(*lead, *(shape[axis] for axis in layer.outs))
     if layer.kind == "conv":
-        kernel, features = conv_kernel(layer, module, adapter.q, shape, dtype)
-
-        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return convolve(module, x, kernel, features)
-
+        kernel = conv_kernel(layer, adapter.q, shape, dtype)
+        product = functools.partial(convolve_groups, convolve, module)
         seed = seed_of(key) if dropout_rate else None
         if seed is None or forward_mode:
             h: Any = product(apply_dropout(x, seed, dropout_rate), kernel)
@@ -295,16 +300,40 @@ def _lookup(adapter: Adapter, ids: jax.Array, scale: ArrayLike, dtype: DTypeLike
     return jnp.matmul(rows.astype(dtype), adapter.p.astype(dtype), out_sharding=at).astype(dtype)
 
 
-def conv_kernel(
-    layer: Layout, module: object, q: jax.Array, shape: Sequence[int], dtype: DTypeLike
-) -> tuple[jax.Array, int]:
-    """Return ``q [r, in]`` as a kernel with r output features per group, and their number."""
-    groups, rank = getattr(module, "feature_group_count", 1), q.shape[0]
-    shape = [rank if axis in layer.outs else size for axis, size in enumerate(shape)]
-    kernel = layer.to_weight(q.T, shape).astype(dtype)
-    # Each group of outputs sees its own inputs through the same r kernels.
-    kernel = jnp.concatenate([kernel] * groups, axis=layer.outs[0]) if groups > 1 else kernel
-    return kernel, rank * groups
+def conv_kernel(layer: Layout, q: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
+    """Return ``q [r, in]`` as a kernel with r output features, for the inputs of one group."""
+    shape = [q.shape[0] if axis in layer.outs else size for axis, size in enumerate(shape)]
+    return layer.to_weight(q.T, shape).astype(dtype)
+
+
+def convolve_groups(
+    convolve: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    module: object,
+    x: jax.Array,
+    kernel: jax.Array,
+) -> jax.Array:
+    """Apply a kernel of r output features to each group of channels: ``[..., groups · r]``.
+
+    The groups become a batch axis. In a grouped convolution, XLA computes the gradient of the
+    kernel once for each device that has the same part of the batch, and returns their sum.
+
+    Args:
+      convolve: as in :func:`adapter_output`.
+      module: the layer.
+      x: its input, ``[..., groups · in]``.
+      kernel: the kernel that all groups share.
+    """
+    groups = getattr(module, "feature_group_count", 1)
+    if groups == 1:
+        return convolve(module, x, kernel)
+
+    def per_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        split = x.reshape(*x.shape[:-1], groups, -1)
+        h = jax.vmap(functools.partial(convolve, module), (-2, None), -2)(split, kernel)
+        return h.reshape(*h.shape[:-2], -1)
+
+    whole = reshard(x, x, (*spec_of_type(x)[:-1], None))
+    return with_auto_axes(per_group, whole, whole, kernel)
 
 
 def _pointwise_conv(

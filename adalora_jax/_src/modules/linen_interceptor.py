@@ -146,12 +146,15 @@ def _add(
     return layers.add_output(output, term)
 
 
-def _convolve(module: nn.Module, x: jax.Array, kernel: jax.Array, features: int) -> PyTree:
-    """Apply the convolution of ``module`` with another kernel and without bias."""
+def _convolve(module: nn.Module, x: jax.Array, kernel: jax.Array) -> PyTree:
+    """Apply the convolution of ``module`` with another kernel, without bias and groups."""
     # Use Flax's own class, since a subclass may do more than convolve.
     kind = nn.ConvTranspose if isinstance(module, nn.ConvTranspose) else nn.Conv
-    names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
+    names = {field.name for field in dataclasses.fields(kind)}
+    names -= {"parent", "name", "feature_group_count"}
     fields = {name: getattr(module, name) for name in names}
+    transposed = fields.get("transpose_kernel", False)
+    features = kernel.shape[-2 if transposed else -1]
     same = kind(**fields | {"features": features, "use_bias": False}, parent=None)
     return same.apply({"params": {"kernel": kernel}}, x)
 

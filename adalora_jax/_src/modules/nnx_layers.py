@@ -15,8 +15,8 @@ from flax import nnx
 from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
-from adalora_jax._src.core.explicit_axes import explicit_sharding, spec_of_type
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.low_rank import explicit_sharding, spec_of_type
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import foreign, layers
 from adalora_jax._src.modules.nnx_variables import (
@@ -408,19 +408,18 @@ def layer_of(
     return layers.layer_of(module, params, equation)
 
 
-def _convolve(
-    module: nnx.Conv | nnx.ConvTranspose, x: jax.Array, kernel: jax.Array, features: int
-) -> jax.Array:
-    """Apply the convolution of ``module`` with another kernel and without bias."""
+def _convolve(module: nnx.Conv | nnx.ConvTranspose, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Apply the convolution of ``module`` with another kernel, without bias and groups."""
     names = ("strides", "padding", "kernel_dilation", "dtype", "param_dtype", "precision")
     names += ("promote_dtype", "preferred_element_type")
     if isinstance(module, nnx.ConvTranspose):
         kind, names = nnx.ConvTranspose, (*names, "transpose_kernel")
+        ins, outs = (-1, -2) if module.transpose_kernel else (-2, -1)
     else:
-        kind = nnx.Conv
-        names = (*names, "input_dilation", "feature_group_count", "conv_general_dilated")
+        kind, ins, outs = nnx.Conv, -2, -1
+        names = (*names, "input_dilation", "conv_general_dilated")
     same = kind(
-        *(module.in_features, features, module.kernel_size),
+        *(kernel.shape[ins], kernel.shape[outs], module.kernel_size),
         **{name: getattr(module, name) for name in names},
         use_bias=False,
         kernel_init=lambda key, shape, dtype: kernel,

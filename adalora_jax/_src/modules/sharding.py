@@ -17,8 +17,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from adalora_jax._src.core import rank_spec
 from adalora_jax._src.core.adapter import Adapter
-from adalora_jax._src.core.explicit_axes import explicit_mesh
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.low_rank import explicit_mesh
 from adalora_jax._src.core.pytree import PyTree
 
 # By pattern, or a function of a path and the Adapter of PartitionSpecs derived for it.
