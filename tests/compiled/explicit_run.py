@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
-from adalora_jax import bank, quantization
+from adalora_jax import bank, inits, quantization
 
 CONFIG = adalora.AdaLoraConfig(
     total_step=4,
@@ -159,6 +159,18 @@ def training(put):
     return final, adalora.masks(state), merged, adalora.unmerge(merged, final), small, updates
 
 
+def initial_values_and_merging(put):
+    dense = nn.DenseGeneral((2, 6))
+    variables, x = put(dense.init(jax.random.key(0), X)), put(X, "data")
+    adapted = adalora.linen.adapt(dense, CONFIG)
+    adapters = adapted.init(jax.random.key(1), variables, x)
+    moments = inits.input_second_moments(adapted, variables, adapters, x)
+    remaining, principal = inits.pissa_init(variables, adapters)
+    packed = quantization.quantize(dense, "nf4", variables, x)[1]
+    merged = quantization.merge(packed, adapters, to="float32")
+    return moments, remaining, principal[""].lam, merged[0]
+
+
 @functools.cache
 def without_mesh(case):
     return case(placer(None))
@@ -174,11 +186,13 @@ def compare(ours, wanted):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    some = linen_layers, training
     for kinds, cases in {
-        "EE": (*some, nnx_layers, quantised_layers, banks),
-        "EA": some,
-        "AE": some,
+        "EE": (
+            *(linen_layers, nnx_layers, quantised_layers, banks, training),
+            initial_values_and_merging,
+        ),
+        "EA": (linen_layers,),
+        "AE": (training,),
         "AA": (linen_layers,),
     }.items():
         types = tuple({"E": AxisType.Explicit, "A": AxisType.Auto}[kind] for kind in kinds)

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
+from adalora_jax._src.core.explicit_axes import reshard, spec_of_type
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
@@ -109,7 +110,9 @@ def _principal(adapter: Adapter, weight: PyTree, path: str) -> Adapter:
             f"`variables`: the weight of {path!r} is quantised, so no increment can be subtracted "
             "from it; pass the float weights, and quantise the result."
         )
-    matrix = layer.to_matrix(weight)
+    lifted = weight.ndim - layer.ndim  # only these axes may stay sharded for an svd
+    spec = (*spec_of_type(weight)[:lifted], *[None] * layer.ndim)
+    matrix = layer.to_matrix(reshard(weight, weight, spec))
     u, sigma, vt = jnp.linalg.svd(
         matrix.astype(accumulation_dtype(matrix.dtype)), full_matrices=False
     )
@@ -122,7 +125,8 @@ def _principal(adapter: Adapter, weight: PyTree, path: str) -> Adapter:
 
 def _rows(old: jax.Array, new: jax.Array, rank: int) -> jax.Array:
     """Return ``old [..., r, d]`` with its first ``rank`` rows replaced by those of ``new``."""
-    return old.at[..., :rank, :].set(new[..., :rank, :].astype(old.dtype))
+    first = reshard(new[..., :rank, :].astype(old.dtype), old)
+    return old.at[..., :rank, :].set(first)
 
 
 def input_second_moments(

@@ -32,6 +32,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from adalora_jax._src.core.explicit_axes import with_auto_axes
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import nnx_variables
 from adalora_jax._src.modules.params import Model, parameters_of, replaced
@@ -83,7 +84,8 @@ class GptqWeight(Packed):
         layer = _dequantize
         for _ in self.qweight.shape[:-2]:
             layer = jax.vmap(layer)
-        dense = layer(jax.lax.stop_gradient(self)).reshape(self.shape)
+        weight = jax.lax.stop_gradient(self)
+        dense = with_auto_axes(lambda w: layer(w).reshape(self.shape), self.qweight, weight)
         return dense.astype(self.dtype if dtype is None else dtype)
 
     def requantize(self, weight: jax.Array) -> Packed:

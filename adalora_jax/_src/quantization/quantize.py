@@ -559,9 +559,7 @@ def _store_merged(
     else:
         new = quantize_weight(target.astype(weight.dtype), cast("str | Recipe", to), layer)
     back = new.dequantize(jnp.float32) if isinstance(new, Packed) else new.astype(jnp.float32)
-    error, whole, learnt = (
-        float(jnp.linalg.norm(a.ravel())) for a in (back - target, target, delta)
-    )
+    error, whole, learnt = (float(jnp.sqrt(jnp.sum(a**2))) for a in (back - target, target, delta))
     return new, MergeLoss(error / whole, error / learnt if learnt else float(error > 0))
 
 
