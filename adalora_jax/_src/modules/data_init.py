@@ -18,9 +18,8 @@ from jax.typing import DTypeLike
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
-from adalora_jax._src.core.explicit_axes import reshard, spec_of_type
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.low_rank import accumulation_dtype
+from adalora_jax._src.core.low_rank import accumulation_dtype, reshard, spec_of_type
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import (
     einsum,
