@@ -135,5 +135,5 @@ def with_auto_axes(
 
     unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
     shardings = jax.tree.map(sharding, jax.eval_shape(function, *unsharded))
-    auto = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
+    auto: Any = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
     return auto(*args)

@@ -13,17 +13,16 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Int, Int32, Shaped, UInt
 
 from adalora_jax._src.core import explicit_axes
-from adalora_jax._src.core.pytree import PyTree
 
 Limits = Sequence[tuple[ArrayLike, ArrayLike]]  # (least, most) per matrix, for each leaf
 
 
 def keep_best(
-    scores: PyTree,
+    scores: Any,
     count: ArrayLike,
     limits: Limits | None = None,
     costs: Sequence[ArrayLike] | None = None,
-) -> PyTree:
+) -> Any:
     """Return masks that keep exactly the ``count`` highest scores of all leaves together.
 
     Ties are broken by position: earlier leaves, then earlier rows. NaN ranks below every number.
