@@ -87,7 +87,9 @@ def sharding_of(
     # A tracer's .sharding raises, and formatting the error takes time linear in the program.
     found = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if found is None and isinstance(leaf, jax.Array):  # its type has a sharding on explicit axes
-        found = None if explicit_mesh(leaf) is None else jax.typeof(leaf).sharding
+        mesh = explicit_mesh(leaf)  # metadata also has the axes that are not explicit
+        whole = mesh is not None and (named is None or mesh.are_all_axes_explicit)
+        found = jax.typeof(leaf).sharding if whole else None
     return found if isinstance(found, NamedSharding) else named
 
 
