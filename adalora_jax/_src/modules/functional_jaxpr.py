@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,9 @@ from jax.extend import core
 from adalora_jax._src.core.adapter import Adapter, delta_weight
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype
+from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import einsum
+from adalora_jax._src.modules.functional_params import is_array
 from adalora_jax._src.modules.layers import add_increment
 
 # Operations that neither change nor move entries.
@@ -104,6 +106,44 @@ class Weight(NamedTuple):
     def merged(self) -> jax.Array:
         """Return ``W + ΔW``, rounded once."""
         return self.value if self.adapter is None else add_increment(self.value, self.increment())
+
+
+class Trace(NamedTuple):
+    """A traced call of a function.
+
+    Attributes:
+      closed: the jaxpr, a function of the arrays.
+      arrays: the arrays among the arguments, by position among their leaves.
+      output: the function from the jaxpr's outputs to the result of the call.
+    """
+
+    closed: core.ClosedJaxpr
+    arrays: dict[int, Any]
+    output: Callable[[list[jax.Array]], PyTree]
+
+    @classmethod
+    def of(cls, fn: Callable[..., PyTree], params: PyTree, inputs: tuple[PyTree, ...]) -> Trace:
+        """Trace a call with all arrays as arguments, and all other leaves as constants."""
+        flat, treedef = jax.tree.flatten((params, inputs))
+        arrays = {i: leaf for i, leaf in enumerate(flat) if is_array(leaf)}
+        result: list[Any] = []
+
+        def run(arrays: Mapping[int, jax.Array]) -> dict[int, jax.Array]:
+            leaves = [arrays.get(i, leaf) for i, leaf in enumerate(flat)]
+            params, inputs = treedef.unflatten(leaves)
+            result[:] = jax.tree.flatten(fn(params, *inputs))
+            return {i: leaf for i, leaf in enumerate(result[0]) if is_array(leaf)}
+
+        closed = jax.make_jaxpr(run)(arrays)
+        leaves, out_treedef = result
+        places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+        constants = {i: leaf for i, leaf in enumerate(leaves) if i not in places}
+
+        def output(values: list[jax.Array]) -> PyTree:
+            known = {**constants, **dict(zip(places, values))}
+            return out_treedef.unflatten([known[i] for i in range(len(known))])
+
+        return cls(closed, arrays, output)
 
 
 class Walk:
@@ -188,8 +228,10 @@ class Walk:
         """Return the output of a product with a weight: ``x W`` and the adapter's term."""
         for position, weight in enumerate(inputs):
             if isinstance(weight, Weight):
-                plain = [merged(value) for value in inputs]
-                plain[position] = weight.value
+                plain = [
+                    weight.value if i == position else merged(value)
+                    for i, value in enumerate(inputs)
+                ]
                 term = self.term(eqn, plain, position, weight)
                 if term is not None:
                     (y,) = run_alone(eqn, plain)
@@ -354,13 +396,10 @@ def _moved(eqn: core.JaxprEqn, inputs: Sequence[Any], is_reading: bool) -> list[
         gone = {d % len(dims) for d in params["dimensions"]}
         kept = weight._replace(dims=tuple(dim for d, dim in enumerate(dims) if d not in gone))
         return _one(_without(kept, [a for d in gone for a in dims[d]]))
-    if name in ("reshape", "broadcast_in_dim"):
-        shape = eqn.outvars[0].aval.shape
-        if name == "reshape" and params["dimensions"] is not None:
-            return None
-        if math.prod(shape) != weight.value.size:
-            return None
-        return _one(_reshaped(weight, shape))
+    if name == "reshape" and params["dimensions"] is None:
+        return _one(_reshaped(weight, eqn.outvars[0].aval.shape))
+    if name == "broadcast_in_dim":
+        return _one(_broadcast(eqn, weight, is_reading))
     if name in ("slice", "dynamic_slice") or (name == "split" and is_reading):
         return _sliced(eqn, weight, starts, is_reading)
     return None
@@ -419,6 +458,23 @@ def _reshaped(weight: Weight, shape: Sequence[int]) -> Weight | None:
     return _without(weight._replace(dims=tuple(dims), sizes=sizes, roles=roles), ones)
 
 
+def _broadcast(eqn: core.JaxprEqn, weight: Weight, is_reading: bool) -> Weight | None:
+    """Return the weight with further dimensions; with adapters only if they have size 1."""
+    shape, kept = eqn.outvars[0].aval.shape, [*eqn.params["broadcast_dimensions"]]
+    sizes, dims = dict(weight.sizes), []
+    for d, size in enumerate(shape):
+        if d in kept and weight.value.shape[kept.index(d)] == size:
+            dims.append(weight.dims[kept.index(d)])
+        elif size == 1:
+            dims.append(())
+        elif is_reading:
+            dims.append((Label(-1, f"{len(sizes)}"),))
+            sizes[dims[-1][0]] = size
+        else:
+            return None
+    return weight._replace(dims=tuple(dims), sizes=sizes)
+
+
 def _sliced(
     eqn: core.JaxprEqn, weight: Weight, starts: Sequence[Any], is_reading: bool
 ) -> list[Weight] | None:
@@ -452,6 +508,7 @@ def _cut(
 
 
 def merged(value: Any) -> Any:
+    """Return a weight with its increment as an array, and any other value as it is."""
     return value.merged() if isinstance(value, Weight) else value
 
 

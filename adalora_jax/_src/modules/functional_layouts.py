@@ -1,19 +1,25 @@
-"""Layouts of weights, read from the products in the jaxpr of a function."""
+"""The weights of a function, with layouts that its jaxpr shows or that the user declares."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.tree_util import DictKey, GetAttrKey, KeyPath, SequenceKey, tree_flatten_with_path
 
+from adalora_jax._src.core import rank_spec
 from adalora_jax._src.core.layout import Layout
+from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.modules.candidates import Candidate
 from adalora_jax._src.modules.functional_jaxpr import (
     REMAT,
     Label,
+    Trace,
     Walk,
     Weight,
     gather_dims,
@@ -21,6 +27,9 @@ from adalora_jax._src.modules.functional_jaxpr import (
     roles_of_product,
     run_alone,
 )
+from adalora_jax._src.modules.functional_params import Params, is_array, name_of
+
+Declared = Mapping[str, Layout]  # by pattern
 
 
 class Use(NamedTuple):
@@ -162,6 +171,114 @@ def _gathered(eqn: core.JaxprEqn, weight: Weight, y: jax.Array) -> jax.Array | W
         if d in labels and math.prod(sizes[a] for a in labels[d]) == size:
             dims.append(labels[d])
         else:
-            dims.append((Label(-1, f"{weight.index}:{d}:{size}"),))
+            dims.append((Label(-1, f"{len(sizes)}"),))
             sizes[dims[-1][0]] = size
     return weight._replace(value=y, dims=tuple(dims), sizes=sizes)
+
+
+def candidates(
+    fn: Callable[..., PyTree],
+    params: PyTree,
+    inputs: tuple[PyTree, ...],
+    declared: Declared | None,
+) -> dict[str, Candidate]:
+    """Return the weights of a function by path, and the containers that they are in.
+
+    A weight whose axes are neither shown by the function nor declared has a reason.
+    """
+    leaves = Params.of(params).leaves
+    keys = {name_of(path): path for path, _ in tree_flatten_with_path(params)[0]}
+    trace = Trace.of(fn, params, inputs)
+    weights = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if is_array(leaf) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    numbers = {name: [*trace.arrays].index(i) for i, name in enumerate(leaves) if name in weights}
+    found = find_layouts(
+        trace.closed,
+        {number: name.rpartition("/")[2] for name, number in numbers.items()},
+        [*trace.arrays.values()],
+    )
+    read = {name: layer for name, number in numbers.items() if (layer := found.get(number))}
+    known = read | _declared(declared, weights)
+    result = {}
+    for name, path in keys.items():
+        for end in range(len(path)):
+            result.setdefault(name_of(path[:end]), Candidate(_node(params, path[:end])))
+        if name in weights and name not in known:
+            unclear = numbers[name] in found  # its products contradict each other
+            shape = tuple(weights[name].shape)
+            result[name] = Candidate(weights[name], None, shape, _unknown(name, unclear))
+    for name, layer in known.items():
+        path = _module_path(keys[name], known)
+        module = _node(params, path) if path != keys[name] else weights[name]
+        result[name_of(path)] = Candidate(module, layer, tuple(weights[name].shape))
+    return result
+
+
+def _declared(declared: Declared | None, weights: Mapping[str, PyTree]) -> dict[str, Layout]:
+    """Return the declared layouts by the paths of the leaves that their patterns match.
+
+    Raises:
+      ValueError: ``declared`` is not ``{pattern: Layout}``, a pattern matches no weight, or a
+        Layout has a shape, is of kind ``"unknown"``, or has more axes than its weight.
+    """
+    result: dict[str, Layout] = {}
+    if declared is None:
+        return result
+    if not isinstance(declared, Mapping):
+        raise ValueError(
+            f"`layers={type(declared).__name__}`: is not a dict; pass {{pattern: Layout(...)}}."
+        )
+    for pattern, layout in declared.items():
+        if not isinstance(pattern, str) or not isinstance(layout, Layout):
+            raise ValueError(
+                f"`layers={{{pattern!r}: {layout!r}}}`: must map a pattern to a Layout; pass "
+                "{pattern: Layout(...)}."
+            )
+        matched = [name for name in weights if rank_spec.matches(pattern, name)]
+        if not matched:
+            raise ValueError(
+                f"`layers`: {pattern!r} matches no parameter with two or more axes; name one of "
+                f"them: {', '.join([*weights][:10])}."
+            )
+        for name in matched:
+            shape = tuple(weights[name].shape)
+            if layout.shape is not None or layout.kind == "unknown" or layout.ndim > len(shape):
+                raise ValueError(
+                    f"`layers={{{pattern!r}: {layout!r}}}`: does not fit {name!r}, of shape "
+                    f"{shape}; pass a Layout of its axes, without a shape."
+                )
+            named = dataclasses.replace(layout, weight=name.rpartition("/")[2])
+            result.setdefault(name, named)
+    return result
+
+
+def _unknown(name: str, unclear: bool) -> str:
+    problem = (
+        "the function uses its axes in different roles"
+        if unclear
+        else "no product in the function shows which of its axes are inputs and outputs"
+    )
+    return f"{problem} (declare them: layers={{{name!r}: Layout(ins=..., outs=...)}})"
+
+
+def _module_path(path: KeyPath, weights: Mapping[str, Layout]) -> KeyPath:
+    """Return the path of a weight's module if it is the only weight in it, else the weight's."""
+    module = path[:-1]
+    inside = [name for name in weights if name.startswith(f"{name_of(module)}/")]
+    named = bool(path) and isinstance(path[-1], (DictKey, GetAttrKey))
+    return module if named and module and len(inside) == 1 else path
+
+
+def _node(params: PyTree, path: KeyPath) -> PyTree:
+    """Return the node of a pytree at a key path; None if the keys do not tell how to get it."""
+    for key in path:
+        if isinstance(key, GetAttrKey):
+            params = getattr(params, key.name)
+        elif isinstance(key, (DictKey, SequenceKey)):
+            params = params[key.key if isinstance(key, DictKey) else key.idx]
+        else:
+            return None
+    return params
