@@ -168,7 +168,7 @@ def test_declared_layout_replaces_the_one_that_is_read():
         ([Layout()], r"`layers=list`: is not a dict; pass {pattern"),
         ({"head": "dense"}, r"`layers={'head': 'dense'}`: must map a pattern to a Layout"),
         ({dict: Layout()}, r"`layers=.*: must map a pattern to a Layout"),
-        ({"haed": Layout()}, r"`layers`: 'haed' matches no parameter .*: .*up/w, .*head"),
+        ({"haed": Layout()}, r"`layers`: 'haed' matches no parameter .*: added, head, list/0"),
         ({"head": Layout(ins=(0, 1), outs=(2,))}, r"does not fit 'head', of shape \(5, 3\)"),
         ({"head": Layout(kind="unknown")}, r"does not fit 'head'"),
         ({"head": Layout(shape=(5, 3))}, r"does not fit 'head'.*without a shape"),
