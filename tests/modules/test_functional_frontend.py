@@ -339,7 +339,7 @@ def test_config_selects_excludes_and_overrides_as_for_modules():
 
 def test_declared_weights_are_adapted_wherever_they_are_used():
     params = transformer_params()
-    layers = {"positions": Layout(kind="weight"), "attn/q": Layout("", (0,), (2,), (1,), "einsum")}
+    layers = {"positions": Layout(kind="weight"), "attn/q": Layout(equation="h...d,dhk->h...k")}
     adapted = functional.adapt(
         transformer, params, config(target_modules=["positions", "q"]), IDS, layers=layers
     )

@@ -1,9 +1,10 @@
 """Adapters for functions of a parameter pytree, without changes to their code.
 
-An increment could be added to the parameters, ``fn(params with W + ΔW)``: a few lines, but a dense
-increment and a dense gradient per weight, and in bfloat16 the sum loses most of a small increment.
-So the function's jaxpr is run with low-rank products at the uses of a weight that allow it, and the
-sum at all others, which is as exact and no larger than reading the axes from the same jaxpr.
+The shortest way is ``fn(params with W + ΔW)``. It is exact for every use of a weight, but needs a
+dense increment and a dense gradient per weight, and in bfloat16 the sum rounds most of a small
+increment away. So ``apply`` runs the function's jaxpr with low-rank products where a weight's use
+allows them, and with the sum at all other uses. The same walk through the jaxpr reads the axes of
+the weights, which must be known in any case.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Weight(NamedTuple):
     Attributes:
       value: the array, without the increment.
       adapter: factors of the increment, ``[*stack, r, features]``; None while layouts are read.
-      index: position of the weight among the function's inputs.
+      number: position of the weight among the function's inputs.
       dims: the labels that each dimension of the value consists of.
       sizes: size of each label.
       roles: labels of the stack axes, of the inputs and of the outputs, as the factors have them.
@@ -69,13 +69,13 @@ class Weight(NamedTuple):
 
     value: jax.Array
     adapter: Any
-    index: int
+    number: int
     dims: _Dims
     sizes: Mapping[Label, int]
     roles: tuple[tuple[Label, ...], ...] = ((), (), ())
 
     @classmethod
-    def of(cls, index: int, value: jax.Array, adapter: Adapter | None = None) -> Weight:
+    def of(cls, number: int, value: jax.Array, adapter: Adapter | None = None) -> Weight:
         labels = tuple(Label(axis) for axis in range(value.ndim))
         layer, roles = adapter and adapter.layout, ((), (), ())
         if layer is not None:
@@ -86,7 +86,7 @@ class Weight(NamedTuple):
         return cls(
             value,
             adapter,
-            index,
+            number,
             tuple((a,) for a in labels),
             dict(zip(labels, value.shape)),
             roles,
@@ -259,7 +259,7 @@ class Walk:
         p = jnp.eye(rank, dtype=accumulation_dtype(weight.adapter.lam.dtype))
         factor, params = changed.increment(p, label), dict(eqn.params)
         if name == "gather":
-            where = gather_dims(eqn, weight)[dims[0]]
+            where = (gather_dims(eqn, weight) or {})[dims[0]]
             sizes = enumerate(params["slice_sizes"])
             params["slice_sizes"] = tuple(rank if d == dims[0] else n for d, n in sizes)
         else:
@@ -370,12 +370,12 @@ def _dot_term(
     sides = (*of_weight, *rest) if position == 0 else (*rest, *of_weight)
     ys = "".join((*(of_x[d] for d in x_batch), *sides))
     axes, start, end = tuple(range(len(ws))), len(stack), len(stack) + len(ins)
-    layer = Layout("", axes[start:end], axes[end:], axes[:start], "einsum")
+    layer = Layout("w", axes[start:end], axes[end:], axes[:start], "einsum")
     options = {"scale": adapter.scale, "forward_mode": forward_mode}
     options |= {"precision": eqn.params["precision"]}
     x = x.reshape([size[a] for a in xs])
     y = einsum.output(layer, (xs, ws, ys), adapter, x, None, shape, options)
-    return y.reshape(eqn.outvars[0].aval.shape)
+    return y.reshape(_shape(eqn.outvars[0]))
 
 
 def _moved(eqn: core.JaxprEqn, inputs: Sequence[Any], is_reading: bool) -> list[Weight] | None:
@@ -397,7 +397,7 @@ def _moved(eqn: core.JaxprEqn, inputs: Sequence[Any], is_reading: bool) -> list[
         kept = weight._replace(dims=tuple(dim for d, dim in enumerate(dims) if d not in gone))
         return _one(_without(kept, [a for d in gone for a in dims[d]]))
     if name == "reshape" and params["dimensions"] is None:
-        return _one(_reshaped(weight, eqn.outvars[0].aval.shape))
+        return _one(_reshaped(weight, _shape(eqn.outvars[0])))
     if name == "broadcast_in_dim":
         return _one(_broadcast(eqn, weight, is_reading))
     if name in ("slice", "dynamic_slice") or (name == "split" and is_reading):
@@ -460,7 +460,7 @@ def _reshaped(weight: Weight, shape: Sequence[int]) -> Weight | None:
 
 def _broadcast(eqn: core.JaxprEqn, weight: Weight, is_reading: bool) -> Weight | None:
     """Return the weight with further dimensions; with adapters only if they have size 1."""
-    shape, kept = eqn.outvars[0].aval.shape, [*eqn.params["broadcast_dimensions"]]
+    shape, kept = _shape(eqn.outvars[0]), [*eqn.params["broadcast_dimensions"]]
     sizes, dims = dict(weight.sizes), []
     for d, size in enumerate(shape):
         if d in kept and weight.value.shape[kept.index(d)] == size:
@@ -482,7 +482,7 @@ def _sliced(
     results, stack, before = [], weight.roles[0], weight.value.shape
     for output in eqn.outvars:
         adapter, sizes = weight.adapter, dict(weight.sizes)
-        for d, (dim, size) in enumerate(zip(weight.dims, output.aval.shape, strict=True)):
+        for d, (dim, size) in enumerate(zip(weight.dims, _shape(output), strict=True)):
             if size == before[d]:
                 continue
             if len(dim) != 1 or not (is_reading or dim[0] in stack):
@@ -510,6 +510,10 @@ def _cut(
 def merged(value: Any) -> Any:
     """Return a weight with its increment as an array, and any other value as it is."""
     return value.merged() if isinstance(value, Weight) else value
+
+
+def _shape(output: Any) -> tuple[int, ...]:
+    return output.aval.shape
 
 
 def _arrays(value: Any) -> Any:

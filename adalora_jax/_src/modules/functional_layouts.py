@@ -27,7 +27,7 @@ from adalora_jax._src.modules.functional_jaxpr import (
     roles_of_product,
     run_alone,
 )
-from adalora_jax._src.modules.functional_params import Params, is_array, name_of
+from adalora_jax._src.modules.functional_params import Params, is_array, name_of, weight_name
 
 Declared = Mapping[str, Layout]  # by pattern
 
@@ -63,7 +63,7 @@ class _Reader(Walk):
             if not isinstance(weight, Weight) or (is_gather and jnp.ndim(inputs[1]) < 2):
                 continue  # one index selects from a stack, several look up rows
             if roles := roles_of_product(eqn, position, weight):
-                self.uses.setdefault(weight.index, []).append(
+                self.uses.setdefault(weight.number, []).append(
                     _use(eqn.primitive.name, weight, *roles)
                 )
         if is_gather and isinstance(inputs[0], Weight):
@@ -197,7 +197,7 @@ def candidates(
     numbers = {name: [*trace.arrays].index(i) for i, name in enumerate(leaves) if name in weights}
     found = find_layouts(
         trace.closed,
-        {number: name.rpartition("/")[2] for name, number in numbers.items()},
+        {number: weight_name(name) for name, number in numbers.items()},
         [*trace.arrays.values()],
     )
     read = {name: layer for name, number in numbers.items() if (layer := found.get(number))}
@@ -250,7 +250,7 @@ def _declared(declared: Declared | None, weights: Mapping[str, PyTree]) -> dict[
                     f"`layers={{{pattern!r}: {layout!r}}}`: does not fit {name!r}, of shape "
                     f"{shape}; pass a Layout of its axes, without a shape."
                 )
-            named = dataclasses.replace(layout, weight=name.rpartition("/")[2])
+            named = dataclasses.replace(layout, weight=weight_name(name))
             result.setdefault(name, named)
     return result
 

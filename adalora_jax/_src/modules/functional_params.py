@@ -59,7 +59,7 @@ class Params(NamedTuple):
                 continue
             for inner, leaf in tree_flatten_with_path(node)[0]:
                 name = "/".join(filter(None, (path, name_of(inner))))
-                base = leaves.get(name)
+                base: Any = leaves.get(name)
                 if not is_array(base) or tuple(base.shape) != tuple(leaf.shape):
                     raise ValueError(
                         f"`adapters[{path!r}]`: has {name!r} of shape {tuple(leaf.shape)}, but the "
@@ -137,7 +137,7 @@ def _with_increments(
     tree = Params.of(params)
     leaves = tree.with_saved(adapters)
     for path, adapter in adapters_of(adapters).items():
-        layer = adapter.layout or Layout(path.rpartition("/")[2])
+        layer = adapter.layout or Layout(weight_name(path))
         name = leaf_name(path, layer.weight, leaves)
         if name is None:
             raise ValueError(
@@ -170,6 +170,15 @@ def adapters_of(adapters: Mapping[str, PyTree]) -> dict[str, Adapter]:
         )
     found = {path: node for path, node in adapters.items() if pytree.is_adapter(node)}
     return {path: pytree.adapters(node)[""] for path, node in found.items()}
+
+
+def weight_name(name: str) -> str:
+    """Return the last part of a leaf's path; ``weight`` for a leaf without a path.
+
+    >>> weight_name("layers/0/w"), weight_name("")
+    ('w', 'weight')
+    """
+    return name.rpartition("/")[2] or "weight"
 
 
 def leaf_name(path: str, weight: str, leaves: Mapping[str, PyTree]) -> Any:
