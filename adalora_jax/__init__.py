@@ -1,4 +1,4 @@
-"""AdaLoRA for JAX: adapters ``ΔW = P Λ Q`` for Flax models, with ranks allocated in training.
+"""AdaLoRA for JAX: adapters ``ΔW = P Λ Q`` for any model, with ranks allocated in training.
 
 `AdaLoRA <https://arxiv.org/abs/2303.10512>`_ writes the increment of a weight as a sum of triplets
 ``(p_i, λ_i, q_i)``. During training it scores all triplets of a model, and sets λ of those with the
@@ -9,6 +9,7 @@ The steps of a run, and their functions:
 =============================================  =================================================
 :class:`AdaLoraConfig`                         set the hyper-parameters
 :func:`linen.adapt`, :func:`nnx.adapt`         add adapters to a Flax model
+:func:`functional.adapt`                       add adapters to a function of parameters
 :func:`adalora`                                wrap an optax optimizer: its updates allocate ranks
 :func:`orthogonality`                          the penalty to add to the loss
 :func:`info`, :func:`ranks`, :func:`summary`   monitor the allocation
@@ -22,6 +23,7 @@ Submodules:
 
 ===================================  ===========================================================
 ``linen``, ``nnx``                   adapters for the two Flax APIs
+``functional``                       adapters for functions of parameters (plain JAX, Equinox)
 ``scores``                           building blocks of scores
 ``inits``                            initial values from the model's weights or inputs
 ``protocols``                        signatures of the functions that a config accepts
@@ -40,7 +42,7 @@ import importlib.util as _util
 from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from adalora_jax import linen, nnx, scores, sharding
+from adalora_jax import functional, linen, nnx, scores, sharding
 from adalora_jax._src.core.adapter import Adapter, delta_weight, forward
 from adalora_jax._src.core.allocator import (
     AdaLoraState,
@@ -85,6 +87,7 @@ __all__ = [
     "eval_params",
     "finish",
     "forward",
+    "functional",
     "info",
     "init_adapter",
     "init_state",

@@ -191,3 +191,34 @@ def test_padding_of_stacked_ranks_is_bounded():
     names = peft.NameMap([("l[{i}]", "l.{i}")])
     with pytest.raises(ValueError, match="its ranks are too different"):
         peft_matrices.from_matrices(matrices, names, None, {}, 1.0)
+
+
+def test_adapters_of_equinox_weights_have_the_factors_of_their_pytorch_modules(tmp_path):
+    def fn(params, x):
+        x = jax.lax.conv_general_dilated(x, params["conv"]["weight"], (1, 1), "SAME")
+        return x.mean((2, 3)) @ params["linear"]["weight"].T
+
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    params = {
+        "conv": {"weight": draw(0, 7, 5, 3, 2)},  # [out, in, *window]
+        "linear": {"weight": draw(1, 4, 7)},  # [out, in]
+    }
+    config = adalora.AdaLoraConfig(
+        total_step=8, init_r=3, target_r=1, target_modules=".*", init_lora_weights=False
+    )
+    adapted = adalora.functional.adapt(fn, params, config, draw(2, 1, 5, 4, 4))
+    adapters = adapted.init(jax.random.key(3), params)
+    peft.save_pretrained(tmp_path, adapters, config)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    merged = adalora.functional.merge(params, adapters)
+    for name, node in params.items():
+        a, b, e = (
+            next(t for key, t in tensors.items() if f"{name}.lora_{letter}" in key)
+            for letter in "ABE"
+        )
+        increment = adapters[name].scale * (b * e[:, 0]) @ a
+        found = (merged[name]["weight"] - node["weight"]).reshape(increment.shape)
+        np.testing.assert_allclose(found, increment, rtol=1e-3, atol=1e-4)
+    loaded = peft.load_pretrained(tmp_path, like=adapters)
+    for path, adapter in adapters.items():
+        np.testing.assert_array_equal(adapter.q, loaded.adapters[path].q)

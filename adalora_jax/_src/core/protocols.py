@@ -159,11 +159,11 @@ class TargetFunction(Protocol):
 
         Args:
           path: path of the module, such as ``encoder/layers_0/query``.
-          module: the linen or NNX module.
+          module: the linen or NNX module, or the node of a function's parameters.
 
         Returns:
           True or False. A function for ``target_modules`` may also return a ``RankSpec``, which
-          selects the layer and sets its rank; ``linen.resolve`` or ``nnx.resolve`` must then write
-          it into the config.
+          selects the layer and sets its rank; ``resolve`` of the front end must then write it into
+          the config.
         """
         ...

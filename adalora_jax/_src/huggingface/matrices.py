@@ -346,7 +346,8 @@ def kernel_size(adapter: Adapter) -> tuple[int, ...] | None:
     layout = adapter.layout
     if layout is None or layout.kind != "conv" or layout.shape is None:
         return None
-    return layout.shape[len(layout.shape) - layout.ndim :][: layout.ndim - 2]
+    own = layout.shape[len(layout.shape) - layout.ndim :]
+    return tuple(own[axis] for axis in layout.ins[:-1])
 
 
 def _layout(size: tuple[int, ...] | None, ins: int, outs: int) -> Layout:

@@ -153,9 +153,18 @@ def weight_increment(layer: Layout, adapter: Adapter, shape: Sequence[int]) -> j
 
 
 def merged_weight(
-    path: str, weight: jax.Array, adapter: Adapter, layer: Layout, *, sign: int = 1, safe: bool
+    path: str,
+    weight: jax.Array,
+    adapter: Adapter,
+    layer: Layout,
+    *,
+    sign: int = 1,
+    safe: bool,
+    name: str = "variables",
 ) -> jax.Array:
     """Return ``W + ΔW`` (or with ``sign=-1`` ``W − ΔW``), rounded once to the weight's dtype.
+
+    ``name`` is that of the caller's argument with the weight, for messages.
 
     Raises:
       ValueError: the adapter's scale is not known, the adapter is for another weight, the layer
@@ -165,11 +174,10 @@ def merged_weight(
     check_fit(layer, adapter, weight.shape, path)
     if note := layer.note or (adapter.layout.note if adapter.layout else ""):
         raise ValueError(
-            f"`variables`: the increment of {path!r} cannot be merged: {note}; use the model "
-            "unmerged."
+            f"`{name}`: the increment of {path!r} cannot be merged: {note}; use the model unmerged."
         )
     merged = add_increment(weight, sign * weight_increment(layer, adapter, weight.shape))
-    return require_finite(merged, path) if safe else merged
+    return require_finite(merged, path, name) if safe else merged
 
 
 def check_not_quantised(is_quantised: bool, path: str) -> None:
@@ -196,7 +204,7 @@ def add_increment(weight: jax.Array, delta: jax.Array) -> jax.Array:
     return (weight.astype(dtype) + delta.astype(dtype)).astype(weight.dtype)
 
 
-def require_finite(weight: jax.Array, path: str) -> jax.Array:
+def require_finite(weight: jax.Array, path: str, name: str = "variables") -> jax.Array:
     """Return the merged weight of the layer at ``path`` if all its entries are finite.
 
     Raises:
@@ -204,7 +212,7 @@ def require_finite(weight: jax.Array, path: str) -> jax.Array:
     """
     if not bool(jnp.isfinite(weight).all()):
         raise ValueError(
-            f"`variables`: the merged weight of {path!r} is not finite in {weight.dtype}; check "
+            f"`{name}`: the merged weight of {path!r} is not finite in {weight.dtype}; check "
             "the adapter, or merge into a wider dtype."
         )
     return weight

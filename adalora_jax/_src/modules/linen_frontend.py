@@ -14,7 +14,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import unfreeze
 from flax.core.scope import CollectionFilter
@@ -23,9 +22,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
-from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers, sharding, targets
+from adalora_jax._src.modules import params as parameters
 from adalora_jax._src.modules.candidates import Candidate
 from adalora_jax._src.modules.foreign import Declarations, declared
 from adalora_jax._src.modules.linen_interceptor import (
@@ -125,7 +124,7 @@ class AdaptedModule:
         params, saved = unboxed(variables), {}
         for root in self._saved_roots(params):
             node = pytree.get_path(params, root.split("/"))
-            node = jax.tree.map(_trainable_copy, node, is_leaf=pytree.is_packed)
+            node = jax.tree.map(parameters.trainable_copy, node, is_leaf=pytree.is_packed)
             move = at and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(node))
             saved[root] = (
                 sharding.jit_with_shardings(lambda node: node, at[root], node) if move else node
@@ -574,15 +573,3 @@ def placement(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
         return not isinstance(node, Mapping)
 
     return jax.tree.map(place, unfreeze(join_quantized(variables)["params"]), is_leaf=is_leaf)
-
-
-def _trainable_copy(leaf: PyTree) -> PyTree:
-    """Return a copy in at least float32, since bfloat16 would round small updates away."""
-    if pytree.is_packed(leaf):
-        leaf = leaf.dequantize()
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
-    dtype = accumulation_dtype(leaf.dtype)
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-    return jnp.array(leaf, dtype)

@@ -48,7 +48,8 @@ def merge(
     Parameters that ``modules_to_save`` trained replace the base's, in the base's dtype.
 
     Masks are not applied: pass the result of :func:`adalora_jax.eval_params` (or
-    ``nnx.eval_model``), which applies them.
+    ``nnx.eval_model``), which applies them. For the parameters of a function, see
+    :func:`adalora_jax.functional.merge`.
 
     Args:
       variables: variables of a linen model, with ``params``; or an adapted NNX model. They are not

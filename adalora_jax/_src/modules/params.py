@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.core import unfreeze
 
+from adalora_jax._src.core import pytree
+from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import linen_layers, nnx_variables
 
@@ -55,3 +59,21 @@ def replaced(params: Mapping[str, PyTree], leaves: Mapping[str, PyTree]) -> dict
     flat = traverse_util.flatten_dict(unfreeze(dict(params)), keep_empty_nodes=True)
     flat |= {tuple(path.split("/")): leaf for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(flat)
+
+
+def trainable_copy(leaf: PyTree) -> PyTree:
+    """Return a copy in at least float32, since bfloat16 would round small updates away.
+
+    Values that are not floats keep their dtype, and packed weights become floats.
+
+    >>> trainable_copy(jnp.ones(2, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
+    if pytree.is_packed(leaf):
+        leaf = leaf.dequantize()
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+    dtype = accumulation_dtype(leaf.dtype)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    return jnp.array(leaf, dtype)

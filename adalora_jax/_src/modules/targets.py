@@ -73,8 +73,9 @@ def select(candidates: Mapping[str, Candidate], config: AdaLoraConfig) -> dict[s
         raise ValueError(
             f"`target_modules`: the function returns {specs[path]} for {path!r}, which the "
             "optimizer would not know; write it into the config with config = "
-            "adalora_jax.linen.resolve(model, config, variables, *inputs) or "
-            "adalora_jax.nnx.resolve(model, config), and use that config."
+            "adalora_jax.linen.resolve(model, config, variables, *inputs), "
+            "adalora_jax.nnx.resolve(model, config) or "
+            "adalora_jax.functional.resolve(fn, params, config, *inputs), and use that config."
         )
     for pattern, _ in config.rank_overrides or ():
         if not any(rank_spec.matches(pattern, path) for path in chosen):
