@@ -427,5 +427,4 @@ def _convolve(module: nnx.Conv | nnx.ConvTranspose, x: jax.Array, kernel: jax.Ar
     )
     spatial = len(kernel.shape) - 1
     at = explicit_sharding(x, (*spec_of_type(x)[: x.ndim - spatial], *[None] * spatial))
-    takes_sharding = at is not None and isinstance(same, nnx.Conv)
-    return same(x, out_sharding=at) if takes_sharding else same(x)
+    return same(x, out_sharding=at) if at and isinstance(same, nnx.Conv) else same(x)
