@@ -4,11 +4,13 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from support.compiling import environment
 
 HERE = pathlib.Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_explicit_and_mixed_meshes_give_the_results_of_one_device():
     done = subprocess.run(
         [sys.executable, str(HERE / "explicit_run.py")],
