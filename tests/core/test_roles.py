@@ -60,7 +60,10 @@ def test_values_are_read_by_path_as_they_were_given():
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_unstacked_values_are_those_that_are_read_by_path(rank):
-    given = {path: a._replace(lam=a.lam[..., :rank]) for path, a in adapters().items()}
+    given = {
+        path: a._replace(p=a.p[..., :rank, :], lam=a.lam[..., :rank], q=a.q[..., :rank, :])
+        for path, a in adapters().items()
+    }
     lams = stack(group_by_role(given), {path: a.lam for path, a in given.items()})
     chex.assert_trees_all_equal(jax.jit(unstack)(lams), dict(lams))
     many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), lams)
