@@ -340,7 +340,7 @@ def gather_dims(eqn: core.JaxprEqn, weight: Weight) -> dict[int, int] | None:
 
 
 def _dot_term(
-    eqn: core.JaxprEqn, x: Any, position: int, weight: Weight, forward_mode: bool
+    eqn: core.JaxprEqn, x: PyTree, position: int, weight: Weight, forward_mode: bool
 ) -> jax.Array | None:
     """Return ``s · ((x qᵀ) · λ) p`` with the axes of a ``dot_general``; None if it does not fit."""
     x = jnp.asarray(x)
@@ -507,26 +507,27 @@ def _cut(
     return lax.slice_in_dim(leaf, start, limit, stride, axis)
 
 
-def merged(value: Any) -> Any:
+def merged(value: PyTree) -> Any:
     """Return a weight with its increment as an array, and any other value as it is."""
     return value.merged() if isinstance(value, Weight) else value
 
 
-def _shape(output: Any) -> tuple[int, ...]:
-    return output.aval.shape
+def _shape(output: core.Var) -> tuple[int, ...]:
+    aval: Any = output.aval
+    return aval.shape
 
 
-def _arrays(value: Any) -> Any:
+def _arrays(value: PyTree) -> Any:
     return (value.value, value.adapter) if isinstance(value, Weight) else value
 
 
-def _with_arrays(value: Any, arrays: Any) -> Any:
+def _with_arrays(value: PyTree, arrays: PyTree) -> Any:
     if not isinstance(value, Weight):
         return arrays
     return value._replace(value=arrays[0], adapter=arrays[1])
 
 
-def _unstacked(value: Any) -> tuple[Any, Any]:
+def _unstacked(value: PyTree) -> tuple[Any, Any]:
     """Return a scanned value as one step of the scan sees it, and the arrays to scan over."""
     if not isinstance(value, Weight):
         return value, value

@@ -191,7 +191,7 @@ class _Walk:
         dims = tuple(placed.get(i, ()) for i in range(len(eqn.params["shape"])))
         return dims if tuple(map(self.size, dims)) == tuple(eqn.params["shape"]) else None
 
-    def product(self, numbers: Any, left: _Value, right: _Value) -> _Value:
+    def product(self, numbers: tuple[Any, Any], left: _Value, right: _Value) -> _Value:
         """Return the product of input and weight, in either order."""
         contracted, batch = numbers
         is_x = left.kind == "x"
