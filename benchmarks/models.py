@@ -1,0 +1,364 @@
+"""Public models, unmodified: adapted, trained, pruned to the budget and merged.
+
+    python -m benchmarks.models [--family huggingface tunix] [--path CHECKOUT ...] [--out FOLDER]
+
+Builds tiny configurations of models that other projects publish, of those packages that are
+installed, and adapts every layer. bonsai and Flax's examples are read from checkouts, whose folders
+``--path`` adds to the import path. The rows of a run replace those of the same model in the stored
+results, so packages that exclude each other can be checked in separate environments. Takes about 20
+minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import adalora_jax as adalora
+from benchmarks import public_models, results
+
+STEPS = 8
+CONFIG = adalora.AdaLoraConfig(
+    total_step=STEPS, init_r=2, target_r=1, tinit=1, tfinal=2, scale=1.0, target_modules=".*"
+)
+# Relative errors of float32 outputs. Merging changes the order of sums, so its error is relative to
+# the change of the outputs, which is larger than that of a mere rounding error.
+SAME, MERGED = 1e-6, 1e-2
+LINES = ("not adapted", "never called", "in no layer of a known kind")  # of `describe`
+
+
+def arrays(outputs: Any) -> list[jax.Array]:
+    """Return the floating-point arrays of a model's outputs, with masked entries set to 0."""
+    leaves = [leaf for leaf in jax.tree.leaves(outputs) if hasattr(leaf, "dtype")]
+    leaves = [jnp.asarray(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    return [jnp.where(jnp.isfinite(x) & (abs(x) < 1e9), x, 0).astype(jnp.float32) for x in leaves]
+
+
+def norm(xs: list[jax.Array]) -> float:
+    return float(np.sqrt(sum(float(jnp.vdot(x, x)) for x in xs)))
+
+
+def difference(xs: list[jax.Array], ys: list[jax.Array]) -> float:
+    """Return the norm of the difference between two lists of arrays."""
+    return norm([x - y for x, y in zip(xs, ys, strict=True)])
+
+
+def loss_of(outputs: list[jax.Array]) -> jax.Array:
+    """Return the mean squared distance of each output from random numbers, summed."""
+    keys = jax.random.split(jax.random.key(7), len(outputs))
+    targets = [jax.random.normal(key, x.shape) for key, x in zip(keys, outputs)]
+    return sum((jnp.mean((x - t) ** 2) for x, t in zip(outputs, targets)), jnp.zeros(()))
+
+
+class Linen:
+    """A linen model while it is checked."""
+
+    def __init__(self, case: public_models.Case, config: adalora.AdaLoraConfig) -> None:
+        self.case, self.config = case, config
+        self.adapted = adalora.linen.adapt(case.model, config)
+        self.adapters = self.adapted.init(
+            jax.random.key(1), case.variables, *case.args, **case.kwargs
+        )
+        self.before = jax.tree.map(np.array, case.variables)
+
+    def description(self) -> str:
+        return self.adapted.describe(self.case.variables, *self.case.args, **self.case.kwargs)
+
+    def plain(self, variables: Any) -> list[jax.Array]:
+        case = self.case
+        run = jax.jit(lambda v: arrays(case.model.apply(v, *case.args, **case.kwargs)))
+        return run(variables)
+
+    def base(self) -> list[jax.Array]:
+        return self.plain(self.case.variables)
+
+    def outputs(self) -> list[jax.Array]:
+        return self.run(self.adapters)
+
+    def run(self, adapters: Any) -> list[jax.Array]:
+        case = self.case
+        run = jax.jit(
+            lambda v, a: arrays(self.adapted.apply(v, a, *case.args, **case.kwargs))
+        )
+        return run(case.variables, adapters)
+
+    def train(self) -> tuple[list[float], dict[str, int]]:
+        """Return the losses, and the ranks at the end."""
+        case, tx = self.case, adalora.adalora(optax.adamw(1e-2), self.config)
+
+        @jax.jit
+        def step(variables: Any, adapters: Any, opt_state: Any) -> tuple[Any, Any, jax.Array]:
+            def loss(adapters: Any) -> jax.Array:
+                outputs = self.adapted.apply(variables, adapters, *case.args, **case.kwargs)
+                return loss_of(arrays(outputs)) + adalora.orthogonality(adapters, self.config)
+
+            value, grads = jax.value_and_grad(loss)(adapters)
+            updates, opt_state = tx.update(grads, opt_state, adapters)
+            return optax.apply_updates(adapters, updates), opt_state, value
+
+        opt_state, losses = tx.init(self.adapters), []
+        for _ in range(STEPS):
+            self.adapters, opt_state, value = step(case.variables, self.adapters, opt_state)
+            losses.append(float(value))
+        self.adapters, opt_state = adalora.finish(opt_state, self.adapters)
+        self.adapters = adalora.eval_params(opt_state, self.adapters)
+        return losses, adalora.ranks(opt_state)
+
+    def frozen(self) -> bool:
+        same = jax.tree.map(np.array_equal, self.before, jax.tree.map(np.array, self.case.variables))
+        return all(jax.tree.leaves(same))
+
+    def merged(self) -> list[jax.Array]:
+        return self.plain(adalora.merge(self.case.variables, self.adapters))
+
+    def set(self, adapters: dict[str, Any]) -> None:
+        self.adapters = adapters
+
+
+class Nnx:
+    """An NNX model while it is checked."""
+
+    def __init__(self, case: public_models.Case, config: adalora.AdaLoraConfig) -> None:
+        self.case, self.config = case, config
+        self.before = jax.tree.map(np.array, nnx.state(case.model, nnx.Param))
+        self.model = adalora.nnx.adapt(case.model, config, nnx.Rngs(1))
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        return adalora.nnx.adapters(self.model)
+
+    def description(self) -> str:
+        return adalora.nnx.describe(self.case.model, self.config)
+
+    def run(self, model: Any) -> list[jax.Array]:
+        case = self.case
+        run = nnx.jit(lambda model: arrays(case.call(model, *case.args, **case.kwargs)))
+        return run(nnx.clone(model))
+
+    def base(self) -> list[jax.Array]:
+        return self.run(self.case.model)
+
+    def outputs(self) -> list[jax.Array]:
+        return self.run(self.model)
+
+    def train(self) -> tuple[list[float], dict[str, int]]:
+        """Return the losses, and the ranks at the end."""
+        case, tx = self.case, adalora.adalora(optax.adamw(1e-2), self.config)
+        optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.LoRAParam)
+
+        @nnx.jit
+        def step(model: Any, optimizer: Any) -> jax.Array:
+            def loss(model: Any) -> jax.Array:
+                penalty = adalora.orthogonality(nnx.state(model, nnx.LoRAParam), self.config)
+                return loss_of(arrays(case.call(model, *case.args, **case.kwargs))) + penalty
+
+            chosen = nnx.DiffState(0, nnx.LoRAParam)
+            value, grads = nnx.value_and_grad(loss, argnums=chosen)(model)
+            optimizer.update(model, grads)
+            return value
+
+        losses = [float(step(self.model, optimizer)) for _ in range(STEPS)]
+        model, optimizer = adalora.finish(optimizer, self.model)
+        self.model = adalora.nnx.eval_model(model, optimizer)
+        return losses, adalora.ranks(adalora.allocator_state(optimizer.opt_state))
+
+    def frozen(self) -> bool:
+        params = nnx.to_flat_state(nnx.state(self.model, nnx.Param))
+        before = dict(nnx.to_flat_state(self.before))
+        now = {path: np.array(v) for path, v in params if not isinstance(v, nnx.LoRAParam)}
+        return all(np.array_equal(np.array(before[path]), now[path]) for path in before)
+
+    def merged(self) -> list[jax.Array]:
+        return self.run(adalora.merge(self.model, inputs=None))
+
+    def set(self, adapters: dict[str, Any]) -> None:
+        self.model = adalora.nnx.with_adapters(self.model, adapters)
+
+
+def without(adapters: dict[str, Any], message: str) -> dict[str, Any]:
+    """Return the adapters without the one that an error message names."""
+    named = [path for path in adapters if f"{path!r}" in message]
+    return {path: a for path, a in adapters.items() if path not in named[:1]}
+
+
+def moved(adapters: dict[str, Any]) -> dict[str, Any]:
+    """Return adapters with random singular values."""
+    rng = np.random.default_rng(3)
+
+    def with_lam(adapter: adalora.Adapter) -> adalora.Adapter:
+        return adapter._replace(lam=jnp.asarray(rng.normal(size=adapter.lam.shape), jnp.float32))
+
+    return {path: with_lam(adapter) for path, adapter in adapters.items()}
+
+
+def merge_error(model: Linen | Nnx, base: list[jax.Array], row: dict[str, Any]) -> float:
+    """Return the error of the merged model's outputs, relative to their distance from the base's.
+
+    Layers that cannot be merged are recorded in the row, and are merged without their adapters.
+    """
+    while True:
+        try:
+            merged = model.merged()
+            break
+        except ValueError as error:
+            rest = without(model.adapters, str(error))
+            if len(rest) == len(model.adapters):
+                raise
+            row["refused"] = sorted({*row["refused"], first_line(error)})
+            model.set(rest)
+    outputs = model.outputs()
+    change = difference(outputs, base)
+    return difference(outputs, merged) / change if change else 0.0
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def check(build: Callable[[], public_models.Case]) -> dict[str, Any]:
+    """Return the row of a model: what was found, and under ``error`` the exception, if any."""
+    row: dict[str, Any] = {"error": "", "refused": [], "left out": []}
+    try:
+        case = build()
+    except Exception as error:  # another project's code may raise anything
+        return {**row, "error": f"the model itself: {type(error).__name__}: {first_line(error)}"}
+    try:
+        config = CONFIG.replace(**case.options)
+        model = (Nnx if isinstance(case.model, nnx.Module) else Linen)(case, config)
+        row["options"] = case.options
+        row["adapters"] = len(model.adapters)
+        lines = model.description().splitlines()
+        row["left out"] = [line for line in lines if line.startswith(LINES)]
+        base = model.base()
+        row["identity"] = difference(model.outputs(), base) / norm(base)
+        wanted = {p: a.lam[..., 0].size for p, a in model.adapters.items()}
+        row["losses"], ranks = model.train()
+        row["budget"] = [sum(ranks.values()), sum(wanted.values()) * config.target_r]
+        row["active"] = sum(int((a.lam != 0).sum()) for a in model.adapters.values())
+        row["frozen"] = model.frozen()
+        trained = merge_error(model, base, row)
+        model.set(moved(model.adapters))
+        row["merge"] = [trained, merge_error(model, base, row)]
+        row["moved"] = difference(model.outputs(), base) / norm(base)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {first_line(error)}"
+    return row
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """Return what is wrong in a row; empty if the model is right in every respect."""
+    if row["error"]:
+        return [row["error"]]
+    found = []
+    if row["identity"] > SAME:
+        found.append("the adapted model differs from its base at the start")
+    if not (np.isfinite(row["losses"]).all() and row["losses"][-1] < row["losses"][0]):
+        found.append("the loss does not fall")
+    if row["budget"][0] != row["budget"][1] or row["active"] > row["budget"][1]:
+        found.append("the run does not end within its budget")
+    if not row["frozen"]:
+        found.append("the base changed")
+    if not max(row["merge"]) < MERGED:
+        found.append("the merged model differs from the adapted one")
+    return found
+
+
+def text(found: results.Results) -> str:
+    rows = found["rows"]
+    right = sum(not faults(row) for row in rows)
+    parts = [
+        "# Public models",
+        f"{len(rows)} models that other projects publish were adapted as they are, at tiny sizes: "
+        'every layer (`target_modules=".*"`), trained for '
+        f"{STEPS} steps with AdamW and merged. {right} of them are right in every respect: the "
+        "adapted model equals its base at the start, the loss falls, the run ends with exactly its "
+        "budget, the base is unchanged bit by bit, and the merged model computes what the adapted "
+        "one does, both after training and with random singular values. The error of merging is "
+        "that of the outputs, relative to their distance from the base's.",
+    ]
+    for family, title in public_models.TITLES.items():
+        mine = [row for row in rows if row["family"] == family]
+        if not mine:
+            parts += [f"## {title}", "Not measured."]
+            continue
+        parts += [f"## {title}", f"Checked with {mine[0]['package']}."]
+        parts += [results.markdown([HEADER, *map(cells, mine)])]
+        notes = [note for row in mine if (note := notes_of(row))]
+        parts += ["\n".join(notes)] if notes else []
+    return "\n\n".join([*parts, results.ending("models", found)])
+
+
+HEADER = ("model", "adapters", "at the start", "loss", "triplets", "base", "error of merging")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a model in the table."""
+    if row["error"]:
+        return (row["model"], "", "", "", "", "", "see below")
+    losses = [results.number(loss) for loss in (row["losses"][0], row["losses"][-1])]
+    return (
+        row["model"],
+        str(row["adapters"]),
+        "equal" if row["identity"] <= SAME else f"off by {row['identity']:.0e}",
+        " → ".join(losses),
+        f"{row['budget'][0]} of {row['budget'][1]}",
+        "unchanged" if row["frozen"] else "changed",
+        f"{max(row['merge']):.0e}",
+    )
+
+
+def notes_of(row: dict[str, Any]) -> str:
+    """Return the list item with a model's left-out layers, refusals and faults; empty if none."""
+    notes = [*row["left out"], *row["refused"], *faults(row)]
+    return "\n".join([f"- **{row['model']}**", *(f"  - {note}" for note in notes)]) if notes else ""
+
+
+def merged_rows(path: pathlib.Path, new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a file, if it exists, and the new ones, which replace rows of the same."""
+    rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    known = {(row["family"], row["model"]): row for row in (*rows, *new)}
+    return [known[key] for key in sorted(known, key=lambda k: [*public_models.TITLES].index(k[0]))]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    titles = list(public_models.TITLES)
+    parser.add_argument("--family", nargs="+", choices=titles, default=titles)
+    parser.add_argument("--model", nargs="+", help="names of models; all of the families if absent")
+    parser.add_argument("--path", nargs="+", default=[], help="checkouts of bonsai and Flax")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
+    chosen = parser.parse_args(arguments)
+    sys.path += chosen.path
+    warnings.simplefilter("ignore")  # those of the other projects
+    rows, missing = [], []
+    for family in chosen.family:
+        if (package := public_models.package(family)) is None:
+            missing.append(f"{family} is not installed: {public_models.INSTALL[family]}")
+            continue
+        for name, build in public_models.cases(family).items():
+            if chosen.model and name not in chosen.model:
+                continue
+            row = {"family": family, "package": package, "model": name, **check(build)}
+            print(f"{family} {name}: {'; '.join(faults(row)) or 'right'}", file=sys.stderr)
+            rows.append(row)
+            jax.clear_caches()
+    print("\n".join(missing), file=sys.stderr)
+    path = (chosen.out or results.HERE) / "models.json"
+    results.finish("models", {"rows": merged_rows(path, rows)}, text, folder=chosen.out)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    main()
