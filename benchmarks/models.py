@@ -27,8 +27,15 @@ import optax
 from flax import nnx
 
 import adalora_jax as adalora
-from benchmarks import public_models, results
+from benchmarks import public_linen, public_models, public_nnx, public_transformers, results
 
+FAMILIES = {
+    "huggingface": public_transformers.cases,
+    "tunix": public_nnx.tunix,
+    "gemma": public_linen.gemma,
+    "bonsai": public_nnx.bonsai,
+    "flax": lambda: public_linen.flax() | public_nnx.flax(),
+}
 STEPS = 8
 CONFIG = adalora.AdaLoraConfig(
     total_step=STEPS, init_r=2, target_r=1, tinit=1, tfinal=2, scale=1.0, target_modules=".*"
@@ -65,9 +72,9 @@ def loss_of(outputs: list[jax.Array]) -> jax.Array:
 class Linen:
     """A linen model while it is checked."""
 
-    def __init__(self, case: public_models.Case, config: adalora.AdaLoraConfig) -> None:
-        self.case, self.config = case, config
-        self.adapted = adalora.linen.adapt(case.model, config)
+    def __init__(self, case: public_models.Case) -> None:
+        self.case = case
+        self.adapted = adalora.linen.adapt(case.model, CONFIG, layers=case.layers)
         self.adapters = self.adapted.init(
             jax.random.key(1), case.variables, *case.args, **case.kwargs
         )
@@ -96,13 +103,13 @@ class Linen:
 
     def train(self) -> tuple[list[float], dict[str, int]]:
         """Return the losses, and the ranks at the end."""
-        case, tx = self.case, adalora.adalora(optax.adamw(1e-2), self.config)
+        case, tx = self.case, adalora.adalora(optax.adamw(1e-2), CONFIG)
 
         @jax.jit
         def step(variables: Any, adapters: Any, opt_state: Any) -> tuple[Any, Any, jax.Array]:
             def loss(adapters: Any) -> jax.Array:
                 outputs = self.adapted.apply(variables, adapters, *case.args, **case.kwargs)
-                return loss_of(arrays(outputs)) + adalora.orthogonality(adapters, self.config)
+                return loss_of(arrays(outputs)) + adalora.orthogonality(adapters, CONFIG)
 
             value, grads = jax.value_and_grad(loss)(adapters)
             updates, opt_state = tx.update(grads, opt_state, adapters)
@@ -130,17 +137,17 @@ class Linen:
 class Nnx:
     """An NNX model while it is checked."""
 
-    def __init__(self, case: public_models.Case, config: adalora.AdaLoraConfig) -> None:
-        self.case, self.config = case, config
+    def __init__(self, case: public_models.Case) -> None:
+        self.case = case
         self.before = jax.tree.map(np.array, nnx.state(case.model, nnx.Param))
-        self.model = adalora.nnx.adapt(case.model, config, nnx.Rngs(1))
+        self.model = adalora.nnx.adapt(case.model, CONFIG, nnx.Rngs(1), layers=case.layers)
 
     @property
     def adapters(self) -> dict[str, Any]:
         return adalora.nnx.adapters(self.model)
 
     def description(self) -> str:
-        return adalora.nnx.describe(self.case.model, self.config)
+        return adalora.nnx.describe(self.case.model, CONFIG)
 
     def run(self, model: Any) -> list[jax.Array]:
         case = self.case
@@ -155,13 +162,13 @@ class Nnx:
 
     def train(self) -> tuple[list[float], dict[str, int]]:
         """Return the losses, and the ranks at the end."""
-        case, tx = self.case, adalora.adalora(optax.adamw(1e-2), self.config)
+        case, tx = self.case, adalora.adalora(optax.adamw(1e-2), CONFIG)
         optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.LoRAParam)
 
         @nnx.jit
         def step(model: Any, optimizer: Any) -> jax.Array:
             def loss(model: Any) -> jax.Array:
-                penalty = adalora.orthogonality(nnx.state(model, nnx.LoRAParam), self.config)
+                penalty = adalora.orthogonality(nnx.state(model, nnx.LoRAParam), CONFIG)
                 return loss_of(arrays(case.call(model, *case.args, **case.kwargs))) + penalty
 
             chosen = nnx.DiffState(0, nnx.LoRAParam)
@@ -235,9 +242,7 @@ def check(build: Callable[[], public_models.Case]) -> dict[str, Any]:
     except Exception as error:  # another project's code may raise anything
         return {**row, "error": f"the model itself: {type(error).__name__}: {first_line(error)}"}
     try:
-        config = CONFIG.replace(**case.options)
-        model = (Nnx if isinstance(case.model, nnx.Module) else Linen)(case, config)
-        row["options"] = case.options
+        model = (Nnx if isinstance(case.model, nnx.Module) else Linen)(case)
         row["adapters"] = len(model.adapters)
         lines = model.description().splitlines()
         row["left out"] = [line for line in lines if line.startswith(LINES)]
@@ -245,7 +250,7 @@ def check(build: Callable[[], public_models.Case]) -> dict[str, Any]:
         row["identity"] = difference(model.outputs(), base) / norm(base)
         wanted = {p: a.lam[..., 0].size for p, a in model.adapters.items()}
         row["losses"], ranks = model.train()
-        row["budget"] = [sum(ranks.values()), sum(wanted.values()) * config.target_r]
+        row["budget"] = [sum(ranks.values()), sum(wanted.values()) * CONFIG.target_r]
         row["active"] = sum(int((a.lam != 0).sum()) for a in model.adapters.values())
         row["frozen"] = model.frozen()
         trained = merge_error(model, base, row)
@@ -337,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     titles = list(public_models.TITLES)
     parser.add_argument("--family", nargs="+", choices=titles, default=titles)
     parser.add_argument("--model", nargs="+", help="names of models; all of the families if absent")
-    parser.add_argument("--path", nargs="+", default=[], help="checkouts of bonsai and Flax")
+    parser.add_argument("--path", nargs="+", default=[], help="checkouts of bonsai or Flax")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     chosen = parser.parse_args(arguments)
     sys.path += chosen.path
@@ -347,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
         if (package := public_models.package(family)) is None:
             missing.append(f"{family} is not installed: {public_models.INSTALL[family]}")
             continue
-        for name, build in public_models.cases(family).items():
+        for name, build in FAMILIES[family]().items():
             if chosen.model and name not in chosen.model:
                 continue
             row = {"family": family, "package": package, "model": name, **check(build)}
