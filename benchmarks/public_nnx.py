@@ -45,6 +45,7 @@ def tunix() -> Builds:
     llama = {**sizes, "vocab_size": VOCABULARY, "rope_theta": 10_000, "norm_eps": 1e-5}
     gemmas = {**sizes, "num_embed": VOCABULARY, "sliding_window_size": 4}
     gemma2 = {**gemmas, "use_post_attn_norm": True, "use_post_ffw_norm": True}
+    gemma2["final_logit_softcap"] = 30.0
 
     def build(family: str, name: str, **values: Any) -> Case:
         module = importlib.import_module(f"tunix.models.{family}.model")
@@ -63,8 +64,12 @@ def tunix() -> Builds:
         "Qwen 3": ("qwen3", "Qwen3", llama),
         "Qwen 3, tied": ("qwen3", "Qwen3", {**llama, "use_tied_embedding": True}),
         "Qwen 3, mixture of experts": ("qwen3", "Qwen3", {**llama, **moe}),
-        "Gemma": ("gemma", "Gemma", gemmas),
-        "Gemma 2": ("gemma", "Gemma", {**gemma2, "final_logit_softcap": 30.0}),
+        "Gemma": (
+            "gemma",
+            "Gemma",
+            {**gemma2, "use_post_attn_norm": False, "use_post_ffw_norm": False},
+        ),
+        "Gemma 2": ("gemma", "Gemma", gemma2),
         "Gemma 3": ("gemma3", "Gemma3", {**gemmas, "param_dtype": jnp.float32}),
         "Gemma 4": ("gemma4", "Gemma4", {**gemmas, "global_key_size": 8}),
         "Gemma 4, inputs per layer": (
