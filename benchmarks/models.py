@@ -12,9 +12,11 @@ minutes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -43,7 +45,6 @@ CONFIG = adalora.AdaLoraConfig(
 # Relative errors of float32 outputs. Merging changes the order of sums, so its error is relative to
 # the change of the outputs, which is larger than that of a mere rounding error.
 SAME, MERGED = 1e-6, 1e-2
-LINES = ("not adapted", "never called", "in no layer of a known kind")  # of `describe`
 
 
 def arrays(outputs: Any) -> list[jax.Array]:
@@ -96,9 +97,7 @@ class Linen:
 
     def run(self, adapters: Any) -> list[jax.Array]:
         case = self.case
-        run = jax.jit(
-            lambda v, a: arrays(self.adapted.apply(v, a, *case.args, **case.kwargs))
-        )
+        run = jax.jit(lambda v, a: arrays(self.adapted.apply(v, a, *case.args, **case.kwargs)))
         return run(case.variables, adapters)
 
     def train(self) -> tuple[list[float], dict[str, int]]:
@@ -124,7 +123,9 @@ class Linen:
         return losses, adalora.ranks(opt_state)
 
     def frozen(self) -> bool:
-        same = jax.tree.map(np.array_equal, self.before, jax.tree.map(np.array, self.case.variables))
+        same = jax.tree.map(
+            np.array_equal, self.before, jax.tree.map(np.array, self.case.variables)
+        )
         return all(jax.tree.leaves(same))
 
     def merged(self) -> list[jax.Array]:
@@ -230,22 +231,48 @@ def merge_error(model: Linen | Nnx, base: list[jax.Array], row: dict[str, Any]) 
     return difference(outputs, merged) / change if change else 0.0
 
 
+def left_out(description: str) -> dict[str, list[str]]:
+    """Return ``{reason: parameters}`` of what no adapter covers, from the text of ``describe``.
+
+    >>> left_out("not adapted: head (4, 3): it is tied")
+    {'it is tied': ['head (4, 3)']}
+    >>> left_out("in no layer of a known kind: mix (2, 2), h/*/v (2, 2) x 9. To adapt one, declare")
+    {'in no layer of a known kind': ['mix (2, 2)', 'h/*/v (2, 2) x 9']}
+    """
+    found: dict[str, list[str]] = {}
+    for line in description.splitlines():
+        kind, _, rest = line.partition(": ")
+        if kind == "not adapted":
+            parameter, _, reason = rest.partition("): ")
+            found.setdefault(reason, []).append(f"{parameter})")
+        elif kind == "in no layer of a known kind":
+            listed = re.findall(r"\S+ \([\d, ]+\)(?: x \d+)?", rest.partition(". To adapt")[0])
+            found[kind] = listed
+    return found
+
+
 def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
 def check(build: Callable[[], public_models.Case]) -> dict[str, Any]:
     """Return the row of a model: what was found, and under ``error`` the exception, if any."""
-    row: dict[str, Any] = {"error": "", "refused": [], "left out": []}
+    row: dict[str, Any] = {"error": "", "refused": [], "left out": {}}
     try:
         case = build()
     except Exception as error:  # another project's code may raise anything
         return {**row, "error": f"the model itself: {type(error).__name__}: {first_line(error)}"}
+    with jax.set_mesh(case.mesh) if case.mesh else contextlib.nullcontext():
+        examine(case, row)
+    return row
+
+
+def examine(case: public_models.Case, row: dict[str, Any]) -> None:
+    """Add to the row what is found for a model."""
     try:
         model = (Nnx if isinstance(case.model, nnx.Module) else Linen)(case)
         row["adapters"] = len(model.adapters)
-        lines = model.description().splitlines()
-        row["left out"] = [line for line in lines if line.startswith(LINES)]
+        row["left out"] = left_out(model.description())
         base = model.base()
         row["identity"] = difference(model.outputs(), base) / norm(base)
         wanted = {p: a.lam[..., 0].size for p, a in model.adapters.items()}
@@ -259,7 +286,6 @@ def check(build: Callable[[], public_models.Case]) -> dict[str, Any]:
         row["moved"] = difference(model.outputs(), base) / norm(base)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {first_line(error)}"
-    return row
 
 
 def faults(row: dict[str, Any]) -> list[str]:
@@ -285,13 +311,16 @@ def text(found: results.Results) -> str:
     right = sum(not faults(row) for row in rows)
     parts = [
         "# Public models",
-        f"{len(rows)} models that other projects publish were adapted as they are, at tiny sizes: "
-        'every layer (`target_modules=".*"`), trained for '
-        f"{STEPS} steps with AdamW and merged. {right} of them are right in every respect: the "
-        "adapted model equals its base at the start, the loss falls, the run ends with exactly its "
-        "budget, the base is unchanged bit by bit, and the merged model computes what the adapted "
-        "one does, both after training and with random singular values. The error of merging is "
-        "that of the outputs, relative to their distance from the base's.",
+        "Models that other projects publish, at tiny sizes, are adapted as they are: every layer "
+        f'(`target_modules=".*"`), trained for {STEPS} steps with AdamW, pruned and merged. '
+        f"{right} of {len(rows)} are right in every respect: the adapted model equals its base at "
+        "the start, the loss falls, the run ends with exactly its budget, the base is unchanged "
+        "bit by bit, and the merged model computes what the adapted one does, after training and "
+        "with random singular values. The error of merging is that of the outputs, relative to "
+        "their distance from the base's.",
+        "Parameters of two or more axes that have no adapter are listed below each table, as "
+        "`describe` names them. Numbers in paths are replaced by `*` where several parameters have "
+        "one shape.",
     ]
     for family, title in public_models.TITLES.items():
         mine = [row for row in rows if row["family"] == family]
@@ -300,11 +329,16 @@ def text(found: results.Results) -> str:
             continue
         parts += [f"## {title}", f"Checked with {mine[0]['package']}."]
         parts += [results.markdown([HEADER, *map(cells, mine)])]
-        notes = [note for row in mine if (note := notes_of(row))]
-        parts += ["\n".join(notes)] if notes else []
+        parts += [note for row in mine if (note := notes_of(row))]
+        parts += reasons_of(mine)
     return "\n\n".join([*parts, results.ending("models", found)])
 
 
+# Reasons of `describe` as clauses.
+CAUSES = {
+    "in no layer of a known kind": "they are in no layer of a known kind (`adapt(..., "
+    "layers={Class: Layout(...)})` declares the class of one)",
+}
 HEADER = ("model", "adapters", "at the start", "loss", "triplets", "base", "error of merging")
 
 
@@ -325,9 +359,23 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def notes_of(row: dict[str, Any]) -> str:
-    """Return the list item with a model's left-out layers, refusals and faults; empty if none."""
-    notes = [*row["left out"], *row["refused"], *faults(row)]
-    return "\n".join([f"- **{row['model']}**", *(f"  - {note}" for note in notes)]) if notes else ""
+    """Return a paragraph with a model's faults and refusals; empty if there are none."""
+    notes = [note.rstrip(".") for note in (*faults(row), *row["refused"])]
+    return f"{row['model']}: {'. '.join(notes)}." if notes else ""
+
+
+def reasons_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table per reason of the parameters that no adapter covers."""
+    by_reason: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        for reason, parameters in row["left out"].items():
+            shown = ", ".join(f"`{parameter}`" for parameter in parameters)
+            by_reason.setdefault(reason, []).append((row["model"], shown))
+    parts = []
+    for reason, listed in by_reason.items():
+        parts += [f"Without an adapter, because {CAUSES.get(reason, reason)}:"]
+        parts += [results.markdown([("model", "parameters"), *listed])]
+    return parts
 
 
 def merged_rows(path: pathlib.Path, new: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -86,9 +86,7 @@ def flax() -> Builds:
 
     def nlp_seq() -> Case:
         module = of("nlp_seq")
-        return _case(
-            module.Transformer(module.TransformerConfig(**sizes)), inputs=IDS, train=False
-        )
+        return _case(module.Transformer(module.TransformerConfig(**sizes)), inputs=IDS, train=False)
 
     def seq2seq(teacher_force: bool) -> Case:
         module = of("seq2seq")

@@ -28,6 +28,7 @@ class Case(NamedTuple):
       args, kwargs: arguments of ``module.apply`` or of ``call``.
       call: runs an NNX model.
       layers: ``{class: Layout}`` of declared layers.
+      mesh: the mesh of a model that names the axes of one; None otherwise.
     """
 
     model: Any
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     kwargs: dict[str, Any]
     call: Callable[..., Any] = direct
     layers: dict[type, adalora.Layout] | None = None
+    mesh: jax.sharding.Mesh | None = None
 
 
 Builds = dict[str, Callable[[], Case]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -20,15 +21,17 @@ def _case(
     *args: Any,
     call: Callable[..., Any] = direct,
     layers: dict[type, adalora.Layout] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     **kwargs: Any,
 ) -> Case:
     """Return the case of an NNX model in evaluation mode."""
-    model = make(nnx.Rngs(0))
-    model.eval()
-    for _, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Param):
-            variable.set_value(noisy(variable.get_value()))
-    return Case(model, None, args, kwargs, call, layers)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        model = make(nnx.Rngs(0))
+        model.eval()
+        for _, variable in nnx.iter_graph(model):
+            if isinstance(variable, nnx.Param):
+                variable.set_value(noisy(variable.get_value()))
+    return Case(model, None, args, kwargs, call, layers, mesh)
 
 
 def tunix() -> Builds:
@@ -153,7 +156,7 @@ def bonsai() -> Builds:
 
         layers = {module.ShardedLinear: adalora.Layout("kernel")} if declared else None
         make = lambda rngs: module.LLaDAModel(config, rngs=rngs)  # noqa: E731
-        return _case(make, IDS, call=call, layers=layers)
+        return _case(make, IDS, call=call, layers=layers, mesh=jax.make_mesh((1,), ("fsdp",)))
 
     def mamba2(tied: bool) -> Case:
         module = of("mamba2")
@@ -200,7 +203,8 @@ def bonsai() -> Builds:
 
         layers = {module.ShardedLinear: adalora.Layout("kernel")} if declared else None
         make = lambda rngs: module.Qwen3VLForConditionalGeneration(config, rngs=rngs)  # noqa: E731
-        return _case(make, IDS, patches, call=call, layers=layers)
+        mesh = jax.make_mesh((1,), ("fsdp",))
+        return _case(make, IDS, patches, call=call, layers=layers, mesh=mesh)
 
     def resnet() -> Case:
         module = of("resnet")
