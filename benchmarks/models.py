@@ -293,7 +293,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     if row["error"]:
         return [row["error"]]
     found = []
-    if row["identity"] > SAME:
+    if not row["identity"] <= SAME:
         found.append("the adapted model differs from its base at the start")
     if not (np.isfinite(row["losses"]).all() and row["losses"][-1] < row["losses"][0]):
         found.append("the loss does not fall")
@@ -301,7 +301,7 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append("the run does not end within its budget")
     if not row["frozen"]:
         found.append("the base changed")
-    if not max(row["merge"]) < MERGED:
+    if not all(error < MERGED for error in row["merge"]):
         found.append("the merged model differs from the adapted one")
     return found
 

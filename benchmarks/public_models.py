@@ -79,7 +79,7 @@ VOCABULARY = 31
 def noisy(leaf: jax.Array) -> jax.Array:
     """Return a parameter with noise, since weights that start at zero pass on no gradient."""
     leaf = jnp.asarray(leaf)
-    if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     noise = np.random.default_rng(leaf.size).normal(size=leaf.shape)
     return (leaf + 0.1 * noise).astype(leaf.dtype)

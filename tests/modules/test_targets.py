@@ -506,10 +506,10 @@ class Gated(nn.Module):
 
 
 def test_describe_names_second_matrix_of_adapted_module():
-    x, model = jnp.ones((2, 5)), nn.Sequential([Gated(name="gated")])
+    x, model = jnp.ones((2, 5)), nn.Sequential([Gated()])
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     text = adalora.linen.describe(model, config(target_modules=".*"), variables, x)
-    assert "in no layer of a known kind: gated/mix (4, 5). To adapt" in text
+    assert "in no layer of a known kind: layers_0/mix (4, 5). To adapt" in text
 
 
 def test_describe_leaves_out_flax_own_adapters():
