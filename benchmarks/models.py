@@ -189,7 +189,14 @@ class Nnx:
         return all(np.array_equal(np.array(before[path]), now[path]) for path in before)
 
     def merged(self) -> list[jax.Array]:
-        return self.run(adalora.merge(self.model, inputs=None))
+        case = self.case
+        try:
+            merged = adalora.merge(self.model)
+        except ValueError:  # some uses of weights are known only from outputs
+            merged = adalora.merge(
+                self.model, inputs=lambda model: arrays(case.call(model, *case.args, **case.kwargs))
+            )
+        return self.run(merged)
 
     def set(self, adapters: dict[str, Any]) -> None:
         self.model = adalora.nnx.with_adapters(self.model, adapters)

@@ -154,7 +154,8 @@ def bonsai() -> Builds:
         def call(model: Any, ids: np.ndarray) -> Any:
             return model(ids, jnp.ones(ids.shape, jnp.int32), jax.random.key(0))[0]
 
-        layers = {module.ShardedLinear: adalora.Layout("kernel")} if declared else None
+        embed = adalora.Layout("embedding", kind="embed")
+        layers = {module.ShardedEmbedding: embed} if declared else None
         make = lambda rngs: module.LLaDAModel(config, rngs=rngs)  # noqa: E731
         return _case(make, IDS, call=call, layers=layers, mesh=jax.make_mesh((1,), ("fsdp",)))
 
@@ -201,7 +202,8 @@ def bonsai() -> Builds:
             grid = np.array([[1, 4, 4]])
             return model(ids, pixels, grid, cache=cache, token_type_ids=kinds)
 
-        layers = {module.ShardedLinear: adalora.Layout("kernel")} if declared else None
+        embed = adalora.Layout("embedding", kind="embed")
+        layers = {module.ShardedEmbedding: embed} if declared else None
         make = lambda rngs: module.Qwen3VLForConditionalGeneration(config, rngs=rngs)  # noqa: E731
         mesh = jax.make_mesh((1,), ("fsdp",))
         return _case(make, IDS, patches, call=call, layers=layers, mesh=mesh)
@@ -220,7 +222,7 @@ def bonsai() -> Builds:
 
     def unet() -> Case:
         module = of("unet")
-        config = module.ModelConfig(3, 2, (4, 6, 8, 10, 12))
+        config = module.ModelConfig(3, 2, (4, 8, 16, 32, 64))
         return _case(lambda rngs: module.UNet(config, rngs=rngs), images)
 
     def vae() -> Case:
@@ -246,7 +248,7 @@ def bonsai() -> Builds:
         sizes |= {"pred_num_hidden_layers": 1, "crop_size": 8, "frames_per_clip": 2}
         config = module.ModelConfig(patch_size=4, num_pooler_layers=1, num_labels=5, **sizes)
         make = lambda rngs: module.VJEPA2ForVideoClassification(config, rngs=rngs)  # noqa: E731
-        return _case(make, floats(2, 2, 3, 8, 8))
+        return _case(make, floats(2, 2, 8, 8, 3))
 
     def whisper() -> Case:
         module = of("whisper")
@@ -272,13 +274,13 @@ def bonsai() -> Builds:
         "EfficientNet": efficientnet,
         "Gemma 3": gemma3,
         "LLaDA": llada,
-        "LLaDA, declared": lambda: llada(declared=True),
+        "LLaDA, embedding declared": lambda: llada(declared=True),
         "Mamba 2": lambda: mamba2(tied=False),
         "Mamba 2, tied": lambda: mamba2(tied=True),
         "Mamba 2, forecaster": forecaster,
         "Qwen 3": qwen3,
         "Qwen 3-VL": qwen3_vl,
-        "Qwen 3-VL, declared": lambda: qwen3_vl(declared=True),
+        "Qwen 3-VL, embedding declared": lambda: qwen3_vl(declared=True),
         "ResNet": resnet,
         "UMT5": lambda: umt5("UMT5Model", **both),
         "UMT5, encoder": lambda: umt5("UMT5EncoderModel", input_ids=IDS),
@@ -316,7 +318,7 @@ def flax() -> Builds:
         def call(model: Any, ids: np.ndarray) -> Any:
             positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
             mask = jnp.broadcast_to(jnp.tril(jnp.ones((6, 6), bool)), (2, 6, 6))
-            return model(ids, positions, attention_mask=mask)[0]
+            return model(ids, positions, None, mask)[0]
 
         return _case(lambda rngs: module.Transformer(config, rngs=rngs), IDS, call=call)
 

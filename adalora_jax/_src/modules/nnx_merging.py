@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,18 @@ from adalora_jax._src.modules.nnx_layers import Adapted, base_class, layer_of, w
 from adalora_jax._src.modules.nnx_variables import SavedParam, is_qwix_weight, modules, parameters
 
 _Model = TypeVar("_Model", bound=nnx.Module)
+# Arguments of a model, or a function that calls it.
+Inputs: TypeAlias = tuple[PyTree, ...] | Callable[[nnx.Module], PyTree]
 
 
-def merged(
-    model: _Model, *, safe: bool = False, inputs: tuple[PyTree, ...] | None = None
-) -> _Model:
+def merged(model: _Model, *, safe: bool = False, inputs: Inputs | None = None) -> _Model:
     """Return a copy of an adapted model with its increments merged, see :func:`adalora_jax.merge`.
 
     Args:
       model: as :func:`adapt` returns it; not changed.
       safe: whether to raise an error if a merged weight is not finite.
-      inputs: arguments for which the outputs of both models are compared.
+      inputs: arguments for which the outputs of both models are compared, or a function that calls
+        a model and returns its outputs.
 
     Raises:
       ValueError: as in :func:`adalora_jax.merge`.
@@ -45,16 +47,20 @@ def merged(
     <class 'flax.nnx.nn.linear.Linear'>
     """
     check_adapted(model, "variables")
+    copy = _merged_copy(model, safe, checked=inputs is not None)
+    if inputs is not None:
+        _check_outputs(model, copy, inputs)
+    return copy
+
+
+def _merged_copy(model: _Model, safe: bool = False, *, checked: bool) -> _Model:
     copy = nnx.clone(model)
-    _add_increments(copy, model, 1, safe, checked=inputs is not None)
+    _add_increments(copy, model, 1, safe, checked=checked)
     for _, module in modules(copy):
         if isinstance(module, Adapted):
             del module.adalora
             _compat.set_class(module, base_class(type(module)))
-    copy = release_saved(copy)
-    if inputs is not None:
-        _check_outputs(model, copy, inputs)
-    return copy
+    return release_saved(copy)
 
 
 def check_adapted(model: nnx.Module, name: str) -> None:
@@ -71,14 +77,53 @@ def check_adapted(model: nnx.Module, name: str) -> None:
         )
 
 
-def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[PyTree, ...]) -> None:
+def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: Inputs) -> None:
     """Raise an error if the outputs of a merged model differ from those of the adapted one.
+
+    Raises:
+      ValueError: an output differs; the message has its index, error and norm, and the layers.
+    """
+    found = _difference(adapted, plain, inputs)
+    if found is None:
+        return
+    index, error, size = found
+    uncertain = [
+        path
+        for path, module in modules(adapted)
+        if isinstance(module, Adapted) and module.adalora.layout.note.startswith(UNKNOWN_USE)
+    ]
+    alone = {path: _with_one_increment(adapted, path) for path in uncertain}
+    layers = [
+        path
+        for path, model in alone.items()
+        if _difference(model, _merged_copy(model, checked=True), inputs)
+    ]
+    named = ", ".join(map(repr, layers or uncertain)) or "that layer"
+    raise ValueError(
+        f"`inputs`: output {index} of the merged model is off by {error:.2g}, of a norm of "
+        f"{size:.2g}, because code outside of an adapted layer reads its weight "
+        f"(layer.kernel[...]), where there is no increment; leave {named} out of target_modules, "
+        "or use the model unmerged."
+    )
+
+
+def _with_one_increment(adapted: _Model, path: str) -> _Model:
+    """Return a copy of an adapted model whose increments are 0 except that of one layer."""
+    copy = nnx.clone(adapted)
+    kept = dict(modules(copy))[path].adalora
+    for _, module in modules(copy):
+        if isinstance(module, Adapted) and module.adalora is not kept:
+            module.adalora.lam[...] = jnp.zeros_like(module.adalora.lam[...])
+    return copy
+
+
+def _difference(
+    adapted: nnx.Module, plain: nnx.Module, inputs: Inputs
+) -> tuple[int, float, float] | None:
+    """Return index, error and norm of the first output that differs between two models, if any.
 
     The bound on the relative error is the square root of the machine epsilon of the coarsest weight
     dtype, about the effect of rounding the weights. The models run in evaluation mode.
-
-    Raises:
-      ValueError: an output differs by more; the message has its index, error and norm.
     """
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain, nnx.Param))}
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
@@ -87,18 +132,16 @@ def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[PyTree,
     def outputs(model: nnx.Module) -> list[jax.Array]:
         model = nnx.clone(model)
         model.eval()  # dropout would differ between the two
-        return [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(model(*inputs))]
+        found = inputs(model) if callable(inputs) else model(*inputs)
+        return [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(found)]
 
-    ours, theirs = outputs(adapted), outputs(plain)
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        error, size = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(a))
+    for index, (a, b) in enumerate(zip(outputs(adapted), outputs(plain), strict=True)):
+        # Masked logits are infinite in both.
+        error = float(jnp.linalg.norm(jnp.where(a == b, 0, a - b)))
+        size = float(jnp.linalg.norm(jnp.where(jnp.isfinite(a), a, 0)))
         if not error <= bound * size:
-            raise ValueError(
-                f"`inputs`: output {index} of the merged model is off by {error:.2g}, of a norm of "
-                f"{size:.2g}, because code outside of an adapted layer reads its weight "
-                "(layer.kernel[...]), where there is no increment; leave that layer out of "
-                "target_modules, or use the model unmerged."
-            )
+            return index, error, size
+    return None
 
 
 def release_saved(model: _Model) -> _Model:
@@ -176,7 +219,8 @@ def _add_increments(
             if not checked:
                 raise ValueError(
                     f"`variables`: the increment of {path!r} cannot be merged: {layer.note}; "
-                    "merge(model, inputs=(...)) merges it where the outputs stay the same."
+                    "merge(model, inputs=(...)) merges it where the outputs stay the same, and also "
+                    "takes a function that calls the model."
                 )
             layer = dataclasses.replace(layer, note="")
             adapter = adapter._replace(layout=layer)
