@@ -389,7 +389,8 @@ def merged_rows(path: pathlib.Path, new: list[dict[str, Any]]) -> list[dict[str,
     """Return the rows of a file, if it exists, and the new ones, which replace rows of the same."""
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
     known = {(row["family"], row["model"]): row for row in (*rows, *new)}
-    return [known[key] for key in sorted(known, key=lambda k: [*public_models.TITLES].index(k[0]))]
+    families = list(public_models.TITLES)
+    return [known[key] for key in sorted(known, key=lambda key: families.index(key[0]))]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -219,8 +219,8 @@ def _add_increments(
             if not checked:
                 raise ValueError(
                     f"`variables`: the increment of {path!r} cannot be merged: {layer.note}; "
-                    "merge(model, inputs=(...)) merges it where the outputs stay the same, and also "
-                    "takes a function that calls the model."
+                    "merge(model, inputs=(...)) merges it where the outputs stay the same; a "
+                    "function that calls the model can be passed as well."
                 )
             layer = dataclasses.replace(layer, note="")
             adapter = adapter._replace(layout=layer)
