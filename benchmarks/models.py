@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import pathlib
 import re
 import sys
@@ -417,9 +416,10 @@ def main(arguments: list[str] | None = None) -> None:
             jax.clear_caches()
     print("\n".join(missing), file=sys.stderr)
     path = (chosen.out or results.HERE) / "models.json"
-    results.finish("models", {"rows": merged_rows(path, rows)}, text, folder=chosen.out)
+    if rows:
+        results.finish("models", {"rows": merged_rows(path, rows)}, text, folder=chosen.out)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # so that products are in float32
     main()
