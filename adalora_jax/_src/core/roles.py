@@ -32,6 +32,48 @@ def map_leaves(function: Callable[..., Any], *adapters: Adapter) -> Adapter:
     return Adapter(p, lam, q)
 
 
+def map_adapters(
+    function: Callable[..., Any], adapters: Mapping[str, Any], *rest: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return ``function(value, ...)`` per adapter, or per role if the adapters are stacked by role.
+
+    Args:
+      function: called with the values of all mappings; it treats leading axes as those of a stack.
+      adapters: any mapping by path.
+      *rest: mappings of the same paths; of the same roles if ``adapters`` is a :class:`ByRole`.
+
+    >>> map_adapters(lambda a, b: a + b, {"up": 1}, {"up": 2})
+    {'up': 3}
+    """
+    if not isinstance(adapters, ByRole):
+        return {path: function(v, *(other[path] for other in rest)) for path, v in adapters.items()}
+    parts = [adapters.stacked, *(stored(other) for other in rest)]
+    new = {name: function(*(part[name] for part in parts)) for name in adapters.stacked}
+    return ByRole(new, adapters.roles)
+
+
+def stored(adapters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values as they are stored: by role for a :class:`ByRole`, otherwise by path.
+
+    >>> stored({"up": 1})
+    {'up': 1}
+    """
+    return adapters.stacked if isinstance(adapters, ByRole) else adapters
+
+
+def shapes_by_path(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Return ``{path: Adapter}`` of ``jax.ShapeDtypeStruct``, so that no array is sliced.
+
+    >>> shapes_by_path({"up": Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))})["up"].lam
+    ShapeDtypeStruct(shape=(2,), dtype=float32)
+    """
+
+    def shape(leaf: Shaped[Array, "..."]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    return dict(map_adapters(functools.partial(jax.tree.map, shape), adapters))
+
+
 class Role(NamedTuple):
     """Adapters whose paths differ only in numbers, with equal shapes, dtypes and static fields.
 
@@ -148,6 +190,25 @@ class ByRole(Mapping[str, Any]):
             q=_member(q, index, ndim + 1),
         )
 
+    def split(self) -> dict[str, Any]:
+        """Return ``{path: value}`` in the order of the parameters.
+
+        The derivative concatenates the cotangents of a role's members. That of indexing would add
+        arrays that are zero except for one member.
+        """
+        found = {}
+        for role in self.roles.members:
+            value, ndim, count = self.stacked[role.name], len(role.shape), len(role.paths)
+            if isinstance(value, Adapter):
+                p, lam, q = value
+                parts = (_split(p, count, ndim + 1), _split(lam, count, ndim))
+                each = zip(*parts, _split(q, count, ndim + 1))
+                members = [value._replace(**dict(zip(Adapter._fields, one))) for one in each]
+            else:
+                members = _split(value, count, ndim)
+            found |= zip(role.paths, members)
+        return {path: found[path] for path in self.roles.paths}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.roles.paths)
 
@@ -178,8 +239,10 @@ def stack(roles: Roles, values: Mapping[str, Any]) -> ByRole:
       roles: the roles; their paths are keys of ``values``.
       values: ``{path: value}``, with an array or an :class:`Adapter` per path. The adapters of a
         role have the scale and layout of its first member. Axes in front of a value's own, such as
-        those of ``jax.vmap``, remain in front.
+        those of ``jax.vmap``, remain in front. A :class:`ByRole` of these roles is returned as is.
     """
+    if isinstance(values, ByRole) and values.roles == roles:
+        return values
     joined = {
         role.name: _join([values[path] for path in role.paths], len(role.shape))
         for role in roles.members
@@ -251,6 +314,28 @@ def _join_arrays(
     return jax.device_put(joined, NamedSharding(sharding.mesh, spec))
 
 
+def _split(
+    leaf: Shaped[Array, "..."] | jax.ShapeDtypeStruct, count: int, ndim: int
+) -> list[Shaped[Array, "..."] | jax.ShapeDtypeStruct]:
+    """Return the slices of a role's array, in which ``ndim`` axes follow the axis of the members."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return [_member(leaf, index, ndim) for index in range(count)]
+    axis = leaf.ndim - ndim - 1
+    # The transpose of a split is one concatenation.
+    parts = [jax.lax.squeeze(p, [axis]) for p in jax.lax.split(leaf, [1] * count, axis)]
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return parts
+    # Outside of jit, XLA may replicate the results.
+    return jax.device_put(parts, _without_axis(sharding, leaf.ndim, axis))
+
+
+def _without_axis(sharding: NamedSharding, ndim: int, axis: int) -> NamedSharding:
+    """Return the sharding of an array of ``ndim`` axes without one of them."""
+    spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+    return NamedSharding(sharding.mesh, P(*spec[:axis], *spec[axis + 1 :]))
+
+
 def _member(
     leaf: Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct, index: int, ndim: int
 ) -> Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct:
@@ -260,7 +345,6 @@ def _member(
         return leaf[(slice(None),) * axis + (index,)]
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
-        spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-        sharding = NamedSharding(sharding.mesh, P(*spec[:axis], *spec[axis + 1 :]))
+        sharding = _without_axis(sharding, leaf.ndim, axis)
     shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
