@@ -106,12 +106,18 @@ def _joined(roles: Mapping[Any, Inexact[Array, "n ..."]]) -> Float[Array, " matr
         # A stack axis may be sharded. Without one, all devices have the whole products.
         kind = (gram.dtype, gram.shape[1:], None if gram.ndim == 3 else role)
         grams.setdefault(kind, []).append(gram)
-    return jnp.concatenate([_norm(jnp.concatenate(some)).ravel() for some in grams.values()])
+    return jnp.concatenate([_flat(_norm(jnp.concatenate(some))) for some in grams.values()])
 
 
 @jax.jit  # one trace for all matrices of one shape and dtype
 def _deviations(m: Inexact[Array, "*stack r d"]) -> Float[Array, " matrices"]:
-    return deviation(m).ravel()
+    return _flat(deviation(m))
+
+
+def _flat(deviations: Float[Array, "*stack"]) -> Float[Array, " matrices"]:
+    """Return the deviations in one row, which a mesh with explicit axes replicates."""
+    replicated = explicit_sharding(deviations, (None,))
+    return deviations.reshape(-1, out_sharding=replicated)
 
 
 def deviation(m: Inexact[Array, "*stack r d"]) -> Float[Array, "*stack"]:

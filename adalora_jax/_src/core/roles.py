@@ -198,14 +198,13 @@ class ByRole(Mapping[str, Any]):
         """
         found = {}
         for role in self.roles.members:
-            value, ndim, count = self.stacked[role.name], len(role.shape), len(role.paths)
+            value, count, ndim = self.stacked[role.name], len(role.paths), len(role.shape)
+            split = functools.partial(_split, count=count, stack=ndim - 1)
             if isinstance(value, Adapter):
-                p, lam, q = value
-                parts = (_split(p, count, ndim + 1), _split(lam, count, ndim))
-                each = zip(*parts, _split(q, count, ndim + 1))
+                each = zip(*(split(x, ndim=n) for x, n in zip(value, (ndim + 1, ndim, ndim + 1))))
                 members = [value._replace(**dict(zip(Adapter._fields, one))) for one in each]
             else:
-                members = _split(value, count, ndim)
+                members = split(value, ndim=ndim)
             found |= zip(role.paths, members)
         return {path: found[path] for path in self.roles.paths}
 
@@ -315,19 +314,31 @@ def _join_arrays(
 
 
 def _split(
-    leaf: Shaped[Array, "..."] | jax.ShapeDtypeStruct, count: int, ndim: int
+    leaf: Shaped[Array, "..."] | jax.ShapeDtypeStruct, count: int, ndim: int, stack: int
 ) -> list[Shaped[Array, "..."] | jax.ShapeDtypeStruct]:
-    """Return the slices of a role's array, in which ``ndim`` axes follow the axis of the members."""
+    """Return the slices of a role's array, in which ``ndim`` axes follow the axis of the members.
+
+    Args:
+      leaf: the role's array.
+      count: number of members.
+      ndim: number of axes of a member, without those in front.
+      stack: number of axes of a member's stack, which may be sharded.
+    """
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return [_member(leaf, index, ndim) for index in range(count)]
     axis = leaf.ndim - ndim - 1
     # The transpose of a split is one concatenation.
-    parts = [jax.lax.squeeze(p, [axis]) for p in jax.lax.split(leaf, [1] * count, axis)]
+    if stack:
+        parts = [jax.lax.squeeze(p, [axis]) for p in jax.lax.split(leaf, [1] * count, axis)]
+    else:  # On a GPU, an axis of size 1 between a slice and its use would cost a kernel.
+        size = leaf.shape[axis + 1]
+        rows = leaf.reshape(*leaf.shape[:axis], count * size, *leaf.shape[axis + 2 :])
+        parts = jax.lax.split(rows, [size] * count, axis)
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return parts
+        return list(parts)
     # Outside of jit, XLA may replicate the results.
-    return jax.device_put(parts, _without_axis(sharding, leaf.ndim, axis))
+    return list(jax.device_put(parts, _without_axis(sharding, leaf.ndim, axis)))
 
 
 def _without_axis(sharding: NamedSharding, ndim: int, axis: int) -> NamedSharding:
