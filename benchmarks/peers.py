@@ -192,7 +192,8 @@ def full(shape: Shape, rank: int, dropout: float) -> Peer:
 def ours(shape: Shape, rank: int, dropout: float, form: str, qtype: str = "") -> Peer:
     """Return this library's "lora" (λ fixed at 1), "svd" (λ trained) or complete "adalora".
 
-    "stacked" is "adalora" with the adapters stacked by role. With a ``qtype``, such as "nf4", the weights of the base are quantised.
+    "stacked" is "adalora" with the adapters stacked by role. With a ``qtype``, such as "nf4", the
+    weights of the base are quantised.
     """
     found = config(shape, rank, dropout)
     model, variables = Linen(shape), {"params": base(shape)}

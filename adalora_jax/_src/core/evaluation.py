@@ -111,7 +111,9 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
 
     if isinstance(found, ByRole):
         every = {p: by_path.get(p, jnp.ones(a.lam.shape, bool)) for p, a in shapes.items()}
-        return pytree.insert_adapters(params, map_adapters(masked, found, stack(found.roles, every)))
+        return pytree.insert_adapters(
+            params, map_adapters(masked, found, stack(found.roles, every))
+        )
     chosen = {path: found[path] for path in by_path}
     return pytree.insert_adapters(params, map_adapters(masked, chosen, by_path))
 

@@ -103,7 +103,8 @@ def stack(adapters: PyTree) -> StackedAdapters:
     (7, 4)
     >>> tx = adalora.adalora(optax.adam(1e-3), config)
     >>> opt_state = tx.init(stacked)
-    >>> updates, opt_state = tx.update(jax.tree.map(jax.numpy.ones_like, stacked), opt_state, stacked)
+    >>> grads = jax.tree.map(jax.numpy.ones_like, stacked)
+    >>> updates, opt_state = tx.update(grads, opt_state, stacked)
     >>> stacked = optax.apply_updates(stacked, updates)
     >>> list(adalora.unstack(adalora.eval_params(opt_state, stacked)))
     ['head', 'layer_0/query', 'layer_1/query']
@@ -119,9 +120,7 @@ def stack(adapters: PyTree) -> StackedAdapters:
     for path, adapter in found.items():
         if not all(hasattr(leaf, "dtype") for leaf in adapter):
             kinds = ", ".join(type(leaf).__name__ for leaf in adapter)
-            raise TypeError(
-                f"`adapters[{path!r}]`: contains {kinds} instead of arrays; {way_out}."
-            )
+            raise TypeError(f"`adapters[{path!r}]`: contains {kinds} instead of arrays; {way_out}.")
     structure = jax.tree.structure(adapters)
     by_role = stack_by_role(group_by_role(found), found)
     return StackedAdapters(by_role, _others(structure, adapters), structure)
