@@ -354,15 +354,15 @@ def _by_path(state: AllocatorState) -> AllocatorState:
     return state._replace(**{name: dict(getattr(state, name)) for name in _BY_ROLE})
 
 
-def _abstract(state: PyTree) -> PyTree:
-    """Return an allocator's state, or another tree, with ``jax.ShapeDtypeStruct`` in place of its arrays, to slice no array."""
+def _abstract(tree: PyTree) -> PyTree:
+    """Return a tree with ``jax.ShapeDtypeStruct`` in place of its arrays, to slice no array."""
 
     def struct(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
         )
 
-    return jax.tree.map(struct, pytree.unwrap_variables(state))
+    return jax.tree.map(struct, pytree.unwrap_variables(tree))
 
 
 def _unstacked(target: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:

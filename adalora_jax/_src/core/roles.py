@@ -315,7 +315,7 @@ def _join_arrays(
 
 def _split(
     leaf: Shaped[Array, "..."] | jax.ShapeDtypeStruct, count: int, ndim: int, stack: int
-) -> list[Shaped[Array, "..."] | jax.ShapeDtypeStruct]:
+) -> list[Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct]:
     """Return the slices of a role's array, in which ``ndim`` axes follow the axis of the members.
 
     Args:

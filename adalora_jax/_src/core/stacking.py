@@ -178,13 +178,13 @@ def restack(like: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(stacked, like, tree, is_leaf=pytree.is_stacked)
 
 
-def _others(structure: tree_util.PyTreeDef, tree: PyTree) -> dict[str, PyTree]:
+def _others(structure: Any, tree: PyTree) -> dict[str, PyTree]:
     """Return ``{path: leaf}`` of the leaves of ``tree`` that do not belong to an adapter."""
     leaves = structure.flatten_up_to(tree)
     return {path: leaves[index] for path, index in _positions_of_others(structure).items()}
 
 
-def _positions_of_others(structure: tree_util.PyTreeDef) -> dict[str, int]:
+def _positions_of_others(structure: Any) -> dict[str, int]:
     """Return ``{path: index}`` of a structure's leaves that do not belong to an adapter."""
     indices = structure.unflatten(range(structure.num_leaves))
     nodes = tree_util.tree_flatten_with_path(indices, is_leaf=pytree.is_adapter)[0]
