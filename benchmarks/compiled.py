@@ -193,8 +193,8 @@ def text(found: results.Results) -> str:
         "counted apart. Nothing was run, so all numbers but the seconds are independent of the "
         "machine; the seconds are those of all threads. The update is AdamW's, alone and inside of "
         "`adalora`; all other programs are whole training steps with AdamW and adapters of rank 12 "
-        "on all linear layers. What is stacked by role trains the result of `adalora.stack`. The "
-        "prefetches of a TPU between its memories are not counted as copies.",
+        "on all linear layers. The prefetches of a TPU between its memories are not counted as "
+        "copies.",
     ]
     for name, rows in by_device.items():
         if rows:
