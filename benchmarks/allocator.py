@@ -243,7 +243,9 @@ def text(found: results.Results) -> str:
             table(measured),
             "PEFT computes the scores of each adapter in separate operations, so its time grows "
             "with their number; adapters that are stacked in one array are updated together here. "
-            "After the final mask, PEFT is faster where there are few adapters.",
+            "Separate adapters of one role are first copied into one array, which costs more than "
+            "it saves where they are few and large. The check for finite gradients needs this "
+            "array also after the final mask.",
             "The allocator's state is stored between steps. Tracing and compiling happen once.",
             costs(measured),
             results.ending("allocator", found),

@@ -93,6 +93,9 @@ CASES = {
     ),
     "custom-vjp": Case(lambda w, x: _product(x, w), (5, 7), False),
     "split": Case(lambda w, x: sum(x @ part for part in jnp.split(w, 2, 1)), (5, 14), False),
+    "integers": Case(lambda w, x: x @ w.astype(jnp.int8).astype(x.dtype), (5, 7), False),
+    "float8": Case(lambda w, x: x @ w.astype(jnp.float8_e4m3fn).astype(x.dtype), (5, 7), False),
+    "reduced-precision": Case(lambda w, x: x @ jax.lax.reduce_precision(w, 4, 3), (5, 7), False),
     "norm-of-weight": Case(
         lambda w, x: x @ w * jnp.broadcast_to(jnp.abs(w).sum(), (2, 7)), (5, 7), False
     ),

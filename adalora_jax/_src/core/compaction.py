@@ -24,13 +24,24 @@ from adalora_jax._src.core.evaluation import (
     unfinished,
 )
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack
+from adalora_jax._src.core.roles import (
+    ByRole,
+    group_by_role,
+    map_leaves,
+    shapes_by_path,
+    stack,
+)
 
 
 def compact(
     params: PyTree, opt_state: PyTree, tx: optax.GradientTransformation | None = None
 ) -> PyTree:
     """Return the parameters, or with ``tx`` also the state, without their pruned triplets."""
+    if pytree.is_stacked(params):
+        raise ValueError(
+            "`params`: are stacked by role, whose adapters may get different ranks; pass "
+            "unstack(params) and unstack(opt_state)."
+        )
     by_path = {path: np.asarray(mask) for path, mask in jax.device_get(masks(opt_state)).items()}
     if problem := unfinished(opt_state):
         message = f"`opt_state`: {problem}; call finish(opt_state, params) first."
@@ -155,7 +166,7 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     """Return a text table of the adapters: sizes, ranks and active parameters per matrix.
 
     Args:
-      adapters: any tree with adapters in it.
+      adapters: any tree with adapters in it, or what :func:`adalora_jax.stack` returned.
       state: an optimizer's state, or masks, as in :func:`adalora_jax.masks`; None counts every
         triplet as active.
 
@@ -173,8 +184,9 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     query      5     6      2    4           24
     total                   2    4           24
     """
-    found = pytree.require_adapters(
-        adapters, "adapters", "pass the adapters, or adalora_jax.nnx.adapters(model)"
+    way_out = "pass the adapters, or adalora_jax.nnx.adapters(model)"
+    found = shapes_by_path(
+        pytree.require_adapters(adapters, "adapters", way_out, pytree.trained_adapters)
     )
     if state is None:
         state = {path: np.ones(a.lam.shape, bool) for path, a in found.items()}

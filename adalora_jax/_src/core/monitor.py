@@ -186,7 +186,7 @@ def info(
             f"{' and '.join(f'{name}={name}' for name in missing)} to info."
         )
     roles = state.masks.roles
-    scores = role_scores(state, *map(pytree.adapters, given.values()))
+    scores = role_scores(state, *map(pytree.trained_adapters, given.values()))
 
     def without_gradient(averages: Adapter) -> Bool[Array, "*stack 1"]:
         return ((_total(averages) == 0) & (state.step > 0))[..., None]

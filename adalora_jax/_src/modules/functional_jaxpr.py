@@ -27,19 +27,8 @@ from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import einsum
 from adalora_jax._src.modules.functional_params import is_array
 from adalora_jax._src.modules.layers import add_increment
+from adalora_jax._src.modules.usage import PASSING, is_float
 
-# Operations that neither change nor move entries.
-_PASSING = {
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "layout_constraint",
-    "mesh_cast",
-    "pvary",
-    "reduce_precision",
-    "reshard",
-    "sharding_constraint",
-}
 _INLINED = {"closed_call", "core_call", "jit", "pjit"}
 REMAT = {"checkpoint", "remat", "remat2"}
 _PRODUCTS = {"conv_general_dilated", "dot_general", "gather"}
@@ -388,8 +377,10 @@ def _moved(eqn: core.JaxprEqn, inputs: Sequence[Any], is_reading: bool) -> list[
         return None
     name, params = eqn.primitive.name, eqn.params
     dims = weight.dims
-    if name in _PASSING or (name == "rev" and is_reading):
+    if is_reading and (name in PASSING or name == "rev"):
         return [weight]
+    if name in PASSING:  # a quantisation must see the sum
+        return [weight] if is_float(eqn.outvars[0]) and name != "reduce_precision" else None
     if name == "transpose":
         return [weight._replace(dims=tuple(dims[d] for d in params["permutation"]))]
     if name == "squeeze":

@@ -171,8 +171,8 @@ def compact(
 
     Raises:
       ValueError: an adapter has no mask, or a mask has no adapter of its shape; with ``tx``, the
-        final mask is missing, or the optimizer stores an array of another shape for an adapter; or
-        ``tx`` is given with an NNX model.
+        final mask is missing, or the optimizer stores an array of another shape for an adapter;
+        ``params`` are stacked by role; or ``tx`` is given with an NNX model.
 
     Warns:
       UserWarning: without ``tx``, if the final mask is missing; :func:`finish` makes it.

@@ -14,25 +14,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core
 
-from adalora_jax._src.modules.usage import called_jaxpr
+from adalora_jax._src.modules.usage import PASSING, called_jaxpr, is_float
 
 _Axis = tuple[str, int]  # "x" or "w", and the number of the axis
 _Dim = tuple[_Axis, ...]  # the axes that a dimension consists of, without those of size 1
 
-# Primitives that change neither the entries nor their positions.
-_PASSING = {
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "device_put",
-    "layout_constraint",
-    "mesh_cast",
-    "name",
-    "optimization_barrier",
-    "pvary",
-    "reshard",
-    "sharding_constraint",
-}
+# Primitives that only pass floats on. Rounding to fewer bits changes the weight.
+_PASSING = PASSING - {"reduce_precision"} | {"device_put", "name"}
 # Primitives that run a program on other arrays than their inputs.
 _LOOPS = {"scan", "while", "cond", "shard_map"}
 _NAMES = {"w": "its weight", "y": "the product"}
@@ -257,15 +245,7 @@ def _needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
 
 
 def _keeps_floats(eqn: core.JaxprEqn) -> bool:
-    """Return whether an operation's results are floats exactly if its inputs are.
-
-    Types with fewer than 16 bits do not count as floats: the conversion is a quantisation.
-    """
-
-    def is_float(v: core.Var | core.Literal) -> bool:
-        dtype = _aval(v).dtype
-        return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
-
+    """Return whether an operation's results are floats exactly if its inputs are."""
     return all(is_float(i) == is_float(o) for i, o in zip(eqn.invars, eqn.outvars))
 
 

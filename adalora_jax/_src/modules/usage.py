@@ -25,7 +25,7 @@ _NAME = re.compile(r"adalora:(\d+):")
 _PROBE = re.compile(r"adalora-probe:(\d+):")
 _INPUTS = re.compile(r"adalora-input:(\d+):")
 # Primitives that change neither the entries nor their positions.
-_PASSING = {
+PASSING = {
     "convert_element_type",
     "copy",
     "copy_p",
@@ -209,8 +209,8 @@ class _Walk:
         inputs = [stages - {_INPUT} for stages in given]
         seen = set().union(*inputs)
         if not seen:
-            return _INPUT if primitive in _PASSING | _MOVING | _PADDING else None
-        if primitive in _PASSING or (primitive in _MOVING and inside and seen != {_CHANGED}):
+            return _INPUT if primitive in PASSING | _MOVING | _PADDING else None
+        if primitive in PASSING or (primitive in _MOVING and inside and seen != {_CHANGED}):
             return next(stage for stage in (_PRODUCT, _CHANGED, _RAW) if stage in seen)
         times_constant = primitive in ("mul", "div") and any(
             not stages and _size(v) == 1 for stages, v in zip(inputs, eqn.invars)
@@ -242,6 +242,15 @@ class _Walk:
 
 def _size(variable: core.Var | core.Literal) -> int:
     return getattr(variable.aval, "size", 1)
+
+
+def is_float(variable: core.Var | core.Literal) -> bool:
+    """Return whether a variable of a jaxpr is a float of at least 16 bits.
+
+    A conversion of a weight to any other dtype is a quantisation.
+    """
+    aval: Any = variable.aval
+    return jnp.issubdtype(aval.dtype, jnp.floating) and jnp.finfo(aval.dtype).bits >= 16
 
 
 def called_jaxpr(eqn: core.JaxprEqn) -> core.Jaxpr | None:
