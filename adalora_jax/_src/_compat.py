@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 import sys
 import types
 from collections.abc import Callable
@@ -140,8 +141,7 @@ def uses_super(method: Callable[..., Any]) -> bool:
     return code is None or "__class__" in code.co_freevars
 
 
-# Attributes of an array that do not depend on its entries.
-_FACTS = ("dtype", "ndim", "shape", "size")
+_FACTS = ("dtype", "ndim", "shape", "size")  # of an array, whatever its entries
 
 
 def attributes_read(function: object, *, is_method: bool) -> set[str]:
@@ -176,8 +176,8 @@ def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
     names: set[str] = set()
     of_self = False
     steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-    for step, following in zip(steps, [*steps[1:], None]):
-        reads_fact = following is not None and following.argval in _FACTS
+    for step, following in itertools.pairwise(steps):
+        reads_fact = following.opname == "LOAD_ATTR" and following.argval in _FACTS
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not (of_self or reads_fact):
             names.add(step.argval)
         loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))

@@ -53,7 +53,7 @@ def merged(model: _Model, *, safe: bool = False, inputs: Inputs | None = None) -
     return copy
 
 
-def _merged_copy(model: _Model, safe: bool = False, *, checked: bool) -> _Model:
+def _merged_copy(model: _Model, safe: bool = False, checked: bool = True) -> _Model:
     copy = nnx.clone(model)
     _add_increments(copy, model, 1, safe, checked=checked)
     for _, module in modules(copy):
@@ -92,13 +92,13 @@ def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: Inputs) -> No
         for path, module in modules(adapted)
         if isinstance(module, Adapted) and module.adalora.layout.note.startswith(UNKNOWN_USE)
     ]
-    alone = {path: _with_one_increment(adapted, path) for path in uncertain}
-    layers = [
-        path
-        for path, model in alone.items()
-        if _difference(model, _merged_copy(model, checked=True), inputs)
-    ]
-    named = ", ".join(map(repr, layers or uncertain)) or "that layer"
+
+    def differs_alone(path: str) -> bool:
+        model = _with_one_increment(adapted, path)
+        return _difference(model, _merged_copy(model), inputs) is not None
+
+    layers = list(filter(differs_alone, uncertain)) or uncertain
+    named = ", ".join(map(repr, layers)) or "that layer"
     raise ValueError(
         f"`inputs`: output {index} of the merged model is off by {error:.2g}, of a norm of "
         f"{size:.2g}, because code outside of an adapted layer reads its weight "
@@ -122,8 +122,12 @@ def _difference(
 ) -> tuple[int, float, float] | None:
     """Return index, error and norm of the first output that differs between two models, if any.
 
-    The bound on the relative error is the square root of the machine epsilon of the coarsest weight
+    Masked logits, equal in both and infinite or so large that no other entry would count, are left
+    out. The bound on the relative error is the square root of the machine epsilon of the coarsest weight
     dtype, about the effect of rounding the weights. The models run in evaluation mode.
+
+    Raises:
+      ValueError: there are no outputs.
     """
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain, nnx.Param))}
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
@@ -132,14 +136,19 @@ def _difference(
     def outputs(model: nnx.Module) -> list[jax.Array]:
         model = nnx.clone(model)
         model.eval()  # dropout would differ between the two
-        found = inputs(model) if callable(inputs) else model(*inputs)
-        return [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(found)]
+        leaves = jax.tree.leaves(inputs(model) if callable(inputs) else model(*inputs))
+        if not leaves:
+            raise ValueError(
+                "`inputs`: the model returned no array, so there is nothing to compare; pass a "
+                "function that calls the model and returns its outputs."
+            )
+        arrays = map(jnp.asarray, leaves)
+        return [x if jnp.iscomplexobj(x) else x.astype(jnp.float32) for x in arrays]
 
     for index, (a, b) in enumerate(zip(outputs(adapted), outputs(plain), strict=True)):
-        # Masked logits are infinite in both.
-        error = float(jnp.linalg.norm(jnp.where(a == b, 0, a - b)))
-        size = float(jnp.linalg.norm(jnp.where(jnp.isfinite(a), a, 0)))
-        if not error <= bound * size:
+        masked = (a == b) & (abs(a) > 1e6)
+        error, size = (float(jnp.linalg.norm(jnp.where(masked, 0, x))) for x in (a - b, a))
+        if not error <= bound * size < jnp.inf:
             return index, error, size
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import operator
 import re
@@ -417,7 +418,7 @@ def _unadapted(
         if saved_params(path, config):
             continue
         # A weight of packed integers consists of several arrays, each with a path of its own.
-        if not any(path == weight or path.startswith(f"{weight}/") for weight in held):
+        if held.isdisjoint(itertools.accumulate(path.split("/"), "{}/{}".format)):
             alike.setdefault((re.sub(r"\d+", "*", path), shape), []).append(path)
     if not alike:
         return []
