@@ -1,12 +1,12 @@
 """Public models, unmodified: adapted, trained, pruned to the budget and merged.
 
-    python -m benchmarks.models [--family huggingface tunix] [--path CHECKOUT ...] [--out FOLDER]
+    python -m benchmarks.models [--family tunix flax] [--path CHECKOUT ...] [--out FOLDER]
 
 Builds tiny configurations of models that other projects publish, of those packages that are
 installed, and adapts every layer. bonsai and Flax's examples are read from checkouts, whose folders
-``--path`` adds to the import path. The rows of a run replace those of the same model in the stored
-results, so packages that exclude each other can be checked in separate environments. Takes about 20
-minutes.
+``--path`` adds to the import path. The rows of a run replace those of the same families in the
+stored results, so packages that exclude each other can be checked in separate environments. Takes
+half an hour.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from flax.core import meta
+from flax.traverse_util import flatten_dict
 
 import adalora_jax as adalora
 from benchmarks import public_linen, public_models, public_nnx, public_transformers, results
@@ -74,40 +76,28 @@ class Linen:
 
     def __init__(self, case: public_models.Case) -> None:
         self.case = case
-        self.adapted = adalora.linen.adapt(case.model, CONFIG, layers=case.layers)
-        self.adapters = self.adapted.init(
-            jax.random.key(1), case.variables, *case.args, **case.kwargs
-        )
-        self.before = jax.tree.map(np.array, case.variables)
+        self.adapted = adapted = adalora.linen.adapt(case.model, CONFIG, layers=case.layers)
+        self.adapters = adapted.init(jax.random.key(1), case.variables, *case.args, **case.kwargs)
+        self.plain = jax.jit(lambda v: arrays(case.model.apply(v, *case.args, **case.kwargs)))
+        self.run = jax.jit(lambda v, a: arrays(adapted.apply(v, a, *case.args, **case.kwargs)))
+        self.base = case.variables
+        self.before = jax.tree.map(np.array, self.base)
 
     def description(self) -> str:
-        return self.adapted.describe(self.case.variables, *self.case.args, **self.case.kwargs)
-
-    def plain(self, variables: Any) -> list[jax.Array]:
-        case = self.case
-        run = jax.jit(lambda v: arrays(case.model.apply(v, *case.args, **case.kwargs)))
-        return run(variables)
-
-    def base(self) -> list[jax.Array]:
-        return self.plain(self.case.variables)
+        return self.adapted.describe(self.base, *self.case.args, **self.case.kwargs)
 
     def outputs(self) -> list[jax.Array]:
-        return self.run(self.adapters)
-
-    def run(self, adapters: Any) -> list[jax.Array]:
-        case = self.case
-        run = jax.jit(lambda v, a: arrays(self.adapted.apply(v, a, *case.args, **case.kwargs)))
-        return run(case.variables, adapters)
+        return self.run(self.base, self.adapters)
 
     def train(self) -> tuple[list[float], dict[str, int]]:
         """Return the losses, and the ranks at the end."""
-        case, tx = self.case, adalora.adalora(optax.adamw(1e-2), CONFIG)
+        tx = adalora.adalora(optax.adamw(1e-2), CONFIG)
 
         @jax.jit
         def step(variables: Any, adapters: Any, opt_state: Any) -> tuple[Any, Any, jax.Array]:
             def loss(adapters: Any) -> jax.Array:
-                outputs = self.adapted.apply(variables, adapters, *case.args, **case.kwargs)
-                return loss_of(arrays(outputs)) + adalora.orthogonality(adapters, CONFIG)
+                outputs = self.run(variables, adapters)
+                return loss_of(outputs) + adalora.orthogonality(adapters, CONFIG)
 
             value, grads = jax.value_and_grad(loss)(adapters)
             updates, opt_state = tx.update(grads, opt_state, adapters)
@@ -115,20 +105,20 @@ class Linen:
 
         opt_state, losses = tx.init(self.adapters), []
         for _ in range(STEPS):
-            self.adapters, opt_state, value = step(case.variables, self.adapters, opt_state)
+            self.adapters, opt_state, value = step(self.base, self.adapters, opt_state)
             losses.append(float(value))
         self.adapters, opt_state = adalora.finish(opt_state, self.adapters)
         self.adapters = adalora.eval_params(opt_state, self.adapters)
         return losses, adalora.ranks(opt_state)
 
     def frozen(self) -> bool:
-        same = jax.tree.map(
-            np.array_equal, self.before, jax.tree.map(np.array, self.case.variables)
-        )
-        return all(jax.tree.leaves(same))
+        return all(jax.tree.leaves(jax.tree.map(np.array_equal, self.before, self.base)))
 
-    def merged(self) -> list[jax.Array]:
-        return self.plain(adalora.merge(self.case.variables, self.adapters))
+    def merged(self) -> Any:
+        return adalora.merge(self.base, self.adapters)
+
+    def weights(self, variables: Any) -> dict[str, Any]:
+        return flatten_dict(meta.unbox(variables["params"]), sep="/")
 
     def set(self, adapters: dict[str, Any]) -> None:
         self.adapters = adapters
@@ -139,37 +129,37 @@ class Nnx:
 
     def __init__(self, case: public_models.Case) -> None:
         self.case = case
-        self.before = jax.tree.map(np.array, nnx.state(case.model, nnx.Param))
-        self.model = adalora.nnx.adapt(case.model, CONFIG, nnx.Rngs(1), layers=case.layers)
+        self.base = case.model
+        self.before = jax.tree.map(np.array, self.weights(self.base))
+        self.model = adalora.nnx.adapt(self.base, CONFIG, nnx.Rngs(1), layers=case.layers)
+        self.jitted = nnx.jit(self.call)
+
+    def call(self, model: Any) -> list[jax.Array]:
+        return arrays(self.case.call(model, *self.case.args, **self.case.kwargs))
 
     @property
     def adapters(self) -> dict[str, Any]:
         return adalora.nnx.adapters(self.model)
 
     def description(self) -> str:
-        return adalora.nnx.describe(self.case.model, CONFIG)
+        return adalora.nnx.describe(self.base, CONFIG, layers=self.case.layers)
 
-    def run(self, model: Any) -> list[jax.Array]:
-        case = self.case
-        run = nnx.jit(lambda model: arrays(case.call(model, *case.args, **case.kwargs)))
-        return run(nnx.clone(model))
-
-    def base(self) -> list[jax.Array]:
-        return self.run(self.case.model)
+    def plain(self, model: Any) -> list[jax.Array]:
+        return self.jitted(nnx.clone(model))
 
     def outputs(self) -> list[jax.Array]:
-        return self.run(self.model)
+        return self.plain(self.model)
 
     def train(self) -> tuple[list[float], dict[str, int]]:
         """Return the losses, and the ranks at the end."""
-        case, tx = self.case, adalora.adalora(optax.adamw(1e-2), CONFIG)
+        tx = adalora.adalora(optax.adamw(1e-2), CONFIG)
         optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.LoRAParam)
 
         @nnx.jit
         def step(model: Any, optimizer: Any) -> jax.Array:
             def loss(model: Any) -> jax.Array:
                 penalty = adalora.orthogonality(nnx.state(model, nnx.LoRAParam), CONFIG)
-                return loss_of(arrays(case.call(model, *case.args, **case.kwargs))) + penalty
+                return loss_of(self.call(model)) + penalty
 
             chosen = nnx.DiffState(0, nnx.LoRAParam)
             value, grads = nnx.value_and_grad(loss, argnums=chosen)(model)
@@ -182,20 +172,18 @@ class Nnx:
         return losses, adalora.ranks(adalora.allocator_state(optimizer.opt_state))
 
     def frozen(self) -> bool:
-        params = nnx.to_flat_state(nnx.state(self.model, nnx.Param))
-        before = dict(nnx.to_flat_state(self.before))
-        now = {path: np.array(v) for path, v in params if not isinstance(v, nnx.LoRAParam)}
-        return all(np.array_equal(np.array(before[path]), now[path]) for path in before)
+        now = self.weights(self.model)
+        return all(np.array_equal(value, now[path]) for path, value in self.before.items())
 
-    def merged(self) -> list[jax.Array]:
-        case = self.case
+    def merged(self) -> Any:
         try:
-            merged = adalora.merge(self.model)
+            return adalora.merge(self.model)
         except ValueError:  # some uses of weights are known only from outputs
-            merged = adalora.merge(
-                self.model, inputs=lambda model: arrays(case.call(model, *case.args, **case.kwargs))
-            )
-        return self.run(merged)
+            return adalora.merge(self.model, inputs=self.call)
+
+    def weights(self, model: Any) -> dict[str, Any]:
+        params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        return {"/".join(map(str, path)): variable[...] for path, variable in params}
 
     def set(self, adapters: dict[str, Any]) -> None:
         self.model = adalora.nnx.with_adapters(self.model, adapters)
@@ -217,24 +205,45 @@ def moved(adapters: dict[str, Any]) -> dict[str, Any]:
     return {path: with_lam(adapter) for path, adapter in adapters.items()}
 
 
-def merge_error(model: Linen | Nnx, base: list[jax.Array], row: dict[str, Any]) -> float:
-    """Return the error of the merged model's outputs, relative to their distance from the base's.
+def merge(model: Linen | Nnx, row: dict[str, Any]) -> Any:
+    """Return the merged variables or model.
 
-    Layers that cannot be merged are recorded in the row, and are merged without their adapters.
+    Layers that cannot be merged are recorded in the row, and lose their adapters.
     """
     while True:
         try:
-            merged = model.merged()
-            break
+            return model.merged()
         except ValueError as error:
             rest = without(model.adapters, str(error))
             if len(rest) == len(model.adapters):
                 raise
             row["refused"] = sorted({*row["refused"], first_line(error)})
             model.set(rest)
-    outputs = model.outputs()
-    change = difference(outputs, base)
-    return difference(outputs, merged) / change if change else 0.0
+
+
+def unnamed(
+    before: dict[str, Any],
+    after: dict[str, Any],
+    left_out: dict[str, list[str]],
+    refused: list[str],
+) -> list[str]:
+    """Return the matrices that merging does not change and that ``describe`` and ``merge`` omit.
+
+    >>> before = {"up/kernel": np.ones((2, 2)), "h_0/mix": np.ones((2, 2)), "v": np.ones((2, 2))}
+    >>> after = before | {"up/kernel": np.zeros((2, 2))}
+    >>> unnamed(before, after, {"in no layer of a known kind": ["h_*/mix (2, 2) x 2"]}, [])
+    ['v']
+    """
+    named = {parameter.partition(" ")[0] for listed in left_out.values() for parameter in listed}
+    named |= {path for message in refused for path in re.findall(r"'(\S+)'", message)}
+    return [
+        path
+        for path, value in before.items()
+        # As in `describe`, since those of stacked layers have two axes.
+        if value.ndim >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
+        if np.array_equal(value, after[path])
+        if named.isdisjoint((path, path.rpartition("/")[0], re.sub(r"\d+", "*", path)))
+    ]
 
 
 def left_out(description: str) -> dict[str, list[str]]:
@@ -279,17 +288,22 @@ def examine(case: public_models.Case, row: dict[str, Any]) -> None:
         model = (Nnx if isinstance(case.model, nnx.Module) else Linen)(case)
         row["adapters"] = len(model.adapters)
         row["left out"] = left_out(model.description())
-        base = model.base()
+        base = model.plain(model.base)
         row["identity"] = difference(model.outputs(), base) / norm(base)
-        wanted = {p: a.lam[..., 0].size for p, a in model.adapters.items()}
+        wanted = sum(a.lam[..., 0].size for a in model.adapters.values()) * CONFIG.target_r
         row["losses"], ranks = model.train()
-        row["budget"] = [sum(ranks.values()), sum(wanted.values()) * CONFIG.target_r]
+        row["budget"] = [sum(ranks.values()), wanted]
         row["active"] = sum(int((a.lam != 0).sum()) for a in model.adapters.values())
         row["frozen"] = model.frozen()
-        trained = merge_error(model, base, row)
-        model.set(moved(model.adapters))
-        row["merge"] = [trained, merge_error(model, base, row)]
-        row["moved"] = difference(model.outputs(), base) / norm(base)
+        row["merge"] = []
+        for change in (dict, moved):
+            model.set(change(model.adapters))
+            merged = merge(model, row)
+            outputs = model.outputs()
+            error = difference(outputs, model.plain(merged))
+            row["merge"].append(float(np.float64(error) / difference(outputs, base)))
+        weights = model.weights(model.base), model.weights(merged)
+        row["unnamed"] = unnamed(*weights, row["left out"], row["refused"])
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {first_line(error)}"
 
@@ -309,12 +323,15 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append("the base changed")
     if not all(error < MERGED for error in row["merge"]):
         found.append("the merged model differs from the adapted one")
+    if row["unnamed"]:
+        found.append(f"`describe` does not name {', '.join(row['unnamed'])}")
     return found
 
 
 def text(found: results.Results) -> str:
     rows = found["rows"]
     right = sum(not faults(row) for row in rows)
+    refused = sum(bool(row["refused"]) for row in rows)
     parts = [
         "# Public models",
         "Models that other projects publish, at tiny sizes, are adapted as they are: every layer "
@@ -322,28 +339,28 @@ def text(found: results.Results) -> str:
         f"{right} of {len(rows)} are right in every respect: the adapted model equals its base at "
         "the start, the loss falls, the run ends with exactly its budget, the base is unchanged "
         "bit by bit, and the merged model computes what the adapted one does, after training and "
-        "with random singular values. The error of merging is that of the outputs, relative to "
-        "their distance from the base's.",
-        "Parameters of two or more axes that have no adapter are listed below each table, as "
-        "`describe` names them. Numbers in paths are replaced by `*` where several parameters have "
-        "one shape.",
+        f"with random singular values. In {refused} of them, `merge` refuses layers by name, and "
+        "they are merged without. The error of merging is that of the outputs, relative to their "
+        "distance from the base's.",
+        "Weights that merging does not change must be among the parameters that `describe` names; "
+        "they are listed below each table. Numbers in paths are replaced by `*` where several "
+        "parameters have one shape.",
     ]
     for family, title in public_models.TITLES.items():
         mine = [row for row in rows if row["family"] == family]
         if not mine:
             parts += [f"## {title}", "Not measured."]
             continue
-        parts += [f"## {title}", f"Checked with {mine[0]['package']}."]
+        parts += [f"## {title}", f"Checked with {mine[0]['package']}.{NOTES.get(family, '')}"]
         parts += [results.markdown([HEADER, *map(cells, mine)])]
         parts += [note for row in mine if (note := notes_of(row))]
         parts += reasons_of(mine)
     return "\n\n".join([*parts, results.ending("models", found)])
 
 
-# Reasons of `describe` as clauses.
-CAUSES = {
-    "in no layer of a known kind": "they are in no layer of a known kind (`adapt(..., "
-    "layers={Class: Layout(...)})` declares the class of one)",
+NOTES = {
+    "huggingface": " Their code calls `jnp.clip` with the argument names of older versions of JAX, "
+    "which are translated.",
 }
 HEADER = ("model", "adapters", "at the start", "loss", "triplets", "base", "error of merging")
 
@@ -379,24 +396,23 @@ def reasons_of(rows: list[dict[str, Any]]) -> list[str]:
             by_reason.setdefault(reason, []).append((row["model"], shown))
     parts = []
     for reason, listed in by_reason.items():
-        parts += [f"Without an adapter, because {CAUSES.get(reason, reason)}:"]
+        parts += [f"Without an adapter: {reason}."]
         parts += [results.markdown([("model", "parameters"), *listed])]
     return parts
 
 
 def merged_rows(path: pathlib.Path, new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of a file, if it exists, and the new ones, which replace rows of the same."""
+    """Return the new rows, and those of other families in a file, if it exists."""
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    known = {(row["family"], row["model"]): row for row in (*rows, *new)}
-    families = list(public_models.TITLES)
-    return [known[key] for key in sorted(known, key=lambda key: families.index(key[0]))]
+    families = {row["family"] for row in new}
+    rows = [row for row in rows if row["family"] not in families] + new
+    return sorted(rows, key=lambda row: list(public_models.TITLES).index(row["family"]))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     titles = list(public_models.TITLES)
     parser.add_argument("--family", nargs="+", choices=titles, default=titles)
-    parser.add_argument("--model", nargs="+", help="names of models; all of the families if absent")
     parser.add_argument("--path", nargs="+", default=[], help="checkouts of bonsai or Flax")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     chosen = parser.parse_args(arguments)
@@ -408,8 +424,6 @@ def main(arguments: list[str] | None = None) -> None:
             missing.append(f"{family} is not installed: {public_models.INSTALL[family]}")
             continue
         for name, build in FAMILIES[family]().items():
-            if chosen.model and name not in chosen.model:
-                continue
             row = {"family": family, "package": package, "model": name, **check(build)}
             print(f"{family} {name}: {'; '.join(faults(row)) or 'right'}", file=sys.stderr)
             rows.append(row)

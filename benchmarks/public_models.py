@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,13 +64,15 @@ def package(family: str) -> str | None:
     modules = {"huggingface": "transformers", "flax": "examples"}
     if importlib.util.find_spec(modules.get(family, family)) is None:
         return None
+    versions = f"JAX {jax.__version__} and Flax {flax.__version__}"
     names = {"huggingface": "transformers", "tunix": "google-tunix", "gemma": "gemma"}
     if family not in names:
-        return f"a checkout of {'jax-ml/bonsai' if family == 'bonsai' else 'google/flax'}"
+        source = "jax-ml/bonsai" if family == "bonsai" else "google/flax"
+        return f"a checkout of {source}, {versions}"
     version = importlib.metadata.version(names[family])
     if family == "huggingface" and int(version.partition(".")[0]) >= 5:
         return None  # has no Flax models
-    return f"{names[family]} {version}"
+    return f"{names[family]} {version}, {versions}"
 
 
 IDS = np.arange(12).reshape(2, 6) * 5 % 29 + 2

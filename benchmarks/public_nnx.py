@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -301,9 +302,8 @@ def flax() -> Builds:
         return _case(lambda rngs: module.CNN(rngs), floats(2, 28, 28, 1), nnx.Rngs(0))
 
     def gemma(version: str) -> Case:
-        folder = importlib.import_module("examples").__path__[0] + "/gemma"
-        if folder not in importlib.import_module("sys").path:
-            importlib.import_module("sys").path.insert(0, folder)  # its modules import each other
+        # Its modules import each other by their names alone.
+        sys.path.insert(0, importlib.import_module("examples").__path__[0] + "/gemma")
         module = importlib.import_module("transformer")
         configs = importlib.import_module("transformer_cfg")
         kinds = importlib.import_module("modules").AttentionType

@@ -251,6 +251,7 @@ def test_faults_of_public_models_are_found():
         "active": 2,
         "frozen": True,
         "merge": [1e-6, 1e-6],
+        "unnamed": [],
     }
     assert models.faults(right) == []
     wrong = {
@@ -261,6 +262,7 @@ def test_faults_of_public_models_are_found():
         "active": 4,
         "frozen": False,
         "merge": [1e-6, float("nan")],
+        "unnamed": ["mix"],
     }
     assert all(len(models.faults({**right, name: value})) == 1 for name, value in wrong.items())
 

@@ -123,8 +123,8 @@ def _difference(
     """Return index, error and norm of the first output that differs between two models, if any.
 
     Masked logits, equal in both and infinite or so large that no other entry would count, are left
-    out. The bound on the relative error is the square root of the machine epsilon of the coarsest weight
-    dtype, about the effect of rounding the weights. The models run in evaluation mode.
+    out. The bound on the relative error is the square root of the machine epsilon of the coarsest
+    weight dtype, about the effect of rounding the weights. The models run in evaluation mode.
 
     Raises:
       ValueError: there are no outputs.
