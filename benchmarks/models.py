@@ -344,7 +344,8 @@ def text(found: results.Results) -> str:
         "distance from the base's.",
         "Weights that merging does not change must be among the parameters that `describe` names; "
         "they are listed below each table. Numbers in paths are replaced by `*` where several "
-        "parameters have one shape.",
+        "parameters have one shape. Those in no layer of a known kind are adapted once the class "
+        "of their module is declared: `adapt(..., layers={Class: Layout(...)})`.",
     ]
     for family, title in public_models.TITLES.items():
         mine = [row for row in rows if row["family"] == family]
@@ -396,7 +397,8 @@ def reasons_of(rows: list[dict[str, Any]]) -> list[str]:
             by_reason.setdefault(reason, []).append((row["model"], shown))
     parts = []
     for reason, listed in by_reason.items():
-        parts += [f"Without an adapter: {reason}."]
+        escaped = reason.replace("_", r"\_")
+        parts += [f"Without an adapter: {escaped}."]
         parts += [results.markdown([("model", "parameters"), *listed])]
     return parts
 
