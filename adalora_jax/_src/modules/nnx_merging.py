@@ -12,6 +12,7 @@ from flax import nnx
 
 from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
+from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules.candidates import UNKNOWN_USE
@@ -90,7 +91,7 @@ def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: Inputs) -> No
     uncertain = [
         path
         for path, module in modules(adapted)
-        if isinstance(module, Adapted) and module.adalora.layout.note.startswith(UNKNOWN_USE)
+        if isinstance(module, Adapted) and _layout(module).note.startswith(UNKNOWN_USE)
     ]
 
     def differs_alone(path: str) -> bool:
@@ -110,9 +111,8 @@ def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: Inputs) -> No
 def _with_one_increment(adapted: _Model, path: str) -> _Model:
     """Return a copy of an adapted model whose increments are 0 except that of one layer."""
     copy = nnx.clone(adapted)
-    kept = dict(modules(copy))[path].adalora
-    for _, module in modules(copy):
-        if isinstance(module, Adapted) and module.adalora is not kept:
+    for other, module in modules(copy):
+        if isinstance(module, Adapted) and other != path:
             module.adalora.lam[...] = jnp.zeros_like(module.adalora.lam[...])
     return copy
 
@@ -151,6 +151,10 @@ def _difference(
         if not error <= bound * size < jnp.inf:
             return index, error, size
     return None
+
+
+def _layout(module: Adapted) -> Layout:
+    return module.adalora.adapter.layout or kinds.require_layer(layer_of(module), module)
 
 
 def release_saved(model: _Model) -> _Model:
@@ -222,8 +226,7 @@ def _add_increments(
     for path, module in modules(adapted):
         if not isinstance(module, Adapted):
             continue
-        adapter = module.adalora.adapter
-        layer = adapter.layout or kinds.require_layer(layer_of(module), module)
+        adapter, layer = module.adalora.adapter, _layout(module)
         if layer.note.startswith(UNKNOWN_USE):
             if not checked:
                 raise ValueError(
