@@ -344,7 +344,8 @@ def best_masks(
 
     entries = [ranked(role) for role in roles.members]
     row = concatenate(entries)
-    mask = apply_threshold(row, find_threshold(row, allowed, roles.positions), roles.positions)
+    positions = jnp.asarray(roles.positions)
+    mask = apply_threshold(row, find_threshold(row, allowed, positions), positions)
     ends = itertools.accumulate(entry.keys.size for entry in entries)
     new = {}
     for role, entry, end in zip(roles.members, entries, ends):

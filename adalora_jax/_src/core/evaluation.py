@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool
@@ -27,7 +27,7 @@ from adalora_jax._src.core.roles import ByRole, map_adapters, shapes_by_path, st
 from adalora_jax._src.core.scores import needed_inputs
 
 
-def masks(state: PyTree) -> dict[str, Bool[Array | np.ndarray, "*stack r"]]:
+def masks(state: PyTree) -> dict[str, Bool[Any, "*stack r"]]:
     """Return the masks of all adapters by path.
 
     Args:
@@ -237,7 +237,7 @@ def ranks(state: PyTree) -> dict[str, int]:
     result = {}
     for path, mask in jax.device_get(masks(state)).items():
         active = mask.sum(axis=-1)
-        for index in np.ndindex(active.shape):
+        for index in itertools.product(*map(range, active.shape)):
             result[pytree.row_name(path, index)] = int(active[index])
     return result
 
