@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool
+from jaxtyping import Bool
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
@@ -106,7 +106,7 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
     shapes = shapes_by_path(found)
     check_masks({path: adapter.lam for path, adapter in shapes.items()}, by_path)
 
-    def masked(adapter: Adapter, mask: Bool[Array, "*stack r"]) -> Adapter:
+    def masked(adapter: Adapter, mask: Bool[Any, "*stack r"]) -> Adapter:
         return adapter._replace(lam=jnp.where(mask, adapter.lam, jnp.zeros((), adapter.lam.dtype)))
 
     if isinstance(found, ByRole):
