@@ -129,7 +129,9 @@ def test_export_of_experts_raises_without_names_of_their_modules(tmp_path):
     _, _, _, adapters = adapted_mixture()
     with pytest.raises(ValueError, match=r"'experts/down' with 1 stack axes matches no pair"):
         huggingface.save_pretrained(tmp_path, adapters, CONFIG)
-    names = [(f"experts/{name}[{{i}}]", f"experts.{{i}}.{name}_proj") for name in ("up", "gate", "down")]
+    names = [
+        (f"experts/{name}[{{i}}]", f"experts.{{i}}.{name}_proj") for name in ("up", "gate", "down")
+    ]
     huggingface.save_pretrained(tmp_path, adapters, CONFIG, names=names)
     loaded = huggingface.load_pretrained(tmp_path, names=names)
     assert loaded.adapters["experts/up"].p.shape == (EXPERTS, 4, HIDDEN)
