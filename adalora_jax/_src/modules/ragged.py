@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def term(
     adapter: Adapter,
     roles: Sequence[Sequence[Hashable]],
     dims: Sequence[Sequence[Hashable]],
-    sizes: Mapping[Hashable, int],
+    sizes: Mapping[Any, int],
 ) -> jax.Array | None:
     """Return ``s · ((x qᵀ) · λ) p``, with the factors of each row's group.
 
