@@ -256,20 +256,26 @@ def update_allocator(
     change if any ``w · g`` is not finite.
     """
     config, averages = state.config, (state.sensitivity, state.uncertainty)
+    roles = state.masks.roles
     raw = raw_by_role(state.sensitivity, weights, gradients)
     finite = jnp.all(per_triplet(jnp.all, jax.tree.map(jnp.isfinite, raw)))
 
-    def new_averages() -> tuple[ByRole, ...]:
+    def new_averages(raw: ByRole = raw) -> tuple[ByRole, ...]:
         leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
         pairs = [smooth(i, mean, deviation, config) for i, mean, deviation in leaves]
         return tuple(map(jax.tree.structure(raw).unflatten, zip(*pairs)))
+
+    def in_branch() -> tuple[ByRole, ...]:
+        # Unless members must be joined, computing |w · g| again is cheaper than storing it.
+        joined = isinstance(weights, ByRole) or all(len(r.paths) == 1 for r in roles.members)
+        return new_averages(raw_by_role(state.sensitivity, weights, gradients) if joined else raw)
 
     changes = finite & (step < config.total_step - config.tfinal)
     # On a CPU, a branch saves reading and writing averages that do not change. Elsewhere it costs
     # copies of them, and on a GPU the host would wait for the predicate.
     choose = functools.partial(jnp.where, changes)
     sensitivity, uncertainty = jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond(changes, new_averages, lambda: averages),
+        cpu=lambda: jax.lax.cond(changes, in_branch, lambda: averages),
         default=lambda: jax.tree.map(choose, new_averages(), averages),
     )
     allowed = current_budget(config, step, weights)
@@ -344,7 +350,8 @@ def best_masks(
 
     entries = [ranked(role) for role in roles.members]
     row = concatenate(entries)
-    mask = apply_threshold(row, find_threshold(row, allowed, roles.positions), roles.positions)
+    positions = jnp.asarray(roles.positions)
+    mask = apply_threshold(row, find_threshold(row, allowed, positions), positions)
     ends = itertools.accumulate(entry.keys.size for entry in entries)
     new = {}
     for role, entry, end in zip(roles.members, entries, ends):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool
+from jaxtyping import Bool
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
@@ -27,7 +27,7 @@ from adalora_jax._src.core.roles import ByRole, map_adapters, shapes_by_path, st
 from adalora_jax._src.core.scores import needed_inputs
 
 
-def masks(state: PyTree) -> dict[str, Bool[Array | np.ndarray, "*stack r"]]:
+def masks(state: PyTree) -> dict[str, Bool[Any, "*stack r"]]:
     """Return the masks of all adapters by path.
 
     Args:
@@ -106,7 +106,7 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
     shapes = shapes_by_path(found)
     check_masks({path: adapter.lam for path, adapter in shapes.items()}, by_path)
 
-    def masked(adapter: Adapter, mask: Bool[Array, "*stack r"]) -> Adapter:
+    def masked(adapter: Adapter, mask: Bool[Any, "*stack r"]) -> Adapter:
         return adapter._replace(lam=jnp.where(mask, adapter.lam, jnp.zeros((), adapter.lam.dtype)))
 
     if isinstance(found, ByRole):
@@ -237,7 +237,7 @@ def ranks(state: PyTree) -> dict[str, int]:
     result = {}
     for path, mask in jax.device_get(masks(state)).items():
         active = mask.sum(axis=-1)
-        for index in np.ndindex(active.shape):
+        for index in itertools.product(*map(range, active.shape)):
             result[pytree.row_name(path, index)] = int(active[index])
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import itertools
 import math
@@ -12,12 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import tree_util
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Shaped
 
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.low_rank import explicit_mesh, spec_of_type
@@ -107,16 +107,16 @@ class Roles:
         return {path: (role, i) for role in self.members for i, path in enumerate(role.paths)}
 
     @functools.cached_property
-    def positions(self) -> Int32[np.ndarray, " triplets"]:
+    def positions(self) -> array.array[int]:
         """Position of every triplet in parameter order, with the roles concatenated."""
         sizes = [math.prod(self.role_and_index[path][0].shape) for path in self.paths]
         starts = dict(zip(self.paths, itertools.accumulate(sizes, initial=0)))
         spans = [
-            np.arange(starts[path], starts[path] + math.prod(role.shape), dtype=np.int32)
+            range(starts[path], starts[path] + math.prod(role.shape))
             for role in self.members
             for path in role.paths
         ]
-        return np.concatenate(spans)
+        return array.array("i", itertools.chain.from_iterable(spans))
 
 
 def group_by_role(adapters: Mapping[str, Adapter]) -> Roles:
@@ -315,9 +315,7 @@ def _join(members: Sequence[Any], ndim: int) -> Any:
     )
 
 
-def _join_arrays(
-    members: Sequence[Shaped[Array | np.ndarray, "..."]], ndim: int
-) -> Shaped[Array, "..."]:
+def _join_arrays(members: Sequence[Shaped[Any, "..."]], ndim: int) -> Shaped[Array, "..."]:
     """Stack arrays along a new axis, which is not sharded, in front of their last ``ndim`` axes."""
     first = members[0]
     axis = first.ndim - ndim
@@ -347,13 +345,11 @@ def _gathered(values: ByRole, path: str) -> Shaped[Array, "*stack r"]:
         return values[path]
     value = values.stacked[role.name]
     row = value.reshape(*value.shape[:-2], len(role.paths) * rank)
-    indices = np.arange(index * rank, (index + 1) * rank, dtype=np.int32)
+    indices = jnp.asarray(array.array("i", range(index * rank, (index + 1) * rank)))
     return row.at[..., indices].get(mode="promise_in_bounds")
 
 
-def _split(
-    leaf: Shaped[Array, "..."] | jax.ShapeDtypeStruct, count: int, ndim: int, stack: int
-) -> list[Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct]:
+def _split(leaf: Shaped[Any, "..."], count: int, ndim: int, stack: int) -> list[Shaped[Any, "..."]]:
     """Return the slices of a role's array, in which ``ndim`` axes follow the axis of the members.
 
     Args:
@@ -385,9 +381,7 @@ def _without_axis(sharding: NamedSharding, ndim: int, axis: int) -> NamedShardin
     return NamedSharding(sharding.mesh, P(*spec[:axis], *spec[axis + 1 :]))
 
 
-def _member(
-    leaf: Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct, index: int, ndim: int
-) -> Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct:
+def _member(leaf: Shaped[Any, "..."], index: int, ndim: int) -> Shaped[Any, "..."]:
     """Return a slice of a role's array, in which ``ndim`` axes follow the axis of the members."""
     axis = leaf.ndim - ndim - 1
     if not isinstance(leaf, jax.ShapeDtypeStruct):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact, Int32
@@ -371,11 +370,11 @@ def _warn_of_small_start(params: optax.Params, config: AdaLoraConfig) -> None:
 
 def _is_zero(lam: object) -> bool:
     """Return whether λ is known to be 0: neither traced, nor abstract, nor on other hosts."""
-    if isinstance(lam, Tracer) or not isinstance(lam, (jax.Array, np.ndarray)):
+    if isinstance(lam, Tracer) or not hasattr(lam, "__array__"):
         return False
     if isinstance(lam, jax.Array) and not (lam.is_fully_addressable or lam.is_fully_replicated):
         return False
-    return not np.any(jax.device_get(lam))
+    return not jax.device_get(lam).any()
 
 
 def _check_adapters(adapters: Mapping[str, Adapter], state: AllocatorState) -> None:
