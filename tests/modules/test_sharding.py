@@ -204,7 +204,7 @@ class Nnx(nnx.Module):
         init = nnx.with_partitioning(nnx.initializers.lecun_normal(), names, **metadata)
         make = lambda rngs: nnx.Linear(8, 8, kernel_init=init, rngs=rngs)
         stacked = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "data"})
-        self.up = stacked(rngs.split(4))
+        self.up = nnx.split_rngs(splits=4)(stacked)(rngs)
         self.out = nnx.Linear(8, 16, rngs=rngs)
 
     def __call__(self, x):

@@ -273,7 +273,8 @@ def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> n
         return None
     dropout = nnx.Dropout(config.lora_dropout, rngs=rngs)
     if stack:
-        dropout.rngs = rngs["dropout"].split(stack)
+        stream = rngs["dropout"]
+        dropout.rngs = nnx.RngStream(jax.random.split(stream(), stack), tag=stream.tag)
     return dropout
 
 
