@@ -189,7 +189,7 @@ def test_rules_override_specs():
             {"down": whole},
             "`rules`: 'down' matches no adapted layer; name one of the adapted layers: out, up",
         ),
-        ({"out": P()}, r"`rules`: P\(\) for 'out' is not an Adapter"),
+        ({"out": P()}, r"`rules`: P(artitionSpec)?\(\) for 'out' is not an Adapter"),
         (
             {"out": whole._replace(lam=P(None, None))},
             "has more axes than the adapter; give at most",

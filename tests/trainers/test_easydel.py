@@ -1,0 +1,141 @@
+"""EasyDeL's ``SFTTrainer`` on a tiny model, with our adapters and optimizer.
+
+EasyDeL is unmodified: it trains the LoRA parameters of a model that has some, and takes the
+optimizer from its arguments.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import adalora_jax as adalora
+from adalora_jax._src.core import pytree
+from adalora_jax._src.modules.nnx_variables import pure
+
+pytestmark = [
+    pytest.mark.trainers,
+    pytest.mark.filterwarnings("ignore"),  # EasyDeL's and its dependencies', about each other
+]
+
+REASON = "needs EasyDeL: pip install '.[easydel]'"
+with warnings.catch_warnings(action="ignore"):
+    datasets = pytest.importorskip("datasets", reason=REASON)
+    easydel = pytest.importorskip("easydel", reason=REASON)
+
+CONFIG = adalora.AdaLoraConfig(
+    total_step=6,
+    tinit=1,
+    tfinal=2,
+    init_r=4,
+    target_r=2,
+    scale=4.0,
+    target_modules="all-linear",
+    orth_reg_in_update=True,
+)
+BATCH, LENGTH, VOCABULARY = 2, 16, 64
+
+
+def fine_tune(base, config, tokenizer, dataset, **options):
+    class Arguments(easydel.SFTConfig):
+        def get_optimizer_and_scheduler(self, steps=None):
+            inner, schedule = super().get_optimizer_and_scheduler(steps)
+            return adalora.adalora(inner, config), schedule
+
+    trainer = easydel.SFTTrainer(
+        arguments=Arguments(max_training_steps=config.total_step, **options),
+        model=adalora.nnx.adapt(base, config, rngs=nnx.Rngs(0)),
+        processing_class=tokenizer,
+        train_dataset=dataset,
+    )
+    state = trainer.train().state
+    adapters = adalora.eval_params(state.opt_state, adalora.nnx.adapters(state.model))
+    return adalora.nnx.with_adapters(state.model, adapters), state
+
+
+class Tokenizer:
+    """The attributes that EasyDeL reads for data that are tokens already."""
+
+    pad_token, pad_token_id = "<pad>", 0
+    eos_token, eos_token_id = "</s>", 2
+    padding_side = name_or_path = "left"
+
+
+class Run(NamedTuple):
+    base: Any
+    model: Any
+    state: Any
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    sizes = easydel.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=2 * LENGTH,
+        tie_word_embeddings=False,
+        attn_mechanism="vanilla",
+        sharding_axis_dims=(1, 1, 1, 1, 1),
+    )
+    types = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    tokens = np.random.default_rng(0).integers(3, VOCABULARY, (BATCH * CONFIG.total_step, LENGTH))
+    dataset = datasets.Dataset.from_dict(
+        {"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()}
+    )
+    with jax.numpy_rank_promotion("allow"):  # EasyDeL's code broadcasts
+        build = lambda: easydel.LlamaForCausalLM(config=sizes, rngs=nnx.Rngs(0), **types)
+        return Run(
+            build(),
+            *fine_tune(
+                build(),  # EasyDeL donates its arrays
+                CONFIG,
+                Tokenizer(),
+                dataset,
+                num_train_epochs=1,
+                total_batch_size=BATCH,
+                max_length=LENGTH,
+                learning_rate=1e-2,
+                save_directory=str(tmp_path_factory.mktemp("easydel")),
+                do_last_save=False,
+                use_wandb=False,
+                progress_bar_type="json",
+            ),
+        )
+
+
+def test_ranks_shrink_to_budget(run):
+    allocator = adalora.allocator_state(run.state.opt_state)
+    ranks = adalora.ranks(allocator)
+    assert int(allocator.step) == int(run.state.step) == CONFIG.total_step
+    assert len(ranks) == 2 * 7 + 1  # of two layers, and of the head
+    assert sum(ranks.values()) == 2 * len(ranks)
+    masks = pytree.leaves_with_path(allocator.masks)
+    for path, adapter in adalora.nnx.adapters(run.model).items():
+        np.testing.assert_array_equal(adapter.lam != 0, masks[path], err_msg=path)
+
+
+def test_base_is_bitwise_unchanged_and_model_merges(run):
+    is_base = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+    before, after = nnx.state(run.base, nnx.Param), nnx.state(run.model, is_base)
+    jax.tree.map(np.testing.assert_array_equal, pure(before), pure(after))
+
+    def logits(model):
+        tokens = jnp.arange(3, 3 + LENGTH)[None]
+        with run.base.config.mesh, jax.numpy_rank_promotion("allow"):
+            return model(input_ids=tokens, attention_mask=jnp.ones_like(tokens)).logits
+
+    found = logits(run.model)
+    assert np.abs(found - logits(run.base)).max() > 1e-2
+    merged = adalora.merge(run.model)
+    np.testing.assert_allclose(logits(merged), found, rtol=1e-4, atol=1e-4)
