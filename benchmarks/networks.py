@@ -294,7 +294,7 @@ class Nnx(nnx.Module):
             def make(rngs):
                 return NnxBlock(shape, rngs)
 
-            self.layers = nnx.vmap(make)(rngs.split(shape.depth))
+            self.layers = nnx.split_rngs(splits=shape.depth)(nnx.vmap(make))(rngs)
         else:
             for i in range(shape.depth):
                 setattr(self, f"layer_{i}", NnxBlock(shape, rngs))

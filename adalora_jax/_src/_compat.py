@@ -13,7 +13,7 @@ import inspect
 import itertools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 from flax import core
@@ -121,6 +121,29 @@ def mapped_axes(value: object) -> list[int]:
             axes.append(axis)
         value = getattr(value, "val", getattr(value, "primal", None))
     return axes
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the numbers of constants and of carried values among the inputs of a ``scan``.
+
+    Why: only the parameters of the operation tell constants, carried and scanned inputs apart, and
+    their names changed in jax 0.12.
+    Needs upstream: the three groups of inputs of a ``scan`` among the functions of ``jax.extend``.
+    Upstream: no issue was found; add a function to ``jax.extend.core`` that returns them.
+    Checked with: jax 0.10.1, 0.10.2 and 0.12.0.1.
+
+    Args:
+      params: the parameters of the operation in a jaxpr.
+
+    >>> import jax
+    >>> add = lambda carry, x, y: jax.lax.scan(lambda carry, x: (carry + x + y, None), carry, x)
+    >>> scan_counts(jax.make_jaxpr(add)(1.0, jax.numpy.ones(3), 2.0).eqns[-1].params)
+    (1, 1)
+    """
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def uses_super(method: Callable[..., Any]) -> bool:

@@ -25,6 +25,7 @@ from support import hf_numpy
 from support.hf_flax import NNX_LLAMA, Llama, NnxLlama, Sizes
 
 from adalora_jax import huggingface as peft
+from adalora_jax._src.core.pytree import sharding_key
 from adalora_jax._src.tensorfile import Spec, stream_tensors
 
 FOLDER = pathlib.Path(sys.argv[-1])
@@ -95,9 +96,11 @@ def in_nnx(mesh):
     make = lambda: NnxLlama(SIZES, stacked=True)
     plain = nnx.state(peft.load_base(FOLDER, nnx.eval_shape(make), names=names))
     model = nnx.eval_shape(make)
+    named = nnx.Param(jnp.zeros(1), sharding=(None,), eager_sharding=False)
+    key = sharding_key(named)  # as this version of Flax calls it
     for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         full = (*spec(variable), *[None] * (variable.ndim - len(spec(variable))))
-        variable.set_metadata(out_sharding=full)
+        variable.set_metadata(**{key: full})
     wanted = [NamedSharding(mesh, spec(v)) for v in jax.tree.leaves(nnx.state(model, nnx.Param))]
     with jax.set_mesh(mesh):
         got = nnx.state(peft.load_base(FOLDER, model, names=names))

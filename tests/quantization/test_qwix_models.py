@@ -210,7 +210,7 @@ def test_as_lora_matches_qwix_lora(make):
         path: value.shape[0]
         for path, module in nnx_variables.modules(lora)
         for name, value in vars(module).items()
-        if name.endswith("_lora_b")
+        if str(name).endswith("_lora_b")
     }
     assert set(ranks) == set(adapters)
     rules = [qwix.LoraRule(module_path=path, rank=r, alpha=r) for path, r in ranks.items()]

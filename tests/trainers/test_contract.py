@@ -28,8 +28,8 @@ class Model(nnx.Module):
         options = {"param_dtype": dtype, "dtype": dtype, "rngs": rngs}
 
         def split(*names):
-            return nnx.with_metadata(
-                nnx.initializers.lecun_normal(), out_sharding=names, eager_sharding=False
+            return nnx.with_partitioning(
+                nnx.initializers.lecun_normal(), names, eager_sharding=False
             )
 
         self.up = nnx.Linear(6, 12, kernel_init=split("data", "model"), **options)

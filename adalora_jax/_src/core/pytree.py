@@ -93,24 +93,30 @@ def is_variable(node: object) -> bool:
     return hasattr(node, "get_value")
 
 
+def sharding_key(variable: PyTree) -> str:
+    """Return the key of the sharding among a Variable's metadata, which flax 0.12.4 renamed."""
+    return "sharding_names" if "sharding_names" in variable.get_metadata() else "out_sharding"
+
+
 def stacked_variable(variable: PyTree, value: PyTree) -> PyTree:
     """Return ``value``, in a Variable if ``variable`` is one, with one axis in front of its axes.
 
-    The new axis is not sharded: ``out_sharding``, by which an optimizer's state is placed, gets a
-    None in front.
+    The new axis is not sharded: the sharding in the metadata, by which an optimizer's state is
+    placed, gets a None in front.
 
     >>> stacked_variable(1.0, 2.0)
     2.0
     """
     if not is_variable(variable):
         return value
-    spec = variable.get_metadata("out_sharding", None)
+    key = sharding_key(variable)
+    spec = variable.get_metadata(key, None)
     if hasattr(spec, "mesh"):
         mesh, inner = spec.mesh, spec.spec
         spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *inner))
     elif spec:
         spec = (None, *spec)
-    return variable.copy(value, out_sharding=spec)
+    return variable.copy(value, **{key: spec})
 
 
 def unwrap_variables(tree: PyTree) -> PyTree:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter, delta_weight
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype
@@ -199,10 +200,10 @@ class Walk:
 
     def scan(self, eqn: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any]:
         """Return the outputs of a scan, whose steps get slices of the stacked adapters."""
-        closed, count = eqn.params["jaxpr"], eqn.params["num_consts"]
+        closed, (count, carried) = eqn.params["jaxpr"], _compat.scan_counts(eqn.params)
         consts, rest = inputs[:count], inputs[count:]
-        carry = [merged(value) for value in rest[: eqn.params["num_carry"]]]
-        scanned = [_unstacked(value) for value in rest[eqn.params["num_carry"] :]]
+        carry = [merged(value) for value in rest[:carried]]
+        scanned = [_unstacked(value) for value in rest[carried:]]
 
         def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
             xs = [_with_arrays(w, a) for (w, _), a in zip(scanned, slices)]
@@ -547,6 +548,8 @@ def _unstacked(value: PyTree) -> tuple[Any, Any]:
 def run_alone(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Return the outputs of one operation, run as a program of its own."""
     values = {v: x for v, x in zip(eqn.invars, inputs) if not isinstance(v, core.Literal)}
-    info = core.DebugInfo("adalora", eqn.primitive.name, None, None)
-    jaxpr = core.Jaxpr((), [*values], eqn.outvars, [eqn], eqn.effects, info)
+    options: dict[str, Any] = {}
+    if hasattr(core, "DebugInfo"):  # jax 0.9 has none; later versions require it
+        options["debug_info"] = core.DebugInfo("adalora", eqn.primitive.name, None, None)
+    jaxpr = core.Jaxpr((), [*values], eqn.outvars, [eqn], eqn.effects, **options)
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*values.values())

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adalora_jax._src import _compat
+from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.modules import sharding, targets
@@ -274,13 +275,15 @@ def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> n
         return None
     dropout = nnx.Dropout(config.lora_dropout, rngs=rngs)
     if stack:
-        dropout.rngs = rngs["dropout"].split(stack)
+        stream = rngs["dropout"]
+        dropout.rngs = nnx.RngStream(jax.random.split(stream(), stack), tag=stream.tag)
     return dropout
 
 
 def placement(variable: nnx.Variable) -> NamedSharding | PartitionSpec | None:
     """Return the sharding of a variable's array, else the one that its metadata specify."""
-    named, mesh = variable.get_metadata("out_sharding", None), variable.get_metadata("mesh", None)
+    named = variable.get_metadata(pytree.sharding_key(variable), None)
+    mesh = variable.get_metadata("mesh", None)
     if named and not isinstance(named, NamedSharding):
         named = nnx.spmd.get_var_pspec(variable)
         named = NamedSharding(mesh, named) if mesh and named else named
@@ -295,14 +298,15 @@ def _annotate(
     Axis names are derived from the weight's unless ``specs`` are given; mesh and sharding rules are
     copied.
     """
-    named = weight.get_metadata("out_sharding", None)
+    key = pytree.sharding_key(weight)
+    named = weight.get_metadata(key, None)
     if not named:
         return
     named = named.spec if isinstance(named, NamedSharding) else PartitionSpec(*named)
     specs = specs or sharding.adapter_specs(target.layer, target.shape, named)
     rest = {n: v for n, v in weight.get_metadata().items() if n in ("mesh", "sharding_rules")}
     for name, spec in zip(Adapter._fields, specs):
-        getattr(adaptation, name).set_metadata(out_sharding=tuple(spec), **rest)
+        getattr(adaptation, name).set_metadata(**{key: tuple(spec)}, **rest)
 
 
 def _save(model: nnx.Module, config: AdaLoraConfig) -> None:

@@ -1,0 +1,140 @@
+"""MaxText's SFT trainer on a tiny model, with our adapters and optimizer.
+
+MaxText is unmodified: the adapters replace the function that would apply Qwix's LoRA.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import adalora_jax as adalora
+from adalora_jax._src.core import pytree
+
+pytestmark = [
+    pytest.mark.trainers,
+    pytest.mark.filterwarnings("ignore"),  # MaxText's and its dependencies', about each other
+]
+
+try:
+    from maxtext.configs import pyconfig
+    from maxtext.optimizers import optimizers
+    from maxtext.trainers.post_train.sft import train_sft
+    from maxtext.utils import globals as paths
+    from maxtext.utils import lora_utils
+except ImportError:
+    pytest.skip("needs MaxText: pip install '.[maxtext]'", allow_module_level=True)
+
+CONFIG = adalora.AdaLoraConfig(
+    total_step=6,
+    tinit=1,
+    tfinal=2,
+    init_r=4,
+    target_r=2,
+    scale=4.0,
+    target_modules="all-linear",
+    orth_reg_in_update=True,
+)
+OPTIONS = {
+    "run_name": "test",
+    "decoder_block": "llama2",
+    "base_emb_dim": 16,
+    "base_mlp_dim": 32,
+    "base_num_decoder_layers": 2,
+    "base_num_query_heads": 4,
+    "base_num_kv_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "max_target_length": 16,
+    "per_device_batch_size": 2,
+    "param_scan_axis": 0,  # the axis along which layers are stacked; ours is the first, too
+    "attention": "dot_product",
+    "dataset_type": "synthetic",
+    "steps": CONFIG.total_step,
+    "learning_rate": 1e-2,
+    "lora.enable_lora": True,
+    "lora.lora_rank": 4,  # MaxText wants one; the adapters' is CONFIG's
+    "enable_checkpointing": False,
+    "enable_goodput_recording": False,
+    "monitor_goodput": False,
+    "enable_tensorboard": False,
+    "skip_jax_distributed_system": True,
+    "hardware": "cpu",
+}
+
+
+def fine_tune(mt_config, config):
+    get_optimizer = optimizers.get_optimizer
+
+    def adapt(model, mesh, mt_config):
+        return adalora.nnx.adapt(model, config, rngs=nnx.Rngs(0))
+
+    def optimizer(*args, **kwargs):
+        return adalora.adalora(get_optimizer(*args, **kwargs), config)
+
+    with (
+        mock.patch.object(lora_utils, "apply_lora_to_model", adapt),
+        mock.patch.object(optimizers, "get_optimizer", optimizer),
+    ):
+        trainer, _ = train_sft.train(mt_config)
+    return adalora.nnx.eval_model(trainer.model, trainer.optimizer), trainer
+
+
+@functools.cache
+def run(folder: str) -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """Return the trained model, its trainer, and a copy of the base's parameters."""
+    path = os.path.join(paths.MAXTEXT_CONFIGS_DIR, "post_train", "sft.yml")
+    options = [f"{name}={value}" for name, value in OPTIONS.items()]
+    mt_config = pyconfig.initialize(["", path, f"base_output_directory={folder}", *options])
+    base, from_pretrained = {}, train_sft.model_creation_utils.from_pretrained
+
+    def recorded(config):
+        model, mesh = from_pretrained(config)
+        base.update(parameters(model))
+        return model, mesh
+
+    with (
+        mock.patch.object(train_sft.model_creation_utils, "from_pretrained", recorded),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        return *fine_tune(mt_config, CONFIG), base
+
+
+def parameters(model: Any) -> dict[str, np.ndarray]:
+    """Return a copy of all parameters that are not trained, by path."""
+    is_base = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+    flat = jax.tree_util.tree_leaves_with_path(nnx.state(model, is_base))
+    return {jax.tree_util.keystr(path): np.array(value) for path, value in flat}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return run(str(tmp_path_factory.mktemp("maxtext")))
+
+
+def test_ranks_of_scanned_layers_shrink_to_budget(trained):
+    model, trainer, _ = trained
+    state = adalora.allocator_state(trainer.optimizer.opt_state)
+    ranks = adalora.ranks(state)
+    assert int(state.step) == trainer.train_steps == CONFIG.total_step
+    assert len(ranks) == 2 * 7 + 1  # of two layers, and of the head
+    assert sum(ranks.values()) == 2 * len(ranks)
+    masks = pytree.leaves_with_path(state.masks)
+    for path, adapter in adalora.nnx.adapters(model).items():
+        np.testing.assert_array_equal(adapter.lam != 0, masks[path], err_msg=path)
+
+
+def test_base_is_bitwise_unchanged(trained):
+    model, _, base = trained
+    found = parameters(model)
+    assert base
+    assert set(found) == set(base)
+    for path, value in found.items():
+        np.testing.assert_array_equal(value, base[path], err_msg=path)
