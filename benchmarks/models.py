@@ -258,8 +258,8 @@ def left_out(description: str) -> dict[str, list[str]]:
     for line in description.splitlines():
         kind, _, rest = line.partition(": ")
         if kind == "not adapted":
-            parameter, _, reason = rest.partition("): ")
-            found.setdefault(reason, []).append(f"{parameter})")
+            parameter, _, reason = rest.partition(": ")
+            found.setdefault(reason, []).append(parameter.removesuffix(" ()"))
         elif kind == "in no layer of a known kind":
             listed = re.findall(r"\S+ \([\d, ]+\)(?: x \d+)?", rest.partition(". To adapt")[0])
             found[kind] = listed

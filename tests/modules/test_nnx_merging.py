@@ -171,6 +171,14 @@ def test_merge_raises_with_names_of_layers_whose_weight_is_used_elsewhere(mask):
         adalora.merge(adapted, inputs=call)
 
 
+def test_merge_raises_with_name_of_layer_whose_weight_is_tied():
+    model = Decoder()
+    model.twin = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
+    model.twin.embedding = model.embed.embedding
+    with pytest.raises(ValueError, match="leave 'embed', 'twin' out of target_modules"):
+        adalora.merge(adalora.nnx.adapt(model, CONFIG), inputs=call)
+
+
 def test_merge_raises_if_phases_of_complex_outputs_differ():
     adapted = adalora.nnx.adapt(Decoder(0.0), CONFIG)
     with pytest.raises(ValueError, match="leave 'embed' out of target_modules"):

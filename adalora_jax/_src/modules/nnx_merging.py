@@ -111,9 +111,10 @@ def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: Inputs) -> No
 def _with_one_increment(adapted: _Model, path: str) -> _Model:
     """Return a copy of an adapted model whose increments are 0 except that of one layer."""
     copy = nnx.clone(adapted)
-    for other, module in modules(copy):
-        if isinstance(module, Adapted) and other != path:
-            module.adalora.lam[...] = jnp.zeros_like(module.adalora.lam[...])
+    values = {p: m.adalora.lam for p, m in modules(copy) if isinstance(m, Adapted)}
+    for lam in values.values():
+        if lam is not values[path]:  # layers with a tied weight share their adapter
+            lam[...] = jnp.zeros_like(lam[...])
     return copy
 
 
