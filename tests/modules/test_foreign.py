@@ -451,7 +451,7 @@ def test_error_for_unknown_layer_shows_declaration_to_write():
     message = r"layers={Proj: Layout\('w', equation='...a,ab->...b'\)}\), or leave it out"
     with pytest.raises(ValueError, match=f"'layer' is a Proj, which cannot be adapted.*{message}"):
         adalora.nnx.adapt(Model(Proj()), nnx_config(["layer"]))
-    model, x = LinenProj(), draw(2, 4)
+    model, x = LinenProj(activation=True), draw(2, 4)
     with pytest.raises(ValueError, match=r"layers={LinenProj: Layout\('w'"):
         adalora.linen.adapt(model, nnx_config(".*")).init(KEY, model.init(KEY, x), x)
 

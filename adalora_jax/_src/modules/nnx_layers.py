@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copyreg
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -232,9 +233,12 @@ class Adapted(nnx.Module):
 
     adalora: Adaptation
 
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         self._check_reached()
-        output = super().__call__(inputs, *args, **kwargs)
+        output = super().__call__(*args, **kwargs)
+        if not args:  # the input is given by its name
+            args = (kwargs.pop(next(iter(inspect.signature(super().__call__).parameters))),)
+        inputs, *args = args
         named = {str(name): value for name, value in (dict(enumerate(args)) | kwargs).items()}
         return _compat.without_qwix(self.adalora._add)(self, output, inputs, **named)
 
