@@ -116,6 +116,7 @@ NNX_REFUSED = {
     "tied look-up": lambda r: zoo.Tied(4, 5, rngs=r),
     "either orientation": lambda r: zoo.EitherWay(5, 4, rngs=r),
     "one number": lambda r: zoo.Kernel(1, 1, rngs=r),
+    "dropout": lambda r: zoo.WithDropout(4, 5, rngs=r),
     "no attributes": lambda r: zoo.NoAttributes(4, 5, rngs=r),
     "other attributes": lambda r: zoo.OtherAttributes(4, 5, rngs=r),
     "batched": lambda r: zoo.Batched(3, 4, 5, rngs=r),
@@ -159,7 +160,9 @@ def test_linen_module_of_another_computation_raises_and_is_left_out(name):
     assert list(adapters) == ["layers_1"]
 
 
-def test_linen_look_up_and_weight_used_twice_raise():
+def test_linen_look_up_and_weight_used_twice_and_flag_raise():
+    with pytest.raises(ValueError, match="'layer' is a LinenTorchLinear, which cannot be adapted"):
+        adapted_of(zoo.LinenFlags(), draw(2, 4), ["layer"])
     with pytest.raises(ValueError, match="'layers_0' is a LinenTable, which cannot be adapted"):
         adapted_of(nn.Sequential([zoo.LinenTable(7, 4)]), jnp.array([1, 2]), ["layers_0"])
     with pytest.raises(ValueError, match=r"'layer' cannot be adapted, .*also used outside of the"):

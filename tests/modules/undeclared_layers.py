@@ -172,6 +172,17 @@ class EitherWay(Kernel):
         return x @ (w if x.shape[-1] == w.shape[0] else w.T)
 
 
+class WithDropout(Kernel):
+    """A product with dropout, which is off until training."""
+
+    def __init__(self, dim_in, dim_out, *, rngs):
+        super().__init__(dim_in, dim_out, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(x @ self.kernel[...])
+
+
 class NoAttributes(Kernel):
     def __init__(self, dim_in, dim_out, *, rngs):
         super().__init__(dim_in, dim_out, rngs=rngs)
@@ -219,6 +230,14 @@ class LinenTorchLinear(nn.Module):
         y = x @ w.T + b.reshape((1,) * (x.ndim - 1) + b.shape)
         y = y if factor * self.factor == 1.0 else y * (factor * self.factor)
         return nn.gelu(y) if self.activation else y
+
+
+class LinenFlags(nn.Module):
+    """A layer that passes on a flag, such as one for dropout."""
+
+    @nn.compact
+    def __call__(self, x):
+        return LinenTorchLinear(4, name="layer")(x, factor=1.0)
 
 
 class LinenKernel(nn.Module):

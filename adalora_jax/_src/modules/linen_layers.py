@@ -134,7 +134,9 @@ def _traced(
         module: Any = context.module
         if context.method_name not in METHODS or not _belongs(module, trace):
             return call(*call_args, **call_kwargs)
-        layer = layer_of_call(module, context.method_name, call_args, call_kwargs, declared)
+        layer = layer_of(module, input_of(call_args, call_kwargs)[1], declared)
+        if len(jax.tree.leaves((call_args, call_kwargs))) == 1:  # no flag, as for dropout
+            layer = layer_of_call(module, context.method_name, call_args, call_kwargs, declared)
         problem = _problem(module, context.method_name, call_args, call_kwargs, declared)
         shape = _whole_shape(module, layer, params) if layer else ()
         cannot_adapt = problem or _reason_against(shape, active, module.path)

@@ -139,11 +139,13 @@ def _inferred(module: nnx.Module) -> Layout | None:
 
     The attributes must tell the sizes of input and output, since the weight may be stacked, which
     the trace of the module alone does not show. Its methods other than ``__call__`` must not read
-    the weight, since they have no adapter.
+    the weight, since they have no adapter. Other modules in it may depend on its mode.
     """
     shapes = _shapes(module)
     weight = foreign.weight_of(shapes)
-    if not weight or not callable(module) or weight in _attributes_read(type(module), own=True):
+    if not weight or not callable(module) or any(path for path, _ in modules(module)):
+        return None
+    if weight in _attributes_read(type(module), own=True):
         return None
 
     def problem(layer: Layout) -> str:
