@@ -70,7 +70,9 @@ def adapt(
         returns the Layout of the module it is given. Each layer must compute the product that its
         Layout says, plus terms without the weight: an equation such as ``"...d,df->...f"``,
         ``y = x W + b`` over the last axes of x, or a look-up of rows of W (``kind="embed"``). A
-        trace of the layer checks it.
+        trace of the layer checks it. A layer without a declaration is adapted if it has one weight,
+        attributes with the sizes of input and output (``in_features``, ``num_heads``), and the
+        trace shows that it computes ``y = x W + b``.
 
     Returns:
       A module of the same class as ``model``, or of a subclass if ``model`` itself is an adapted
