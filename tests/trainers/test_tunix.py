@@ -23,9 +23,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import adalora_jax as adalora
-from adalora_jax import functional, quantization, qwix_models
 from adalora_jax import huggingface as peft
+from adalora_jax import quantization, qwix_models
 from adalora_jax._src.core import pytree
+from trainers import experts
 from trainers import tunix_models as tunix
 from trainers.tunix_models import peft_trainer
 
@@ -393,49 +394,15 @@ def test_mixture_of_experts_raises_with_way_out(family):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_are_trained_by_functional_adapt_each_with_its_ranks(family):
     options, module, weights = MIXTURES[family]
-    base = tunix.build(family, **options)
-    before = tunix.base_bits(base)
-    graph, params = nnx.split(base)
+    graph, params = nnx.split(tunix.build(family, **options))
 
     def fn(params, inputs):
-        return tunix._forward(nnx.merge(graph, params), inputs)
+        return tunix.forward(nnx.merge(graph, params), inputs)
+
+    def loss(found, inputs):
+        tokens = inputs["input_tokens"][:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(found[:, :-1], tokens).mean()
 
     config = CONFIG.replace(target_modules=rf"layers/\d+/{module}/{weights}")
     inputs = [tunix.model_inputs(batch) for batch in tunix.batches(config.total_step)]
-    adapted = functional.adapt(fn, params, config, inputs[0])
-    adapters = adapted.init(jax.random.key(1), params)
-    assert {adapter.lam.shape for adapter in adapters.values()} == {(4, config.init_r)}
-    close(adapted.apply(params, adapters, inputs[0]), fn(params, inputs[0]))
-    tx = adalora.adalora(optax.adamw(1e-2), config)
-    state = tx.init(adapters)
-
-    @jax.jit
-    def step(params, adapters, state, inputs):
-        def loss(adapters):
-            found = adapted.apply(params, adapters, inputs)[:, :-1]
-            targets = inputs["input_tokens"][:, 1:]
-            return optax.softmax_cross_entropy_with_integer_labels(found, targets).mean()
-
-        value, grads = jax.value_and_grad(loss)(adapters)
-        updates, state = tx.update(grads, state, adapters)
-        return optax.apply_updates(adapters, updates), state, value
-
-    losses = []
-    for each in inputs:
-        adapters, state, value = step(params, adapters, state, each)
-        losses.append(float(value))
-    assert losses[-1] < losses[0]
-    final = adalora.eval_params(state, adapters)
-    ranks = adalora.ranks(state)  # {"layers/0/mlp/gate_proj[0]": 3, ...}, an entry per expert
-    assert set(ranks) == {f"{path}[{expert}]" for path in adapters for expert in range(4)}
-    assert sum(ranks.values()) == config.target_r * len(ranks)
-    assert len(set(ranks.values())) > 1
-    for path, adapter in final.items():
-        kept = (adapter.lam != 0).sum(-1).tolist()
-        assert kept == [ranks[f"{path}[{expert}]"] for expert in range(4)]
-    y = adapted.apply(params, final, inputs[0])
-    assert not np.allclose(y, fn(params, inputs[0]), atol=1e-3)
-    close(fn(functional.merge(params, final), inputs[0]), y)
-    after = tunix.base_bits(nnx.merge(graph, params))
-    for path, value in before.items():
-        np.testing.assert_array_equal(after[path], value, err_msg=path)
+    experts.train_and_check(fn, params, config, inputs, loss, options["num_experts"])
