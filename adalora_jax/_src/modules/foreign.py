@@ -204,7 +204,7 @@ def inferred(
       problem: return why the module does not compute the product of a layout; empty if it does.
 
     Returns:
-      The layout; None if the module has not one weight, or computes the product of no layout or of
+      The layout; None if the module does not have one weight, or computes the product of none or of
       several, such as with a weight of a single number.
     """
     weight = weight_of(shapes)
@@ -233,8 +233,11 @@ def sizes_are_attributes(
     >>> sizes_are_attributes({"in_features": 6, "out_features": 8}, (3,), (6, 8))  # stacked
     False
     """
-    values = {n: v if isinstance(v, (tuple, list)) else (v,) for n, v in attributes.items()}
-    numbers = {n: v for n, v in values.items() if v and all(type(i) is int for i in v)}
+    numbers: dict[str, tuple[int, ...]] = {}
+    for name, value in attributes.items():
+        entries = value if isinstance(value, (tuple, list)) else (value,)
+        sizes = tuple(entry for entry in entries if type(entry) is int)  # True is a number, too
+        numbers |= {name: sizes} if sizes and len(sizes) == len(entries) else {}
     unnamed: Counter[int] = Counter()
     for words, sizes in zip(_SIDES, (ins, outs)):
         named = [v for n, v in numbers.items() if not words.isdisjoint(n.lower().split("_"))]

@@ -238,8 +238,8 @@ class Adapted(nnx.Module):
         output = super().__call__(*args, **kwargs)
         if not args:  # the input is given by its name
             args = (kwargs.pop(next(iter(inspect.signature(super().__call__).parameters))),)
-        inputs, *args = args
-        named = {str(name): value for name, value in (dict(enumerate(args)) | kwargs).items()}
+        inputs, *others = args
+        named = {str(name): value for name, value in (dict(enumerate(others)) | kwargs).items()}
         return _compat.without_qwix(self.adalora._add)(self, output, inputs, **named)
 
     def _check_reached(self) -> None:
