@@ -494,6 +494,8 @@ def test_declared_look_up_is_adapted_also_as_output_layer():
     ids, layers = jnp.array([[0, 8, 3]]), {Table: adalora.Layout("table", kind="embed")}
     adapted = adalora.nnx.adapt(Tied(nnx.Embed(9, 4, rngs=nnx.Rngs(0))), nnx_config(".*"))
     assert adapted(ids).shape == (1, 3, 9)
+    adapted = adalora.nnx.adapt(Tied(Table()), nnx_config(".*"), layers=layers)
+    agree(adalora.merge(adapted)(ids), adapted(ids))
     base = Model(Table())
     adapted = adalora.nnx.adapt(base, nnx_config(["layer"]), layers=layers)
     agree(adalora.merge(adapted)(ids), adapted(ids))

@@ -114,12 +114,12 @@ def adapt(
         is_declared = _is_foreign(module, layers)
         module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, is_declared)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
-        _compat.set_class(module, adapted_class(type(module), is_declared))
+        _compat.set_class(module, adapted_class(type(module), is_declared, target.layer.kind))
     for path, owner in tied.items():
         module = by_path[path]
         module.adalora = by_path[owner].adalora
-        is_declared = _is_foreign(module, layers)
-        _compat.set_class(module, adapted_class(type(module), is_declared))
+        is_declared, kind = _is_foreign(module, layers), chosen[owner].layer.kind
+        _compat.set_class(module, adapted_class(type(module), is_declared, kind))
     _save(adapted, config)
     return adapted
 

@@ -306,15 +306,17 @@ FLAX_LAYERS = (
 )
 
 
-def adapted_class(cls: type, declared: bool = False) -> type:
+def adapted_class(cls: type, declared: bool = False, kind: str = "") -> type:
     """Return a subclass of ``cls`` that adds the adapter output to the Flax layer's output.
 
     Args:
       cls: the class of the layer.
       declared: whether the user declared it as a layer. The adapter output is then added to the
         output of ``cls`` itself.
+      kind: the kind of the layer's layout. Of a declared ``"embed"``, ``attend`` is adapted, too.
     """
-    mixin = _AdaptedEmbed if issubclass(cls, nnx.Embed) else Adapted
+    is_table = issubclass(cls, nnx.Embed) or (kind == "embed" and hasattr(cls, "attend"))
+    mixin = _AdaptedEmbed if is_table else Adapted
     return extended_class(cls, mixin, "AdaLora", declared)
 
 
