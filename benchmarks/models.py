@@ -262,7 +262,7 @@ def left_out(description: str) -> dict[str, list[str]]:
             found.setdefault(reason, []).append(parameter.removesuffix(" ()"))
         elif kind == "in no layer of a known kind":
             listed = re.findall(r"\S+ \([\d, ]+\)(?: x \d+)?", rest.partition(". To adapt")[0])
-            found[kind] = listed
+            found.setdefault(kind, []).extend(listed)
     return found
 
 
@@ -345,7 +345,8 @@ def text(found: results.Results) -> str:
         "Weights that merging does not change must be among the parameters that `describe` names; "
         "they are listed below each table. Numbers in paths are replaced by `*` where several "
         "parameters have one shape. Those in no layer of a known kind are adapted once the class "
-        "of their module is declared: `adapt(..., layers={Class: Layout(...)})`.",
+        "of their module is declared, `adapt(..., layers={Class: Layout(...)})`, if it has one "
+        "weight; others that are multiplied with the input by `functional.adapt`.",
     ]
     for family, title in public_models.TITLES.items():
         mine = [row for row in rows if row["family"] == family]

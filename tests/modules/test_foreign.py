@@ -451,7 +451,7 @@ def test_error_for_unknown_layer_shows_declaration_to_write():
     message = r"layers={Proj: Layout\('w', equation='...a,ab->...b'\)}\), or leave it out"
     with pytest.raises(ValueError, match=f"'layer' is a Proj, which cannot be adapted.*{message}"):
         adalora.nnx.adapt(Model(Proj()), nnx_config(["layer"]))
-    model, x = LinenProj(), draw(2, 4)
+    model, x = LinenProj(activation=True), draw(2, 4)
     with pytest.raises(ValueError, match=r"layers={LinenProj: Layout\('w'"):
         adalora.linen.adapt(model, nnx_config(".*")).init(KEY, model.init(KEY, x), x)
 
@@ -494,6 +494,8 @@ def test_declared_look_up_is_adapted_also_as_output_layer():
     ids, layers = jnp.array([[0, 8, 3]]), {Table: adalora.Layout("table", kind="embed")}
     adapted = adalora.nnx.adapt(Tied(nnx.Embed(9, 4, rngs=nnx.Rngs(0))), nnx_config(".*"))
     assert adapted(ids).shape == (1, 3, 9)
+    adapted = adalora.nnx.adapt(Tied(Table()), nnx_config(".*"), layers=layers)
+    agree(adalora.merge(adapted)(ids), adapted(ids))
     base = Model(Table())
     adapted = adalora.nnx.adapt(base, nnx_config(["layer"]), layers=layers)
     agree(adalora.merge(adapted)(ids), adapted(ids))

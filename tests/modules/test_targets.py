@@ -516,3 +516,28 @@ def test_describe_leaves_out_flax_own_adapters():
     layer = nnx.LoRALinear(6, 4, lora_rank=2, rngs=nnx.Rngs(0))
     text = adalora.nnx.describe(nnx.Sequential(layer), config(target_modules=".*"))
     assert text.splitlines()[-1].startswith("memory:")
+
+
+class Multiplied(nn.Module):
+    """A module of one weight that is no product, next to modules of several."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Table(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return x * self.param("table", nn.initializers.ones, (2, 5))
+
+        return nn.Dense(2, name="head")(Experts(name="experts")(Table(name="one")(x)))
+
+
+def test_describe_suggests_a_declaration_only_for_modules_of_one_weight():
+    x, model = jnp.ones((2, 5)), Multiplied()
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    text = adalora.linen.describe(model, config(target_modules=".*"), variables, x)
+    several, one = text.splitlines()[-2:]
+    start = "in no layer of a known kind: "
+    assert several.startswith(f"{start}experts/router (5, 3), experts/table (3, 5, 4). To adapt")
+    assert "functional.adapt(" in several
+    assert "layers=" not in several
+    assert one.startswith(f"{start}one/table (2, 5). To adapt one, declare the class")

@@ -11,12 +11,14 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import adalora_jax as adalora
 from adalora_jax._src.core import pytree
+from trainers import experts
 
 pytestmark = [
     pytest.mark.trainers,
@@ -25,10 +27,11 @@ pytestmark = [
 
 try:
     from maxtext.configs import pyconfig
+    from maxtext.layers import initializers, moe
     from maxtext.optimizers import optimizers
     from maxtext.trainers.post_train.sft import train_sft
     from maxtext.utils import globals as paths
-    from maxtext.utils import lora_utils
+    from maxtext.utils import lora_utils, maxtext_utils
 except ImportError:
     pytest.skip("needs MaxText: pip install '.[maxtext]'", allow_module_level=True)
 
@@ -138,3 +141,51 @@ def test_base_is_bitwise_unchanged(trained):
     assert set(found) == set(base)
     for path, value in found.items():
         np.testing.assert_array_equal(value, base[path], err_msg=path)
+
+
+# The weights of experts, as paths in the parameters; they are [expert, in, out].
+EXPERTS = {"(wi_0|wi_1|wo)/value": adalora.Layout(ins=(1,), outs=(2,), stack=(0,))}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "sparse"])
+def mixture(request, tmp_path_factory):
+    """MaxText's mixture of experts, in the mesh of its config and without a TPU's kernels."""
+    settings = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "base_moe_mlp_dim": 32,
+        "dtype": "float32",
+        "megablox": False,
+    }
+    settings |= {"base_output_directory": tmp_path_factory.mktemp("maxtext")}
+    settings |= {"decoder_block": "mixtral", "sparse_matmul": request.param}
+    unused = ("lora", "steps", "learning_rate", "param_scan_axis")
+    options = {n: v for n, v in OPTIONS.items() if n.partition(".")[0] not in unused} | settings
+    path = os.path.join(paths.MAXTEXT_CONFIGS_DIR, "base.yml")
+    config = pyconfig.initialize(["", path, *(f"{n}={v}" for n, v in options.items())])
+    mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
+    init = initializers.nd_dense_init(1.0, "fan_in", "truncated_normal")
+    with jax.set_mesh(mesh), jax.numpy_rank_promotion("allow"):
+        yield moe.RoutedMoE(
+            *(config, 4, 2, mesh, init, ("embed", None)), intermediate_dim=32, rngs=nnx.Rngs(0)
+        )
+
+
+def test_mixture_of_experts_raises_with_way_out(mixture):
+    config = CONFIG.replace(target_modules=["layers/0"])
+    with pytest.raises(ValueError, match=r"'layers/0' cannot be adapted, .*functional.adapt\("):
+        adalora.nnx.adapt(nnx.Sequential(mixture), config)
+
+
+def test_experts_are_trained_by_functional_adapt_each_with_its_ranks(mixture):
+    graph, params, rest = nnx.split(mixture, nnx.Param, ...)
+
+    def fn(params, x):
+        return nnx.merge(graph, params, rest)(x)[0]
+
+    def loss(y, x):
+        return jnp.mean((y - jnp.sin(x)) ** 2)
+
+    config = CONFIG.replace(target_modules="wi_0|wi_1|wo")
+    x = jax.random.normal(jax.random.key(2), (2, 16, 16))
+    experts.train_and_check(fn, params, config, [x] * config.total_step, loss, 4, EXPERTS)

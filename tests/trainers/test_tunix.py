@@ -26,6 +26,7 @@ import adalora_jax as adalora
 from adalora_jax import huggingface as peft
 from adalora_jax import quantization, qwix_models
 from adalora_jax._src.core import pytree
+from trainers import experts
 from trainers import tunix_models as tunix
 from trainers.tunix_models import peft_trainer
 
@@ -362,3 +363,46 @@ def test_tunix_lora_export_saves_adapted_model(family, tmp_path):
     found = tunix.logits(small)
     assert np.abs(found - tunix.logits(tunix.build(family))).max() > 1e-3
     close(tunix.logits(load(family, tmp_path / "merged")), found)
+
+
+# A family with a mixture of experts, its module, and the patterns of its experts' weights.
+MIXTURES = {
+    "qwen3": ({"num_experts": 4, "num_experts_per_tok": 2}, "mlp", "(gate|up|down)_proj"),
+    "gemma4": (
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "enable_moe": True,
+            "expert_dim": 12,
+            "moe_dense_hidden_dim": 24,
+        },
+        "moe",
+        "(gating_einsum|linear)",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixture_of_experts_raises_with_way_out(family):
+    options, module, _ = MIXTURES[family]
+    config = CONFIG.replace(target_modules=[f"layers/0/{module}"])
+    message = f"'layers/0/{module}' cannot be adapted, .*functional.adapt\\("
+    with pytest.raises(ValueError, match=message):
+        adalora.nnx.adapt(tunix.build(family, **options), config)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_trained_by_functional_adapt_each_with_its_ranks(family):
+    options, module, weights = MIXTURES[family]
+    graph, params = nnx.split(tunix.build(family, **options))
+
+    def fn(params, inputs):
+        return tunix.forward(nnx.merge(graph, params), inputs)
+
+    def loss(found, inputs):
+        tokens = inputs["input_tokens"][:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(found[:, :-1], tokens).mean()
+
+    config = CONFIG.replace(target_modules=rf"layers/\d+/{module}/{weights}")
+    inputs = [tunix.model_inputs(batch) for batch in tunix.batches(config.total_step)]
+    experts.train_and_check(fn, params, config, inputs, loss, options["num_experts"])

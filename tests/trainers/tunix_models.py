@@ -96,13 +96,14 @@ def model_inputs(batch: Any) -> dict[str, jax.Array]:
 
 
 @nnx.jit
-def _forward(model, inputs):
+def forward(model: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+    """Compute the logits of a batch's arguments."""
     return model(inputs["input_tokens"], inputs["positions"], None, inputs["attention_mask"])[0]
 
 
 def logits(model: Any) -> jax.Array:
     """Compute the logits of a batch that is not trained on."""
-    return _forward(model, model_inputs(batches(1, seed=9)[0]))
+    return forward(model, model_inputs(batches(1, seed=9)[0]))
 
 
 class Loss:

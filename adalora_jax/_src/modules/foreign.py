@@ -1,13 +1,16 @@
-"""Layouts of layers that are not Flax's: declared by the caller, or known by their class's name.
+"""Layouts of layers that are not Flax's: declared, known by their class's name, or inferred.
 
 Other packages are not imported: a class is known by the first part of its module's name and by its
 own name. A layer is adapted only if a trace shows that it computes the product that its layout
-says, see :func:`problem_with`.
+says, see :func:`problem_with`. The layout of any other module with one weight is inferred if the
+trace proves exactly one, see :func:`inferred`.
 """
 
 from __future__ import annotations
 
+import math
 import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -20,6 +23,8 @@ from adalora_jax._src.modules import einsum, products
 
 # The start of the problem with a call that raises an error.
 RAISES = "its call raises "
+# Words in the names of attributes that hold the size of a layer's input, and of its output.
+_SIDES = (frozenset({"in", "input", "inputs"}), frozenset({"out", "output", "outputs"}))
 Declarations: TypeAlias = Mapping[type | str, Layout | Callable[[Any], Layout]]
 
 
@@ -152,18 +157,94 @@ def example(cls: type, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
     Args:
       cls: the class of a layer.
-      shapes: shapes of its parameters.
+      shapes: as in :func:`weight_of`.
 
     >>> from flax import nnx
     >>> example(nnx.Linear, {"w": (3, 4), "b": (4,)})
     "layers={Linear: Layout('w', equation='...a,ab->...b')}"
     """
-    weights = [name for name, shape in shapes.items() if len(shape) >= 2]
-    if len(weights) != 1:
+    weight = weight_of(shapes)
+    if not weight:
         return ""
-    ws = string.ascii_lowercase[: len(shapes[weights[0]])]
-    layout = Layout(weights[0], equation=f"...{ws[0]},{ws}->...{ws[1:]}")
+    ws = string.ascii_lowercase[: len(shapes[weight])]
+    layout = Layout(weight, equation=f"...{ws[0]},{ws}->...{ws[1:]}")
     return f"layers={{{cls.__name__}: {declaration_of(layout)}}}"
+
+
+def weight_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the one parameter of two or more axes of a module; empty if it is not one.
+
+    A bias may have several axes, the first or the last of the weight's.
+
+    Args:
+      shapes: shapes of the module's parameters by path, those of its child modules included.
+
+    >>> weight_of({"w": (5, 2, 3), "b": (2, 3)}), weight_of({"w": (3, 4), "v": (3, 4)})
+    ('w', '')
+    """
+    large = {path: shape for path, shape in shapes.items() if len(shape) >= 2}
+
+    def is_bias(shape: tuple[int, ...]) -> bool:
+        n = len(shape)
+        return any(len(w) > n and shape in (w[:n], w[-n:]) for w in large.values())
+
+    weights = [path for path, shape in large.items() if not is_bias(shape)]
+    return weights[0] if len(weights) == 1 and not any("/" in path for path in shapes) else ""
+
+
+def inferred(
+    shapes: Mapping[str, tuple[int, ...]], problem: Callable[[Layout], str]
+) -> Layout | None:
+    """Return the layout of a module that computes ``y = x W + b`` with its one weight.
+
+    The sum is over the first axes of the weight or over its last ones.
+
+    Args:
+      shapes: as in :func:`weight_of`.
+      problem: return why the module does not compute the product of a layout; empty if it does.
+
+    Returns:
+      The layout; None if the module does not have one weight, or computes the product of none or of
+      several, such as with a weight of a single number.
+    """
+    weight = weight_of(shapes)
+    axes = tuple(range(len(shapes[weight]))) if weight else ()
+    splits = [(axes[:n], axes[n:]) for n in range(1, len(axes))]
+    layouts = [Layout(weight, *pair) for one, two in splits for pair in ((one, two), (two, one))]
+    found = [layout for layout in layouts if not problem(layout)]
+    return found[0] if len(found) == 1 else None
+
+
+def sizes_are_attributes(
+    attributes: Mapping[str, object], ins: tuple[int, ...], outs: tuple[int, ...]
+) -> bool:
+    """Return whether a module's attributes tell the sizes of its input and of its output.
+
+    An attribute with "in" or "out" in its name tells a whole size. Each axis of an input or an
+    output without such an attribute must have the size of another attribute.
+
+    Args:
+      attributes: the module's attributes, of which numbers and tuples of numbers count.
+      ins: sizes of the weight's axes that the module sums over.
+      outs: sizes of its other axes.
+
+    >>> sizes_are_attributes({"in_features": 6, "heads": 2, "head_dim": 4}, (6,), (2, 4))
+    True
+    >>> sizes_are_attributes({"in_features": 6, "out_features": 8}, (3,), (6, 8))  # stacked
+    False
+    """
+    numbers: dict[str, tuple[int, ...]] = {}
+    for name, value in attributes.items():
+        entries = value if isinstance(value, (tuple, list)) else (value,)
+        sizes = tuple(entry for entry in entries if type(entry) is int)  # True is a number, too
+        numbers |= {name: sizes} if sizes and len(sizes) == len(entries) else {}
+    unnamed: Counter[int] = Counter()
+    for words, sizes in zip(_SIDES, (ins, outs)):
+        named = [v for n, v in numbers.items() if not words.isdisjoint(n.lower().split("_"))]
+        if named and all(math.prod(v) != math.prod(sizes) for v in named):
+            return False
+        unnamed.update(() if named else sizes)
+    return not unnamed - Counter(i for v in numbers.values() for i in v)
 
 
 def problem_with(

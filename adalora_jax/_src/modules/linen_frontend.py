@@ -448,7 +448,9 @@ def adapt(
         returns the Layout of the module it is given. Each layer must compute the product that its
         Layout says, plus terms without the weight: an equation such as ``"...d,df->...f"``,
         ``y = x W + b`` over the last axes of x, or a look-up of rows of W (``kind="embed"``). A
-        trace checks it in :meth:`AdaptedModule.init`.
+        trace checks it in :meth:`AdaptedModule.init`. A layer without a declaration is adapted if
+        it has one weight, its input is its only argument, and the trace shows that it computes
+        ``y = x W + b``.
 
     Returns:
       An :class:`AdaptedModule`, with the methods ``init`` and ``apply``.

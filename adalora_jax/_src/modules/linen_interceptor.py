@@ -20,6 +20,7 @@ from adalora_jax._src.modules.linen_layers import (
     METHODS,
     input_of,
     layer_of,
+    layer_of_call,
     own_shape,
     problem_with_call,
 )
@@ -122,7 +123,10 @@ def _add(
 ) -> PyTree:
     """Return the output of a layer with its adapter output added."""
     module, (x, equation) = context.module, input_of(args, kwargs)
-    layer = layers.require_layer(layer_of(module, equation, declared), module)
+    layer = layer_of_call(module, context.method_name, args, kwargs, declared)
+    if layer is None and declared is not None:
+        foreign.require_call("its output is not y = x W + b of its one weight", type(module))
+    layer = layers.require_layer(layer, module)
     shape = own_shape(module, layer)
     layers.check_fit(layer, held.adapter, shape, "/".join(module.path))
     if layer.kind == "weight":  # the module's output is its weight

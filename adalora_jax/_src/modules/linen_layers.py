@@ -135,6 +135,8 @@ def _traced(
         if context.method_name not in METHODS or not _belongs(module, trace):
             return call(*call_args, **call_kwargs)
         layer = layer_of(module, input_of(call_args, call_kwargs)[1], declared)
+        if len(jax.tree.leaves((call_args, call_kwargs))) == 1:  # no flag, as for dropout
+            layer = layer_of_call(module, context.method_name, call_args, call_kwargs, declared)
         problem = _problem(module, context.method_name, call_args, call_kwargs, declared)
         shape = _whole_shape(module, layer, params) if layer else ()
         cannot_adapt = problem or _reason_against(shape, active, module.path)
@@ -145,7 +147,7 @@ def _traced(
             *(module, layer, shape or (), cannot_adapt),
             dropout=dropout,
             wrapper=wrapper,
-            declaration="" if layer else _declaration(module),
+            declaration="" if layer else foreign.example(type(module), _shapes(module)),
         )
         in_scope = found.setdefault("/".join(module.path), {})
         in_scope.setdefault(layer.weight if layer else None, candidate)
@@ -240,11 +242,10 @@ def _problem(
     return foreign.require_product(problem, module, "/".join(module.path), declared)
 
 
-def _declaration(module: nn.Module) -> str:
-    """Return an example of the declaration of a module with one weight, see foreign.example."""
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of a module and of the modules in it, by path."""
     params = meta.unbox(_without_adapters(dict(module.variables.get("params", {}))))
-    shapes = {name: leaf.shape for name, leaf in params.items() if hasattr(leaf, "shape")}
-    return foreign.example(type(module), shapes)
+    return {pytree.path_name(p): leaf.shape for p, leaf in tree_flatten_with_path(params)[0]}
 
 
 def problem_with_call(
@@ -346,6 +347,34 @@ def layer_of(
     if len(params) > 1 and (names := _params_named_by_fields(module, params)):
         weights = {name: weights[name] for name in names}
     return layers.layer_of(module, weights, equation)
+
+
+def layer_of_call(
+    module: nn.Module,
+    method: str,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    declared: foreign.Declarations | None,
+) -> Layout | None:
+    """Return the layout of a bound module's weight, if need be the one that a call shows.
+
+    None if the module cannot be adapted.
+
+    Args:
+      module: any module.
+      method: the name of the called method.
+      args: the arguments of the call; shapes are enough.
+      kwargs: the others.
+      declared: the layouts that the user declared. None: only Flax's layers have a layout.
+    """
+    x, equation = input_of(args, kwargs)
+    layer = layer_of(module, equation, declared)
+    is_known = layer or declared is None or foreign.layout_of(module, declared)
+    if is_known or method != "__call__" or x is None:
+        return layer
+    return foreign.inferred(
+        _shapes(module), lambda layout: problem_with_call(module, layout, method, args, kwargs)
+    )
 
 
 def _params_named_by_fields(module: nn.Module, params: Mapping[str, PyTree]) -> list[str]:

@@ -28,7 +28,7 @@ from adalora_jax._src.modules.nnx_layers import (
     layer_of,
     problem_with_call,
 )
-from adalora_jax._src.modules.nnx_variables import check_module, is_weight, modules
+from adalora_jax._src.modules.nnx_variables import check_module, modules, parameters
 
 
 def candidates(
@@ -64,6 +64,8 @@ def candidates(
             continue
         known = foreign.layout_of(module, layers)
         layer = layer_of(module, declared=layers)
+        inferred = None if layer or known or layers is None else _inferred(module)
+        known, layer = known or inferred, layer or inferred
         if layer and not hasattr(module, layer.weight):
             raise ValueError(
                 f"`layers={{{type(module).__name__}: ...}}`: {path!r} has no parameter called "
@@ -73,14 +75,13 @@ def candidates(
         if layer is None or len(shape) >= layer.ndim or known:
             reason = known if isinstance(known, str) else reasons.get(path, "")
             reason = reason if layer or known else ""
-            if layer and known and layers is not None:
+            if layer and known and layers is not None and not inferred:
                 reason = reason or _problem(module, layer, path, layers)
-            elif layer and not reason:
+            elif layer and not known and not reason:
                 reason = _unreached(base_class(type(module)))
             candidate = Candidate(module, layer, shape, reason)
             if layer is None:
-                weights = {n: v.shape for n, v in vars(module).items() if is_weight(v)}
-                example = foreign.example(type(module), weights)
+                example = foreign.example(type(module), _shapes(module))
                 candidate = candidate._replace(declaration=example)
             traced = layer and not reason and not known and not of_adapted
             use = _use_of(module, layer) if layer and traced else None
@@ -102,11 +103,15 @@ def _problem(module: nnx.Module, layer: Layout, path: str, layers: foreign.Decla
     Raises:
       ValueError: the layer does not compute what the user declared.
     """
+    return foreign.require_product(_difference(module, layer), module, path, layers)
+
+
+def _difference(module: nnx.Module, layer: Layout) -> str:
+    """Return why a layer does not compute the product of a layout; empty if it does."""
     shape = tuple(getattr(module, layer.weight).shape)
     lifted = len(shape) - layer.ndim
     if lifted < 0:
-        problem = f"its {layer.weight!r} of shape {shape} has fewer axes than the layout"
-        return foreign.require_product(problem, module, path, layers)
+        return f"its {layer.weight!r} of shape {shape} has fewer axes than the layout"
     for method in ("__call__", "attend") if layer.kind == "embed" else ("__call__",):
         if not hasattr(module, method):
             continue
@@ -120,8 +125,36 @@ def _problem(module: nnx.Module, layer: Layout, path: str, layers: foreign.Decla
         # A layer may take inputs with some numbers of axes only.
         traced = [problem for problem in found if not problem.startswith(foreign.RAISES)]
         if problem := next(filter(None, traced or found), ""):
-            return foreign.require_product(problem, module, path, layers)
+            return problem
     return ""
+
+
+def _shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of a module and of the modules in it, by path."""
+    return {path: tuple(weight.shape) for path, weight in parameters(module).items()}
+
+
+def _inferred(module: nnx.Module) -> Layout | None:
+    """Return the layout of a module's one weight, if its attributes and a trace tell it; else None.
+
+    The attributes must tell the sizes of input and output, since the weight may be stacked, which
+    the trace of the module alone does not show. Its methods other than ``__call__`` must not read
+    the weight, since they have no adapter. Other modules in it may depend on its mode.
+    """
+    shapes = _shapes(module)
+    weight = foreign.weight_of(shapes)
+    if not weight or not callable(module) or any(path for path, _ in modules(module)):
+        return None
+    if weight in _attributes_read(type(module), own=True):
+        return None
+
+    def problem(layer: Layout) -> str:
+        ins, outs = (tuple(shapes[weight][i] for i in axes) for axes in (layer.ins, layer.outs))
+        if not foreign.sizes_are_attributes(vars(module), ins, outs):
+            return "its attributes have other sizes"
+        return _difference(module, layer)
+
+    return foreign.inferred(shapes, problem)
 
 
 def _required(method: Callable[..., Any]) -> list[str]:
@@ -261,18 +294,23 @@ def _readers(model: nnx.Module) -> dict[tuple[int, str], str]:
 
 
 @functools.cache
-def _attributes_read(cls: type) -> frozenset[str]:
+def _attributes_read(cls: type, own: bool = False) -> frozenset[str]:
     """Return the names of attributes that a class's methods read from objects other than ``self``.
 
     Constructors and the methods of Flax's and this package's classes are excluded.
+
+    Args:
+      cls: the class.
+      own: whether to include attributes of ``self``, and to exclude ``__call__``.
     """
+    excluded = ("__init__", "__call__") if own else ("__init__",)
     names: set[str] = set()
     for ancestor in cls.__mro__:
         if ancestor.__module__.partition(".")[0] in ("flax", "adalora_jax", "builtins"):
             continue
         for name, method in vars(ancestor).items():
-            if name != "__init__":
-                is_method = not isinstance(method, (staticmethod, classmethod))
+            if name not in excluded:
+                is_method = not own and not isinstance(method, (staticmethod, classmethod))
                 names |= _compat.attributes_read(_function(method), is_method=is_method)
     return frozenset(names)
 

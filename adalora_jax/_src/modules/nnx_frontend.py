@@ -22,7 +22,7 @@ from adalora_jax._src.modules import sharding, targets
 from adalora_jax._src.modules.candidates import Candidate
 from adalora_jax._src.modules.foreign import Declarations, declared, layout_of
 from adalora_jax._src.modules.nnx_candidates import candidates
-from adalora_jax._src.modules.nnx_layers import Adaptation, adapted_class
+from adalora_jax._src.modules.nnx_layers import Adaptation, adapted_class, layer_of
 from adalora_jax._src.modules.nnx_variables import (
     SavedParam,
     modules,
@@ -70,7 +70,9 @@ def adapt(
         returns the Layout of the module it is given. Each layer must compute the product that its
         Layout says, plus terms without the weight: an equation such as ``"...d,df->...f"``,
         ``y = x W + b`` over the last axes of x, or a look-up of rows of W (``kind="embed"``). A
-        trace of the layer checks it.
+        trace of the layer checks it. A layer without a declaration is adapted if it has one weight,
+        attributes with the sizes of input and output (``in_features``, ``num_heads``), and the
+        trace shows that it computes ``y = x W + b``.
 
     Returns:
       A module of the same class as ``model``, or of a subclass if ``model`` itself is an adapted
@@ -109,15 +111,15 @@ def adapt(
         module = by_path[path]
         stack = target.layer.matrix(target.shape)[0][: len(target.shape) - target.layer.ndim]
         dropout = _dropout(config, rngs, stack)
-        is_declared = layout_of(module, layers) is not None
+        is_declared = _is_foreign(module, layers)
         module.adalora = Adaptation(fresh[path], dropout, config.forward_mode, is_declared)
         _annotate(module.adalora, target, weights[path], specs[path] if rules else None)
-        _compat.set_class(module, adapted_class(type(module), is_declared))
+        _compat.set_class(module, adapted_class(type(module), is_declared, target.layer.kind))
     for path, owner in tied.items():
         module = by_path[path]
         module.adalora = by_path[owner].adalora
-        is_declared = layout_of(module, layers) is not None
-        _compat.set_class(module, adapted_class(type(module), is_declared))
+        is_declared, kind = _is_foreign(module, layers), chosen[owner].layer.kind
+        _compat.set_class(module, adapted_class(type(module), is_declared, kind))
     _save(adapted, config)
     return adapted
 
@@ -267,6 +269,11 @@ def _check_tied_layers(
                 f"`target_modules`: {path!r} shares its weight with {layers}, which would not have "
                 "the increment, while a merged model has it in both; adapt all of them, or none."
             )
+
+
+def _is_foreign(module: nnx.Module, layers: Declarations) -> bool:
+    """Return whether the layout of an adapted layer is declared, known or inferred."""
+    return layout_of(module, layers) is not None or layer_of(module) is None
 
 
 def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> nnx.Dropout | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copyreg
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -232,10 +233,13 @@ class Adapted(nnx.Module):
 
     adalora: Adaptation
 
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         self._check_reached()
-        output = super().__call__(inputs, *args, **kwargs)
-        named = {str(name): value for name, value in (dict(enumerate(args)) | kwargs).items()}
+        output = super().__call__(*args, **kwargs)
+        if not args:  # the input is given by its name
+            args = (kwargs.pop(next(iter(inspect.signature(super().__call__).parameters))),)
+        inputs, *others = args
+        named = {str(name): value for name, value in (dict(enumerate(others)) | kwargs).items()}
         return _compat.without_qwix(self.adalora._add)(self, output, inputs, **named)
 
     def _check_reached(self) -> None:
@@ -302,15 +306,17 @@ FLAX_LAYERS = (
 )
 
 
-def adapted_class(cls: type, declared: bool = False) -> type:
+def adapted_class(cls: type, declared: bool = False, kind: str = "") -> type:
     """Return a subclass of ``cls`` that adds the adapter output to the Flax layer's output.
 
     Args:
       cls: the class of the layer.
       declared: whether the user declared it as a layer. The adapter output is then added to the
         output of ``cls`` itself.
+      kind: the kind of the layer's layout. Of a declared ``"embed"``, ``attend`` is adapted, too.
     """
-    mixin = _AdaptedEmbed if issubclass(cls, nnx.Embed) else Adapted
+    is_table = issubclass(cls, nnx.Embed) or (kind == "embed" and hasattr(cls, "attend"))
+    mixin = _AdaptedEmbed if is_table else Adapted
     return extended_class(cls, mixin, "AdaLora", declared)
 
 

@@ -28,6 +28,9 @@ from adalora_jax._src.modules.layers import SUPPORTED
 
 _Pattern: TypeAlias = str | Collection[str] | TargetFunction
 _LINEAR_KINDS = ("dense", "general", "einsum", "weight")
+# Ways to adapt a matrix that no known layer holds.
+_DECLARE = "declare the class of its module: adapt(..., layers={Class: Layout(...)})"
+_AS_FUNCTION = "adapt the model as a function: functional.adapt(fn, params, config, *inputs)"
 
 
 class Target(NamedTuple):
@@ -402,15 +405,16 @@ def _unadapted(
     candidates: Mapping[str, Candidate],
     config: AdaLoraConfig,
 ) -> list[str]:
-    """Return a line that lists the matrices that no known layer holds, if any.
+    """Return lines that list the matrices that no known layer holds, each with a way to adapt them.
 
-    Parameters of one shape whose paths differ only in numbers are one entry.
+    A declaration helps only if the weight is the one of its module. Parameters of one shape whose
+    paths differ only in numbers are one entry.
     """
     weights = [(path, c.layer.weight) for path, c in candidates.items() if c.layer]
     held = {f"{path}/{weight}".lstrip("/") for path, weight in weights}
     # In a scope that several layers share, the path of a layer is that of its weight.
     held |= {path for path, weight in weights if path.rpartition("/")[2] == weight}
-    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    found: dict[str, dict[tuple[str, tuple[int, ...]], list[str]]] = {}
     for path, shape in parameters.items():
         # Biases and norm scales of stacked layers have two axes as well.
         if len(shape) < 2 or path.rpartition("/")[2] in ("bias", "scale"):
@@ -419,17 +423,16 @@ def _unadapted(
             continue
         # A weight of packed integers consists of several arrays, each with a path of its own.
         if held.isdisjoint(itertools.accumulate(path.split("/"), "{}/{}".format)):
+            module = candidates.get(path.rpartition("/")[0])
+            way = _DECLARE if module and module.declaration else _AS_FUNCTION
+            alike = found.setdefault(way, {})
             alike.setdefault((re.sub(r"\d+", "*", path), shape), []).append(path)
-    if not alike:
-        return []
-    shown = [
-        f"{role} {shape} x {len(paths)}" if len(paths) > 1 else f"{paths[0]} {shape}"
-        for (role, shape), paths in alike.items()
-    ]
-    return [
-        f"in no layer of a known kind: {', '.join(shown)}. To adapt one, declare the class of its "
-        "module: adapt(..., layers={Class: Layout(...)})"
-    ]
+
+    def shown(role: str, shape: tuple[int, ...], paths: list[str]) -> str:
+        return f"{role} {shape} x {len(paths)}" if len(paths) > 1 else f"{paths[0]} {shape}"
+
+    lists = {w: ", ".join(shown(*k, paths) for k, paths in found[w].items()) for w in found}
+    return [f"in no layer of a known kind: {lists[w]}. To adapt one, {w}" for w in sorted(lists)]
 
 
 def _percent(part: int, whole: int) -> str:
