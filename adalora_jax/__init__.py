@@ -62,6 +62,7 @@ from adalora_jax._src.core.pytree import adapters, param_labels
 from adalora_jax._src.core.rank_spec import RankSpec
 from adalora_jax._src.core.regularizer import orthogonality
 from adalora_jax._src.core.schedule import budget
+from adalora_jax._src.core.stacking import StackedAdapters, stack, unstack
 from adalora_jax._src.core.transform import AdaLoraOptState, adalora
 from adalora_jax._src.modules import serialization as _serialization  # noqa: F401  (registers)
 from adalora_jax._src.modules.merging import compact, finish, merge, unmerge
@@ -77,6 +78,7 @@ __all__ = [
     "AllocatorState",
     "Layout",
     "RankSpec",
+    "StackedAdapters",
     "adalora",
     "adapters",
     "allocate",
@@ -102,8 +104,10 @@ __all__ = [
     "ranks",
     "scores",
     "sharding",
+    "stack",
     "summary",
     "unmerge",
+    "unstack",
 ]
 
 # Imported when they are first asked for, with the package that they need and its extra.

@@ -5,7 +5,8 @@
 XLA's own compilers for these devices run on a machine without them, so this needs no accelerator,
 and its numbers, except the seconds, do not depend on the machine. Compiled are
 
-- the optimizer's update alone, AdamW's and ``adalora(AdamW)``'s, for 36 and 224 adapters
+- the optimizer's update alone, AdamW's and ``adalora(AdamW)``'s, for 36 and 224 adapters, separate
+  ones and stacked by role
 - the whole training step of the frozen model, of Qwix's LoRA, and of LoRA and AdaLoRA in this
   library, for BERT and for a Llama in bfloat16, unrolled and scanned, over an NF4 base and on a
   mesh of 2 x 2 devices, whose first axis shards the batch and whose second shards the outputs of
@@ -38,7 +39,9 @@ import adalora_jax as adalora
 from benchmarks import backends, peers, results, training
 from benchmarks.networks import Shape, Unsupported
 
+UPDATES = ("adamw", "adamw-stacked", "adalora", "adalora-stacked")
 METHODS = ("frozen", "qwix", "lora", "adalora")
+UNROLLED = (*METHODS, "adalora-stacked")
 NF4 = ("nf4-lora", "nf4-adalora")
 BERT = training.CPU["bert"]
 LLAMA = training.CPU["llama"].replace(dtype="bfloat16")
@@ -66,10 +69,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "update-36": Case("update of 36 adapters", ("adamw", "adalora"), 36),
-    "update-224": Case("update of 224 adapters", ("adamw", "adalora"), 224),
-    "bert-6": Case("BERT, 6 layers", METHODS, BERT),
-    "bert-24": Case("BERT, 24 layers", METHODS, BERT.replace(depth=24)),
+    "update-36": Case("update of 36 adapters", UPDATES, 36),
+    "update-224": Case("update of 224 adapters", UPDATES, 224),
+    "bert-6": Case("BERT, 6 layers", UNROLLED, BERT),
+    "bert-24": Case("BERT, 24 layers", UNROLLED, BERT.replace(depth=24)),
     "bert-scan-24": Case("BERT, 24 layers, scanned", METHODS, BERT.replace(depth=24, scan=True)),
     "bert-scan-96": Case("BERT, 96 layers, scanned", METHODS, BERT.replace(depth=96, scan=True)),
     "llama-6": Case("Llama, 6 layers, bfloat16", (*METHODS, *NF4), LLAMA.replace(depth=6)),
@@ -84,7 +87,7 @@ CASES = {
         mesh=True,
     ),
 }
-TITLES = {"adamw": "AdamW", **peers.TITLES}
+TITLES = {"adamw": "AdamW", "adamw-stacked": "AdamW, stacked by role", **peers.TITLES}
 
 
 def adapters(count: int) -> dict[str, adalora.Adapter]:
@@ -105,8 +108,10 @@ def update(peer: str, count: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     config = adalora.AdaLoraConfig(
         total_step=100_000, init_r=peers.RANK, target_r=8, init="lambda_one"
     )
-    tx = peers.ADAMW if peer == "adamw" else adalora.adalora(peers.ADAMW, config)
+    method, _, stacked = peer.partition("-")
+    tx = peers.ADAMW if method == "adamw" else adalora.adalora(peers.ADAMW, config)
     params = jax.eval_shape(lambda: adapters(count))
+    params = jax.eval_shape(adalora.stack, params) if stacked else params
 
     def apply(params, state, grads):
         updates, state = tx.update(grads, state, params)

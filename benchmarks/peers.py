@@ -182,7 +182,8 @@ def full(shape: Shape, rank: int, dropout: float) -> Peer:
 def ours(shape: Shape, rank: int, dropout: float, form: str, qtype: str = "") -> Peer:
     """Return this library's "lora" (λ fixed at 1), "svd" (λ trained) or complete "adalora".
 
-    With a ``qtype``, such as "nf4", the weights of the base are quantised.
+    "stacked" is "adalora" with the adapters stacked by role. With a ``qtype``, such as "nf4", the
+    weights of the base are quantised.
     """
     found = config(shape, rank, dropout)
     model, variables = Linen(shape), {"params": base(shape)}
@@ -206,7 +207,8 @@ def ours(shape: Shape, rank: int, dropout: float, form: str, qtype: str = "") ->
         return task(variables, adapters, key, batch)
 
     def with_penalty(variables, adapters, key, batch):
-        return task(variables, adapters, key, batch) + adalora.orthogonality(adapters, found)
+        loss = task(variables, adalora.unstack(adapters), key, batch)
+        return loss + adalora.orthogonality(adapters, found)
 
     adapters = first(shape, rank)
     known = {path: (adapter.scale, adapter.layout) for path, adapter in adapters.items()}
@@ -214,6 +216,8 @@ def ours(shape: Shape, rank: int, dropout: float, form: str, qtype: str = "") ->
         return Peer(variables, {path: (a.p, a.q) for path, a in adapters.items()}, lora)
     if form == "svd":
         return Peer(variables, adapters, task)
+    if form == "stacked":
+        adapters = adalora.stack(adapters)
     return Peer(variables, adapters, with_penalty, adalora.adalora(ADAMW, found))
 
 
@@ -349,6 +353,7 @@ PEERS: dict[str, Callable[[Shape, int, float], Peer]] = {
     "lora": _form(ours, "lora"),
     "svd": _form(ours, "svd"),
     "adalora": _form(ours, "adalora"),
+    "adalora-stacked": _form(ours, "stacked"),
     "nf4-lora": _form(ours, "lora", "nf4"),
     "nf4-adalora": _form(ours, "adalora", "nf4"),
     "autodiff": autodiff,
@@ -371,6 +376,7 @@ TITLES = {
     "lora": "adalora_jax: LoRA",
     "svd": "adalora_jax: LoRA with trained λ",
     "adalora": "adalora_jax: AdaLoRA",
+    "adalora-stacked": "adalora_jax: AdaLoRA, stacked by role",
     "nf4-lora": "adalora_jax: LoRA, NF4 base",
     "nf4-adalora": "adalora_jax: AdaLoRA, NF4 base",
     "autodiff": "hand-written LoRA",

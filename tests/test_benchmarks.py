@@ -9,9 +9,11 @@ import pathlib
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT))
@@ -22,8 +24,10 @@ from benchmarks import (  # noqa: E402
     backends,
     compiled,
     memory,
+    models,
     networks,
     peers,
+    public_models,
     results,
     scaling,
     training,
@@ -186,6 +190,104 @@ def test_update_is_compiled_for_any_device_and_new_rows_replace_old_ones(tmp_pat
     found = compiled.measure(compiled.Case("small", ("adalora",), 6), "adalora", "cpu")
     assert found["kernels"] > 0
     assert found["conditionals"] == 2  # on a CPU, the averages have one, too
+
+
+class Tied(nn.Module):
+    """An embedding that is also the head, by hand, and a matrix of the module itself."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(11, 6, name="embed")
+        x = nn.Dense(6, name="proj")(embed(ids))
+        x = x @ self.param("mix", nn.initializers.normal(1.0), (6, 6))
+        return x @ embed.embedding.T
+
+
+def test_public_model_is_checked_and_parameters_without_adapter_are_named():
+    ids, model = np.array([[1, 2, 3]]), Tied()
+    case = public_models.Case(model, model.init(jax.random.key(0), ids), (ids,), {})
+    row = models.check(lambda: case)
+    assert models.faults(row) == []
+    assert (row["adapters"], row["budget"]) == (1, [1, 1])
+    (tied, embed), (unknown, mix) = row["left out"].items()
+    assert tied.startswith("its weight is also used outside of the layer")
+    assert (embed, unknown, mix) == (
+        ["embed (11, 6)"],
+        "in no layer of a known kind",
+        ["mix (6, 6)"],
+    )
+    row |= {"family": "flax", "package": "ours", "model": "tied"}
+    page = models.text({"rows": [row], "machine": results.machine()})
+    assert "1 of 1 are right" in page
+    assert "| tied | `mix (6, 6)` |" in page
+
+
+def test_public_nnx_model_is_checked_without_layers_that_cannot_be_merged():
+    class Plus(nnx.Module):
+        def __init__(self):
+            self.up = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.squared = nnx.Linear(4, 4, dot_general=square, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.squared(self.up(x))
+
+    def square(x, kernel, *args, **kwargs):
+        return jax.lax.dot_general(x, kernel * kernel, *args, **kwargs)
+
+    x = np.linspace(-1, 1, 12, dtype="f4").reshape(3, 4)
+    row = models.check(lambda: public_models.Case(Plus(), None, (x,), {}))
+    assert models.faults(row) == []
+    assert row["adapters"] == 2
+    (refused,) = row["refused"]
+    assert refused.startswith("`variables`: the increment of 'squared' cannot be merged")
+
+
+def test_faults_of_public_models_are_found():
+    right = {
+        "error": "",
+        "identity": 0.0,
+        "losses": [2.0, 1.0],
+        "budget": [3, 3],
+        "active": 2,
+        "frozen": True,
+        "merge": [1e-6, 1e-6],
+        "unnamed": [],
+    }
+    assert models.faults(right) == []
+    wrong = {
+        "error": "ValueError: no",
+        "identity": 1e-3,
+        "losses": [2.0, float("nan")],
+        "budget": [4, 3],
+        "active": 4,
+        "frozen": False,
+        "merge": [1e-6, float("nan")],
+        "unnamed": ["mix"],
+    }
+    assert all(len(models.faults({**right, name: value})) == 1 for name, value in wrong.items())
+
+    def build():
+        raise TypeError("clip() got an unexpected keyword argument")
+
+    assert models.faults(models.check(build)) == [
+        "the model itself: TypeError: clip() got an unexpected keyword argument"
+    ]
+
+
+def test_new_rows_of_public_models_replace_old_ones_and_missing_packages_are_named(
+    tmp_path, capsys
+):
+    row = {"family": "flax", "model": "a", "error": "the model itself: no"}
+    old = [{**row, "package": "old"}, {**row, "family": "tunix", "package": "kept"}]
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps({"rows": old}))
+    found = models.merged_rows(path, [{**row, "package": "new"}])
+    assert [(r["family"], r["package"]) for r in found] == [("tunix", "kept"), ("flax", "new")]
+    missing = [name for name in public_models.TITLES if public_models.package(name) is None]
+    path.write_text(json.dumps({"rows": []}))
+    if missing:
+        models.main(["--family", *missing, "--out", str(tmp_path)])
+        assert f"{missing[0]} is not installed" in capsys.readouterr().err
 
 
 def test_benchmarks_command_lists_all_scripts():

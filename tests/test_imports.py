@@ -33,7 +33,7 @@ BELOW = {
 }
 OUTSIDE = {
     "_compat": {"flax"},
-    "core": {"jax", "jaxtyping", "numpy", "optax"},
+    "core": {"jax", "jaxtyping", "optax"},
     "modules": {"jax", "numpy", "optax", "flax"},
     "quantization": {"jax", "numpy", "flax", "qwix"},
     "huggingface": {"jax", "numpy", "huggingface_hub"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -163,10 +164,14 @@ def uses_super(method: Callable[..., Any]) -> bool:
     return code is None or "__class__" in code.co_freevars
 
 
+_FACTS = ("dtype", "ndim", "shape", "size")  # of an array, whatever its entries
+
+
 def attributes_read(function: object, *, is_method: bool) -> set[str]:
     """Return the names of attributes that a function's code reads from objects other than ``self``.
 
     Nested functions are included, and so are all string constants of code that calls ``getattr``.
+    Excluded are attributes of which only the shape, size or dtype is read.
 
     Why: code outside of a layer may multiply with the layer's weight, where an increment that is
     not yet merged is missing. Only the code shows which attributes it reads, and the source text is
@@ -181,6 +186,8 @@ def attributes_read(function: object, *, is_method: bool) -> set[str]:
 
     >>> sorted(attributes_read(lambda self, x: x.kernel @ self.bias, is_method=True))
     ['kernel']
+    >>> sorted(attributes_read(lambda self: self.up.kernel.shape, is_method=True))
+    ['shape']
     """
     code = getattr(function, "__code__", None)
     if code is None:
@@ -191,13 +198,14 @@ def attributes_read(function: object, *, is_method: bool) -> set[str]:
 def _read_by(code: types.CodeType, self_name: str | None) -> set[str]:
     names: set[str] = set()
     of_self = False
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not of_self:
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    for step, following in itertools.pairwise(steps):
+        reads_fact = following.opname == "LOAD_ATTR" and following.argval in _FACTS
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not (of_self or reads_fact):
             names.add(step.argval)
-        if step.opname != "EXTENDED_ARG":
-            loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
-            loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-            of_self = loads and loaded[-1] == self_name  # one instruction may load two variables
+        loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        of_self = loads and loaded[-1] == self_name  # one instruction may load two variables
     if "getattr" in code.co_names:
         names |= {constant for constant in code.co_consts if isinstance(constant, str)}
     for inner in filter(inspect.iscode, code.co_consts):

@@ -31,6 +31,8 @@ from adalora_jax._src.core.evaluation import check_masks
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree, leaf_name
 from adalora_jax._src.core.roles import group_by_role, stack
+from adalora_jax._src.core.stacking import restack as restack_roles
+from adalora_jax._src.core.stacking import unstack
 from adalora_jax._src.core.text import shorten
 from adalora_jax._src.tensorfile import folder_path, writing_to
 from adalora_jax._src.version import __version__
@@ -153,6 +155,7 @@ def save_args(
     ...     restore(f"{folder}/3").step
     3
     """
+    adapters, opt_state = unstack((adapters, opt_state))  # so that either form restores it
     allocator = allocator_state(opt_state)
     check_config(config)
     _check_config(opt_state, config, "config")
@@ -286,6 +289,7 @@ def restore(
             check_adapter(adapter, f"adapters[{found!r}] in {folder}")
         opt_state = _structs(_subtree("opt_state", saved))
         target = adapters, jax.eval_shape(tx.init, adapters) if tx else opt_state
+    whole, target = target, _unstacked(target)
     _check_facts(folder, facts, target[0])
     named = target[0], _map_allocators(lambda state: _by_path(_abstract(state)), target[1])
     expected = _state(*named)
@@ -316,6 +320,7 @@ def restore(
     if goes_on:
         filled[1] = _map_allocators(lambda state, like: _like(like, state), filled[1], target[1])
         allocator = allocator_state(filled[1])
+    filled = restack_roles(list(whole), filled)
     return Checkpoint(filled[0], filled[1], allocator, about["step"], config, about["version"])
 
 
@@ -348,15 +353,28 @@ def _by_path(state: AllocatorState) -> AllocatorState:
     return state._replace(**{name: dict(getattr(state, name)) for name in _BY_ROLE})
 
 
-def _abstract(state: AllocatorState) -> AllocatorState:
-    """Return the state with ``jax.ShapeDtypeStruct`` in place of its arrays, to slice no array."""
+def _abstract(tree: PyTree) -> PyTree:
+    """Return a tree with ``jax.ShapeDtypeStruct`` in place of its arrays, to slice no array."""
 
     def struct(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
         )
 
-    return jax.tree.map(struct, pytree.unwrap_variables(state))
+    return jax.tree.map(struct, pytree.unwrap_variables(tree))
+
+
+def _unstacked(target: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    """Return the target with separate adapters, as ``jax.ShapeDtypeStruct`` if it has stacked ones.
+
+    Checkpoints are stored by path.
+    """
+
+    def plain(node: PyTree) -> PyTree:
+        return unstack(_abstract(node)) if pytree.is_stacked(node) else node
+
+    adapters, opt_state = jax.tree.map(plain, tuple(target), is_leaf=pytree.is_stacked)
+    return adapters, opt_state
 
 
 def _like(target: AllocatorState, state: AllocatorState) -> AllocatorState:

@@ -9,7 +9,7 @@ import pytest
 from support import toy_problem
 
 import adalora_jax as al
-from adalora_jax._src.core.roles import ByRole, group_by_role, stack, unstack
+from adalora_jax._src.core.roles import ByRole, by_path, group_by_role, stack
 
 CONFIG = al.AdaLoraConfig(total_step=6, init_r=3, target_r=1, tinit=1, tfinal=2, deltaT=1)
 SHAPES = {
@@ -65,9 +65,9 @@ def test_unstacked_values_are_those_that_are_read_by_path(rank):
         for path, a in adapters().items()
     }
     lams = stack(group_by_role(given), {path: a.lam for path, a in given.items()})
-    chex.assert_trees_all_equal(jax.jit(unstack)(lams), dict(lams))
+    chex.assert_trees_all_equal(jax.jit(by_path)(lams), dict(lams))
     many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), lams)
-    for function in (jax.jit(unstack), jax.vmap(unstack)):
+    for function in (jax.jit(by_path), jax.vmap(by_path)):
         chex.assert_trees_all_equal(function(many), dict(many))
 
 

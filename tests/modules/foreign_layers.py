@@ -158,4 +158,89 @@ class FeedForward(nn.Module):
         return jnp.dot(nn.gelu(jnp.dot(x, gating[0])) * jnp.dot(x, gating[1]), linear)
 
 
+def _route(scores, count):
+    """Return the weights and numbers of each row's best experts, and the rows by expert."""
+    weights, chosen = lax.top_k(jax.nn.softmax(scores), count)
+    order = jnp.argsort(chosen.ravel())
+    sizes = jnp.bincount(chosen.ravel(), length=scores.shape[-1])
+    return weights / weights.sum(-1, keepdims=True), chosen, order, sizes
+
+
+def _collect(y, weights, order):
+    """Return the weighted sum of each row's experts, from the rows by expert."""
+    y = y[jnp.argsort(order)].reshape(*weights.shape, -1)
+    return jnp.einsum("nkd,nk->nd", y, weights)
+
+
+@as_if_in("tunix.models.qwen3.model")
+class MoELayer(nnx.Module):
+    """A mixture of experts that loops over slices of its weights, as on a CPU."""
+
+    def __init__(self, width, hidden, experts, *, rngs):
+        self.num_experts, self.experts_per_tok = experts, 2
+        self.router = nnx.Linear(width, experts, use_bias=False, rngs=rngs)
+        self.gate_proj = weight(rngs, experts, width, hidden)
+        self.up_proj = weight(rngs, experts, width, hidden)
+        self.down_proj = weight(rngs, experts, hidden, width)
+
+    def __call__(self, x):
+        weights, chosen, _, _ = _route(self.router(x), self.experts_per_tok)
+        share = (jax.nn.one_hot(chosen, self.num_experts) * weights[..., None]).sum(-2)
+        y = jnp.zeros_like(x)
+        for i in range(self.num_experts):
+            hidden = nnx.silu(x @ self.gate_proj[...][i]) * (x @ self.up_proj[...][i])
+            y = y + hidden @ self.down_proj[...][i] * share[..., i : i + 1]
+        return y
+
+
+@as_if_in("tunix.models.gemma4.moe")
+class MoERagged(nnx.Module):
+    """A mixture of experts that computes ``ragged_dot`` with gate and input in one weight."""
+
+    def __init__(self, width, hidden, experts, *, rngs):
+        self.router_logits = weight(rngs, width, experts)
+        self.gating_einsum = weight(rngs, experts, 2, hidden, width)
+        self.linear = weight(rngs, experts, hidden, width)
+
+    def __call__(self, x):
+        weights, _, order, sizes = _route(x @ self.router_logits[...], 2)
+        rows = jnp.repeat(x, 2, axis=0)[order]
+        experts, _, hidden, width = self.gating_einsum.shape
+        both = self.gating_einsum[...].transpose(0, 3, 1, 2).reshape(experts, width, 2 * hidden)
+        both = lax.ragged_dot(rows, both, sizes).reshape(-1, 2, hidden)
+        y = lax.ragged_dot(nnx.gelu(both[:, 0]) * both[:, 1], self.linear[...], sizes)
+        return _collect(y, weights, order)
+
+
+@as_if_in("maxtext.layers.moe")
+class RoutedMoE(nnx.Module):
+    """A mixture of experts that computes einsums, or ``ragged_dot`` under ``shard_map``."""
+
+    def __init__(self, width, hidden, experts, sparse, *, rngs):
+        self.sparse, self.num_experts = sparse, experts
+        self.gate = DenseGeneral((width,), (experts,), rngs=rngs)
+        self.wi_0 = weight(rngs, experts, width, hidden)
+        self.wi_1 = weight(rngs, experts, width, hidden)
+        self.wo = weight(rngs, experts, hidden, width)
+
+    def __call__(self, x):
+        weights, chosen, order, sizes = _route(self.gate(x), 2)
+        kernels = (self.wi_0[...], self.wi_1[...], self.wo[...])
+        if not self.sparse:
+            share = (jax.nn.one_hot(chosen, self.num_experts) * weights[..., None]).sum(-2)
+            up, gate = (jnp.einsum("nd,edh->neh", x, kernel) for kernel in kernels[:2])
+            y = jnp.einsum("neh,ehd->ned", nnx.silu(up) * gate, kernels[2])
+            return jnp.einsum("ned,ne->nd", y, share)
+
+        def experts(rows, sizes, wi_0, wi_1, wo):
+            hidden = lax.ragged_dot(rows, wi_0, sizes) * nnx.silu(lax.ragged_dot(rows, wi_1, sizes))
+            return lax.ragged_dot(hidden, wo, sizes)
+
+        whole = jax.P()
+        run = jax.shard_map(
+            experts, mesh=jax.make_mesh((1,), ("all",)), in_specs=whole, out_specs=whole
+        )
+        return _collect(run(jnp.repeat(x, 2, axis=0)[order], sizes, *kernels), weights, order)
+
+
 QUANT = SimpleNamespace(name="int8")

@@ -12,6 +12,7 @@ from flax import nnx
 from support.small_models import agree, draw, nnx_config
 
 import adalora_jax as adalora
+from adalora_jax import Layout, functional
 from modules import foreign_layers as zoo
 
 KEY = jax.random.key(0)
@@ -216,10 +217,68 @@ def test_module_with_two_weights_raises_with_way_out():
     model, x = nn.Sequential([zoo.FeedForward(4, 6), nn.Dense(4)]), draw(2, 4)
     variables = model.init(KEY, x)
     adapted = adalora.linen.adapt(model, nnx_config(["layers_0"]))
-    with pytest.raises(ValueError, match=r"two weights with an activation.*openpi's Einsum"):
+    with pytest.raises(ValueError, match=r"several weights with an activation.*openpi's Einsum"):
         adapted.init(KEY, variables, x)
     table = adalora.linen.describe(model, nnx_config(".*"), variables, x)
-    assert "not adapted: layers_0 (): it has two weights" in table
+    assert "not adapted: layers_0 (): it has several weights" in table
+
+
+_IN_STACK = Layout("w", ins=(1,), outs=(2,), stack=(0,))
+# A mixture of experts, its weights with their sizes [in, out], and the layouts to declare.
+MIXTURES = {
+    "Tunix MoELayer": (
+        lambda rngs: zoo.MoELayer(8, 6, 4, rngs=rngs),
+        {"gate_proj": (8, 6), "up_proj": (8, 6), "down_proj": (6, 8)},
+        None,
+    ),
+    "Tunix MoERagged": (
+        lambda rngs: zoo.MoERagged(8, 6, 4, rngs=rngs),
+        {"gating_einsum": (8, 12), "linear": (6, 8)},
+        None,
+    ),
+    "MaxText RoutedMoE, dense": (
+        lambda rngs: zoo.RoutedMoE(8, 6, 4, False, rngs=rngs),
+        {"wi_0": (8, 6), "wi_1": (8, 6), "wo": (6, 8)},
+        {"(wi_0|wi_1|wo)/value": _IN_STACK},
+    ),
+    "MaxText RoutedMoE, sparse": (
+        lambda rngs: zoo.RoutedMoE(8, 6, 4, True, rngs=rngs),
+        {"wi_0": (8, 6), "wi_1": (8, 6), "wo": (6, 8)},
+        {"(wi_0|wi_1|wo)/value": _IN_STACK},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixture_of_experts_raises_with_way_out(name):
+    make, _, _ = MIXTURES[name]
+    with pytest.raises(ValueError, match=r"'layer' cannot be adapted, .*functional\.adapt\("):
+        adalora.nnx.adapt(Model(make(nnx.Rngs(0))), nnx_config(["layer"]))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixture_of_experts_is_adapted_as_a_function(name):
+    make, weights, declared = MIXTURES[name]
+    model, x = Model(make(nnx.Rngs(0))), draw(7, 8)
+    graph, params = nnx.split(model)
+
+    def fn(params, x):
+        return nnx.merge(graph, params)(x)
+
+    config = nnx_config(f".*({'|'.join(weights)})")
+    adapted = functional.adapt(fn, params, config, x, layers=declared)
+    adapters = adapted.init(KEY, params)
+    sizes = {path: (a.q.shape[-1], a.p.shape[-1]) for path, a in adapters.items()}
+    assert sizes == {f"layer/{name}": size for name, size in weights.items()}
+    assert {a.lam.shape[:-1] for a in adapters.values()} == {(4,)}
+    y = jax.jit(adapted.apply)(params, adapters, x)
+    assert jnp.abs(y - model(x)).max() > 1e-3
+    merged = functional.merge(params, adapters)
+    agree(nnx.merge(graph, merged)(x), y)
+    for one, other in zip(
+        jax.tree.leaves(functional.unmerge(merged, adapters)), jax.tree.leaves(params), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize(

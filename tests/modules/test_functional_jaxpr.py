@@ -49,6 +49,7 @@ def _conv(*numbers, **options):
 
 
 _IDS = np.array([[1, 2, 3], [5, 0, 5]])
+_SIZES, _FOUR = jnp.array([2, 0, 3]), jnp.array([1, 2, 0, 2])  # of six rows, the last in no group
 CASES = {
     "dense": Case(lambda w, x: x @ w, (5, 7)),
     "out-in": Case(lambda w, x: x @ w.T, (7, 5)),
@@ -83,7 +84,59 @@ CASES = {
     "bfloat16-computation": Case(
         lambda w, x: x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16), (5, 7)
     ),
+    "ragged": Case(lambda w, x: jax.lax.ragged_dot(x, w, _SIZES), (3, 5, 7), x=(6, 5)),
+    "ragged-out-in": Case(
+        lambda w, x: jax.lax.ragged_dot(x, w.swapaxes(1, 2), _SIZES), (3, 7, 5), x=(6, 5)
+    ),
+    "ragged-up-and-down": Case(
+        lambda w, x: jax.lax.ragged_dot(
+            jnp.tanh(jax.lax.ragged_dot(x, w, _SIZES)), w.swapaxes(1, 2), _SIZES
+        ),
+        (3, 5, 7),
+        x=(6, 5),
+    ),
+    "ragged-fused-gate": Case(
+        lambda w, x: jax.lax.ragged_dot(x, w.transpose(0, 3, 1, 2).reshape(3, 5, 14), _SIZES),
+        (3, 2, 7, 5),
+        x=(6, 5),
+    ),
+    "ragged-group-of-stack-axes": Case(
+        lambda w, x: jax.lax.ragged_dot(x, w.swapaxes(0, 1).reshape(4, 5, 7), _FOUR),
+        (2, 2, 5, 7),
+        x=(6, 5),
+    ),
+    "ragged-general": Case(
+        lambda w, x: jax.lax.ragged_dot_general(
+            x, w, _SIZES, jax.lax.RaggedDotDimensionNumbers((([0, 3], [3, 0]), ([], [])), [2], [2])
+        ),
+        (5, 7, 3, 2),
+        x=(2, 3, 6, 5),
+    ),
+    "scan-of-ragged": Case(
+        _scan(lambda w, x: jnp.tanh(jax.lax.ragged_dot(x, w, _SIZES))), (2, 3, 5, 5), x=(6, 5)
+    ),
+    "ragged-bfloat16-computation": Case(
+        lambda w, x: jax.lax.ragged_dot(
+            x.astype(jnp.bfloat16),
+            w.astype(jnp.bfloat16),
+            _SIZES,
+            preferred_element_type=jnp.float32,
+        ),
+        (3, 5, 7),
+        x=(6, 5),
+    ),
+    "vmap-of-ragged": Case(
+        lambda w, x: jax.vmap(jax.lax.ragged_dot)(x, w, jnp.stack([_SIZES, _SIZES])),
+        (2, 3, 5, 7),
+        x=(2, 6, 5),
+    ),
     # These form the sum, W + ΔW.
+    "ragged-on-the-left": Case(
+        lambda w, x: x @ w + jax.lax.ragged_dot(w, jnp.stack([x, 2 * x, x]), _SIZES)[:4, :4],
+        (6, 4),
+        False,
+        x=(4, 6),
+    ),
     "conv-groups": Case(_conv(feature_group_count=2), (4, 5, 3, 3), False, (2, 10, 6, 6)),
     "conv-transpose": Case(
         lambda w, x: jax.lax.conv_transpose(x, w, (2, 2), "SAME", transpose_kernel=True),

@@ -35,6 +35,18 @@ READ = {
         (3, 2, 5),
         ("einsum", (2,), (1,), (0,), 0),
     ),
+    "ragged": (
+        lambda w, x: jax.lax.ragged_dot(x, w.swapaxes(1, 2), jnp.array([1, 0, 1])),
+        (3, 7, 5),
+        (2, 5),
+        ("einsum", (2,), (1,), (0,), 0),
+    ),
+    "scan-of-ragged": (
+        lambda w, x: jax.lax.map(lambda w: jax.lax.ragged_dot(x, w, jnp.array([1, 0, 1])), w),
+        (4, 3, 5, 7),
+        (2, 5),
+        ("einsum", (1,), (2,), (0,), 1),
+    ),
     "scan": (
         lambda w, x: jax.lax.map(lambda w: x @ w, w),
         (3, 5, 7),

@@ -102,7 +102,7 @@ def test_merge_raises_if_parent_reads_weight():
 
 class Printed(ByHand):
     def __call__(self, ids):
-        assert self.table.embedding.shape == (7, 4)
+        assert self.table.embedding[...].shape == (7, 4)
         return self.table(ids)
 
 
@@ -110,3 +110,82 @@ def test_weight_read_without_effect_merges_with_inputs():
     adapted, ids = adalora.nnx.adapt(Printed(), CONFIG), jnp.arange(5)
     merged = adalora.merge(adapted, inputs=(ids,))
     np.testing.assert_allclose(merged(ids), adapted(ids), rtol=1e-4, atol=1e-5)
+
+
+class ReadsShape(nnx.Module):
+    def __init__(self):
+        self.table = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, ids):
+        return self.table(ids) / self.table.embedding.shape[0]
+
+
+class ReadsWeightBeforeShape(ReadsShape):
+    """Reads a variable called shape next to the weight, and no shape of the weight."""
+
+    def __call__(self, ids):
+        shape = (7, 4)
+        return jnp.reshape(self.table.embedding, shape)[ids]
+
+
+def test_weight_of_which_only_shape_is_read_merges_without_inputs():
+    adapted, ids = adalora.nnx.adapt(ReadsShape(), CONFIG), jnp.arange(5)
+    merged = adalora.merge(adapted)
+    np.testing.assert_allclose(merged(ids), adapted(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_merge_raises_if_weight_is_read_next_to_variable_called_shape():
+    with pytest.raises(ValueError, match="code of ReadsWeightBeforeShape reads"):
+        adalora.merge(adalora.nnx.adapt(ReadsWeightBeforeShape(), CONFIG))
+
+
+class Decoder(nnx.Module):
+    """Looks its embedding up by hand, and takes keyword arguments; some logits are masked."""
+
+    def __init__(self, mask=-jnp.inf):
+        self.mask = mask
+        self.embed = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
+        self.wide, self.head = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in (1, 2))
+
+    def __call__(self, ids, *, factor):
+        x = self.embed.embedding[...][ids] * factor
+        assert self.head.kernel[...].size == 16
+        return jnp.where(jnp.arange(4) < 3, self.head(self.wide(x)), self.mask)
+
+
+def call(model):
+    return model(jnp.arange(5), factor=2.0)
+
+
+def test_merge_compares_outputs_of_function_with_masked_logits():
+    config = CONFIG.replace(exclude_modules=["embed"])
+    adapted = adalora.nnx.adapt(Decoder(), config)
+    merged = adalora.merge(adapted, inputs=call)
+    np.testing.assert_allclose(call(merged), call(adapted), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [-jnp.inf, float(jnp.finfo(jnp.float32).min), -1e10])
+def test_merge_raises_with_names_of_layers_whose_weight_is_used_elsewhere(mask):
+    adapted = adalora.nnx.adapt(Decoder(mask), CONFIG)
+    with pytest.raises(ValueError, match="leave 'embed' out of target_modules"):
+        adalora.merge(adapted, inputs=call)
+
+
+def test_merge_raises_with_name_of_layer_whose_weight_is_tied():
+    model = Decoder()
+    model.twin = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
+    model.twin.embedding = model.embed.embedding
+    with pytest.raises(ValueError, match="leave 'embed', 'twin' out of target_modules"):
+        adalora.merge(adalora.nnx.adapt(model, CONFIG), inputs=call)
+
+
+def test_merge_raises_if_phases_of_complex_outputs_differ():
+    adapted = adalora.nnx.adapt(Decoder(0.0), CONFIG)
+    with pytest.raises(ValueError, match="leave 'embed' out of target_modules"):
+        adalora.merge(adapted, inputs=lambda model: 1 + 1j * call(model))
+
+
+def test_merge_raises_if_function_returns_no_outputs():
+    adapted = adalora.nnx.adapt(Decoder(), CONFIG.replace(exclude_modules=["embed"]))
+    with pytest.raises(ValueError, match="`inputs`: the model returned no array"):
+        adalora.merge(adapted, inputs=lambda model: None)

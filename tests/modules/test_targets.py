@@ -461,3 +461,58 @@ def test_describe_lists_saved_modules_and_parameters_outside_layers(framework):
     *_, trained, left_out = text.splitlines()
     assert trained == "also trained: head"
     assert left_out.startswith("in no layer of a known kind: positions (1, 4, 3). To adapt one")
+
+
+class Experts(nn.Module):
+    """A mixture whose weights are parameters of its own, next to a layer of a known kind."""
+
+    @nn.compact
+    def __call__(self, x):
+        table = self.param("table", nn.initializers.ones, (3, 5, 4))
+        router = self.param("router", nn.initializers.ones, (5, 3))
+        gates = jax.nn.softmax(x @ router)
+        return nn.Dense(5, name="out")(jnp.einsum("td,edf,te->tf", x, table, gates))
+
+
+class Mixtures(nn.Module):
+    count: int
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.count):
+            x = Experts(name=f"layers_{i}")(x)
+        return x
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_describe_names_every_parameter_outside_layers_once_per_role(count):
+    x, model = jnp.ones((2, 5)), Mixtures(count)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    text = adalora.linen.describe(model, config(target_modules=".*"), variables, x)
+    of = {1: "layers_0/{} {}", 12: "layers_*/{} {} x 12"}[count].format
+    named = ", ".join(sorted([of("router", "(5, 3)"), of("table", "(3, 5, 4)")]))
+    assert text.splitlines()[-1].startswith(f"in no layer of a known kind: {named}. To adapt one")
+
+
+class Gated(nn.Module):
+    """An einsum layer with a second matrix, of fewer axes than the weight that is adapted."""
+
+    einsum_str: str = "td,kdf->ktf"
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.ones, (2, 5, 4))
+        return jnp.einsum(self.einsum_str, x, weight) @ self.param("mix", nn.zeros, (4, 5))
+
+
+def test_describe_names_second_matrix_of_adapted_module():
+    x, model = jnp.ones((2, 5)), nn.Sequential([Gated()])
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    text = adalora.linen.describe(model, config(target_modules=".*"), variables, x)
+    assert "in no layer of a known kind: layers_0/mix (4, 5). To adapt" in text
+
+
+def test_describe_leaves_out_flax_own_adapters():
+    layer = nnx.LoRALinear(6, 4, lora_rank=2, rngs=nnx.Rngs(0))
+    text = adalora.nnx.describe(nnx.Sequential(layer), config(target_modules=".*"))
+    assert text.splitlines()[-1].startswith("memory:")

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
@@ -25,9 +24,12 @@ from adalora_jax._src.core.roles import (
     ByRole,
     Role,
     group_by_role,
+    map_adapters,
     per_triplet,
+    shapes_by_path,
     stack,
     stack_like,
+    stored,
 )
 from adalora_jax._src.core.schedule import budget, cost
 from adalora_jax._src.core.scores import (
@@ -152,17 +154,17 @@ def init_allocator(params: PyTree, config: AdaLoraConfig) -> AllocatorState:
         "pass the adapters that adapt(...).init returned, or an NNX state filtered by nnx.LoRAParam"
     )
     check_config(config)
-    adapters = pytree.require_adapters(params, "params", way_out)
-    roles = group_by_role(adapters)
+    adapters = pytree.require_adapters(params, "params", way_out, pytree.trained_adapters)
+    roles = adapters.roles if isinstance(adapters, ByRole) else group_by_role(adapters)
 
     # zeros_like and ones_like give the state the shardings of the parameters.
     def zeros(leaf: Shaped[Array, "*axes"]) -> Float32[Array, "*axes"]:
         return jnp.zeros_like(leaf, jnp.float32)
 
     def averages() -> ByRole:
-        return stack(roles, {p: jax.tree.map(zeros, a) for p, a in adapters.items()})
+        return stack(roles, map_adapters(functools.partial(jax.tree.map, zeros), adapters))
 
-    active = {path: jnp.ones_like(adapter.lam, bool) for path, adapter in adapters.items()}
+    active = map_adapters(lambda adapter: jnp.ones_like(adapter.lam, bool), adapters)
     return AllocatorState(
         step=jnp.zeros((), jnp.int32),
         budget=current_budget(config, jnp.zeros((), jnp.int32), adapters),
@@ -225,20 +227,20 @@ def allocate(state: AdaLoraState, grads: PyTree, step: ArrayLike) -> tuple[AdaLo
     >>> int(masks["query"].sum())
     2
     """
-    adapters = pytree.adapters(state.adapters)
+    adapters = pytree.trained_adapters(state.adapters)
     gradients = check_gradients(grads, adapters)
     step = jnp.asarray(step, jnp.int32)
     allocator = update_allocator(state.allocator, adapters, gradients, step)
     now = masks_applied(state.allocator, step)
     done = allocator.step != state.allocator.step  # False if a gradient is not finite
     allocator = allocator._replace(applied=jnp.where(done, now, allocator.applied))
-    masks = dict(allocator.masks)
-    masked = {
-        path: a._replace(lam=jnp.where(masks[path] | ~now, a.lam, jnp.zeros((), a.lam.dtype)))
-        for path, a in adapters.items()
-    }
-    result = AdaLoraState(pytree.insert_adapters(state.adapters, masked), allocator)
-    return result, pytree.insert_values(state.adapters, masks)
+
+    def masked(a: Adapter, mask: Bool[Array, "*stack r"]) -> Adapter:
+        return a._replace(lam=jnp.where(mask | ~now, a.lam, jnp.zeros((), a.lam.dtype)))
+
+    new = map_adapters(masked, adapters, allocator.masks)
+    result = AdaLoraState(pytree.insert_adapters(state.adapters, new), allocator)
+    return result, pytree.insert_values(state.adapters, allocator.masks)
 
 
 def update_allocator(
@@ -254,20 +256,26 @@ def update_allocator(
     change if any ``w · g`` is not finite.
     """
     config, averages = state.config, (state.sensitivity, state.uncertainty)
+    roles = state.masks.roles
     raw = raw_by_role(state.sensitivity, weights, gradients)
     finite = jnp.all(per_triplet(jnp.all, jax.tree.map(jnp.isfinite, raw)))
 
-    def new_averages() -> tuple[ByRole, ...]:
+    def new_averages(raw: ByRole = raw) -> tuple[ByRole, ...]:
         leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
         pairs = [smooth(i, mean, deviation, config) for i, mean, deviation in leaves]
         return tuple(map(jax.tree.structure(raw).unflatten, zip(*pairs)))
+
+    def in_branch() -> tuple[ByRole, ...]:
+        # Unless members must be joined, computing |w · g| again is cheaper than storing it.
+        joined = isinstance(weights, ByRole) or all(len(r.paths) == 1 for r in roles.members)
+        return new_averages(raw_by_role(state.sensitivity, weights, gradients) if joined else raw)
 
     changes = finite & (step < config.total_step - config.tfinal)
     # On a CPU, a branch saves reading and writing averages that do not change. Elsewhere it costs
     # copies of them, and on a GPU the host would wait for the predicate.
     choose = functools.partial(jnp.where, changes)
     sensitivity, uncertainty = jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond(changes, new_averages, lambda: averages),
+        cpu=lambda: jax.lax.cond(changes, in_branch, lambda: averages),
         default=lambda: jax.tree.map(choose, new_averages(), averages),
     )
     allowed = current_budget(config, step, weights)
@@ -298,8 +306,8 @@ def raw_by_role(
         p, q = (raw_sensitivity(*both) for both in ((weight.p, gradient.p), (weight.q, gradient.q)))
         return Adapter(p, weight.lam, q)
 
-    joined = stack_like(like, {path: product(a, gradients[path]) for path, a in weights.items()})
-    of_lam = stack(like.roles, {path: gradient.lam for path, gradient in gradients.items()})
+    joined = stack_like(like, map_adapters(product, weights, gradients))
+    of_lam = stack(like.roles, map_adapters(lambda gradient: gradient.lam, gradients))
     raw = {
         name: a._replace(lam=raw_sensitivity(a.lam, of_lam.stacked[name]))
         for name, a in joined.stacked.items()
@@ -323,6 +331,7 @@ def best_masks(
     """
     config, roles = state.config, state.masks.roles
     scores = role_scores(state, weights, gradients)
+    weights = shapes_by_path(weights)
     dtype = jnp.result_type(*{score.dtype for score in scores.values()})
     limits, costs = _limits(config, weights, allowed), _costs(config, weights)
 
@@ -341,7 +350,8 @@ def best_masks(
 
     entries = [ranked(role) for role in roles.members]
     row = concatenate(entries)
-    mask = apply_threshold(row, find_threshold(row, allowed, roles.positions), roles.positions)
+    positions = jnp.asarray(roles.positions)
+    mask = apply_threshold(row, find_threshold(row, allowed, positions), positions)
     ends = itertools.accumulate(entry.keys.size for entry in entries)
     new = {}
     for role, entry, end in zip(roles.members, entries, ends):
@@ -399,54 +409,33 @@ def masks_applied(before: AllocatorState, step: Int32[Array, ""]) -> Bool[Array,
     return is_mask_step(config, step, before.step) | (step >= config.final_step) | held
 
 
-def with_static_fields(grads: PyTree, params: PyTree) -> PyTree:
-    """Return ``grads`` with the scale and layout of the parameters in each :class:`Adapter`.
-
-    Gradients constructed as ``Adapter(p, lam, q)`` have default metadata. Scale and layout are part
-    of a pytree's structure, so JAX would reject them as a different structure.
-    """
-    known = pytree.adapters(params)
-
-    def like(path: KeyPath, node: PyTree) -> PyTree:
-        adapter = known.get(pytree.path_name(path))
-        if adapter is None or not isinstance(node, Adapter):
-            return node
-        return node._replace(scale=adapter.scale, layout=adapter.layout)
-
-    def is_leaf(node: PyTree) -> bool:
-        return isinstance(node, Adapter)
-
-    return jax.tree_util.tree_map_with_path(like, grads, is_leaf=is_leaf)
-
-
-def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Return ``{path: Adapter}`` of the gradients, in the order of the adapters, after checks.
+def check_gradients(grads: PyTree, adapters: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
+    """Return the gradients by path, in the order of the adapters, or of their roles, after checks.
 
     Raises:
       ValueError: an adapter has no gradient or one of another shape, or a gradient has no adapter;
         the message names them.
     """
-    gradients_by_path = pytree.adapters(grads)
-    problems = [f"{path} has no gradient" for path in adapters if path not in gradients_by_path]
-    problems += [
-        f"{path} has a gradient but no adapter"
-        for path in gradients_by_path
-        if path not in adapters
-    ]
-    for path, adapter in adapters.items():
-        for name in Adapter._fields if path in gradients_by_path else ():
-            shapes = [tuple(getattr(a, name).shape) for a in (adapter, gradients_by_path[path])]
+    found = pytree.trained_adapters(grads)
+    given, expected = stored(found), stored(adapters)
+    problems = [f"{path} has no gradient" for path in expected if path not in given]
+    problems += [f"{path} has a gradient but no adapter" for path in given if path not in expected]
+    for path, adapter in expected.items():
+        for name in Adapter._fields if path in given else ():
+            shapes = [tuple(getattr(a, name).shape) for a in (adapter, given[path])]
             if shapes[0] != shapes[1]:
                 problems.append(
                     f"the gradient of {path}.{name} has shape {shapes[1]}, not {shapes[0]}"
                 )
+    if not problems and isinstance(found, ByRole) != isinstance(adapters, ByRole):
+        problems.append("only one of them is stacked by role")
     if problems:
         shown = ", ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise ValueError(
             f"`grads`: do not match the adapters, since {shown}; differentiate with respect to the "
             "same tree that is trained."
         )
-    return {path: gradients_by_path[path] for path in adapters}
+    return map_adapters(lambda _, gradient: gradient, adapters, found)
 
 
 def _limits(
@@ -471,6 +460,7 @@ def current_budget(
     config: AdaLoraConfig, step: Int32[Array, ""], adapters: Mapping[str, Adapter]
 ) -> Int32[Array, ""]:
     """Return b(step) of these adapters, in ``config.budget_unit``."""
+    adapters = shapes_by_path(adapters)
     costs = _costs(config, adapters)
     initial = sum(costs[path] * adapter.lam.size for path, adapter in adapters.items())
     if initial >= 2**31:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Int32, Shaped
@@ -255,8 +255,9 @@ class AdapterBank:
         if which is None or isinstance(which, (str, list, tuple)):
             which = self.index(which)
         elif not isinstance(which, Tracer):
-            given, last = np.asarray(which), len(self.names)
-            if given.dtype.kind not in "iu" or not np.all((given >= 0) & (given <= last)):
+            given, last = jax.device_get(which), len(self.names)
+            kind = jnp.dtype(getattr(given, "dtype", type(given))).kind
+            if kind not in "iu" or not jnp.all((given >= 0) & (given <= last)):
                 raise ValueError(
                     f"`which={which!r}`: must be names, or indices from 0, the base model, to "
                     f"{last}; pass them as bank.index(names) returns them."
@@ -306,7 +307,11 @@ def combine_adapters(
         sets.append(
             pytree.require_adapters(member, f"adapters[{number}]", "pass a set, {path: Adapter}")
         )
-    if weights is not None and (isinstance(weights, str) or not np.iterable(weights)):
+    if (
+        isinstance(weights, str)
+        or getattr(weights, "ndim", 1) == 0
+        or not isinstance(weights, Iterable | None)
+    ):
         raise TypeError(
             f"`weights={weights!r}`: is not a list of numbers; pass one number per set."
         )
@@ -341,11 +346,11 @@ def combine_adapters(
     return result
 
 
-def _is_factor(weight: object) -> bool:
+def _is_factor(weight: PyTree) -> bool:
     """Return whether a value is a scalar, traced or finite."""
     if not isinstance(weight, (int, float)) and getattr(weight, "ndim", None) != 0:
         return False
-    return isinstance(weight, Tracer) or bool(np.isfinite(np.asarray(weight, float)))
+    return isinstance(weight, Tracer) or math.isfinite(weight)
 
 
 def truncate(adapters: PyTree, rank: int) -> PyTree:

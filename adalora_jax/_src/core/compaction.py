@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.tree_util import tree_flatten_with_path
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from adalora_jax._src.core import pytree, text
 from adalora_jax._src.core.adapter import Adapter
@@ -24,14 +24,25 @@ from adalora_jax._src.core.evaluation import (
     unfinished,
 )
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole, group_by_role, map_leaves, stack
+from adalora_jax._src.core.roles import (
+    ByRole,
+    group_by_role,
+    map_leaves,
+    shapes_by_path,
+    stack,
+)
 
 
 def compact(
     params: PyTree, opt_state: PyTree, tx: optax.GradientTransformation | None = None
 ) -> PyTree:
     """Return the parameters, or with ``tx`` also the state, without their pruned triplets."""
-    by_path = {path: np.asarray(mask) for path, mask in jax.device_get(masks(opt_state)).items()}
+    if pytree.is_stacked(params):
+        raise ValueError(
+            "`params`: are stacked by role, whose adapters may get different ranks; pass "
+            "unstack(params) and unstack(opt_state)."
+        )
+    by_path = jax.device_get(masks(opt_state))
     if problem := unfinished(opt_state):
         message = f"`opt_state`: {problem}; call finish(opt_state, params) first."
         if tx is not None:
@@ -67,12 +78,12 @@ class _Selection:
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], rows: Int[np.ndarray, "... rank"], after: int
+        self, name: str, shape: tuple[int, ...], rows: Int[Any, "... rank"], after: int
     ) -> None:
         self.name, self.shape, self.rows, self.after = name, shape, rows, after
 
 
-def _selections(params: PyTree, by_path: Mapping[str, Bool[np.ndarray, "... _"]]) -> PyTree:
+def _selections(params: PyTree, by_path: Mapping[str, Bool[Any, "... _"]]) -> PyTree:
     """Return a tree with a ``_Selection`` per leaf of an adapter and False for other leaves."""
 
     def cuts(path: str, adapter: Adapter) -> Adapter:
@@ -113,7 +124,7 @@ def _take_state_rows(
     tx: optax.GradientTransformation,
     opt_state: PyTree,
     cuts: PyTree,
-    by_path: Mapping[str, Bool[np.ndarray, "... _"]],
+    by_path: Mapping[str, Bool[Any, "... _"]],
     small: PyTree,
 ) -> PyTree:
     """Return the optimizer's state for the compacted parameters."""
@@ -134,7 +145,7 @@ def _take_state_rows(
         def take(values: Mapping[str, Adapter]) -> dict[str, Adapter]:
             return {path: short(path, values[path]) for path in remaining}
 
-        active = {path: jnp.asarray(surviving_rows(by_path[path])[1]) for path in remaining}
+        active = {path: surviving_rows(by_path[path])[1] for path in remaining}
         averages = [stack(roles, take(part)) for part in (state.sensitivity, state.uncertainty)]
         return state._replace(
             masks=stack(roles, active), sensitivity=averages[0], uncertainty=averages[1]
@@ -155,7 +166,7 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     """Return a text table of the adapters: sizes, ranks and active parameters per matrix.
 
     Args:
-      adapters: any tree with adapters in it.
+      adapters: any tree with adapters in it, or what :func:`adalora_jax.stack` returned.
       state: an optimizer's state, or masks, as in :func:`adalora_jax.masks`; None counts every
         triplet as active.
 
@@ -173,11 +184,12 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     query      5     6      2    4           24
     total                   2    4           24
     """
-    found = pytree.require_adapters(
-        adapters, "adapters", "pass the adapters, or adalora_jax.nnx.adapters(model)"
+    way_out = "pass the adapters, or adalora_jax.nnx.adapters(model)"
+    found = shapes_by_path(
+        pytree.require_adapters(adapters, "adapters", way_out, pytree.trained_adapters)
     )
     if state is None:
-        state = {path: np.ones(a.lam.shape, bool) for path, a in found.items()}
+        state = {path: jnp.ones(a.lam.shape, bool) for path, a in found.items()}
     else:
         by_path = masks(state)
         _check_all_masked(found, by_path, "state")
@@ -187,7 +199,7 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
     for path, adapter in found.items():
         *stack, rank = adapter.lam.shape
         sizes = adapter.q.shape[-1], adapter.p.shape[-1]
-        for index in np.ndindex(*stack):
+        for index in itertools.product(*map(range, stack)):
             row = pytree.row_name(path, index)
             rows.append((row, *sizes, rank_of[row], rank, rank_of[row] * (sum(sizes) + 1)))
     totals = [sum(row[column] for row in rows) for column in (3, 4, 5)]
@@ -196,17 +208,21 @@ def summary(adapters: PyTree, state: PyTree = None) -> str:
 
 
 def surviving_rows(
-    mask: Bool[np.ndarray, "*stack r"],
-) -> tuple[Int[np.ndarray, "*stack rank"], Bool[np.ndarray, "*stack rank"]]:
+    mask: Bool[Any, "*stack r"],
+) -> tuple[Int[Any, "*stack rank"], Bool[Array, "*stack rank"]]:
     """Return the remaining rows of an adapter, and False for those that pad a slice of a stack.
 
-    >>> rows, active = surviving_rows(np.array([[True, False, True], [False, True, False]]))
+    The mask and the rows are arrays of the host, which every process of a mesh may index with.
+
+    >>> mask = jnp.array([[True, False, True], [False, True, False]])
+    >>> rows, active = surviving_rows(jax.device_get(mask))
     >>> rows.tolist(), active.tolist()
     ([[0, 2], [1, 0]], [[True, True], [True, False]])
     """
-    rank = int(mask.sum(axis=-1).max(initial=0))
-    rows = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
-    return rows, np.take_along_axis(mask, rows, axis=-1)
+    count = mask.sum(axis=-1, keepdims=True)
+    rank = int(count.max(initial=0))
+    rows = (~mask).argsort(axis=-1, kind="stable")[..., :rank]
+    return rows, jax.lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1) < count
 
 
 _REMOVED = object()  # replaces a leaf whose adapter has rank 0

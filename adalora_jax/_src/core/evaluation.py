@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool
+from jaxtyping import Bool
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
@@ -23,11 +23,11 @@ from adalora_jax._src.core.allocator import (
     is_allocator_state,
 )
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.core.roles import ByRole
+from adalora_jax._src.core.roles import ByRole, map_adapters, shapes_by_path, stack
 from adalora_jax._src.core.scores import needed_inputs
 
 
-def masks(state: PyTree) -> dict[str, Bool[Array | np.ndarray, "*stack r"]]:
+def masks(state: PyTree) -> dict[str, Bool[Any, "*stack r"]]:
     """Return the masks of all adapters by path.
 
     Args:
@@ -72,7 +72,8 @@ def eval_params(opt_state: PyTree, params: PyTree) -> PyTree:
 
     Args:
       opt_state: the optimizer's state, which contains an :class:`AllocatorState`.
-      params: the trained parameters: a dict of adapters, a larger tree, or an NNX State.
+      params: the trained parameters: a dict of adapters, a larger tree, an NNX State, or what
+        :func:`adalora_jax.stack` returned.
 
     Returns:
       The parameters in the containers of ``params``, with λ exactly 0 where a mask is False.
@@ -101,14 +102,20 @@ def apply_masks(params: PyTree, state: PyTree) -> PyTree:
     Raises:
       ValueError: a mask is for an adapter that ``params`` does not have, or of another shape.
     """
-    found, by_path = pytree.adapters(params), masks(state)
-    check_masks({path: adapter.lam for path, adapter in found.items()}, by_path)
+    found, by_path = pytree.trained_adapters(params), masks(state)
+    shapes = shapes_by_path(found)
+    check_masks({path: adapter.lam for path, adapter in shapes.items()}, by_path)
 
-    def masked(path: str) -> Adapter:
-        lam = found[path].lam
-        return found[path]._replace(lam=jnp.where(by_path[path], lam, jnp.zeros((), lam.dtype)))
+    def masked(adapter: Adapter, mask: Bool[Any, "*stack r"]) -> Adapter:
+        return adapter._replace(lam=jnp.where(mask, adapter.lam, jnp.zeros((), adapter.lam.dtype)))
 
-    return pytree.insert_adapters(params, {path: masked(path) for path in by_path})
+    if isinstance(found, ByRole):
+        every = {p: by_path.get(p, jnp.ones(a.lam.shape, bool)) for p, a in shapes.items()}
+        return pytree.insert_adapters(
+            params, map_adapters(masked, found, stack(found.roles, every))
+        )
+    chosen = {path: found[path] for path in by_path}
+    return pytree.insert_adapters(params, map_adapters(masked, chosen, by_path))
 
 
 def check_masks(
@@ -172,7 +179,7 @@ def finish(opt_state: PyTree, params: PyTree, grads: PyTree | None = None) -> tu
             "not store; pass the last ones."
         )
     apply_masks(params, state.masks)  # raises for other adapters
-    weights = pytree.adapters(params)
+    weights = pytree.trained_adapters(params)
     gradients = weights if grads is None else check_gradients(grads, weights)
     allowed = current_budget(config, jnp.asarray(config.final_step, jnp.int32), weights)
     due = state.step <= config.final_step
@@ -230,7 +237,7 @@ def ranks(state: PyTree) -> dict[str, int]:
     result = {}
     for path, mask in jax.device_get(masks(state)).items():
         active = mask.sum(axis=-1)
-        for index in np.ndindex(active.shape):
+        for index in itertools.product(*map(range, active.shape)):
             result[pytree.row_name(path, index)] = int(active[index])
     return result
 

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.lax import PrecisionLike
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
@@ -181,7 +180,7 @@ def opaque_false(after: Shaped[Array, "..."]) -> Bool[Array, ""]:
     return lax.platform_dependent(after, cpu=on_cpu, default=elsewhere)
 
 
-def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Return the dtype to accumulate in: ``dtype``, but at least float32.
 
     >>> accumulation_dtype(jnp.bfloat16), accumulation_dtype(jnp.float64)
@@ -360,7 +359,7 @@ def _contract(
     a_axes: int | tuple[int, ...],
     b_axes: int | tuple[int, ...],
     precision: PrecisionLike,
-    dtype: np.dtype,
+    dtype: jnp.dtype,
     out_sharding: NamedSharding | None,
 ) -> Inexact[Array, "..."]:
     """Compute ``dot_general`` over the given axes, without batch axes."""

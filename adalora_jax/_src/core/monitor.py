@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from adalora_jax._src.core import pytree
@@ -186,7 +186,7 @@ def info(
             f"{' and '.join(f'{name}={name}' for name in missing)} to info."
         )
     roles = state.masks.roles
-    scores = role_scores(state, *map(pytree.adapters, given.values()))
+    scores = role_scores(state, *map(pytree.trained_adapters, given.values()))
 
     def without_gradient(averages: Adapter) -> Bool[Array, "*stack 1"]:
         return ((_total(averages) == 0) & (state.step > 0))[..., None]
@@ -222,5 +222,5 @@ def _rows(values: Mapping[str, Shaped[Array, "*stack"]]) -> dict[str, Shaped[Arr
     return {
         pytree.row_name(path, index): value[index]
         for path, value in values.items()
-        for index in np.ndindex(value.shape)
+        for index in itertools.product(*map(range, value.shape))
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact, Int32, Num, Shaped
 
@@ -102,7 +102,7 @@ class InitFunction(Protocol):
     """
 
     def __call__(
-        self, key: Array, in_features: int, out_features: int, rank: int, dtype: np.dtype, /
+        self, key: Array, in_features: int, out_features: int, rank: int, dtype: jnp.dtype, /
     ) -> tuple[Num[ArrayLike, "r out"], Num[ArrayLike, " r"], Num[ArrayLike, "r in"]]:
         """Return the initial factors of one matrix.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import optax
@@ -18,6 +18,7 @@ PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in t
 ADAPTER_KEY = "adalora"  # key of an adapter's p, lam and q among the variables of a Flax module
 PACKED = "quantized"  # linen collection of weights that are stored as packed integers
 _FIELDS = frozenset(Adapter._fields)
+_Found = TypeVar("_Found", bound=Mapping[str, Adapter])
 
 
 def is_adapter(node: object) -> bool:
@@ -47,6 +48,15 @@ def is_by_role(node: object) -> bool:
     False
     """
     return hasattr(node, "stacked")
+
+
+def is_stacked(node: object) -> bool:
+    """Return whether a node is a :class:`StackedAdapters`, a tree that ``stack`` returned.
+
+    >>> is_stacked({"query": 1.0})
+    False
+    """
+    return hasattr(node, "by_role")
 
 
 def get_path(nested: PyTree, path: Sequence[str]) -> PyTree:
@@ -143,6 +153,8 @@ def insert_adapters(tree: PyTree, new: Mapping[str, Adapter]) -> PyTree:
     >>> new["a"]["lam"], new["b"]
     (Array([0., 0.], dtype=float32), 1.0)
     """
+    if is_stacked(tree):
+        return tree.replace(new)
     nodes, treedef = _nodes(tree)
 
     def replaced(path: KeyPath, node: PyTree) -> PyTree:
@@ -152,12 +164,38 @@ def insert_adapters(tree: PyTree, new: Mapping[str, Adapter]) -> PyTree:
     return treedef.unflatten([replaced(path, node) for path, node in nodes])
 
 
+def with_static_fields(grads: PyTree, params: PyTree) -> PyTree:
+    """Return ``grads`` with the scale and layout of the parameters in each :class:`Adapter`.
+
+    Gradients constructed as ``Adapter(p, lam, q)`` have default metadata. Scale and layout are part
+    of a pytree's structure, so JAX would reject them as a different structure.
+    """
+    if is_stacked(grads):
+        return grads
+    known = adapters(params)
+
+    def like(path: KeyPath, node: PyTree) -> PyTree:
+        adapter = known.get(path_name(path))
+        if adapter is None or not isinstance(node, Adapter):
+            return node
+        return node._replace(scale=adapter.scale, layout=adapter.layout)
+
+    def is_leaf(node: PyTree) -> bool:
+        return isinstance(node, Adapter)
+
+    return tree_util.tree_map_with_path(like, grads, is_leaf=is_leaf)
+
+
 def insert_values(tree: PyTree, values: Mapping[str, PyTree]) -> PyTree:
     """Return the containers of ``tree`` with ``values[path]`` per adapter and None elsewhere.
+
+    For adapters that are stacked by role, it is the mapping ``values``.
 
     >>> insert_values({"query": Adapter(1, 2, 3), "bias": 4}, {"query": True})
     {'bias': None, 'query': True}
     """
+    if is_stacked(tree):
+        return dict(values)
     nodes, treedef = _nodes(tree)
     return treedef.unflatten(
         [values.get(path_name(path)) if is_adapter(node) else None for path, node in nodes]
@@ -183,7 +221,7 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
     Raises:
       TypeError: ``tree`` is an adapted NNX model; ``nnx.adapters`` reads it.
       ValueError: the shapes of an adapter are inconsistent, only some of p, lam and q are masked
-        out by optax, or two adapters have the same path.
+        out by optax, two adapters have the same path, or adapters are stacked by role.
 
     >>> import jax.numpy as jnp
     >>> adapter = Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
@@ -211,15 +249,54 @@ def adapters(tree: PyTree, *, variables: bool = False) -> dict[str, Adapter]:
     return result
 
 
-def require_adapters(tree: PyTree, name: str, way_out: str) -> dict[str, Adapter]:
-    """Return :func:`adapters` of a tree, the argument ``name``; raise a ValueError if it has none.
+def trained_adapters(tree: PyTree) -> Mapping[str, Adapter]:
+    """Return the adapters by path, also those of a tree that ``stack`` returned.
+
+    A mapping by role is returned as is: its values are slices, so that a loop over its items slices
+    every array. Functions of training map over it with ``map_adapters`` instead.
+
+    >>> adapter = Adapter(*map(jax.numpy.ones, ((2, 3), 2, (2, 4))))
+    >>> list(trained_adapters({"query": adapter}))
+    ['query']
+    """
+    if is_stacked(tree):
+        _check_not_masked(tree.by_role)
+        return tree.by_role
+    return tree if is_by_role(tree) else adapters(tree)
+
+
+def _check_not_masked(by_role: PyTree) -> None:
+    """Raise an error if ``optax.masked`` or ``optax.partition`` removed leaves of a role."""
+
+    def is_masked(node: object) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    for name, value in by_role.stacked.items():
+        if any(map(is_masked, jax.tree.leaves(value, is_leaf=is_masked))):
+            raise ValueError(
+                f"`params`: optax masks leaves of the role {name!r}, but ranks are allocated over "
+                "all roles of stacked adapters; group or mask them inside, "
+                "adalora(optax.partition(...), config), or leave adapters out before stack."
+            )
+
+
+def require_adapters(
+    tree: PyTree, name: str, way_out: str, read: Callable[[PyTree], _Found] = adapters
+) -> _Found:
+    """Return ``read(tree)`` of the argument ``name``; raise a ValueError if it has no adapter.
+
+    Args:
+      tree: any tree.
+      name: name of the argument, for the message.
+      way_out: what to pass instead, for the message.
+      read: :func:`adapters` or :func:`trained_adapters`.
 
     >>> require_adapters({"head": 1.0}, "params", "pass the adapters")
     Traceback (most recent call last):
         ...
     ValueError: `params`: no adapter was found in the dict; pass the adapters.
     """
-    if found := adapters(tree):
+    if found := read(tree):
         return found
     raise ValueError(f"`{name}`: no adapter was found in the {type(tree).__name__}; {way_out}.")
 
@@ -264,7 +341,7 @@ def param_labels(tree: PyTree, other: str = "other") -> PyTree:
     >>> rates = {"p": optax.sgd(1.0), "q": optax.sgd(1.0), "lam": optax.set_to_zero()}
     >>> tx = optax.partition(rates, param_labels)
     """
-    nodes, treedef = _nodes(tree)
+    nodes, treedef = _nodes(tree, inside=True)
     names: Any = Adapter._fields
     return treedef.unflatten(
         [_cast_like(n, Adapter(*names)) if is_adapter(n) else other for _, n in nodes]
@@ -313,17 +390,30 @@ def leaf_name(path: KeyPath) -> str:
     return "/".join(part for part in parts if part not in ("", ADAPTER_KEY))
 
 
-def _nodes(tree: PyTree) -> tuple[list[tuple[KeyPath, PyTree]], Any]:
+def _nodes(tree: PyTree, *, inside: bool = False) -> tuple[list[tuple[KeyPath, PyTree]], Any]:
     """Flatten ``tree`` with path; each adapter, and each NNX Variable elsewhere, is one leaf.
 
     The structure is then independent of whether the parameters are Variables, as in an optimizer's
     ``init``, or arrays, as in its ``update``.
+
+    Args:
+      tree: any tree; unless ``inside``, without adapters that are stacked by role.
+      inside: True: the adapters of a tree that ``stack`` returned are those of its roles.
     """
 
     def is_leaf(node: PyTree) -> bool:
-        return is_adapter(node) or is_variable(node)
+        whole = is_stacked(node) and not (inside and node is tree)
+        return is_adapter(node) or is_variable(node) or whole
 
-    return tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    nodes, treedef = tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    for path, node in nodes:
+        if is_stacked(node):
+            at = f"adapters[{path_name(path)!r}]" if path else "adapters"
+            raise ValueError(
+                f"`{at}`: are stacked by role, which only functions of training take, and as the "
+                "whole tree; pass unstack(adapters), or stack the whole tree of parameters."
+            )
+    return nodes, treedef
 
 
 def _as_adapter(

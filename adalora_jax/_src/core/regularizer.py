@@ -14,6 +14,7 @@ from adalora_jax._src.core import pytree
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.low_rank import accumulation_dtype, explicit_sharding, spec_of_type
 from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.core.roles import ByRole, stored
 
 
 def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
@@ -29,7 +30,8 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     slice of a stack is a separate matrix. Omit the penalty in evaluation.
 
     Args:
-      adapters: any tree with adapters in it: the dict, a larger tree, or an NNX State.
+      adapters: any tree with adapters in it: the dict, a larger tree, an NNX State, or what
+        :func:`adalora_jax.stack` returned.
       config: the config of the run; ``orth_reg_weight`` and ``orthogonality`` are read.
 
     Returns:
@@ -58,11 +60,14 @@ def orthogonality(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
 def penalty(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     """Return the value of :func:`orthogonality`, also with ``config.orth_reg_in_update``."""
     found = pytree.require_adapters(
-        adapters, "adapters", "pass the adapters, or an NNX state filtered by nnx.LoRAParam"
+        adapters,
+        "adapters",
+        "pass the adapters, or an NNX state filtered by nnx.LoRAParam",
+        pytree.trained_adapters,
     )
     matrices = {
         (path, name): getattr(adapter, name)
-        for path, adapter in found.items()
+        for path, adapter in stored(found).items()
         for name in ("p", "q")
     }
 
@@ -70,14 +75,17 @@ def penalty(adapters: PyTree, config: AdaLoraConfig) -> Float[Array, ""]:
     def one_by_one() -> Float[Array, " matrices"]:
         return jnp.concatenate([_deviations(m) for m in matrices.values()])
 
-    deviations = jax.lax.platform_dependent(cpu=one_by_one, default=lambda: _joined(matrices))
+    def joined() -> Float[Array, " matrices"]:
+        return _joined(matrices if isinstance(found, ByRole) else _stacked(matrices))
+
+    deviations = jax.lax.platform_dependent(cpu=one_by_one, default=joined)
     if config.orthogonality == "squared":
         return config.orth_reg_weight * jnp.sum(deviations**2)
     return config.orth_reg_weight * jnp.mean(deviations)
 
 
-def _joined(matrices: Mapping[tuple[str, str], Inexact[Array, "..."]]) -> Float[Array, " matrices"]:
-    """Return the deviations of all matrices, computed per role: a few kernels instead of many.
+def _stacked(matrices: Mapping[tuple[str, str], Inexact[Array, "..."]]) -> dict[Any, Array]:
+    """Return the matrices of each role as one array with a leading axis.
 
     Matrices of one role have paths that differ only in numbers, and the same type: shape, dtype and
     explicit sharding. They have the same sharding, so stacking them along a new unsharded leading
@@ -87,18 +95,29 @@ def _joined(matrices: Mapping[tuple[str, str], Inexact[Array, "..."]]) -> Float[
     for (path, name), m in matrices.items():
         role = (re.sub(r"\d+", "*", path), name, jax.typeof(m))
         roles.setdefault(role, []).append(m)
+    return {role: jnp.stack(members) for role, members in roles.items()}
+
+
+def _joined(roles: Mapping[Any, Inexact[Array, "n ..."]]) -> Float[Array, " matrices"]:
+    """Return the deviations of all matrices, computed per role: a few kernels instead of many."""
     grams: dict[Any, list[jax.Array]] = {}
     for role, members in roles.items():
-        gram = _minus_identity(jnp.stack(members))
+        gram = _minus_identity(members)
         # A stack axis may be sharded. Without one, all devices have the whole products.
         kind = (gram.dtype, gram.shape[1:], None if gram.ndim == 3 else role)
         grams.setdefault(kind, []).append(gram)
-    return jnp.concatenate([_norm(jnp.concatenate(some)).ravel() for some in grams.values()])
+    return jnp.concatenate([_flat(_norm(jnp.concatenate(some))) for some in grams.values()])
 
 
 @jax.jit  # one trace for all matrices of one shape and dtype
 def _deviations(m: Inexact[Array, "*stack r d"]) -> Float[Array, " matrices"]:
-    return deviation(m).ravel()
+    return _flat(deviation(m))
+
+
+def _flat(deviations: Float[Array, "*stack"]) -> Float[Array, " matrices"]:
+    """Return the deviations in one row, which a mesh with explicit axes replicates."""
+    replicated = explicit_sharding(deviations, (None,))
+    return deviations.reshape(-1, out_sharding=replicated)
 
 
 def deviation(m: Inexact[Array, "*stack r d"]) -> Float[Array, "*stack"]:

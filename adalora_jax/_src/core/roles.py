@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import itertools
 import math
@@ -12,12 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import tree_util
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Shaped
 
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.low_rank import explicit_mesh, spec_of_type
@@ -31,6 +31,48 @@ def map_leaves(function: Callable[..., Any], *adapters: Adapter) -> Adapter:
     """
     p, lam, q = map(function, *adapters)
     return Adapter(p, lam, q)
+
+
+def map_adapters(
+    function: Callable[..., Any], adapters: Mapping[str, Any], *rest: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return ``function(value, ...)`` per adapter, or per role if the adapters are stacked by role.
+
+    Args:
+      function: called with the values of all mappings; it treats leading axes as those of a stack.
+      adapters: any mapping by path.
+      *rest: mappings of the same paths; of the same roles if ``adapters`` is a :class:`ByRole`.
+
+    >>> map_adapters(lambda a, b: a + b, {"up": 1}, {"up": 2})
+    {'up': 3}
+    """
+    if not isinstance(adapters, ByRole):
+        return {path: function(v, *(other[path] for other in rest)) for path, v in adapters.items()}
+    parts = [adapters.stacked, *(stored(other) for other in rest)]
+    new = {name: function(*(part[name] for part in parts)) for name in adapters.stacked}
+    return ByRole(new, adapters.roles)
+
+
+def stored(adapters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values as they are stored: by role for a :class:`ByRole`, otherwise by path.
+
+    >>> stored({"up": 1})
+    {'up': 1}
+    """
+    return adapters.stacked if isinstance(adapters, ByRole) else adapters
+
+
+def shapes_by_path(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Return ``{path: Adapter}`` of ``jax.ShapeDtypeStruct``, so that no array is sliced.
+
+    >>> shapes_by_path({"up": Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))})["up"].lam
+    ShapeDtypeStruct(shape=(2,), dtype=float32)
+    """
+
+    def shape(leaf: Shaped[Array, "..."]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    return dict(map_adapters(functools.partial(jax.tree.map, shape), adapters))
 
 
 class Role(NamedTuple):
@@ -65,16 +107,16 @@ class Roles:
         return {path: (role, i) for role in self.members for i, path in enumerate(role.paths)}
 
     @functools.cached_property
-    def positions(self) -> Int32[np.ndarray, " triplets"]:
+    def positions(self) -> array.array[int]:
         """Position of every triplet in parameter order, with the roles concatenated."""
         sizes = [math.prod(self.role_and_index[path][0].shape) for path in self.paths]
         starts = dict(zip(self.paths, itertools.accumulate(sizes, initial=0)))
         spans = [
-            np.arange(starts[path], starts[path] + math.prod(role.shape), dtype=np.int32)
+            range(starts[path], starts[path] + math.prod(role.shape))
             for role in self.members
             for path in role.paths
         ]
-        return np.concatenate(spans)
+        return array.array("i", itertools.chain.from_iterable(spans))
 
 
 def group_by_role(adapters: Mapping[str, Adapter]) -> Roles:
@@ -148,6 +190,24 @@ class ByRole(Mapping[str, Any]):
             q=_member(q, index, ndim + 1),
         )
 
+    def split(self) -> dict[str, Any]:
+        """Return ``{path: value}`` in the order of the parameters.
+
+        The derivative concatenates the cotangents of a role's members. That of indexing would add
+        arrays that are zero except for one member.
+        """
+        found = {}
+        for role in self.roles.members:
+            value, count, ndim = self.stacked[role.name], len(role.paths), len(role.shape)
+            split = functools.partial(_split, count=count, stack=ndim - 1)
+            if isinstance(value, Adapter):
+                each = zip(*(split(x, ndim=n) for x, n in zip(value, (ndim + 1, ndim, ndim + 1))))
+                members = [value._replace(**dict(zip(Adapter._fields, one))) for one in each]
+            else:
+                members = split(value, ndim=ndim)
+            found |= zip(role.paths, members)
+        return {path: found[path] for path in self.roles.paths}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.roles.paths)
 
@@ -178,8 +238,10 @@ def stack(roles: Roles, values: Mapping[str, Any]) -> ByRole:
       roles: the roles; their paths are keys of ``values``.
       values: ``{path: value}``, with an array or an :class:`Adapter` per path. The adapters of a
         role have the scale and layout of its first member. Axes in front of a value's own, such as
-        those of ``jax.vmap``, remain in front.
+        those of ``jax.vmap``, remain in front. A :class:`ByRole` of these roles is returned as is.
     """
+    if isinstance(values, ByRole) and values.roles == roles:
+        return values
     joined = {
         role.name: _join([values[path] for path in role.paths], len(role.shape))
         for role in roles.members
@@ -198,7 +260,7 @@ def stack_like(like: ByRole, values: Mapping[str, Adapter]) -> ByRole:
     return ByRole(known, like.roles)
 
 
-def unstack(values: ByRole) -> dict[str, Shaped[Array, "*stack r"]]:
+def by_path(values: ByRole) -> dict[str, Shaped[Array, "*stack r"]]:
     """Return ``dict(values)``, computed on a CPU by kernels that the members of a role share.
 
     XLA's CPU compiler compiles each distinct kernel, in 10 to 20 ms, and equal ones once. The start
@@ -211,7 +273,7 @@ def unstack(values: ByRole) -> dict[str, Shaped[Array, "*stack r"]]:
     >>> make = lambda lam: Adapter(jnp.ones((2, 3)), jnp.array(lam), jnp.ones((2, 4)))
     >>> adapters = {"h/0": make([1, 2]), "h/1": make([3, 4])}
     >>> lams = stack(group_by_role(adapters), {path: a.lam for path, a in adapters.items()})
-    >>> unstack(lams)["h/1"].tolist()
+    >>> by_path(lams)["h/1"].tolist()
     [3, 4]
     """
     return jax.lax.platform_dependent(
@@ -253,9 +315,7 @@ def _join(members: Sequence[Any], ndim: int) -> Any:
     )
 
 
-def _join_arrays(
-    members: Sequence[Shaped[Array | np.ndarray, "..."]], ndim: int
-) -> Shaped[Array, "..."]:
+def _join_arrays(members: Sequence[Shaped[Any, "..."]], ndim: int) -> Shaped[Array, "..."]:
     """Stack arrays along a new axis, which is not sharded, in front of their last ``ndim`` axes."""
     first = members[0]
     axis = first.ndim - ndim
@@ -285,20 +345,49 @@ def _gathered(values: ByRole, path: str) -> Shaped[Array, "*stack r"]:
         return values[path]
     value = values.stacked[role.name]
     row = value.reshape(*value.shape[:-2], len(role.paths) * rank)
-    indices = np.arange(index * rank, (index + 1) * rank, dtype=np.int32)
+    indices = jnp.asarray(array.array("i", range(index * rank, (index + 1) * rank)))
     return row.at[..., indices].get(mode="promise_in_bounds")
 
 
-def _member(
-    leaf: Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct, index: int, ndim: int
-) -> Shaped[Array | np.ndarray, "..."] | jax.ShapeDtypeStruct:
+def _split(leaf: Shaped[Any, "..."], count: int, ndim: int, stack: int) -> list[Shaped[Any, "..."]]:
+    """Return the slices of a role's array, in which ``ndim`` axes follow the axis of the members.
+
+    Args:
+      leaf: the role's array.
+      count: number of members.
+      ndim: number of axes of a member, without those in front.
+      stack: number of axes of a member's stack, which may be sharded.
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return [_member(leaf, index, ndim) for index in range(count)]
+    axis = leaf.ndim - ndim - 1
+    # The transpose of a split is one concatenation.
+    if stack:
+        parts = [jax.lax.squeeze(p, [axis]) for p in jax.lax.split(leaf, [1] * count, axis)]
+    else:  # On a GPU, an axis of size 1 between a slice and its use would cost a kernel.
+        size = leaf.shape[axis + 1]
+        rows = leaf.reshape(*leaf.shape[:axis], count * size, *leaf.shape[axis + 2 :])
+        parts = jax.lax.split(rows, [size] * count, axis)
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return list(parts)
+    # Outside of jit, XLA may replicate the results.
+    return list(jax.device_put(parts, _without_axis(sharding, leaf.ndim, axis)))
+
+
+def _without_axis(sharding: NamedSharding, ndim: int, axis: int) -> NamedSharding:
+    """Return the sharding of an array of ``ndim`` axes without one of them."""
+    spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+    return NamedSharding(sharding.mesh, P(*spec[:axis], *spec[axis + 1 :]))
+
+
+def _member(leaf: Shaped[Any, "..."], index: int, ndim: int) -> Shaped[Any, "..."]:
     """Return a slice of a role's array, in which ``ndim`` axes follow the axis of the members."""
     axis = leaf.ndim - ndim - 1
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf[(slice(None),) * axis + (index,)]
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
-        spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-        sharding = NamedSharding(sharding.mesh, P(*spec[:axis], *spec[axis + 1 :]))
+        sharding = _without_axis(sharding, leaf.ndim, axis)
     shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Int32
 
@@ -82,7 +82,7 @@ def budget(
         starts, values = _staircase(config, initial, target, min(n_adapters, target))
         # For one step, all comparisons at once are one kernel; a binary search is a loop.
         method = "scan" if step.ndim else "compare_all"
-        place = jnp.searchsorted(starts, step, side="right", method=method)
+        place = jnp.searchsorted(jnp.asarray(starts), step, side="right", method=method)
         between = jnp.asarray(values)[place - 1]
     between = jnp.where(step <= config.tinit, jnp.int32(initial), between)
     return jnp.where(step >= config.final_step, jnp.int32(target), between)
@@ -118,7 +118,7 @@ def cost(config: AdaLoraConfig, path: str, in_features: int, out_features: int) 
 @functools.lru_cache(maxsize=128)
 def _staircase(
     config: AdaLoraConfig, initial: int, target: int, first: int
-) -> tuple[Int32[np.ndarray, " changes"], Int32[np.ndarray, " changes"]]:
+) -> tuple[array.array[int], array.array[int]]:
     """Return the steps at which a built-in schedule changes, and its values from there on.
 
     Both are computed in float64 ahead of time, since in float32 the floor differs at some steps.
@@ -142,4 +142,4 @@ def _staircase(
         if value != values[-1]:
             starts.append(step)
             values.append(value)
-    return np.array(starts, np.int32), np.array(values, np.int32)
+    return array.array("i", starts), array.array("i", values)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact, Int32
@@ -24,13 +23,21 @@ from adalora_jax._src.core.allocator import (
     init_allocator,
     masks_applied,
     update_allocator,
-    with_static_fields,
 )
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.init import INIT_STD
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.regularizer import penalty
-from adalora_jax._src.core.roles import ByRole, map_leaves, per_triplet, stack, unstack
+from adalora_jax._src.core.roles import (
+    ByRole,
+    by_path,
+    map_adapters,
+    map_leaves,
+    per_triplet,
+    shapes_by_path,
+    stack,
+    stored,
+)
 
 _LORA_SCALE = 2.0  # the common choice alpha = 2 r
 _SMALL_SCALE = 0.25  # an eighth of it; docs/how-to/learning-rate.md has the measured increments
@@ -167,23 +174,23 @@ def adalora(
                 "The arguments are tx.update(grads, state, params)."
             )
         before = pytree.unwrap_variables(state.allocator)
-        current = pytree.adapters(params)
+        current = pytree.trained_adapters(params)
         _check_adapters(current, before)
-        updates = with_static_fields(updates, current)
+        updates = pytree.with_static_fields(updates, current)
         gradients = check_gradients(updates, current)
         if config.orth_reg_in_update:
             gradients, before = _with_penalty(gradients, current, before)
             updates = pytree.insert_adapters(updates, gradients)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
-        moves = pytree.adapters(updates)
+        moves = pytree.trained_adapters(updates)
         if config.lambda_lr_scale != 1:
-            moves = {p: m._replace(lam=config.lambda_lr_scale * m.lam) for p, m in moves.items()}
+            moves = map_adapters(lambda m: m._replace(lam=config.lambda_lr_scale * m.lam), moves)
         if config.prox is not None:
-            moves = {path: _apply_prox(config, current[path], m) for path, m in moves.items()}
+            moves = map_adapters(_prox_of(config, current), current, moves)
         weights = current
         if config.sensitivity_timing == "updated":
             after = functools.partial(map_leaves, optax.apply_updates)
-            weights = {path: after(adapter, moves[path]) for path, adapter in current.items()}
+            weights = map_adapters(after, current, moves)
         allocator = update_allocator(before, weights, gradients, before.step)
         now = masks_applied(before, before.step)
         # Counted before any λ changes: otherwise XLA keeps a copy of every λ for the count.
@@ -193,10 +200,9 @@ def adalora(
             applied=jnp.where(allocator.step != before.step, now, before.applied),
             overridden=jnp.maximum(before.overridden, jnp.where(before.applied, revived, 0)),
         )
-        pruned = {
-            path: _prune(now, current[path], moves[path], mask)
-            for path, mask in unstack(allocator.masks).items()
-        }
+        prune = functools.partial(_prune, now)
+        masks = allocator.masks if isinstance(current, ByRole) else by_path(allocator.masks)
+        pruned = map_adapters(prune, current, moves, masks)
         return pytree.insert_adapters(updates, pruned), AdaLoraOptState(
             inner_state, pytree.match_containers(state.allocator, allocator)
         )
@@ -210,6 +216,8 @@ def _in_variables(state: AllocatorState, params: optax.Params) -> AllocatorState
     Other optimizers' moments are Variables, too: code that shards an optimizer's state reads the
     sharding from a Variable's metadata.
     """
+    if pytree.is_stacked(params):
+        return state
     variables = pytree.adapters(params, variables=True)
 
     def boxed(values: ByRole) -> ByRole:
@@ -239,6 +247,15 @@ def soft_threshold(lam: Inexact[Array, "*stack r"], weight: float) -> Inexact[Ar
     return jnp.sign(lam) * jnp.maximum(jnp.abs(lam) - weight, 0)
 
 
+def _prox_of(
+    config: AdaLoraConfig, adapters: Mapping[str, Adapter]
+) -> Callable[[Adapter, Adapter], Adapter]:
+    """Return the function of an adapter and its update that maps λ by ``config.prox``."""
+    apply = functools.partial(_apply_prox, config)
+    # A custom function gets one adapter.
+    return jax.vmap(apply) if callable(config.prox) and isinstance(adapters, ByRole) else apply
+
+
 def _apply_prox(config: AdaLoraConfig, adapter: Adapter, move: Adapter) -> Adapter:
     """Return the update after which λ is ``config.prox`` of its updated value."""
     prox = config.prox if callable(config.prox) else soft_threshold
@@ -264,7 +281,7 @@ def _prune(
 
 def _count_revived(state: AllocatorState, adapters: Mapping[str, Adapter]) -> Int32[Array, ""]:
     """Return the number of λ that are not 0 although the last update's masks prune them."""
-    lam = stack(state.masks.roles, {path: adapter.lam for path, adapter in adapters.items()})
+    lam = stack(state.masks.roles, map_adapters(lambda adapter: adapter.lam, adapters))
 
     def revived(
         mask: Bool[Array, "*shape"], lam: Inexact[Array, "*shape"]
@@ -294,7 +311,7 @@ def _check_no_accumulation(inner_state: optax.OptState) -> None:
 
 def _check_scales(params: optax.Params, config: AdaLoraConfig) -> None:
     """Raise an error if an adapter's scale is not the one that the optimizer's config gives it."""
-    for path, adapter in pytree.adapters(params).items():
+    for path, adapter in shapes_by_path(pytree.trained_adapters(params)).items():
         expected = config.scale_of(path)
         if adapter.layout is not None and adapter.scale not in (None, expected):
             raise ValueError(
@@ -305,7 +322,8 @@ def _check_scales(params: optax.Params, config: AdaLoraConfig) -> None:
 
 def _warn_of_trained_base(params: optax.Params) -> None:
     """Warn if the base weight of an adapted NNX layer is among the trainable parameters."""
-    known = {p: a.layout for p, a in pytree.adapters(params).items() if a.layout is not None}
+    found = shapes_by_path(pytree.trained_adapters(params))
+    known = {path: a.layout for path, a in found.items() if a.layout is not None}
     weights = {f"{path}/{layout.weight}".lstrip("/") for path, layout in known.items()}
     if base := sorted(weights & set(pytree.leaf_paths(params))):
         warnings.warn(
@@ -328,9 +346,10 @@ def _warn_of_small_start(params: optax.Params, config: AdaLoraConfig) -> None:
     """
     if not config.warn_small_start or config.init != "gaussian" or not config.init_lora_weights:
         return
-    adapters = {path: a for path, a in pytree.adapters(params).items() if a.lam.size}
-    if not all(_is_zero(adapter.lam) for adapter in adapters.values()):
+    found = pytree.trained_adapters(params)
+    if not all(_is_zero(a.lam) for a in stored(found).values() if a.lam.size):
         return
+    adapters = {path: a for path, a in shapes_by_path(found).items() if a.lam.size}
     speed = max(config.lambda_lr_scale, 1.0)
     small = {
         path: adapter.scale * speed * INIT_STD**2 * math.sqrt(3 * adapter.q.shape[-1])
@@ -351,17 +370,20 @@ def _warn_of_small_start(params: optax.Params, config: AdaLoraConfig) -> None:
 
 def _is_zero(lam: object) -> bool:
     """Return whether λ is known to be 0: neither traced, nor abstract, nor on other hosts."""
-    if isinstance(lam, Tracer) or not isinstance(lam, (jax.Array, np.ndarray)):
+    if isinstance(lam, Tracer) or not hasattr(lam, "__array__"):
         return False
     if isinstance(lam, jax.Array) and not (lam.is_fully_addressable or lam.is_fully_replicated):
         return False
-    return not np.any(jax.device_get(lam))
+    return not jax.device_get(lam).any()
 
 
 def _check_adapters(adapters: Mapping[str, Adapter], state: AllocatorState) -> None:
     """Raise an error if the adapters differ from those for which the state was initialised."""
-    shapes = {path: adapter.lam.shape for path, adapter in adapters.items()}
-    known = {path: role.shape for path, (role, _) in state.masks.roles.role_and_index.items()}
+    roles = state.masks.roles.role_and_index
+    shapes: dict[str, Any] = {path: a.lam.shape for path, a in shapes_by_path(adapters).items()}
+    known: dict[str, Any] = {path: role.shape for path, (role, _) in roles.items()}
+    if isinstance(adapters, ByRole):
+        shapes, known = adapters.roles.role_and_index, roles
     if shapes != known:
         differing = sorted(p for p in {*shapes, *known} if shapes.get(p) != known.get(p))
         raise ValueError(
@@ -372,16 +394,16 @@ def _check_adapters(adapters: Mapping[str, Adapter], state: AllocatorState) -> N
 
 def _with_penalty(
     grads: Mapping[str, Adapter], adapters: Mapping[str, Adapter], state: AllocatorState
-) -> tuple[dict[str, Adapter], AllocatorState]:
+) -> tuple[Mapping[str, Adapter], AllocatorState]:
     """Add the orthogonality penalty's gradients; return them and the state with its value."""
-    value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(dict(adapters))
+    value, slope = jax.value_and_grad(lambda a: penalty(a, state.config))(adapters)
 
     def add(
         grad: Inexact[Array, "*shape"], more: Inexact[Array, "*shape"]
     ) -> Inexact[Array, "*shape"]:
         return grad + more.astype(grad.dtype)
 
-    summed = {path: map_leaves(add, grad, slope[path]) for path, grad in grads.items()}
+    summed = map_adapters(functools.partial(map_leaves, add), grads, slope)
     return summed, state._replace(penalty=value.astype(jnp.float32))
 
 

@@ -246,14 +246,18 @@ def _dense_general(module: PyTree) -> Layout | str:
     return Layout("kernel", equation=f"...{xs},{summed}{new}->...{free}{new}")
 
 
-def _feed_forward(module: object) -> str:
-    """Return why openpi's FeedForward cannot be adapted."""
-    del module
+def _several_weights(way_out: str) -> str:
+    """Return why a module that computes several products cannot be adapted."""
     return (
-        "it has two weights with an activation between them, so no term that is added to its "
-        "output equals an increment of both (compute each product in a module of its own, such as "
-        "openpi's Einsum)"
+        "it has several weights with an activation between them, so no term that is added to its "
+        f"output equals an increment of all ({way_out})"
     )
+
+
+_AS_FUNCTION = (
+    "adapt the model as a function: graph, params = nnx.split(model), and "
+    "functional.adapt(lambda params, x: nnx.merge(graph, params)(x), params, config, x)"
+)
 
 
 def _always(layout: Layout | str) -> Callable[[Any], Layout | str]:
@@ -276,6 +280,11 @@ _KNOWN: Mapping[tuple[str, str], Callable[[Any], Layout | str]] = MappingProxyTy
         ),
         ("bonsai", "ShardedLinear"): _always(Layout("kernel")),
         ("transformers", "FlaxConv1D"): _always(Layout("kernel", ins=(1,), outs=(0,))),
-        ("openpi", "FeedForward"): _feed_forward,
+        ("openpi", "FeedForward"): _always(
+            _several_weights("compute each product in a module of its own, such as openpi's Einsum")
+        ),
+        ("tunix", "MoELayer"): _always(_several_weights(_AS_FUNCTION)),
+        ("tunix", "MoERagged"): _always(_several_weights(_AS_FUNCTION)),
+        ("maxtext", "RoutedMoE"): _always(_several_weights(_AS_FUNCTION)),
     }
 )

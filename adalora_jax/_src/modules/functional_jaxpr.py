@@ -25,14 +25,14 @@ from adalora_jax._src.core.adapter import Adapter, delta_weight
 from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.low_rank import accumulation_dtype
 from adalora_jax._src.core.pytree import PyTree
-from adalora_jax._src.modules import einsum
+from adalora_jax._src.modules import einsum, ragged
 from adalora_jax._src.modules.functional_params import is_array
 from adalora_jax._src.modules.layers import add_increment
 from adalora_jax._src.modules.usage import PASSING, is_float
 
 _INLINED = {"closed_call", "core_call", "jit", "pjit"}
 REMAT = {"checkpoint", "remat", "remat2"}
-_PRODUCTS = {"conv_general_dilated", "dot_general", "gather"}
+_PRODUCTS = {"conv_general_dilated", "dot_general", "gather", "ragged_dot_general"}
 
 
 class Label(NamedTuple):
@@ -235,6 +235,11 @@ class Walk:
         name, (stack, ins, outs) = eqn.primitive.name, weight.roles
         if name == "dot_general":
             return _dot_term(eqn, inputs[1 - position], position, weight, self.forward_mode)
+        if name == "ragged_dot_general":
+            x, _, group_sizes = inputs
+            layout = (weight.roles, weight.dims, weight.sizes)
+            is_rhs = position == 1
+            return ragged.term(eqn, x, group_sizes, weight.adapter, *layout) if is_rhs else None
         found = roles_of_product(eqn, position, weight)
         if stack or found is None or set(found[2]) != {*outs} or set(found[1]) != {*ins}:
             return None
@@ -298,6 +303,11 @@ def roles_of_product(
     name, dims = eqn.primitive.name, weight.dims
     if name == "dot_general":
         contract, batch = (axes[position] for axes in eqn.params["dimension_numbers"])
+        free = [d for d in range(len(dims)) if d not in (*contract, *batch)]
+    elif name == "ragged_dot_general":
+        if position != 1 or (axes := ragged.axes_of(eqn)) is None:
+            return None
+        contract, batch = axes.summed, (axes.group, *axes.batch)
         free = [d for d in range(len(dims)) if d not in (*contract, *batch)]
     elif name == "gather":
         if position or gather_dims(eqn, weight) is None:

@@ -146,7 +146,7 @@ def _layout(uses: Sequence[Use | None], name: str, ndim: int) -> Layout | None:
 
 def _use(name: str, weight: Weight, *roles: tuple[Label, ...]) -> Use | None:
     """Return the use of a weight by the roles of its labels; None if parts of an axis differ."""
-    kind = {"dot_general": "dot", "conv_general_dilated": "conv", "gather": "embed"}[name]
+    kind = {"conv_general_dilated": "conv", "gather": "embed"}.get(name, "dot")
     axes: list[list[int]] = []
     for role in roles:
         found = list(dict.fromkeys(label.axis for label in role if label.axis >= 0))

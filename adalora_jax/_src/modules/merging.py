@@ -21,7 +21,7 @@ _Model = TypeVar("_Model", bound=nnx.Module)
 
 @overload
 def merge(
-    variables: _Model, *, safe: bool = False, inputs: tuple[PyTree, ...] | None = None
+    variables: _Model, *, safe: bool = False, inputs: nnx_merging.Inputs | None = None
 ) -> _Model: ...
 
 
@@ -36,7 +36,7 @@ def merge(
     adapters: PyTree = None,
     *,
     safe: bool = False,
-    inputs: tuple[PyTree, ...] | None = None,
+    inputs: nnx_merging.Inputs | None = None,
 ) -> PyTree:
     """Return the plain model's parameters with every increment added.
 
@@ -57,10 +57,11 @@ def merge(
       adapters: ``{path: Adapter}`` and the parameters of ``modules_to_save``, for linen variables;
         None for an NNX model.
       safe: raise an error if a merged weight is not finite.
-      inputs: arguments for an NNX model, to compare the outputs of the adapted and the merged
-        model. Required if the use of a layer's weight is not known, because its class takes more
-        than one input or the code of another module reads the weight. Not for linen variables: a
-        linen model was traced with inputs when it was adapted.
+      inputs: arguments for an NNX model, or a function that calls a model and returns its outputs,
+        to compare those of the adapted and the merged model. Required if the use of a layer's
+        weight is not known, because its class takes more than one input or the code of another
+        module reads the weight. Not for linen variables: a linen model was traced with inputs when
+        it was adapted.
 
     Returns:
       Variables for the plain linen module; or a copy of the NNX model without adapters, of the
@@ -170,8 +171,8 @@ def compact(
 
     Raises:
       ValueError: an adapter has no mask, or a mask has no adapter of its shape; with ``tx``, the
-        final mask is missing, or the optimizer stores an array of another shape for an adapter; or
-        ``tx`` is given with an NNX model.
+        final mask is missing, or the optimizer stores an array of another shape for an adapter;
+        ``params`` are stacked by role; or ``tx`` is given with an NNX model.
 
     Warns:
       UserWarning: without ``tx``, if the final mask is missing; :func:`finish` makes it.

@@ -149,7 +149,9 @@ def describe(
     """
     layers = declared(layers)
     chosen, _ = _chosen(model, config, layers)
-    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    # Flax's own adapters are not weights of the base.
+    base = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+    params = nnx.to_flat_state(nnx.state(model, base))
     shapes = {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in params}
     return targets.describe(chosen, config, candidates(model, layers=layers), shapes)
 

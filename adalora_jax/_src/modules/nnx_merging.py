@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 
 from adalora_jax._src import _compat
 from adalora_jax._src.core import pytree
+from adalora_jax._src.core.layout import Layout
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.modules import layers as kinds
 from adalora_jax._src.modules.candidates import UNKNOWN_USE
@@ -18,17 +20,18 @@ from adalora_jax._src.modules.nnx_layers import Adapted, base_class, layer_of, w
 from adalora_jax._src.modules.nnx_variables import SavedParam, is_qwix_weight, modules, parameters
 
 _Model = TypeVar("_Model", bound=nnx.Module)
+# Arguments of a model, or a function that calls it.
+Inputs: TypeAlias = tuple[PyTree, ...] | Callable[[nnx.Module], PyTree]
 
 
-def merged(
-    model: _Model, *, safe: bool = False, inputs: tuple[PyTree, ...] | None = None
-) -> _Model:
+def merged(model: _Model, *, safe: bool = False, inputs: Inputs | None = None) -> _Model:
     """Return a copy of an adapted model with its increments merged, see :func:`adalora_jax.merge`.
 
     Args:
       model: as :func:`adapt` returns it; not changed.
       safe: whether to raise an error if a merged weight is not finite.
-      inputs: arguments for which the outputs of both models are compared.
+      inputs: arguments for which the outputs of both models are compared, or a function that calls
+        a model and returns its outputs.
 
     Raises:
       ValueError: as in :func:`adalora_jax.merge`.
@@ -45,16 +48,20 @@ def merged(
     <class 'flax.nnx.nn.linear.Linear'>
     """
     check_adapted(model, "variables")
+    copy = _merged_copy(model, safe, checked=inputs is not None)
+    if inputs is not None:
+        _check_outputs(model, copy, inputs)
+    return copy
+
+
+def _merged_copy(model: _Model, safe: bool = False, checked: bool = True) -> _Model:
     copy = nnx.clone(model)
-    _add_increments(copy, model, 1, safe, checked=inputs is not None)
+    _add_increments(copy, model, 1, safe, checked=checked)
     for _, module in modules(copy):
         if isinstance(module, Adapted):
             del module.adalora
             _compat.set_class(module, base_class(type(module)))
-    copy = release_saved(copy)
-    if inputs is not None:
-        _check_outputs(model, copy, inputs)
-    return copy
+    return release_saved(copy)
 
 
 def check_adapted(model: nnx.Module, name: str) -> None:
@@ -71,14 +78,57 @@ def check_adapted(model: nnx.Module, name: str) -> None:
         )
 
 
-def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[PyTree, ...]) -> None:
+def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: Inputs) -> None:
     """Raise an error if the outputs of a merged model differ from those of the adapted one.
 
-    The bound on the relative error is the square root of the machine epsilon of the coarsest weight
-    dtype, about the effect of rounding the weights. The models run in evaluation mode.
+    Raises:
+      ValueError: an output differs; the message has its index, error and norm, and the layers.
+    """
+    found = _difference(adapted, plain, inputs)
+    if found is None:
+        return
+    index, error, size = found
+    uncertain = [
+        path
+        for path, module in modules(adapted)
+        if isinstance(module, Adapted) and _layout(module).note.startswith(UNKNOWN_USE)
+    ]
+
+    def differs_alone(path: str) -> bool:
+        model = _with_one_increment(adapted, path)
+        return _difference(model, _merged_copy(model), inputs) is not None
+
+    layers = list(filter(differs_alone, uncertain)) or uncertain
+    named = ", ".join(map(repr, layers)) or "that layer"
+    raise ValueError(
+        f"`inputs`: output {index} of the merged model is off by {error:.2g}, of a norm of "
+        f"{size:.2g}, because code outside of an adapted layer reads its weight "
+        f"(layer.kernel[...]), where there is no increment; leave {named} out of target_modules, "
+        "or use the model unmerged."
+    )
+
+
+def _with_one_increment(adapted: _Model, path: str) -> _Model:
+    """Return a copy of an adapted model whose increments are 0 except that of one layer."""
+    copy = nnx.clone(adapted)
+    values = {p: m.adalora.lam for p, m in modules(copy) if isinstance(m, Adapted)}
+    for lam in values.values():
+        if lam is not values[path]:  # layers with a tied weight share their adapter
+            lam[...] = jnp.zeros_like(lam[...])
+    return copy
+
+
+def _difference(
+    adapted: nnx.Module, plain: nnx.Module, inputs: Inputs
+) -> tuple[int, float, float] | None:
+    """Return index, error and norm of the first output that differs between two models, if any.
+
+    Masked logits, equal in both and infinite or so large that no other entry would count, are left
+    out. The bound on the relative error is the square root of the machine epsilon of the coarsest
+    weight dtype, about the effect of rounding the weights. The models run in evaluation mode.
 
     Raises:
-      ValueError: an output differs by more; the message has its index, error and norm.
+      ValueError: there are no outputs.
     """
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain, nnx.Param))}
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
@@ -87,18 +137,25 @@ def _check_outputs(adapted: nnx.Module, plain: nnx.Module, inputs: tuple[PyTree,
     def outputs(model: nnx.Module) -> list[jax.Array]:
         model = nnx.clone(model)
         model.eval()  # dropout would differ between the two
-        return [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(model(*inputs))]
-
-    ours, theirs = outputs(adapted), outputs(plain)
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        error, size = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(a))
-        if not error <= bound * size:
+        leaves = jax.tree.leaves(inputs(model) if callable(inputs) else model(*inputs))
+        if not leaves:
             raise ValueError(
-                f"`inputs`: output {index} of the merged model is off by {error:.2g}, of a norm of "
-                f"{size:.2g}, because code outside of an adapted layer reads its weight "
-                "(layer.kernel[...]), where there is no increment; leave that layer out of "
-                "target_modules, or use the model unmerged."
+                "`inputs`: the model returned no array, so there is nothing to compare; pass a "
+                "function that calls the model and returns its outputs."
             )
+        arrays = map(jnp.asarray, leaves)
+        return [x if jnp.iscomplexobj(x) else x.astype(jnp.float32) for x in arrays]
+
+    for index, (a, b) in enumerate(zip(outputs(adapted), outputs(plain), strict=True)):
+        masked = (a == b) & (abs(a) > 1e6)
+        error, size = (float(jnp.linalg.norm(jnp.where(masked, 0, x))) for x in (a - b, a))
+        if not error <= bound * size < jnp.inf:
+            return index, error, size
+    return None
+
+
+def _layout(module: Adapted) -> Layout:
+    return module.adalora.adapter.layout or kinds.require_layer(layer_of(module), module)
 
 
 def release_saved(model: _Model) -> _Model:
@@ -170,13 +227,13 @@ def _add_increments(
     for path, module in modules(adapted):
         if not isinstance(module, Adapted):
             continue
-        adapter = module.adalora.adapter
-        layer = adapter.layout or kinds.require_layer(layer_of(module), module)
+        adapter, layer = module.adalora.adapter, _layout(module)
         if layer.note.startswith(UNKNOWN_USE):
             if not checked:
                 raise ValueError(
                     f"`variables`: the increment of {path!r} cannot be merged: {layer.note}; "
-                    "merge(model, inputs=(...)) merges it where the outputs stay the same."
+                    "merge(model, inputs=(...)) merges it where the outputs stay the same; a "
+                    "function that calls the model can be passed as well."
                 )
             layer = dataclasses.replace(layer, note="")
             adapter = adapter._replace(layout=layer)

@@ -7,6 +7,7 @@ must have the same shapes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from adalora_jax._src.core.allocator import AdaLoraState
 from adalora_jax._src.core.config import AdaLoraConfig
 from adalora_jax._src.core.pytree import PyTree
 from adalora_jax._src.core.roles import ByRole
+from adalora_jax._src.core.stacking import StackedAdapters
 
 
 def _arrays(adapter: Adapter) -> dict[str, PyTree]:
@@ -78,7 +80,21 @@ def _by_role(target: ByRole, state: dict[str, Any]) -> ByRole:
     )
 
 
+def _parts_of_stacked(stacked: StackedAdapters) -> dict[str, PyTree]:
+    to = serialization.to_state_dict
+    return {"by_role": to(stacked.by_role), "others": to(stacked.others)}
+
+
+def _stacked(target: StackedAdapters, state: Mapping[str, PyTree]) -> StackedAdapters:
+    restore = serialization.from_state_dict
+    parts: dict[str, Any] = {
+        name: restore(getattr(target, name), state[name], name) for name in ("by_role", "others")
+    }
+    return dataclasses.replace(target, **parts)
+
+
 serialization.register_serialization_state(ByRole, _roles, _by_role)
+serialization.register_serialization_state(StackedAdapters, _parts_of_stacked, _stacked)
 serialization.register_serialization_state(Adapter, _arrays, _adapter)
 serialization.register_serialization_state(AdaLoraState, _parts, _state)
 serialization.register_serialization_state(AdaLoraConfig, lambda _: {}, lambda config, _: config)

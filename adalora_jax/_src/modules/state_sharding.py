@@ -36,7 +36,8 @@ def shardings(
       state: the trained parameters, in the containers of ``like``; or, with ``tx``, an optimizer's
         state. Its leaves are arrays or ``jax.ShapeDtypeStruct``.
       like: the source of the shardings: the adapters as arrays on their devices, their
-        NamedShardings, or the PartitionSpecs of ``adapted.specs``. Required with ``tx``; by
+        NamedShardings, or the PartitionSpecs of ``adapted.specs``; for parameters stacked by role,
+        those that :func:`adalora_jax.stack` returned. Required with ``tx``; by
         default ``state`` itself.
       tx: the optimizer, if ``state`` is its state.
       mesh: the mesh of the PartitionSpecs; by default that of ``like`` or of ``jax.set_mesh``.
@@ -94,7 +95,8 @@ def shardings(
         pytree.unwrap_variables(like),
         {path: a for found in allocator_states(values) for path, a in found.sensitivity.items()},
     )
-    owners = pytree.adapters(like)
+    stacked = pytree.is_stacked(like)
+    owners = like.by_role.stacked if stacked else pytree.adapters(like)
 
     def place_roles(found: AllocatorState) -> AllocatorState:
         new = {}
@@ -102,7 +104,8 @@ def shardings(
             part = getattr(found, name)
 
             def place_role(role: Role, part: ByRole = part) -> PyTree:
-                return _place_role(part.stacked[role.name], owners[role.paths[0]], mesh)
+                owner = owners[role.name if stacked else role.paths[0]]
+                return _place_role(part.stacked[role.name], owner, mesh)
 
             new[name] = ByRole({r.name: place_role(r) for r in part.roles.members}, part.roles)
         return found._replace(**new)
@@ -112,7 +115,7 @@ def shardings(
 
 
 def _place_role(value: PyTree, owner: Adapter, mesh: Mesh | AbstractMesh) -> PyTree:
-    """Return the shardings of a role's arrays: like its first member, without a leading axis."""
+    """Return the shardings of a role's arrays, like those of its first member or of its own."""
     if not isinstance(value, Adapter):
         return _match_sharding(owner.lam, value.shape, mesh)
     placed = [_match_sharding(part, leaf.shape, mesh) for part, leaf in zip(owner, value)]

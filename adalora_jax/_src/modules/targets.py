@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import operator
 import re
@@ -401,23 +402,33 @@ def _unadapted(
     candidates: Mapping[str, Candidate],
     config: AdaLoraConfig,
 ) -> list[str]:
-    """Return a line that lists the matrices that no known layer holds, if any."""
-    layers = {path: c.layer for path, c in candidates.items() if c.layer}
-    held = {f"{path}/{layer.weight}".lstrip("/") for path, layer in layers.items()} | {*layers}
-    found = [
-        f"{path} {shape}"
-        for path, shape in parameters.items()
+    """Return a line that lists the matrices that no known layer holds, if any.
+
+    Parameters of one shape whose paths differ only in numbers are one entry.
+    """
+    weights = [(path, c.layer.weight) for path, c in candidates.items() if c.layer]
+    held = {f"{path}/{weight}".lstrip("/") for path, weight in weights}
+    # In a scope that several layers share, the path of a layer is that of its weight.
+    held |= {path for path, weight in weights if path.rpartition("/")[2] == weight}
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for path, shape in parameters.items():
         # Biases and norm scales of stacked layers have two axes as well.
-        if len(shape) >= 2 and path.rpartition("/")[2] not in ("bias", "scale")
-        if not saved_params(path, config)
-        if not any(path == place or path.startswith(f"{place}/") for place in held)
-    ]
-    if not found:
+        if len(shape) < 2 or path.rpartition("/")[2] in ("bias", "scale"):
+            continue
+        if saved_params(path, config):
+            continue
+        # A weight of packed integers consists of several arrays, each with a path of its own.
+        if held.isdisjoint(itertools.accumulate(path.split("/"), "{}/{}".format)):
+            alike.setdefault((re.sub(r"\d+", "*", path), shape), []).append(path)
+    if not alike:
         return []
-    shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    shown = [
+        f"{role} {shape} x {len(paths)}" if len(paths) > 1 else f"{paths[0]} {shape}"
+        for (role, shape), paths in alike.items()
+    ]
     return [
-        f"in no layer of a known kind: {shown}. To adapt one, declare the class of its module: "
-        "adapt(..., layers={Class: Layout(...)})"
+        f"in no layer of a known kind: {', '.join(shown)}. To adapt one, declare the class of its "
+        "module: adapt(..., layers={Class: Layout(...)})"
     ]
 
 
