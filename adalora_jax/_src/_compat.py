@@ -1,10 +1,9 @@
-"""Every use of private parts of other packages and of Python's code objects, in one function each,
-and every difference between their supported versions.
+"""Every use of private parts of other packages and of Python's code objects, in one function each.
 
 Each docstring says why the use is needed, what the other package would have to offer instead, which
-issue asks for that, and the version with which the use was last checked. For a difference between
-versions it says from which oldest version on the function can be deleted. Neither Flax nor the
-optional package Qwix is imported here, so that the core can use it.
+issue asks for that, and the version with which the use was last checked. Differences between the
+supported versions of a package are handled here, too; their docstrings say when the function can be
+deleted. The core uses this module, so it imports neither Flax nor the optional package Qwix.
 """
 
 from __future__ import annotations
