@@ -1,8 +1,9 @@
 """Every use of private parts of other packages and of Python's code objects, in one function each.
 
 Each docstring says why the use is needed, what the other package would have to offer instead, which
-issue asks for that, and the version with which the use was last checked. The optional package Qwix
-is never imported here.
+issue asks for that, and the version with which the use was last checked. Differences between the
+supported versions of a package are handled here, too; their docstrings say when the function can be
+deleted. The core uses this module, so it imports neither Flax nor the optional package Qwix.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import itertools
 import sys
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from flax import core
-from flax.linen.module import InterceptorContext
+from jax.extend import core
+
+if TYPE_CHECKING:
+    from flax.core import Scope
+    from flax.linen.module import InterceptorContext
 
 
 class QwixWeight(Protocol):
@@ -25,6 +29,12 @@ class QwixWeight(Protocol):
 
     array: Any
     how: Any
+
+
+class Variable(Protocol):
+    """Variable of NNX: a value and metadata about it."""
+
+    def get_metadata(self) -> Mapping[str, Any]: ...
 
 
 def without_qwix(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +140,7 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     their names changed in jax 0.12.
     Needs upstream: the three groups of inputs of a ``scan`` among the functions of ``jax.extend``.
     Upstream: no issue was found; add a function to ``jax.extend.core`` that returns them.
-    Checked with: jax 0.10.1, 0.10.2 and 0.12.0.1.
+    Checked with: jax 0.8.1, 0.9.2, 0.10.2 and 0.12.0.1.
 
     Args:
       params: the parameters of the operation in a jaxpr.
@@ -144,6 +154,54 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def is_output_placed(params: Mapping[str, Any]) -> bool:
+    """Return whether a ``ragged_dot_general`` asks for a sharding of its output.
+
+    Why: before version 0.10.1, JAX's operation has no such parameter.
+    Needed until: jax 0.10.1 is the oldest supported version.
+    Checked with: jax 0.8.1, 0.9.2, 0.10.2 and 0.12.0.1.
+
+    Args:
+      params: the parameters of the operation in a jaxpr.
+
+    >>> is_output_placed({"group_offset": None})
+    False
+    """
+    return params.get("out_sharding") is not None
+
+
+def one_operation(eqn: core.JaxprEqn, inputs: list[core.Var]) -> core.ClosedJaxpr:
+    """Return a jaxpr that consists of one operation, with the given variables as its inputs.
+
+    Why: ``jax.extend`` has no ``DebugInfo`` before jax 0.10, which requires one for every jaxpr.
+    Needed until: jax 0.10 is the oldest supported version.
+    Checked with: jax 0.8.1, 0.9.2, 0.10.2 and 0.12.0.1.
+
+    >>> import jax
+    >>> (eqn,) = jax.make_jaxpr(jax.numpy.sin)(1.0).eqns
+    >>> [float(y) for y in core.jaxpr_as_fun(one_operation(eqn, eqn.invars))(0.0)]
+    [0.0]
+    """
+    options: dict[str, Any] = {}
+    if hasattr(core, "DebugInfo"):
+        options["debug_info"] = core.DebugInfo("adalora", eqn.primitive.name, None, None)
+    return core.ClosedJaxpr(core.Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects, **options), ())
+
+
+def sharding_key(variable: Variable) -> str:
+    """Return the key of the sharding among the metadata of a Variable.
+
+    Why: flax 0.12.4 renamed ``sharding_names`` to ``out_sharding``.
+    Needed until: flax 0.12.4 is the oldest supported version.
+    Checked with: flax 0.12.3, 0.12.8 and 0.12.12.
+
+    >>> from flax import nnx
+    >>> sharding_key(nnx.Param(1.0))
+    'out_sharding'
+    """
+    return "sharding_names" if "sharding_names" in variable.get_metadata() else "out_sharding"
 
 
 def uses_super(method: Callable[..., Any]) -> bool:
@@ -232,9 +290,7 @@ def linen_method(context: InterceptorContext) -> Callable[..., Any] | None:
     return None if uses_super(function) and at + 1 < len(defining) else defining[at]
 
 
-def linen_scope(
-    scope: core.Scope, variables: dict[str, Any], rngs: dict[str, Any] | None
-) -> core.Scope:
+def linen_scope(scope: Scope, variables: dict[str, Any], rngs: dict[str, Any] | None) -> Scope:
     """Return a scope with the name, path and flags of ``scope`` and other contents.
 
     Why: a packed weight is dequantised for the duration of its layer's call alone, within a call of
@@ -243,7 +299,7 @@ def linen_scope(
     Upstream: no issue was found; let ``apply`` run a bound module at its path with other variables.
     Checked with: flax 0.12.8.
     """
-    return core.Scope(variables, rngs, scope.name, path=scope.path, flags=scope.flags)
+    return type(scope)(variables, rngs, scope.name, path=scope.path, flags=scope.flags)
 
 
 def set_class(module: object, cls: type) -> None:

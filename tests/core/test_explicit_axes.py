@@ -16,6 +16,8 @@ from adalora_jax._src.core import explicit_axes, low_rank
 
 @pytest.fixture(params=["explicit", "mixed"])
 def mesh(request):
+    if request.param == "mixed" and jax.__version_info__ < (0, 10, 1):
+        pytest.skip("JAX leaves such shardings out of types")
     other = AxisType.Explicit if request.param == "explicit" else AxisType.Auto
     made = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Explicit, other))
     with jax.set_mesh(made):

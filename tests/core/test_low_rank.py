@@ -295,6 +295,9 @@ def test_precision_is_static_and_passed_to_both_products(precision):
     assert text.count(f"precision = [{expected}, {expected}]") == 2
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="JAX rejects derivatives that vary over the mesh"
+)
 def test_derivative_under_shard_map_equals_autodiff():
     """``shard_map`` checks which values vary over the mesh, as it does by default."""
     mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(AxisType.Auto,))

@@ -25,7 +25,7 @@ from support import hf_numpy
 from support.hf_flax import NNX_LLAMA, Llama, NnxLlama, Sizes
 
 from adalora_jax import huggingface as peft
-from adalora_jax._src.core.pytree import sharding_key
+from adalora_jax._src._compat import sharding_key
 from adalora_jax._src.tensorfile import Spec, stream_tensors
 
 FOLDER = pathlib.Path(sys.argv[-1])

@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adalora_jax as adalora
+from adalora_jax._src._compat import sharding_key
 from adalora_jax._src.core.layout import Layout
-from adalora_jax._src.core.pytree import sharding_key
 from adalora_jax.sharding import adapter_specs
 
 CONFIG = adalora.AdaLoraConfig(

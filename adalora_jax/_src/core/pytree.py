@@ -11,6 +11,7 @@ import optax
 from jax import tree_util
 from jax.tree_util import KeyPath
 
+from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter, check_adapter
 
 PyTree: TypeAlias = Any  # containers of any kind, with arrays and adapters in them
@@ -93,11 +94,6 @@ def is_variable(node: object) -> bool:
     return hasattr(node, "get_value")
 
 
-def sharding_key(variable: PyTree) -> str:
-    """Return the key of the sharding among a Variable's metadata, which flax 0.12.4 renamed."""
-    return "sharding_names" if "sharding_names" in variable.get_metadata() else "out_sharding"
-
-
 def stacked_variable(variable: PyTree, value: PyTree) -> PyTree:
     """Return ``value``, in a Variable if ``variable`` is one, with one axis in front of its axes.
 
@@ -109,7 +105,7 @@ def stacked_variable(variable: PyTree, value: PyTree) -> PyTree:
     """
     if not is_variable(variable):
         return value
-    key = sharding_key(variable)
+    key = _compat.sharding_key(variable)
     spec = variable.get_metadata(key, None)
     if hasattr(spec, "mesh"):
         mesh, inner = spec.mesh, spec.spec

@@ -548,8 +548,4 @@ def _unstacked(value: PyTree) -> tuple[Any, Any]:
 def run_alone(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Return the outputs of one operation, run as a program of its own."""
     values = {v: x for v, x in zip(eqn.invars, inputs) if not isinstance(v, core.Literal)}
-    options: dict[str, Any] = {}
-    if hasattr(core, "DebugInfo"):  # jax 0.9 has none; later versions require it
-        options["debug_info"] = core.DebugInfo("adalora", eqn.primitive.name, None, None)
-    jaxpr = core.Jaxpr((), [*values], eqn.outvars, [eqn], eqn.effects, **options)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*values.values())
+    return core.jaxpr_as_fun(_compat.one_operation(eqn, [*values]))(*values.values())

@@ -15,7 +15,6 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adalora_jax._src import _compat
-from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.modules import sharding, targets
@@ -289,7 +288,7 @@ def _dropout(config: AdaLoraConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> n
 
 def placement(variable: nnx.Variable) -> NamedSharding | PartitionSpec | None:
     """Return the sharding of a variable's array, else the one that its metadata specify."""
-    named = variable.get_metadata(pytree.sharding_key(variable), None)
+    named = variable.get_metadata(_compat.sharding_key(variable), None)
     mesh = variable.get_metadata("mesh", None)
     if named and not isinstance(named, NamedSharding):
         named = nnx.spmd.get_var_pspec(variable)
@@ -305,7 +304,7 @@ def _annotate(
     Axis names are derived from the weight's unless ``specs`` are given; mesh and sharding rules are
     copied.
     """
-    key = pytree.sharding_key(weight)
+    key = _compat.sharding_key(weight)
     named = weight.get_metadata(key, None)
     if not named:
         return

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from adalora_jax._src import _compat
 from adalora_jax._src.core.adapter import Adapter, known_scale
 from adalora_jax._src.core.low_rank import accumulation_dtype
 
@@ -47,7 +48,7 @@ def axes_of(eqn: core.JaxprEqn) -> Axes | None:
     numbers = params["ragged_dot_dimension_numbers"]
     (x_summed, summed), (x_batch, batch) = numbers.dot_dimension_numbers
     (row,), group = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
-    is_known = params["group_offset"] is None and params["out_sharding"] is None
+    is_known = params["group_offset"] is None and not _compat.is_output_placed(params)
     if len(group) != 1 or row in x_summed or row in x_batch or not is_known:
         return None
     return Axes(row, tuple(x_summed), tuple(x_batch), group[0], tuple(summed), tuple(batch))
