@@ -120,6 +120,8 @@ NNX_REFUSED = {
     "no attributes": lambda r: zoo.NoAttributes(4, 5, rngs=r),
     "other attributes": lambda r: zoo.OtherAttributes(4, 5, rngs=r),
     "batched": lambda r: zoo.Batched(3, 4, 5, rngs=r),
+    "sum of neighbours": lambda r: zoo.Windowed(4, 4, rngs=r),
+    "state": lambda r: zoo.Counting(4, 4, rngs=r),
     "groups as many as inputs": lambda r: zoo.Batched(4, 4, 4, rngs=r),
     "stacked": lambda r: stacked(3, lambda r: zoo.Heads(4, 2, 3, rngs=r)),
     "stacked as often as features": lambda r: stacked(4, lambda r: zoo.TorchLinear(4, 4, rngs=r)),
@@ -147,6 +149,8 @@ LINEN_REFUSED = {
     "normalised weight": zoo.LinenKernel(4, normalised=True),
     "two weights": zoo.LinenGated(4),
     "an inner axis": zoo.LinenHeads(4, 4, axis=-2),
+    "sum of neighbours": zoo.LinenReduced(),
+    "another method": zoo.LinenMethods(),
 }
 
 
@@ -179,6 +183,59 @@ def test_call_that_computes_something_else_raises():
     np.testing.assert_array_equal(kernel(x=x, train=True), kernel(x))
     with pytest.raises(ValueError, match="these arguments a Kernel does not compute"):
         kernel(x, factor=2.0)
+
+
+@pytest.mark.parametrize("name", ["mode", "square input", "dtype", "None"])
+def test_nnx_call_that_computes_something_else_than_the_traced_one_raises(name):
+    model = adalora.nnx.adapt(zoo.ByMode(4, 4, rngs=nnx.Rngs(0)), nnx_config(".*"))
+    x, args = draw(2, 4), ()
+    assert model(x).shape == (2, 4)
+    if name == "mode":
+        model.training = True
+    elif name == "None":
+        args = (None,)
+    else:
+        x = draw(2, 4, 4) if name == "square input" else x.astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match="these arguments a ByMode does not compute"):
+        jax.jit(lambda x: model(x, *args))(x)
+
+
+def test_layer_that_returns_a_tuple_raises_and_is_left_out():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.first = zoo.InTuple(4, 4, rngs=nnx.Rngs(0))
+            self.second = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.second(self.first(x)[0])
+
+    class LinenModel(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="second")(zoo.LinenInTuple(name="first")(x)[0])
+
+    with pytest.raises(ValueError, match="'first' is a InTuple, which cannot be adapted"):
+        adalora.nnx.adapt(Model(), nnx_config(["first"]))
+    adapted = adalora.nnx.adapt(Model(), nnx_config(".*"))
+    assert list(adalora.nnx.adapters(adapted)) == ["second"]
+    assert adapted(draw(2, 4)).shape == (2, 4)
+    assert list(adapted_of(LinenModel(), draw(2, 4))[2]) == ["second"]
+
+
+def test_weight_shared_with_another_class_of_layer_raises():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.first = zoo.TorchLinear(4, 4, rngs=nnx.Rngs(0))
+            self.second = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.second.kernel = self.first.weight
+
+        def __call__(self, x):
+            return self.second(self.first(x))
+
+    with pytest.raises(ValueError, match="'second' shares its weight with 'first'"):
+        adalora.nnx.adapt(Model(), nnx_config(["second"]))
+    with pytest.raises(ValueError, match="'first' is a TorchLinear, which cannot be adapted"):
+        adalora.nnx.adapt(Model(), nnx_config(["first"]))
 
 
 class Body(nn.Module):

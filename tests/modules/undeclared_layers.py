@@ -305,3 +305,75 @@ class LinenTied(nn.Module):
         layer = LinenKernel(x.shape[-1], name="layer")
         y = layer(x)
         return y @ layer.variables["params"]["w"].T
+
+
+class Windowed(Kernel):
+    """Sums neighbours of the product by a custom function."""
+
+    def __call__(self, x):
+        def add(a, b):
+            return a + b + 0.0
+
+        y = x @ self.kernel[...]
+        return lax.reduce_window(y, jnp.float32(0), add, (1, 3), (1, 1), "SAME")
+
+
+class InTuple(Kernel):
+    """Returns its output and no bias."""
+
+    def __call__(self, x):
+        return x @ self.kernel[...], None
+
+
+class Counting(Kernel):
+    """Adds the last output, which it stores."""
+
+    def __init__(self, ins, outs, *, rngs):
+        super().__init__(ins, outs, rngs=rngs)
+        self.last = nnx.BatchStat(jnp.zeros(outs))
+
+    def __call__(self, x):
+        y = x @ self.kernel[...] + self.last[...]
+        self.last[...] = y[0]
+        return y
+
+
+class ByMode(Kernel):
+    """Computes something else in another mode, for a square input, and for None."""
+
+    training = False
+
+    def __call__(self, x, factor=1.0):
+        square = x.ndim == 3 and x.shape[-2] == x.shape[-1]
+        y = x @ (self.kernel[...].T if square else self.kernel[...])
+        y = 2 * y if x.dtype == jnp.bfloat16 or self.training else y
+        return y if factor == 1.0 else 3 * y
+
+
+class LinenMethods(nn.Module):
+    """Has a method that ``init`` does not call."""
+
+    def setup(self):
+        self.kernel = self.param("kernel", nn.initializers.normal(), (4, 4))
+
+    def __call__(self, x):
+        return x @ self.kernel
+
+    def decode(self, x):
+        return x @ self.kernel.T
+
+
+class LinenReduced(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        def add(a, b):
+            return a + b + 0.0
+
+        y = x @ self.param("kernel", nn.initializers.normal(), (4, 4))
+        return lax.reduce_window(y, jnp.float32(0), add, (1, 3), (1, 1), "SAME")
+
+
+class LinenInTuple(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.normal(), (4, 4)), None

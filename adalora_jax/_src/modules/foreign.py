@@ -268,10 +268,12 @@ def problem_with(
       arguments: arrays or shapes of the call's arguments, of which the first is the input.
     """
     try:
-        closed = jax.make_jaxpr(run)(variables, arguments)
+        closed, output = jax.make_jaxpr(run, return_shape=True)(variables, arguments)
     except Exception as error:  # another project's class may raise any error
         lines = str(error).strip().splitlines()
         return f"{RAISES}{type(error).__name__}: {' '.join(lines[:1]).rstrip('.')}"
+    if not hasattr(output, "shape"):
+        return f"its call returns a {type(output).__name__} instead of an array"
     x = len(jax.tree.leaves(variables))
     labels = einsum.labels_of_call(
         layer, jax.tree.leaves(arguments)[0].ndim, attend=method == "attend"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -370,10 +371,23 @@ def layer_of_call(
     x, equation = input_of(args, kwargs)
     layer = layer_of(module, equation, declared)
     is_known = layer or declared is None or foreign.layout_of(module, declared)
-    if is_known or method != "__call__" or x is None:
+    if is_known or _has_other_methods(type(module)) or method != "__call__" or x is None:
         return layer
     return foreign.inferred(
         _shapes(module), lambda layout: problem_with_call(module, layout, method, args, kwargs)
+    )
+
+
+def _has_other_methods(cls: type) -> bool:
+    """Return whether a class has methods other than ``setup`` and ``__call__``.
+
+    They may use its weight, but have no adapter.
+    """
+    return any(
+        inspect.isfunction(value) and name not in ("setup", "__call__") and name[:2] != "__"
+        for ancestor in cls.__mro__
+        if ancestor.__module__.partition(".")[0] not in ("flax", "builtins")
+        for name, value in vars(ancestor).items()
     )
 
 

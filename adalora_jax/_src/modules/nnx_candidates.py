@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def candidates(
     check_module(model)
     foreign.check_names(layers or {}, (module for _, module in modules(model)))
     found: dict[str, Candidate] = {}
-    reasons, reading = _rewritten(model), _readers(model)
+    reasons, reading, holders = _rewritten(model), _readers(model), _holders(model)
     for path, module in modules(model):
         if isinstance(module, Adaptation) and not of_adapted:
             raise ValueError(
@@ -64,7 +64,7 @@ def candidates(
             continue
         known = foreign.layout_of(module, layers)
         layer = layer_of(module, declared=layers)
-        inferred = None if layer or known or layers is None else _inferred(module)
+        inferred = None if layer or known or layers is None else _inferred(module, holders)
         known, layer = known or inferred, layer or inferred
         if layer and not hasattr(module, layer.weight):
             raise ValueError(
@@ -134,16 +134,32 @@ def _shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {path: tuple(weight.shape) for path, weight in parameters(module).items()}
 
 
-def _inferred(module: nnx.Module) -> Layout | None:
+def _holders(model: nnx.Module) -> dict[int, set[tuple[type, str]]]:
+    """Return ``{id of a variable: (class of a module, attribute)}`` of all modules that hold it."""
+    found: dict[int, set[tuple[type, str]]] = {}
+    for _, module in modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Variable):
+                found.setdefault(id(value), set()).add((type(module), name))
+    return found
+
+
+def _inferred(module: nnx.Module, holders: Mapping[int, set[tuple[type, str]]]) -> Layout | None:
     """Return the layout of a module's one weight, if its attributes and a trace tell it; else None.
 
     The attributes must tell the sizes of input and output, since the weight may be stacked, which
     the trace of the module alone does not show. Its methods other than ``__call__`` must not read
-    the weight, since they have no adapter. Other modules in it may depend on its mode.
+    the weight, since they have no adapter. Other modules in it may depend on its mode, and other
+    variables may store a product without the increment. Layers of another class that share the
+    weight would share the adapter, which has one layout.
     """
     shapes = _shapes(module)
     weight = foreign.weight_of(shapes)
     if not weight or not callable(module) or any(path for path, _ in modules(module)):
+        return None
+    if len(nnx.to_flat_state(nnx.state(module))) > len(shapes):
+        return None
+    if len(holders[id(getattr(module, weight))]) > 1:
         return None
     if weight in _attributes_read(type(module), own=True):
         return None

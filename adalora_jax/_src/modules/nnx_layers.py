@@ -129,6 +129,9 @@ class Adaptation(nnx.Module):
 def _check_call(layer: nnx.Module, spec: Layout, x: jax.Array, call: dict[str, Any]) -> None:
     """Raise an error if a call of a declared layer is not the product of its layout.
 
+    The computation may depend on the layer's mode, on the shape and dtype of the input, and on
+    other arguments, so that the trace in ``adapt`` does not show it.
+
     Args:
       layer: the adapted layer.
       spec: the declared layout.
@@ -144,9 +147,8 @@ def _check_call(layer: nnx.Module, spec: Layout, x: jax.Array, call: dict[str, A
         return foreign.require_call(problem, cls)
     call = dict(call)
     method = "attend" if call.pop("attend", False) else "__call__"
-    if any(value is not None for value in call.values()):  # adapt has checked a call without them
-        args = [call.pop(name) for name in sorted(filter(str.isdigit, call), key=int)]
-        foreign.require_call(problem_with_call(layer, spec, method, (x, *args), call), cls)
+    args = [call.pop(name) for name in sorted(filter(str.isdigit, call), key=int)]
+    foreign.require_call(problem_with_call(layer, spec, method, (x, *args), call), cls)
 
 
 def problem_with_call(

@@ -144,7 +144,7 @@ class _Walk:
         elif primitive in ("add", "add_any", "sub") and "y" in kinds:
             if "w" not in kinds and kinds != ["y", "y"] and (primitive != "sub" or kinds[0] == "y"):
                 return [inputs[kinds.index("y")]]
-        elif primitive not in _LOOPS and (inner := called_jaxpr(eqn)) is not None:
+        elif primitive not in _LOOPS and (inner := _called_on_arrays(eqn)) is not None:
             return self.run(inner, inputs)
         elif kind := _row_numbers(eqn, kinds):
             if kind == "n":
@@ -231,6 +231,17 @@ class _Walk:
 
 def _aval(v: core.Var | core.Literal) -> Any:
     return v.aval
+
+
+def _called_on_arrays(eqn: core.JaxprEqn) -> core.Jaxpr | None:
+    """Return the jaxpr that a call runs on its inputs; None for one that runs on their elements.
+
+    The function that combines elements in ``reduce`` and ``reduce_window`` is such a jaxpr.
+    """
+    inner = called_jaxpr(eqn)
+    pairs = ((inner.invars, eqn.invars), (inner.outvars, eqn.outvars)) if inner else ()
+    same = all([_aval(v).shape for v in a] == [_aval(v).shape for v in b] for a, b in pairs)
+    return inner if same else None
 
 
 def _needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
