@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable
 
 from benchmarks.quality import tasks
 from benchmarks.quality.models import FASHION, TOPICS, Transformer
 
 # {task: {number of training examples: (number of steps, ranks)}}
 SIZES = {
-    "fashion": {100: (200, (1,)), 600: (400, (1,)), 4000: (1000, (1, 8)), 16000: (1500, (1,))},
+    "fashion": {100: (200, (1,)), 600: (400, (1,)), 4000: (2000, (1, 8)), 16000: (2500, (1,))},
     "topics": {20: (60, (8,)), 60: (100, (1, 8)), 300: (300, (1, 8)), 1000: (1000, (1, 8))},
 }
 _PLANS = {
