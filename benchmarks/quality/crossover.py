@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         wanted = float(tasks.read(name, chosen.data)["wanted"])
         for size, task in sizes.load(name, chosen.data, chosen.seeds).items():
             points[task.name] = tasks.shortened(task, 10) if chosen.quick else task
-            about[task.name] = _about(points[task.name], name, size, wanted)
+            about[task.name] = _about(task, name, size, wanted)
     described = {
         "study": {
             "seeds": chosen.seeds,
@@ -94,7 +94,12 @@ def _run(chosen: argparse.Namespace, points: Any, path: pathlib.Path, about: Any
 
 def _about(task: tasks.Task, name: str, size: int, wanted: float) -> dict[str, Any]:
     fields = ("title", "measure", "sign", "steps", "budgets")
-    data = {"data": name, "examples": size, "bits wanted": round(size * wanted)}
+    data = {
+        "data": name,
+        "examples": size,
+        "passes": task.splits.batches[0].size / size,
+        "bits wanted": round(size * wanted),
+    }
     return {**{name: getattr(task, name) for name in fields}, **data}
 
 
