@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.quality import methods
 from benchmarks.quality.paired import holm, mean_and_deviation, sign_flip
 from benchmarks.quality.report import LEVEL, Cells, digits, unit
 from benchmarks.results import described, markdown, number
 
 MARGINS = {1: 1.0, -1: 0.01}  # {sign of the measure: differences below it count as level}
 BITS = 2  # per parameter
+TITLES = {"adalora": "AdaLoRA", "svd-lora": "SVD-LoRA", "full": "full fine-tuning"}
 MARKS = {"adalora": ("tab:red", "D"), "svd-lora": ("tab:green", "^"), "full": ("black", "*")}
 
 
@@ -193,7 +193,7 @@ def _table(data: str, results: Mapping[str, Any]) -> list[str]:
     about = here[0].about
     sign, others = about["sign"], ("svd-lora", "adalora", "full")
     places = digits(sign)
-    titles = [f"{methods.METHODS[name].title.partition(':')[0]} − LoRA" for name in others]
+    titles = [f"{TITLES[name]} − LoRA" for name in others]
     header = ("rank", "examples", "passes", "bits wanted", "ratio", f"LoRA: {about['measure']}")
     rows = [(*header, *titles)]
     for point in here:
@@ -264,7 +264,7 @@ def picture(results: Mapping[str, Any]) -> Any:
         handles, labels = axes.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles))
     figure.legend(
-        labelled.values(), labelled.keys(), loc="outside lower center", ncols=4, frameon=False
+        labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, frameon=False
     )
     return figure
 
@@ -272,7 +272,6 @@ def picture(results: Mapping[str, Any]) -> Any:
 def _draw(axes: Any, results: Mapping[str, Any], here: list[Point], method: str) -> None:
     """Draw a method at all points; markers of ranks above 1 are hollow."""
     colour, mark = MARKS[method]
-    title = methods.METHODS[method].title.partition(":")[0]
     aside = 1.06 if method == "svd-lora" else 1.0  # so that error bars do not cover each other
     for rank in sorted({point.rank for point in here}):
         found = {
@@ -291,5 +290,5 @@ def _draw(axes: Any, results: Mapping[str, Any], here: list[Point], method: str)
             markerfacecolor=colour if rank == 1 else "white",
             capsize=2,
             lw=1,
-            label=f"{title}, rank {rank}",
+            label=f"{TITLES[method]}, against LoRA at rank {rank}",
         )
