@@ -24,7 +24,7 @@ from benchmarks.quality import crossover_report as report
 from benchmarks.quality import sizes, study, tasks
 
 HERE = pathlib.Path(__file__).parent
-METHODS = ("lora", "adalora", "full", "svd-lora")  # by priority
+METHODS = ("lora", "svd-lora", "adalora", "full")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -80,15 +80,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def _run(chosen: argparse.Namespace, points: Any, path: pathlib.Path, about: Any) -> list[str]:
-    """Run the cells by priority, and return the keys of those that failed."""
-    failed = []
-    for method in chosen.method:
-        cells = study.cells(points, [method])
-        main = [cell for cell in cells if cell.budget == points[cell.task].budgets[0]]
-        # The other rank of a size is tuned near the best rate of the first, so it runs after it.
-        for wanted in (main, cells):
-            limits = chosen.budget_seconds, chosen.threads, chosen.rates, chosen.beyond, 1
-            failed += study.run(points, wanted, chosen.rates, path, about, *limits)[1]
+    """Run the cells, and return the keys of those that failed."""
+    cells, failed = study.cells(points, chosen.method), []
+    main = [cell for cell in cells if cell.budget == points[cell.task].budgets[0]]
+    # The second rank of a size is tuned near the best rate of the first, which must be known.
+    for wanted in (main, cells):
+        limits = chosen.budget_seconds, chosen.threads, chosen.rates, chosen.beyond, 1
+        failed += study.run(points, wanted, chosen.rates, path, about, *limits)[1]
     return list(dict.fromkeys(failed))
 
 
