@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     option = parser.add_argument
     names = list(sizes.SIZES)
     option("--task", nargs="+", choices=names, default=names, help="tasks to run")
+    option("--size", nargs="+", type=int, help="run only these numbers of training examples")
     option("--method", nargs="+", choices=METHODS, default=METHODS, help="run only these methods")
     option("--seeds", type=int, default=5, help="number of seeds")
     option("--rates", type=int, default=3, help="number of learning rates per cell")
@@ -61,6 +62,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name in chosen.task:
         wanted = float(tasks.read(name, chosen.data)["wanted"])
         for size, task in sizes.load(name, chosen.data, chosen.seeds).items():
+            if size not in (chosen.size or [size]):
+                continue
             points[task.name] = tasks.shortened(task, 10) if chosen.quick else task
             about[task.name] = _about(task, name, size, wanted)
     described = {
