@@ -69,6 +69,8 @@ def text(results: Mapping[str, Any]) -> str:
     ]
     for data in dict.fromkeys(about["data"] for about in study["tasks"].values()):
         parts += _table(data, results)
+    if missing := _missing(results):
+        parts.append(f"## Not run\n\n{missing}")
     machines = (f"- {described(machine)}" for machine in results["machines"].values())
     parts.append("## Machine\n\n" + "\n".join(machines))
     parts.append(
@@ -97,8 +99,9 @@ def _method(study: Mapping[str, Any]) -> str:
         "- **Difference**: the mean over seeds of the difference on test examples, with its "
         "standard error. A positive difference is better: more accuracy, or fewer bits.\n"
         "- **p**: that of an exact two-sided sign-flip test of all paired differences of a group, "
-        f"corrected by Holm for the {len(GROUPS)} groups. Single points are not tested: the "
-        f"smallest possible p of {study['seeds']} pairs is {2 / 2 ** study['seeds']:g}.\n"
+        f"corrected by Holm for the {len(GROUPS)} groups, with p = 1 for a group that was not run. "
+        "Single points are not tested: the smallest possible p of "
+        f"{study['seeds']} pairs is {2 / 2 ** study['seeds']:g}.\n"
         "- **Found**: level if the difference is below "
         f"{MARGINS[1]:g} percentage point or {MARGINS[-1]:g} bits per character; otherwise ahead "
         f"or behind with p < {LEVEL}, and open without.\n"
@@ -146,7 +149,9 @@ def tests(results: Mapping[str, Any], method: str, other: str) -> dict[str, Test
         if all(each):
             pairs[name] = [value for values in each for value in values]
             margins[name] = MARGINS[there[group.points[0]].about["sign"]]
-    p = holm({name: sign_flip(values, [0.0] * len(values)) for name, values in pairs.items()})
+    # A group that was not run counts in the correction: its result must not change the others'.
+    raw = {name: sign_flip(pairs[name], [0.0] * len(pairs[name])) for name in pairs}
+    p = holm({name: raw.get(name, 1.0) for name in GROUPS})
     found = {}
     for name, values in pairs.items():
         mean = sum(values) / len(values)
@@ -216,6 +221,21 @@ def _table(data: str, results: Mapping[str, Any]) -> list[str]:
         f"Scores of LoRA are means ± standard deviations; differences, in {unit(sign)}, are means "
         f"± standard errors.\n\n{markdown(rows)}",
     ]
+
+
+def _missing(results: Mapping[str, Any]) -> str:
+    """Return a list of the points that were not run, by method."""
+    lines = []
+    for method, title in {"lora": "LoRA", **TITLES}.items():
+        absent = [
+            f"{task} at rank {rank}"
+            for task, about in results["study"]["tasks"].items()
+            for rank in (about["budgets"][:1] if method == "full" else about["budgets"])
+            if f"{task}/{method}/{rank}" not in results["cells"]
+        ]
+        if absent:
+            lines.append(f"- {title}: {', '.join(absent)}")
+    return "\n".join(lines)
 
 
 def _shown(values: list[float], places: int) -> str:
