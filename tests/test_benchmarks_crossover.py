@@ -126,7 +126,8 @@ def test_stored_points_are_on_the_side_of_their_group():
     results = json.loads((files.HERE / "crossover.json").read_text("utf-8"))
     found = report.points(results)
     for group in report.GROUPS.values():
-        assert {found[point].ratio > 1 for point in group.points} == {group.above}
+        run = [point for point in group.points if point in found]
+        assert all((found[point].ratio > 1) == group.above for point in run)
 
 
 def test_page_is_rendered_from_stored_results():

@@ -259,7 +259,8 @@ def picture(results: Mapping[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     there = points(results)
-    data = list(dict.fromkeys(point.about["data"] for point in there.values()))
+    compared = [p for p in there.values() if differences(results, p, "adalora", "lora")]
+    data = list(dict.fromkeys(point.about["data"] for point in compared))
     figure = Figure(figsize=(5.2 * len(data), 6.8), layout="constrained")
     rows = figure.subplots(2, len(data), squeeze=False, sharex="col")
     for column, name in enumerate(data):
@@ -280,7 +281,7 @@ def picture(results: Mapping[str, Any]) -> Any:
         rows[1, column].set_xlabel("bits wanted by the training data / bits held by LoRA")
     figure.suptitle("Difference from LoRA: mean ± standard error over seeds; up is better")
     labelled: dict[str, Any] = {}
-    for axes in rows[:, 0]:
+    for axes in rows.flat:
         handles, labels = axes.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles))
     figure.legend(
