@@ -184,10 +184,14 @@ def _groups(
         if test := found.get(name):
             sign = members[0].about["sign"]
             mean = f"{test.mean:+z.{digits(sign)}f} {unit(sign)}"
-            rows.append((name, shown, predicted[name], mean, f"{test.p:.3f}", test.found))
+            rows.append((name, shown, predicted[name], mean, _probability(test.p), test.found))
         else:
             rows.append((name, shown, predicted[name], "", "", "not run"))
     return markdown(rows)
+
+
+def _probability(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _table(data: str, results: Mapping[str, Any]) -> list[str]:
@@ -261,7 +265,7 @@ def picture(results: Mapping[str, Any]) -> Any:
     there = points(results)
     compared = [p for p in there.values() if differences(results, p, "adalora", "lora")]
     data = list(dict.fromkeys(point.about["data"] for point in compared))
-    figure = Figure(figsize=(5.2 * len(data), 6.8), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 5.2 * len(data)), 7.2), layout="constrained")
     rows = figure.subplots(2, len(data), squeeze=False, sharex="col")
     for column, name in enumerate(data):
         here = [point for point in there.values() if point.about["data"] == name]
@@ -285,7 +289,7 @@ def picture(results: Mapping[str, Any]) -> Any:
         handles, labels = axes.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles))
     figure.legend(
-        labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, frameon=False
+        labelled.values(), labelled.keys(), loc="outside lower center", ncols=2, frameon=False
     )
     return figure
 
