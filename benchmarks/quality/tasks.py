@@ -70,7 +70,9 @@ class Task(NamedTuple):
         return 100 * right.mean()
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
+    """Task without its data; the fields are those of :class:`Task`."""
+
     title: str
     measure: str
     sign: int
@@ -84,7 +86,7 @@ class _Plan(NamedTuple):
     rates: dict[str, int]
 
 
-_OURS = ("query", "key", "value", "out", "up", "down")
+OURS = ("query", "key", "value", "out", "up", "down")
 _BERTS = tuple(f"attention_self_{name}" for name in ("query", "key", "value"))
 _BERTS += ("attention_output_dense", "intermediate_dense", "output_dense")
 
@@ -102,12 +104,12 @@ def _minilm(file: dict[str, np.ndarray]) -> nn.Module:
 
 
 _PLANS = {
-    "digits": _Plan(
+    "digits": Plan(
         title="Digits: a Vision Transformer trained on the digits 0-4 learns 5-9 from 50 images",
         measure="test accuracy, %",
         sign=1,
         module=lambda _: Transformer(**DIGITS),
-        targets=_OURS,
+        targets=OURS,
         head=("head",),
         head_rate=1e-2,
         steps=200,
@@ -115,12 +117,12 @@ _PLANS = {
         budgets=(1, "qv", 2, 4),
         rates={"full": 0, "lora": 3, "adalora": 3},
     ),
-    "prose": _Plan(
+    "prose": Plan(
         title="Prose: a model of Python code learns the language reference from 300 passages",
         measure="bits per character of test passages",
         sign=-1,
         module=lambda _: Transformer(**PROSE),
-        targets=_OURS,
+        targets=OURS,
         head=(),
         head_rate=0.0,
         steps=200,
@@ -128,7 +130,7 @@ _PLANS = {
         budgets=(1, "qv", 2),
         rates={"full": -2, "lora": 1, "adalora": 3},
     ),
-    "docstrings": _Plan(
+    "docstrings": Plan(
         title="Docstrings: MiniLM learns to classify docstrings by package from 200 examples",
         measure="test accuracy, %",
         sign=1,
@@ -143,25 +145,35 @@ _PLANS = {
     ),
 }
 NAMES = tuple(_PLANS)
+PARTS = ("train", "validation", "test")
 BUDGETS = tuple(dict.fromkeys(str(b) for plan in _PLANS.values() for b in plan.budgets))
-_AS_PLANNED = set(_Plan._fields) - {"module", "batch"}
+_AS_PLANNED = set(Plan._fields) - {"module", "batch"}
 
 
 def load(name: str, folder: pathlib.Path, seeds: int) -> Task:
     """Load a task from its file."""
+    file = read(name, folder)
+    return assembled(name, _PLANS[name], file, {part: file[part][:seeds] for part in PARTS})
+
+
+def read(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a task's file."""
     with np.load(folder / f"{name}.npz") as opened:
-        file = {key: opened[key] for key in opened.files}
-    plan = _PLANS[name]
+        return {key: opened[key] for key in opened.files}
+
+
+def assembled(
+    name: str, plan: Plan, file: dict[str, np.ndarray], parts: dict[str, np.ndarray]
+) -> Task:
+    """Return a task with these parts, each ``[seeds, n]``: indices of the file's examples."""
     batches = []
-    for seed in range(seeds):
+    for seed, rows in enumerate(parts["train"]):
         random = np.random.default_rng(seed)
-        rows = file["train"][seed]
         order = [random.permutation(rows) for _ in range(1 + plan.steps * plan.batch // len(rows))]
         order = np.concatenate(order)[: plan.steps * plan.batch]
         batches.append(order.reshape(plan.steps, plan.batch))
-    splits = Splits(
-        np.stack(batches), file["validation"][:seeds], file["test"][:seeds], np.arange(seeds)
-    )
+    seeds = np.arange(len(batches))
+    splits = Splits(np.stack(batches), parts["validation"], parts["test"], seeds)
     base = {key[5:]: value for key, value in file.items() if key.startswith("base/")}
     base = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in base.items()}
     return Task(

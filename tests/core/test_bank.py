@@ -1,5 +1,6 @@
 """Several adapters of one model: switching, combining, and one per example of a batch."""
 
+import dataclasses
 import re
 
 import chex
@@ -173,6 +174,33 @@ def test_truncate_is_best_low_rank_approximation(ins, outs, rank):
     assert truncate(half, 2).p.dtype == jnp.bfloat16
 
 
+def test_truncate_to_budget_keeps_largest_singular_values_of_all_matrices():
+    """The reference is NumPy's SVD of every dense increment, with one threshold for all."""
+    config = dataclasses.replace(CONFIG, lora_alpha=12)
+    made = {
+        "query": adalora.init_adapter(jax.random.key(1), 9, 7, CONFIG, rank=5),
+        "layers": adalora.init_adapter(jax.random.key(2), 6, 8, config, rank=4, stack=(3,)),
+        "weak": adalora.init_adapter(jax.random.key(3), 5, 5, CONFIG, rank=2),
+    }
+    made["weak"] = made["weak"]._replace(lam=1e-3 * made["weak"].lam)
+    head = jnp.ones(3)
+    small = truncate({**made, "head": {"bias": head}}, budget=9)
+    dense = {path: np.asarray(adalora.delta_weight(a), np.float64) for path, a in made.items()}
+    parts = {path: np.linalg.svd(matrix, full_matrices=False) for path, matrix in dense.items()}
+    lowest = np.sort(np.concatenate([values.ravel() for _, values, _ in parts.values()]))[-9]
+    assert "weak" not in small  # rank 0
+    assert small["head"]["bias"] is head
+    for path in ("query", "layers"):
+        left, values, right = parts[path]
+        best = (left * np.where(values >= lowest, values, 0)[..., None, :]) @ right
+        np.testing.assert_allclose(adalora.delta_weight(small[path]), best, rtol=1e-4, atol=1e-4)
+        assert small[path].lam.shape[-1] == (values >= lowest).sum(axis=-1).max()
+    assert sum(int((small[path].lam != 0).sum()) for path in ("query", "layers")) == 9
+    limited = truncate(made, 1, budget=3)
+    assert [limited[path].lam.shape[-1] for path in limited] == [1] * len(limited)
+    assert sum(int((a.lam != 0).sum()) for a in limited.values()) == 3
+
+
 def test_training_one_adapter_leaves_others_unchanged(members, bank):
     frozen = bank.select("german")
     adapters, state = members["french"][0], None
@@ -263,6 +291,17 @@ def test_truncating_what_has_no_adapters_raises(tree):
 def test_truncating_to_an_invalid_rank_raises(rank):
     with pytest.raises(ValueError, match=r"`rank=.*`: must be an integer of at least 1"):
         truncate(SET, rank)
+
+
+def test_truncating_to_an_invalid_budget_raises():
+    with pytest.raises(ValueError, match=r"`rank=None`: gives no limit.*; pass rank or budget"):
+        truncate(SET)
+    with pytest.raises(ValueError, match=r"`budget=0`: must be an integer of at least 1"):
+        truncate(SET, budget=0)
+    with pytest.raises(ValueError, match=r"`budget=2`: .* traced; call truncate outside of jit"):
+        jax.jit(lambda adapters: truncate(adapters, budget=2))(SET)
+    with pytest.raises(ValueError, match=r"`adapters`: are stacked by role.*pass unstack"):
+        truncate(adalora.stack(SET), budget=2)
 
 
 def test_loading_invalid_adapters_raises(bank):

@@ -16,9 +16,11 @@ from jaxtyping import Array, Int, Int32, Shaped
 
 from adalora_jax._src.core import checks, pytree
 from adalora_jax._src.core.adapter import Adapter, known_scale
+from adalora_jax._src.core.compaction import compact
 from adalora_jax._src.core.explicit_axes import replicate, take
 from adalora_jax._src.core.low_rank import accumulation_dtype, explicit_mesh, reshard, spec_of_type
 from adalora_jax._src.core.pytree import PyTree
+from adalora_jax._src.core.selection import keep_best
 
 
 @functools.partial(
@@ -353,36 +355,62 @@ def _is_factor(weight: PyTree) -> bool:
     return isinstance(weight, Tracer) or math.isfinite(weight)
 
 
-def truncate(adapters: PyTree, rank: int) -> PyTree:
-    """Return the nearest adapters of at most this rank: ``ΔW`` with its largest singular values.
+def truncate(adapters: PyTree, rank: int | None = None, *, budget: int | None = None) -> PyTree:
+    """Return the nearest adapters of lower ranks: ``ΔW`` with its largest singular values.
 
     With ``qᵀ = Q₁ R₁`` and ``pᵀ = Q₂ R₂`` the singular values of ``ΔW = Q₁ (R₁ Λ R₂ᵀ) Q₂ᵀ`` are
     those of the small matrix ``R₁ Λ R₂ᵀ``; the largest give the nearest matrix of a lower rank
-    (`Eckart and Young, 1936 <https://doi.org/10.1007/BF02288367>`_).
+    (`Eckart and Young, 1936 <https://doi.org/10.1007/BF02288367>`_). With ``budget``, the singular
+    values of all matrices compete, each times its adapter's scale, and ranks may differ.
 
     Args:
       adapters: any tree with adapters in it; other leaves do not change.
-      rank: maximum rank of the result. It is lower if the adapter's rank or a dimension of its
-        weight is.
+      rank: maximum rank of each matrix; None for no maximum. The rank is lower if the adapter's
+        rank or a dimension of its weight is.
+      budget: maximum sum of the ranks of all matrices, where a slice of a stack is a matrix; None
+        for no maximum. The shapes of the result depend on the values, so they cannot be traced.
 
     Returns:
       The containers of ``adapters``. P and Q have orthonormal rows, λ are the singular values of
-      ``P Λ Q`` in descending order; scales do not change.
+      ``P Λ Q`` in descending order; scales do not change. With ``budget``, adapters of rank 0 are
+      removed, and the slices of a stack are padded with λ = 0 to the largest rank among them.
 
     Raises:
-      ValueError: ``rank`` is not an integer of at least 1, or there is no adapter.
+      ValueError: ``rank`` or ``budget`` is not an integer of at least 1, both are None, the values
+        are traced with a ``budget``, or there is no adapter.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
     >>> small = truncate({"query": adapter}, 1)["query"]  # both triplets point the same way
     >>> bool(jnp.allclose(small.q.T * small.lam @ small.p, 2.0)), small.p.shape
     (True, (1, 4))
+    >>> larger = Adapter(2 * jnp.eye(2, 4), jnp.ones(2), jnp.eye(2, 3))
+    >>> found = truncate({"query": adapter, "value": larger}, budget=2)
+    >>> {path: small.p.shape for path, small in found.items()}
+    {'query': (1, 4), 'value': (1, 4)}
     """
-    rank = checks.integer("rank", rank, minimum=1)
+    if rank is None and budget is None:
+        raise ValueError("`rank=None`: gives no limit, nor does `budget`; pass rank or budget.")
+    rank = checks.integer("rank", checks.MAX_INT if rank is None else rank, minimum=1)
     found = pytree.require_adapters(
         adapters, "adapters", "pass {path: Adapter}, as adapted.init and nnx.adapters return it"
     )
     shorter = {path: _truncated(adapter, rank=rank) for path, adapter in found.items()}
-    return pytree.insert_adapters(adapters, shorter)
+    result = pytree.insert_adapters(adapters, shorter)
+    if budget is None:
+        return result
+    budget = checks.integer("budget", budget, minimum=1)
+    if pytree.is_stacked(adapters):
+        raise ValueError(
+            "`adapters`: are stacked by role, whose adapters may get different ranks; pass "
+            "unstack(adapters)."
+        )
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(shorter)):
+        raise ValueError(
+            f"`budget={budget}`: the ranks depend on the values, which are traced; call truncate "
+            "outside of jit, or pass rank alone."
+        )
+    sizes = {path: abs(known_scale(a, path)) * a.lam for path, a in shorter.items()}
+    return compact(result, keep_best(sizes, budget))
 
 
 def per_example(function: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -1,0 +1,53 @@
+"""Tasks of ``crossover``: each has training sets of several sizes, with their numbers of steps."""
+
+from __future__ import annotations
+
+import pathlib
+
+from benchmarks.quality import tasks
+from benchmarks.quality.models import FASHION, TOPICS, Transformer
+
+# {task: {number of training examples: (number of steps, ranks)}}
+SIZES = {
+    "fashion": {100: (200, (1,)), 600: (400, (1,)), 4000: (2000, (1, 8)), 16000: (2500, (1,))},
+    "topics": {20: (60, (8,)), 60: (100, (1, 8)), 300: (300, (1, 8)), 1000: (1000, (1, 8))},
+}
+_PLANS = {
+    "fashion": tasks.Plan(
+        title="a Vision Transformer trained on trousers, bags and shoes learns five kinds of tops",
+        measure="test accuracy, %",
+        sign=1,
+        module=lambda _: Transformer(**FASHION),
+        targets=tasks.OURS,
+        head=("head",),
+        head_rate=1e-2,
+        steps=0,
+        batch=32,
+        budgets=(1,),
+        rates={"full": 4, "lora": 5, "adalora": 6},
+    ),
+    "topics": tasks.Plan(
+        title="a model of Python code learns the language reference",
+        measure="bits per character of test passages",
+        sign=-1,
+        module=lambda _: Transformer(**TOPICS),
+        targets=tasks.OURS,
+        head=(),
+        head_rate=0.0,
+        steps=0,
+        batch=8,
+        budgets=(1,),
+        rates={"full": 0, "lora": 4, "adalora": 7},
+    ),
+}
+
+
+def load(name: str, folder: pathlib.Path, seeds: int) -> dict[int, tasks.Task]:
+    """Load ``{number of training examples: task}`` from the file of a task."""
+    file = tasks.read(name, folder)
+    found = {}
+    for size, (steps, ranks) in SIZES[name].items():
+        plan = _PLANS[name]._replace(steps=steps, budgets=ranks)
+        parts = {part: file[f"{part}/{size}"][:seeds] for part in tasks.PARTS}
+        found[size] = tasks.assembled(f"{name}-{size}", plan, file, parts)
+    return found
