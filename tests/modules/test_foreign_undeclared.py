@@ -151,6 +151,7 @@ LINEN_REFUSED = {
     "an inner axis": zoo.LinenHeads(4, 4, axis=-2),
     "sum of neighbours": zoo.LinenReduced(),
     "another method": zoo.LinenMethods(),
+    "state": zoo.LinenState(),
 }
 
 
@@ -236,6 +237,14 @@ def test_weight_shared_with_another_class_of_layer_raises():
         adalora.nnx.adapt(Model(), nnx_config(["second"]))
     with pytest.raises(ValueError, match="'first' is a TorchLinear, which cannot be adapted"):
         adalora.nnx.adapt(Model(), nnx_config(["first"]))
+
+
+def test_linen_call_with_another_stream_of_random_numbers_raises():
+    x = draw(2, 4)
+    adapted, variables, adapters = adapted_of(zoo.LinenRng(), x)
+    assert adapted.apply(variables, adapters, x).shape == (2, 4)
+    with pytest.raises(ValueError, match="these arguments a LinenRng does not compute"):
+        adapted.apply(variables, adapters, x, rngs={"noise": KEY})
 
 
 class Body(nn.Module):

@@ -377,3 +377,24 @@ class LinenInTuple(nn.Module):
     @nn.compact
     def __call__(self, x):
         return x @ self.param("kernel", nn.initializers.normal(), (4, 4)), None
+
+
+class LinenRng(nn.Module):
+    """Computes something else if a stream of random numbers is given."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = x @ self.param("kernel", nn.initializers.normal(), (4, 4))
+        return 2 * y if self.has_rng("noise") else y
+
+
+class LinenState(nn.Module):
+    """Adds the last output, which it stores."""
+
+    @nn.compact
+    def __call__(self, x):
+        last = self.variable("state", "last", jnp.zeros, (1, 4))
+        y = x @ self.param("kernel", nn.initializers.normal(), (4, 4)) + last.value
+        if self.is_mutable_collection("state"):
+            last.value = y[:1]
+        return y

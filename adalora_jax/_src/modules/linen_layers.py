@@ -107,6 +107,8 @@ _REWRITTEN = (
 )
 # These wrappers look up the weights of the wrapped module by name.
 _WRAPPERS = (nn.WeightNorm, nn.SpectralNorm)
+# Collections that hold no state: what a layer sows for inspection, and names of axes.
+_NO_STATE = {"params", "intermediates", "params_axes"}
 _Place = tuple[str, ...]  # a weight's module path and name
 
 
@@ -270,6 +272,7 @@ def problem_with_call(
         return f"its {layer.weight!r} is quantised"
     leaves = tree_flatten_with_path(variables)[0]
     keys = [tuple(key.key for key in path if isinstance(key, DictKey)) for path, _ in leaves]
+    streams = {"params", "dropout", *(module.scope.rngs if module.scope else ())}
     flat, treedef = jax.tree.flatten((args, dict(kwargs)))
     x = input_of(args, kwargs)[0]
     # The input comes first among the arrays.
@@ -279,8 +282,7 @@ def problem_with_call(
     def run(variables: PyTree, given: Mapping[int, PyTree]) -> PyTree:
         values = [given.get(order.index(i), leaf) for i, leaf in enumerate(flat)]
         args, kwargs = treedef.unflatten(values)
-        rng = jax.random.key(0)
-        rngs = {"params": rng, "dropout": rng}
+        rngs = dict.fromkeys(sorted(streams), jax.random.key(0))
         return free.apply(variables, *args, rngs=rngs, method=method, **kwargs)
 
     place = keys.index(("params", layer.weight))
@@ -371,7 +373,15 @@ def layer_of_call(
     x, equation = input_of(args, kwargs)
     layer = layer_of(module, equation, declared)
     is_known = layer or declared is None or foreign.layout_of(module, declared)
-    if is_known or _has_other_methods(type(module)) or method != "__call__" or x is None:
+    # A state could store the product without the increment.
+    has_state = any(module.variables[kind] for kind in module.variables if kind not in _NO_STATE)
+    if (
+        is_known
+        or has_state
+        or _has_other_methods(type(module))
+        or method != "__call__"
+        or x is None
+    ):
         return layer
     return foreign.inferred(
         _shapes(module), lambda layout: problem_with_call(module, layout, method, args, kwargs)
