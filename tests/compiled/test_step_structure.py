@@ -14,7 +14,7 @@ import pytest
 from support.compiling import AS_USERS, skip_unless_cpu
 
 import adalora_jax as adalora
-from adalora_jax._src.core import allocator
+from adalora_jax._src.core import averages
 
 RANK, TOKENS, WIDTH, HIDDEN = 4, 96, 40, 56
 CONFIG = adalora.AdaLoraConfig(
@@ -144,6 +144,20 @@ def test_allocator_works_in_place():
     assert memory.temp_size_in_bytes < 1.5 * size
 
 
+def test_members_of_large_roles_are_joined_one_role_at_a_time(monkeypatch):
+    """The temporary is |w · g| of one role, and each role has a conditional."""
+    skip_unless_cpu("the averages are written in every step elsewhere")
+    monkeypatch.setattr(averages, "LARGE", 0)
+    jax.clear_caches()
+    try:
+        program = allocating(6).compile(AS_USERS)
+    finally:
+        jax.clear_caches()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(many(6)))
+    assert program.memory_analysis().temp_size_in_bytes < 0.75 * size  # of two roles
+    assert program.as_text().count(" conditional(") == 3
+
+
 def test_averages_and_ranking_are_only_computed_when_due():
     """Outside the conditionals nothing is searched for, and |w · g| alone is written.
 
@@ -196,8 +210,8 @@ def test_cpu_compiles_no_kernel_per_repeated_layer():
 
 
 def test_adapters_of_one_role_are_traced_once(monkeypatch):
-    traced, plain = [], allocator.smooth
-    monkeypatch.setattr(allocator, "smooth", lambda *args: traced.append(1) or plain(*args))
+    traced, plain = [], averages.smooth
+    monkeypatch.setattr(averages, "smooth", lambda *args: traced.append(1) or plain(*args))
     jax.clear_caches()
     allocating(60)
     assert len(traced) == 12  # p, lam and q of two roles, for CPUs and for other platforms

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support import toy_problem
 
 import adalora_jax as al
-from adalora_jax._src.core.scores import raw_sensitivity
 from adalora_jax._src.core.selection import keep_best
+from adalora_jax._src.core.sensitivity import raw_sensitivity
 
 # The same examples in every run, and no deadline, because some examples compile.
 examples = functools.partial(settings, deadline=None, derandomize=True)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from adalora_jax._src.core import pytree
 from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.averages import update_averages
 from adalora_jax._src.core.config import AdaLoraConfig, check_config
 from adalora_jax._src.core.low_rank import reshard
 from adalora_jax._src.core.pytree import PyTree
@@ -25,7 +26,6 @@ from adalora_jax._src.core.roles import (
     Role,
     group_by_role,
     map_adapters,
-    per_triplet,
     shapes_by_path,
     stack,
     stack_like,
@@ -35,9 +35,7 @@ from adalora_jax._src.core.schedule import budget, cost
 from adalora_jax._src.core.scores import (
     ScoreInputs,
     needed_inputs,
-    raw_sensitivity,
     representable,
-    smooth,
     triplet_scores,
 )
 from adalora_jax._src.core.selection import (
@@ -255,28 +253,13 @@ def update_allocator(
     highest-scoring triplets of all adapters are kept within the budget b(t). The state does not
     change if any ``w · g`` is not finite.
     """
-    config, averages = state.config, (state.sensitivity, state.uncertainty)
-    roles = state.masks.roles
-    raw = raw_by_role(state.sensitivity, weights, gradients)
-    finite = jnp.all(per_triplet(jnp.all, jax.tree.map(jnp.isfinite, raw)))
-
-    def new_averages(raw: ByRole = raw) -> tuple[ByRole, ...]:
-        leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
-        pairs = [smooth(i, mean, deviation, config) for i, mean, deviation in leaves]
-        return tuple(map(jax.tree.structure(raw).unflatten, zip(*pairs)))
-
-    def in_branch() -> tuple[ByRole, ...]:
-        # Unless members must be joined, computing |w · g| again is cheaper than storing it.
-        joined = isinstance(weights, ByRole) or all(len(r.paths) == 1 for r in roles.members)
-        return new_averages(raw_by_role(state.sensitivity, weights, gradients) if joined else raw)
-
-    changes = finite & (step < config.total_step - config.tfinal)
-    # On a CPU, a branch saves reading and writing averages that do not change. Elsewhere it costs
-    # copies of them, and on a GPU the host would wait for the predicate.
-    choose = functools.partial(jnp.where, changes)
-    sensitivity, uncertainty = jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond(changes, in_branch, lambda: averages),
-        default=lambda: jax.tree.map(choose, new_averages(), averages),
+    config = state.config
+    (sensitivity, uncertainty), finite = update_averages(
+        (state.sensitivity, state.uncertainty),
+        weights,
+        gradients,
+        (config.beta1, config.beta2),
+        wanted=step < config.total_step - config.tfinal,
     )
     allowed = current_budget(config, step, weights)
     new_state = state._replace(sensitivity=sensitivity, uncertainty=uncertainty)
@@ -291,28 +274,6 @@ def update_allocator(
         budget=jnp.where(finite & (state.step <= config.final_step), allowed, state.budget),
         masks=masks,
     )
-
-
-def raw_by_role(
-    like: ByRole, weights: Mapping[str, Adapter], gradients: Mapping[str, Adapter]
-) -> ByRole:
-    """Return the sensitivities ``|w · g|`` of one step by role, with the static fields of ``like``.
-
-    The λ of a role are stacked before the product, because XLA's compiler for TPUs would compute
-    the product of each in a kernel.
-    """
-
-    def product(weight: Adapter, gradient: Adapter) -> Adapter:
-        p, q = (raw_sensitivity(*both) for both in ((weight.p, gradient.p), (weight.q, gradient.q)))
-        return Adapter(p, weight.lam, q)
-
-    joined = stack_like(like, map_adapters(product, weights, gradients))
-    of_lam = stack(like.roles, map_adapters(lambda gradient: gradient.lam, gradients))
-    raw = {
-        name: a._replace(lam=raw_sensitivity(a.lam, of_lam.stacked[name]))
-        for name, a in joined.stacked.items()
-    }
-    return ByRole(raw, like.roles)
 
 
 def best_masks(

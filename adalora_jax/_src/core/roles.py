@@ -249,6 +249,22 @@ def stack(roles: Roles, values: Mapping[str, Any]) -> ByRole:
     return ByRole(joined, roles)
 
 
+def part_of(values: Mapping[str, Any], members: Sequence[Role]) -> Mapping[str, Any]:
+    """Return the values of the members of some roles.
+
+    >>> make = lambda: Adapter(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 4)))
+    >>> adapters = {"h/0": make(), "h/1": make(), "head": make()}
+    >>> roles = group_by_role(adapters)
+    >>> list(part_of(adapters, roles.members[:1])), list(part_of(stack(roles, adapters), []))
+    (['h/0', 'h/1'], [])
+    """
+    if not isinstance(values, ByRole):
+        return {path: values[path] for role in members for path in role.paths}
+    paths = {path for role in members for path in role.paths}
+    roles = Roles(tuple(members), tuple(path for path in values.roles.paths if path in paths))
+    return ByRole({role.name: values.stacked[role.name] for role in members}, roles)
+
+
 def stack_like(like: ByRole, values: Mapping[str, Adapter]) -> ByRole:
     """Return adapters by role, with the scales and layouts of ``like``.
 
@@ -302,6 +318,8 @@ def per_triplet(reduce: Callable[..., Array], values: ByRole) -> Shaped[Array, "
         for leaf in jax.tree.leaves(values.stacked[role.name]):
             elements = range(len(role.shape) + 1, leaf.ndim)
             row.append(reduce(leaf, axis=(*inside, *elements)).ravel())
+    if not row:
+        return jnp.ones(0, bool)
     # Without the barrier, XLA would reduce each array to a number first.
     return jax.lax.optimization_barrier(jnp.concatenate(row))
 

@@ -1,4 +1,4 @@
-"""Importance of triplets: smoothed sensitivity, its uncertainty, and the scores."""
+"""Scores of triplets, from their sensitivities and the moving averages of these."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.config import AdaLoraConfig
+from adalora_jax._src.core.sensitivity import raw_sensitivity
 
 
 class ScoreInputs(NamedTuple):
@@ -37,48 +38,6 @@ class ScoreInputs(NamedTuple):
     gradient: Adapter
     sensitivity: Adapter
     uncertainty: Adapter
-
-
-def raw_sensitivity(
-    weight: Shaped[Array, "*shape"], gradient: Shaped[Array, "*shape"]
-) -> Float32[Array, "*shape"]:
-    """Return the sensitivity ``I = |w · g|`` in float32, for parameters of any dtype.
-
-    This is `AdaLoRA, Eq. (8) <https://arxiv.org/abs/2303.10512>`_.
-
-    >>> raw_sensitivity(jnp.array([1.0, -2.0]), jnp.array([3.0, 4.0]))
-    Array([3., 8.], dtype=float32)
-    """
-    return jnp.abs(weight.astype(jnp.float32) * gradient.astype(jnp.float32))
-
-
-def smooth(
-    raw: Float32[Array, "*shape"],
-    sensitivity: Float32[Array, "*shape"],
-    uncertainty: Float32[Array, "*shape"],
-    config: AdaLoraConfig,
-) -> tuple[Float32[Array, "*shape"], Float32[Array, "*shape"]]:
-    """Return the moving averages Ī and Ū after one step.
-
-    They start at 0 and have no bias correction (`AdaLoRA, Eqs. (9) and (10)
-    <https://arxiv.org/abs/2303.10512>`_)::
-
-        Ī ← β1 Ī + (1 − β1) I
-        Ū ← β2 Ū + (1 − β2) |I − Ī|        with the new Ī
-
-    Args:
-      raw: the sensitivity I of this step, float32.
-      sensitivity: Ī before the step, in the shape of ``raw``.
-      uncertainty: Ū before the step, in the shape of ``raw``.
-      config: the source of ``beta1`` and ``beta2``.
-
-    >>> config = AdaLoraConfig(total_step=10, beta1=0.5, beta2=0.5)
-    >>> [float(x) for x in smooth(jnp.float32(4), jnp.float32(0), jnp.float32(0), config)]
-    [2.0, 1.0]
-    """
-    sensitivity = config.beta1 * sensitivity + (1 - config.beta1) * raw
-    deviation = jnp.abs(raw - sensitivity)
-    return sensitivity, config.beta2 * uncertainty + (1 - config.beta2) * deviation
 
 
 def triplet_mean(element_scores: Adapter) -> Float[Array, "*stack r"]:
