@@ -244,8 +244,8 @@ def text(found: results.Results) -> str:
             "PEFT computes the scores of each adapter in separate operations, so its time grows "
             "with their number; adapters that are stacked in one array are updated together here. "
             "Separate adapters of one role are first copied into one array, which costs more than "
-            "it saves where they are few and large. The check for finite gradients needs this "
-            "array also after the final mask.",
+            "it saves where they are few and large. After the final mask only the check for finite "
+            "gradients remains, which PEFT does not have.",
             "The allocator's state is stored between steps. Tracing and compiling happen once.",
             costs(measured),
             results.ending("allocator", found),
