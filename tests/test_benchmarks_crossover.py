@@ -122,6 +122,51 @@ def test_groups_are_tested_by_margin_and_corrected_p(task, sign, step, found, mo
     assert report.tests(results, "adalora", "lora") == {}
 
 
+def of_candidates(**changes):
+    """Return results at all points of the candidates; a positive change is an improvement."""
+    results = {"study": {"tasks": {}}, "cells": {}}
+    for group, sign in zip(report.CANDIDATE_GROUPS.values(), (-1, 1)):
+        for point in group:
+            task = point.removesuffix("/1")
+            about = {"sign": sign, "budgets": [1], "bits wanted": 40}
+            results["study"]["tasks"][task] = about
+            scores = np.random.default_rng(len(task)).normal(3, 1, 5)
+            names = {"lora": (0.0, 0.0), "adalora": (0.0, 0.0)} | changes
+            for name, change in names.items():
+                values = (scores + sign * change[sign > 0]).tolist()
+                cell = {"test of seeds": values, "parameters": 10, "at an edge": False}
+                results["cells"][f"{task}/{name.replace('_', '-')}/1"] = cell
+    return results
+
+
+def test_candidates_are_recommended_by_the_stated_rule():
+    assert report.recommended(of_candidates()) is None
+    assert report.recommended(of_candidates(truncated=(0.02, 0.5))) == "truncated"
+    assert report.recommended(of_candidates(truncated=(0.02, -0.5))) == "truncated"  # level
+    assert report.recommended(of_candidates(truncated=(0.02, -1.5))) is None
+    assert report.recommended(of_candidates(truncated=(0.005, 1.5))) is None
+    both = of_candidates(truncated=(0.02, 0.5), lambda_one=(0.03, 0.0))
+    assert report.recommended(both) == "lambda-one"
+    del both["cells"]["wordnet-2000/lambda-one/1"]  # one point is missing
+    assert report.recommended(both) == "truncated"
+
+
+def test_candidates_are_tested_over_the_points_that_were_run():
+    assert report._candidates(of_candidates()) == []
+    results = of_candidates(truncated=(0.02, -1.5), unrevived4=(0.005, 0.0))
+    del results["cells"]["german-300/truncated/1"]
+    del results["study"]["tasks"]["wordnet-2000"]
+    _, rule, texts, classifiers = report._candidates(results)
+    assert "the recommended default: **none**" in rule
+    # 10 pairs give p = 2 / 2¹⁰. Holm multiplies it by 3 where another p is lower, else by 4.
+    row = "| LoRA, truncated at the end | {} | {} | {} |"
+    both = "+0.020 ± 0.000 | +0.020 ± 0.000"
+    assert row.format("topics-300, glosses-300", both, "0.006 | ahead") in texts
+    assert "| topics-300, glosses-300, german-300 | +0.005 ± 0.000 | +0.005 ± 0.000 |" in texts
+    both = "-1.5 ± 0.0 | -1.5 ± 0.0"
+    assert row.format("fashion-600, fashion-4000", both, "0.008 | behind") in classifiers
+
+
 def test_stored_points_are_on_the_side_of_their_group():
     results = json.loads((files.HERE / "crossover.json").read_text("utf-8"))
     found = report.points(results)

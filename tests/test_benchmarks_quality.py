@@ -2,19 +2,24 @@
 
 import itertools
 import json
+import operator
 import pathlib
 import sys
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+import adalora_jax as adalora
+from adalora_jax import bank
 from benchmarks import results as files
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import methods, paired, prepare, report, study, tasks, train
+from benchmarks.quality import methods, models, paired, prepare, report, study, tasks, train
 
 QUICK = ["--quick", "--task", "digits", "--seeds", "2", "--rates", "2"]
 QUICK += ["--beyond", "0", "--threads", "2"]
@@ -190,6 +195,77 @@ def test_every_method_is_a_valid_library_config():
         assert config.init_r == 2 * method.start
         assert config.scaling == method.config.get("scale", 1)
     assert not set(methods.BASELINES) & (set(methods.ABLATIONS) | set(methods.IMPROVEMENTS))
+
+
+def test_candidates_are_only_run_if_asked_for():
+    found = {"digits": tasks._PLANS["digits"]}
+    assert not {cell.method for cell in study.cells(found)} & set(methods.CANDIDATES)
+    assert study.cells(found, ["truncated"]) == [("digits", "truncated", 1)]
+
+
+@pytest.mark.slow  # compiles a training run
+@pytest.mark.parametrize("name", methods.CANDIDATES)
+def test_candidate_ends_within_the_budget(folder, name):
+    task, method = tasks.shortened(tasks.load("digits", folder, 2), 4), methods.METHODS[name]
+    program = train.lowered(task, method, 1, 2).compile()
+    outcome = program(*train.arguments(task, train.rates(task, method, 2)))
+    assert np.all(outcome.triplets == np.full((2, 2), 24))
+    assert np.all(outcome.parameters == 24 * (128 + ("lam" in method.trained)))
+
+
+def test_truncation_of_static_shape_equals_that_of_the_library():
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+
+    def adapter(*stack, size):
+        shapes = (*stack, 4, size), (*stack, 4), (*stack, 4, 6)
+        return adalora.Adapter(*(jax.random.normal(next(keys), shape) for shape in shapes))
+
+    trained = {"a": adapter(2, size=5), "b": adapter(size=7), "head": {"bias": jnp.ones(3)}}
+    found = jax.jit(lambda trained: train.truncated(trained, 2))(trained)
+    expected = bank.truncate(trained, budget=6)
+    assert sum((found[path].lam != 0).sum() for path in "ab") == 6
+    for path in "ab":
+        ours, theirs = (adalora.delta_weight(each[path]) for each in (found, expected))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert np.all(found["head"]["bias"] == 1)
+
+
+def test_ranks_by_variance_follow_the_singular_values_of_the_inputs():
+    module = models.Transformer(width=8, depth=2, heads=2, hidden=12, outputs=3)
+    images = jax.random.normal(jax.random.key(0), (6, 8, 8))
+    base = module.init(jax.random.key(1), images)
+    config = methods.METHODS["by-variance"].adalora_config(2, 10, tasks.OURS, ["head"])
+    adapted = adalora.linen.adapt(module, config)
+    start = adapted.init(jax.random.key(2), base, images)
+    moments = adalora.inits.input_second_moments(adapted, base, start, images)
+    new = train.by_variance(start, moments, 2)
+
+    inputs = []  # of the first layer, then of the second
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dense):
+            inputs.append((f"blocks/{context.module.name}", np.asarray(args[0])))
+        return call(*args, **kwargs)
+
+    params = base["params"]
+    x = nn.Dense(8).apply({"params": params["embed"]}, models.patches(images)) + params["position"]
+    with nn.intercept_methods(record):
+        for layer in (0, 1):
+            own = jax.tree.map(operator.itemgetter(layer), params["blocks"])
+            x, _ = models.Block(2, 12, False).apply({"params": own}, x)
+
+    kept, dropped = [], []
+    for number, (path, rows) in enumerate(inputs):
+        layer = number // 6
+        _, sizes, vectors = np.linalg.svd(rows.reshape(-1, rows.shape[-1]))
+        shares = (sizes**2 / np.sum(sizes**2))[:4]
+        lam, q = new[path].lam[layer], np.asarray(new[path].q[layer])
+        np.testing.assert_allclose(np.abs(np.sum(q * vectors[:4], axis=1)), 1, atol=1e-3)
+        kept += shares[lam == 1].tolist()
+        dropped += shares[lam == 0].tolist()
+        assert not new[path].p.any()
+    assert (len(kept), len(dropped)) == (24, 24)
+    assert min(kept) >= max(dropped) - 1e-6  # equal inputs have equal shares
 
 
 def test_only_significant_differences_are_marked():

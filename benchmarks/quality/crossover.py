@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.quality import crossover_report as report
-from benchmarks.quality import sizes, study, tasks
+from benchmarks.quality import methods, sizes, study, tasks
 
 HERE = pathlib.Path(__file__).parent
 METHODS = ("lora", "svd-lora", "adalora", "full")
@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     names = list(sizes.SIZES)
     option("--task", nargs="+", choices=names, default=names, help="tasks to run")
     option("--size", nargs="+", type=int, help="run only these numbers of training examples")
-    option("--method", nargs="+", choices=METHODS, default=METHODS, help="run only these methods")
+    every = (*METHODS, *methods.CANDIDATES)
+    option("--method", nargs="+", choices=every, default=METHODS, help="run only these methods")
     option("--seeds", type=int, default=5, help="number of seeds")
     option("--rates", type=int, default=3, help="number of learning rates per cell")
     option("--beyond", type=int, default=2, metavar="N", help="N more rates if the best is an end")

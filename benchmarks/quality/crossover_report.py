@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from benchmarks.quality import methods
 from benchmarks.quality.paired import holm, mean_and_deviation, sign_flip
 from benchmarks.quality.report import LEVEL, Cells, digits, unit
 from benchmarks.results import described, markdown, number
@@ -30,6 +31,10 @@ GROUPS = {
     "topics, ratio below 1": Group(("topics-20/8", "topics-60/8"), False),
     "topics, ratio above 1, rank 1": Group(("topics-60/1", "topics-300/1", "topics-1000/1"), True),
     "topics, ratio above 1, rank 8": Group(("topics-300/8", "topics-1000/8"), True),
+}
+CANDIDATE_GROUPS = {
+    "language models": ("topics-300/1", "glosses-300/1", "german-300/1"),
+    "classifiers": ("fashion-600/1", "fashion-4000/1", "wordnet-2000/1"),
 }
 
 
@@ -67,6 +72,7 @@ def text(results: Mapping[str, Any]) -> str:
         f"The second prediction is **{outcome(capacity, limited)}**.",
         _groups(results, capacity, limited, "LoRA − full fine-tuning"),
     ]
+    parts += _candidates(results)
     for data in dict.fromkeys(about["data"] for about in study["tasks"].values()):
         parts += _table(data, results)
     if missing := _missing(results):
@@ -149,9 +155,16 @@ def tests(results: Mapping[str, Any], method: str, other: str) -> dict[str, Test
         if all(each):
             pairs[name] = [value for values in each for value in values]
             margins[name] = MARGINS[there[group.points[0]].about["sign"]]
-    # A group that was not run counts in the correction: its result must not change the others'.
-    raw = {name: sign_flip(pairs[name], [0.0] * len(pairs[name])) for name in pairs}
-    p = holm({name: raw.get(name, 1.0) for name in GROUPS})
+    return _tests(pairs, margins, GROUPS)
+
+
+def _tests(
+    pairs: Mapping[str, list[float]], margins: Mapping[str, float], family: Iterable[str]
+) -> dict[str, Test]:
+    """Return the tests of these differences, with p corrected for a family of tests by Holm."""
+    # A test without differences counts in the correction: its result must not change the others'.
+    raw = {name: sign_flip(values, [0.0] * len(values)) for name, values in pairs.items()}
+    p = holm({name: raw.get(name, 1.0) for name in family})
     found = {}
     for name, values in pairs.items():
         mean = sum(values) / len(values)
@@ -168,6 +181,68 @@ def outcome(found: Mapping[str, Test], predicted: Mapping[str, str]) -> str:
     return (
         "confirmed" if [t.found for t in found.values()] == [*predicted.values()] else "not decided"
     )
+
+
+def candidate_tests(results: Mapping[str, Any], group: Iterable[Point]) -> dict[str, Test]:
+    """Return the test of each candidate against AdaLoRA over the points at which both were run."""
+    pairs, margins = {}, {}
+    for point in group:
+        for name in methods.CANDIDATES:
+            if values := differences(results, point, name, "adalora"):
+                pairs[name] = pairs.get(name, []) + values
+                margins[name] = MARGINS[point.about["sign"]]
+    return _tests(pairs, margins, methods.CANDIDATES)
+
+
+def recommended(results: Mapping[str, Any]) -> str | None:
+    """Return the candidate that becomes the default by the rule of PREDICTION.md; None if none."""
+    there = points(results)
+    wanted = [name for group in CANDIDATE_GROUPS.values() for name in group]
+    if not there.keys() >= set(wanted):
+        return None
+    texts, classifiers = (
+        candidate_tests(results, [there[name] for name in group])
+        for group in CANDIDATE_GROUPS.values()
+    )
+    fit = [
+        name
+        for name in methods.CANDIDATES
+        if all(differences(results, there[point], name, "adalora") for point in wanted)
+        and texts[name].found == "ahead"
+        and classifiers[name].found != "behind"
+    ]
+    return max(fit, key=lambda name: texts[name].mean, default=None)
+
+
+def _candidates(results: Mapping[str, Any]) -> list[str]:
+    """Return the section of the candidates, with one table per group; empty if none was run."""
+    there, tables = points(results), []
+    for title, group in CANDIDATE_GROUPS.items():
+        members = [there[point] for point in group if point in there]
+        rows = [("candidate", "points", "− AdaLoRA", "− LoRA", "p", "found")]
+        for name, test in candidate_tests(results, members).items():
+            run = [point for point in members if differences(results, point, name, "adalora")]
+            places = digits(run[0].about["sign"])
+            shown = (
+                _shown([v for p in run for v in differences(results, p, name, other)], places)
+                for other in ("adalora", "lora")
+            )
+            names = (p.task + _edge(_cell(results["cells"], p, name)) for p in run)
+            tested = _probability(test.p), test.found
+            rows.append((methods.METHODS[name].title, ", ".join(names), *shown, *tested))
+        if len(rows) > 1:
+            names = ", ".join(point.partition("/")[0] for point in group)
+            measure = unit(members[0].about["sign"])
+            tables.append(f"{title.capitalize()} ({names}), in {measure}:\n\n{markdown(rows)}")
+    best = recommended(results)
+    rule = (
+        "A candidate that is ahead of AdaLoRA on the language models and not behind on the "
+        "classifiers, and was run at all of these points, becomes the recommended default: "
+        f"**{methods.METHODS[best].title if best else 'none'}**. Differences are means ± standard "
+        "errors over the points that were run and their seeds, at rank 1. p is that of the "
+        f"difference from AdaLoRA, corrected for the {len(methods.CANDIDATES)} candidates."
+    )
+    return ["## Candidates for a default", rule, *tables] if tables else []
 
 
 def _groups(

@@ -21,10 +21,14 @@ class Method:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # of fields in adalora_config
     p_rate: float = 1.0  # learning rate of p, as a multiple of q's
     only_main: bool = False  # True: only run at the first budget
+    # When ranks are allotted if ``start`` is above 1.
+    allotted: Literal["in training", "at the start", "at the end"] = "in training"
 
     @property
     def family(self) -> str:
         """Name of the family whose learning rates the method uses."""
+        if self.config.get("init") == "lambda_one":  # starts as LoRA
+            return "lora"
         return {"full": "full", "frozen": "lora", "lora": "lora", "svd": "adalora"}[self.form]
 
     @property
@@ -42,7 +46,8 @@ class Method:
 
     @property
     def allocates(self) -> bool:
-        return self.start > 1 and self.form in ("lora", "svd")
+        trained = self.form in ("lora", "svd")
+        return trained and self.start > 1 and self.allotted == "in training"
 
     def adalora_config(self, rank: int, steps: int, targets, head) -> adalora.AdaLoraConfig:
         """Return the config; warm-up takes 10 % of the steps, the final phase 30 %."""
@@ -127,4 +132,15 @@ IMPROVEMENTS = {
     ),
     "unrevived": _adalora("no regrowth", allow_regrowth=False),
 }
-METHODS = {**BASELINES, **ABLATIONS, **IMPROVEMENTS}
+# Candidates for a default, which ``crossover`` compares; they are only run if asked for.
+CANDIDATES = {
+    "lambda-one": _adalora("LoRA's init, trained λ", init="lambda_one", orth_reg_weight=0.0),
+    "truncated": Method(
+        "LoRA, truncated at the end", "lora", 2, only_main=True, allotted="at the end"
+    ),
+    "by-variance": Method(
+        "LoRA, ranks by the inputs' variance", "lora", 2, only_main=True, allotted="at the start"
+    ),
+    "unrevived4": _adalora("initial rank × 4, no regrowth", 4, allow_regrowth=False),
+}
+METHODS = {**BASELINES, **ABLATIONS, **IMPROVEMENTS, **CANDIDATES}

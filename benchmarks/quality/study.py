@@ -37,8 +37,9 @@ class Cell(NamedTuple):
 
 def cells(tasks: Mapping[str, Task], names: Iterable[str] | None = None) -> list[Cell]:
     """Return the cells by priority: all methods at the first budget, then the other budgets."""
-    chosen = methods.METHODS if names is None else dict.fromkeys(names)
     groups = [methods.BASELINES, methods.IMPROVEMENTS, methods.ABLATIONS]
+    chosen = {name for group in groups for name in group} if names is None else set(names)
+    groups.append(methods.CANDIDATES)  # only run if asked for
     ordered = [name for group in groups for name in group if name in chosen]
     main = [
         Cell(name, method, task.budgets[0])

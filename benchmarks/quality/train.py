@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 import adalora_jax as adalora
+from adalora_jax import bank
 from benchmarks.quality.methods import Method
 from benchmarks.quality.tasks import Splits, Task
 
 # Three per decade; a cell runs a consecutive range of them.
 RATES = tuple(round(a * 10.0**e, 10) for e in range(-5, 1) for a in (1, 2, 5))
 CHUNK = 100  # maximum number of examples scored at a time
+OBSERVED = 4  # number of batches whose variance is measured
 
 
 class Outcome(NamedTuple):
@@ -99,12 +102,16 @@ def all_runs(
     config = method.adalora_config(rank, task.steps, targets, task.head)
     adapted = adalora.linen.adapt(task.module, config)
 
-    def start(number):
+    def start(number, rows):
         if method.form == "full":
             trainable = base
         else:
             key = jax.random.fold_in(jax.random.key(7), number)
             trainable = adapted.init(key, base, jnp.asarray(task.inputs[:1]))
+        if method.allotted == "at the start":
+            seen = jnp.asarray(task.inputs)[rows]
+            moments = adalora.inits.input_second_moments(adapted, base, trainable, seen)
+            trainable = by_variance(trainable, moments, rank)
         return trainable, optimizer(task, method, config, jnp.zeros(())).init(trainable)
 
     def model(trainable, x) -> Any:
@@ -131,8 +138,11 @@ def all_runs(
         return jax.vmap(step)(trainable, state, rows, rates), None
 
     # All runs of full fine-tuning start from one base, which ``vmap`` copies for each.
-    first = jax.vmap(start, axis_size=len(rates))(splits.number)
+    observed = splits.batches[:, :OBSERVED].reshape(len(rates), -1)
+    first = jax.vmap(start)(splits.number, observed)
     (trainable, state), _ = jax.lax.scan(steps, first, jnp.swapaxes(splits.batches, 0, 1))
+    if method.allotted == "at the end":
+        trainable = jax.vmap(lambda trained: truncated(trained, rank))(trainable)
     rows = jnp.concatenate([splits.validation, splits.test], axis=1)
     size = math.gcd(splits.validation.shape[1], splits.test.shape[1], CHUNK)
     chunks = rows.reshape(len(rates), -1, size).swapaxes(0, 1)
@@ -175,6 +185,53 @@ def optimizer(task: Task, method: Method, config: Any, rate: jax.Array) -> Any:
     return adalora.adalora(tx, config) if method.allocates else tx
 
 
+def by_variance(trainable: Any, moments: Any, rank: int) -> Any:
+    """Return new adapters whose ranks, ``rank`` on average, follow the variance of their inputs.
+
+    A row of q is the i-th right-singular vector of the inputs, and λ is 1 for the triplets with the
+    largest shares of the variance of their matrix's inputs, over all matrices (EVA, Paischer et al.
+    2024). The other triplets have λ = 0, so that no gradient reaches them.
+
+    Args:
+      trainable: a tree of adapters and other leaves, with p = 0.
+      moments: ``Σ xᵀx`` of the inputs x by the adapter's path, ``[*stack, in, in]``.
+      rank: mean number of triplets per matrix.
+    """
+    shares = {}
+    for path, adapter in adalora.adapters(trainable).items():
+        variances = jnp.linalg.eigvalsh(moments[path])[..., ::-1]
+        share = variances / variances.sum(axis=-1, keepdims=True)
+        shares[path] = share[..., : adapter.lam.shape[-1]]
+    kept, new = largest(shares, rank), adalora.inits.eva_init(trainable, moments)
+    return new | {path: new[path]._replace(lam=kept[path]) for path in kept}
+
+
+def truncated(trainable: Any, rank: int) -> Any:
+    """Return the adapters with the largest singular values of all, ``rank`` per matrix on average.
+
+    The adapters are those of ``adalora.bank.truncate(trainable, budget=...)`` at a scale of 1, with
+    λ = 0 in place of the removed triplets, so that the shapes do not depend on the values.
+    """
+    whole = bank.truncate(trainable, 2**30)  # one limit for all matrices follows
+    kept = largest({path: a.lam for path, a in adalora.adapters(whole).items()}, rank)
+    return whole | {path: whole[path]._replace(lam=kept[path] * whole[path].lam) for path in kept}
+
+
+def largest(values: dict[str, jax.Array], rank: int) -> dict[str, jax.Array]:
+    """Return 1 for the largest values of all arrays together, and 0 for the others.
+
+    Args:
+      values: arrays ``[*stack, r]``.
+      rank: number of values to choose per matrix of the stacks, on average.
+
+    >>> largest({"a": jnp.array([3.0, 2.0]), "b": jnp.array([1.0, 0.0])}, 1)
+    {'a': Array([1., 1.], dtype=float32), 'b': Array([0., 0.], dtype=float32)}
+    """
+    flat, as_before = ravel_pytree(values)
+    count = rank * sum(value.size // value.shape[-1] for value in values.values())
+    return as_before(jnp.zeros_like(flat).at[jax.lax.top_k(flat, count)[1]].set(1))
+
+
 def active(method: Method, trainable: Any, state: Any) -> tuple[Any, Any]:
     """Return the numbers of active triplets and of their parameters; λ counts if it is trained."""
     if method.form == "full":
@@ -182,7 +239,8 @@ def active(method: Method, trainable: Any, state: Any) -> tuple[Any, Any]:
     if method.form == "frozen":
         return jnp.zeros(()), jnp.zeros(())
     found = adalora.adapters(trainable)
-    masks = adalora.allocator_state(state).masks if method.allocates else None
-    count = {p: jnp.asarray(masks[p].sum() if masks else a.lam.size) for p, a in found.items()}
+    kept = {path: adapter.lam != 0 for path, adapter in found.items()}
+    kept = adalora.allocator_state(state).masks if method.allocates else kept
+    count = {path: kept[path].sum() for path in found}
     each = {p: a.p.shape[-1] + a.q.shape[-1] + ("lam" in method.trained) for p, a in found.items()}
     return sum(count.values()), sum(count[path] * each[path] for path in found)
