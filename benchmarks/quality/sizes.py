@@ -28,7 +28,7 @@ _TOPICS = tasks.Plan(
     budgets=(1,),
     rates={"full": 0, "lora": 4, "adalora": 7},
 )
-_FAR = _TOPICS._replace(rates={"full": 2, "lora": 6, "adalora": 7})  # from the base's texts
+_FAR = _TOPICS._replace(rates={"full": 2, "lora": 7, "adalora": 7})  # from the base's texts
 _PLANS = {
     "fashion": tasks.Plan(
         title="a Vision Transformer trained on trousers, bags and shoes learns five kinds of tops",
@@ -57,7 +57,7 @@ _PLANS = {
         steps=0,
         batch=32,
         budgets=(1,),
-        rates={"full": -2, "lora": 2, "adalora": 2},
+        rates={"full": 0, "lora": 4, "adalora": 5},
     ),
 }
 
