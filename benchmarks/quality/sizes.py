@@ -5,13 +5,30 @@ from __future__ import annotations
 import pathlib
 
 from benchmarks.quality import tasks
-from benchmarks.quality.models import FASHION, TOPICS, Transformer
+from benchmarks.quality.models import FASHION, TOPICS, WORDNET, SentenceEncoder, Transformer
 
 # {task: {number of training examples: (number of steps, ranks)}}
 SIZES = {
     "fashion": {100: (200, (1,)), 600: (400, (1,)), 4000: (2000, (1, 8)), 16000: (2500, (1,))},
     "topics": {20: (60, (8,)), 60: (100, (1, 8)), 300: (300, (1, 8)), 1000: (1000, (1, 8))},
+    "glosses": {300: (300, (1,))},
+    "german": {300: (300, (1,))},
+    "wordnet": {1900: (240, (1,))},  # 50 of each class
 }
+_TOPICS = tasks.Plan(
+    title="a model of Python code learns the language reference",
+    measure="bits per character of test passages",
+    sign=-1,
+    module=lambda _: Transformer(**TOPICS),
+    targets=tasks.OURS,
+    head=(),
+    head_rate=0.0,
+    steps=0,
+    batch=8,
+    budgets=(1,),
+    rates={"full": 0, "lora": 4, "adalora": 7},
+)
+_FAR = _TOPICS._replace(rates={"full": 2, "lora": 7, "adalora": 7})  # from the base's texts
 _PLANS = {
     "fashion": tasks.Plan(
         title="a Vision Transformer trained on trousers, bags and shoes learns five kinds of tops",
@@ -26,18 +43,21 @@ _PLANS = {
         budgets=(1,),
         rates={"full": 4, "lora": 5, "adalora": 6},
     ),
-    "topics": tasks.Plan(
-        title="a model of Python code learns the language reference",
-        measure="bits per character of test passages",
-        sign=-1,
-        module=lambda _: Transformer(**TOPICS),
-        targets=tasks.OURS,
-        head=(),
-        head_rate=0.0,
+    "topics": _TOPICS,
+    "glosses": _FAR._replace(title="a model of Python code learns the glosses of WordNet"),
+    "german": _FAR._replace(title="a model of Python code learns German quotations"),
+    "wordnet": tasks.Plan(
+        title="the last two layers of MiniLM learn to classify the glosses of WordNet by topic",
+        measure="test accuracy, %",
+        sign=1,
+        module=lambda file: SentenceEncoder(**WORDNET, outputs=len(file["base/head/bias"])),
+        targets=tasks.BERTS,
+        head=("head",),
+        head_rate=1e-2,
         steps=0,
-        batch=8,
+        batch=32,
         budgets=(1,),
-        rates={"full": 0, "lora": 4, "adalora": 7},
+        rates={"full": 0, "lora": 4, "adalora": 5},
     ),
 }
 

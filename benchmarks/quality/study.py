@@ -149,7 +149,7 @@ def run(
         other = cell._replace(method=method.family if option else cell.method, budget=main)
         if near and other != cell and other.key in known:
             return train.around(known[other.key]["rate"], near)
-        return train.rates(task, method, count)
+        return train.rates(task, method, 1 if method.form == "frozen" else count)
 
     def more(cell):
         record = known[cell.key]

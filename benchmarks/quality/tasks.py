@@ -87,8 +87,8 @@ class Plan(NamedTuple):
 
 
 OURS = ("query", "key", "value", "out", "up", "down")
-_BERTS = tuple(f"attention_self_{name}" for name in ("query", "key", "value"))
-_BERTS += ("attention_output_dense", "intermediate_dense", "output_dense")
+BERTS = tuple(f"attention_self_{name}" for name in ("query", "key", "value"))
+BERTS += ("attention_output_dense", "intermediate_dense", "output_dense")
 
 
 def _minilm(file: dict[str, np.ndarray]) -> nn.Module:
@@ -135,7 +135,7 @@ _PLANS = {
         measure="test accuracy, %",
         sign=1,
         module=_minilm,
-        targets=_BERTS,
+        targets=BERTS,
         head=("head",),
         head_rate=1e-2,
         steps=120,
@@ -162,6 +162,13 @@ def read(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
         return {key: opened[key] for key in opened.files}
 
 
+def base_of(file: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the variables of the pre-trained model in a task's file."""
+    base = {key[5:]: value for key, value in file.items() if key.startswith("base/")}
+    base = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in base.items()}
+    return {"params": traverse_util.unflatten_dict(base, sep="/")}
+
+
 def assembled(
     name: str, plan: Plan, file: dict[str, np.ndarray], parts: dict[str, np.ndarray]
 ) -> Task:
@@ -174,12 +181,10 @@ def assembled(
         batches.append(order.reshape(plan.steps, plan.batch))
     seeds = np.arange(len(batches))
     splits = Splits(np.stack(batches), parts["validation"], parts["test"], seeds)
-    base = {key[5:]: value for key, value in file.items() if key.startswith("base/")}
-    base = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in base.items()}
     return Task(
         name=name,
         module=plan.module(file),
-        base={"params": traverse_util.unflatten_dict(base, sep="/")},
+        base=base_of(file),
         inputs=file["inputs"] if file["inputs"].dtype.kind == "f" else file["inputs"].astype("i4"),
         labels=file["labels"].astype("i4"),
         splits=splits,
