@@ -40,7 +40,7 @@ GROUPS = {
 }
 CANDIDATE_GROUPS = {
     "language models": ("topics-300/1", "glosses-300/1", "german-300/1"),
-    "classifiers": ("fashion-600/1", "fashion-4000/1", "wordnet-2000/1"),
+    "classifiers": ("fashion-600/1", "fashion-4000/1", "wordnet-1900/1"),
 }
 
 
