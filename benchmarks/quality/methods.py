@@ -127,4 +127,12 @@ IMPROVEMENTS = {
     ),
     "unrevived": _adalora("no regrowth", allow_regrowth=False),
 }
-METHODS = {**BASELINES, **ABLATIONS, **IMPROVEMENTS}
+# LoRA and AdaLoRA at several scales, which only ``scales`` runs.
+SCALES = {
+    f"{name}-at-{scale:g}": dataclasses.replace(
+        BASELINES[name], title=f"{title} at scale {scale:g}", config={"scale": scale}
+    )
+    for name, title in (("lora", "LoRA"), ("adalora", "AdaLoRA"))
+    for scale in (0.125, 1, 2, 5)
+}
+METHODS = {**BASELINES, **ABLATIONS, **IMPROVEMENTS, **SCALES}
