@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from benchmarks import results
 from benchmarks.quality import methods, options, sizes, study, tasks, train
 from benchmarks.quality.paired import mean_and_deviation
@@ -41,8 +44,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     task = ranged(sizes.load(TASK, chosen.data, chosen.seeds)[EXAMPLES])
     wanted = float(tasks.read(TASK, chosen.data)["wanted"])
     about = sizes.about(task, TASK, EXAMPLES, wanted)
-    about |= {"base": round(wanted / task.labels.shape[1], 4)}  # per character
     task = tasks.shortened(task, 10) if chosen.quick else task
+    about["base"] = round(frozen(task), 3)
     stated = {
         "study": {
             "seeds": chosen.seeds,
@@ -65,6 +68,12 @@ def ranged(task: tasks.Task) -> tasks.Task:
     first = train.RATES.index(LOWEST) - train.RATES.index(1e-4)
     rates = {method.family: first - method.shift for method in methods.SCALES.values()}
     return task._replace(budgets=(RANK,), rates=rates)
+
+
+def frozen(task: tasks.Task) -> float:
+    """Return the mean validation score of the frozen base over the seeds."""
+    apply = jax.jit(lambda x: task.module.apply(task.base, x))
+    return float(np.mean([task.score(apply, rows) for rows in task.splits.validation]))
 
 
 def lines(results: Mapping[str, Any]) -> Lines:
