@@ -1,4 +1,4 @@
-"""The command line ``python -m adalora_jax``: inspection and export of saved adapters."""
+"""The command line ``python -m adalora_jax``: advice before training, inspection and export."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from adalora_jax._src import advice
 from adalora_jax._src.core import compaction, evaluation, pytree
 from adalora_jax._src.core.config import AdaLoraConfig
 
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m adalora_jax", description="Inspect and export saved adapters."
+        prog="python -m adalora_jax",
+        description="Advise before training, inspect and export adapters.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     folder = argparse.ArgumentParser(add_help=False)
@@ -54,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkpoint of adalora_jax, a folder of its CheckpointManager (the last step is "
         "read), or an AdaLoRA or LoRA adapter of Hugging Face PEFT",
     )
+    before = commands.add_parser(
+        "advise", help="compare training data with adapters, and print settings to start with"
+    )
+    advice.add_options(before)
     look = commands.add_parser(
         "inspect", parents=[folder], help="print ranks, budget, sizes and step"
     )

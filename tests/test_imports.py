@@ -30,6 +30,7 @@ BELOW = {
     "restack": {"core"},
     "checkpoint": {"core", "restack", "tensorfile", "version"},
     "plot": {"core"},
+    "advice": {"core"},
 }
 OUTSIDE = {
     "_compat": {"jax"},
@@ -42,6 +43,7 @@ OUTSIDE = {
     "restack": {"jax"},
     "checkpoint": {"jax", "numpy", "orbax"},
     "plot": {"jax", "numpy", "matplotlib"},
+    "advice": set(),
 }
 
 

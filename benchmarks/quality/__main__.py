@@ -17,50 +17,29 @@ a large GPU, and days on two CPU cores.
 
 from __future__ import annotations
 
-import argparse
-import json
-import pathlib
-import sys
 from typing import Any
 
 import jax
 
 from benchmarks import results
-from benchmarks.quality import methods, report, study, tasks
-
-HERE = pathlib.Path(__file__).parent
+from benchmarks.quality import methods, options, report, study, tasks
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality", description=str(__doc__).partition("\n")[0]
-    )
+    known = [*methods.BASELINES, *methods.IMPROVEMENTS, *methods.ABLATIONS]
+    parser = options.parser("benchmarks.quality", __doc__, known, seeds=10, rates=7)
     option = parser.add_argument
     option("--task", nargs="+", choices=tasks.NAMES, default=list(tasks.NAMES), help="tasks to run")
-    option("--method", nargs="+", choices=methods.METHODS, help="run only these methods")
     option("--budget", nargs="+", choices=tasks.BUDGETS, help="run only these budgets")
-    option("--seeds", type=int, default=10, help="number of seeds")
-    option("--rates", type=int, default=7, help="number of learning rates per cell")
     option("--near", type=int, metavar="N", help="run only N rates, near a known best (study.run)")
     option("--beyond", type=int, default=2, metavar="N", help="N more rates if the best is an end")
     option("--at-once", type=int, metavar="N", help="runs in parallel; default: all, on a CPU 2")
-    option("--quick", action="store_true", help="run a few steps only, as a smoke test")
-    option("--budget-seconds", type=float, default=study.FOREVER, help="start no cell after that")
-    option("--threads", type=int, help="number of cells to compile in parallel; default: cores")
-    option("--prepare", action="store_true", help="only make the files of the tasks")
-    option("--render", action="store_true", help="only write page and picture of the results")
-    option("--data", type=pathlib.Path, default=HERE / ".data", help="folder of the tasks' files")
-    option("--out", type=pathlib.Path, default=HERE.parent, help="folder for the results")
     chosen = parser.parse_args(arguments)
 
     path = chosen.out / "quality.json"
     if chosen.render:
-        return _render(path)
-    for name in chosen.task:
-        if not (chosen.data / f"{name}.npz").exists():
-            from benchmarks.quality import prepare  # imports packages that training does not need
-
-            prepare.prepare(name, chosen.data, 5 if chosen.quick else None)
+        return options.finish(path, report.text, report.picture)
+    options.prepare(chosen.task, chosen)
     if chosen.prepare:
         return {}
     found = {name: tasks.load(name, chosen.data, chosen.seeds) for name in chosen.task}
@@ -80,20 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     at_once = chosen.at_once or (2 if jax.default_backend() == "cpu" else None)
     limits = chosen.budget_seconds, chosen.threads, chosen.near, chosen.beyond, at_once
     _, failed = study.run(found, wanted, chosen.rates, path, about, *limits)
-    written = _render(path) if path.exists() else {}  # missing if no cell was completed
-    if failed:
-        sys.exit(f"{len(failed)} cells failed: {', '.join(failed)}")
-    return written
-
-
-def _render(path: pathlib.Path) -> dict[str, Any]:
-    """Write the page and the picture of the results, and return the results."""
-    try:
-        results.render(path, report.text, report.picture)
-    except ModuleNotFoundError as error:
-        print(f"{error.name} is missing: draw the picture later, by --render.", file=sys.stderr)
-    print(f"The tables are in {path.with_suffix('.md')}.", file=sys.stderr)
-    return json.loads(path.read_text("utf-8"))
+    return options.finish(path, report.text, report.picture, failed)
 
 
 def _about(task: tasks.Task) -> dict[str, Any]:

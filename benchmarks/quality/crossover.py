@@ -15,49 +15,29 @@ two from the first. Takes hours on one core.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import sys
 from typing import Any
 
 from benchmarks import results
 from benchmarks.quality import crossover_report as report
-from benchmarks.quality import methods, sizes, study, tasks
+from benchmarks.quality import methods, options, sizes, study, tasks
 
-HERE = pathlib.Path(__file__).parent
 METHODS = ("frozen", "lora", "svd-lora", "adalora", "full")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality.crossover", description=str(__doc__).partition("\n")[0]
-    )
-    option = parser.add_argument
-    names = list(sizes.SIZES)
+    every = (*METHODS, *methods.CANDIDATES)
+    parser = options.parser("benchmarks.quality.crossover", __doc__, every, seeds=5, rates=3)
+    option, names = parser.add_argument, list(sizes.SIZES)
     option("--task", nargs="+", choices=names, default=names, help="tasks to run")
     option("--size", nargs="+", type=int, help="run only these numbers of training examples")
-    every = (*METHODS, *methods.CANDIDATES)
-    option("--method", nargs="+", choices=every, default=METHODS, help="run only these methods")
-    option("--seeds", type=int, default=5, help="number of seeds")
-    option("--rates", type=int, default=3, help="number of learning rates per cell")
     option("--beyond", type=int, default=2, metavar="N", help="N more rates if the best is an end")
-    option("--quick", action="store_true", help="run a few steps only, as a smoke test")
-    option("--budget-seconds", type=float, default=study.FOREVER, help="start no cell after that")
-    option("--threads", type=int, help="number of cells to compile in parallel; default: cores")
-    option("--prepare", action="store_true", help="only make the files of the tasks")
-    option("--render", action="store_true", help="only write page and picture of the results")
-    option("--data", type=pathlib.Path, default=HERE / ".data", help="folder of the tasks' files")
-    option("--out", type=pathlib.Path, default=HERE.parent, help="folder for the results")
     chosen = parser.parse_args(arguments)
 
     path = chosen.out / "crossover.json"
     if chosen.render:
-        return _render(path)
-    for name in chosen.task:
-        if not (chosen.data / f"{name}.npz").exists():
-            from benchmarks.quality import prepare  # imports packages that training does not need
-
-            prepare.prepare(name, chosen.data, 5 if chosen.quick else None)
+        return options.finish(path, report.text, report.picture)
+    options.prepare(chosen.task, chosen)
     if chosen.prepare:
         return {}
     points, about = {}, {}
@@ -67,7 +47,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             if size not in (chosen.size or [size]):
                 continue
             points[task.name] = tasks.shortened(task, 10) if chosen.quick else task
-            about[task.name] = _about(task, name, size, wanted)
+            about[task.name] = sizes.about(task, name, size, wanted)
     described = {
         "study": {
             "seeds": chosen.seeds,
@@ -78,42 +58,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "machine": results.machine(),
     }
     failed = _run(chosen, points, path, described)
-    written = _render(path) if path.exists() else {}  # missing if no cell was completed
-    if failed:
-        sys.exit(f"{len(failed)} cells failed: {', '.join(failed)}")
-    return written
+    return options.finish(path, report.text, report.picture, failed)
 
 
 def _run(chosen: argparse.Namespace, points: Any, path: pathlib.Path, about: Any) -> list[str]:
     """Run the cells, and return the keys of those that failed."""
-    cells, failed = study.cells(points, chosen.method), []
+    cells, failed = study.cells(points, chosen.method or METHODS), []
     main = [cell for cell in cells if cell.budget == points[cell.task].budgets[0]]
     # The second rank of a size is tuned near the best rate of the first, which must be known.
     for wanted in (main, cells):
         limits = chosen.budget_seconds, chosen.threads, chosen.rates, chosen.beyond, 1
         failed += study.run(points, wanted, chosen.rates, path, about, *limits)[1]
     return list(dict.fromkeys(failed))
-
-
-def _about(task: tasks.Task, name: str, size: int, wanted: float) -> dict[str, Any]:
-    fields = ("title", "measure", "sign", "steps", "budgets")
-    data = {
-        "data": name,
-        "examples": size,
-        "passes": task.splits.batches[0].size / size,
-        "bits wanted": round(size * wanted),
-    }
-    return {**{name: getattr(task, name) for name in fields}, **data}
-
-
-def _render(path: pathlib.Path) -> dict[str, Any]:
-    """Write the page and the picture of the results, and return the results."""
-    try:
-        results.render(path, report.text, report.picture)
-    except ModuleNotFoundError as error:
-        print(f"{error.name} is missing: draw the picture later, by --render.", file=sys.stderr)
-    print(f"The page is {path.with_suffix('.md')}.", file=sys.stderr)
-    return json.loads(path.read_text("utf-8"))
 
 
 if __name__ == "__main__":

@@ -143,4 +143,12 @@ CANDIDATES = {
     ),
     "unrevived4": _adalora("initial rank × 4, no regrowth", 4, allow_regrowth=False),
 }
-METHODS = {**BASELINES, **ABLATIONS, **IMPROVEMENTS, **CANDIDATES}
+# LoRA and AdaLoRA at several scales, which only ``scales`` runs.
+SCALES = {
+    f"{name}-at-{scale:g}": dataclasses.replace(
+        BASELINES[name], title=f"{title} at scale {scale:g}", config={"scale": scale}
+    )
+    for name, title in (("lora", "LoRA"), ("adalora", "AdaLoRA"))
+    for scale in (0.125, 1, 2, 5)
+}
+METHODS = {**BASELINES, **ABLATIONS, **IMPROVEMENTS, **CANDIDATES, **SCALES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 from benchmarks.quality import tasks
 from benchmarks.quality.models import FASHION, TOPICS, WORDNET, SentenceEncoder, Transformer
@@ -71,3 +72,15 @@ def load(name: str, folder: pathlib.Path, seeds: int) -> dict[int, tasks.Task]:
         parts = {part: file[f"{part}/{size}"][:seeds] for part in tasks.PARTS}
         found[size] = tasks.assembled(f"{name}-{size}", plan, file, parts)
     return found
+
+
+def about(task: tasks.Task, name: str, size: int, wanted: float) -> dict[str, Any]:
+    """Return the facts of a task that its results record; ``wanted`` is in bits per example."""
+    fields = ("title", "measure", "sign", "steps", "budgets")
+    data = {
+        "data": name,
+        "examples": size,
+        "passes": task.splits.batches[0].size / size,
+        "bits wanted": round(size * wanted),
+    }
+    return {**{name: getattr(task, name) for name in fields}, **data}
