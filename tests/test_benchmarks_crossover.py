@@ -142,6 +142,7 @@ def test_glosses_and_quotations_are_read_from_the_formats_of_their_packages(word
     assert sorted(mixed.split("\n\n")) == ["a", "b", "c"]
 
 
+@pytest.mark.slow  # trains or runs a model
 def test_other_texts_are_learned_from_the_base_of_topics(words, tmp_path, monkeypatch):
     model = models.Transformer(**models.TOPICS)
     base = model.init(jax.random.key(0), jnp.zeros((1, prepare.WINDOW), jnp.int32))
@@ -162,6 +163,7 @@ def test_other_texts_are_learned_from_the_base_of_topics(words, tmp_path, monkey
     assert 5 < found["wanted"] / prepare.WINDOW < 12  # bits per character of an untrained base
 
 
+@pytest.mark.slow  # trains or runs a model
 def test_last_layers_on_stored_states_equal_the_whole_encoder(words, small_bert, tmp_path):
     prepare.prepare("wordnet", tmp_path)
     file = tasks.read("wordnet", tmp_path)

@@ -81,8 +81,11 @@ def _by_branches(
     large = [role for role in joined if _size(averages[0], role) >= LARGE]
     small = [role for role in joined if role not in large]
 
-    def parts(members: Sequence[Role]) -> Sequence[Mapping[str, Adapter]]:
-        return [part_of(values, members) for values in (averages[0], weights, gradients)]
+    def before(group: Sequence[Role]) -> Averages:
+        return part_of(averages[0], group), part_of(averages[1], group)
+
+    def parts(group: Sequence[Role]) -> tuple[ByRole, Mapping[str, Adapter], Mapping[str, Adapter]]:
+        return part_of(averages[0], group), part_of(weights, group), part_of(gradients, group)
 
     raw = _raw_by_role(*parts(small))
     rest = parts([role for role in roles.members if role not in small])
@@ -91,9 +94,9 @@ def _by_branches(
     def updated(group: Sequence[Role]) -> Averages:
         # Unless small members must be joined, computing |w · g| again is cheaper than storing it.
         again = _raw_by_role(*parts([role for role in group if role not in small]))
-        before = tuple(part_of(average, group) for average in averages)
+        old = before(group)
         known = {**raw.stacked, **again.stacked}
-        return _smoothed(ByRole(known, before[0].roles), before, betas)
+        return _smoothed(ByRole(known, old[0].roles), old, betas)
 
     changed: tuple[dict[str, Adapter], dict[str, Adapter]] = {}, {}
     others = [role for role in roles.members if role not in large]
@@ -101,7 +104,7 @@ def _by_branches(
         new = jax.lax.cond(
             finite & wanted,
             functools.partial(updated, group),
-            lambda group=group: tuple(part_of(average, group) for average in averages),
+            functools.partial(before, group),
         )
         for values, part in zip(changed, new):
             values.update(part.stacked)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +247,12 @@ def stack(roles: Roles, values: Mapping[str, Any]) -> ByRole:
         for role in roles.members
     }
     return ByRole(joined, roles)
+
+
+@overload
+def part_of(values: ByRole, members: Sequence[Role]) -> ByRole: ...
+@overload
+def part_of(values: Mapping[str, Any], members: Sequence[Role]) -> Mapping[str, Any]: ...
 
 
 def part_of(values: Mapping[str, Any], members: Sequence[Role]) -> Mapping[str, Any]:
