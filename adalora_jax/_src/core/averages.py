@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from adalora_jax._src.core.adapter import Adapter
+from adalora_jax._src.core.low_rank import explicit_mesh
 from adalora_jax._src.core.roles import (
     ByRole,
     Role,
@@ -78,8 +79,8 @@ def _by_branches(
     """
     roles, separate = averages[0].roles, not isinstance(weights, ByRole)
     joined = [role for role in roles.members if separate and len(role.paths) > 1]
-    large = [role for role in joined if _size(averages[0], role) >= LARGE]
-    small = [role for role in joined if role not in large]
+    large = [role for role in roles.members if _is_large(averages[0].stacked[role.name])]
+    small = [role for role in roles.members if role not in large]
 
     def before(group: Sequence[Role]) -> Averages:
         return part_of(averages[0], group), part_of(averages[1], group)
@@ -88,19 +89,19 @@ def _by_branches(
         return part_of(averages[0], group), part_of(weights, group), part_of(gradients, group)
 
     raw = _raw_by_role(*parts(small))
-    rest = parts([role for role in roles.members if role not in small])
-    finite = _all_finite(raw) & _products_finite(*rest[1:])
+    finite = _all_finite(raw) & _products_finite(*parts(large)[1:])
 
     def updated(group: Sequence[Role]) -> Averages:
         # Unless small members must be joined, computing |w · g| again is cheaper than storing it.
-        again = _raw_by_role(*parts([role for role in group if role not in small]))
+        again = _raw_by_role(*parts([r for r in group if r in large or r not in joined]))
         old = before(group)
         known = {**raw.stacked, **again.stacked}
         return _smoothed(ByRole(known, old[0].roles), old, betas)
 
     changed: tuple[dict[str, Adapter], dict[str, Adapter]] = {}, {}
-    others = [role for role in roles.members if role not in large]
-    for group in filter(None, [others, *([role] for role in large)]):
+    alone = [role for role in large if role in joined]
+    others = [role for role in roles.members if role not in alone]
+    for group in filter(None, [others, *([role] for role in alone)]):
         new = jax.lax.cond(
             finite & wanted,
             functools.partial(updated, group),
@@ -111,8 +112,9 @@ def _by_branches(
     return (ByRole(changed[0], roles), ByRole(changed[1], roles)), finite
 
 
-def _size(average: ByRole, role: Role) -> int:
-    return sum(leaf.size for leaf in average.stacked[role.name])
+def _is_large(average: Adapter) -> bool:
+    """Return whether a role is large; not on a mesh with explicit axes, where rows do not join."""
+    return sum(leaf.size for leaf in average) >= LARGE and explicit_mesh(average.p) is None
 
 
 def _smoothed(raw: ByRole, averages: Averages, betas: tuple[float, float]) -> Averages:
