@@ -79,8 +79,8 @@ def _by_branches(
     """
     roles, separate = averages[0].roles, not isinstance(weights, ByRole)
     joined = [role for role in roles.members if separate and len(role.paths) > 1]
-    large = [role for role in roles.members if _is_large(averages[0].stacked[role.name])]
-    small = [role for role in roles.members if role not in large]
+    alone = [role for role in joined if _is_large(averages[0].stacked[role.name])]
+    others = [role for role in roles.members if role not in alone]
 
     def before(group: Sequence[Role]) -> Averages:
         return part_of(averages[0], group), part_of(averages[1], group)
@@ -88,19 +88,17 @@ def _by_branches(
     def parts(group: Sequence[Role]) -> tuple[ByRole, Mapping[str, Adapter], Mapping[str, Adapter]]:
         return part_of(averages[0], group), part_of(weights, group), part_of(gradients, group)
 
-    raw = _raw_by_role(*parts(small))
-    finite = _all_finite(raw) & _products_finite(*parts(large)[1:])
+    raw = _raw_by_role(*parts(others))
+    finite = _all_finite(raw) & _products_finite(*parts(alone)[1:])
 
     def updated(group: Sequence[Role]) -> Averages:
         # Unless small members must be joined, computing |w · g| again is cheaper than storing it.
-        again = _raw_by_role(*parts([r for r in group if r in large or r not in joined]))
+        again = _raw_by_role(*parts([r for r in group if r in alone or r not in joined]))
         old = before(group)
         known = {**raw.stacked, **again.stacked}
         return _smoothed(ByRole(known, old[0].roles), old, betas)
 
     changed: tuple[dict[str, Adapter], dict[str, Adapter]] = {}, {}
-    alone = [role for role in large if role in joined]
-    others = [role for role in roles.members if role not in alone]
     for group in filter(None, [others, *([role] for role in alone)]):
         new = jax.lax.cond(
             finite & wanted,
