@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,10 @@ from adalora_jax import __main__ as command
 from adalora_jax._src import advice
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks.quality import crossover_report, methods  # noqa: E402
+
 # Bits in the training data of the quality study, as docs/explanation/when-it-pays.md counts them.
 WANTED = {"digits": 50 * math.log2(5), "docstrings": 200 * math.log2(10), "prose": 19200 * 2.6}
 COMMON = ["--examples", "300", "--rank", "1", "--steps", "300"]
@@ -21,7 +27,7 @@ SIZE = ["--parameters", "1792"]
 
 
 def comparisons():
-    """Return ``(ratio, gain, LoRA's best rate, AdaLoRA's)`` of each stored comparison."""
+    """Return ``(ratio, gain, sign, LoRA's best rate, AdaLoRA's)`` of each stored comparison."""
     found = []
     for name in ("quality", "crossover"):
         results = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text("utf-8"))
@@ -35,7 +41,7 @@ def comparisons():
             pairs = zip(cell["test of seeds"], lora["test of seeds"])
             gain = about["sign"] * sum(ours - theirs for ours, theirs in pairs)
             ratio = wanted / (advice.CAPACITY * lora["parameters"])
-            found.append((ratio, gain, lora["rate"], cell["rate"]))
+            found.append((ratio, gain, about["sign"], lora["rate"], cell["rate"]))
     return found
 
 
@@ -57,13 +63,34 @@ def test_sentences_agree_with_stored_comparisons():
     assert f"In {len(above)} comparisons at ratios above 1, from {low} to {high}," in advice.ABOVE
     ahead = sum(gain > 0 for _, gain, *_ in above)
     assert f"ahead of LoRA in {ahead} and behind in {len(above) - ahead}," in advice.ABOVE
-    for tried, column in ((advice.LORA_RATES, 2), (advice.ADALORA_RATES, 3)):
+    assert {sign for _, gain, sign, *_ in above if gain > 0} == {-1}  # bits: language models
+    for tried, column in ((advice.LORA_RATES, 3), (advice.ADALORA_RATES, 4)):
         best = [one[column] for one in found]
         assert (min(best), max(best)) == (tried[0], tried[-1])
     times = [ours / theirs for *_, theirs, ours in found]
     often = sum(factor > 4.9 for factor in times)
     assert f"{min(times):.2g} to {max(times):.2g} times LoRA's" in advice.RATES
     assert f"at least 5 times in {often} of {len(times)}." in advice.RATES
+
+
+def test_settings_are_those_of_the_candidate_that_the_rule_chose_and_its_results_are_stated():
+    results = json.loads((ROOT / "benchmarks/crossover.json").read_text("utf-8"))
+    assert crossover_report.recommended(results) == "unrevived4"
+    studied = methods.METHODS["unrevived4"].adalora_config(3, 250, ("q",), ())
+    ours = adalora.AdaLoraConfig.recommended(250, 3, target_modules=["q"])
+    assert ours.scaling == studied.scaling
+    assert ours == studied.replace(scale=1.0, lora_alpha=ours.lora_alpha)
+    there = crossover_report.points(results)
+    for sign, names in crossover_report.CANDIDATE_GROUPS.items():
+        group = [there[name] for name in names]
+        ratios = [f"{end(point.ratio for point in group):.2g}" for end in (min, max)]
+        gains = [
+            statistics.mean(crossover_report.differences(results, point, "unrevived4", "lora"))
+            for point in group
+        ]
+        gains = [f"{end(gains):.2g}" for end in (min, max)]
+        assert " to ".join(ratios) in advice.SETTINGS, sign
+        assert " to ".join(gains) in advice.SETTINGS, sign
 
 
 def test_information_and_capacity_are_those_of_the_study():
@@ -99,9 +126,9 @@ def test_advice_depends_on_the_ratio_and_names_ratios_that_were_not_measured(
 def test_settings_are_those_of_the_study_and_paste_as_printed(steps):
     found = advice.advise(1000.0, parameters=800, rank=4, steps=steps)
     config = found.config
-    assert (config.init_r, config.target_r, config.scaling) == (8, 4, 1)
+    assert (config.init_r, config.target_r, config.scaling) == (16, 4, 1)
     assert (config.tinit, config.tfinal) == (steps // 10, 3 * steps // 10)
-    line = re.search(r"^AdaLoraConfig\(.*\)$", advice.report(found), re.MULTILINE)
+    line = re.search(r"^AdaLoraConfig\.recommended\(.*\)$", advice.report(found), re.MULTILINE)
     assert line
     assert eval(line[0], {"AdaLoraConfig": adalora.AdaLoraConfig}) == config
 

@@ -420,6 +420,56 @@ adapter and prunes to target_r; pass an init_r of at least 8.
     def _limits(self) -> tuple[tuple[str, RankSpec], ...]:
         return cast("Any", self.rank_overrides or ())
 
+    @classmethod
+    def recommended(cls, total_step: int, target_r: int = 8, **changes: Any) -> AdaLoraConfig:
+        """Return a config with the settings that came out best in a study of six tasks.
+
+        - ``init_r``: four times ``target_r``.
+        - ``allow_regrowth``: False, so a pruned triplet stays pruned.
+        - ``tinit`` and ``tfinal``: 10 % and 30 % of ``total_step``, rounded down.
+        - ``scale``: 1.
+
+        Other fields have the constructor's defaults. AdaLoRA as in PEFT, with ``init_r`` twice
+        ``target_r`` and regrowth, was behind these settings on three language models and level with
+        them on three classifiers, each at its best learning rate; the page "When does AdaLoRA pay?"
+        has the table. The price: adapters and their averages have four times the final rank, so
+        they take up twice the memory of an ``init_r`` of twice the rank.
+
+        Args:
+          total_step: number of optimizer steps in the run.
+          target_r: triplets per matrix at the end, averaged over all matrices.
+          **changes: values of further fields, or of those in the table.
+
+        Returns:
+          A config, validated like any other.
+
+        Raises:
+          ValueError: a value cannot work, as for a new config, or ``lora_alpha`` is given, which
+            has no effect beside ``scale``.
+          TypeError: a name is not a field.
+
+        >>> config = AdaLoraConfig.recommended(1000, target_r=4, target_modules=["q", "v"])
+        >>> config.init_r, config.tinit, config.tfinal, config.scaling, config.allow_regrowth
+        (16, 100, 300, 1.0, False)
+        """
+        checks.integer("total_step", total_step, minimum=1)
+        checks.integer("target_r", target_r, minimum=1)
+        if "lora_alpha" in changes and changes.get("scale", 1.0) is not None:
+            raise ValueError(
+                f"`lora_alpha={changes['lora_alpha']!r}`: has no effect, since the recommended "
+                "scale is set directly; pass scale=..., or scale=None for lora_alpha / init_r."
+            )
+        settings: dict[str, Any] = {
+            "total_step": total_step,
+            "target_r": target_r,
+            "init_r": 4 * target_r,
+            "allow_regrowth": False,
+            "tinit": total_step // 10,
+            "tfinal": 3 * total_step // 10,
+            "scale": 1.0,
+        }
+        return cls(**{**settings, **changes})
+
     def replace(self, **changes: Any) -> AdaLoraConfig:
         """Return a copy with some fields changed, validated like a new config.
 
