@@ -438,7 +438,7 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         Args:
           total_step: number of optimizer steps in the run.
           target_r: triplets per matrix at the end, averaged over all matrices.
-          **changes: values of further fields, or of those in the table.
+          **changes: values of further fields, or of those above.
 
         Returns:
           A config, validated like any other.
