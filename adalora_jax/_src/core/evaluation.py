@@ -65,10 +65,11 @@ def masks(state: PyTree) -> dict[str, Bool[Any, "*stack r"]]:
 def eval_params(opt_state: PyTree, params: PyTree) -> PyTree:
     """Return the parameters with the masks applied, for evaluation, merging and export.
 
-    Between two masks a pruned λ may grow back, so the trained parameters may contain λ that the
-    masks prune. Other leaves do not change. Works under ``jit``. If the optimizer has an
-    ``optax.contrib.schedule_free``, inside or around ``adalora``, the parameters are first replaced
-    by its average, as by ``optax.contrib.schedule_free_eval_params``.
+    With ``allow_regrowth=True`` a pruned λ may grow back between two masks, so the trained
+    parameters may contain λ that the masks prune. Other leaves do not change. Works under ``jit``.
+    If the optimizer has an ``optax.contrib.schedule_free``, inside or around ``adalora``, the
+    parameters are first replaced by its average, as by
+    ``optax.contrib.schedule_free_eval_params``.
 
     Args:
       opt_state: the optimizer's state, which contains an :class:`AllocatorState`.

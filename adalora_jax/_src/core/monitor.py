@@ -141,8 +141,9 @@ def info(
     ``metrics = {"loss": loss, **info(opt_state).metrics("adalora/")}``.
 
     Right after a new mask, the active triplets are those with the ``budget`` highest ``scores``
-    (within ``rank_overrides``); in another ``budget_unit``, the highest within the budget. Between
-    two masks the scores change while the mask does not. From the final mask on, the averages do not
+    (within ``rank_overrides``); in another ``budget_unit``, the highest within the budget; with
+    ``allow_regrowth=False``, the highest of those that were active before. Between two masks the
+    scores change while the mask does not. From the final mask on, the averages do not
     change, nor do the scores computed from them.
 
     Args:
