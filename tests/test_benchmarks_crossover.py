@@ -98,6 +98,12 @@ def test_command_runs_all_sizes_and_writes_page_and_figure(images, tmp_path):
     assert crossover.main(command) == found  # no cell remains
     assert (tmp_path / "crossover.json").read_text("utf-8") == before
 
+    file = tasks.read("fashion", tmp_path)
+    assert about["loss of the base"] == pytest.approx(file["loss"], abs=1e-4)
+    np.savez(tmp_path / "fashion.npz", **file | {"loss": file["loss"] + 1})
+    with pytest.raises(ValueError, match="study with other tasks"):
+        crossover.main(command)
+
 
 @pytest.mark.slow  # trains the base
 def test_sizes_have_disjoint_and_different_splits(images, tmp_path):
@@ -192,7 +198,9 @@ def test_last_layers_on_stored_states_equal_the_whole_encoder(words, small_bert,
 def test_command_runs_stored_states_and_the_frozen_base(words, small_bert, tmp_path):
     command = ["--quick", "--task", "wordnet", "--seeds", "2", "--rates", "2", "--beyond", "0"]
     command += ["--method", "frozen", "lora", "--data", str(tmp_path), "--out", str(tmp_path)]
-    cells = crossover.main(command)["cells"]
+    results = crossover.main(command)
+    assert results["study"]["tasks"]["wordnet-60"]["loss of the base"] is None
+    cells = results["cells"]
     assert set(cells) == {"wordnet-60/frozen/1", "wordnet-60/lora/1"}
     assert len(cells["wordnet-60/frozen/1"]["rates"]) == 1  # none is used
     page = (tmp_path / "crossover.md").read_text("utf-8")

@@ -42,12 +42,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return {}
     points, about = {}, {}
     for name in chosen.task:
-        wanted = float(tasks.read(name, chosen.data)["wanted"])
         for size, task in sizes.load(name, chosen.data, chosen.seeds).items():
             if size not in (chosen.size or [size]):
                 continue
             points[task.name] = tasks.shortened(task, 10) if chosen.quick else task
-            about[task.name] = sizes.about(task, name, size, wanted)
+            about[task.name] = sizes.about(task, name, size, chosen.data)
     described = {
         "study": {
             "seeds": chosen.seeds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import Any
 
@@ -74,13 +75,19 @@ def load(name: str, folder: pathlib.Path, seeds: int) -> dict[int, tasks.Task]:
     return found
 
 
-def about(task: tasks.Task, name: str, size: int, wanted: float) -> dict[str, Any]:
-    """Return the facts of a task that its results record; ``wanted`` is in bits per example."""
-    fields = ("title", "measure", "sign", "steps", "budgets")
+def about(task: tasks.Task, name: str, size: int, folder: pathlib.Path) -> dict[str, Any]:
+    """Return the facts of a task that its results record.
+
+    The loss identifies the base model, None if it was not trained here. Results of different bases
+    must not be compared, and not every machine makes the same base of fashion.
+    """
+    file, fields = tasks.read(name, folder), ("title", "measure", "sign", "steps", "budgets")
+    loss = float(file["loss"])
     data = {
         "data": name,
         "examples": size,
         "passes": task.splits.batches[0].size / size,
-        "bits wanted": round(size * wanted),
+        "bits wanted": round(size * float(file["wanted"])),
+        "loss of the base": None if math.isnan(loss) else round(loss, 4),
     }
     return {**{name: getattr(task, name) for name in fields}, **data}
