@@ -39,7 +39,7 @@ def comparisons():
             about = results["study"]["tasks"][task]
             wanted = about.get("bits wanted") or WANTED[task]
             pairs = zip(cell["test of seeds"], lora["test of seeds"])
-            gain = about["sign"] * sum(ours - theirs for ours, theirs in pairs)
+            gain = about["sign"] * statistics.mean(ours - theirs for ours, theirs in pairs)
             ratio = wanted / (advice.CAPACITY * lora["parameters"])
             found.append((ratio, gain, about["sign"], lora["rate"], cell["rate"]))
     return found
@@ -52,18 +52,21 @@ def run(capsys, *arguments):
 
 def test_sentences_agree_with_stored_comparisons():
     found = comparisons()
-    below = [one for one in found if one[0] < 1]
-    above = [one for one in found if one[0] >= 1]
-    for group, measured in ((below, advice.MEASURED_BELOW), (above, advice.MEASURED_ABOVE)):
-        ends = [float(f"{end(one[0] for one in group):.2g}") for end in (min, max)]
-        assert ends == list(measured)
-    low, high = (f"{ratio:.2g}" for ratio in advice.MEASURED_BELOW)
-    assert f"In {len(below)} comparisons at ratios below 1, from {low} to {high}," in advice.BELOW
-    low, high = (f"{ratio:.2g}" for ratio in advice.MEASURED_ABOVE)
-    assert f"In {len(above)} comparisons at ratios above 1, from {low} to {high}," in advice.ABOVE
-    ahead = sum(gain > 0 for _, gain, *_ in above)
-    assert f"ahead of LoRA in {ahead} and behind in {len(above) - ahead}," in advice.ABOVE
-    assert {sign for _, gain, sign, *_ in above if gain > 0} == {-1}  # bits: language models
+    groups = {
+        advice.CLASSIFIERS: [one for one in found if one[2] > 0],
+        advice.LANGUAGE_BELOW: [one for one in found if one[2] < 0 and one[0] < 1],
+        advice.LANGUAGE_ABOVE: [one for one in found if one[2] < 0 and one[0] >= 1],
+    }
+    for measured, group in groups.items():
+        low, high = (f"{end(one[0] for one in group):.2g}" for end in (min, max))
+        assert [float(low), float(high)] == [measured.lowest, measured.highest]
+        assert f"In {len(group)} comparisons on " in measured.sentences
+        assert f"from {low} to {high}," in measured.sentences
+        gains = [f"{end(one[1] for one in group):.2g}" for end in (min, max)]
+        assert f"AdaLoRA gained {' to '.join(gains)} " in measured.sentences
+        if measured is not advice.LANGUAGE_BELOW:
+            ahead = sum(one[1] > 0 for one in group)
+            assert f"and was ahead in {ahead}." in measured.sentences
     for tried, column in ((advice.LORA_RATES, 3), (advice.ADALORA_RATES, 4)):
         best = [one[column] for one in found]
         assert (min(best), max(best)) == (tried[0], tried[-1])
@@ -80,6 +83,9 @@ def test_settings_are_those_of_the_candidate_that_the_rule_chose_and_its_results
     ours = adalora.AdaLoraConfig.recommended(250, 3, target_modules=["q"])
     assert ours.scaling == studied.scaling
     assert ours == studied.replace(scale=1.0, lora_alpha=ours.lora_alpha)
+    best = [cell["rate"] for key, cell in results["cells"].items() if "/unrevived4/" in key]
+    assert f"settings above were from {min(best)} to {max(best)}." in advice.RATES
+    assert f"at most {max(best)}:" in advice.RATES
     there = crossover_report.points(results)
     for sign, names in crossover_report.CANDIDATE_GROUPS.items():
         group = [there[name] for name in names]
@@ -98,33 +104,38 @@ def test_information_and_capacity_are_those_of_the_study():
     assert advice.bits_of_tokens(300, 64, 2.6) == pytest.approx(49_920)
     # All 24 matrices of digits are 64 x 64; 6,144 bits at rank 1.
     parameters = advice.lora_parameters([(64, 64, 20), (64, 64, 4)], rank=1)
-    found = advice.advise(116, parameters, rank=1, steps=200)
+    found = advice.advise(116, parameters, rank=1, steps=200, language_model=False)
     assert found.held == 2 * 3072
     assert found.ratio == pytest.approx(116 / 6144)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "measured", "near"),
+    ("wanted", "language", "measured", "near"),
     [
-        (1, advice.BELOW, False),
-        (100, advice.BELOW, True),
-        (999, advice.BELOW, False),
-        (1000, advice.ABOVE, False),
-        (20_000, advice.ABOVE, True),
-        (100_000, advice.ABOVE, False),
+        (1, True, advice.LANGUAGE_BELOW, False),
+        (200, True, advice.LANGUAGE_BELOW, True),
+        (999, True, advice.LANGUAGE_BELOW, False),
+        (1000, True, advice.LANGUAGE_ABOVE, False),
+        (20_000, True, advice.LANGUAGE_ABOVE, True),
+        (100_000, True, advice.LANGUAGE_ABOVE, False),
+        (1, False, advice.CLASSIFIERS, False),
+        (100, False, advice.CLASSIFIERS, True),
+        (10_000, False, advice.CLASSIFIERS, True),
+        (20_000, False, advice.CLASSIFIERS, False),
     ],
 )
-def test_advice_depends_on_the_ratio_and_names_ratios_that_were_not_measured(
-    wanted, measured, near
+def test_advice_depends_on_model_and_ratio_and_names_ratios_that_were_not_measured(
+    wanted, language, measured, near
 ):
-    found = advice.advise(wanted, parameters=500, rank=1, steps=100)
-    assert found.measured == (measured if near else f"{measured} {advice.UNMEASURED}")
-    assert advice.UNMEASURED not in measured
+    found = advice.advise(wanted, parameters=500, rank=1, steps=100, language_model=language)
+    sentences = measured.sentences
+    assert found.measured == (sentences if near else f"{sentences} {advice.UNMEASURED}")
+    assert advice.UNMEASURED not in sentences
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 333])
 def test_settings_are_those_of_the_study_and_paste_as_printed(steps):
-    found = advice.advise(1000.0, parameters=800, rank=4, steps=steps)
+    found = advice.advise(1000.0, parameters=800, rank=4, steps=steps, language_model=True)
     config = found.config
     assert (config.init_r, config.target_r, config.scaling) == (16, 4, 1)
     assert (config.tinit, config.tfinal) == (steps // 10, 3 * steps // 10)
@@ -138,7 +149,10 @@ def test_command_counts_labels_or_tokens_and_parameters_or_shapes(capsys):
     assert re.search(r"^the data want +600 bits$", text, re.MULTILINE)
     assert re.search(r"^the adapters hold +3,584 bits, 2 per parameter$", text, re.MULTILINE)
     assert re.search(r"^ratio +0.167$", text, re.MULTILINE)
-    assert "the data want       19,200 bits" in run(capsys, *COMMON, *TOKENS, *SIZE)
+    assert "comparisons on classifiers" in text
+    text = run(capsys, *COMMON, *TOKENS, *SIZE)
+    assert "the data want       19,200 bits" in text
+    assert "comparisons on language models" in text
     assert "the data want       48,000 bits" in run(
         capsys, *COMMON, *TOKENS, "--bits", "2.5", *SIZE
     )

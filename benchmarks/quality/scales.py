@@ -95,8 +95,8 @@ def text(results: Mapping[str, Any]) -> str:
         f"steps, at rank {RANK}. AdaLoRA starts at twice the rank.\n"
         f"- **Score**: the mean bits per character of validation passages over {study['seeds']} "
         f"seeds; fewer are better. The frozen base has {about['base']:.3f}. Bold: the best "
-        "learning rate of a row, with ‡ if it is the lowest or highest of the range. A dash: a run "
-        "diverged.\n"
+        "learning rate of a row, with ‡ if it is the lowest or highest of the range. A dash: the "
+        "score is not finite.\n"
         "- **Test**: bits per character of test passages at the best learning rate of the row, "
         "mean ± standard deviation over seeds.",
         "## Score by learning rate",
@@ -144,11 +144,15 @@ def _loss(found: Lines) -> str:
     best, tuned, shared = theirs[rate], ours[own], ours.get(rate)
     if best is None or tuned is None:
         return ""
-    return (
+    there = (
         f"At the learning rate that is best for LoRA at scale 2, {rate:g}, LoRA at scale 2 has "
         f"{best:.3f} bits per character, and AdaLoRA at scale 0.125 "
-        f"{'diverges' if shared is None else f'has {_compared(shared, best)}'}. "
-        f"At its own best rate, {own:g}, AdaLoRA at scale 0.125 has {_compared(tuned, best)}."
+        f"{'diverges' if shared is None else f'has {_compared(shared, best)}'}."
+    )
+    if own == rate:
+        return f"{there} This rate is the best for both."
+    return f"{there} At its own best rate, {own:g}, AdaLoRA at scale 0.125 has " + (
+        f"{_compared(tuned, best)}."
     )
 
 
