@@ -158,6 +158,7 @@ def test_command_counts_labels_or_tokens_and_parameters_or_shapes(capsys):
     )
     text = run(capsys, *COMMON, *LABELS, "--shapes", "64x32*2", "128x128")
     assert f"{2 * (2 * 96 + 256)} bits, 2 per parameter" in text
+    assert run(capsys, *COMMON, *LABELS, "--shapes", "64x32*2", "--shapes", "128x128") == text
 
 
 @pytest.mark.parametrize(

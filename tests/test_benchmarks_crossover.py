@@ -91,6 +91,7 @@ def test_command_runs_all_sizes_and_writes_page_and_figure(images, tmp_path):
     assert all(cell["triplets"] == [24, 24] for cell in found["cells"].values())
     about = found["study"]["tasks"]["fashion-200"]
     assert about["bits wanted"] == round(200 * np.log2(5))
+    assert about["steps"] == 10  # of a smoke test: its cells are not those of a complete run
     assert report.points(found)["fashion-200/1"].ratio == about["bits wanted"] / (2 * 1536)
     assert "| fashion, ratio above 1 |" in (tmp_path / "crossover.md").read_text("utf-8")
     assert (tmp_path / "crossover.png").stat().st_size > 10_000

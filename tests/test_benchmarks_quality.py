@@ -168,6 +168,18 @@ def test_paired_test_enumerates_all_signs(seed):
     assert paired.sign_flip(a, a) == 1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, None])
+def test_sign_flip_of_values_that_are_not_finite_raises(value):
+    with pytest.raises(ValueError, match="all differences must be finite"):
+        paired.sign_flip([1.0, value], [0.0, 0.0])
+
+
+@pytest.mark.parametrize(("a", "b"), [([1, 2, 3], [0]), ([], []), ([0] * 17, [1] * 17)])
+def test_sign_flip_of_values_without_pairs_raises(a, b):
+    with pytest.raises(ValueError, match="1 to 16 pairs"):
+        paired.sign_flip(a, b)
+
+
 def test_holm_correction_matches_its_definition():
     p = np.array([0.03, 0.001, 0.2, 0.012])
     corrected = paired.holm(dict(enumerate(p)))

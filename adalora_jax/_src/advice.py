@@ -260,6 +260,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         type=_shape,
         nargs="+",
+        action="extend",
         metavar="INxOUT*COUNT",
         help="sizes of the adapted matrices, such as 4096x4096*32; COUNT is 1 by default",
     )

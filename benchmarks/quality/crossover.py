@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for size, task in sizes.load(name, chosen.data, chosen.seeds).items():
             if size not in (chosen.size or [size]):
                 continue
-            points[task.name] = tasks.shortened(task, 10) if chosen.quick else task
+            task = tasks.shortened(task, 10) if chosen.quick else task
+            points[task.name] = task
             about[task.name] = sizes.about(task, name, size, chosen.data)
     described = {
         "study": {

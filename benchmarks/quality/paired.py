@@ -17,12 +17,19 @@ def sign_flip(a: Sequence[float], b: Sequence[float]) -> float:
     choices of signs whose mean is at least as far from 0 as the observed mean. The smallest
     possible p is 2 / 2ⁿ, which requires that all differences have the same sign.
 
+    Raises:
+      ValueError: there are no pairs or too many, or a difference is not finite.
+
     >>> sign_flip([2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 1.0, 1.0, 1.0, 1.0])
     0.0625
     """
-    difference = np.asarray(a, float) - np.asarray(b, float)
-    if difference.ndim != 1 or not 0 < len(difference) <= _EXACT:
-        raise ValueError(f"there must be 1 to {_EXACT} pairs, not {difference.shape}.")
+    first, second = np.asarray(a, float), np.asarray(b, float)
+    if first.shape != second.shape or first.ndim != 1 or not 0 < len(first) <= _EXACT:
+        shapes = f"{first.shape} and {second.shape}"
+        raise ValueError(f"there must be 1 to {_EXACT} pairs, not values of shapes {shapes}.")
+    difference = first - second
+    if not np.isfinite(difference.sum()):
+        raise ValueError(f"all differences must be finite, not {difference.tolist()}.")
     signs = 1 - 2 * (np.arange(2 ** len(difference))[:, None] >> np.arange(len(difference)) & 1)
     means = np.abs(signs @ difference)
     return float(np.mean(means >= abs(difference.sum()) - 1e-9 * means.max()))

@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if chosen.prepare:
         return {}
     task = ranged(sizes.load(TASK, chosen.data, chosen.seeds)[EXAMPLES])
-    about = sizes.about(task, TASK, EXAMPLES, chosen.data)
     task = tasks.shortened(task, 10) if chosen.quick else task
+    about = sizes.about(task, TASK, EXAMPLES, chosen.data)
     about["base"] = round(frozen(task), 3)
     stated = {
         "study": {
