@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float32
 
 from adalora_jax._src.core.adapter import Adapter
 from adalora_jax._src.core.low_rank import explicit_mesh
@@ -19,14 +20,15 @@ from adalora_jax._src.core.roles import (
     per_triplet,
     stack,
     stack_like,
-    stored,
 )
-from adalora_jax._src.core.sensitivity import raw_sensitivity, smooth
+from adalora_jax._src.core.sensitivity import average, raw_sensitivity, smooth
 
 Averages = tuple[ByRole, ByRole]  # Ī and Ū
-# Parameters of a role from which its members are joined one role at a time on a CPU: together, the
-# joined sensitivities would not fit its cache. Smaller ones are joined once, which compiles faster.
+Members = Sequence[tuple[Adapter, Adapter]]  # weight and gradient of each member of a role
+# Parameters of a role from which its averages are updated in place on a CPU: the sensitivities of
+# all its members would not fit the cache. Those of smaller roles are joined, which takes less time.
 LARGE = 2**20
+GROUP = 4  # members that are reduced in one kernel
 
 
 def update_averages(
@@ -60,7 +62,7 @@ def _by_selection(
     wanted: Bool[Array, ""],
 ) -> tuple[Averages, Bool[Array, ""]]:
     raw = _raw_by_role(averages[0], weights, gradients)
-    finite = _all_finite(raw)
+    finite = _all_finite([per_triplet(jnp.max, raw)])
     choose = functools.partial(jnp.where, finite & wanted)
     return jax.tree.map(choose, _smoothed(raw, averages, betas), averages), finite
 
@@ -72,42 +74,117 @@ def _by_branches(
     betas: tuple[float, float],
     wanted: Bool[Array, ""],
 ) -> tuple[Averages, Bool[Array, ""]]:
-    """Return the same, computed in a branch for each large role and in one for all others.
-
-    Within one branch, XLA's scheduler for CPUs would join the members of all roles before it uses
-    any of them, and so write all sensitivities to memory and read them again.
-    """
+    """Return the same, computed in a branch, and in a loop for each large role."""
     roles, separate = averages[0].roles, not isinstance(weights, ByRole)
     joined = [role for role in roles.members if separate and len(role.paths) > 1]
-    alone = [role for role in joined if _is_large(averages[0].stacked[role.name])]
-    others = [role for role in roles.members if role not in alone]
-
-    def before(group: Sequence[Role]) -> Averages:
-        return part_of(averages[0], group), part_of(averages[1], group)
+    large = {
+        role: [(weights[path], gradients[path]) for path in role.paths]
+        for role in joined
+        if _is_large(averages[0].stacked[role.name])
+    }
+    others = [role for role in roles.members if role not in large]
 
     def parts(group: Sequence[Role]) -> tuple[ByRole, Mapping[str, Adapter], Mapping[str, Adapter]]:
         return part_of(averages[0], group), part_of(weights, group), part_of(gradients, group)
 
     raw = _raw_by_role(*parts(others))
-    finite = _all_finite(raw) & _products_finite(*parts(alone)[1:])
+    lams = {role: _raw_lam(role, members) for role, members in large.items()}
+    largest = [per_triplet(jnp.max, raw), *(lam.ravel() for lam in lams.values())]
+    finite = _all_finite([*largest, *map(_largest, large.values())])
 
-    def updated(group: Sequence[Role]) -> Averages:
-        # Unless small members must be joined, computing |w · g| again is cheaper than storing it.
-        again = _raw_by_role(*parts([r for r in group if r in alone or r not in joined]))
-        old = before(group)
-        known = {**raw.stacked, **again.stacked}
-        return _smoothed(ByRole(known, old[0].roles), old, betas)
+    def updated() -> Averages:
+        # Unless members must be joined, computing |w · g| again is cheaper than storing it.
+        again = _raw_by_role(*parts([role for role in others if role not in joined]))
+        return _smoothed(ByRole({**raw.stacked, **again.stacked}, raw.roles), old, betas)
 
-    changed: tuple[dict[str, Adapter], dict[str, Adapter]] = {}, {}
-    for group in filter(None, [others, *([role] for role in alone)]):
-        new = jax.lax.cond(
-            finite & wanted,
-            functools.partial(updated, group),
-            functools.partial(before, group),
+    old = part_of(averages[0], others), part_of(averages[1], others)
+    wanted = finite & wanted
+    new = [dict(part.stacked) for part in jax.lax.cond(wanted, updated, lambda: old)]
+    for role, members in large.items():
+        of_role = averages[0].stacked[role.name], averages[1].stacked[role.name]
+        found = _in_place(role, of_role, members, lams[role], betas, wanted)
+        for values, value in zip(new, found):
+            values[role.name] = value
+    return (ByRole(new[0], roles), ByRole(new[1], roles)), finite
+
+
+def _raw_lam(role: Role, members: Members) -> Float32[Array, "..."]:
+    """Return ``|w · g|`` of the λ of a role."""
+    lams = ([adapter.lam for adapter in each] for each in zip(*members))
+    return raw_sensitivity(*(jnp.stack(each, _axis(role, members)) for each in lams))
+
+
+def _axis(role: Role, members: Members) -> int:
+    """Return the axis of the members in the arrays of a role."""
+    return members[0][0].lam.ndim - len(role.shape)
+
+
+def _largest(members: Members) -> Float32[Array, " n"]:
+    """Return maxima of ``|w · g|`` of all p and q, without storing ``|w · g|``."""
+    groups = [members[i : i + GROUP] for i in range(0, len(members), GROUP)]
+    rows = [
+        functools.reduce(
+            jnp.maximum, [raw_sensitivity(getattr(w, name), getattr(g, name)) for w, g in group]
         )
-        for values, part in zip(changed, new):
-            values.update(part.stacked)
-    return (ByRole(changed[0], roles), ByRole(changed[1], roles)), finite
+        for group in groups
+        for name in ("p", "q")
+    ]
+    return jnp.concatenate([jnp.max(row, axis=-1).ravel() for row in rows])
+
+
+def _in_place(
+    role: Role,
+    averages: tuple[Adapter, Adapter],
+    members: Members,
+    lam: Float32[Array, "..."],
+    betas: tuple[float, float],
+    wanted: Bool[Array, ""],
+) -> tuple[Adapter, Adapter]:
+    """Return the new averages of a role, updated in place, few triplets of all members at a time.
+
+    Their sensitivities fit the cache of a CPU; new memory for those of all triplets would take
+    longer than the rest. XLA updates the arrays of a loop in place if they are not read again. It
+    does not know that the two indices are equal. If it did, it would read the old Ī for Ū, and
+    therefore copy it. The loop is not in a branch, because XLA uses one core for a kernel there.
+
+    Args:
+      role: the role, of shape ``[*stack, r]``.
+      averages: the role's Ī and Ū.
+      members: the weight and the gradient of each member.
+      lam: ``|w · g|`` of λ, ``[n, *stack, r]``.
+      betas: β1 and β2.
+      wanted: whether the averages change.
+    """
+    size = 2 - role.shape[-1] % 2  # triplets at a time
+    at = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=-2)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
+
+    @jax.jit  # traced once per shape
+    def product(weight: Array, gradient: Array, index: Array) -> Array:
+        return raw_sensitivity(at(weight, index), at(gradient, index))
+
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        index, same, *old = state
+        means, deviations = [], []
+        for name, mean, deviation in zip(("p", "q"), *old):
+            products = [product(getattr(w, name), getattr(g, name), index) for w, g in members]
+            raw = jnp.stack(products, _axis(role, members))
+            means.append(put(mean, average(at(mean, index), raw, betas[0]), index))
+            change = jnp.abs(raw - at(means[-1], same))
+            deviations.append(
+                put(deviation, average(at(deviation, index), change, betas[1]), index)
+            )
+        return index + size, same + size, means, deviations
+
+    end = jnp.where(wanted, role.shape[-1], 0)
+    state = 0, jax.lax.optimization_barrier(0), *([old.p, old.q] for old in averages)
+    *_, means, deviations = jax.lax.while_loop(lambda state: state[0] < end, body, state)
+    old_lams = averages[0].lam, averages[1].lam
+    choose = functools.partial(jnp.where, wanted)
+    lams = map(choose, smooth(lam, *old_lams, betas), old_lams)
+    new = zip(averages, lams, (means, deviations))
+    mean, deviation = (old._replace(p=p, lam=lam, q=q) for old, lam, (p, q) in new)
+    return mean, deviation
 
 
 def _is_large(average: Adapter) -> bool:
@@ -117,23 +194,15 @@ def _is_large(average: Adapter) -> bool:
 
 def _smoothed(raw: ByRole, averages: Averages, betas: tuple[float, float]) -> Averages:
     leaves = zip(*map(jax.tree.leaves, (raw, *averages)))
-    new = zip(*(smooth(i, mean, deviation, betas) for i, mean, deviation in leaves))
-    sensitivity, uncertainty = map(jax.tree.structure(averages[0]).unflatten, new)
-    return sensitivity, uncertainty
+    new = [smooth(i, mean, deviation, betas) for i, mean, deviation in leaves]
+    restored = jax.tree.structure(averages[0]).unflatten
+    return restored(mean for mean, _ in new), restored(deviation for _, deviation in new)
 
 
-def _all_finite(raw: ByRole) -> Bool[Array, ""]:
-    return jnp.all(per_triplet(jnp.all, jax.tree.map(jnp.isfinite, raw)))
-
-
-def _products_finite(
-    weights: Mapping[str, Adapter], gradients: Mapping[str, Adapter]
-) -> Bool[Array, ""]:
-    """Return the same, without storing the sensitivities."""
-    pairs = zip(*(jax.tree.leaves(stored(values)) for values in (weights, gradients)))
-    rows = [jnp.all(jnp.isfinite(raw_sensitivity(*pair)), axis=-1).ravel() for pair in pairs]
+def _all_finite(largest: Sequence[Float32[Array, " _"]]) -> Bool[Array, ""]:
+    """Return whether these maxima are finite; a maximum with a NaN is NaN."""
     # Without the barrier, XLA would reduce each row to a number first.
-    return jnp.all(jax.lax.optimization_barrier(jnp.concatenate([jnp.ones(1, bool), *rows])))
+    return jnp.all(jnp.isfinite(jax.lax.optimization_barrier(jnp.concatenate(largest))))
 
 
 def _raw_by_role(

@@ -42,7 +42,16 @@ def smooth(
     >>> [float(x) for x in smooth(jnp.float32(4), jnp.float32(0), jnp.float32(0), (0.5, 0.5))]
     [2.0, 1.0]
     """
-    beta1, beta2 = betas
-    sensitivity = beta1 * sensitivity + (1 - beta1) * raw
-    deviation = jnp.abs(raw - sensitivity)
-    return sensitivity, beta2 * uncertainty + (1 - beta2) * deviation
+    sensitivity = average(sensitivity, raw, betas[0])
+    return sensitivity, average(uncertainty, jnp.abs(raw - sensitivity), betas[1])
+
+
+def average(
+    old: Float32[Array, "*shape"], new: Float32[Array, "*shape"], beta: float
+) -> Float32[Array, "*shape"]:
+    """Return an exponential moving average after one step, ``beta · old + (1 − beta) · new``.
+
+    >>> average(jnp.float32(4), jnp.float32(0), 0.25)
+    Array(1., dtype=float32)
+    """
+    return beta * old + (1 - beta) * new
