@@ -243,8 +243,8 @@ def text(found: results.Results) -> str:
             table(measured),
             "PEFT computes the scores of each adapter in separate operations, so its time grows "
             "with their number; adapters that are stacked in one array are updated together here. "
-            "Separate adapters of one role are first copied into one array, which costs more than "
-            "it saves where they are few and large. After the final mask only the check for finite "
+            "The state of separate adapters of one role is one array, which is updated one triplet "
+            "after the other where they are large. After the final mask only the check for finite "
             "gradients remains, which PEFT does not have.",
             "The allocator's state is stored between steps. Tracing and compiling happen once.",
             costs(measured),

@@ -7,6 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import adalora_jax as adalora
@@ -97,6 +98,17 @@ def test_settings_are_those_of_the_candidate_that_the_rule_chose_and_its_results
         gains = [f"{end(gains):.2g}" for end in (min, max)]
         assert " to ".join(ratios) in advice.SETTINGS, sign
         assert " to ".join(gains) in advice.SETTINGS, sign
+
+
+def test_integers_of_numpy_do_not_overflow():
+    assert advice.bits_of_tokens(np.int32(100_000), np.int32(100_000)) == 1e10
+    shapes = [(np.int32(50_000), np.int32(50_000), np.int32(100_000))]
+    assert advice.lora_parameters(shapes, np.int32(4)) == 4 * 10**10
+    found = advice.advise(
+        10.0, np.int32(2**31 - 5), np.uint8(100), np.uint16(30_000), language_model=True
+    )
+    assert found.held == 2 * (2**31 - 5)
+    assert (found.config.init_r, found.config.tfinal) == (400, 9000)
 
 
 def test_information_and_capacity_are_those_of_the_study():

@@ -116,7 +116,7 @@ def bits_of_tokens(examples: int, tokens: int, bits: float = TOKEN_BITS) -> floa
     _at_least("examples", examples, 1)
     _at_least("tokens", tokens, 1)
     checks.number("bits", bits, "positive", lambda value: value > 0)
-    return examples * tokens * float(bits)
+    return int(examples) * int(tokens) * float(bits)
 
 
 def lora_parameters(shapes: Sequence[tuple[int, int, int]], rank: int) -> int:
@@ -143,7 +143,8 @@ def lora_parameters(shapes: Sequence[tuple[int, int, int]], rank: int) -> int:
                 f"`rank={checks.shown(rank)}`: exceeds the smaller side of a matrix of "
                 f"{ins} x {outs}; pass a smaller rank, or leave the matrix out."
             )
-    return sum(count * rank * (ins + outs) for ins, outs, count in shapes)
+    # As ints of Python: those of NumPy and JAX overflow.
+    return int(rank) * sum(int(count) * (int(ins) + int(outs)) for ins, outs, count in shapes)
 
 
 def advise(
@@ -168,15 +169,15 @@ def advise(
     (2.0, 20, 60)
     """
     checks.number("wanted", wanted, "positive", lambda value: value > 0)
-    checks.integer("rank", rank, minimum=1)
+    rank = checks.integer("rank", rank, minimum=1)
     if parameters < 2 * rank:
         raise ValueError(
             f"`parameters={parameters}`: are too few for rank={rank}, which has at least "
             f"{2 * rank}; pass the number of all adapters."
         )
     _at_least("parameters", parameters, 1)
-    checks.integer("steps", steps, minimum=1)
-    held = float(CAPACITY * parameters)
+    steps = checks.integer("steps", steps, minimum=1)
+    held = float(CAPACITY * int(parameters))
     ratio = wanted / held
     language = LANGUAGE_BELOW if ratio < 1 else LANGUAGE_ABOVE
     lowest, highest, measured = language if language_model else CLASSIFIERS

@@ -334,3 +334,11 @@ def test_bank_works_with_nnx_model():
     output = jax.jit(adalora.per_example(apply))(bank.select(["b", "a", None]), x)
     want = [models["b"](x[0]), models["a"](x[1]), base(x[2])]
     np.testing.assert_allclose(output, jnp.stack(want), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_truncation_to_a_budget_of_values_that_are_not_finite_raises(value):
+    fine = adalora.Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
+    diverged = fine._replace(lam=jnp.array([1.0, value]))
+    with pytest.raises(ValueError, match="singular values of down are not finite"):
+        truncate({"up": fine, "down": diverged}, budget=1)

@@ -29,6 +29,7 @@ Members = Sequence[tuple[Adapter, Adapter]]  # weight and gradient of each membe
 # all its members would not fit the cache. Those of smaller roles are joined, which takes less time.
 LARGE = 2**20
 GROUP = 4  # members that are reduced in one kernel
+LARGEST = functools.partial(jnp.max, initial=0)  # of |w · g|; also of none
 
 
 def update_averages(
@@ -62,7 +63,7 @@ def _by_selection(
     wanted: Bool[Array, ""],
 ) -> tuple[Averages, Bool[Array, ""]]:
     raw = _raw_by_role(averages[0], weights, gradients)
-    finite = _all_finite([per_triplet(jnp.max, raw)])
+    finite = _all_finite([per_triplet(LARGEST, raw)])
     choose = functools.partial(jnp.where, finite & wanted)
     return jax.tree.map(choose, _smoothed(raw, averages, betas), averages), finite
 
@@ -89,7 +90,7 @@ def _by_branches(
 
     raw = _raw_by_role(*parts(others))
     lams = {role: _raw_lam(role, members) for role, members in large.items()}
-    largest = [per_triplet(jnp.max, raw), *(lam.ravel() for lam in lams.values())]
+    largest = [per_triplet(LARGEST, raw), *(lam.ravel() for lam in lams.values())]
     finite = _all_finite([*largest, *map(_largest, large.values())])
 
     def updated() -> Averages:
@@ -201,8 +202,9 @@ def _smoothed(raw: ByRole, averages: Averages, betas: tuple[float, float]) -> Av
 
 def _all_finite(largest: Sequence[Float32[Array, " _"]]) -> Bool[Array, ""]:
     """Return whether these maxima are finite; a maximum with a NaN is NaN."""
+    rows = [row.astype(jnp.float32) for row in largest]  # without values, a row is boolean
     # Without the barrier, XLA would reduce each row to a number first.
-    return jnp.all(jnp.isfinite(jax.lax.optimization_barrier(jnp.concatenate(largest))))
+    return jnp.all(jnp.isfinite(jax.lax.optimization_barrier(jnp.concatenate(rows))))
 
 
 def _raw_by_role(

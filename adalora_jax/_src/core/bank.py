@@ -377,7 +377,7 @@ def truncate(adapters: PyTree, rank: int | None = None, *, budget: int | None = 
 
     Raises:
       ValueError: ``rank`` or ``budget`` is not an integer of at least 1, both are None, the values
-        are traced with a ``budget``, or there is no adapter.
+        are traced or not finite with a ``budget``, or there is no adapter.
 
     >>> adapter = Adapter(jnp.ones((2, 4)), jnp.ones(2), jnp.ones((2, 3)))
     >>> small = truncate({"query": adapter}, 1)["query"]  # both triplets point the same way
@@ -410,6 +410,12 @@ def truncate(adapters: PyTree, rank: int | None = None, *, budget: int | None = 
             "outside of jit, or pass rank alone."
         )
     sizes = {path: abs(known_scale(a, path)) * a.lam for path, a in shorter.items()}
+    for path, values in sizes.items():
+        if not jnp.all(jnp.isfinite(values)):
+            raise ValueError(
+                f"`adapters`: the singular values of {path} are not finite, so they cannot be "
+                "compared; remove this adapter, or restore one from before it diverged."
+            )
     return compact(result, keep_best(sizes, budget))
 
 

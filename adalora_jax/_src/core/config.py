@@ -452,8 +452,9 @@ adapter and prunes to target_r; pass an init_r of at least 8.
         >>> config.init_r, config.tinit, config.tfinal, config.scaling, config.allow_regrowth
         (16, 100, 300, 1.0, False)
         """
-        checks.integer("total_step", total_step, minimum=1)
-        checks.integer("target_r", target_r, minimum=1)
+        # As ints of Python: those of NumPy and JAX overflow.
+        total_step = checks.integer("total_step", total_step, minimum=1)
+        target_r = checks.integer("target_r", target_r, minimum=1)
         if "lora_alpha" in changes and changes.get("scale", 1.0) is not None:
             raise ValueError(
                 f"`lora_alpha={changes['lora_alpha']!r}`: has no effect, since the recommended "
