@@ -6,6 +6,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,14 +102,14 @@ def test_settings_are_those_of_the_candidate_that_the_rule_chose_and_its_results
 
 
 def test_integers_of_numpy_do_not_overflow():
-    assert advice.bits_of_tokens(np.int32(100_000), np.int32(100_000)) == 1e10
-    shapes = [(np.int32(50_000), np.int32(50_000), np.int32(100_000))]
-    assert advice.lora_parameters(shapes, np.int32(4)) == 4 * 10**10
-    found = advice.advise(
-        10.0, np.int32(2**31 - 5), np.uint8(100), np.uint16(30_000), language_model=True
-    )
+    int32: Any = np.int32
+    small: Any = np.uint8(100)
+    assert advice.bits_of_tokens(int32(100_000), int32(100_000)) == 1e10
+    shapes = [(int32(50_000), int32(50_000), int32(100_000))]
+    assert advice.lora_parameters(shapes, int32(4)) == 4 * 10**10
+    found = advice.advise(10.0, int32(2**31 - 5), small, small, language_model=True)
     assert found.held == 2 * (2**31 - 5)
-    assert (found.config.init_r, found.config.tfinal) == (400, 9000)
+    assert (found.config.init_r, found.config.tfinal) == (400, 30)
 
 
 def test_information_and_capacity_are_those_of_the_study():
